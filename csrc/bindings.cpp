@@ -1,0 +1,237 @@
+// The only file that knows Python. Tensors arrive as addresses, checked by qcomm/_native.py; the GIL is released around every operation that
+// walks over data.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <limits>
+#include <string>
+
+#include "qcomm/block.h"
+#include "qcomm/checksum.h"
+#include "qcomm/entropy.h"
+#include "qcomm/huffman.h"
+#include "qcomm/packet.h"
+#include "qcomm/quantize.h"
+#include "qcomm/statistics.h"
+
+namespace py = pybind11;
+using namespace qcomm;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+// Set by qcomm/_native.py to qcomm.PacketError.
+py::object& packet_error() {
+    static auto* error = new py::object();  // never destroyed: module teardown may outlive the interpreter
+    return *error;
+}
+
+void raise_if_error(const Status& status) {
+    if (status.ok()) return;
+    std::string message = status.what;
+    if (status.where != 0) message += " " + std::to_string(status.where);
+    if (status.code == StatusCode::kBadPacket && packet_error()) {
+        PyErr_SetString(packet_error().ptr(), message.c_str());
+        throw py::error_already_set();
+    }
+    throw py::value_error(message);
+}
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+Values make_values(Address data, int dtype, std::int64_t count, Address residual, double inv_scale) {
+    return {pointer<const void>(data), static_cast<DType>(dtype), count, pointer<const float>(residual), inv_scale};
+}
+
+py::tuple py_measure(Address data, int dtype, std::int64_t count, Address residual, double inv_scale) {
+    Statistics s;
+    {
+        py::gil_scoped_release nogil;
+        s = measure(make_values(data, dtype, count, residual, inv_scale));
+    }
+    return py::make_tuple(s.minimum, s.maximum, s.sum_squares, s.finite);
+}
+
+double py_entropy(Address data, int dtype, std::int64_t count, Address residual, double inv_scale, double lo, double hi, int num_bits, double fraction,
+                  std::uint32_t seed) {
+    py::gil_scoped_release nogil;
+    const Values values = make_values(data, dtype, count, residual, inv_scale);
+    const auto counts = sample_histogram(values, lo, hi, num_bits, fraction, seed);
+    return static_cast<double>(entropy_fixed(counts.data(), static_cast<int>(counts.size()))) / (1 << kLogFractionBits);
+}
+
+py::tuple py_sigma_code(Address data, int dtype, std::int64_t count, Address residual, double inv_scale, int num_bits, double step, double k,
+                        std::uint32_t seed) {
+    SigmaCode code{};
+    {
+        py::gil_scoped_release nogil;
+        code = choose_sigma_code(make_values(data, dtype, count, residual, inv_scale), num_bits, step, k, seed);
+    }
+    return py::make_tuple(static_cast<int>(code.coding), static_cast<int>(code.table));
+}
+
+int py_nearest_static_table(int coding, int num_bits, double k) {
+    const StaticCode* code = nearest_static_code(static_cast<Coding>(coding), num_bits, k);
+    return code != nullptr ? code->id : kNoTable;
+}
+
+using QuantizerTuple = std::tuple<int, int, int, int, double, double>;
+
+Quantizer make_quantizer(const QuantizerTuple& q) {
+    return {static_cast<Grid>(std::get<0>(q)), static_cast<std::uint8_t>(std::get<1>(q)), static_cast<Coding>(std::get<2>(q)),
+            static_cast<std::uint8_t>(std::get<3>(q)), std::get<4>(q), std::get<5>(q)};
+}
+
+void py_quantize(Address data, int dtype, std::int64_t count, const QuantizerTuple& quantizer, Address symbols) {
+    py::gil_scoped_release nogil;
+    dispatch(static_cast<DType>(dtype), [&](auto traits) {
+        using Tr = decltype(traits);
+        with_grid<Tr>(make_quantizer(quantizer), [&](const auto& grid) {
+            const Reader<Tr> reader(make_values(data, dtype, count, 0, 1.0));
+            for (std::int64_t i = 0; i < count; ++i) pointer<std::int32_t>(symbols)[i] = static_cast<std::int32_t>(grid(reader[i]));
+        });
+    });
+}
+
+void py_dequantize(Address symbols, std::int64_t count, const QuantizerTuple& quantizer, int dtype, Address out) {
+    py::gil_scoped_release nogil;
+    dispatch(static_cast<DType>(dtype), [&](auto traits) {
+        using Tr = decltype(traits);
+        with_grid<Tr>(make_quantizer(quantizer), [&](const auto& grid) {
+            auto* typed = pointer<typename Tr::Storage>(out);
+            for (std::int64_t i = 0; i < count; ++i) {
+                typed[i] = Tr::narrow(grid.decode(static_cast<std::uint32_t>(pointer<const std::int32_t>(symbols)[i])));
+            }
+        });
+    });
+}
+
+// (values, count, residual or 0, quantizer) of each segment.
+using SegmentTuple = std::tuple<Address, std::int64_t, Address, QuantizerTuple>;
+
+std::vector<SegmentInput> make_segments(const std::vector<SegmentTuple>& segments, int dtype, double inv_scale) {
+    std::vector<SegmentInput> inputs;
+    inputs.reserve(segments.size());
+    for (const auto& [data, count, residual, quantizer] : segments) {
+        inputs.push_back({make_values(data, dtype, count, residual, inv_scale), make_quantizer(quantizer), pointer<float>(residual)});
+    }
+    return inputs;
+}
+
+std::int64_t py_encode_bound(const std::vector<SegmentTuple>& segments, int dtype, const std::vector<std::int64_t>& dims, bool checksums, int steps) {
+    return encode_bound(make_segments(segments, dtype, 1.0), {static_cast<DType>(dtype), dims, checksums, steps});
+}
+
+std::int64_t py_encode(const std::vector<SegmentTuple>& segments, double inv_scale, int dtype, const std::vector<std::int64_t>& dims, bool checksums,
+                       int steps, Address out, std::int64_t capacity) {
+    std::int64_t total = 0;
+    Status status;
+    {
+        py::gil_scoped_release nogil;
+        const EncodeOptions options{static_cast<DType>(dtype), dims, checksums, steps};
+        status = encode_packet(make_segments(segments, dtype, inv_scale), options, pointer<std::uint8_t>(out), capacity, &total);
+    }
+    raise_if_error(status);
+    return total;
+}
+
+PacketView parse(Address packet, std::int64_t bytes) {
+    PacketView view;
+    Status status;
+    {
+        py::gil_scoped_release nogil;
+        status = parse_packet(pointer<const std::uint8_t>(packet), bytes, &view);
+    }
+    raise_if_error(status);
+    return view;
+}
+
+py::dict py_parse(Address packet, std::int64_t bytes) {
+    const PacketView view = parse(packet, bytes);
+    py::list records;
+    for (const SegmentRecord& r : view.records) {
+        records.append(py::make_tuple(r.count, static_cast<int>(r.grid), static_cast<int>(r.num_bits), static_cast<int>(r.coding),
+                                      static_cast<int>(r.table), r.p0, r.p1));
+    }
+    py::dict info;
+    info["version"] = static_cast<int>(view.header.version);
+    info["dtype"] = static_cast<int>(view.header.dtype);
+    info["dims"] = view.dims;
+    info["element_count"] = view.header.element_count;
+    info["steps"] = static_cast<int>(view.header.steps);
+    info["checksums"] = view.checksums != nullptr;
+    info["payload_bytes"] = view.payload_bytes;
+    info["records"] = records;
+    return info;
+}
+
+void py_decode(Address packet, std::int64_t bytes, Address out, std::int64_t count, int dtype, bool accumulate) {
+    Status status;
+    {
+        py::gil_scoped_release nogil;
+        PacketView view;
+        status = parse_packet(pointer<const std::uint8_t>(packet), bytes, &view);
+        if (status.ok() && (static_cast<std::int64_t>(view.header.element_count) != count || static_cast<int>(view.header.dtype) != dtype)) {
+            status = bad_argument("out must have the packet's dtype and element count,", static_cast<std::int64_t>(view.header.element_count));
+        }
+        if (status.ok()) status = decode_packet(view, pointer<void>(out), accumulate);
+    }
+    raise_if_error(status);
+}
+
+void py_count_symbols(Address packet, std::int64_t bytes, std::size_t segment, Address counts) {
+    Status status;
+    {
+        py::gil_scoped_release nogil;
+        PacketView view;
+        status = parse_packet(pointer<const std::uint8_t>(packet), bytes, &view);
+        if (status.ok() && segment >= view.records.size()) status = bad_argument("no such segment", static_cast<std::int64_t>(segment));
+        if (status.ok()) status = count_symbols(view, segment, pointer<std::uint64_t>(counts));
+    }
+    raise_if_error(status);
+}
+
+void py_code_lengths(Address counts, int size, int limit, Address lengths) {
+    py::gil_scoped_release nogil;
+    code_lengths(pointer<const std::uint64_t>(counts), size, limit, pointer<std::uint8_t>(lengths));
+}
+
+py::list py_static_tables() {
+    py::list tables;
+    for (int id = 1; id < kNoTable; ++id) {
+        if (const StaticCode* code = find_static_code(static_cast<std::uint8_t>(id))) {
+            tables.append(py::make_tuple(id, static_cast<int>(code->coding), code->num_bits, code->lengths));
+        }
+    }
+    return tables;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "qcomm's native core; use it through the qcomm package, which checks its arguments.";
+    m.def("set_packet_error", [](py::object error) { packet_error() = std::move(error); });
+    m.def("measure", &py_measure);
+    m.def("entropy", &py_entropy);
+    m.def("sigma_code", &py_sigma_code);
+    m.def("nearest_static_table", &py_nearest_static_table);
+    m.def("is_usable", [](const QuantizerTuple& q, int dtype) { return is_usable(make_quantizer(q), static_cast<DType>(dtype)); });
+    m.def("quantize", &py_quantize);
+    m.def("dequantize", &py_dequantize);
+    m.def("encode_bound", &py_encode_bound);
+    m.def("encode", &py_encode);
+    m.def("parse", &py_parse);
+    m.def("decode", &py_decode);
+    m.def("count_symbols", &py_count_symbols);
+    m.def("code_lengths", &py_code_lengths);
+    m.def("canonical_codes", [](Address lengths, int size, Address codes) {
+        canonical_codes(pointer<const std::uint8_t>(lengths), size, pointer<std::uint16_t>(codes));
+    });
+    m.def("static_tables", &py_static_tables);
+    m.def("log2_fixed", &log2_fixed);
+    m.def("checksum", [](Address data, std::int64_t bytes) { return checksum(pointer<const std::uint8_t>(data), bytes); });
+}

@@ -1,0 +1,433 @@
+// Packets, writing. A segment is encoded behind the space that the largest possible metadata takes; when all sizes are known the payload
+// moves down to where it belongs (by nothing, unless a segment fell back to another coding or has a table).
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstring>
+
+#include "qcomm/block.h"
+#include "qcomm/checksum.h"
+#include "qcomm/packet.h"
+
+namespace qcomm {
+namespace {
+
+constexpr std::uint64_t kMaxPayloadBytes = std::uint64_t{4} << 32;  // block ends count 4-byte units in 32 bits
+
+SegmentRecord make_record(std::int64_t count, const Quantizer& q) {
+    return {static_cast<std::uint64_t>(count), q.grid, q.num_bits, q.coding, q.table, 0, q.p0, q.p1};
+}
+
+Quantizer raw_quantizer() { return {}; }
+
+std::int64_t max_lengths_bytes(const Quantizer& q) {
+    // The dearest list alternates used and unused symbols: three nibbles for two.
+    return is_block_coded(q.coding) && q.table == kTableOnWire ? align4(alphabet_size(q.coding, q.num_bits)) : 0;
+}
+
+std::int64_t max_payload_bytes(std::int64_t count, const Quantizer& q, DType dtype, int steps) {
+    const SegmentRecord record = make_record(count, q);
+    switch (q.coding) {
+        case Coding::kConstant: return 0;
+        case Coding::kFixed: return align4(packed_bytes(count, q.num_bits));
+        case Coding::kRaw: return align4(count * item_bytes(dtype));
+        default: return count * item_bytes(dtype) + 8 * blocks_in(record, steps);  // every block may fall back to raw
+    }
+}
+
+std::int64_t metadata_bytes(const std::vector<SegmentInput>& segments, const EncodeOptions& options, std::int64_t lengths_bytes) {
+    std::int64_t total = sizeof(PacketHeader) + 8 * static_cast<std::int64_t>(options.dims.size()) + lengths_bytes;
+    for (const SegmentInput& segment : segments) {
+        const SegmentRecord record = make_record(segment.values.count, segment.quantizer);
+        // One spare checksum: a block-coded segment without blocks never falls back, but a raw one of any size has one.
+        total += static_cast<std::int64_t>(sizeof(SegmentRecord)) + 4 * blocks_in(record, options.steps) + 4 * (checksums_in(record, options.steps) + 1);
+    }
+    return total;
+}
+
+std::int64_t sum_max_lengths(const std::vector<SegmentInput>& segments) {
+    std::int64_t total = 0;
+    for (const SegmentInput& segment : segments) total += max_lengths_bytes(segment.quantizer);
+    return total;
+}
+
+Status check_segment(const SegmentInput& segment, DType dtype, std::int64_t index) {
+    const Quantizer& q = segment.quantizer;
+    if (segment.values.dtype != dtype) return bad_argument("a segment's dtype differs from the packet's", index);
+    if (segment.values.is_adjusted() && item_bytes(dtype) < 4) {
+        return bad_argument("a residual or a scale needs float32 or float64 values: 16 bits cannot carry them exactly", index);
+    }
+    if (q.coding == Coding::kRaw || q.coding == Coding::kConstant) return {};
+    if (q.grid == Grid::kNone || q.num_bits < 1 || q.num_bits > 16) return bad_argument("num_bits must be 1..16 on a range or sigma grid", index);
+    if (q.grid == Grid::kSigma && q.num_bits < 2) return bad_argument("num_bits must be 2..16 on a sigma grid", index);
+    if (!is_usable(q, dtype)) return bad_argument("the grid's parameters cannot represent the values; such a segment travels raw", index);
+    if (q.coding == Coding::kFixed) return is_range(q.grid) ? Status{} : bad_argument("coding fixed needs a range grid", index);
+    if (q.coding == Coding::kPair && (q.grid != Grid::kSigma || q.num_bits != kPairBits)) {
+        return bad_argument("coding pair needs a sigma grid with num_bits 4", index);
+    }
+    if (q.table == kNoTable) return {};
+    if (q.table == kTableOnWire) {
+        return q.num_bits <= kMaxCodedBits ? Status{} : bad_argument("codes exist for num_bits <= 12; use table 255 beyond", index);
+    }
+    const StaticCode* code = find_static_code(q.table);
+    const bool fits = code != nullptr && code->coding == q.coding && code->num_bits == q.num_bits && q.grid == Grid::kSigma;
+    return fits ? Status{} : bad_argument("no static table of this number fits the coding and num_bits", index);
+}
+
+class Encoder {
+public:
+    Encoder(const EncodeOptions& options, std::uint8_t* payload)
+        : options_(options), payload_(payload), symbols_(kMaxBlockValues), codewords_(kMaxCodewords), words_(kMaxCodewords + 1) {}
+
+    template <class Tr>
+    void encode(Tr, const SegmentInput& in) {
+        const Mark start = mark();
+        Quantizer q = in.quantizer;
+        if (in.values.count == 0) q = {Grid::kNone, 0, Coding::kConstant, kTableOnWire, 0.0, 0.0};
+        switch (q.coding) {
+            case Coding::kRaw: write_raw<Tr>(in); break;
+            case Coding::kConstant: write_constant<Tr>(in, q.p0); break;
+            case Coding::kFixed:
+            case Coding::kSingle:
+            case Coding::kPair: q = write_symbols<Tr>(in, q); break;
+        }
+        const std::int64_t raw_cost = align4(in.values.count * item_bytes(options_.dtype)) + checksum_bytes(1);
+        if (q.grid != Grid::kNone && in.residual_out == nullptr && cost_since(start) >= raw_cost) {
+            rewind(start);
+            write_raw<Tr>(in);
+            q = raw_quantizer();
+        }
+        records.push_back(make_record(in.values.count, q));
+    }
+
+    std::vector<SegmentRecord> records;
+    std::vector<std::uint8_t> lengths;
+    std::vector<std::uint32_t> block_ends, checksums;
+    std::int64_t payload_bytes = 0;
+
+private:
+    struct Mark {
+        std::size_t lengths, block_ends, checksums;
+        std::int64_t payload;
+    };
+    Mark mark() const { return {lengths.size(), block_ends.size(), checksums.size(), payload_bytes}; }
+    void rewind(const Mark& m) {
+        lengths.resize(m.lengths);
+        block_ends.resize(m.block_ends);
+        checksums.resize(m.checksums);
+        payload_bytes = m.payload;
+    }
+    std::int64_t checksum_bytes(std::int64_t n) const { return options_.checksums ? 4 * n : 0; }
+    std::int64_t cost_since(const Mark& m) const {
+        return static_cast<std::int64_t>(lengths.size() - m.lengths) + 4 * static_cast<std::int64_t>(block_ends.size() - m.block_ends) +
+               checksum_bytes(static_cast<std::int64_t>(checksums.size() - m.checksums)) + payload_bytes - m.payload;
+    }
+    std::uint8_t* cursor() const { return payload_ + payload_bytes; }
+
+    // Pads what was written at the cursor to 4 bytes, and moves the cursor behind it.
+    std::int64_t advance(std::int64_t bytes) {
+        const std::int64_t padded = align4(bytes);
+        std::memset(cursor() + bytes, 0, static_cast<std::size_t>(padded - bytes));
+        payload_bytes += padded;
+        return padded;
+    }
+    void finish_pieces(std::int64_t bytes) {
+        const std::uint8_t* begin = cursor();
+        checksums.push_back(options_.checksums ? checksum_pieces(begin, align4(bytes)) : 0u);
+        advance(bytes);
+    }
+
+    template <class Tr>
+    void write_raw(const SegmentInput& in) {
+        const Reader<Tr> reader(in.values);
+        const std::int64_t bytes = in.values.count * item_bytes(options_.dtype);
+        std::memset(cursor() + bytes, 0, static_cast<std::size_t>(align4(bytes) - bytes));
+        for (std::int64_t i = 0; i < in.values.count; ++i) {
+            const typename Tr::Storage stored = in.values.is_adjusted() ? Tr::narrow(reader[i]) : static_cast<const typename Tr::Storage*>(in.values.data)[i];
+            std::memcpy(cursor() + i * static_cast<std::int64_t>(sizeof(stored)), &stored, sizeof(stored));
+            if (in.residual_out != nullptr) in.residual_out[i] = 0.0f;
+        }
+        finish_pieces(bytes);
+    }
+
+    template <class Tr>
+    void write_constant(const SegmentInput& in, double value) {
+        if (in.residual_out == nullptr || !std::isfinite(value)) return;
+        const Reader<Tr> reader(in.values);
+        for (std::int64_t i = 0; i < in.values.count; ++i) {
+            in.residual_out[i] = static_cast<float>(reader[i] - static_cast<typename Tr::Arithmetic>(value));
+        }
+    }
+
+    void write_fixed(const std::uint16_t* symbols, std::int64_t count, int num_bits) {
+        const std::int64_t bytes = packed_bytes(count, num_bits);
+        std::memset(cursor() + bytes, 0, static_cast<std::size_t>(align4(bytes) - bytes));
+        pack_bits(symbols, count, num_bits, cursor());
+        finish_pieces(bytes);
+    }
+
+    // Quantizes, codes and writes a segment; returns the quantizer as it finally is (its coding or table may have changed).
+    template <class Tr>
+    Quantizer write_symbols(const SegmentInput& in, Quantizer q) {
+        return with_grid<Tr>(q, [&](const auto& grid) {
+            if (is_block_coded(q.coding) && q.table != kTableOnWire) {
+                const StaticCode* code = find_static_code(q.table);
+                write_blocks<Tr>(in, q, grid, code != nullptr ? &code->encode : nullptr, nullptr);
+                return q;
+            }
+            // A table of its own needs the histogram first: all symbols are kept, the values are read once.
+            std::vector<std::uint16_t> symbols(static_cast<std::size_t>(in.values.count));
+            quantize_all<Tr>(in, grid, symbols.data());
+            if (q.coding != Coding::kFixed) q = write_with_own_table<Tr>(in, q, grid, symbols);
+            if (q.coding == Coding::kFixed) write_fixed(symbols.data(), in.values.count, q.num_bits);
+            if (is_range(q.grid) && in.residual_out != nullptr) update_all<Tr>(in, grid, symbols.data());
+            return q;
+        });
+    }
+
+    template <class Tr, class GridT>
+    Quantizer write_with_own_table(const SegmentInput& in, Quantizer q, const GridT& grid, const std::vector<std::uint16_t>& symbols) {
+        const Mark start = mark();
+        const int size = alphabet_size(q.coding, q.num_bits);
+        std::vector<std::uint64_t> counts(static_cast<std::size_t>(size));
+        count_codewords(symbols, q, counts.data());
+        std::vector<std::uint8_t> own(static_cast<std::size_t>(size));
+        code_lengths(counts.data(), size, length_limit(q.coding, q.num_bits), own.data());
+        EncodeTable table;
+        if (is_complete(own.data(), size)) {
+            table = EncodeTable(own.data(), size);
+            const std::vector<std::uint8_t> list = pack_lengths(own.data(), size);
+            lengths.insert(lengths.end(), list.begin(), list.end());
+        } else {
+            q.table = kNoTable;  // one symbol only
+        }
+        write_blocks<Tr>(in, q, grid, table.empty() ? nullptr : &table, symbols.data());
+        if (is_range(q.grid) && cost_since(start) >= align4(packed_bytes(in.values.count, q.num_bits)) + checksum_bytes(1)) {
+            rewind(start);
+            q.coding = Coding::kFixed;
+            q.table = kTableOnWire;
+        }
+        return q;
+    }
+
+    template <class Tr, class GridT>
+    static void quantize_all(const SegmentInput& in, const GridT& grid, std::uint16_t* symbols) {
+        constexpr int kRun = 4096;
+        const Reader<Tr> reader(in.values);
+        typename Tr::Arithmetic u[kRun];
+        for (std::int64_t begin = 0; begin < in.values.count; begin += kRun) {
+            const int n = static_cast<int>(std::min<std::int64_t>(kRun, in.values.count - begin));
+            reader.load(begin, n, u);
+            for (int i = 0; i < n; ++i) symbols[begin + i] = static_cast<std::uint16_t>(grid(u[i]));
+        }
+    }
+
+    template <class Tr, class GridT>
+    static void update_all(const SegmentInput& in, const GridT& grid, const std::uint16_t* symbols) {
+        const Reader<Tr> reader(in.values);
+        for (std::int64_t i = 0; i < in.values.count; ++i) {
+            in.residual_out[i] = static_cast<float>(reader[i] - Tr::widen(Tr::narrow(grid.decode(symbols[i]))));
+        }
+    }
+
+    static void count_codewords(const std::vector<std::uint16_t>& symbols, const Quantizer& q, std::uint64_t* counts) {
+        if (q.coding == Coding::kSingle) {
+            for (const std::uint16_t s : symbols) ++counts[s];
+            return;
+        }
+        std::size_t i = 0;
+        for (; i + 1 < symbols.size(); i += 2) ++counts[symbols[i] | symbols[i + 1] << kPairBits];
+        if (i < symbols.size()) ++counts[symbols[i] | sigma_radius(kPairBits) << kPairBits];
+    }
+
+    // Writes the blocks of a segment. `known` are its symbols, or null: then each block is quantized just before it is coded.
+    template <class Tr, class GridT>
+    void write_blocks(const SegmentInput& in, const Quantizer& q, const GridT& grid, const EncodeTable* table, const std::uint16_t* known) {
+        using T = typename Tr::Arithmetic;
+        const Reader<Tr> reader(in.values);
+        const std::int64_t per_block = values_per_block(q.coding, options_.steps);
+        std::vector<T> u(static_cast<std::size_t>(std::min(per_block, in.values.count)));
+        for (std::int64_t begin = 0; begin < in.values.count; begin += per_block) {
+            const int n = static_cast<int>(std::min(per_block, in.values.count - begin));
+            reader.load(begin, n, u.data());
+            const std::uint16_t* symbols = known != nullptr ? known + begin : symbols_.data();
+            if (known == nullptr) {
+                for (int i = 0; i < n; ++i) symbols_[static_cast<std::size_t>(i)] = static_cast<std::uint16_t>(grid(u[static_cast<std::size_t>(i)]));
+            }
+            const BlockMode mode = write_block<Tr>(u.data(), symbols, n, q, table);
+            // A range segment with a table may yet fall back to fixed width, which needs u again: its residual is written when that is settled.
+            const bool settled = known == nullptr || !is_range(q.grid);
+            if (in.residual_out != nullptr && settled) update_residual<Tr>(u.data(), symbols, n, q, grid, mode, in.residual_out + begin);
+        }
+    }
+
+    template <class Tr, class GridT>
+    static void update_residual(const typename Tr::Arithmetic* u, const std::uint16_t* symbols, int n, const Quantizer& q, const GridT& grid,
+                                BlockMode mode, float* residual) {
+        if (mode == BlockMode::kRaw) {
+            std::fill_n(residual, n, 0.0f);
+            return;
+        }
+        const int escape = q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1;
+        for (int i = 0; i < n; ++i) {
+            residual[i] = symbols[i] == escape ? 0.0f : static_cast<float>(u[i] - Tr::widen(Tr::narrow(grid.decode(symbols[i]))));
+        }
+    }
+
+    template <class Tr>
+    BlockMode write_block(const typename Tr::Arithmetic* u, const std::uint16_t* symbols, int n, const Quantizer& q, const EncodeTable* table) {
+        const int escape = q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1;
+        const int escapes = escape < 0 ? 0 : static_cast<int>(std::count(symbols, symbols + n, escape));
+        const bool constant = symbols[0] != escape && std::all_of(symbols + 1, symbols + n, [&](std::uint16_t s) { return s == symbols[0]; });
+        const int words = !constant && table != nullptr ? code_block(symbols, n, q.coding, *table) : -1;
+
+        constexpr std::int64_t kInfo = sizeof(std::uint32_t), kItem = sizeof(typename Tr::Storage);
+        const std::int64_t escape_bytes = escapes * (kItem + 2);
+        const std::int64_t fixed_bytes = align4(kInfo + escape_bytes + packed_bytes(n, q.num_bits));
+        const std::int64_t raw_bytes = align4(kInfo + n * kItem);
+        const std::int64_t coded_bytes = words < 0 ? raw_bytes + 1 : align4(kInfo + sizeof(start_) + escape_bytes + 2 * std::int64_t{words});
+
+        BlockMode mode = BlockMode::kCoded;
+        if (constant) {
+            mode = BlockMode::kConstant;
+        } else if (16 * std::int64_t{escapes} > n) {
+            mode = BlockMode::kRaw;
+        } else if (fixed_bytes < coded_bytes || words < 0) {
+            mode = fixed_bytes <= raw_bytes ? BlockMode::kFixed : BlockMode::kRaw;
+        } else if (raw_bytes < coded_bytes) {
+            mode = BlockMode::kRaw;
+        }
+
+        std::uint8_t* const begin = cursor();
+        std::uint8_t* at = begin;
+        const auto put = [&](const void* data, std::int64_t bytes) {
+            std::memcpy(at, data, static_cast<std::size_t>(bytes));
+            at += bytes;
+        };
+        const bool with_escapes = mode == BlockMode::kFixed || mode == BlockMode::kCoded;
+        const std::uint32_t info = BlockInfo{mode, with_escapes ? escapes : 0, constant ? symbols[0] : 0u}.pack();
+        put(&info, kInfo);
+        if (mode == BlockMode::kCoded) put(start_, sizeof(start_));
+        if (with_escapes && escapes > 0) {
+            for (int i = 0; i < n; ++i) {
+                const typename Tr::Storage value = Tr::narrow(u[i]);
+                if (symbols[i] == escape) put(&value, kItem);
+            }
+            for (int i = 0; i < n; ++i) {
+                const auto position = static_cast<std::uint16_t>(i);
+                if (symbols[i] == escape) put(&position, sizeof(position));
+            }
+        }
+        if (mode == BlockMode::kCoded) put(words_.data() + words_.size() - static_cast<std::size_t>(words), 2 * std::int64_t{words});
+        if (mode == BlockMode::kFixed) {
+            pack_bits(symbols, n, q.num_bits, at);
+            at += packed_bytes(n, q.num_bits);
+        }
+        if (mode == BlockMode::kRaw) {
+            for (int i = 0; i < n; ++i) {
+                const typename Tr::Storage value = Tr::narrow(u[i]);
+                put(&value, kItem);
+            }
+        }
+        const std::int64_t bytes = advance(at - begin);
+        block_ends.push_back(static_cast<std::uint32_t>(payload_bytes / 4));
+        checksums.push_back(options_.checksums ? checksum(begin, bytes) : 0u);
+        return mode;
+    }
+
+    // Codes a block into start_ and the end of words_; returns the number of words, or -1 when a symbol has no code.
+    int code_block(const std::uint16_t* symbols, int n, Coding coding, const EncodeTable& table) {
+        int count = 0;
+        if (coding == Coding::kSingle) {
+            for (; count < n; ++count) codewords_[static_cast<std::size_t>(count)] = table.entries[symbols[count]];
+        } else {
+            for (; 2 * count + 1 < n; ++count) {
+                codewords_[static_cast<std::size_t>(count)] = table.entries[static_cast<std::size_t>(symbols[2 * count] | symbols[2 * count + 1] << kPairBits)];
+            }
+            if (2 * count < n) {
+                codewords_[static_cast<std::size_t>(count++)] = table.entries[static_cast<std::size_t>(symbols[n - 1] | sigma_radius(kPairBits) << kPairBits)];
+            }
+        }
+        if (std::find(codewords_.begin(), codewords_.begin() + count, 0u) != codewords_.begin() + count) return -1;
+        return encode_lanes(codewords_.data(), count, start_, words_.data() + words_.size());
+    }
+
+    const EncodeOptions& options_;
+    std::uint8_t* payload_;
+    std::vector<std::uint16_t> symbols_;
+    std::vector<std::uint32_t> codewords_;
+    std::vector<std::uint16_t> words_;
+    std::uint32_t start_[kLanes] = {};
+};
+
+void write_metadata(const Encoder& encoder, const EncodeOptions& options, std::int64_t payload_at, std::int64_t total, std::uint8_t* out) {
+    std::uint64_t elements = 0;
+    for (const SegmentRecord& record : encoder.records) elements += record.count;
+    PacketHeader header{};
+    header.magic = kMagic;
+    header.version = kVersion;
+    header.dtype = options.dtype;
+    header.flags = options.checksums ? kFlagChecksums : 0;
+    header.ndim = static_cast<std::uint8_t>(options.dims.size());
+    header.segment_count = static_cast<std::uint32_t>(encoder.records.size());
+    header.element_count = elements;
+    header.total_bytes = static_cast<std::uint64_t>(total);
+    header.steps = static_cast<std::uint16_t>(options.steps);
+    header.lengths_words = static_cast<std::uint32_t>(encoder.lengths.size() / 4);
+
+    std::uint8_t* at = out;
+    const auto put = [&](const void* data, std::size_t bytes) {
+        if (bytes > 0) std::memcpy(at, data, bytes);
+        at += bytes;
+    };
+    put(&header, sizeof(header));
+    put(options.dims.data(), 8 * options.dims.size());
+    put(encoder.records.data(), sizeof(SegmentRecord) * encoder.records.size());
+    put(encoder.lengths.data(), encoder.lengths.size());
+    put(encoder.block_ends.data(), 4 * encoder.block_ends.size());
+    if (options.checksums) put(encoder.checksums.data(), 4 * encoder.checksums.size());
+    const std::uint32_t sum = checksum(out, payload_at);
+    std::memcpy(out + offsetof(PacketHeader, header_checksum), &sum, sizeof(sum));
+}
+
+}  // namespace
+
+bool is_usable(const Quantizer& quantizer, DType dtype) {
+    return dispatch(dtype, [&](auto traits) { return with_grid<decltype(traits)>(quantizer, [](const auto& grid) { return grid.usable(); }); });
+}
+
+std::int64_t encode_bound(const std::vector<SegmentInput>& segments, const EncodeOptions& options) {
+    std::int64_t total = metadata_bytes(segments, options, sum_max_lengths(segments));
+    for (const SegmentInput& segment : segments) {
+        total += max_payload_bytes(segment.values.count, segment.quantizer, options.dtype, options.steps);
+    }
+    return total;
+}
+
+Status encode_packet(const std::vector<SegmentInput>& segments, const EncodeOptions& options, std::uint8_t* out, std::int64_t capacity,
+                     std::int64_t* total_bytes) {
+    if (segments.empty()) return bad_argument("a packet needs at least one segment");
+    if (options.steps < 1 || options.steps > kMaxSteps) return bad_argument("steps must be 1..512", options.steps);
+    if (options.dims.size() > kMaxDims) return bad_argument("a tensor has at most 64 dimensions", static_cast<std::int64_t>(options.dims.size()));
+    for (std::size_t i = 0; i < segments.size(); ++i) {
+        QCOMM_RETURN_IF_ERROR(check_segment(segments[i], options.dtype, static_cast<std::int64_t>(i)));
+    }
+    const std::int64_t bound = encode_bound(segments, options);
+    if (static_cast<std::uint64_t>(bound) >= kMaxPayloadBytes) return bad_argument("a packet holds at most 16 GiB; split the tensor", bound);
+    if (capacity < bound) return no_space("the destination is smaller than encode_bound", bound);
+
+    const std::int64_t provisional = metadata_bytes(segments, options, sum_max_lengths(segments));
+    Encoder encoder(options, out + provisional);
+    for (const SegmentInput& segment : segments) {
+        dispatch(options.dtype, [&](auto traits) { encoder.encode(traits, segment); });
+    }
+    const auto metadata = static_cast<std::int64_t>(sizeof(PacketHeader) + 8 * options.dims.size() + sizeof(SegmentRecord) * segments.size() +
+                                                    encoder.lengths.size() + 4 * encoder.block_ends.size() +
+                                                    (options.checksums ? 4 * encoder.checksums.size() : 0));
+    std::memmove(out + metadata, out + provisional, static_cast<std::size_t>(encoder.payload_bytes));
+    *total_bytes = metadata + encoder.payload_bytes;
+    write_metadata(encoder, options, metadata, *total_bytes, out);
+    return {};
+}
+
+}  // namespace qcomm

@@ -1,0 +1,112 @@
+// Element types: storage, the arithmetic T in which their grids compute, and conversions that are the same bits on every machine.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace qcomm {
+
+enum class DType : std::uint8_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
+
+inline bool is_valid(DType dtype) { return static_cast<unsigned>(dtype) <= 3; }
+
+template <class To, class From>
+To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+    To to;
+    std::memcpy(&to, &from, sizeof(To));
+    return to;
+}
+
+// float16 -> float32, exact.
+inline float half_to_float(std::uint16_t h) {
+    const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
+    const std::uint32_t magnitude = h & 0x7FFFu;
+    if (magnitude >= 0x7C00u) return bit_cast<float>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
+    // A subnormal's fraction is put on top of 2^-14, which is then taken away: no float32 subnormal appears, so flush modes do not matter.
+    if (magnitude < 0x400u) return bit_cast<float>(sign | bit_cast<std::uint32_t>(bit_cast<float>(magnitude << 13 | 0x38800000u) - 0x1p-14f));
+    return bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
+}
+
+// float32 -> float16, to nearest even; overflow becomes infinity.
+inline std::uint16_t float_to_half(float f) {
+    const std::uint32_t bits = bit_cast<std::uint32_t>(f);
+    const auto sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000u);
+    const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
+    if (magnitude > 0x7F800000u) return static_cast<std::uint16_t>(sign | 0x7E00u);
+    if (magnitude >= 0x477FF000u) return static_cast<std::uint16_t>(sign | 0x7C00u);  // 65520 and above
+    if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 lets the adder round at the subnormal's last bit, 2^-24
+        const float shifted = bit_cast<float>(magnitude) + 0.5f;
+        return static_cast<std::uint16_t>(sign | (bit_cast<std::uint32_t>(shifted) - 0x3F000000u));
+    }
+    const std::uint32_t rounded = magnitude - (112u << 23) + 0xFFFu + (magnitude >> 13 & 1u);
+    return static_cast<std::uint16_t>(sign | rounded >> 13);
+}
+
+inline float bfloat_to_float(std::uint16_t b) { return bit_cast<float>(static_cast<std::uint32_t>(b) << 16); }
+
+// float32 -> bfloat16, to nearest even; overflow becomes infinity.
+inline std::uint16_t float_to_bfloat(float f) {
+    const std::uint32_t bits = bit_cast<std::uint32_t>(f);
+    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<std::uint16_t>(bits >> 16 | 0x40u);
+    return static_cast<std::uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
+}
+
+// widen(): storage -> T, exact. narrow(): one rounding from T (16-bit types: to float32 before).
+template <DType>
+struct Traits;
+
+template <>
+struct Traits<DType::kFloat32> {
+    using Storage = float;
+    using Arithmetic = float;
+    static constexpr double kMax = std::numeric_limits<float>::max();
+    static float widen(float v) { return v; }
+    static float narrow(float v) { return v; }
+    static float narrow(double v) { return static_cast<float>(v); }
+};
+template <>
+struct Traits<DType::kFloat16> {
+    using Storage = std::uint16_t;
+    using Arithmetic = float;
+    static constexpr double kMax = 65504.0;
+    static float widen(std::uint16_t v) { return half_to_float(v); }
+    static std::uint16_t narrow(float v) { return float_to_half(v); }
+    static std::uint16_t narrow(double v) { return float_to_half(static_cast<float>(v)); }
+};
+template <>
+struct Traits<DType::kBFloat16> {
+    using Storage = std::uint16_t;
+    using Arithmetic = float;
+    static constexpr double kMax = 0x1.FEp127;
+    static float widen(std::uint16_t v) { return bfloat_to_float(v); }
+    static std::uint16_t narrow(float v) { return float_to_bfloat(v); }
+    static std::uint16_t narrow(double v) { return float_to_bfloat(static_cast<float>(v)); }
+};
+template <>
+struct Traits<DType::kFloat64> {
+    using Storage = double;
+    using Arithmetic = double;
+    static constexpr double kMax = std::numeric_limits<double>::max();
+    static double widen(double v) { return v; }
+    static double narrow(double v) { return v; }
+};
+
+// Calls f(Traits<dtype>{}); the one place where a run-time dtype becomes a compile-time one.
+template <class F>
+decltype(auto) dispatch(DType dtype, F&& f) {
+    switch (dtype) {
+        case DType::kFloat16: return f(Traits<DType::kFloat16>{});
+        case DType::kBFloat16: return f(Traits<DType::kBFloat16>{});
+        case DType::kFloat64: return f(Traits<DType::kFloat64>{});
+        case DType::kFloat32: break;
+    }
+    return f(Traits<DType::kFloat32>{});
+}
+
+inline std::int64_t item_bytes(DType dtype) {
+    return dispatch(dtype, [](auto traits) { return static_cast<std::int64_t>(sizeof(typename decltype(traits)::Storage)); });
+}
+
+}  // namespace qcomm

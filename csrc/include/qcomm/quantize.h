@@ -1,0 +1,107 @@
+// Grids: values to symbols and back. The arithmetic is part of the wire format (docs/format.md, "Grids"); q means the level's number.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "qcomm/format.h"
+#include "qcomm/values.h"
+
+namespace qcomm {
+
+// What a segment record says about a grid and its code: everything needed to encode a tensor once it has been measured.
+struct Quantizer {
+    Grid grid = Grid::kNone;
+    std::uint8_t num_bits = 0;
+    Coding coding = Coding::kRaw;
+    std::uint8_t table = kTableOnWire;
+    double p0 = 0.0;
+    double p1 = 0.0;
+};
+
+// 2^N levels over [lo, hi] in float64. center: bin midpoints (the paper). endpoint: both ends are levels, so that decoding and encoding again
+// changes nothing. |error| <= half a level's distance plus half an ulp of the result.
+class RangeQuantizer {
+public:
+    RangeQuantizer(Grid grid, int num_bits, double lo, double hi)
+        : lo_(lo),
+          hi_(hi),
+          top_((1u << num_bits) - 1u),
+          offset_(grid == Grid::kRangeCenter ? 0.5 : 0.0),
+          intervals_(grid == Grid::kRangeCenter ? static_cast<double>(top_) + 1.0 : static_cast<double>(top_)),
+          inv_(intervals_ / (hi - lo)),
+          step_((hi - lo) / intervals_) {}
+
+    // Whether every value of [lo, hi] has a symbol: false for a range that overflows or is too small to divide by.
+    bool usable() const { return std::isfinite(lo_) && std::isfinite(hi_) && std::isfinite(hi_ - lo_) && lo_ < hi_ && std::isfinite(inv_); }
+
+    std::uint32_t operator()(double x) const {
+        const double q = (x - lo_) * inv_ + (0.5 - offset_);
+        return q < static_cast<double>(top_) ? static_cast<std::uint32_t>(q) : top_;
+    }
+    double decode(std::uint32_t symbol) const {
+        return offset_ == 0.0 && symbol == top_ ? hi_ : std::fma(static_cast<double>(symbol) + offset_, step_, lo_);
+    }
+    double step() const { return step_; }
+
+private:
+    double lo_, hi_;
+    std::uint32_t top_;
+    double offset_, intervals_, inv_, step_;
+};
+
+// Levels at multiples of `step`, zero among them; what lies outside gets the escape symbol and keeps its value. |error| <= step / 2 plus
+// rounding.
+template <class T>
+class SigmaQuantizer {
+public:
+    SigmaQuantizer(int num_bits, double step, double max_value)
+        : step_(static_cast<T>(step)),
+          inv_(T(1) / step_),
+          radius_(sigma_radius(num_bits)),
+          escape_(static_cast<std::uint32_t>(escape_symbol(num_bits))),
+          limit_(static_cast<std::int32_t>(std::fmin(radius_, std::floor(max_value / static_cast<double>(step_))))) {}
+
+    bool usable() const { return std::isnormal(step_) && std::isnormal(inv_) && step_ > T(0); }
+
+    std::uint32_t operator()(T x) const {
+        // Adding 1.5 * 2^(mantissa bits) rounds to the nearest even integer; the clamp keeps q where that is exact and far outside every alphabet.
+        T q = x * inv_;
+        q = q < T(-kFar) ? T(-kFar) : q;
+        q = q > T(kFar) ? T(kFar) : q;
+        const auto level = static_cast<std::int32_t>((q + kMagic) - kMagic);
+        const bool inside = level <= limit_ && level >= -limit_;
+        return inside ? static_cast<std::uint32_t>(level + radius_) : escape_;
+    }
+    T decode(std::uint32_t symbol) const { return static_cast<T>(static_cast<std::int32_t>(symbol) - radius_) * step_; }
+    std::uint32_t escape() const { return escape_; }
+
+private:
+    static constexpr std::int32_t kFar = 65536;
+    static constexpr T kMagic = T(1.5) * static_cast<T>(std::int64_t{1} << (std::numeric_limits<T>::digits - 1));
+
+    T step_, inv_;
+    std::int32_t radius_;
+    std::uint32_t escape_;
+    std::int32_t limit_;
+};
+
+// Calls f(quantizer) with the RangeQuantizer or SigmaQuantizer<T> of a grid that is not kNone.
+template <class Tr, class F>
+decltype(auto) with_grid(const Quantizer& q, F&& f) {
+    if (q.grid == Grid::kSigma) return f(SigmaQuantizer<typename Tr::Arithmetic>(q.num_bits, q.p1, Tr::kMax));
+    return f(RangeQuantizer(q.grid, q.num_bits, q.p0, q.p1));
+}
+
+// Whether the grid can represent these values at all; if not, a segment travels raw.
+bool is_usable(const Quantizer& quantizer, DType dtype);
+
+// The code of a sigma segment (single or pair; static, or a table on the wire), the cheapest by the counts of a sample; see docs/format.md.
+struct SigmaCode {
+    Coding coding;
+    std::uint8_t table;
+};
+SigmaCode choose_sigma_code(const Values& values, int num_bits, double step, double k, std::uint32_t seed);
+
+}  // namespace qcomm

@@ -1,0 +1,59 @@
+// What is compressed: u = values * inv_scale + residual, in the arithmetic T of the dtype with one rounding per operation.
+// Without a residual and with inv_scale 1, u is the value itself.
+#pragma once
+
+#include <cstdint>
+
+#include "qcomm/dtype.h"
+
+namespace qcomm {
+
+struct Values {
+    const void* data = nullptr;  // `count` elements of `dtype`
+    DType dtype = DType::kFloat32;
+    std::int64_t count = 0;
+    const float* residual = nullptr;  // `count` elements, or null
+    double inv_scale = 1.0;           // rounded to T before use
+
+    // Whether u needs a float32 or float64 dtype: a 16-bit packet could not carry it exactly.
+    bool is_adjusted() const { return residual != nullptr || inv_scale != 1.0; }
+};
+
+// Random access to u, for the compile-time dtype of `Tr`.
+template <class Tr>
+class Reader {
+public:
+    using T = typename Tr::Arithmetic;
+
+    explicit Reader(const Values& values)
+        : data_(static_cast<const typename Tr::Storage*>(values.data)),
+          residual_(values.residual),
+          inv_scale_(static_cast<T>(values.inv_scale)),
+          scaled_(values.inv_scale != 1.0) {}
+
+    T operator[](std::int64_t i) const {
+        T u = Tr::widen(data_[i]);
+        if (scaled_) u *= inv_scale_;
+        if (residual_ != nullptr) u += static_cast<T>(residual_[i]);
+        return u;
+    }
+
+    // u[begin, begin + count) into `out`; the branches are taken once, so the loops vectorise.
+    void load(std::int64_t begin, int count, T* out) const {
+        for (int i = 0; i < count; ++i) out[i] = Tr::widen(data_[begin + i]);
+        if (scaled_) {
+            for (int i = 0; i < count; ++i) out[i] *= inv_scale_;
+        }
+        if (residual_ != nullptr) {
+            for (int i = 0; i < count; ++i) out[i] += static_cast<T>(residual_[begin + i]);
+        }
+    }
+
+private:
+    const typename Tr::Storage* data_;
+    const float* residual_;
+    T inv_scale_;
+    bool scaled_;
+};
+
+}  // namespace qcomm

@@ -1,0 +1,254 @@
+"""The only importer of the native core: turns checked tensors into addresses. Everything here speaks torch, nothing above it speaks addresses."""
+
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+
+from qcomm import _C
+from qcomm.errors import PacketError
+
+_C.set_packet_error(PacketError)
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # the index is the dtype's number in a packet
+DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
+WIRE_TABLE = 0
+NO_TABLE = 255
+
+
+class GridKind(IntEnum):
+    """``SegmentRecord.grid`` in a packet."""
+
+    NONE = 0
+    RANGE_CENTER = 1
+    RANGE_ENDPOINT = 2
+    SIGMA = 3
+
+
+class Coding(IntEnum):
+    """``SegmentRecord.coding`` in a packet."""
+
+    RAW = 0
+    CONSTANT = 1
+    FIXED = 2
+    SINGLE = 3
+    PAIR = 4
+
+
+class Quantizer(NamedTuple):
+    """A measured tensor's grid and code: what a segment record says, and all that encoding needs besides the values."""
+
+    grid: GridKind
+    num_bits: int
+    coding: Coding
+    table: int
+    p0: float
+    p1: float
+
+    @classmethod
+    def raw(cls) -> "Quantizer":
+        """Values travel as they are."""
+        return cls(GridKind.NONE, 0, Coding.RAW, WIRE_TABLE, 0.0, 0.0)
+
+    @classmethod
+    def constant(cls, value: float) -> "Quantizer":
+        """Every value decodes to ``value``, which may be NaN."""
+        return cls(GridKind.NONE, 0, Coding.CONSTANT, WIRE_TABLE, value, 0.0)
+
+    @property
+    def step(self) -> float:
+        """Distance of neighbouring levels; 0 where nothing is lost."""
+        if self.grid == GridKind.SIGMA:
+            return self.p1
+        if self.grid == GridKind.NONE:
+            return 0.0
+        return (self.p1 - self.p0) / (2**self.num_bits - (self.grid == GridKind.RANGE_ENDPOINT))
+
+
+class Segment(NamedTuple):
+    """One tensor, or a part of one, as it goes into a packet.
+
+    ``values``: contiguous, any shape; float32 or float64 where there is a residual. ``residual``: float32, contiguous, of as many elements; it is
+    added before quantization and then replaced by what quantization lost.
+    """
+
+    values: torch.Tensor
+    quantizer: Quantizer
+    residual: torch.Tensor | None = None
+
+
+def check_floats(name: str, tensor: object) -> torch.Tensor:
+    """Returns ``tensor`` if it is a dense real floating-point CPU tensor, or raises an error that names ``name``."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}; call .to_dense() first")
+    if tensor.dtype not in DTYPE_NUMBERS:
+        hint = "; view it as real with torch.view_as_real" if tensor.is_complex() else ""
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}{hint}")
+    if tensor.device.type != "cpu":
+        raise ValueError(f"{name} must be on the CPU in this build, got device {tensor.device}")
+    return tensor
+
+
+def check_packet(packet: object) -> torch.Tensor:
+    """Returns ``packet`` as a contiguous 1-D uint8 CPU tensor, or raises an error that names it."""
+    if not isinstance(packet, torch.Tensor):
+        raise TypeError(f"packet must be a 1-D uint8 tensor, got {type(packet).__name__}; torch.frombuffer makes one from bytes")
+    if packet.dtype != torch.uint8 or packet.dim() != 1:
+        raise TypeError(f"packet must be a 1-D uint8 tensor, got {packet.dim()}-D {packet.dtype}")
+    if packet.device.type != "cpu":
+        raise ValueError(f"packet must be on the CPU in this build, got device {packet.device}")
+    return packet.contiguous()
+
+
+def _source(values: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, int, int, int]:
+    """(address, dtype, count, residual address) of ``values * inv_scale + residual``, checked."""
+    check_floats("values", values)
+    if not values.is_contiguous():
+        raise ValueError("values must be contiguous")
+    if residual is None:
+        return values.data_ptr(), DTYPE_NUMBERS[values.dtype], values.numel(), 0
+    if residual.dtype != torch.float32 or residual.numel() != values.numel() or not residual.is_contiguous() or residual.device != values.device:
+        raise ValueError(
+            f"residual must be contiguous float32 of {values.numel()} elements on {values.device}, "
+            f"got {residual.dtype} of {residual.numel()} on {residual.device}"
+        )
+    if values.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"values must be float32 or float64 where a residual is added, got {values.dtype}")
+    return values.data_ptr(), DTYPE_NUMBERS[values.dtype], values.numel(), residual.data_ptr()
+
+
+def measure(values: torch.Tensor, residual: torch.Tensor | None, inv_scale: float) -> tuple[float, float, float, bool]:
+    """(minimum, maximum, sum of squares, all finite) of ``values * inv_scale + residual``."""
+    return _C.measure(*_source(values, residual), inv_scale)
+
+
+def entropy(
+    values: torch.Tensor,
+    residual: torch.Tensor | None,
+    inv_scale: float,
+    lo: float,
+    hi: float,
+    num_bits: int,
+    fraction: float,
+    seed: int,
+) -> float:
+    """Entropy in bits of a sampled histogram over [lo, hi]."""
+    return _C.entropy(*_source(values, residual), inv_scale, lo, hi, num_bits, fraction, seed)
+
+
+def sigma_code(
+    values: torch.Tensor, residual: torch.Tensor | None, inv_scale: float, num_bits: int, step: float, k: float
+) -> tuple[Coding, int]:
+    """The cheapest code for a sigma segment by the counts of a sample: (coding, table)."""
+    coding, table = _C.sigma_code(*_source(values, residual), inv_scale, num_bits, step, k, 0)
+    return Coding(coding), table
+
+
+def nearest_static_table(coding: Coding, num_bits: int, k: float) -> int:
+    """Number of the built-in table made for a step near ``k``, or ``NO_TABLE``."""
+    return _C.nearest_static_table(coding, num_bits, k)
+
+
+def is_usable(quantizer: Quantizer, dtype: torch.dtype) -> bool:
+    """Whether the grid's arithmetic can represent the values; if not they travel raw."""
+    return _C.is_usable(quantizer, DTYPE_NUMBERS[dtype])
+
+
+def quantize(values: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
+    """int32 symbols of ``values``, in their shape."""
+    values = check_floats("tensor", values).contiguous()
+    symbols = torch.empty(values.shape, dtype=torch.int32)
+    _C.quantize(values.data_ptr(), DTYPE_NUMBERS[values.dtype], values.numel(), quantizer, symbols.data_ptr())
+    return symbols
+
+
+def dequantize(symbols: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
+    """Values of int32 symbols, in their shape."""
+    symbols = symbols.contiguous()
+    values = torch.empty(symbols.shape, dtype=dtype)
+    _C.dequantize(symbols.data_ptr(), symbols.numel(), quantizer, DTYPE_NUMBERS[dtype], values.data_ptr())
+    return values
+
+
+def encode(
+    segments: Sequence[Segment], shape: Sequence[int], inv_scale: float, checksum: bool, steps: int
+) -> torch.Tensor:
+    """A packet of ``segments`` as a 1-D uint8 tensor, a view of a larger buffer."""
+    dtype = DTYPE_NUMBERS[check_floats("values", segments[0].values).dtype]
+    described = []
+    for values, quantizer, residual in segments:
+        address, number, count, residual_address = _source(values, residual)
+        if number != dtype:
+            raise TypeError(f"all segments must have one dtype, got {values.dtype} beside {DTYPES[dtype]}")
+        described.append((address, count, residual_address, quantizer))
+    capacity = _C.encode_bound(described, dtype, shape, checksum, steps)
+    out = torch.empty(capacity, dtype=torch.uint8)
+    size = _C.encode(described, inv_scale, dtype, shape, checksum, steps, out.data_ptr(), capacity)
+    return out[:size]
+
+
+class ParsedPacket(NamedTuple):
+    """What a packet's metadata says, after all of it has been checked."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    steps: int
+    checksums: bool
+    payload_bytes: int
+    records: list[tuple[int, Quantizer]]  # (count, quantizer)
+
+
+def parse(packet: torch.Tensor) -> ParsedPacket:
+    """Checks a packet's metadata and returns it; raises ``PacketError``."""
+    parsed = _C.parse(packet.data_ptr(), packet.numel())
+    records = [(count, Quantizer(GridKind(g), n, Coding(c), t, p0, p1)) for count, g, n, c, t, p0, p1 in parsed["records"]]
+    return ParsedPacket(
+        DTYPES[parsed["dtype"]], tuple(parsed["dims"]), parsed["steps"], parsed["checksums"], parsed["payload_bytes"], records
+    )
+
+
+def decode(packet: torch.Tensor, out: torch.Tensor, accumulate: bool) -> None:
+    """Decodes into ``out`` (contiguous, the packet's dtype and element count), or adds to it."""
+    _C.decode(packet.data_ptr(), packet.numel(), out.data_ptr(), out.numel(), DTYPE_NUMBERS[out.dtype], accumulate)
+
+
+def count_symbols(packet: torch.Tensor, segment: int) -> torch.Tensor:
+    """int64 counts[65536] of a segment's symbols."""
+    counts = torch.zeros(65536, dtype=torch.int64)
+    _C.count_symbols(packet.data_ptr(), packet.numel(), segment, counts.data_ptr())
+    return counts
+
+
+def code_lengths(counts: torch.Tensor, limit: int) -> torch.Tensor:
+    """uint8 lengths of an optimal code with codewords of at most ``limit`` bits."""
+    counts = counts.to(torch.int64).contiguous()
+    lengths = torch.empty(counts.numel(), dtype=torch.uint8)
+    _C.code_lengths(counts.data_ptr(), counts.numel(), limit, lengths.data_ptr())
+    return lengths
+
+
+def canonical_codes(lengths: torch.Tensor) -> torch.Tensor:
+    """int32 codewords, LSB first."""
+    lengths = lengths.to(torch.uint8).contiguous()
+    codes = torch.empty(lengths.numel(), dtype=torch.int16)
+    _C.canonical_codes(lengths.data_ptr(), lengths.numel(), codes.data_ptr())
+    return codes.to(torch.int32) & 0xFFFF
+
+
+def static_tables() -> list[tuple[int, Coding, int, list[int]]]:
+    """The built-in codes: (number, coding, num_bits, code lengths)."""
+    return [(number, Coding(coding), bits, lengths) for number, coding, bits, lengths in _C.static_tables()]
+
+
+def checksum(data: torch.Tensor) -> int:
+    """The packet checksum of a uint8 tensor."""
+    data = data.contiguous()
+    return _C.checksum(data.data_ptr(), data.numel())
+
+
+def log2_fixed(v: int) -> int:
+    """``2**24 * log2(v)`` in the fixed-point arithmetic of the format."""
+    return _C.log2_fixed(v)

@@ -1,0 +1,233 @@
+"""Tensors to packets and back. docs/format.md describes the bytes."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from qcomm import _native
+from qcomm._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, Segment
+from qcomm.errors import PacketError
+from qcomm.grids import Grid, SigmaGrid
+from qcomm.quantize import plan
+from qcomm.statistics import measure
+
+__all__ = ["PacketInfo", "Segment", "SegmentInfo", "compress", "decode_into", "decompress", "encode", "inspect"]
+
+# Symbols per lane in a block. A block costs about 48 bytes besides its codewords, and is what one warp or one thread works on at a time.
+BLOCK_STEPS = 256
+LARGE_BLOCK_STEPS = 512
+LARGE_ELEMENTS = 1 << 24
+
+
+def default_block_steps(element_count: int) -> int:
+    """Symbols per lane in a block: long blocks cost fewer bytes, and a large tensor has enough of them to keep a GPU busy."""
+    return LARGE_BLOCK_STEPS if element_count >= LARGE_ELEMENTS else BLOCK_STEPS
+
+
+def compress(tensor: torch.Tensor, grid: Grid = SigmaGrid(), *, checksum: bool = True, block_steps: int | None = None) -> torch.Tensor:
+    """Quantizes and Huffman-codes a tensor.
+
+    Args:
+        tensor: any shape, contiguous or not, float32, float16, bfloat16 or float64. Non-finite values make it travel raw, exactly.
+        grid: how finely; SigmaGrid for gradients, RangeGrid for weights.
+        checksum: add 4 bytes a block that let ``decompress`` tell damaged from whole.
+        block_steps: symbols per lane in a block, 1..512; by default by size. Smaller blocks are more parallel and larger in sum.
+
+    Returns:
+        A 1-D uint8 tensor. Never more than 128 bytes larger than the tensor itself (up to 6 dimensions).
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> packet = compress(torch.linspace(-1, 1, 100_000), SigmaGrid(step=1.0))
+        >>> restored = decompress(packet)
+        >>> packet.numel() < 4 * 100_000 / 12, restored.shape
+        (True, torch.Size([100000]))
+    """
+    values = _native.check_floats("tensor", tensor).detach().contiguous()
+    quantizer = plan(measure(values), grid, values)
+    packet = encode([Segment(values.reshape(-1), quantizer)], shape=values.shape, checksum=checksum, block_steps=block_steps)
+    return packet.clone()  # the encoder's buffer is as large as the worst case
+
+
+def decompress(packet: torch.Tensor) -> torch.Tensor:
+    """The tensor in a packet, in its shape and dtype.
+
+    Raises:
+        PacketError: the bytes are not a whole, undamaged packet of this version.
+        TypeError: ``packet`` is not a 1-D uint8 tensor.
+
+    Example:
+        >>> decompress(compress(torch.full((2, 3), 7.0)))
+        tensor([[7., 7., 7.],
+                [7., 7., 7.]])
+    """
+    packet = _native.check_packet(packet)
+    parsed = _native.parse(packet)
+    out = torch.empty(parsed.shape, dtype=parsed.dtype)
+    _native.decode(packet, out, accumulate=False)
+    return out
+
+
+def encode(
+    segments: Sequence[Segment],
+    *,
+    inv_scale: float = 1.0,
+    shape: Sequence[int] | None = None,
+    checksum: bool = True,
+    block_steps: int | None = None,
+) -> torch.Tensor:
+    """A packet of several segments, each ``u = values * inv_scale + residual`` on its own quantizer. The building block of collectives.
+
+    A segment's residual, where it has one, is replaced by ``u - decoded(u)`` (error feedback) in the same pass; a constant NaN leaves it
+    untouched. Arguments are checked before anything is written.
+
+    Args:
+        segments: at least one, all of one dtype (float32 or float64 where a residual or scale is used).
+        inv_scale: positive and finite.
+        shape: of the whole; by default flat.
+        checksum, block_steps: as in :func:`compress`.
+
+    Returns:
+        A 1-D uint8 tensor, a view of a larger buffer.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> gradient, residual = torch.randn(5000), torch.zeros(5000)
+        >>> quantizer = plan(measure(gradient), SigmaGrid(2.0), gradient)
+        >>> packet = encode([Segment(gradient, quantizer, residual)])
+        >>> torch.allclose(decompress(packet) + residual, gradient)
+        True
+    """
+    if not segments:
+        raise ValueError("segments must not be empty")
+    if not (math.isfinite(inv_scale) and inv_scale > 0.0):
+        raise ValueError(f"inv_scale must be positive and finite, got {inv_scale}")
+    count = sum(segment.values.numel() for segment in segments)
+    if block_steps is None:
+        block_steps = default_block_steps(count)
+    if not 1 <= block_steps <= LARGE_BLOCK_STEPS:
+        raise ValueError(f"block_steps must be in 1..{LARGE_BLOCK_STEPS}, got {block_steps}")
+    dims = [count] if shape is None else list(shape)
+    if math.prod(dims) != count:
+        raise ValueError(f"shape must have {count} elements like the segments together, got {dims}")
+    return _native.encode(segments, dims, inv_scale, checksum, block_steps)
+
+
+def decode_into(packet: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> None:
+    """Decodes a packet into ``out``, or adds it to ``out``, all segments one after another.
+
+    Args:
+        packet: 1-D uint8.
+        out: contiguous, of the packet's dtype and element count; float32 or float64 with ``accumulate``.
+        accumulate: add instead of store.
+
+    Raises:
+        PacketError: the bytes are not a valid packet; what ``out`` then holds is unspecified.
+        TypeError, ValueError: ``out`` does not fit the packet.
+
+    Example:
+        >>> total = torch.ones(3)
+        >>> decode_into(compress(torch.full((3,), 2.0)), total, accumulate=True)
+        >>> total
+        tensor([3., 3., 3.])
+    """
+    packet = _native.check_packet(packet)
+    _native.check_floats("out", out)
+    if not out.is_contiguous():
+        raise ValueError("out must be contiguous")
+    _native.decode(packet, out, accumulate)
+
+
+@dataclass(frozen=True)
+class SegmentInfo:
+    """One segment of a packet.
+
+    ``grid``: ``"none"``, ``"range_center"``, ``"range_endpoint"`` or ``"sigma"``; ``num_bits``: of a symbol before coding (of a value, where the
+    values are raw); ``entropy_bits``: of the symbols in it, NaN where there are none; ``coding``: ``"raw"``, ``"constant"``, ``"fixed"``, ``"single"``
+    or ``"pair"``; ``table``: ``"static <number>"``, ``"own"`` or ``"none"``.
+    """
+
+    count: int
+    grid: str
+    num_bits: int
+    step: float
+    entropy_bits: float
+    coding: str
+    table: str
+
+
+@dataclass(frozen=True)
+class PacketInfo:
+    """What a packet contains and what it costs. The first six fields after ``dtype`` describe the first segment; tensors have only one."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    grid: str
+    num_bits: int
+    entropy_bits: float
+    coding: str
+    bits_per_element: float
+    payload_bytes: int
+    header_bytes: int
+    total_bytes: int
+    block_steps: int
+    checksums: bool
+    segments: tuple[SegmentInfo, ...]
+
+
+def inspect(packet: torch.Tensor) -> PacketInfo:
+    """Describes a packet; the payload is decoded to symbols to find their entropy.
+
+    Raises:
+        PacketError: the bytes are not a whole, undamaged packet of this version.
+
+    Example:
+        >>> info = inspect(compress(torch.randn(50_000), SigmaGrid(step=1.0)))
+        >>> info.grid, info.num_bits, info.total_bytes == info.header_bytes + info.payload_bytes
+        ('sigma', 4, True)
+    """
+    packet = _native.check_packet(packet)
+    parsed = _native.parse(packet)
+    segments = tuple(_describe(packet, i, *record, dtype=parsed.dtype) for i, record in enumerate(parsed.records))
+    total, count = packet.numel(), math.prod(parsed.shape)
+    first = segments[0]
+    return PacketInfo(
+        shape=parsed.shape,
+        dtype=parsed.dtype,
+        grid=first.grid,
+        num_bits=first.num_bits,
+        entropy_bits=first.entropy_bits,
+        coding=first.coding,
+        bits_per_element=8 * total / count if count else math.nan,
+        payload_bytes=parsed.payload_bytes,
+        header_bytes=total - parsed.payload_bytes,
+        total_bytes=total,
+        block_steps=parsed.steps,
+        checksums=parsed.checksums,
+        segments=segments,
+    )
+
+
+def _describe(packet: torch.Tensor, index: int, count: int, quantizer: Quantizer, *, dtype: torch.dtype) -> SegmentInfo:
+    entropy = math.nan
+    if quantizer.coding in (Coding.FIXED, Coding.SINGLE, Coding.PAIR):
+        counts = _native.count_symbols(packet, index).double()
+        p = counts[counts > 0] / counts.sum()
+        entropy = abs(float(-(p * p.log2()).sum()))
+    raw = quantizer.coding == Coding.RAW
+    table = {WIRE_TABLE: "own", NO_TABLE: "none"}.get(quantizer.table, f"static {quantizer.table}")
+    return SegmentInfo(
+        count=count,
+        grid=GridKind(quantizer.grid).name.lower(),
+        num_bits=8 * dtype.itemsize if raw else quantizer.num_bits,
+        step=quantizer.step,
+        entropy_bits=entropy,
+        coding=Coding(quantizer.coding).name.lower(),
+        table=table if quantizer.coding in (Coding.SINGLE, Coding.PAIR) else "none",
+    )

@@ -1,0 +1,40 @@
+"""Entropy of a tensor from a small sample: what decides on the number of bits."""
+
+import torch
+
+from qcomm import _native
+from qcomm.grids import RangeGrid
+from qcomm.statistics import measure
+
+__all__ = ["estimate_entropy"]
+
+
+def estimate_entropy(tensor: torch.Tensor, num_bits: int = 4, sample_fraction: float = 0.03, *, seed: int = 0) -> float:
+    """Entropy, in bits, of the ``2**num_bits``-bin histogram of a sample of ``tensor`` between its minimum and maximum.
+
+    At least 1024 values are sampled (all of a smaller tensor), one from each stride; computed in integers, so that every machine and
+    device finds the same number. 0 for a constant or empty tensor.
+
+    Args:
+        tensor: any shape, float32, float16, bfloat16 or float64, finite.
+        num_bits: 1..12.
+        sample_fraction: in (0, 1].
+        seed: which values are sampled.
+
+    Raises:
+        ValueError: non-finite values, or an argument out of range.
+
+    Source: A. Oland and B. Raj, ICASSP 2015, section on bit allocation by entropy.
+
+    Example:
+        >>> estimate_entropy(torch.arange(4096.0))
+        4.0
+    """
+    RangeGrid(entropy_bits=num_bits, sample_fraction=sample_fraction, seed=seed)  # checks the arguments
+    values = _native.check_floats("tensor", tensor).detach().contiguous()
+    stats = measure(values)
+    if not stats.finite:
+        raise ValueError("tensor must be finite: NaN or infinity has no place in a histogram")
+    if stats.minimum == stats.maximum:
+        return 0.0
+    return _native.entropy(values, None, 1.0, stats.minimum, stats.maximum, num_bits, sample_fraction, seed)

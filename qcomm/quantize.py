@@ -1,0 +1,133 @@
+"""From a measured tensor and a grid to symbols: which levels, how many bits, which code."""
+
+import math
+
+import torch
+
+from qcomm import _native
+from qcomm._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer
+from qcomm.grids import Grid, RangeGrid, SigmaGrid
+from qcomm.statistics import Statistics, measure
+
+__all__ = ["Code", "Quantizer", "dequantize", "plan", "quantize"]
+
+MAX_CODED_BITS = 12
+
+Code = tuple[Coding, int]  # a segment's coding and table, as in a packet's segment record
+
+
+def plan(
+    stats: Statistics,
+    grid: Grid,
+    values: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    inv_scale: float = 1.0,
+    code: Code | None = None,
+) -> Quantizer:
+    """The quantizer for ``u = values * inv_scale + residual``, whose statistics are ``stats``.
+
+    A non-finite tensor, and one whose levels the arithmetic cannot represent, gets a raw quantizer; a constant one a constant.
+
+    Args:
+        stats: from :func:`qcomm.statistics.measure` of the same values.
+        grid: a SigmaGrid or RangeGrid.
+        values, residual, inv_scale: as in ``measure``; a sample of them is read.
+        code: of an earlier plan for a tensor like this one with the same SigmaGrid: saves sampling it again.
+    """
+    if not stats.finite:
+        return Quantizer.raw()
+    if stats.minimum == stats.maximum:
+        return Quantizer.constant(stats.minimum)
+    if isinstance(grid, SigmaGrid):
+        quantizer = _plan_sigma(stats, grid, values, residual, inv_scale, code)
+    elif isinstance(grid, RangeGrid):
+        quantizer = _plan_range(stats, grid, values, residual, inv_scale)
+    else:
+        raise TypeError(f"grid must be a SigmaGrid or a RangeGrid, got {type(grid).__name__}")
+    return quantizer if _native.is_usable(quantizer, values.dtype) else Quantizer.raw()
+
+
+def _plan_sigma(
+    stats: Statistics, grid: SigmaGrid, values: torch.Tensor, residual: torch.Tensor | None, inv_scale: float, code: Code | None
+) -> Quantizer:
+    step = grid.step * stats.rms
+    if values.dtype != torch.float64:
+        step = float(torch.tensor(step, dtype=torch.float64).to(torch.float32))
+    bits = grid.num_bits
+    quantizer = Quantizer(GridKind.SIGMA, bits, Coding.SINGLE, NO_TABLE, 0.0, step)
+    if grid.coding == "fixed" or bits > MAX_CODED_BITS or not _native.is_usable(quantizer, values.dtype):
+        return quantizer
+    if code is None:
+        if grid.coding == "table":
+            code = Coding.SINGLE, WIRE_TABLE
+        elif grid.coding == "auto":
+            code = _native.sigma_code(values, residual, inv_scale, bits, step, grid.step)
+        else:
+            coding = Coding.PAIR if grid.coding == "pair" else Coding.SINGLE
+            table = _native.nearest_static_table(coding, bits, grid.step)
+            code = coding, (table if table != NO_TABLE else WIRE_TABLE)  # very fine steps have no built-in table
+    return quantizer._replace(coding=code[0], table=code[1])
+
+
+def _plan_range(
+    stats: Statistics, grid: RangeGrid, values: torch.Tensor, residual: torch.Tensor | None, inv_scale: float
+) -> Quantizer:
+    lo, hi = stats.minimum, stats.maximum
+    if not math.isfinite(hi - lo):
+        return Quantizer.raw()
+    bits = grid.num_bits
+    if bits is None:
+        entropy = _native.entropy(values, residual, inv_scale, lo, hi, grid.entropy_bits, grid.sample_fraction, grid.seed)
+        bits = grid.bits_for(entropy)
+    kind = GridKind.RANGE_CENTER if grid.reconstruction == "center" else GridKind.RANGE_ENDPOINT
+    return Quantizer(kind, bits, Coding.SINGLE if bits <= MAX_CODED_BITS else Coding.FIXED, WIRE_TABLE, lo, hi)
+
+
+def quantize(tensor: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Quantizer]:
+    """Symbols of ``tensor`` on a grid, and the quantizer that decodes them.
+
+    On a range grid the symbol is the level's number counted from the minimum; on a sigma grid zero is ``2**(num_bits - 1) - 1`` and the escape symbol,
+    for values outside the alphabet, ``2**num_bits - 1``.
+
+    Args:
+        tensor: any shape, float32, float16, bfloat16 or float64, finite and not constant.
+        grid: a SigmaGrid or RangeGrid.
+
+    Returns:
+        (int32 symbols in the tensor's shape, Quantizer).
+
+    Raises:
+        ValueError: a tensor that would be stored raw or as a constant has no symbols.
+
+    Example:
+        >>> symbols, quantizer = quantize(torch.tensor([0.0, 0.5, 1.0]), RangeGrid(num_bits=1))
+        >>> symbols.tolist(), quantizer.num_bits
+        ([0, 1, 1], 1)
+    """
+    values = _native.check_floats("tensor", tensor).detach().contiguous()
+    quantizer = plan(measure(values), grid, values)
+    if quantizer.grid == GridKind.NONE:
+        raise ValueError(f"tensor must be finite, not constant and of a representable range to be quantized; it would be stored {quantizer.coding.name.lower()}")
+    return _native.quantize(values, quantizer), quantizer
+
+
+def dequantize(symbols: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Values that ``symbols`` stand for.
+
+    Args:
+        symbols: int32, any shape, as from :func:`quantize`. Escape symbols decode to one level beyond the alphabet: their values are in the packet only.
+        quantizer: from :func:`quantize`.
+        dtype: float32, float16, bfloat16 or float64.
+
+    Example:
+        >>> symbols, quantizer = quantize(torch.tensor([0.0, 0.4, 1.0]), RangeGrid(num_bits=2))
+        >>> dequantize(symbols, quantizer)
+        tensor([0.0000, 0.3333, 1.0000])
+    """
+    if symbols.dtype != torch.int32:
+        raise TypeError(f"symbols must be int32, got {symbols.dtype}")
+    if dtype not in _native.DTYPE_NUMBERS:
+        raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
+    if quantizer.grid == GridKind.NONE:
+        raise ValueError("quantizer must belong to a grid; raw and constant tensors have no symbols")
+    return _native.dequantize(symbols, quantizer, dtype)

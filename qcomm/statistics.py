@@ -1,0 +1,43 @@
+"""What one pass over a tensor tells: the input of every grid."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from qcomm import _native
+
+__all__ = ["Statistics", "measure"]
+
+
+class Statistics(NamedTuple):
+    """Of ``count`` values: extremes, sum of squares in float64 (its order of additions is part of the packet format), all finite or not.
+
+    Where ``finite`` is False the other figures say nothing.
+    """
+
+    count: int
+    minimum: float
+    maximum: float
+    sum_squares: float
+    finite: bool
+
+    @property
+    def rms(self) -> float:
+        """Root mean square; 0 for no values."""
+        return math.sqrt(self.sum_squares / self.count) if self.count else 0.0
+
+
+def measure(values: torch.Tensor, residual: torch.Tensor | None = None, inv_scale: float = 1.0) -> Statistics:
+    """Statistics of ``u = values * inv_scale + residual``.
+
+    Args:
+        values: contiguous, any shape, float32, float16, bfloat16 or float64.
+        residual: contiguous float32 with as many elements, or None. Needs float32 or float64 values.
+        inv_scale: a factor, rounded to the arithmetic of the dtype.
+
+    Example:
+        >>> measure(torch.tensor([3.0, -4.0])).rms ** 2
+        12.5
+    """
+    return Statistics(values.numel(), *_native.measure(values, residual, inv_scale))
