@@ -12,6 +12,7 @@
 namespace qcomm {
 namespace {
 
+constexpr std::int64_t kTypicalBlockBytes = 40;  // of a coded block beyond its codewords
 constexpr std::uint64_t kMaxPayloadBytes = std::uint64_t{4} << 32;  // block ends count 4-byte units in 32 bits
 
 SegmentRecord make_record(std::int64_t count, const Quantizer& q) {
@@ -194,12 +195,13 @@ private:
         std::vector<std::uint8_t> own(static_cast<std::size_t>(size));
         code_lengths(counts.data(), size, length_limit(q.coding, q.num_bits), own.data());
         EncodeTable table;
-        if (is_complete(own.data(), size)) {
-            table = EncodeTable(own.data(), size);
-            const std::vector<std::uint8_t> list = pack_lengths(own.data(), size);
-            lengths.insert(lengths.end(), list.begin(), list.end());
+        std::vector<std::uint8_t> list;
+        if (is_complete(own.data(), size)) list = pack_lengths(own.data(), size);
+        if (list.empty() || (q.grid == Grid::kSigma && !table_pays(counts, own, list.size(), in.values.count, q))) {
+            q.table = kNoTable;  // one symbol only, or too few values
         } else {
-            q.table = kNoTable;  // one symbol only
+            table = EncodeTable(own.data(), size);
+            lengths.insert(lengths.end(), list.begin(), list.end());
         }
         write_blocks<Tr>(in, q, grid, table.empty() ? nullptr : &table, symbols.data());
         if (is_range(q.grid) && cost_since(start) >= align4(packed_bytes(in.values.count, q.num_bits)) + checksum_bytes(1)) {
@@ -208,6 +210,15 @@ private:
             q.table = kTableOnWire;
         }
         return q;
+    }
+
+    // A sigma segment cannot be written a second time, its residual being updated as blocks are written: so its table is judged by a forecast.
+    bool table_pays(const std::vector<std::uint64_t>& counts, const std::vector<std::uint8_t>& own, std::size_t list_bytes, std::int64_t count,
+                    const Quantizer& q) const {
+        std::uint64_t bits = 0;
+        for (std::size_t s = 0; s < counts.size(); ++s) bits += counts[s] * own[s];
+        const std::int64_t blocks = blocks_in(make_record(count, q), options_.steps);
+        return static_cast<std::int64_t>(bits / 8 + list_bytes) + kTypicalBlockBytes * blocks < packed_bytes(count, q.num_bits);
     }
 
     template <class Tr, class GridT>
