@@ -1,0 +1,138 @@
+"""Worlds of gloo processes that tests share: a launch costs seconds, so one world of each size runs the cases of all tests.
+
+A case is a top-level function ``case(rank, world_size, *args)``; it runs on all ranks at once, in the default process group, and fails by raising.
+"""
+
+import atexit
+import multiprocessing
+import os
+import pickle
+import shutil
+import tempfile
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import wait
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(seconds=30)  # of the default process group: most that a rank waits for another
+CASE_SECONDS = 120.0
+
+
+def _serve(rank, world_size, folder, timeout, connection):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timeout)
+    while (message := connection.recv()) is not None:
+        case, args = pickle.loads(message)
+        torch.manual_seed(rank)
+        try:
+            result = case(rank, world_size, *args)
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+        else:
+            connection.send((True, result))
+    dist.destroy_process_group()
+
+
+class World:
+    """``world_size`` processes that wait for cases."""
+
+    def __init__(self, world_size, timeout=TIMEOUT):
+        self.world_size = world_size
+        self.folder = tempfile.mkdtemp(prefix="qcomm-test-")
+        context = multiprocessing.get_context("spawn")
+        self.connections, self.processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, world_size, self.folder, timeout, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.connections.append(ours)
+            self.processes.append(process)
+
+    def run(self, case, *args, seconds=CASE_SECONDS, dying=()):
+        """Results of ``case``, one a rank; AssertionError with the traceback of each rank that failed. Ranks in ``dying`` have to end instead."""
+        message = pickle.dumps((case, args))
+        for connection in self.connections:
+            connection.send(message)
+        replies = {}
+        waiting = dict(zip(self.connections, range(self.world_size), strict=True))
+        while waiting:
+            failed = any(not well for well, _ in replies.values())
+            ready = wait(list(waiting), timeout=5.0 if failed else seconds)  # the others may be waiting for the rank that failed
+            if not ready:
+                break
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    replies[rank] = connection.recv()
+                except EOFError:
+                    self.processes[rank].join()
+                    replies[rank] = rank in dying, f"process ended with exit code {self.processes[rank].exitcode}"
+        for rank in waiting.values():
+            replies[rank] = False, f"no result within {seconds} s"
+        failures = [f"rank {rank} of {self.world_size}:\n{replies[rank][1]}" for rank in range(self.world_size) if not replies[rank][0]]
+        assert not failures, "\n".join(failures)
+        return [replies[rank][1] for rank in range(self.world_size)]
+
+    def close(self, kill=False):
+        for process, connection in zip(self.processes, self.connections, strict=True):
+            if kill:
+                process.kill()
+            elif process.is_alive():
+                connection.send(None)
+        for process in self.processes:
+            process.join(20)
+            if process.exitcode is None:
+                process.kill()
+                process.join()
+        shutil.rmtree(self.folder)
+
+
+_worlds = {}
+
+
+def run(world_size, case, *args, **options):
+    """Runs a case in the shared world of that size. A world in which a case failed is not used again."""
+    if world_size not in _worlds:
+        _worlds[world_size] = World(world_size)
+    try:
+        return _worlds[world_size].run(case, *args, **options)
+    except AssertionError:
+        _worlds.pop(world_size).close(kill=True)
+        raise
+
+
+def run_alone(world_size, case, *args, timeout=TIMEOUT, **options):
+    """Runs a case in a world of its own, for cases that leave it unusable."""
+    world = World(world_size, timeout)
+    try:
+        return world.run(case, *args, **options)
+    finally:
+        world.close(kill=True)
+
+
+@atexit.register
+def _close_all():
+    for world in _worlds.values():
+        world.close()
+
+
+def gathered(value):
+    """``value`` of every rank, on every rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def assert_same_on_all_ranks(tensor):
+    """Bit for bit."""
+    mine = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    for rank, other in enumerate(gathered(mine)):
+        assert torch.equal(mine, other), f"rank {rank} differs in {int((mine != other).sum())} of {mine.numel()} bytes"
+
+
+def die():
+    """Ends the process at once, as a crash would."""
+    os._exit(3)

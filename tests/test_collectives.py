@@ -1,0 +1,252 @@
+"""qcomm.all_reduce over gloo: right, equal on all ranks, and refused where it has to be."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import twin
+from distributed import assert_same_on_all_ranks, gathered, run
+
+import qcomm
+from qcomm.layout import BucketLayout, TensorSpec
+
+GRIDS = [
+    qcomm.SigmaGrid(step=1.0),
+    qcomm.SigmaGrid(step=2.0),
+    qcomm.SigmaGrid(step=0.05),
+    qcomm.RangeGrid(c=2),
+    qcomm.RangeGrid("paper"),
+]
+WORLDS = [1, 2, 3, 5]
+
+
+def values(kind, count, seed, dtype=torch.float32):
+    """Test data of one rank."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    x = torch.randn(count, generator=generator, dtype=torch.float64) * (1 + seed)
+    if kind == "heavy":
+        x = x / (0.05 + torch.rand(count, generator=generator, dtype=torch.float64))
+    elif kind == "constant":
+        x = torch.full((count,), 0.25 + seed, dtype=torch.float64)
+    elif kind == "spike":
+        x = torch.zeros(count, dtype=torch.float64)
+        x[count // 2 : count // 2 + 1] = 3.0 + seed
+    elif kind == "zero on rank 0" and seed == 0:
+        x = torch.zeros(count, dtype=torch.float64)
+    return x.to(dtype)
+
+
+def check_against_twin(rank, world_size, grid, kind, count, dtype, min_elements):
+    inputs = [values(kind, count, seed, dtype) for seed in range(world_size)]
+    wire = torch.float64 if dtype == torch.float64 else torch.float32
+    layout = BucketLayout([TensorSpec("tensor", 0, count, count >= max(min_elements, 1))], world_size)
+    expected, bound = twin.mean([x.to(wire) for x in inputs], layout, grid)
+    tensor = inputs[rank].clone()
+    assert qcomm.all_reduce(tensor, grid, min_elements=min_elements, strategy="two_phase") is None
+    message = f"{grid} {kind} {count} {dtype} min_elements={min_elements}"
+    assert torch.equal(tensor, expected.to(dtype)), message
+    assert_same_on_all_ranks(tensor)
+    exact = torch.stack([x.double() for x in inputs]).mean(0)
+    allowed = bound.double() + twin.rounding([x.to(wire) for x in inputs], dtype)
+    assert bool(((tensor.double() - exact).abs() <= allowed).all()), message
+
+
+def case_twin(rank, world_size, grid):
+    for count in (0, 1, 2, 3, 31, 32, 33, 64, 1023, 4097, 100_003):
+        check_against_twin(rank, world_size, grid, "gauss", count, torch.float32, min_elements=0)
+    check_against_twin(rank, world_size, grid, "gauss", 1023, torch.float32, min_elements=1024)
+    for kind in ("heavy", "constant", "spike", "zero on rank 0"):
+        check_against_twin(rank, world_size, grid, kind, 5000, torch.float32, min_elements=0)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        check_against_twin(rank, world_size, grid, "gauss", 5000, dtype, min_elements=0)
+        check_against_twin(rank, world_size, grid, "gauss", 100, dtype, min_elements=1024)
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("world_size", WORLDS)
+def test_equals_twin_and_keeps_the_bound(world_size, grid):
+    run(world_size, case_twin, grid)
+
+
+def case_million(rank, world_size):
+    for grid in (qcomm.SigmaGrid(step=1.0), qcomm.RangeGrid(c=2)):
+        check_against_twin(rank, world_size, grid, "gauss", 1_000_003, torch.float32, min_elements=1024)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_million_elements(world_size):
+    run(world_size, case_million)
+
+
+def case_shapes(rank, world_size):
+    flat = values("gauss", 6144, rank)
+    expected = flat.clone()
+    qcomm.all_reduce(expected)
+    for view in (
+        lambda x: x.view(16, 3, 8, 16),
+        lambda x: x.view(96, 64).t(),  # a transposed tensor is sent in its own row-major order
+        lambda x: x.view(16, 3, 8, 16).contiguous(memory_format=torch.channels_last),
+        lambda x: torch.stack([x, torch.full_like(x, 7.0)], dim=1)[:, 0],  # a strided view
+    ):
+        tensor = view(flat.clone())
+        strides = tensor.stride()
+        reference = tensor.contiguous().clone()
+        qcomm.all_reduce(reference)
+        qcomm.all_reduce(tensor)
+        assert tensor.stride() == strides
+        assert torch.equal(tensor, reference)
+    beside = torch.full((2, 5000), 7.0)
+    beside[0] = flat[:5000]
+    qcomm.all_reduce(beside[0])
+    assert bool((beside[1] == 7.0).all()) and not torch.equal(beside[0], flat[:5000])
+    scalar = torch.tensor(float(rank))
+    qcomm.all_reduce(scalar)
+    assert float(scalar) == (world_size - 1) / 2
+    parameter = torch.nn.Parameter(flat.clone())
+    qcomm.all_reduce(parameter)
+    assert torch.equal(parameter.detach(), expected) and parameter.requires_grad and parameter.grad is None
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_shapes_strides_and_parameters(world_size):
+    run(world_size, case_shapes)
+
+
+def case_world_of_one(rank, world_size):
+    x = values("gauss", 5000, 0)
+    tensor = x.clone()
+    assert qcomm.all_reduce(tensor) is None and torch.equal(tensor, x)
+    work = qcomm.all_reduce(tensor, async_op=True)
+    assert work.is_completed() and work.wait() and work.get_future().wait() is tensor
+    qcomm.all_reduce(tensor, strategy="two_phase")
+    assert not torch.equal(tensor, x)
+    for bad in (torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.complex64)):
+        with pytest.raises(TypeError, match="tensor must be float32"):
+            qcomm.all_reduce(bad)
+
+
+def test_world_of_one_is_the_identity_unless_a_strategy_is_named():
+    run(1, case_world_of_one)
+
+
+def case_async(rank, world_size):
+    inputs = [values("gauss", 3000 + 7 * i, rank) for i in range(8)]
+    expected = [x.clone() for x in inputs]
+    for tensor in expected:
+        qcomm.all_reduce(tensor)
+    works = [qcomm.all_reduce(x, async_op=True) for x in inputs]
+    for work, tensor, wanted in reversed(list(zip(works, inputs, expected, strict=True))):
+        assert work.wait(timeout=20.0) is True and work.is_completed() and work.is_success() and work.exception() is None
+        assert work.get_future().wait() is tensor
+        assert torch.equal(tensor, wanted)
+        assert work.stats()["bytes_sent"] > 0
+    # A rank that waits for another gets a TimeoutError, and the collective goes on.
+    tensor = values("gauss", 2000, rank)
+    if rank == 0:
+        work = qcomm.all_reduce(tensor, async_op=True)
+        with pytest.raises(TimeoutError, match="still running after 0.05 s"):
+            work.wait(0.05)
+        assert not work.is_completed() and not work.is_success() and work.exception() is None
+    dist.barrier()
+    if rank != 0:
+        work = qcomm.all_reduce(tensor, async_op=True)
+    work.wait()
+    assert_same_on_all_ranks(tensor)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_handles_of_several_at_once(world_size):
+    run(world_size, case_async)
+
+
+def case_nonfinite(rank, world_size):
+    for poison in (torch.nan, torch.inf, -torch.inf):
+        for grid in (qcomm.SigmaGrid(), qcomm.RangeGrid(c=2)):
+            tensor = values("gauss", 5000, rank)
+            if rank == world_size - 1:
+                tensor[4321] = poison
+            qcomm.all_reduce(tensor, grid)
+            assert bool(tensor.isnan().all())
+    small = values("gauss", 10, rank)
+    if rank == 0:
+        small[3] = torch.inf
+    qcomm.all_reduce(small)
+    assert small.isfinite().tolist() == [True, True, True, False] + [True] * 6
+    assert_same_on_all_ranks(small)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_nonfinite_value_reaches_all_ranks(world_size):
+    run(world_size, case_nonfinite)
+
+
+def expect(error, match, action):
+    """Runs ``action``, which has to raise."""
+    with pytest.raises(error, match=match):
+        action()
+
+
+def case_bad_arguments(rank, world_size):
+    good = torch.ones(2000)
+    for bad, error, match in (
+        ({"tensor": torch.ones(5, dtype=torch.int32)}, TypeError, "tensor must be float32.* got torch.int32"),
+        ({"tensor": torch.ones(5, dtype=torch.complex64)}, TypeError, "view_as_real"),
+        ({"tensor": torch.ones(5, 5).to_sparse()}, TypeError, "tensor must be a dense tensor"),
+        ({"tensor": [1.0]}, TypeError, "tensor must be a torch.Tensor, got list"),
+        ({"tensor": torch.ones(5, device="meta")}, ValueError, "tensor must be on the CPU"),
+        ({"tensor": torch.ones(1).expand(5)}, ValueError, "tensor must not be expanded"),
+        ({"grid": "sigma"}, TypeError, "grid must be a qcomm.SigmaGrid or qcomm.RangeGrid, got str"),
+        ({"min_elements": -1}, ValueError, "min_elements must be >= 0, got -1"),
+        ({"min_elements": 1.5}, TypeError, "min_elements must be an int, got float"),
+        ({"strategy": "ring"}, ValueError, "strategy must be one of .* got 'ring'"),
+    ):
+        # All ranks, then only one: it gets the error itself, and the others hear of it.
+        expect(error, match, lambda bad=bad: qcomm.all_reduce(**{"tensor": good, **bad}))
+        if rank == 1:
+            expect(error, match, lambda bad=bad: qcomm.all_reduce(**{"tensor": good, **bad}))
+        else:
+            expect(qcomm.CollectiveError, f"rank 1 failed while preparing.*{error.__name__}", lambda: qcomm.all_reduce(torch.ones(2000)))
+    assert torch.equal(good, torch.ones(2000))
+    qcomm.all_reduce(good)
+    assert torch.equal(good, torch.ones(2000))
+    expect(ValueError, "group must be a process group that this rank belongs to", lambda: qcomm.all_reduce(good, group=dist.GroupMember.NON_GROUP_MEMBER))
+
+
+def test_bad_arguments_are_named_and_reach_all_ranks():
+    run(3, case_bad_arguments)
+
+
+def case_mismatch(rank, world_size):
+    odd = rank == 1
+    for options, field in (
+        ({"grid": qcomm.SigmaGrid(step=2.0 if odd else 1.0)}, "grid: SigmaGrid.step=1.0.* on ranks 0 2, SigmaGrid.step=2.0.* on rank 1"),
+        ({"grid": qcomm.RangeGrid(c=2) if odd else qcomm.SigmaGrid()}, "grid: SigmaGrid.* on ranks 0 2, RangeGrid"),
+        ({"min_elements": 7 if odd else 1024}, "min_elements: 1024 on ranks 0 2, 7 on rank 1"),
+        ({"strategy": "two_phase" if odd else "auto"}, "strategy: auto on ranks 0 2, two_phase on rank 1"),
+        ({"tensor": torch.zeros(999 if odd else 2000)}, r"shape: \[2000\] on ranks 0 2, \[999\] on rank 1"),
+        ({"tensor": torch.zeros(2000, dtype=torch.float64 if odd else torch.float32)}, "dtype: torch.float32 on ranks 0 2, torch.float64 on rank 1"),
+    ):
+        tensor = options.get("tensor", torch.zeros(2000))
+        expect(qcomm.ConfigMismatchError, field, lambda options=options, tensor=tensor: qcomm.all_reduce(**{"tensor": tensor, **options}))
+    check_against_twin(rank, world_size, qcomm.SigmaGrid(), "gauss", 5000, torch.float32, 0)  # nothing is out of step afterwards
+
+
+def test_mismatch_names_field_and_ranks_on_every_rank():
+    run(3, case_mismatch)
+
+
+def case_stats(rank, world_size):
+    tensor = values("gauss", 100_000, rank)
+    stats = qcomm.all_reduce(tensor, async_op=True)
+    stats.wait()
+    stats = stats.stats()
+    assert stats["elements"] == 100_000 and stats["bytes_uncompressed"] == 400_000
+    assert 2.0 < stats["bits_per_element_phase1"] < 2.35 and 2.0 < stats["bits_per_element_phase2"] < 2.35
+    assert stats["bits_per_element"] == pytest.approx((stats["bits_per_element_phase1"] + stats["bits_per_element_phase2"]) / 2)
+    assert stats["bytes_sent"] == stats["bytes_sent_phase1"] + stats["bytes_sent_phase2"] + stats["bytes_sent_overhead"]
+    totals = gathered((stats["bytes_sent"], stats["bytes_received"]))
+    assert sum(sent for sent, _ in totals) == sum(received for _, received in totals)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_stats_of_one_call(world_size):
+    run(world_size, case_stats)

@@ -1,0 +1,72 @@
+"""Cutting a flat buffer into one chunk a rank."""
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from qcomm.layout import BucketLayout, TensorSpec, cut_points, gather_runs, scatter_chunk
+
+
+def specs(sizes):
+    """Tensors one after another; (numel, compressed) each."""
+    offset, tensors = 0, []
+    for number, (numel, compressed) in enumerate(sizes):
+        tensors.append(TensorSpec(f"t{number}", offset, numel, compressed))
+        offset += numel
+    return tensors
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 31, 32, 33, 1000, 1_000_003])
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 64])
+def test_parts_are_nearly_equal_and_aligned(count, parts):
+    points = cut_points(count, parts)
+    assert points[0] == 0 and points[-1] == count and len(points) == parts + 1
+    assert all(point % 32 == 0 for point in points[:-1] if point != count)
+    sizes = [b - a for a, b in zip(points, points[1:], strict=False)]
+    assert min(sizes) >= 0 and max(sizes) - min(sizes) <= 63
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.booleans()), max_size=12), st.integers(1, 7))
+def test_every_element_is_in_one_chunk(sizes, world_size):
+    tensors = specs(sizes)
+    layout = BucketLayout(tensors, world_size)
+    total = sum(t.numel for t in tensors)
+    covered = torch.zeros(total, dtype=torch.int64)
+    for chunk in layout.chunks:
+        assert chunk.count == chunk.compressed_count + chunk.raw_count
+        assert len({piece.tensor for piece in chunk.pieces}) == len(chunk.pieces)
+        for piece in chunk.pieces:
+            tensor = layout.tensors[piece.tensor]
+            assert tensor.compressed and piece.length > 0
+            assert piece.offset == tensor.offset + piece.start and piece.start + piece.length <= tensor.numel
+            covered[piece.offset : piece.offset + piece.length] += 1
+        for offset, length in chunk.raw_runs:
+            covered[offset : offset + length] += 1
+    assert torch.equal(covered, torch.ones(total, dtype=torch.int64))
+    assert layout.elements == total
+    assert layout.compressed_elements == sum(t.numel for t in tensors if t.compressed)
+
+
+def test_raw_neighbours_become_one_run():
+    layout = BucketLayout(specs([(10, False), (20, False), (100, True), (5, False), (3, False)]), 1)
+    assert layout.chunks[0].raw_runs == ((0, 30), (130, 8))
+
+
+def test_gather_and_scatter_are_inverse():
+    layout = BucketLayout(specs([(10, False), (100, True), (7, False), (90, True)]), 3)
+    buffer, copy = torch.randn(207), torch.full((207,), torch.nan)
+    for chunk in layout.chunks:
+        parts = [buffer[p.offset : p.offset + p.length] for p in chunk.pieces]
+        parts += [gather_runs(buffer, chunk.raw_runs)] if chunk.raw_runs else []
+        if parts:
+            scatter_chunk(torch.cat(parts), chunk, copy)
+    assert torch.equal(buffer, copy)
+
+
+def test_description_tells_layouts_apart():
+    base = BucketLayout(specs([(10, False), (100, True)]), 2)
+    assert base.description == BucketLayout(specs([(10, False), (100, True)]), 2).description
+    for other in ([(10, True), (100, True)], [(100, True), (10, False)], [(10, False), (101, True)]):
+        assert base.description != BucketLayout(specs(other), 2).description
+    renamed = [TensorSpec("other", 0, 10, False), TensorSpec("t1", 10, 100, True)]
+    assert base.description != BucketLayout(renamed, 2).description
