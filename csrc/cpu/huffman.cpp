@@ -216,12 +216,13 @@ DecodeTable::DecodeTable(const std::uint8_t* lengths, int size) {
     std::vector<std::uint16_t> codes(static_cast<std::size_t>(size));
     canonical_codes(lengths, size, codes.data());
     const int bits = *std::max_element(lengths, lengths + size);
-    entries.resize(std::size_t{1} << bits);
+    const std::size_t table_size = std::size_t{1} << bits;
+    entries.resize(table_size + 1);  // a vector gather reads 32 bits for an entry of 16
     mask = (1u << bits) - 1u;
     for (int s = 0; s < size; ++s) {
         if (lengths[s] == 0) continue;
         const auto entry = static_cast<std::uint16_t>(s | lengths[s] << 12);
-        for (std::size_t i = codes[s]; i < entries.size(); i += std::size_t{1} << lengths[s]) entries[i] = entry;
+        for (std::size_t i = codes[s]; i < table_size; i += std::size_t{1} << lengths[s]) entries[i] = entry;
     }
 }
 

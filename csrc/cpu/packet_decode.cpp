@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 
+#include "kernels.h"
 #include "qcomm/block.h"
 #include "qcomm/checksum.h"
 #include "qcomm/packet.h"
@@ -127,20 +128,14 @@ Status check_layout(const PacketView& view) {
 // The two sinks of a decoder: a value is stored, or added to what is there.
 template <class Tr>
 struct Store {
+    static constexpr bool kAccumulates = false;
     typename Tr::Storage* out;
-    template <class V>
-    void operator()(std::int64_t i, V value) const {
-        out[i] = Tr::narrow(value);
-    }
     void put(std::int64_t i, typename Tr::Storage stored) const { out[i] = stored; }
 };
 template <class Tr>
 struct Add {
+    static constexpr bool kAccumulates = true;
     typename Tr::Storage* out;
-    template <class V>
-    void operator()(std::int64_t i, V value) const {
-        put(i, Tr::narrow(value));
-    }
     void put(std::int64_t i, typename Tr::Storage stored) const { out[i] = Tr::narrow(Tr::widen(out[i]) + Tr::widen(stored)); }
 };
 
@@ -255,7 +250,7 @@ private:
                 if (table_ == nullptr) return bad_packet("a coded block in a segment without a code; block", index);
                 const bool pairs = record_.coding == Coding::kPair;
                 const int codewords = pairs ? (n + 1) / 2 : n;
-                if (!decode_lanes(parts.start, parts.body, parts.body_bytes / 2, *table_, codewords, symbols_.data())) {
+                if (!kernels().decode_lanes(parts.start, parts.body, parts.body_bytes / 2, *table_, codewords, (pairs ? codewords_ : symbols_).data())) {
                     return bad_packet("a block's bits do not end where its symbols do; block", index);
                 }
                 if (pairs) split_pairs(codewords);
@@ -274,11 +269,13 @@ private:
         return {};
     }
 
+    // From codewords_ to symbols_.
     void split_pairs(int codewords) {
-        for (int i = codewords - 1; i >= 0; --i) {  // from the end, in place: what is written was read before
-            const std::uint16_t pair = symbols_[static_cast<std::size_t>(i)];
-            symbols_[static_cast<std::size_t>(2 * i)] = pair & 15u;
-            symbols_[static_cast<std::size_t>(2 * i + 1)] = static_cast<std::uint16_t>(pair >> kPairBits);
+        const std::uint16_t* from = codewords_.data();
+        std::uint16_t* to = symbols_.data();
+        for (int i = 0; i < codewords; ++i) {
+            to[2 * i] = from[i] & 15u;
+            to[2 * i + 1] = static_cast<std::uint16_t>(from[i] >> kPairBits);
         }
     }
 
@@ -287,6 +284,7 @@ private:
     DecodeTable own_;
     const DecodeTable* table_ = nullptr;
     Status status_;
+    std::vector<std::uint16_t> codewords_ = std::vector<std::uint16_t>(kMaxCodewords);
     std::vector<std::uint16_t> symbols_ = std::vector<std::uint16_t>(kMaxBlockValues + 1);
 };
 
@@ -315,16 +313,12 @@ Status decode_segments(const PacketView& view, typename Tr::Storage* out) {
                 QCOMM_RETURN_IF_ERROR(decoder.run(&block, &checksum_index, &at, never, on_raw, never));
             } else {
                 const Quantizer q{r.grid, r.num_bits, r.coding, r.table, r.p0, r.p1};
-                QCOMM_RETURN_IF_ERROR(with_grid<Tr>(q, [&](const auto& grid) {
-                    // An escape's place first gets 0, so that with Add its value is then the only thing added.
-                    const int escape = r.grid == Grid::kSigma ? escape_symbol(r.num_bits) : -1;
-                    const auto on_symbols = [&](std::int64_t begin, const std::uint16_t* symbols, int n) {
-                        using V = decltype(grid.decode(0u));
-                        for (int j = 0; j < n; ++j) sink(begin + j, symbols[j] == escape ? V(0) : grid.decode(symbols[j]));
-                    };
-                    const auto on_escape = [&](std::int64_t j, const std::uint8_t* bytes) { sink.put(j, load(bytes)); };
-                    return decoder.run(&block, &checksum_index, &at, on_symbols, on_raw, on_escape);
-                }));
+                // An escape's place first gets 0, so that with Add its value is then the only thing added.
+                const auto on_symbols = [&](std::int64_t begin, const std::uint16_t* symbols, int n) {
+                    kernels().dequantize(symbols, n, q, view.header.dtype, out + begin, Sink::kAccumulates);
+                };
+                const auto on_escape = [&](std::int64_t j, const std::uint8_t* bytes) { sink.put(j, load(bytes)); };
+                QCOMM_RETURN_IF_ERROR(decoder.run(&block, &checksum_index, &at, on_symbols, on_raw, on_escape));
             }
         }
         out += r.count;

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstring>
 
+#include "kernels.h"
 #include "qcomm/block.h"
 #include "qcomm/checksum.h"
 #include "qcomm/packet.h"
@@ -12,6 +13,7 @@
 namespace qcomm {
 namespace {
 
+constexpr std::int64_t kInfoBytes = sizeof(std::uint32_t);
 constexpr std::int64_t kTypicalBlockBytes = 40;  // of a coded block beyond its codewords
 constexpr std::uint64_t kMaxPayloadBytes = std::uint64_t{4} << 32;  // block ends count 4-byte units in 32 bits
 
@@ -78,7 +80,7 @@ Status check_segment(const SegmentInput& segment, DType dtype, std::int64_t inde
 class Encoder {
 public:
     Encoder(const EncodeOptions& options, std::uint8_t* payload)
-        : options_(options), payload_(payload), symbols_(kMaxBlockValues), codewords_(kMaxCodewords), words_(kMaxCodewords + 1) {}
+        : options_(options), kernels_(kernels()), payload_(payload), scratch_(kMaxBlockValues), symbols_(kMaxBlockValues), words_(kMaxCodewords + kWordsSlack) {}
 
     template <class Tr>
     void encode(Tr, const SegmentInput& in) {
@@ -90,7 +92,7 @@ public:
             case Coding::kConstant: write_constant<Tr>(in, q.p0); break;
             case Coding::kFixed:
             case Coding::kSingle:
-            case Coding::kPair: q = write_symbols<Tr>(in, q); break;
+            case Coding::kPair: q = write_symbols(in, q); break;
         }
         const std::int64_t raw_cost = align4(in.values.count * item_bytes(options_.dtype)) + checksum_bytes(1);
         if (q.grid != Grid::kNone && in.residual_out == nullptr && cost_since(start) >= raw_cost) {
@@ -168,26 +170,26 @@ private:
     }
 
     // Quantizes, codes and writes a segment; returns the quantizer as it finally is (its coding or table may have changed).
-    template <class Tr>
     Quantizer write_symbols(const SegmentInput& in, Quantizer q) {
-        return with_grid<Tr>(q, [&](const auto& grid) {
-            if (is_block_coded(q.coding) && q.table != kTableOnWire) {
-                const StaticCode* code = find_static_code(q.table);
-                write_blocks<Tr>(in, q, grid, code != nullptr ? &code->encode : nullptr, nullptr);
-                return q;
-            }
-            // A table of its own needs the histogram first: all symbols are kept, the values are read once.
-            std::vector<std::uint16_t> symbols(static_cast<std::size_t>(in.values.count));
-            quantize_all<Tr>(in, grid, symbols.data());
-            if (q.coding != Coding::kFixed) q = write_with_own_table<Tr>(in, q, grid, symbols);
-            if (q.coding == Coding::kFixed) write_fixed(symbols.data(), in.values.count, q.num_bits);
-            if (is_range(q.grid) && in.residual_out != nullptr) update_all<Tr>(in, grid, symbols.data());
+        if (is_block_coded(q.coding) && q.table != kTableOnWire) {
+            const StaticCode* code = find_static_code(q.table);
+            write_blocks(in, q, code != nullptr ? &code->encode : nullptr, nullptr);
             return q;
-        });
+        }
+        // A table of its own needs the histogram first: all symbols are kept, the values are quantized once.
+        std::vector<std::uint16_t> symbols(static_cast<std::size_t>(in.values.count));
+        for_each_run(in.values, [&](const void* u, std::int64_t begin, int n) { kernels_.quantize(u, options_.dtype, n, q, symbols.data() + begin); });
+        if (q.coding != Coding::kFixed) q = write_with_own_table(in, q, symbols);
+        if (q.coding == Coding::kFixed) write_fixed(symbols.data(), in.values.count, q.num_bits);
+        if (is_range(q.grid) && in.residual_out != nullptr) {
+            for_each_run(in.values, [&](const void* u, std::int64_t begin, int n) {
+                kernels_.update_residual(u, options_.dtype, symbols.data() + begin, n, q, in.residual_out + begin);
+            });
+        }
+        return q;
     }
 
-    template <class Tr, class GridT>
-    Quantizer write_with_own_table(const SegmentInput& in, Quantizer q, const GridT& grid, const std::vector<std::uint16_t>& symbols) {
+    Quantizer write_with_own_table(const SegmentInput& in, Quantizer q, const std::vector<std::uint16_t>& symbols) {
         const Mark start = mark();
         const int size = alphabet_size(q.coding, q.num_bits);
         std::vector<std::uint64_t> counts(static_cast<std::size_t>(size));
@@ -203,7 +205,7 @@ private:
             table = EncodeTable(own.data(), size);
             lengths.insert(lengths.end(), list.begin(), list.end());
         }
-        write_blocks<Tr>(in, q, grid, table.empty() ? nullptr : &table, symbols.data());
+        write_blocks(in, q, table.empty() ? nullptr : &table, symbols.data());
         if (is_range(q.grid) && cost_since(start) >= align4(packed_bytes(in.values.count, q.num_bits)) + checksum_bytes(1)) {
             rewind(start);
             q.coding = Coding::kFixed;
@@ -221,92 +223,81 @@ private:
         return static_cast<std::int64_t>(bits / 8 + list_bytes) + kTypicalBlockBytes * blocks < packed_bytes(count, q.num_bits);
     }
 
-    template <class Tr, class GridT>
-    static void quantize_all(const SegmentInput& in, const GridT& grid, std::uint16_t* symbols) {
+    // Calls f(u, begin, n) for runs of values that fit the first-level cache.
+    template <class F>
+    void for_each_run(const Values& values, F f) {
         constexpr int kRun = 4096;
-        const Reader<Tr> reader(in.values);
-        typename Tr::Arithmetic u[kRun];
-        for (std::int64_t begin = 0; begin < in.values.count; begin += kRun) {
-            const int n = static_cast<int>(std::min<std::int64_t>(kRun, in.values.count - begin));
-            reader.load(begin, n, u);
-            for (int i = 0; i < n; ++i) symbols[begin + i] = static_cast<std::uint16_t>(grid(u[i]));
+        for (std::int64_t begin = 0; begin < values.count; begin += kRun) {
+            const int n = static_cast<int>(std::min<std::int64_t>(kRun, values.count - begin));
+            f(load_block(kernels_, values, begin, n, scratch_.data()), begin, n);
         }
     }
 
-    template <class Tr, class GridT>
-    static void update_all(const SegmentInput& in, const GridT& grid, const std::uint16_t* symbols) {
-        const Reader<Tr> reader(in.values);
-        for (std::int64_t i = 0; i < in.values.count; ++i) {
-            in.residual_out[i] = static_cast<float>(reader[i] - Tr::widen(Tr::narrow(grid.decode(symbols[i]))));
-        }
-    }
-
+    // Four tables, so that a run of equal symbols does not wait for its own increments.
     static void count_codewords(const std::vector<std::uint16_t>& symbols, const Quantizer& q, std::uint64_t* counts) {
-        if (q.coding == Coding::kSingle) {
-            for (const std::uint16_t s : symbols) ++counts[s];
-            return;
-        }
+        const std::size_t size = static_cast<std::size_t>(alphabet_size(q.coding, q.num_bits));
+        const bool pairs = q.coding == Coding::kPair;
+        const std::size_t n = pairs ? symbols.size() / 2 : symbols.size();
+        const auto codeword = [&](std::size_t i) -> std::size_t {
+            return pairs ? symbols[2 * i] | static_cast<std::size_t>(symbols[2 * i + 1]) << kPairBits : symbols[i];
+        };
+        std::vector<std::uint64_t> tables(4 * size);
         std::size_t i = 0;
-        for (; i + 1 < symbols.size(); i += 2) ++counts[symbols[i] | symbols[i + 1] << kPairBits];
-        if (i < symbols.size()) ++counts[symbols[i] | sigma_radius(kPairBits) << kPairBits];
+        for (; i + 4 <= n; i += 4) {
+            for (std::size_t t = 0; t < 4; ++t) ++tables[t * size + codeword(i + t)];
+        }
+        for (; i < n; ++i) ++tables[codeword(i)];
+        if (pairs && symbols.size() % 2 != 0) ++tables[symbols.back() | static_cast<std::size_t>(sigma_radius(kPairBits)) << kPairBits];
+        for (std::size_t s = 0; s < size; ++s) counts[s] = tables[s] + tables[size + s] + tables[2 * size + s] + tables[3 * size + s];
     }
 
     // Writes the blocks of a segment. `known` are its symbols, or null: then each block is quantized just before it is coded.
-    template <class Tr, class GridT>
-    void write_blocks(const SegmentInput& in, const Quantizer& q, const GridT& grid, const EncodeTable* table, const std::uint16_t* known) {
-        using T = typename Tr::Arithmetic;
-        const Reader<Tr> reader(in.values);
+    void write_blocks(const SegmentInput& in, const Quantizer& q, const EncodeTable* table, const std::uint16_t* known) {
         const std::int64_t per_block = values_per_block(q.coding, options_.steps);
-        std::vector<T> u(static_cast<std::size_t>(std::min(per_block, in.values.count)));
+        // A range segment with a table may yet fall back to fixed width, which needs u again: its residual is written when that is settled.
+        const bool settled = known == nullptr || !is_range(q.grid);
         for (std::int64_t begin = 0; begin < in.values.count; begin += per_block) {
             const int n = static_cast<int>(std::min(per_block, in.values.count - begin));
-            reader.load(begin, n, u.data());
+            const void* u = load_block(kernels_, in.values, begin, n, scratch_.data());
             const std::uint16_t* symbols = known != nullptr ? known + begin : symbols_.data();
-            if (known == nullptr) {
-                for (int i = 0; i < n; ++i) symbols_[static_cast<std::size_t>(i)] = static_cast<std::uint16_t>(grid(u[static_cast<std::size_t>(i)]));
+            const SymbolScan scan = known != nullptr ? scan_symbols(symbols, n, q) : kernels_.quantize(u, options_.dtype, n, q, symbols_.data());
+            const BlockMode mode = write_block(u, symbols, n, scan, q, table);
+            if (in.residual_out == nullptr || !settled) continue;
+            if (mode == BlockMode::kRaw) {
+                std::fill_n(in.residual_out + begin, n, 0.0f);
+            } else {
+                kernels_.update_residual(u, options_.dtype, symbols, n, q, in.residual_out + begin);
             }
-            const BlockMode mode = write_block<Tr>(u.data(), symbols, n, q, table);
-            // A range segment with a table may yet fall back to fixed width, which needs u again: its residual is written when that is settled.
-            const bool settled = known == nullptr || !is_range(q.grid);
-            if (in.residual_out != nullptr && settled) update_residual<Tr>(u.data(), symbols, n, q, grid, mode, in.residual_out + begin);
         }
     }
 
-    template <class Tr, class GridT>
-    static void update_residual(const typename Tr::Arithmetic* u, const std::uint16_t* symbols, int n, const Quantizer& q, const GridT& grid,
-                                BlockMode mode, float* residual) {
-        if (mode == BlockMode::kRaw) {
-            std::fill_n(residual, n, 0.0f);
-            return;
-        }
-        const int escape = q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1;
-        for (int i = 0; i < n; ++i) {
-            residual[i] = symbols[i] == escape ? 0.0f : static_cast<float>(u[i] - Tr::widen(Tr::narrow(grid.decode(symbols[i]))));
-        }
+    static int escape_of(const Quantizer& q) { return q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1; }
+
+    static SymbolScan scan_symbols(const std::uint16_t* symbols, int n, const Quantizer& q) {
+        const int escape = escape_of(q);
+        return {escape < 0 ? 0 : static_cast<int>(std::count(symbols, symbols + n, escape)),
+                std::all_of(symbols + 1, symbols + n, [&](std::uint16_t s) { return s == symbols[0]; })};
     }
 
-    template <class Tr>
-    BlockMode write_block(const typename Tr::Arithmetic* u, const std::uint16_t* symbols, int n, const Quantizer& q, const EncodeTable* table) {
-        const int escape = q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1;
-        const int escapes = escape < 0 ? 0 : static_cast<int>(std::count(symbols, symbols + n, escape));
-        const bool constant = symbols[0] != escape && std::all_of(symbols + 1, symbols + n, [&](std::uint16_t s) { return s == symbols[0]; });
-        const int words = !constant && table != nullptr ? code_block(symbols, n, q.coding, *table) : -1;
-
-        constexpr std::int64_t kInfo = sizeof(std::uint32_t), kItem = sizeof(typename Tr::Storage);
-        const std::int64_t escape_bytes = escapes * (kItem + 2);
-        const std::int64_t fixed_bytes = align4(kInfo + escape_bytes + packed_bytes(n, q.num_bits));
-        const std::int64_t raw_bytes = align4(kInfo + n * kItem);
-        const std::int64_t coded_bytes = words < 0 ? raw_bytes + 1 : align4(kInfo + sizeof(start_) + escape_bytes + 2 * std::int64_t{words});
-
-        BlockMode mode = BlockMode::kCoded;
+    BlockMode write_block(const void* u, const std::uint16_t* symbols, int n, const SymbolScan& scan, const Quantizer& q, const EncodeTable* table) {
+        const bool constant = scan.constant && symbols[0] != escape_of(q);
+        const bool too_many = 16 * std::int64_t{scan.escapes} > n;
+        int words = -1;
+        if (!constant && !too_many && table != nullptr) {
+            words = kernels_.encode_lanes(symbols, n, q.coding == Coding::kPair, table->entries.data(), start_, words_.data() + words_.size());
+        }
+        const std::int64_t item = item_bytes(options_.dtype);
+        const std::int64_t escape_bytes = scan.escapes * (item + 2);
+        const std::int64_t fixed_bytes = align4(kInfoBytes + escape_bytes + packed_bytes(n, q.num_bits));
+        const std::int64_t raw_bytes = align4(kInfoBytes + n * item);
+        const std::int64_t coded_bytes = align4(kInfoBytes + sizeof(start_) + escape_bytes + 2 * std::int64_t{words});
+        BlockMode mode = BlockMode::kRaw;
         if (constant) {
             mode = BlockMode::kConstant;
-        } else if (16 * std::int64_t{escapes} > n) {
-            mode = BlockMode::kRaw;
-        } else if (fixed_bytes < coded_bytes || words < 0) {
-            mode = fixed_bytes <= raw_bytes ? BlockMode::kFixed : BlockMode::kRaw;
-        } else if (raw_bytes < coded_bytes) {
-            mode = BlockMode::kRaw;
+        } else if (words >= 0 && coded_bytes <= fixed_bytes && coded_bytes <= raw_bytes) {
+            mode = BlockMode::kCoded;
+        } else if (!too_many && fixed_bytes <= raw_bytes) {
+            mode = BlockMode::kFixed;
         }
 
         std::uint8_t* const begin = cursor();
@@ -315,58 +306,55 @@ private:
             std::memcpy(at, data, static_cast<std::size_t>(bytes));
             at += bytes;
         };
-        const bool with_escapes = mode == BlockMode::kFixed || mode == BlockMode::kCoded;
-        const std::uint32_t info = BlockInfo{mode, with_escapes ? escapes : 0, constant ? symbols[0] : 0u}.pack();
-        put(&info, kInfo);
+        const bool with_escapes = scan.escapes > 0 && (mode == BlockMode::kFixed || mode == BlockMode::kCoded);
+        const std::uint32_t info = BlockInfo{mode, with_escapes ? scan.escapes : 0, constant ? symbols[0] : 0u}.pack();
+        put(&info, kInfoBytes);
         if (mode == BlockMode::kCoded) put(start_, sizeof(start_));
-        if (with_escapes && escapes > 0) {
-            for (int i = 0; i < n; ++i) {
-                const typename Tr::Storage value = Tr::narrow(u[i]);
-                if (symbols[i] == escape) put(&value, kItem);
-            }
-            for (int i = 0; i < n; ++i) {
-                const auto position = static_cast<std::uint16_t>(i);
-                if (symbols[i] == escape) put(&position, sizeof(position));
-            }
-        }
+        if (with_escapes) at = put_escapes(u, symbols, n, escape_of(q), at);
         if (mode == BlockMode::kCoded) put(words_.data() + words_.size() - static_cast<std::size_t>(words), 2 * std::int64_t{words});
         if (mode == BlockMode::kFixed) {
             pack_bits(symbols, n, q.num_bits, at);
             at += packed_bytes(n, q.num_bits);
         }
-        if (mode == BlockMode::kRaw) {
-            for (int i = 0; i < n; ++i) {
-                const typename Tr::Storage value = Tr::narrow(u[i]);
-                put(&value, kItem);
-            }
-        }
+        if (mode == BlockMode::kRaw) at = put_values(u, n, at);
         const std::int64_t bytes = advance(at - begin);
         block_ends.push_back(static_cast<std::uint32_t>(payload_bytes / 4));
         checksums.push_back(options_.checksums ? checksum(begin, bytes) : 0u);
         return mode;
     }
 
-    // Codes a block into start_ and the end of words_; returns the number of words, or -1 when a symbol has no code.
-    int code_block(const std::uint16_t* symbols, int n, Coding coding, const EncodeTable& table) {
-        int count = 0;
-        if (coding == Coding::kSingle) {
-            for (; count < n; ++count) codewords_[static_cast<std::size_t>(count)] = table.entries[symbols[count]];
-        } else {
-            for (; 2 * count + 1 < n; ++count) {
-                codewords_[static_cast<std::size_t>(count)] = table.entries[static_cast<std::size_t>(symbols[2 * count] | symbols[2 * count + 1] << kPairBits)];
+    // Values in the packet's dtype; returns the end.
+    std::uint8_t* put_values(const void* u, int n, std::uint8_t* at) const {
+        return dispatch(options_.dtype, [&](auto traits) {
+            using Tr = decltype(traits);
+            for (int i = 0; i < n; ++i, at += sizeof(typename Tr::Storage)) {
+                const typename Tr::Storage value = Tr::narrow(static_cast<const typename Tr::Arithmetic*>(u)[i]);
+                std::memcpy(at, &value, sizeof(value));
             }
-            if (2 * count < n) {
-                codewords_[static_cast<std::size_t>(count++)] = table.entries[static_cast<std::size_t>(symbols[n - 1] | sigma_radius(kPairBits) << kPairBits)];
-            }
+            return at;
+        });
+    }
+
+    // The values of the escape symbols, then their positions; returns the end.
+    std::uint8_t* put_escapes(const void* u, const std::uint16_t* symbols, int n, int escape, std::uint8_t* at) const {
+        const std::int64_t width = options_.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+        for (int i = 0; i < n; ++i) {
+            if (symbols[i] == escape) at = put_values(static_cast<const std::uint8_t*>(u) + i * width, 1, at);
         }
-        if (std::find(codewords_.begin(), codewords_.begin() + count, 0u) != codewords_.begin() + count) return -1;
-        return encode_lanes(codewords_.data(), count, start_, words_.data() + words_.size());
+        for (int i = 0; i < n; ++i) {
+            const auto position = static_cast<std::uint16_t>(i);
+            if (symbols[i] != escape) continue;
+            std::memcpy(at, &position, sizeof(position));
+            at += sizeof(position);
+        }
+        return at;
     }
 
     const EncodeOptions& options_;
+    const Kernels& kernels_;
     std::uint8_t* payload_;
+    std::vector<double> scratch_;  // room for a block in either arithmetic
     std::vector<std::uint16_t> symbols_;
-    std::vector<std::uint32_t> codewords_;
     std::vector<std::uint16_t> words_;
     std::uint32_t start_[kLanes] = {};
 };

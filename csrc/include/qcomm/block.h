@@ -4,28 +4,18 @@
 //   info u32 | 32 start windows u32 | escapes | words u16, lane 0 first in each step | zeros to 4 bytes
 //
 // Invariant while words remain: a lane holds 16..31 bits, a codeword has at most 15. The encoder runs backwards and therefore writes downwards;
-// what it writes last is what the decoder reads first.
+// what it writes last is what the decoder reads first. The loops over lanes are in csrc/cpu/kernels_*.
 #pragma once
 
 #include <cstdint>
 
 #include "qcomm/format.h"
-#include "qcomm/huffman.h"
 
 namespace qcomm {
 
-// Codewords of one block at most.
+// Codewords of one block at most, each of which writes at most one word.
 constexpr int kMaxCodewords = kLanes * kMaxSteps;
 constexpr int kMaxBlockValues = 2 * kMaxCodewords;
-
-// Encodes `count` codewords (1..kMaxCodewords), given as EncodeTable entries that all exist. Words end at `words_end` and grow downwards: at most
-// `count` of them. Returns how many were written.
-int encode_lanes(const std::uint32_t* codewords, int count, std::uint32_t* start, std::uint16_t* words_end);
-
-// Decodes `count` codewords. `start` (32 u32) and `words` may be unaligned. False when the bits do not end exactly where the codewords do:
-// then the symbols are meaningless, but nothing outside the given memory was read.
-bool decode_lanes(const std::uint8_t* start, const std::uint8_t* words, std::int64_t word_count, const DecodeTable& table, int count,
-                  std::uint16_t* symbols);
 
 // `count` symbols of `num_bits` bits each, LSB first; packed_bytes() of output. unpack reads no more than that.
 constexpr std::int64_t packed_bytes(std::int64_t count, int num_bits) {

@@ -5,6 +5,9 @@
 #include <cstring>
 #include <limits>
 
+// Small helpers are always inlined: they are compiled for several instruction sets, and a linker must never pick one's copy for another.
+#define QCOMM_INLINE inline __attribute__((always_inline))
+
 namespace qcomm {
 
 enum class DType : std::uint8_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
@@ -12,7 +15,7 @@ enum class DType : std::uint8_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFl
 inline bool is_valid(DType dtype) { return static_cast<unsigned>(dtype) <= 3; }
 
 template <class To, class From>
-To bit_cast(From from) {
+QCOMM_INLINE To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
     To to;
     std::memcpy(&to, &from, sizeof(To));
@@ -20,7 +23,7 @@ To bit_cast(From from) {
 }
 
 // float16 -> float32, exact.
-inline float half_to_float(std::uint16_t h) {
+QCOMM_INLINE float half_to_float(std::uint16_t h) {
     const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
     const std::uint32_t magnitude = h & 0x7FFFu;
     if (magnitude >= 0x7C00u) return bit_cast<float>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
@@ -30,7 +33,7 @@ inline float half_to_float(std::uint16_t h) {
 }
 
 // float32 -> float16, to nearest even; overflow becomes infinity.
-inline std::uint16_t float_to_half(float f) {
+QCOMM_INLINE std::uint16_t float_to_half(float f) {
     const std::uint32_t bits = bit_cast<std::uint32_t>(f);
     const auto sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000u);
     const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
@@ -44,10 +47,10 @@ inline std::uint16_t float_to_half(float f) {
     return static_cast<std::uint16_t>(sign | rounded >> 13);
 }
 
-inline float bfloat_to_float(std::uint16_t b) { return bit_cast<float>(static_cast<std::uint32_t>(b) << 16); }
+QCOMM_INLINE float bfloat_to_float(std::uint16_t b) { return bit_cast<float>(static_cast<std::uint32_t>(b) << 16); }
 
 // float32 -> bfloat16, to nearest even; overflow becomes infinity.
-inline std::uint16_t float_to_bfloat(float f) {
+QCOMM_INLINE std::uint16_t float_to_bfloat(float f) {
     const std::uint32_t bits = bit_cast<std::uint32_t>(f);
     if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<std::uint16_t>(bits >> 16 | 0x40u);
     return static_cast<std::uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
@@ -62,40 +65,40 @@ struct Traits<DType::kFloat32> {
     using Storage = float;
     using Arithmetic = float;
     static constexpr double kMax = std::numeric_limits<float>::max();
-    static float widen(float v) { return v; }
-    static float narrow(float v) { return v; }
-    static float narrow(double v) { return static_cast<float>(v); }
+    static QCOMM_INLINE float widen(float v) { return v; }
+    static QCOMM_INLINE float narrow(float v) { return v; }
+    static QCOMM_INLINE float narrow(double v) { return static_cast<float>(v); }
 };
 template <>
 struct Traits<DType::kFloat16> {
     using Storage = std::uint16_t;
     using Arithmetic = float;
     static constexpr double kMax = 65504.0;
-    static float widen(std::uint16_t v) { return half_to_float(v); }
-    static std::uint16_t narrow(float v) { return float_to_half(v); }
-    static std::uint16_t narrow(double v) { return float_to_half(static_cast<float>(v)); }
+    static QCOMM_INLINE float widen(std::uint16_t v) { return half_to_float(v); }
+    static QCOMM_INLINE std::uint16_t narrow(float v) { return float_to_half(v); }
+    static QCOMM_INLINE std::uint16_t narrow(double v) { return float_to_half(static_cast<float>(v)); }
 };
 template <>
 struct Traits<DType::kBFloat16> {
     using Storage = std::uint16_t;
     using Arithmetic = float;
     static constexpr double kMax = 0x1.FEp127;
-    static float widen(std::uint16_t v) { return bfloat_to_float(v); }
-    static std::uint16_t narrow(float v) { return float_to_bfloat(v); }
-    static std::uint16_t narrow(double v) { return float_to_bfloat(static_cast<float>(v)); }
+    static QCOMM_INLINE float widen(std::uint16_t v) { return bfloat_to_float(v); }
+    static QCOMM_INLINE std::uint16_t narrow(float v) { return float_to_bfloat(v); }
+    static QCOMM_INLINE std::uint16_t narrow(double v) { return float_to_bfloat(static_cast<float>(v)); }
 };
 template <>
 struct Traits<DType::kFloat64> {
     using Storage = double;
     using Arithmetic = double;
     static constexpr double kMax = std::numeric_limits<double>::max();
-    static double widen(double v) { return v; }
-    static double narrow(double v) { return v; }
+    static QCOMM_INLINE double widen(double v) { return v; }
+    static QCOMM_INLINE double narrow(double v) { return v; }
 };
 
 // Calls f(Traits<dtype>{}); the one place where a run-time dtype becomes a compile-time one.
 template <class F>
-decltype(auto) dispatch(DType dtype, F&& f) {
+QCOMM_INLINE decltype(auto) dispatch(DType dtype, F&& f) {
     switch (dtype) {
         case DType::kFloat16: return f(Traits<DType::kFloat16>{});
         case DType::kBFloat16: return f(Traits<DType::kBFloat16>{});

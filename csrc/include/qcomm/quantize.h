@@ -1,7 +1,6 @@
 // Grids: values to symbols and back. The arithmetic is part of the wire format (docs/format.md, "Grids"); q means the level's number.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <limits>
 
@@ -24,7 +23,7 @@ struct Quantizer {
 // changes nothing. |error| <= half a level's distance plus half an ulp of the result.
 class RangeQuantizer {
 public:
-    RangeQuantizer(Grid grid, int num_bits, double lo, double hi)
+    QCOMM_INLINE RangeQuantizer(Grid grid, int num_bits, double lo, double hi)
         : lo_(lo),
           hi_(hi),
           top_((1u << num_bits) - 1u),
@@ -34,16 +33,15 @@ public:
           step_((hi - lo) / intervals_) {}
 
     // Whether every value of [lo, hi] has a symbol: false for a range that overflows or is too small to divide by.
-    bool usable() const { return std::isfinite(lo_) && std::isfinite(hi_) && std::isfinite(hi_ - lo_) && lo_ < hi_ && std::isfinite(inv_); }
+    QCOMM_INLINE bool usable() const { return __builtin_isfinite(lo_) && __builtin_isfinite(hi_) && __builtin_isfinite(hi_ - lo_) && lo_ < hi_ && __builtin_isfinite(inv_); }
 
-    std::uint32_t operator()(double x) const {
+    QCOMM_INLINE std::uint32_t operator()(double x) const {
         const double q = (x - lo_) * inv_ + (0.5 - offset_);
         return q < static_cast<double>(top_) ? static_cast<std::uint32_t>(q) : top_;
     }
-    double decode(std::uint32_t symbol) const {
-        return offset_ == 0.0 && symbol == top_ ? hi_ : std::fma(static_cast<double>(symbol) + offset_, step_, lo_);
+    QCOMM_INLINE double decode(std::uint32_t symbol) const {
+        return offset_ == 0.0 && symbol == top_ ? hi_ : __builtin_fma(static_cast<double>(symbol) + offset_, step_, lo_);
     }
-    double step() const { return step_; }
 
 private:
     double lo_, hi_;
@@ -56,16 +54,16 @@ private:
 template <class T>
 class SigmaQuantizer {
 public:
-    SigmaQuantizer(int num_bits, double step, double max_value)
+    QCOMM_INLINE SigmaQuantizer(int num_bits, double step, double max_value)
         : step_(static_cast<T>(step)),
           inv_(T(1) / step_),
           radius_(sigma_radius(num_bits)),
           escape_(static_cast<std::uint32_t>(escape_symbol(num_bits))),
-          limit_(static_cast<std::int32_t>(std::fmin(radius_, std::floor(max_value / static_cast<double>(step_))))) {}
+          limit_(static_cast<std::int32_t>(__builtin_fmin(radius_, __builtin_floor(max_value / static_cast<double>(step_))))) {}
 
-    bool usable() const { return std::isnormal(step_) && std::isnormal(inv_) && step_ > T(0); }
+    QCOMM_INLINE bool usable() const { return __builtin_isnormal(step_) && __builtin_isnormal(inv_) && step_ > T(0); }
 
-    std::uint32_t operator()(T x) const {
+    QCOMM_INLINE std::uint32_t operator()(T x) const {
         // Adding 1.5 * 2^(mantissa bits) rounds to the nearest even integer; the clamp keeps q where that is exact and far outside every alphabet.
         T q = x * inv_;
         q = q < T(-kFar) ? T(-kFar) : q;
@@ -74,8 +72,7 @@ public:
         const bool inside = level <= limit_ && level >= -limit_;
         return inside ? static_cast<std::uint32_t>(level + radius_) : escape_;
     }
-    T decode(std::uint32_t symbol) const { return static_cast<T>(static_cast<std::int32_t>(symbol) - radius_) * step_; }
-    std::uint32_t escape() const { return escape_; }
+    QCOMM_INLINE T decode(std::uint32_t symbol) const { return static_cast<T>(static_cast<std::int32_t>(symbol) - radius_) * step_; }
 
 private:
     static constexpr std::int32_t kFar = 65536;
@@ -89,7 +86,7 @@ private:
 
 // Calls f(quantizer) with the RangeQuantizer or SigmaQuantizer<T> of a grid that is not kNone.
 template <class Tr, class F>
-decltype(auto) with_grid(const Quantizer& q, F&& f) {
+QCOMM_INLINE decltype(auto) with_grid(const Quantizer& q, F&& f) {
     if (q.grid == Grid::kSigma) return f(SigmaQuantizer<typename Tr::Arithmetic>(q.num_bits, q.p1, Tr::kMax));
     return f(RangeQuantizer(q.grid, q.num_bits, q.p0, q.p1));
 }

@@ -25,13 +25,13 @@ class Reader {
 public:
     using T = typename Tr::Arithmetic;
 
-    explicit Reader(const Values& values)
+    QCOMM_INLINE explicit Reader(const Values& values)
         : data_(static_cast<const typename Tr::Storage*>(values.data)),
           residual_(values.residual),
           inv_scale_(static_cast<T>(values.inv_scale)),
           scaled_(values.inv_scale != 1.0) {}
 
-    T operator[](std::int64_t i) const {
+    QCOMM_INLINE T operator[](std::int64_t i) const {
         T u = Tr::widen(data_[i]);
         if (scaled_) u *= inv_scale_;
         if (residual_ != nullptr) u += static_cast<T>(residual_[i]);
@@ -39,7 +39,7 @@ public:
     }
 
     // u[begin, begin + count) into `out`; the branches are taken once, so the loops vectorise.
-    void load(std::int64_t begin, int count, T* out) const {
+    QCOMM_INLINE void load(std::int64_t begin, int count, T* out) const {
         for (int i = 0; i < count; ++i) out[i] = Tr::widen(data_[begin + i]);
         if (scaled_) {
             for (int i = 0; i < count; ++i) out[i] *= inv_scale_;

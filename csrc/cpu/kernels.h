@@ -1,0 +1,71 @@
+// The inner loops, one version for each instruction set. All versions write the same bits; which one runs is decided once, by the processor.
+#pragma once
+
+#include <cstdint>
+
+#include "qcomm/huffman.h"
+#include "qcomm/quantize.h"
+#include "qcomm/values.h"
+
+namespace qcomm {
+
+// Of up to kSumBlock values. min and max are +-infinity for none.
+struct BlockStatistics {
+    double minimum, maximum, sum_squares;
+    bool finite;
+};
+
+struct SymbolScan {
+    int escapes;    // how many symbols are the escape symbol
+    bool constant;  // all symbols are equal
+};
+
+constexpr int kWordsSlack = 32;  // words in front of encode_lanes' output that a vector store may overwrite
+
+// `u` below are values in the arithmetic T of a dtype: float64 for kFloat64, otherwise float32.
+struct Kernels {
+    const char* name;
+
+    // u[0, n) = values[begin, begin + n) * inv_scale + residual.
+    void (*load)(const Values& values, std::int64_t begin, int n, void* u);
+    // Statistics of n <= 4096 values, summed in the format's order.
+    BlockStatistics (*measure)(const void* u, DType dtype, int n);
+    // Symbols of n >= 1 values.
+    SymbolScan (*quantize)(const void* u, DType dtype, int n, const Quantizer& quantizer, std::uint16_t* symbols);
+    // residual = u - decoded(u) for n symbols; 0 where the symbol is an escape.
+    void (*update_residual)(const void* u, DType dtype, const std::uint16_t* symbols, int n, const Quantizer& quantizer, float* residual);
+    // Values of n symbols into `out` (the dtype's storage), stored or added; 0 for an escape.
+    void (*dequantize)(const std::uint16_t* symbols, int n, const Quantizer& quantizer, DType dtype, void* out, bool accumulate);
+
+    // Codes n symbols, one or two a codeword, with EncodeTable entries: see block.h. Words end at `words_end` and grow downwards. Returns their
+    // number, or -1 when a symbol has no codeword.
+    int (*encode_lanes)(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries, std::uint32_t* start, std::uint16_t* words_end);
+    // Decodes `count` codewords to symbols or pairs. False when the bits do not end where the codewords do.
+    bool (*decode_lanes)(const std::uint8_t* start, const std::uint8_t* words, std::int64_t word_count, const DecodeTable& table, int count,
+                         std::uint16_t* symbols);
+
+    std::uint32_t (*checksum)(const std::uint8_t* data, std::int64_t bytes);
+};
+
+extern const Kernels kScalarKernels;
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+
+// The version in use.
+const Kernels& kernels();
+
+// u[begin, begin + n): where the values already are, if they need no arithmetic, else computed into `scratch`.
+inline const void* load_block(const Kernels& k, const Values& values, std::int64_t begin, int n, void* scratch) {
+    if (!values.is_adjusted() && values.dtype == DType::kFloat32) return static_cast<const float*>(values.data) + begin;
+    if (!values.is_adjusted() && values.dtype == DType::kFloat64) return static_cast<const double*>(values.data) + begin;
+    k.load(values, begin, n, scratch);
+    return scratch;
+}
+
+// Names of the versions that this processor can run, the best last.
+int supported_kernels(const char** names, int capacity);
+
+// Uses the named version from now on; false when the processor, or this build, has no such version.
+bool select_kernels(const char* name);
+
+}  // namespace qcomm

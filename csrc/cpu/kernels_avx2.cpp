@@ -1,0 +1,174 @@
+// AVX2: a step is 32 lanes in four registers. Permutations by small tables stand in for the compress and expand that AVX-512 has.
+#include <immintrin.h>
+
+#include <cstddef>
+
+#include "kernels.h"
+#include "qcomm/format.h"
+
+namespace qcomm {
+namespace avx2 {
+namespace {
+
+#include "kernels_lanes.inl"
+#include "kernels_loops.inl"
+
+constexpr int kWidth = 8;              // lanes in a register
+constexpr int kGroups = kLanes / kWidth;
+
+// For each mask of 8 lanes, a permutation of the lanes in 8 bytes.
+struct Permutations {
+    std::uint64_t compress[256];  // lanes of the mask to the end, in order; the rest is undefined
+    std::uint64_t expand[256];    // lane j of the mask takes element number popcount(mask below j)
+
+    constexpr Permutations() : compress(), expand() {
+        for (int mask = 0; mask < 256; ++mask) {
+            int members = 0;
+            for (int j = 0; j < kWidth; ++j) members += mask >> j & 1;
+            int at = kWidth - members, rank = 0;
+            for (int j = 0; j < kWidth; ++j) {
+                if ((mask >> j & 1) == 0) continue;
+                compress[mask] |= static_cast<std::uint64_t>(j) << (8 * at++);
+                expand[mask] |= static_cast<std::uint64_t>(rank++) << (8 * j);
+            }
+        }
+    }
+};
+constexpr Permutations kPermutations;
+
+QCOMM_INLINE __m256i permutation(std::uint64_t bytes) { return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))); }
+QCOMM_INLINE unsigned lane_mask(__m256i lanes) { return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes))); }
+QCOMM_INLINE __m256i load256(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+QCOMM_INLINE void store256(void* at, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(at), v); }
+
+// g++ 12 makes a gather with an all-ones mask depend on its destination's old value; a mask it cannot see through avoids that.
+template <int kScale>
+QCOMM_INLINE __m256i gather(__m256i index, const void* table) {
+    __m256i mask = _mm256_set1_epi32(-1);
+    __asm__("" : "+x"(mask));
+    return _mm256_mask_i32gather_epi32(_mm256_setzero_si256(), static_cast<const int*>(table), index, mask, kScale);
+}
+
+// Narrows 8 lanes below 65536 to u16.
+QCOMM_INLINE __m128i narrow16(__m256i lanes) {
+    const __m256i packed = _mm256_packus_epi32(lanes, lanes);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+
+// EncodeTable entries of 8 codewords that begin at `symbols`.
+template <bool kPairs>
+QCOMM_INLINE __m256i codewords8(const std::uint16_t* symbols, const std::uint32_t* entries) {
+    if (!kPairs) return gather<4>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(symbols))), entries);
+    const __m256i two = load256(symbols);  // first | second << 16 becomes first | second << 4
+    return gather<4>(_mm256_or_si256(_mm256_and_si256(two, _mm256_set1_epi32(15)), _mm256_srli_epi32(two, 16 - kPairBits)), entries);
+}
+
+template <bool kPairs>
+int encode(const std::uint16_t* symbols, int n, const std::uint32_t* entries, std::uint32_t* start, std::uint16_t* words_end) {
+    EncodeLanes lanes;
+    begin_lanes(lanes, words_end);
+    const int full_codewords = kPairs ? n / 2 : n, count = kPairs ? (n + 1) / 2 : n;
+    int step = (count - 1) / kLanes;
+    for (; step >= 0 && (step + 1) * kLanes > full_codewords; --step) {
+        encode_step(lanes, symbols, n, kPairs, entries, step, count - step * kLanes < kLanes ? count - step * kLanes : kLanes);
+    }
+
+    const __m256i one = _mm256_set1_epi32(1), word = _mm256_set1_epi32(kWordBits), low = _mm256_set1_epi32(0xFFFF);
+    const __m256i emit = _mm256_set1_epi32(kEmitBits - 1), zero = _mm256_setzero_si256();
+    __m256i x[kGroups], c[kGroups], missing = zero;
+    for (int g = 0; g < kGroups; ++g) x[g] = load256(lanes.bits + kWidth * g), c[g] = load256(lanes.count + kWidth * g);
+    std::uint16_t* words = lanes.words;
+    bool started = lanes.started;
+    for (; step >= 0; --step) {
+        __m256i e[kGroups], full[kGroups], any = zero;
+        for (int g = 0; g < kGroups; ++g) {
+            e[g] = codewords8<kPairs>(symbols + (step * kLanes + g * kWidth) * (kPairs ? 2 : 1), entries);
+            missing = _mm256_or_si256(missing, _mm256_cmpeq_epi32(e[g], zero));
+            full[g] = _mm256_cmpgt_epi32(_mm256_add_epi32(c[g], _mm256_srli_epi32(e[g], 16)), emit);
+            any = _mm256_or_si256(any, full[g]);
+        }
+        if (__builtin_expect(!started && lane_mask(any) != 0, 0)) {
+            started = true;  // raising a lane to 16 bits makes no other lane full: codewords have at most 15
+            for (int g = 0; g < kGroups; ++g) c[g] = _mm256_max_epi32(c[g], word);
+        }
+        for (int g = kGroups - 1; g >= 0; --g) {
+            const unsigned m = lane_mask(full[g]);
+            const __m256i w = _mm256_and_si256(_mm256_srlv_epi32(x[g], _mm256_sub_epi32(c[g], word)), low);
+            const __m256i packed = _mm256_permutevar8x32_epi32(w, permutation(kPermutations.compress[m]));
+            // All 8 are stored: those that do not count lie in front, where the next store goes.
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(words - kWidth), narrow16(packed));
+            words -= __builtin_popcount(m);
+            c[g] = _mm256_sub_epi32(c[g], _mm256_and_si256(full[g], word));
+            x[g] = _mm256_and_si256(x[g], _mm256_sub_epi32(_mm256_sllv_epi32(one, c[g]), one));
+            const __m256i length = _mm256_srli_epi32(e[g], 16);
+            x[g] = _mm256_or_si256(_mm256_sllv_epi32(x[g], length), _mm256_and_si256(e[g], low));
+            c[g] = _mm256_add_epi32(c[g], length);
+        }
+    }
+    for (int g = 0; g < kGroups; ++g) store256(lanes.bits + kWidth * g, x[g]), store256(lanes.count + kWidth * g, c[g]);
+    lanes.words = words;
+    lanes.missing |= lane_mask(missing) != 0;
+    return finish_lanes(lanes, start, words_end);
+}
+
+int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries, std::uint32_t* start, std::uint16_t* words_end) {
+    return pairs ? encode<true>(symbols, n, entries, start, words_end) : encode<false>(symbols, n, entries, start, words_end);
+}
+
+bool decode_lanes(const std::uint8_t* start, const std::uint8_t* words, std::int64_t word_count, const DecodeTable& table, int count,
+                  std::uint16_t* symbols) {
+    DecodeLanes lanes;
+    if (!begin_lanes(lanes, start, words, word_count)) return false;
+    const std::uint16_t* entries = table.entries.data();
+    const __m256i peek = _mm256_set1_epi32(static_cast<int>(table.mask)), symbol = _mm256_set1_epi32(0xFFF);
+    const __m256i word = _mm256_set1_epi32(kWordBits), nibble = _mm256_set1_epi32(15);
+    __m256i x[kGroups], c[kGroups], least = _mm256_setzero_si256();
+    for (int g = 0; g < kGroups; ++g) x[g] = load256(lanes.bits + kWidth * g), c[g] = load256(lanes.count + kWidth * g);
+    int begin = 0;
+    // A whole step of words must be readable; the last few steps of a block take the scalar path.
+    for (; begin + kLanes <= count && lanes.left >= kLanes; begin += kLanes) {
+        for (int g = 0; g < kGroups; ++g) {
+            const __m256i e = gather<2>(_mm256_and_si256(x[g], peek), entries);
+            // An entry's upper half is its neighbour in the table: masked away.
+            const __m256i length = _mm256_and_si256(_mm256_srli_epi32(e, 12), nibble);
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(symbols + begin + kWidth * g), narrow16(_mm256_and_si256(e, symbol)));
+            x[g] = _mm256_srlv_epi32(x[g], length);
+            c[g] = _mm256_sub_epi32(c[g], length);
+            least = _mm256_min_epi32(least, c[g]);
+        }
+        for (int g = 0; g < kGroups; ++g) {
+            const __m256i need = _mm256_cmpgt_epi32(word, c[g]);
+            const unsigned m = lane_mask(need);
+            const __m256i next = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lanes.words)));
+            const __m256i taken = _mm256_and_si256(_mm256_permutevar8x32_epi32(next, permutation(kPermutations.expand[m])), need);
+            x[g] = _mm256_or_si256(x[g], _mm256_sllv_epi32(taken, c[g]));
+            c[g] = _mm256_add_epi32(c[g], _mm256_and_si256(need, word));
+            const int used = __builtin_popcount(m);
+            lanes.words += 2 * used;
+            lanes.left -= used;
+        }
+    }
+    alignas(32) std::int32_t least_of[kWidth];
+    store256(least_of, least);
+    for (int g = 0; g < kGroups; ++g) store256(lanes.bits + kWidth * g, x[g]), store256(lanes.count + kWidth * g, c[g]);
+    for (const std::int32_t l : least_of) lanes.least = l < lanes.least ? l : lanes.least;
+    for (; begin < count; begin += kLanes) {
+        decode_step(lanes, entries, table.mask, count - begin < kLanes ? count - begin : kLanes, symbols + begin);
+    }
+    return end_lanes(lanes);
+}
+
+}  // namespace
+}  // namespace avx2
+
+const Kernels kAvx2Kernels = {"avx2",
+                              avx2::load,
+                              avx2::measure,
+                              avx2::quantize,
+                              avx2::update_residual,
+                              avx2::dequantize,
+                              avx2::encode_lanes,
+                              avx2::decode_lanes,
+                              avx2::checksum};
+
+}  // namespace qcomm

@@ -1,0 +1,145 @@
+// Loops that a compiler vectorises by itself, compiled once for each instruction set. Included inside a namespace of that set; includes nothing and
+// calls only always-inlined helpers, so that no function compiled for one processor can be linked into code for another.
+
+template <class Tr>
+inline typename Tr::Arithmetic* as_arithmetic(void* u) {
+    return static_cast<typename Tr::Arithmetic*>(u);
+}
+template <class Tr>
+inline const typename Tr::Arithmetic* as_arithmetic(const void* u) {
+    return static_cast<const typename Tr::Arithmetic*>(u);
+}
+
+void load(const Values& values, std::int64_t begin, int n, void* u) {
+    dispatch(values.dtype, [&](auto traits) {
+        using Tr = decltype(traits);
+        Reader<Tr>(values).load(begin, n, as_arithmetic<Tr>(u));
+    });
+}
+
+template <class T>
+struct LaneStatistics {
+    T low[kLanes], high[kLanes], poison[kLanes];  // poison: x * 0 is NaN for every non-finite x
+    double squares[kLanes];
+};
+
+template <class T>
+BlockStatistics fold(LaneStatistics<T>& lanes) {
+    for (int d = kLanes / 2; d > 0; d /= 2) {
+        for (int j = 0; j < d; ++j) {
+            lanes.low[j] = lanes.low[j + d] < lanes.low[j] ? lanes.low[j + d] : lanes.low[j];
+            lanes.high[j] = lanes.high[j + d] > lanes.high[j] ? lanes.high[j + d] : lanes.high[j];
+            lanes.poison[j] += lanes.poison[j + d];
+            lanes.squares[j] += lanes.squares[j + d];
+        }
+    }
+    return {static_cast<double>(lanes.low[0]), static_cast<double>(lanes.high[0]), lanes.squares[0], lanes.poison[0] == T(0)};
+}
+
+// Lanes hold independent accumulators, so vectorising reorders no addition.
+template <class T>
+BlockStatistics measure_values(const T* u, int n) {
+    LaneStatistics<T> lanes;
+    for (int j = 0; j < kLanes; ++j) {
+        lanes.low[j] = static_cast<T>(__builtin_inf());
+        lanes.high[j] = -static_cast<T>(__builtin_inf());
+        lanes.poison[j] = 0;
+        lanes.squares[j] = 0;
+    }
+    const auto add_row = [&](const T* row, int width) {
+        for (int j = 0; j < width; ++j) {
+            const T x = row[j];
+            lanes.low[j] = x < lanes.low[j] ? x : lanes.low[j];
+            lanes.high[j] = x > lanes.high[j] ? x : lanes.high[j];
+            lanes.poison[j] += x * T(0);
+            lanes.squares[j] += static_cast<double>(x) * static_cast<double>(x);
+        }
+    };
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes) add_row(u + i, kLanes);
+    add_row(u + i, n - i);
+    return fold(lanes);
+}
+
+BlockStatistics measure(const void* u, DType dtype, int n) {
+    return dispatch(dtype, [&](auto traits) { return measure_values(as_arithmetic<decltype(traits)>(u), n); });
+}
+
+SymbolScan quantize(const void* u, DType dtype, int n, const Quantizer& quantizer, std::uint16_t* symbols) {
+    dispatch(dtype, [&](auto traits) {
+        using Tr = decltype(traits);
+        const auto* values = as_arithmetic<Tr>(u);
+        with_grid<Tr>(quantizer, [&](const auto& grid) {
+            for (int i = 0; i < n; ++i) symbols[i] = static_cast<std::uint16_t>(grid(values[i]));
+        });
+    });
+    const auto escape = static_cast<std::uint16_t>(quantizer.grid == Grid::kSigma ? escape_symbol(quantizer.num_bits) : 0);
+    int escapes = 0;
+    std::uint16_t different = 0;
+    for (int i = 0; i < n; ++i) {
+        escapes += symbols[i] == escape;
+        different |= static_cast<std::uint16_t>(symbols[i] ^ symbols[0]);
+    }
+    return {quantizer.grid == Grid::kSigma ? escapes : 0, different == 0};
+}
+
+void update_residual(const void* u, DType dtype, const std::uint16_t* symbols, int n, const Quantizer& quantizer, float* residual) {
+    dispatch(dtype, [&](auto traits) {
+        using Tr = decltype(traits);
+        const auto* values = as_arithmetic<Tr>(u);
+        const int escape = quantizer.grid == Grid::kSigma ? escape_symbol(quantizer.num_bits) : -1;
+        with_grid<Tr>(quantizer, [&](const auto& grid) {
+            for (int i = 0; i < n; ++i) {
+                const auto lost = static_cast<float>(values[i] - Tr::widen(Tr::narrow(grid.decode(symbols[i]))));
+                residual[i] = symbols[i] == escape ? 0.0f : lost;
+            }
+        });
+    });
+}
+
+void dequantize(const std::uint16_t* symbols, int n, const Quantizer& quantizer, DType dtype, void* out, bool accumulate) {
+    dispatch(dtype, [&](auto traits) {
+        using Tr = decltype(traits);
+        auto* values = static_cast<typename Tr::Storage*>(out);
+        const int escape = quantizer.grid == Grid::kSigma ? escape_symbol(quantizer.num_bits) : -1;
+        with_grid<Tr>(quantizer, [&](const auto& grid) {
+            using V = decltype(grid.decode(0u));
+            if (accumulate) {
+                for (int i = 0; i < n; ++i) {
+                    const V value = symbols[i] == escape ? V(0) : grid.decode(symbols[i]);
+                    values[i] = Tr::narrow(Tr::widen(values[i]) + Tr::widen(Tr::narrow(value)));
+                }
+            } else {
+                for (int i = 0; i < n; ++i) values[i] = Tr::narrow(symbols[i] == escape ? V(0) : grid.decode(symbols[i]));
+            }
+        });
+    });
+}
+
+QCOMM_INLINE void absorb(std::uint32_t* h, const std::uint32_t* words, int count) {
+    for (int j = 0; j < count; ++j) {
+        h[j] = (h[j] ^ words[j]) * 0x85EBCA6Bu;
+        h[j] ^= h[j] >> 15;
+    }
+}
+
+std::uint32_t checksum(const std::uint8_t* data, std::int64_t bytes) {
+    std::uint32_t h[kLanes];
+    for (int j = 0; j < kLanes; ++j) h[j] = 0x9E3779B9u * static_cast<std::uint32_t>(j + 1);
+    std::uint32_t row[kLanes];
+    constexpr std::int64_t kRow = sizeof(row);
+    std::int64_t at = 0;
+    for (; bytes - at >= kRow; at += kRow) {
+        __builtin_memcpy(row, data + at, sizeof(row));
+        absorb(h, row, kLanes);
+    }
+    if (at < bytes) {
+        __builtin_memset(row, 0, sizeof(row));
+        __builtin_memcpy(row, data + at, static_cast<std::size_t>(bytes - at));
+        absorb(h, row, static_cast<int>((bytes - at + 3) / 4));
+    }
+    for (int d = kLanes / 2; d > 0; d /= 2) {
+        for (int j = 0; j < d; ++j) h[j] = h[j] * 0xC2B2AE35u ^ (h[j + d] << 13 | h[j + d] >> 19);
+    }
+    return h[0] ^ static_cast<std::uint32_t>(bytes);
+}

@@ -1,0 +1,49 @@
+// The portable version, and the definition of all others.
+#include <cstddef>
+
+#include "kernels.h"
+#include "qcomm/format.h"
+
+namespace qcomm {
+namespace scalar {
+namespace {
+
+#include "kernels_lanes.inl"
+#include "kernels_loops.inl"
+
+int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries, std::uint32_t* start, std::uint16_t* words_end) {
+    EncodeLanes lanes;
+    begin_lanes(lanes, words_end);
+    const int count = pairs ? (n + 1) / 2 : n;
+    for (int step = (count - 1) / kLanes; step >= 0; --step) {
+        const int live = count - step * kLanes < kLanes ? count - step * kLanes : kLanes;
+        encode_step(lanes, symbols, n, pairs, entries, step, live);
+    }
+    return finish_lanes(lanes, start, words_end);
+}
+
+bool decode_lanes(const std::uint8_t* start, const std::uint8_t* words, std::int64_t word_count, const DecodeTable& table, int count,
+                  std::uint16_t* symbols) {
+    DecodeLanes lanes;
+    if (!begin_lanes(lanes, start, words, word_count)) return false;
+    const std::uint16_t* entries = table.entries.data();
+    for (int begin = 0; begin < count; begin += kLanes) {
+        decode_step(lanes, entries, table.mask, count - begin < kLanes ? count - begin : kLanes, symbols + begin);
+    }
+    return end_lanes(lanes);
+}
+
+}  // namespace
+}  // namespace scalar
+
+const Kernels kScalarKernels = {"scalar",
+                                scalar::load,
+                                scalar::measure,
+                                scalar::quantize,
+                                scalar::update_residual,
+                                scalar::dequantize,
+                                scalar::encode_lanes,
+                                scalar::decode_lanes,
+                                scalar::checksum};
+
+}  // namespace qcomm
