@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <limits>
 #include <string>
 
 #include "qcomm/block.h"
@@ -12,6 +11,7 @@
 #include "qcomm/huffman.h"
 #include "qcomm/packet.h"
 #include "qcomm/quantize.h"
+#include "qcomm/processor.h"
 #include "qcomm/statistics.h"
 
 namespace py = pybind11;
@@ -231,6 +231,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("canonical_codes", [](Address lengths, int size, Address codes) {
         canonical_codes(pointer<const std::uint8_t>(lengths), size, pointer<std::uint16_t>(codes));
     });
+    m.def("kernel_versions", &kernel_versions);
+    m.def("kernel_version", &kernel_version);
+    m.def("use_kernel_version", [](const std::string& name) { return use_kernel_version(name.c_str()); });
     m.def("static_tables", &py_static_tables);
     m.def("log2_fixed", &log2_fixed);
     m.def("checksum", [](Address data, std::int64_t bytes) { return checksum(pointer<const std::uint8_t>(data), bytes); });

@@ -1,6 +1,7 @@
 """The only importer of the native core: turns checked tensors into addresses. Everything here speaks torch, nothing above it speaks addresses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -236,6 +237,30 @@ def canonical_codes(lengths: torch.Tensor) -> torch.Tensor:
     codes = torch.empty(lengths.numel(), dtype=torch.int16)
     _C.canonical_codes(lengths.data_ptr(), lengths.numel(), codes.data_ptr())
     return codes.to(torch.int32) & 0xFFFF
+
+
+def cpu_features() -> tuple[str, ...]:
+    """Names of the instruction sets that this processor and this build can use, the best last: ``"scalar"``, ``"avx2"``, ``"avx512"``.
+
+    The best is used; results do not depend on it.
+
+    Example:
+        >>> cpu_features()[0]
+        'scalar'
+    """
+    return tuple(_C.kernel_versions())
+
+
+@contextmanager
+def using_cpu_feature(name: str) -> Iterator[None]:
+    """Uses one of :func:`cpu_features` inside a ``with`` block, in all threads: for tests and benchmarks."""
+    before = _C.kernel_version()
+    if not _C.use_kernel_version(name):
+        raise ValueError(f"name must be one of {cpu_features()} on this processor, got {name!r}")
+    try:
+        yield
+    finally:
+        _C.use_kernel_version(before)
 
 
 def static_tables() -> list[tuple[int, Coding, int, list[int]]]:

@@ -3,6 +3,8 @@
 #include <atomic>
 #include <cstring>
 
+#include "qcomm/processor.h"
+
 namespace qcomm {
 namespace {
 
@@ -41,15 +43,17 @@ std::atomic<const Kernels*>& current() {
 
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
 
-int supported_kernels(const char** names, int capacity) {
-    int count = 0;
+std::vector<std::string> kernel_versions() {
+    std::vector<std::string> names;
     for (const Version& version : kVersions) {
-        if (version.supported() && count < capacity) names[count++] = version.kernels->name;
+        if (version.supported()) names.emplace_back(version.kernels->name);
     }
-    return count;
+    return names;
 }
 
-bool select_kernels(const char* name) {
+std::string kernel_version() { return kernels().name; }
+
+bool use_kernel_version(const char* name) {
     for (const Version& version : kVersions) {
         if (std::strcmp(version.kernels->name, name) != 0 || !version.supported()) continue;
         current().store(version.kernels, std::memory_order_relaxed);

@@ -51,7 +51,7 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 
-// The version in use.
+// The version in use; processor.h selects it.
 const Kernels& kernels();
 
 // u[begin, begin + n): where the values already are, if they need no arithmetic, else computed into `scratch`.
@@ -61,11 +61,5 @@ inline const void* load_block(const Kernels& k, const Values& values, std::int64
     k.load(values, begin, n, scratch);
     return scratch;
 }
-
-// Names of the versions that this processor can run, the best last.
-int supported_kernels(const char** names, int capacity);
-
-// Uses the named version from now on; false when the processor, or this build, has no such version.
-bool select_kernels(const char* name);
 
 }  // namespace qcomm

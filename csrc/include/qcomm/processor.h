@@ -1,0 +1,18 @@
+// Which version of the inner loops runs: one for each instruction set, chosen by the processor when the library is loaded. All write the same bytes.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace qcomm {
+
+// Names of the versions that this processor can run, the best last: "scalar", "avx2", "avx512".
+std::vector<std::string> kernel_versions();
+
+// The one in use.
+std::string kernel_version();
+
+// Uses the named version from now on, in all threads; false when this processor, or this build, has no such version.
+bool use_kernel_version(const char* name);
+
+}  // namespace qcomm
