@@ -20,6 +20,16 @@ struct SymbolScan {
     bool constant;  // all symbols are equal
 };
 
+// Codewords to decode to symbols or pairs.
+struct CodedBlock {
+    const std::uint8_t* start;  // 32 u32, unaligned
+    const std::uint8_t* words;  // word_count u16, unaligned
+    std::int64_t word_count;
+    int count;
+    std::uint16_t* symbols;
+    bool whole;  // out: the bits end where the codewords do; otherwise the symbols are meaningless
+};
+
 constexpr int kWordsSlack = 32;  // words in front of encode_lanes' output that a vector store may overwrite
 
 // `u` below are values in the arithmetic T of a dtype: float64 for kFloat64, otherwise float32.
@@ -40,9 +50,8 @@ struct Kernels {
     // Codes n symbols, one or two a codeword, with EncodeTable entries: see block.h. Words end at `words_end` and grow downwards. Returns their
     // number, or -1 when a symbol has no codeword.
     int (*encode_lanes)(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries, std::uint32_t* start, std::uint16_t* words_end);
-    // Decodes `count` codewords to symbols or pairs. False when the bits do not end where the codewords do.
-    bool (*decode_lanes)(const std::uint8_t* start, const std::uint8_t* words, std::int64_t word_count, const DecodeTable& table, int count,
-                         std::uint16_t* symbols);
+    // Decodes the codewords of one or two blocks that share a table. Two at a time keep a vector unit busy while lookups are under way.
+    void (*decode_lanes)(CodedBlock* blocks, int count, const DecodeTable& table);
 
     std::uint32_t (*checksum)(const std::uint8_t* data, std::int64_t bytes);
 };

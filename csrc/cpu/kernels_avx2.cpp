@@ -115,10 +115,10 @@ int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const std::uin
     return pairs ? encode<true>(symbols, n, entries, start, words_end) : encode<false>(symbols, n, entries, start, words_end);
 }
 
-bool decode_lanes(const std::uint8_t* start, const std::uint8_t* words, std::int64_t word_count, const DecodeTable& table, int count,
-                  std::uint16_t* symbols) {
+void decode_one(CodedBlock& block, const DecodeTable& table) {
     DecodeLanes lanes;
-    if (!begin_lanes(lanes, start, words, word_count)) return false;
+    block.whole = begin_lanes(lanes, block);
+    if (!block.whole) return;
     const std::uint16_t* entries = table.entries.data();
     const __m256i peek = _mm256_set1_epi32(static_cast<int>(table.mask)), symbol = _mm256_set1_epi32(0xFFF);
     const __m256i word = _mm256_set1_epi32(kWordBits), nibble = _mm256_set1_epi32(15);
@@ -126,12 +126,12 @@ bool decode_lanes(const std::uint8_t* start, const std::uint8_t* words, std::int
     for (int g = 0; g < kGroups; ++g) x[g] = load256(lanes.bits + kWidth * g), c[g] = load256(lanes.count + kWidth * g);
     int begin = 0;
     // A whole step of words must be readable; the last few steps of a block take the scalar path.
-    for (; begin + kLanes <= count && lanes.left >= kLanes; begin += kLanes) {
+    for (; begin + kLanes <= block.count && lanes.left >= kLanes; begin += kLanes) {
         for (int g = 0; g < kGroups; ++g) {
             const __m256i e = gather<2>(_mm256_and_si256(x[g], peek), entries);
             // An entry's upper half is its neighbour in the table: masked away.
             const __m256i length = _mm256_and_si256(_mm256_srli_epi32(e, 12), nibble);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(symbols + begin + kWidth * g), narrow16(_mm256_and_si256(e, symbol)));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(block.symbols + begin + kWidth * g), narrow16(_mm256_and_si256(e, symbol)));
             x[g] = _mm256_srlv_epi32(x[g], length);
             c[g] = _mm256_sub_epi32(c[g], length);
             least = _mm256_min_epi32(least, c[g]);
@@ -152,10 +152,12 @@ bool decode_lanes(const std::uint8_t* start, const std::uint8_t* words, std::int
     store256(least_of, least);
     for (int g = 0; g < kGroups; ++g) store256(lanes.bits + kWidth * g, x[g]), store256(lanes.count + kWidth * g, c[g]);
     for (const std::int32_t l : least_of) lanes.least = l < lanes.least ? l : lanes.least;
-    for (; begin < count; begin += kLanes) {
-        decode_step(lanes, entries, table.mask, count - begin < kLanes ? count - begin : kLanes, symbols + begin);
-    }
-    return end_lanes(lanes);
+    decode_rest(lanes, block, entries, table.mask, begin);
+    block.whole = end_lanes(lanes);
+}
+
+void decode_lanes(CodedBlock* blocks, int count, const DecodeTable& table) {
+    for (int i = 0; i < count; ++i) decode_one(blocks[i], table);
 }
 
 }  // namespace

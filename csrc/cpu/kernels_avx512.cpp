@@ -93,23 +93,31 @@ int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const std::uin
     return pairs ? encode<true>(symbols, n, entries, start, words_end) : encode<false>(symbols, n, entries, start, words_end);
 }
 
-bool decode_lanes(const std::uint8_t* start, const std::uint8_t* words, std::int64_t word_count, const DecodeTable& table, int count,
-                  std::uint16_t* symbols) {
+// One block's decoder, its lanes in registers.
+struct Decoder {
+    __m512i x0, x1, c0, c1, least;
     DecodeLanes lanes;
-    if (!begin_lanes(lanes, start, words, word_count)) return false;
-    const std::uint16_t* entries = table.entries.data();
-    const __m512i peek = _mm512_set1_epi32(static_cast<int>(table.mask)), symbol = _mm512_set1_epi32(0xFFF);
-    const __m512i word = _mm512_set1_epi32(kWordBits), nibble = _mm512_set1_epi32(15);
-    __m512i x0 = _mm512_loadu_si512(lanes.bits), x1 = _mm512_loadu_si512(lanes.bits + 16);
-    __m512i c0 = _mm512_loadu_si512(lanes.count), c1 = _mm512_loadu_si512(lanes.count + 16);
-    __m512i least = _mm512_setzero_si512();
-    int begin = 0;
-    for (; begin + kLanes <= count; begin += kLanes) {
+    std::uint16_t* symbols;
+
+    QCOMM_INLINE bool begin(const CodedBlock& block) {
+        if (!begin_lanes(lanes, block)) return false;
+        x0 = _mm512_loadu_si512(lanes.bits);
+        x1 = _mm512_loadu_si512(lanes.bits + 16);
+        c0 = _mm512_loadu_si512(lanes.count);
+        c1 = _mm512_loadu_si512(lanes.count + 16);
+        least = _mm512_setzero_si512();
+        symbols = block.symbols;
+        return true;
+    }
+
+    QCOMM_INLINE void step(const std::uint16_t* entries, __m512i peek) {
+        const __m512i symbol = _mm512_set1_epi32(0xFFF), word = _mm512_set1_epi32(kWordBits), nibble = _mm512_set1_epi32(15);
         const __m512i e0 = gather(_mm512_and_si512(x0, peek), entries, 2), e1 = gather(_mm512_and_si512(x1, peek), entries, 2);
-        // An entry's upper half is its neighbour in the table: masked away below.
+        // An entry's upper half is its neighbour in the table: masked away.
         const __m512i l0 = _mm512_and_si512(_mm512_srli_epi32(e0, 12), nibble), l1 = _mm512_and_si512(_mm512_srli_epi32(e1, 12), nibble);
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(symbols + begin), _mm512_cvtepi32_epi16(_mm512_and_si512(e0, symbol)));
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(symbols + begin + 16), _mm512_cvtepi32_epi16(_mm512_and_si512(e1, symbol)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(symbols), _mm512_cvtepi32_epi16(_mm512_and_si512(e0, symbol)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(symbols + 16), _mm512_cvtepi32_epi16(_mm512_and_si512(e1, symbol)));
+        symbols += kLanes;
         x0 = _mm512_srlv_epi32(x0, l0);
         x1 = _mm512_srlv_epi32(x1, l1);
         c0 = _mm512_sub_epi32(c0, l0);
@@ -131,13 +139,43 @@ bool decode_lanes(const std::uint8_t* start, const std::uint8_t* words, std::int
         lanes.words += 2 * used;
         lanes.left -= used;
     }
-    _mm512_storeu_si512(lanes.bits, x0);
-    _mm512_storeu_si512(lanes.bits + 16, x1);
-    _mm512_storeu_si512(lanes.count, c0);
-    _mm512_storeu_si512(lanes.count + 16, c1);
-    lanes.least = _mm512_reduce_min_epi32(least);
-    if (begin < count) decode_step(lanes, entries, table.mask, count - begin, symbols + begin);
-    return end_lanes(lanes);
+
+    // After `steps` steps: the rest of them, and what is no whole step.
+    QCOMM_INLINE void finish(CodedBlock& block, const DecodeTable& table, __m512i peek, int steps) {
+        for (; steps < block.count / kLanes; ++steps) step(table.entries.data(), peek);
+        _mm512_storeu_si512(lanes.bits, x0);
+        _mm512_storeu_si512(lanes.bits + 16, x1);
+        _mm512_storeu_si512(lanes.count, c0);
+        _mm512_storeu_si512(lanes.count + 16, c1);
+        lanes.least = _mm512_reduce_min_epi32(least);
+        decode_rest(lanes, block, table.entries.data(), table.mask, steps * kLanes);
+        block.whole = end_lanes(lanes);
+    }
+};
+
+void decode_one(CodedBlock& block, const DecodeTable& table) {
+    Decoder decoder;
+    block.whole = decoder.begin(block);
+    if (block.whole) decoder.finish(block, table, _mm512_set1_epi32(static_cast<int>(table.mask)), 0);
+}
+
+void decode_lanes(CodedBlock* blocks, int count, const DecodeTable& table) {
+    if (count == 1) return decode_one(blocks[0], table);
+    Decoder a, b;
+    blocks[0].whole = a.begin(blocks[0]);
+    blocks[1].whole = b.begin(blocks[1]);
+    const __m512i peek = _mm512_set1_epi32(static_cast<int>(table.mask));
+    int steps = 0;
+    if (blocks[0].whole && blocks[1].whole) {
+        const int together = (blocks[0].count < blocks[1].count ? blocks[0].count : blocks[1].count) / kLanes;
+        const std::uint16_t* entries = table.entries.data();
+        for (; steps < together; ++steps) {
+            a.step(entries, peek);
+            b.step(entries, peek);
+        }
+    }
+    if (blocks[0].whole) a.finish(blocks[0], table, peek, steps);
+    if (blocks[1].whole) b.finish(blocks[1], table, peek, steps);
 }
 
 }  // namespace

@@ -71,15 +71,15 @@ struct DecodeLanes {
     std::int32_t least;         // the smallest count so far: negative when more bits were used than there were
 };
 
-inline bool begin_lanes(DecodeLanes& lanes, const std::uint8_t* start, const std::uint8_t* words, std::int64_t word_count) {
-    __builtin_memcpy(lanes.bits, start, sizeof(lanes.bits));
+inline bool begin_lanes(DecodeLanes& lanes, const CodedBlock& block) {
+    __builtin_memcpy(lanes.bits, block.start, sizeof(lanes.bits));
     for (int j = 0; j < kLanes; ++j) {
         if (lanes.bits[j] == 0) return false;
         lanes.count[j] = 31 - __builtin_clz(lanes.bits[j]);
         lanes.bits[j] ^= 1u << lanes.count[j];
     }
-    lanes.words = words;
-    lanes.left = word_count;
+    lanes.words = block.words;
+    lanes.left = block.word_count;
     lanes.least = 0;
     return true;
 }
@@ -101,6 +101,13 @@ inline void decode_step(DecodeLanes& lanes, const std::uint16_t* entries, std::u
         lanes.count[j] += static_cast<std::int32_t>(kWordBits);
         lanes.words += sizeof(word);
         --lanes.left;
+    }
+}
+
+// From codeword `begin`, a multiple of 32, to the last.
+inline void decode_rest(DecodeLanes& lanes, const CodedBlock& block, const std::uint16_t* entries, std::uint32_t mask, int begin) {
+    for (; begin < block.count; begin += kLanes) {
+        decode_step(lanes, entries, mask, block.count - begin < kLanes ? block.count - begin : kLanes, block.symbols + begin);
     }
 }
 

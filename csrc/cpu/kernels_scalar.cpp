@@ -22,15 +22,15 @@ int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const std::uin
     return finish_lanes(lanes, start, words_end);
 }
 
-bool decode_lanes(const std::uint8_t* start, const std::uint8_t* words, std::int64_t word_count, const DecodeTable& table, int count,
-                  std::uint16_t* symbols) {
-    DecodeLanes lanes;
-    if (!begin_lanes(lanes, start, words, word_count)) return false;
+void decode_lanes(CodedBlock* blocks, int count, const DecodeTable& table) {
     const std::uint16_t* entries = table.entries.data();
-    for (int begin = 0; begin < count; begin += kLanes) {
-        decode_step(lanes, entries, table.mask, count - begin < kLanes ? count - begin : kLanes, symbols + begin);
+    for (CodedBlock* block = blocks; block < blocks + count; ++block) {
+        DecodeLanes lanes;
+        block->whole = begin_lanes(lanes, *block);
+        if (!block->whole) continue;
+        decode_rest(lanes, *block, entries, table.mask, 0);
+        block->whole = end_lanes(lanes);
     }
-    return end_lanes(lanes);
 }
 
 }  // namespace

@@ -205,13 +205,22 @@ public:
             return {};
         }
         const std::int64_t per_block = values_per_block(record_.coding, view_.header.steps);
-        for (std::int64_t begin = 0; begin < count; begin += per_block, ++*block) {
-            const std::int64_t end = 4 * static_cast<std::int64_t>(load_u32(view_.block_ends + 4 * *block));
-            const std::uint8_t* data = view_.payload + *at;
-            const std::int64_t bytes = end - *at;
-            if (!matches((*checksum_index)++, [&] { return checksum(data, bytes); })) return bad_packet("a block is damaged: wrong checksum; block", *block);
-            QCOMM_RETURN_IF_ERROR(decode_block(data, bytes, begin, static_cast<int>(std::min(per_block, count - begin)), *block, on_symbols, on_raw, on_escape));
-            *at = end;
+        for (std::int64_t begin = 0; begin < count;) {
+            int batch = 0;
+            for (; batch < kBatch && begin < count; ++batch, begin += per_block, ++*block) {
+                const std::int64_t end = 4 * static_cast<std::int64_t>(load_u32(view_.block_ends + 4 * *block));
+                const std::uint8_t* data = view_.payload + *at;
+                const std::int64_t bytes = end - *at;
+                if (!matches((*checksum_index)++, [&] { return checksum(data, bytes); })) return bad_packet("a block is damaged: wrong checksum; block", *block);
+                Block& b = blocks_[batch];
+                b.begin = begin;
+                b.n = static_cast<int>(std::min(per_block, count - begin));
+                b.number = *block;
+                QCOMM_RETURN_IF_ERROR(split_block(data, bytes, b.n, record_, kItem, *block, &b.parts));
+                *at = end;
+            }
+            QCOMM_RETURN_IF_ERROR(decode_coded(batch));
+            for (int i = 0; i < batch; ++i) QCOMM_RETURN_IF_ERROR(emit(blocks_[i], on_symbols, on_raw, on_escape));
         }
         return {};
     }
@@ -229,53 +238,71 @@ private:
         constexpr std::int64_t kRun = 4096;  // a multiple of 8 values begins at a whole byte
         for (std::int64_t begin = 0; begin < count; begin += kRun) {
             const std::int64_t n = std::min(kRun, count - begin);
-            unpack_bits(data + packed_bytes(begin, record_.num_bits), n, record_.num_bits, symbols_.data());
-            on_symbols(begin, symbols_.data(), static_cast<int>(n));
+            unpack_bits(data + packed_bytes(begin, record_.num_bits), n, record_.num_bits, blocks_[0].symbols.get());
+            on_symbols(begin, blocks_[0].symbols.get(), static_cast<int>(n));
         }
     }
 
-    template <class OnSymbols, class OnRaw, class OnEscape>
-    Status decode_block(const std::uint8_t* data, std::int64_t bytes, std::int64_t begin, int n, std::int64_t index, OnSymbols on_symbols, OnRaw on_raw,
-                        OnEscape on_escape) {
+    static constexpr int kBatch = 2;  // blocks decoded together
+
+    struct Block {
         BlockParts parts;
-        QCOMM_RETURN_IF_ERROR(split_block(data, bytes, n, record_, kItem, index, &parts));
-        const int alphabet = 1 << record_.num_bits;
-        switch (parts.info.mode) {
-            case BlockMode::kConstant:
-                if (static_cast<int>(parts.info.symbol) >= alphabet - (record_.grid == Grid::kSigma)) return bad_packet("a constant block's symbol is out of range; block", index);
-                std::fill_n(symbols_.begin(), n, static_cast<std::uint16_t>(parts.info.symbol));
-                break;
-            case BlockMode::kFixed: unpack_bits(parts.body, n, record_.num_bits, symbols_.data()); break;
-            case BlockMode::kCoded: {
-                if (table_ == nullptr) return bad_packet("a coded block in a segment without a code; block", index);
-                const bool pairs = record_.coding == Coding::kPair;
-                const int codewords = pairs ? (n + 1) / 2 : n;
-                if (!kernels().decode_lanes(parts.start, parts.body, parts.body_bytes / 2, *table_, codewords, (pairs ? codewords_ : symbols_).data())) {
-                    return bad_packet("a block's bits do not end where its symbols do; block", index);
-                }
-                if (pairs) split_pairs(codewords);
-                break;
-            }
-            case BlockMode::kRaw: on_raw(begin, parts.body, n); return {};
+        std::int64_t begin = 0, number = 0;
+        int n = 0;
+        // Left uninitialised: clearing them would cost more than decoding a small packet.
+        std::unique_ptr<std::uint16_t[]> codewords{new std::uint16_t[kMaxCodewords]};
+        std::unique_ptr<std::uint16_t[]> symbols{new std::uint16_t[kMaxBlockValues + 1]};
+    };
+
+    // Decodes the coded ones of the first `batch` blocks to symbols.
+    Status decode_coded(int batch) {
+        const bool pairs = record_.coding == Coding::kPair;
+        CodedBlock coded[kBatch];
+        Block* of[kBatch];
+        int count = 0;
+        for (int i = 0; i < batch; ++i) {
+            Block& b = blocks_[i];
+            if (b.parts.info.mode != BlockMode::kCoded) continue;
+            if (table_ == nullptr) return bad_packet("a coded block in a segment without a code; block", b.number);
+            of[count] = &b;
+            coded[count++] = {b.parts.start, b.parts.body, b.parts.body_bytes / 2, pairs ? (b.n + 1) / 2 : b.n, (pairs ? b.codewords : b.symbols).get(), false};
         }
-        on_symbols(begin, symbols_.data(), n);
-        for (int i = 0, previous = -1; i < parts.info.escape_count; ++i) {
-            std::uint16_t position;
-            std::memcpy(&position, parts.escape_positions + 2 * i, sizeof(position));
-            if (position >= n || position <= previous) return bad_packet("an escape's position is out of order; block", index);
-            previous = position;
-            on_escape(begin + position, parts.escape_values + i * kItem);
+        if (count > 0) kernels().decode_lanes(coded, count, *table_);
+        for (int i = 0; i < count; ++i) {
+            if (!coded[i].whole) return bad_packet("a block's bits do not end where its symbols do; block", of[i]->number);
+            if (pairs) split_pairs(coded[i].symbols, coded[i].count, of[i]->symbols.get());
         }
         return {};
     }
 
-    // From codewords_ to symbols_.
-    void split_pairs(int codewords) {
-        const std::uint16_t* from = codewords_.data();
-        std::uint16_t* to = symbols_.data();
-        for (int i = 0; i < codewords; ++i) {
-            to[2 * i] = from[i] & 15u;
-            to[2 * i + 1] = static_cast<std::uint16_t>(from[i] >> kPairBits);
+    template <class OnSymbols, class OnRaw, class OnEscape>
+    Status emit(Block& b, OnSymbols on_symbols, OnRaw on_raw, OnEscape on_escape) {
+        const BlockInfo& info = b.parts.info;
+        const int alphabet = 1 << record_.num_bits;
+        switch (info.mode) {
+            case BlockMode::kConstant:
+                if (static_cast<int>(info.symbol) >= alphabet - (record_.grid == Grid::kSigma)) return bad_packet("a constant block's symbol is out of range; block", b.number);
+                std::fill_n(b.symbols.get(), b.n, static_cast<std::uint16_t>(info.symbol));
+                break;
+            case BlockMode::kFixed: unpack_bits(b.parts.body, b.n, record_.num_bits, b.symbols.get()); break;
+            case BlockMode::kCoded: break;
+            case BlockMode::kRaw: on_raw(b.begin, b.parts.body, b.n); return {};
+        }
+        on_symbols(b.begin, b.symbols.get(), b.n);
+        for (int i = 0, previous = -1; i < info.escape_count; ++i) {
+            std::uint16_t position;
+            std::memcpy(&position, b.parts.escape_positions + 2 * i, sizeof(position));
+            if (position >= b.n || position <= previous) return bad_packet("an escape's position is out of order; block", b.number);
+            previous = position;
+            on_escape(b.begin + position, b.parts.escape_values + i * kItem);
+        }
+        return {};
+    }
+
+    static void split_pairs(const std::uint16_t* codewords, int count, std::uint16_t* symbols) {
+        for (int i = 0; i < count; ++i) {
+            symbols[2 * i] = codewords[i] & 15u;
+            symbols[2 * i + 1] = static_cast<std::uint16_t>(codewords[i] >> kPairBits);
         }
     }
 
@@ -284,8 +311,7 @@ private:
     DecodeTable own_;
     const DecodeTable* table_ = nullptr;
     Status status_;
-    std::vector<std::uint16_t> codewords_ = std::vector<std::uint16_t>(kMaxCodewords);
-    std::vector<std::uint16_t> symbols_ = std::vector<std::uint16_t>(kMaxBlockValues + 1);
+    Block blocks_[kBatch];
 };
 
 template <class Tr, class Sink>

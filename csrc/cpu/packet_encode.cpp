@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstring>
+#include <memory>
 
 #include "kernels.h"
 #include "qcomm/block.h"
@@ -80,7 +81,7 @@ Status check_segment(const SegmentInput& segment, DType dtype, std::int64_t inde
 class Encoder {
 public:
     Encoder(const EncodeOptions& options, std::uint8_t* payload)
-        : options_(options), kernels_(kernels()), payload_(payload), scratch_(kMaxBlockValues), symbols_(kMaxBlockValues), words_(kMaxCodewords + kWordsSlack) {}
+        : options_(options), kernels_(kernels()), payload_(payload), scratch_(new double[kMaxBlockValues]), symbols_(new std::uint16_t[kMaxBlockValues]), words_(new std::uint16_t[kWordsSlack + kMaxCodewords]) {}
 
     template <class Tr>
     void encode(Tr, const SegmentInput& in) {
@@ -229,7 +230,7 @@ private:
         constexpr int kRun = 4096;
         for (std::int64_t begin = 0; begin < values.count; begin += kRun) {
             const int n = static_cast<int>(std::min<std::int64_t>(kRun, values.count - begin));
-            f(load_block(kernels_, values, begin, n, scratch_.data()), begin, n);
+            f(load_block(kernels_, values, begin, n, scratch_.get()), begin, n);
         }
     }
 
@@ -258,9 +259,9 @@ private:
         const bool settled = known == nullptr || !is_range(q.grid);
         for (std::int64_t begin = 0; begin < in.values.count; begin += per_block) {
             const int n = static_cast<int>(std::min(per_block, in.values.count - begin));
-            const void* u = load_block(kernels_, in.values, begin, n, scratch_.data());
-            const std::uint16_t* symbols = known != nullptr ? known + begin : symbols_.data();
-            const SymbolScan scan = known != nullptr ? scan_symbols(symbols, n, q) : kernels_.quantize(u, options_.dtype, n, q, symbols_.data());
+            const void* u = load_block(kernels_, in.values, begin, n, scratch_.get());
+            const std::uint16_t* symbols = known != nullptr ? known + begin : symbols_.get();
+            const SymbolScan scan = known != nullptr ? scan_symbols(symbols, n, q) : kernels_.quantize(u, options_.dtype, n, q, symbols_.get());
             const BlockMode mode = write_block(u, symbols, n, scan, q, table);
             if (in.residual_out == nullptr || !settled) continue;
             if (mode == BlockMode::kRaw) {
@@ -270,6 +271,8 @@ private:
             }
         }
     }
+
+    std::uint16_t* words_end() const { return words_.get() + kWordsSlack + kMaxCodewords; }
 
     static int escape_of(const Quantizer& q) { return q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1; }
 
@@ -284,7 +287,7 @@ private:
         const bool too_many = 16 * std::int64_t{scan.escapes} > n;
         int words = -1;
         if (!constant && !too_many && table != nullptr) {
-            words = kernels_.encode_lanes(symbols, n, q.coding == Coding::kPair, table->entries.data(), start_, words_.data() + words_.size());
+            words = kernels_.encode_lanes(symbols, n, q.coding == Coding::kPair, table->entries.data(), start_, words_end());
         }
         const std::int64_t item = item_bytes(options_.dtype);
         const std::int64_t escape_bytes = scan.escapes * (item + 2);
@@ -311,7 +314,7 @@ private:
         put(&info, kInfoBytes);
         if (mode == BlockMode::kCoded) put(start_, sizeof(start_));
         if (with_escapes) at = put_escapes(u, symbols, n, escape_of(q), at);
-        if (mode == BlockMode::kCoded) put(words_.data() + words_.size() - static_cast<std::size_t>(words), 2 * std::int64_t{words});
+        if (mode == BlockMode::kCoded) put(words_end() - static_cast<std::size_t>(words), 2 * std::int64_t{words});
         if (mode == BlockMode::kFixed) {
             pack_bits(symbols, n, q.num_bits, at);
             at += packed_bytes(n, q.num_bits);
@@ -353,9 +356,10 @@ private:
     const EncodeOptions& options_;
     const Kernels& kernels_;
     std::uint8_t* payload_;
-    std::vector<double> scratch_;  // room for a block in either arithmetic
-    std::vector<std::uint16_t> symbols_;
-    std::vector<std::uint16_t> words_;
+    // Left uninitialised: clearing them would cost more than encoding a small packet.
+    std::unique_ptr<double[]> scratch_;  // room for a block in either arithmetic
+    std::unique_ptr<std::uint16_t[]> symbols_;
+    std::unique_ptr<std::uint16_t[]> words_;
     std::uint32_t start_[kLanes] = {};
 };
 
