@@ -63,10 +63,16 @@ extern const Kernels kAvx512Kernels;
 // The version in use; processor.h selects it.
 const Kernels& kernels();
 
-// u[begin, begin + n): where the values already are, if they need no arithmetic, else computed into `scratch`.
-inline const void* load_block(const Kernels& k, const Values& values, std::int64_t begin, int n, void* scratch) {
+// u[begin...) where it already is: null if it has to be computed first.
+inline const void* in_place(const Values& values, std::int64_t begin) {
     if (!values.is_adjusted() && values.dtype == DType::kFloat32) return static_cast<const float*>(values.data) + begin;
     if (!values.is_adjusted() && values.dtype == DType::kFloat64) return static_cast<const double*>(values.data) + begin;
+    return nullptr;
+}
+
+// u[begin, begin + n), computed into `scratch` if need be.
+inline const void* load_block(const Kernels& k, const Values& values, std::int64_t begin, int n, void* scratch) {
+    if (const void* u = in_place(values, begin)) return u;
     k.load(values, begin, n, scratch);
     return scratch;
 }

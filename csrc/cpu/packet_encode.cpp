@@ -14,6 +14,7 @@
 namespace qcomm {
 namespace {
 
+constexpr int kRun = 2048;  // values that are worked on at a time
 constexpr std::int64_t kInfoBytes = sizeof(std::uint32_t);
 constexpr std::int64_t kTypicalBlockBytes = 40;  // of a coded block beyond its codewords
 constexpr std::uint64_t kMaxPayloadBytes = std::uint64_t{4} << 32;  // block ends count 4-byte units in 32 bits
@@ -227,10 +228,9 @@ private:
     // Calls f(u, begin, n) for runs of values that fit the first-level cache.
     template <class F>
     void for_each_run(const Values& values, F f) {
-        constexpr int kRun = 4096;
         for (std::int64_t begin = 0; begin < values.count; begin += kRun) {
             const int n = static_cast<int>(std::min<std::int64_t>(kRun, values.count - begin));
-            f(load_block(kernels_, values, begin, n, scratch_.get()), begin, n);
+            f(load_block(kernels_, values, begin, n, scratch(0)), begin, n);
         }
     }
 
@@ -259,18 +259,26 @@ private:
         const bool settled = known == nullptr || !is_range(q.grid);
         for (std::int64_t begin = 0; begin < in.values.count; begin += per_block) {
             const int n = static_cast<int>(std::min(per_block, in.values.count - begin));
-            const void* u = load_block(kernels_, in.values, begin, n, scratch_.get());
-            const std::uint16_t* symbols = known != nullptr ? known + begin : symbols_.get();
-            const SymbolScan scan = known != nullptr ? scan_symbols(symbols, n, q) : kernels_.quantize(u, options_.dtype, n, q, symbols_.get());
-            const BlockMode mode = write_block(u, symbols, n, scan, q, table);
-            if (in.residual_out == nullptr || !settled) continue;
-            if (mode == BlockMode::kRaw) {
-                std::fill_n(in.residual_out + begin, n, 0.0f);
-            } else {
-                kernels_.update_residual(u, options_.dtype, symbols, n, q, in.residual_out + begin);
+            std::uint16_t* const quantized = symbols_.get();
+            const std::uint16_t* symbols = known != nullptr ? known + begin : quantized;
+            SymbolScan scan{0, true};
+            // In runs that stay in the first-level cache from the values to the new residual.
+            for (int at = 0; at < n; at += kRun) {
+                const int m = std::min(kRun, n - at);
+                const void* u = load_block(kernels_, in.values, begin + at, m, scratch(at));
+                const SymbolScan part = known != nullptr ? scan_symbols(symbols + at, m, q) : kernels_.quantize(u, options_.dtype, m, q, quantized + at);
+                scan.escapes += part.escapes;
+                scan.constant &= part.constant && symbols[at] == symbols[0];
+                if (in.residual_out != nullptr && settled) kernels_.update_residual(u, options_.dtype, symbols + at, m, q, in.residual_out + begin + at);
             }
+            const void* u = in_place(in.values, begin);
+            const BlockMode mode = write_block(u != nullptr ? u : scratch(0), symbols, n, scan, q, table);
+            if (mode == BlockMode::kRaw && in.residual_out != nullptr && settled) std::fill_n(in.residual_out + begin, n, 0.0f);
         }
     }
+
+    // Room for u from value `at` of a block on, in the arithmetic of the dtype.
+    void* scratch(int at) const { return reinterpret_cast<std::uint8_t*>(scratch_.get()) + at * (options_.dtype == DType::kFloat64 ? 8 : 4); }
 
     std::uint16_t* words_end() const { return words_.get() + kWordsSlack + kMaxCodewords; }
 

@@ -13,6 +13,7 @@ namespace qcomm {
 namespace {
 
 constexpr double kSampleFraction = 0.03;
+constexpr std::int64_t kMaxSampledPairs = 1 << 14;  // more would sharpen nothing and cost more than the encoder
 constexpr double kOwnTableMustSave = 0.03;   // of the bits: below that a static table's speed is worth more
 constexpr double kHuffmanRedundancy = 0.02;  // bits a codeword above entropy
 constexpr double kTableBits = 6.0;           // a used symbol in a list of code lengths
@@ -28,7 +29,7 @@ Sample draw(const Values& values, int num_bits, double step, std::uint32_t seed)
         const Reader<Tr> reader(values);
         const SigmaQuantizer<typename Tr::Arithmetic> grid(num_bits, step, Tr::kMax);
         const std::int64_t available = values.count / 2;
-        const std::int64_t n = std::min(available, (sample_size(values.count, kSampleFraction) + 1) / 2);
+        const std::int64_t n = std::min({available, kMaxSampledPairs, (sample_size(values.count, kSampleFraction) + 1) / 2});
         for (std::int64_t i = 0; i < n; ++i) {
             const std::int64_t at = 2 * sample_index(i, n, available, seed);
             const std::uint32_t first = grid(reader[at]), second = grid(reader[at + 1]);
