@@ -1,6 +1,7 @@
-"""Worlds of gloo processes that tests share: a launch costs seconds, so one world of each size runs the cases of all tests.
+"""Worlds of gloo processes that tests share: a launch costs seconds, so one world of each size runs all cases.
 
-A case is a top-level function ``case(rank, world_size, *args)``; it runs on all ranks at once, in the default process group, and fails by raising.
+A case is a top-level function ``case(rank, world_size, *args)``; it runs on all ranks at once, in the default process
+group, and fails by raising.
 """
 
 import atexit
@@ -22,13 +23,15 @@ CASE_SECONDS = 120.0
 
 def _serve(rank, world_size, folder, timeout, connection):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timeout)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timeout
+    )
     while (message := connection.recv()) is not None:
         case, args = pickle.loads(message)
         torch.manual_seed(rank)
         try:
             result = case(rank, world_size, *args)
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - an assertion of pytest's, or whatever: it belongs to the parent
             connection.send((False, traceback.format_exc()))
         else:
             connection.send((True, result))
@@ -52,7 +55,10 @@ class World:
             self.processes.append(process)
 
     def run(self, case, *args, seconds=CASE_SECONDS, dying=()):
-        """Results of ``case``, one a rank; AssertionError with the traceback of each rank that failed. Ranks in ``dying`` have to end instead."""
+        """Results of ``case``, one a rank, or AssertionError with the tracebacks of the ranks that failed.
+
+        Ranks in ``dying`` have to end instead.
+        """
         message = pickle.dumps((case, args))
         for connection in self.connections:
             connection.send(message)
@@ -60,7 +66,9 @@ class World:
         waiting = dict(zip(self.connections, range(self.world_size), strict=True))
         while waiting:
             failed = any(not well for well, _ in replies.values())
-            ready = wait(list(waiting), timeout=5.0 if failed else seconds)  # the others may be waiting for the rank that failed
+            ready = wait(
+                list(waiting), timeout=5.0 if failed else seconds
+            )  # the others may be waiting for the rank that failed
             if not ready:
                 break
             for connection in ready:
@@ -72,7 +80,11 @@ class World:
                     replies[rank] = rank in dying, f"process ended with exit code {self.processes[rank].exitcode}"
         for rank in waiting.values():
             replies[rank] = False, f"no result within {seconds} s"
-        failures = [f"rank {rank} of {self.world_size}:\n{replies[rank][1]}" for rank in range(self.world_size) if not replies[rank][0]]
+        failures = [
+            f"rank {rank} of {self.world_size}:\n{replies[rank][1]}"
+            for rank in range(self.world_size)
+            if not replies[rank][0]
+        ]
         assert not failures, "\n".join(failures)
         return [replies[rank][1] for rank in range(self.world_size)]
 
@@ -126,10 +138,12 @@ def gathered(value):
     return values
 
 
-def assert_same_on_all_ranks(tensor):
+def assert_same_on_all_ranks(*tensors):
     """Bit for bit."""
-    mine = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    for rank, other in enumerate(gathered(mine)):
+    mine = torch.cat([tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors])
+    others = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(others, mine)
+    for rank, other in enumerate(others):
         assert torch.equal(mine, other), f"rank {rank} differs in {int((mine != other).sum())} of {mine.numel()} bytes"
 
 

@@ -1,8 +1,11 @@
 """Cutting a flat buffer into one chunk a rank."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qcomm.layout import BucketLayout, TensorSpec, cut_points, gather_runs, scatter_chunk
 
@@ -22,7 +25,7 @@ def test_parts_are_nearly_equal_and_aligned(count, parts):
     points = cut_points(count, parts)
     assert points[0] == 0 and points[-1] == count and len(points) == parts + 1
     assert all(point % 32 == 0 for point in points[:-1] if point != count)
-    sizes = [b - a for a, b in zip(points, points[1:], strict=False)]
+    sizes = [b - a for a, b in pairwise(points)]
     assert min(sizes) >= 0 and max(sizes) - min(sizes) <= 63
 
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import pickle
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,13 @@ import torch
 import torch.distributed as dist
 
 from qcomm.recipes import checkpoint, datasets
-from qcomm.recipes.compare import comparison_configs, run_all, verdict
+from qcomm.recipes.compare import comparison_configs, print_table, run_all, verdict
 from qcomm.recipes.config import TrainConfig, learning_rate
 from qcomm.recipes.errors import RecipeError
 from qcomm.recipes.image_files import read_cifar_batch, read_idx
 from qcomm.recipes.launch import launch
 from qcomm.recipes.models import MODEL_NAMES, build_model, count_parameters
-from qcomm.recipes.train import TrainResult, _Run, train
+from qcomm.recipes.train import _LOGGED_STATS, TrainResult, _Run, train
 
 # Parameters with 1,000 classes: those that the papers' networks are known to have.
 IMAGENET_PARAMETERS = {
@@ -324,6 +325,22 @@ class TestConfig:
         assert "qcomm k=1 is +5.00 points from fp32, outside two standard errors (3.71)" in text
         assert "qcomm k=2 is +4.00 points from fp32, outside" in text
 
+    def test_a_diverged_loss_is_null_in_json(self):
+        result = TrainResult(TINY, 0.1, 400, 1.0, {}, [{"epoch": 1, "train_loss": math.nan}])
+        assert json.loads(json.dumps(result.to_json(), allow_nan=False))["history"] == [
+            {"epoch": 1, "train_loss": None}
+        ]
+
+    def test_table_has_a_row_for_each_run_and_says_what_the_bytes_are(self, capsys):
+        stats = dict.fromkeys(_LOGGED_STATS, 3.25e6)
+        print_table([TrainResult(config, 0.9, 400, 1.0, stats, []) for config in comparison_configs(TINY)])
+        lines = capsys.readouterr().out.strip().splitlines()
+        assert [line.split("  ")[0] for line in lines[:5]] == ["method", "fp32", "bf16", "qcomm k=1", "qcomm k=2"]
+        assert "90.00% ± 1.50%" in lines[1]
+        assert "3.25" in lines[3]
+        assert len({len(line) for line in lines[:5]}) == 1
+        assert "handed to the collectives" in lines[5]
+
 
 def records(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
@@ -340,6 +357,8 @@ def train_and_resume(config: TrainConfig, folder: Path) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     saved = checkpoint.find(folder / "broken" / config.slug)
     assert saved.name == "epoch-0001"
+    if rank == 0:
+        shutil.copytree(saved, folder / "half" / config.slug / saved.name)
 
     # Every rank gets its own error feedback back, bit for bit.
     run = _Run(config, datasets.load_dataset(config.dataset), rank, ranks)
@@ -359,6 +378,7 @@ def train_and_resume(config: TrainConfig, folder: Path) -> None:
         shared.pop("config")  # names the two directories
     lines = [records(folder / name / f"{config.slug}.jsonl") for name in ("whole", "broken")]
     assert [line["epoch"] for line in lines[1]] == [1, 2]
+    dist.barrier()  # rank 0 has read both logs and copied the checkpoint
     if config.method == "fp32":
         assert flatten(finals[0]) == flatten(finals[1])
         assert resumed.test_accuracy == whole.test_accuracy
@@ -417,23 +437,24 @@ def two_rank_cases(folder: Path) -> None:
     run_all([replace(config, out=folder / "compare", epochs=1) for config in comparison_configs(TINY)])
 
 
+@pytest.fixture(scope="module")
+def two_rank_folder(tmp_path_factory):
+    """What two ranks wrote in ``two_rank_cases``."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    launch(two_rank_cases, 2, 1, folder)
+    return folder
+
+
 @pytest.mark.world
-def test_two_ranks(tmp_path, capfd):
-    launch(two_rank_cases, 2, 1, tmp_path)
-    document = json.loads((tmp_path / "compare" / "comparison.json").read_text())
+@pytest.mark.slow
+def test_comparison_of_two_ranks(two_rank_folder):
+    document = json.loads((two_rank_folder / "compare" / "comparison.json").read_text())
     assert [run["label"] for run in document["runs"]] == ["fp32", "bf16", "qcomm k=1", "qcomm k=2"]
     fp32, _, one, two = (run["stats"] for run in document["runs"])
     assert fp32["bytes_sent"] == fp32["bytes_uncompressed"] == 2 * 269_434 * 4
     assert one["bits_per_element_phase1"] < 2.5
     assert two["bits_per_element_phase1"] < one["bits_per_element_phase1"]
     assert two["bytes_sent"] < one["bytes_sent"] < fp32["bytes_sent"] / 8
-    table = capfd.readouterr().out
-    for word in ("MB sent per rank", "qcomm k=2", "two standard errors", "comparison.json"):
-        assert word in table
-
-
-def write_checkpoint(config: TrainConfig) -> None:
-    train(config)
 
 
 def read_checkpoint(config: TrainConfig, ranks_before: int) -> None:
@@ -451,11 +472,27 @@ def read_checkpoint(config: TrainConfig, ranks_before: int) -> None:
 
 
 @pytest.mark.world
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_checkpoint_of_two_ranks_is_resumed_by(tmp_path, ranks):
-    config = replace(TINY, method="qcomm", epochs=1, out=tmp_path, checkpoint_every=1)
-    launch(write_checkpoint, 2, 1, config)
+def test_checkpoint_of_two_ranks_is_resumed_by(two_rank_folder, ranks):
+    config = replace(TINY, method="qcomm", out=two_rank_folder / "qcomm-k1" / "half")
     launch(read_checkpoint, ranks, 1, config, 2)
+
+
+def fail(kind: type[Exception]) -> None:
+    if dist.get_rank() == 1:
+        raise kind("no good")
+    dist.barrier()  # is never joined by rank 1
+
+
+@pytest.mark.world
+def test_a_users_error_on_one_rank_ends_all_without_a_traceback(capfd):
+    with pytest.raises(SystemExit) as caught:
+        launch(fail, 2, 1, RecipeError)
+    assert caught.value.code == 2
+    text = capfd.readouterr().err
+    assert "error (rank 1): no good" in text
+    assert "Traceback" not in text
 
 
 def test_damaged_checkpoint_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""The collective written down once more, in one process and without a network: what two_phase_mean has to compute, bit for bit."""
+"""The collective in one process, without a network: what two_phase_mean has to compute, bit for bit."""
 
 import torch
 
@@ -22,7 +22,11 @@ def mean(buffers, layout, grid):
     """(result, bound of its error) of the flat float32 or float64 ``buffers``, one a rank. No error feedback."""
     result, bound = torch.empty_like(buffers[0]), torch.zeros_like(buffers[0])
     quantizers = [
-        [quantizer_for(b[t.offset : t.offset + t.numel], grid) if t.compressed else Quantizer.raw() for t in layout.tensors] for b in buffers
+        [
+            quantizer_for(b[t.offset : t.offset + t.numel], grid) if t.compressed else Quantizer.raw()
+            for t in layout.tensors
+        ]
+        for b in buffers
     ]
     for chunk in layout.chunks:
         for piece in chunk.pieces:
@@ -45,6 +49,6 @@ def sum_in_order(parts):
 
 
 def rounding(buffers, dtype):
-    """What floating point may add to the bound: ulps of the largest value for the codec and the sum, half an ulp of a 16-bit result."""
+    """What floating point may add to the bound: ulps of the largest value in codec and sum, an ulp of the result."""
     largest = max((float(b.abs().max()) for b in buffers if b.numel()), default=0.0)
     return largest * ((8 + len(buffers)) * torch.finfo(buffers[0].dtype).eps + torch.finfo(dtype).eps)

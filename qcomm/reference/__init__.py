@@ -1,0 +1,37 @@
+"""The packet format as slow, obvious code: what docs/format.md says, executable. The native core must agree bit for bit.
+
+Nothing here is fast and nothing here is used to train; it exists to be read, and to be compared with.
+"""
+
+from qcomm.reference.codes import canonical_codes, code_lengths, pack_lengths, unpack_lengths
+from qcomm.reference.grids import (
+    dequantize,
+    entropy,
+    log2_fixed,
+    quantize,
+    sample_indices,
+    sigma_num_bits,
+    sum_squares,
+)
+from qcomm.reference.lanes import decode_lanes, encode_lanes
+from qcomm.reference.packet import ReferenceSegment, checksum, decode_packet, encode_packet
+
+__all__ = [
+    "ReferenceSegment",
+    "canonical_codes",
+    "checksum",
+    "code_lengths",
+    "decode_lanes",
+    "decode_packet",
+    "dequantize",
+    "encode_lanes",
+    "encode_packet",
+    "entropy",
+    "log2_fixed",
+    "pack_lengths",
+    "quantize",
+    "sample_indices",
+    "sigma_num_bits",
+    "sum_squares",
+    "unpack_lengths",
+]

@@ -1,0 +1,110 @@
+"""Values to symbols and back, and what a grid is chosen by."""
+
+import math
+from fractions import Fraction
+
+import torch
+
+NONE, RANGE_CENTER, RANGE_ENDPOINT, SIGMA = range(4)
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """T: what a dtype's sigma grid computes in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def narrow(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounds float64 or T to ``dtype``; 16-bit types go through float32."""
+    return values.to(arithmetic(dtype)).to(dtype)
+
+
+def range_levels(grid: int, num_bits: int, lo: float, hi: float) -> tuple[float, float, float]:
+    """(1 / step, step, offset) of a range grid."""
+    intervals = 2.0**num_bits - (grid == RANGE_ENDPOINT)
+    return intervals / (hi - lo), (hi - lo) / intervals, 0.5 if grid == RANGE_CENTER else 0.0
+
+
+def quantize(u: torch.Tensor, dtype: torch.dtype, grid: int, num_bits: int, p0: float, p1: float) -> torch.Tensor:
+    """int64 symbols of values ``u`` in T, on the grid of a packet of ``dtype``."""
+    if grid == SIGMA:
+        radius, step = 2 ** (num_bits - 1) - 1, torch.tensor(p1, dtype=u.dtype)
+        limit = min(radius, torch.finfo(dtype).max / float(step))  # q is whole: no need of a floor
+        q = torch.round(u * (1 / step))  # torch.round rounds to even
+        return torch.where(q.abs() <= limit, q + radius, 2**num_bits - 1).long()
+    inv, _, offset = range_levels(grid, num_bits, p0, p1)
+    return ((u.double() - p0) * inv + (0.5 - offset)).floor().clamp(max=2**num_bits - 1).long()
+
+
+def fma(a: float, b: float, c: float) -> float:
+    """a * b + c, rounded once."""
+    return float(Fraction(a) * Fraction(b) + Fraction(c))
+
+
+def dequantize(symbols: torch.Tensor, dtype: torch.dtype, grid: int, num_bits: int, p0: float, p1: float) -> torch.Tensor:
+    """Values of int64 symbols; an escape symbol gives 0."""
+    if grid == SIGMA:
+        t, radius = arithmetic(dtype), 2 ** (num_bits - 1) - 1
+        values = (symbols - radius).to(t) * torch.tensor(p1, dtype=t)
+        return torch.where(symbols == 2**num_bits - 1, 0.0, values).to(dtype)
+    _, step, offset = range_levels(grid, num_bits, p0, p1)
+    top = 2**num_bits - 1
+    levels = [p1 if grid == RANGE_ENDPOINT and q == top else fma(q + offset, step, p0) for q in symbols.tolist()]
+    return narrow(torch.tensor(levels, dtype=torch.float64), dtype)
+
+
+def sum_squares(u: torch.Tensor) -> float:
+    """The sum of squares in the order of the format: 32 lanes in blocks of 4096, then a tree."""
+    blocks = torch.nn.functional.pad(u.double(), (0, -u.numel() % 4096)).reshape(-1, 128, 32)
+    lanes = torch.zeros(blocks.shape[0], 32, dtype=torch.float64)
+    for row in range(128):
+        lanes = lanes + blocks[:, row] * blocks[:, row]
+    for d in (16, 8, 4, 2, 1):
+        lanes = lanes[:, :d] + lanes[:, d : 2 * d]
+    sums = lanes[:, 0].tolist()
+    while len(sums) > 1:
+        sums = [sum(sums[i : i + 2]) for i in range(0, len(sums), 2)]
+    return sums[0] if sums else 0.0
+
+
+def sigma_num_bits(k: float) -> int:
+    """Bits of a sigma grid's alphabet for a step of k RMS."""
+    return next(n for n in range(4, 17) if (2 ** (n - 1) - 0.5) * k >= 6.25)
+
+
+def log2_fixed(v: int) -> int:
+    """2^24 * log2(v), its last bits truncated as the format says."""
+    if v == 0:
+        return 0
+    exponent = v.bit_length() - 1
+    mantissa, result = v << (31 - exponent), exponent
+    for _ in range(24):
+        mantissa = mantissa * mantissa >> 31
+        carry = mantissa >> 32
+        mantissa >>= carry
+        result = result << 1 | carry
+    return result
+
+
+def mix(h: int) -> int:
+    """A 32-bit finalizer."""
+    h ^= h >> 16
+    h = h * 0x7FEB352D % 2**32
+    h ^= h >> 15
+    h = h * 0x846CA68B % 2**32
+    return h ^ h >> 16
+
+
+def sample_indices(count: int, fraction: float, seed: int) -> list[int]:
+    """One index from each stride."""
+    n = min(count, max(1024, math.ceil(fraction * count)))
+    stride = count // n if n else 0
+    return [i * stride + (mix((seed + i) % 2**32) * stride >> 32) for i in range(n)]
+
+
+def entropy(u: torch.Tensor, lo: float, hi: float, num_bits: int, fraction: float, seed: int) -> float:
+    """Entropy in bits of the sampled histogram of ``u`` over [lo, hi]."""
+    sample = u[torch.tensor(sample_indices(u.numel(), fraction, seed), dtype=torch.long)]
+    counts = torch.bincount(quantize(sample, u.dtype, RANGE_CENTER, num_bits, lo, hi)).tolist()
+    n = sum(counts)
+    h = (n * log2_fixed(n) - sum(c * log2_fixed(c) for c in counts)) // n
+    return min(max(h, 0), num_bits << 24) / 2**24

@@ -1,0 +1,46 @@
+"""The 32 lanes of a coded block."""
+
+LANES = 32
+
+
+def encode_lanes(codewords: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """(start windows, words) of (code, length) codewords: backwards, writing in front of what is written."""
+    x, c, words = [0] * LANES, [0] * LANES, []
+    started = False
+    for step in reversed(range(-(-len(codewords) // LANES))):
+        live = list(enumerate(codewords[step * LANES : (step + 1) * LANES]))
+        if not started and any(c[lane] + length >= 32 for lane, (_, length) in live):
+            started, c = True, [max(v, 16) for v in c]
+        for lane, (code, length) in reversed(live):
+            if c[lane] + length >= 32:
+                words.append(x[lane] >> (c[lane] - 16))
+                c[lane] -= 16
+                x[lane] %= 1 << c[lane]
+            x[lane] = x[lane] << length | code
+            c[lane] += length
+    return [x[lane] | 1 << c[lane] for lane in range(LANES)], words[::-1]
+
+
+def decode_lanes(start: list[int], words: list[int], count: int, codes: dict[int, int], lengths: list[int]) -> list[int]:
+    """``count`` symbols; what they do not use up must be nothing."""
+    by_code = {(codes[s], n): s for s, n in enumerate(lengths) if n}
+    c = [v.bit_length() - 1 for v in start]
+    x = [v ^ 1 << n for v, n in zip(start, c, strict=True)]
+    symbols, at = [], 0
+    for step in range(-(-count // LANES)):
+        live = range(min(LANES, count - step * LANES))
+        for lane in live:
+            length = next(n for n in range(1, 16) if (x[lane] % (1 << n), n) in by_code)
+            symbols.append(by_code[x[lane] % (1 << length), length])
+            x[lane] >>= length
+            c[lane] -= length
+            if c[lane] < 0:
+                raise ValueError("more bits used than there are")
+        for lane in live:
+            if c[lane] < 16 and at < len(words):
+                x[lane] |= words[at] << c[lane]
+                c[lane] += 16
+                at += 1
+    if any(x):
+        raise ValueError("bits are left over")
+    return symbols

@@ -1,0 +1,228 @@
+"""Residuals: kept by parameter, moved without loss when buckets or the number of ranks change."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import gathered, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import qcomm
+from qcomm.error_feedback import ErrorFeedback
+from qcomm.layout import BucketLayout, TensorSpec
+
+SIZES = {"a": 700, "b": 33, "c": 5000}
+
+
+def layout(world_size, names=("a", "b", "c")):
+    specs, offset = [], 0
+    for name in names:
+        specs.append(TensorSpec(name, offset, SIZES[name], True))
+        offset += SIZES[name]
+    return BucketLayout(specs, world_size)
+
+
+def filled(world_size, seed=0):
+    """The residuals of all ranks after some collective."""
+    generator = torch.Generator().manual_seed(seed)
+    ranks = []
+    for rank in range(world_size):
+        feedback, chunks = ErrorFeedback(), layout(world_size)
+        feedback.adopt(chunks, rank)
+        for name, numel in SIZES.items():
+            feedback.local(name, numel).copy_(torch.randn(numel, generator=generator))
+        for piece in chunks.chunks[rank].pieces:
+            feedback.owner(chunks.tensors[piece.tensor].key, piece.start, piece.length).copy_(
+                torch.randn(piece.length, generator=generator)
+            )
+        ranks.append(feedback)
+    return ranks
+
+
+def kept(ranks):
+    """mean(e) + o, what will still be sent: name -> float64 tensor."""
+    total = {name: torch.zeros(numel, dtype=torch.float64) for name, numel in SIZES.items()}
+    for feedback in ranks:
+        state = feedback.state_dict()
+        for name, residual in state["local"].items():
+            total[name] += residual.double() / len(ranks)
+        for name, (start, residual) in state["owner"].items():
+            total[name][start : start + residual.numel()] += residual.double()
+    return total
+
+
+def assert_kept(ranks, before):
+    for name, value in kept(ranks).items():
+        assert torch.allclose(value, before[name], rtol=1e-5, atol=1e-5), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_a_rebuilt_bucket_moves_owner_residuals(world_size):
+    ranks = filled(world_size)
+    before = kept(ranks)
+    for rank, feedback in enumerate(ranks):
+        feedback.adopt(layout(world_size), rank)
+        assert feedback.state_dict()["owner"] or world_size > 1  # the same layout moves nothing
+    assert_kept(ranks, before)
+    for rank, feedback in enumerate(ranks):
+        for names in (("c", "a"), ("b",)):  # other buckets, in another order
+            feedback.adopt(layout(world_size, names), rank)
+    assert_kept(ranks, before)
+
+
+@given(st.integers(1, 5), st.integers(1, 5))
+@settings(max_examples=15, deadline=None)
+def test_another_number_of_ranks(old, new):
+    saved = [feedback.state_dict() for feedback in filled(old)]
+    before = kept(filled(old))
+    ranks = []
+    for rank in range(new):
+        feedback = ErrorFeedback()
+        if rank < old:
+            feedback.load_state_dict([saved[other] for other in range(rank, old, new)])
+        feedback.adopt(layout(new), rank)
+        ranks.append(feedback)
+    assert_kept(ranks, before)
+
+
+def test_state_dict_is_a_copy_and_round_trips():
+    ranks = filled(2)
+    state = pickle.loads(pickle.dumps(ranks[0].state_dict()))
+    ranks[0].local("a", 700).zero_()
+    restored = ErrorFeedback()
+    restored.load_state_dict(state)
+    again = restored.state_dict()
+    assert again["world_size"] == 2 and again["local"].keys() == state["local"].keys()
+    assert all(torch.equal(again["local"][name], value) for name, value in state["local"].items())
+    assert all(torch.equal(again["owner"][name][1], value) for name, (_, value) in state["owner"].items())
+    restored.local("a", 700).zero_()
+    assert bool(state["local"]["a"].any())
+
+
+def test_wrong_checkpoints_are_refused_and_change_nothing():
+    feedback = filled(2)[0]
+    before = feedback.state_dict()
+    good, other = feedback.state_dict(), filled(3)[0].state_dict()
+    for bad, match in (
+        ({**good, "format": 7}, "state has format 7"),
+        ([good, other], "saved by 2 and by 3 ranks"),
+        ([], "at least one"),
+        ({**good, "owner": {"a": (690, torch.zeros(50))}}, "owner residual of 'a' does not fit"),
+        ({**good, "owner": {"z": (0, torch.zeros(5))}}, "owner residual of 'z' does not fit"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            feedback.load_state_dict(bad)
+    assert torch.equal(feedback.state_dict()["local"]["a"], before["local"]["a"])
+    with pytest.raises(ValueError, match="residual of 'a' has 700 elements, the parameter 5"):
+        feedback.local("a", 5)
+    feedback.clear()
+    assert feedback.norm() == 0.0
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(*[layer for _ in range(4) for layer in (nn.Linear(48, 48), nn.Tanh())])
+
+
+def train(ddp_model, plain, group, seeds, sums):
+    """Steps on both models; adds gradients to ``sums``: (averaged, exact mean)."""
+    size = dist.get_world_size(group)
+    for seed in seeds:
+        inputs = torch.randn(8, 48, generator=torch.Generator().manual_seed(100 * seed + dist.get_rank()))
+        ddp_model.zero_grad()
+        plain.zero_grad()
+        ddp_model(inputs).square().sum().backward()
+        plain(inputs).square().sum().backward()
+        exact = torch.cat([p.grad.reshape(-1) for p in plain.parameters()]).double()
+        dist.all_reduce(exact, group=group)
+        sums[0] += torch.cat([p.grad.reshape(-1) for p in ddp_model.parameters()]).double()
+        sums[1] += exact / size
+
+
+def remaining(states, names):
+    """mean(e) + o of the given ranks' saved states, flat in the order of ``names`` (name -> numel)."""
+    total = []
+    for name, numel in names.items():
+        value = torch.zeros(numel, dtype=torch.float64)
+        for state in states:
+            residuals = state["error_feedback"]
+            if name in residuals["local"]:
+                value += residuals["local"][name].double() / len(states)
+            if name in residuals["owner"]:
+                start, residual = residuals["owner"][name]
+                value[start : start + residual.numel()] += residual.double()
+        total.append(value)
+    return torch.cat(total)
+
+
+def new_ddp(plain, group):
+    return DistributedDataParallel(copy.deepcopy(plain), process_group=group, bucket_cap_mb=0.005)
+
+
+def case_resume(rank, world_size, sizes, grid):
+    """Trains with each number of ranks in turn, through saved states and new models. Nothing may be lost on the way."""
+    plain = model()
+    names = {name: p.numel() for name, p in plain.named_parameters()}
+    sums = [torch.zeros(sum(names.values()), dtype=torch.float64) for _ in range(2)]
+    states, seed = None, 0
+    for size in sizes:
+        group = dist.new_group(list(range(size)))
+        saved = None
+        if rank < size:
+            ddp_model = new_ddp(plain, group)
+            state = qcomm.attach(ddp_model, grid=grid, min_elements=0)
+            if states is not None and rank < len(states):
+                state.load_state_dict([states[other] for other in range(rank, len(states), size)])
+            elif states is not None:
+                state.load_state_dict({**states[0], "error_feedback": None})
+            train(ddp_model, plain, group, range(seed, seed + 3), sums)
+            saved = state.state_dict()
+            assert saved["steps"] == seed + 3
+        seed += 3
+        states = [value for value in gathered(saved) if value is not None]
+        # Ranks that took no part did not see the sums either.
+        dist.broadcast(sums[0], 0)
+        dist.broadcast(sums[1], 0)
+        assert torch.allclose(sums[1] - sums[0], remaining(states, names), rtol=0, atol=1e-4)
+        assert float((sums[1] - sums[0]).abs().max()) > 1e-3
+        if rank < size:
+            dist.destroy_process_group(group)
+
+
+@pytest.mark.world
+@pytest.mark.parametrize("grid", [qcomm.SigmaGrid(step=1.0), qcomm.RangeGrid(c=2)], ids=["sigma", "range"])
+def test_checkpoint_and_another_number_of_ranks(grid):
+    run(3, case_resume, (3, 3, 2, 3), grid)
+
+
+def case_pickle(rank, world_size):
+    plain = model()
+    ddp_model = new_ddp(plain, None)
+    state = qcomm.attach(ddp_model, min_elements=0)
+    names = {name: p.numel() for name, p in plain.named_parameters()}
+    sums = [torch.zeros(sum(names.values()), dtype=torch.float64) for _ in range(2)]
+    train(ddp_model, plain, None, range(3), sums)
+    with pytest.warns(UserWarning, match="has no process group"):
+        restored = pickle.loads(pickle.dumps(state))
+    assert restored.process_group is None and restored.stats()["steps"] == 3
+    # Residuals under names cannot be found again by a hook that does not know names.
+    unnamed = new_ddp(plain, None)
+    unnamed.register_comm_hook(restored, qcomm.compression_hook)
+    with pytest.raises(RuntimeError, match="residuals belong to named parameters"):
+        unnamed(torch.ones(1, 48)).sum().backward()
+    ddp_model = new_ddp(plain, None)
+    assert qcomm.attach(ddp_model, state=restored) is restored
+    train(ddp_model, plain, None, range(3, 6), sums)
+    assert torch.allclose(sums[1] - sums[0], remaining(gathered(restored.state_dict()), names), rtol=0, atol=1e-4)
+    with pytest.raises(TypeError, match="state must not be combined with options"):
+        qcomm.attach(new_ddp(plain, None), state=restored, min_elements=3)
+
+
+@pytest.mark.world
+def test_a_pickled_state_goes_on():
+    run(2, case_pickle)
