@@ -1,5 +1,5 @@
-// The only file that knows Python. Tensors arrive as addresses, checked by qcomm/_native.py; the GIL is released around every operation that
-// walks over data.
+// The only file that knows Python. Tensors arrive as addresses, checked by qcomm/_native.py; the GIL is released around
+// every operation that walks over data.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,8 +10,8 @@
 #include "qcomm/entropy.h"
 #include "qcomm/huffman.h"
 #include "qcomm/packet.h"
-#include "qcomm/quantize.h"
 #include "qcomm/processor.h"
+#include "qcomm/quantize.h"
 #include "qcomm/statistics.h"
 
 namespace py = pybind11;
@@ -56,16 +56,16 @@ py::tuple py_measure(Address data, int dtype, std::int64_t count, Address residu
     return py::make_tuple(s.minimum, s.maximum, s.sum_squares, s.finite);
 }
 
-double py_entropy(Address data, int dtype, std::int64_t count, Address residual, double inv_scale, double lo, double hi, int num_bits, double fraction,
-                  std::uint32_t seed) {
+double py_entropy(Address data, int dtype, std::int64_t count, Address residual, double inv_scale, double lo, double hi,
+                  int num_bits, double fraction, std::uint32_t seed) {
     py::gil_scoped_release nogil;
     const Values values = make_values(data, dtype, count, residual, inv_scale);
     const auto counts = sample_histogram(values, lo, hi, num_bits, fraction, seed);
     return static_cast<double>(entropy_fixed(counts.data(), static_cast<int>(counts.size()))) / (1 << kLogFractionBits);
 }
 
-py::tuple py_sigma_code(Address data, int dtype, std::int64_t count, Address residual, double inv_scale, int num_bits, double step, double k,
-                        std::uint32_t seed) {
+py::tuple py_sigma_code(Address data, int dtype, std::int64_t count, Address residual, double inv_scale, int num_bits,
+                        double step, double k, std::uint32_t seed) {
     SigmaCode code{};
     {
         py::gil_scoped_release nogil;
@@ -82,8 +82,12 @@ int py_nearest_static_table(int coding, int num_bits, double k) {
 using QuantizerTuple = std::tuple<int, int, int, int, double, double>;
 
 Quantizer make_quantizer(const QuantizerTuple& q) {
-    return {static_cast<Grid>(std::get<0>(q)), static_cast<std::uint8_t>(std::get<1>(q)), static_cast<Coding>(std::get<2>(q)),
-            static_cast<std::uint8_t>(std::get<3>(q)), std::get<4>(q), std::get<5>(q)};
+    return {static_cast<Grid>(std::get<0>(q)),
+            static_cast<std::uint8_t>(std::get<1>(q)),
+            static_cast<Coding>(std::get<2>(q)),
+            static_cast<std::uint8_t>(std::get<3>(q)),
+            std::get<4>(q),
+            std::get<5>(q)};
 }
 
 void py_quantize(Address data, int dtype, std::int64_t count, const QuantizerTuple& quantizer, Address symbols) {
@@ -92,7 +96,8 @@ void py_quantize(Address data, int dtype, std::int64_t count, const QuantizerTup
         using Tr = decltype(traits);
         with_grid<Tr>(make_quantizer(quantizer), [&](const auto& grid) {
             const Reader<Tr> reader(make_values(data, dtype, count, 0, 1.0));
-            for (std::int64_t i = 0; i < count; ++i) pointer<std::int32_t>(symbols)[i] = static_cast<std::int32_t>(grid(reader[i]));
+            for (std::int64_t i = 0; i < count; ++i)
+                pointer<std::int32_t>(symbols)[i] = static_cast<std::int32_t>(grid(reader[i]));
         });
     });
 }
@@ -117,23 +122,27 @@ std::vector<SegmentInput> make_segments(const std::vector<SegmentTuple>& segment
     std::vector<SegmentInput> inputs;
     inputs.reserve(segments.size());
     for (const auto& [data, count, residual, quantizer] : segments) {
-        inputs.push_back({make_values(data, dtype, count, residual, inv_scale), make_quantizer(quantizer), pointer<float>(residual)});
+        inputs.push_back({make_values(data, dtype, count, residual, inv_scale), make_quantizer(quantizer),
+                          pointer<float>(residual)});
     }
     return inputs;
 }
 
-std::int64_t py_encode_bound(const std::vector<SegmentTuple>& segments, int dtype, const std::vector<std::int64_t>& dims, bool checksums, int steps) {
+std::int64_t py_encode_bound(const std::vector<SegmentTuple>& segments, int dtype,
+                             const std::vector<std::int64_t>& dims, bool checksums, int steps) {
     return encode_bound(make_segments(segments, dtype, 1.0), {static_cast<DType>(dtype), dims, checksums, steps});
 }
 
-std::int64_t py_encode(const std::vector<SegmentTuple>& segments, double inv_scale, int dtype, const std::vector<std::int64_t>& dims, bool checksums,
-                       int steps, Address out, std::int64_t capacity) {
+std::int64_t py_encode(const std::vector<SegmentTuple>& segments, double inv_scale, int dtype,
+                       const std::vector<std::int64_t>& dims, bool checksums, int steps, Address out,
+                       std::int64_t capacity) {
     std::int64_t total = 0;
     Status status;
     {
         py::gil_scoped_release nogil;
         const EncodeOptions options{static_cast<DType>(dtype), dims, checksums, steps};
-        status = encode_packet(make_segments(segments, dtype, inv_scale), options, pointer<std::uint8_t>(out), capacity, &total);
+        status = encode_packet(make_segments(segments, dtype, inv_scale), options, pointer<std::uint8_t>(out), capacity,
+                               &total);
     }
     raise_if_error(status);
     return total;
@@ -154,8 +163,8 @@ py::dict py_parse(Address packet, std::int64_t bytes) {
     const PacketView view = parse(packet, bytes);
     py::list records;
     for (const SegmentRecord& r : view.records) {
-        records.append(py::make_tuple(r.count, static_cast<int>(r.grid), static_cast<int>(r.num_bits), static_cast<int>(r.coding),
-                                      static_cast<int>(r.table), r.p0, r.p1));
+        records.append(py::make_tuple(r.count, static_cast<int>(r.grid), static_cast<int>(r.num_bits),
+                                      static_cast<int>(r.coding), static_cast<int>(r.table), r.p0, r.p1));
     }
     py::dict info;
     info["version"] = static_cast<int>(view.header.version);
@@ -175,8 +184,10 @@ void py_decode(Address packet, std::int64_t bytes, Address out, std::int64_t cou
         py::gil_scoped_release nogil;
         PacketView view;
         status = parse_packet(pointer<const std::uint8_t>(packet), bytes, &view);
-        if (status.ok() && (static_cast<std::int64_t>(view.header.element_count) != count || static_cast<int>(view.header.dtype) != dtype)) {
-            status = bad_argument("out must have the packet's dtype and element count,", static_cast<std::int64_t>(view.header.element_count));
+        if (status.ok() && (static_cast<std::int64_t>(view.header.element_count) != count ||
+                            static_cast<int>(view.header.dtype) != dtype)) {
+            status = bad_argument("out must have the packet's dtype and element count,",
+                                  static_cast<std::int64_t>(view.header.element_count));
         }
         if (status.ok()) status = decode_packet(view, pointer<void>(out), accumulate);
     }
@@ -189,7 +200,8 @@ void py_count_symbols(Address packet, std::int64_t bytes, std::size_t segment, A
         py::gil_scoped_release nogil;
         PacketView view;
         status = parse_packet(pointer<const std::uint8_t>(packet), bytes, &view);
-        if (status.ok() && segment >= view.records.size()) status = bad_argument("no such segment", static_cast<std::int64_t>(segment));
+        if (status.ok() && segment >= view.records.size())
+            status = bad_argument("no such segment", static_cast<std::int64_t>(segment));
         if (status.ok()) status = count_symbols(view, segment, pointer<std::uint64_t>(counts));
     }
     raise_if_error(status);
@@ -219,7 +231,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("entropy", &py_entropy);
     m.def("sigma_code", &py_sigma_code);
     m.def("nearest_static_table", &py_nearest_static_table);
-    m.def("is_usable", [](const QuantizerTuple& q, int dtype) { return is_usable(make_quantizer(q), static_cast<DType>(dtype)); });
+    m.def("is_usable",
+          [](const QuantizerTuple& q, int dtype) { return is_usable(make_quantizer(q), static_cast<DType>(dtype)); });
     m.def("quantize", &py_quantize);
     m.def("dequantize", &py_dequantize);
     m.def("encode_bound", &py_encode_bound);
@@ -236,5 +249,6 @@ PYBIND11_MODULE(_C, m) {
     m.def("use_kernel_version", [](const std::string& name) { return use_kernel_version(name.c_str()); });
     m.def("static_tables", &py_static_tables);
     m.def("log2_fixed", &log2_fixed);
-    m.def("checksum", [](Address data, std::int64_t bytes) { return checksum(pointer<const std::uint8_t>(data), bytes); });
+    m.def("checksum",
+          [](Address data, std::int64_t bytes) { return checksum(pointer<const std::uint8_t>(data), bytes); });
 }

@@ -1,4 +1,7 @@
-"""The only importer of the native core: turns checked tensors into addresses. Everything here speaks torch, nothing above it speaks addresses."""
+"""The only importer of the native core: turns checked tensors into addresses.
+
+Everything here speaks torch; nothing above it speaks addresses.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -64,13 +67,15 @@ class Quantizer(NamedTuple):
             return self.p1
         if self.grid == GridKind.NONE:
             return 0.0
-        return (self.p1 - self.p0) / (2**self.num_bits - (self.grid == GridKind.RANGE_ENDPOINT))
+        levels = 1 << self.num_bits
+        return (self.p1 - self.p0) / (levels - (self.grid == GridKind.RANGE_ENDPOINT))
 
 
 class Segment(NamedTuple):
     """One tensor, or a part of one, as it goes into a packet.
 
-    ``values``: contiguous, any shape; float32 or float64 where there is a residual. ``residual``: float32, contiguous, of as many elements; it is
+    ``values``: contiguous, any shape; float32 or float64 where there is a residual. ``residual``: float32, contiguous,
+    of as many elements; it is
     added before quantization and then replaced by what quantization lost.
     """
 
@@ -96,7 +101,9 @@ def check_floats(name: str, tensor: object) -> torch.Tensor:
 def check_packet(packet: object) -> torch.Tensor:
     """Returns ``packet`` as a contiguous 1-D uint8 CPU tensor, or raises an error that names it."""
     if not isinstance(packet, torch.Tensor):
-        raise TypeError(f"packet must be a 1-D uint8 tensor, got {type(packet).__name__}; torch.frombuffer makes one from bytes")
+        raise TypeError(
+            f"packet must be a 1-D uint8 tensor, got {type(packet).__name__}; torch.frombuffer makes one from bytes"
+        )
     if packet.dtype != torch.uint8 or packet.dim() != 1:
         raise TypeError(f"packet must be a 1-D uint8 tensor, got {packet.dim()}-D {packet.dtype}")
     if packet.device.type != "cpu":
@@ -111,7 +118,12 @@ def _source(values: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, i
         raise ValueError("values must be contiguous")
     if residual is None:
         return values.data_ptr(), DTYPE_NUMBERS[values.dtype], values.numel(), 0
-    if residual.dtype != torch.float32 or residual.numel() != values.numel() or not residual.is_contiguous() or residual.device != values.device:
+    if (
+        residual.dtype != torch.float32
+        or residual.numel() != values.numel()
+        or not residual.is_contiguous()
+        or residual.device != values.device
+    ):
         raise ValueError(
             f"residual must be contiguous float32 of {values.numel()} elements on {values.device}, "
             f"got {residual.dtype} of {residual.numel()} on {residual.device}"
@@ -205,9 +217,16 @@ class ParsedPacket(NamedTuple):
 def parse(packet: torch.Tensor) -> ParsedPacket:
     """Checks a packet's metadata and returns it; raises ``PacketError``."""
     parsed = _C.parse(packet.data_ptr(), packet.numel())
-    records = [(count, Quantizer(GridKind(g), n, Coding(c), t, p0, p1)) for count, g, n, c, t, p0, p1 in parsed["records"]]
+    records = [
+        (count, Quantizer(GridKind(g), n, Coding(c), t, p0, p1)) for count, g, n, c, t, p0, p1 in parsed["records"]
+    ]
     return ParsedPacket(
-        DTYPES[parsed["dtype"]], tuple(parsed["dims"]), parsed["steps"], parsed["checksums"], parsed["payload_bytes"], records
+        DTYPES[parsed["dtype"]],
+        tuple(parsed["dims"]),
+        parsed["steps"],
+        parsed["checksums"],
+        parsed["payload_bytes"],
+        records,
     )
 
 
@@ -240,9 +259,9 @@ def canonical_codes(lengths: torch.Tensor) -> torch.Tensor:
 
 
 def cpu_features() -> tuple[str, ...]:
-    """Names of the instruction sets that this processor and this build can use, the best last: ``"scalar"``, ``"avx2"``, ``"avx512"``.
+    """Names of the instruction sets that this processor and this build can use, the best last.
 
-    The best is used; results do not depend on it.
+    ``"scalar"``, ``"avx2"``, ``"avx512"``. The best is used; results do not depend on it.
 
     Example:
         >>> cpu_features()[0]

@@ -8,32 +8,39 @@ import torch
 
 from qcomm import _native
 from qcomm._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, Segment
-from qcomm.errors import PacketError
 from qcomm.grids import Grid, SigmaGrid
 from qcomm.quantize import plan
 from qcomm.statistics import measure
 
 __all__ = ["PacketInfo", "Segment", "SegmentInfo", "compress", "decode_into", "decompress", "encode", "inspect"]
 
-# Symbols per lane in a block. A block costs about 48 bytes besides its codewords, and is what one warp or one thread works on at a time.
+# Symbols per lane in a block. A block costs about 48 bytes besides its codewords, and is what one warp or one thread
+# works on at a time.
 BLOCK_STEPS = 256
 LARGE_BLOCK_STEPS = 512
 LARGE_ELEMENTS = 1 << 24
 
 
 def default_block_steps(element_count: int) -> int:
-    """Symbols per lane in a block: long blocks cost fewer bytes, and a large tensor has enough of them to keep a GPU busy."""
+    """Symbols per lane in a block.
+
+    Long blocks cost fewer bytes, and a large tensor has enough of them to keep a GPU busy.
+    """
     return LARGE_BLOCK_STEPS if element_count >= LARGE_ELEMENTS else BLOCK_STEPS
 
 
-def compress(tensor: torch.Tensor, grid: Grid = SigmaGrid(), *, checksum: bool = True, block_steps: int | None = None) -> torch.Tensor:
+def compress(
+    tensor: torch.Tensor, grid: Grid = SigmaGrid(), *, checksum: bool = True, block_steps: int | None = None
+) -> torch.Tensor:
     """Quantizes and Huffman-codes a tensor.
 
     Args:
-        tensor: any shape, contiguous or not, float32, float16, bfloat16 or float64. Non-finite values make it travel raw, exactly.
+        tensor: any shape, contiguous or not, float32, float16, bfloat16 or float64. Non-finite values make it travel
+            raw, exactly.
         grid: how finely; SigmaGrid for gradients, RangeGrid for weights.
         checksum: add 4 bytes a block that let ``decompress`` tell damaged from whole.
-        block_steps: symbols per lane in a block, 1..512; by default by size. Smaller blocks are more parallel and larger in sum.
+        block_steps: symbols per lane in a block, 1..512; by default by size. Smaller blocks are more parallel and
+            larger in sum.
 
     Returns:
         A 1-D uint8 tensor. Never more than 128 bytes larger than the tensor itself (up to 6 dimensions).
@@ -49,7 +56,9 @@ def compress(tensor: torch.Tensor, grid: Grid = SigmaGrid(), *, checksum: bool =
     """
     values = _native.check_floats("tensor", tensor).detach().contiguous()
     quantizer = plan(measure(values), grid, values)
-    packet = encode([Segment(values.reshape(-1), quantizer)], shape=values.shape, checksum=checksum, block_steps=block_steps)
+    packet = encode(
+        [Segment(values.reshape(-1), quantizer)], shape=values.shape, checksum=checksum, block_steps=block_steps
+    )
     return packet.clone()  # the encoder's buffer is as large as the worst case
 
 
@@ -80,9 +89,12 @@ def encode(
     checksum: bool = True,
     block_steps: int | None = None,
 ) -> torch.Tensor:
-    """A packet of several segments, each ``u = values * inv_scale + residual`` on its own quantizer. The building block of collectives.
+    """A packet of several segments, each ``u = values * inv_scale + residual`` on its own quantizer.
 
-    A segment's residual, where it has one, is replaced by ``u - decoded(u)`` (error feedback) in the same pass; a constant NaN leaves it
+    The building block of collectives.
+
+    A segment's residual, where it has one, is replaced by ``u - decoded(u)`` (error feedback) in the same pass; a
+    constant NaN leaves it
     untouched. Arguments are checked before anything is written.
 
     Args:
@@ -148,9 +160,9 @@ def decode_into(packet: torch.Tensor, out: torch.Tensor, *, accumulate: bool = F
 class SegmentInfo:
     """One segment of a packet.
 
-    ``grid``: ``"none"``, ``"range_center"``, ``"range_endpoint"`` or ``"sigma"``; ``num_bits``: of a symbol before coding (of a value, where the
-    values are raw); ``entropy_bits``: of the symbols in it, NaN where there are none; ``coding``: ``"raw"``, ``"constant"``, ``"fixed"``, ``"single"``
-    or ``"pair"``; ``table``: ``"static <number>"``, ``"own"`` or ``"none"``.
+    ``grid``: ``"none"``, ``"range_center"``, ``"range_endpoint"`` or ``"sigma"``; ``num_bits``: of a symbol before
+    coding (of a value, where the values are raw); ``entropy_bits``: of the symbols in it, NaN where there are none;
+    ``coding``: ``"raw"``, ``"constant"``, ``"fixed"``, ``"single"`` or ``"pair"``; ``table``: ``"static <number>"``, ``"own"`` or ``"none"``.
     """
 
     count: int
@@ -164,7 +176,10 @@ class SegmentInfo:
 
 @dataclass(frozen=True)
 class PacketInfo:
-    """What a packet contains and what it costs. The first six fields after ``dtype`` describe the first segment; tensors have only one."""
+    """What a packet contains and what it costs.
+
+    The fields from ``grid`` to ``coding`` describe the first segment; a compressed tensor has only one.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype

@@ -12,7 +12,8 @@ __all__ = ["estimate_entropy"]
 def estimate_entropy(tensor: torch.Tensor, num_bits: int = 4, sample_fraction: float = 0.03, *, seed: int = 0) -> float:
     """Entropy, in bits, of the ``2**num_bits``-bin histogram of a sample of ``tensor`` between its minimum and maximum.
 
-    At least 1024 values are sampled (all of a smaller tensor), one from each stride; computed in integers, so that every machine and
+    At least 1024 values are sampled (all of a smaller tensor), one from each stride; computed in integers, so that
+    every machine and
     device finds the same number. 0 for a constant or empty tensor.
 
     Args:

@@ -1,8 +1,7 @@
-"""Grids: how finely a tensor is quantized, as small immutable descriptions. The arithmetic is in :mod:`qcomm.quantize`."""
+"""Grids: how finely a tensor is quantized, as small immutable descriptions. docs/format.md has the arithmetic."""
 
 import math
 from dataclasses import dataclass
-from typing import Union
 
 __all__ = ["Grid", "RangeGrid", "SigmaGrid"]
 
@@ -10,6 +9,11 @@ MIN_SIGMA_STEP = 2.0**-12
 MAX_SIGMA_STEP = 16.0
 SIGMA_CODINGS = ("auto", "single", "pair", "table", "fixed")
 RECONSTRUCTIONS = ("center", "endpoint")
+PRESETS: dict[str | None, dict[str, float | str]] = {
+    None: {},
+    "paper": {"c": 6.0, "reconstruction": "center"},
+    "compact": {"c": 5.0},
+}
 # Below this k a pair code's 4-bit alphabet would leave too many values outside (sigma_num_bits gives more than 4 bits).
 PAIR_BITS = 4
 
@@ -40,10 +44,13 @@ class SigmaGrid:
     The default for gradients. Values outside the alphabet are sent exactly; nothing is clipped.
 
     Args:
-        step: distance of the levels in units of the tensor's root mean square, 2**-12..16. 1 costs about 2.1 bits a value of a
+        step: distance of the levels in units of the tensor's root mean square, 2**-12..16. 1 costs about 2.1 bits a
+            value of a
             typical gradient, 2 about 1.15; use error feedback from 2 on.
-        coding: ``"auto"`` prices the codes on a sample and takes the cheapest; ``"single"`` and ``"pair"`` force a built-in table (one or two
-            symbols a codeword; pairs need ``step >= 0.84``), ``"table"`` a table of the tensor's own in the packet, ``"fixed"`` no Huffman code.
+        coding: ``"auto"`` prices the codes on a sample and takes the cheapest; ``"single"`` and ``"pair"`` force a
+            built-in table (one or two
+            symbols a codeword; pairs need ``step >= 0.84``), ``"table"`` a table of the tensor's own in the packet,
+            ``"fixed"`` no Huffman code.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -80,17 +87,21 @@ class SigmaGrid:
 class RangeGrid:
     """Uniform levels between a tensor's minimum and maximum, their number chosen by its entropy.
 
-    The method of A. Oland and B. Raj, "Reducing communication overhead in distributed learning by an order of magnitude (almost)",
-    ICASSP 2015: the entropy H of a coarse histogram of a small sample decides, for each tensor and each time, on ``N = ceil(H + c)`` bits. The default for
+    The method of A. Oland and B. Raj, "Reducing communication overhead in distributed learning by an order of magnitude
+    (almost)",
+    ICASSP 2015: the entropy H of a coarse histogram of a small sample decides, for each tensor and each time, on ``N =
+    ceil(H + c)`` bits. The default for
     weights.
 
     Args:
-        preset: ``"paper"`` is ``c=6, reconstruction="center"``; ``"compact"`` is ``c=5``; None takes the arguments below.
+        preset: ``"paper"`` is ``c=6, reconstruction="center"``; ``"compact"`` is ``c=5``; None takes the arguments
+            below.
         c: bits added to the entropy, >= 0: the least N, while ``c + entropy_bits`` is the most.
         entropy_bits: the histogram has ``2**entropy_bits`` bins, 1..12 (the paper's M).
         sample_fraction: part of the values that are looked at, in (0, 1]; never fewer than 1024 values.
         max_bits: upper bound of N, 1..16.
-        reconstruction: ``"endpoint"`` has levels at both ends, so that decoding and encoding again changes nothing; ``"center"`` decodes
+        reconstruction: ``"endpoint"`` has levels at both ends, so that decoding and encoding again changes nothing;
+            ``"center"`` decodes
             to the middle of a bin, as the paper does, which shrinks repeatedly exchanged weights by ``2**-N`` a round.
         num_bits: a fixed N, 1..16, instead of the entropy's.
         seed: of the sample.
@@ -103,24 +114,26 @@ class RangeGrid:
         'center'
     """
 
-    preset: Union[str, None] = None
-    c: float = 6
+    preset: str | None = None
+    c: float = 6.0
     entropy_bits: int = 4
     sample_fraction: float = 0.03
     max_bits: int = 16
     reconstruction: str = "endpoint"
-    num_bits: Union[int, None] = None
+    num_bits: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        presets = {None: {}, "paper": {"c": 6, "reconstruction": "center"}, "compact": {"c": 5}}
-        if self.preset not in presets:
+        if self.preset not in PRESETS:
             raise ValueError(f"preset must be None, 'paper' or 'compact', got {self.preset!r}")
-        for name, value in presets[self.preset].items():
+        for name, value in PRESETS[self.preset].items():
             if getattr(self, name) not in (getattr(type(self), name), value):
-                raise ValueError(f"{name}={getattr(self, name)!r} contradicts preset {self.preset!r}, which sets it to {value!r}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} contradicts preset {self.preset!r}, which sets it to {value!r}"
+                )
             object.__setattr__(self, name, value)
         c = _real("c", self.c)
+        object.__setattr__(self, "c", c)
         if not 0.0 <= c <= 16.0:
             raise ValueError(f"c must be in [0, 16] bits, got {self.c}")
         _integer("entropy_bits", self.entropy_bits, 1, 12)
@@ -135,17 +148,15 @@ class RangeGrid:
             raise ValueError(f"reconstruction must be one of {RECONSTRUCTIONS}, got {self.reconstruction!r}")
 
     def bits_for(self, entropy: float) -> int:
-        """N for a tensor whose sampled entropy is ``entropy`` bits: ``min(ceil(H + c), floor(c + M), max_bits)``, at least 1."""
+        """N for a tensor of ``entropy`` bits: ``min(ceil(H + c), floor(c + M), max_bits)``, at least 1."""
         if self.num_bits is not None:
             return self.num_bits
         return max(1, min(math.ceil(entropy + self.c), math.floor(self.c + self.entropy_bits), self.max_bits))
 
     def describe(self) -> str:
         """The configuration as one line, the same on every rank that is configured alike."""
-        return (
-            f"RangeGrid(c={float(self.c)!r}, entropy_bits={self.entropy_bits}, sample_fraction={float(self.sample_fraction)!r}, "
-            f"max_bits={self.max_bits}, reconstruction={self.reconstruction!r}, num_bits={self.num_bits}, seed={self.seed})"
-        )
+        fields = ("c", "entropy_bits", "sample_fraction", "max_bits", "reconstruction", "num_bits", "seed")
+        return f"RangeGrid({', '.join(f'{name}={getattr(self, name)!r}' for name in fields)})"
 
 
-Grid = Union[SigmaGrid, RangeGrid]
+Grid = SigmaGrid | RangeGrid

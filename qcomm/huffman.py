@@ -10,10 +10,10 @@ MAX_CODE_LENGTH = 15
 
 
 def code_lengths(counts: torch.Tensor, limit: int = MAX_CODE_LENGTH) -> torch.Tensor:
-    """Codeword lengths of an optimal prefix code for symbols that occur ``counts`` times, none longer than ``limit`` bits.
+    """Codeword lengths of an optimal prefix code whose codewords have at most ``limit`` bits.
 
     Args:
-        counts: 1-D integer tensor of at most 4096 non-negative counts whose sum is below 2**48.
+        counts: how often each symbol occurs; 1-D integer tensor of at most 4096 entries, their sum below 2**48.
         limit: 1..15; the symbols in use must not be more than ``2**limit``.
 
     Returns:
@@ -22,13 +22,19 @@ def code_lengths(counts: torch.Tensor, limit: int = MAX_CODE_LENGTH) -> torch.Te
     Raises:
         TypeError, ValueError: naming the argument.
 
-    Source: L. Larmore and D. Hirschberg, "A fast algorithm for optimal length-limited Huffman codes", J. ACM 37(3), 1990 (package-merge).
+    Source: L. Larmore and D. Hirschberg, "A fast algorithm for optimal length-limited Huffman codes", J. ACM 37(3),
+    1990 (package-merge).
 
     Example:
         >>> code_lengths(torch.tensor([8, 4, 2, 1])).tolist()
         [1, 2, 3, 3]
     """
-    if not isinstance(counts, torch.Tensor) or counts.dtype.is_floating_point or counts.dtype.is_complex or counts.dim() != 1:
+    if (
+        not isinstance(counts, torch.Tensor)
+        or counts.dtype.is_floating_point
+        or counts.dtype.is_complex
+        or counts.dim() != 1
+    ):
         raise TypeError("counts must be a 1-D integer tensor")
     if not 1 <= limit <= MAX_CODE_LENGTH:
         raise ValueError(f"limit must be in 1..{MAX_CODE_LENGTH}, got {limit}")
@@ -61,5 +67,7 @@ def canonical_codes(lengths: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"lengths must be 1..4096 values of 0..{MAX_CODE_LENGTH}")
     kraft = int((2 ** (MAX_CODE_LENGTH - lengths[lengths > 0].long())).sum())
     if kraft > 2**MAX_CODE_LENGTH:
-        raise ValueError(f"lengths describe no prefix code: their Kraft sum is {kraft / 2**MAX_CODE_LENGTH:.4g}, above 1")
+        raise ValueError(
+            f"lengths describe no prefix code: their Kraft sum is {kraft / 2**MAX_CODE_LENGTH:.4g}, above 1"
+        )
     return _native.canonical_codes(lengths)

@@ -26,7 +26,8 @@ def plan(
 ) -> Quantizer:
     """The quantizer for ``u = values * inv_scale + residual``, whose statistics are ``stats``.
 
-    A non-finite tensor, and one whose levels the arithmetic cannot represent, gets a raw quantizer; a constant one a constant.
+    A non-finite tensor, and one whose levels the arithmetic cannot represent, gets a raw quantizer; a constant one a
+    constant.
 
     Args:
         stats: from :func:`qcomm.statistics.measure` of the same values.
@@ -48,7 +49,12 @@ def plan(
 
 
 def _plan_sigma(
-    stats: Statistics, grid: SigmaGrid, values: torch.Tensor, residual: torch.Tensor | None, inv_scale: float, code: Code | None
+    stats: Statistics,
+    grid: SigmaGrid,
+    values: torch.Tensor,
+    residual: torch.Tensor | None,
+    inv_scale: float,
+    code: Code | None,
 ) -> Quantizer:
     step = grid.step * stats.rms
     if values.dtype != torch.float64:
@@ -77,7 +83,9 @@ def _plan_range(
         return Quantizer.raw()
     bits = grid.num_bits
     if bits is None:
-        entropy = _native.entropy(values, residual, inv_scale, lo, hi, grid.entropy_bits, grid.sample_fraction, grid.seed)
+        entropy = _native.entropy(
+            values, residual, inv_scale, lo, hi, grid.entropy_bits, grid.sample_fraction, grid.seed
+        )
         bits = grid.bits_for(entropy)
     kind = GridKind.RANGE_CENTER if grid.reconstruction == "center" else GridKind.RANGE_ENDPOINT
     return Quantizer(kind, bits, Coding.SINGLE if bits <= MAX_CODED_BITS else Coding.FIXED, WIRE_TABLE, lo, hi)
@@ -86,7 +94,8 @@ def _plan_range(
 def quantize(tensor: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Quantizer]:
     """Symbols of ``tensor`` on a grid, and the quantizer that decodes them.
 
-    On a range grid the symbol is the level's number counted from the minimum; on a sigma grid zero is ``2**(num_bits - 1) - 1`` and the escape symbol,
+    On a range grid the symbol is the level's number counted from the minimum; on a sigma grid zero is ``2**(num_bits -
+    1) - 1`` and the escape symbol,
     for values outside the alphabet, ``2**num_bits - 1``.
 
     Args:
@@ -107,7 +116,10 @@ def quantize(tensor: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Quantizer]
     values = _native.check_floats("tensor", tensor).detach().contiguous()
     quantizer = plan(measure(values), grid, values)
     if quantizer.grid == GridKind.NONE:
-        raise ValueError(f"tensor must be finite, not constant and of a representable range to be quantized; it would be stored {quantizer.coding.name.lower()}")
+        raise ValueError(
+            "tensor must be finite, not constant and of a representable range to be quantized; "
+            f"it would be stored {quantizer.coding.name.lower()}"
+        )
     return _native.quantize(values, quantizer), quantizer
 
 
@@ -115,7 +127,8 @@ def dequantize(symbols: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype =
     """Values that ``symbols`` stand for.
 
     Args:
-        symbols: int32, any shape, as from :func:`quantize`. Escape symbols decode to one level beyond the alphabet: their values are in the packet only.
+        symbols: int32, any shape, as from :func:`quantize`. Escape symbols decode to one level beyond the alphabet:
+            their values are in the packet only.
         quantizer: from :func:`quantize`.
         dtype: float32, float16, bfloat16 or float64.
 

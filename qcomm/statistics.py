@@ -1,7 +1,7 @@
 """What one pass over a tensor tells: the input of every grid."""
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 
@@ -10,8 +10,11 @@ from qcomm import _native
 __all__ = ["Statistics", "measure"]
 
 
-class Statistics(NamedTuple):
-    """Of ``count`` values: extremes, sum of squares in float64 (its order of additions is part of the packet format), all finite or not.
+@dataclass(frozen=True)
+class Statistics:
+    """Of ``count`` values: extremes, sum of squares, all finite or not.
+
+    The order in which squares are added, in float64, is part of the packet format.
 
     Where ``finite`` is False the other figures say nothing.
     """

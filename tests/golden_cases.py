@@ -1,4 +1,6 @@
-"""Packets that never change: the wire format, pinned. `python tests/golden_cases.py` writes tests/golden/ anew, for a new version of the format only."""
+"""Packets that never change: the wire format, pinned. `python tests/golden_cases.py` writes tests/golden/ anew, for a
+new version of the format only.
+"""
 
 import json
 import zlib
@@ -38,7 +40,9 @@ def several_segments() -> torch.Tensor:
     residual = bell(600, 7) / 16
     return encode(
         [
-            Segment(x, plan(measure(x, residual, 0.5), qcomm.SigmaGrid(2.0, coding="pair"), x, residual, 0.5), residual),
+            Segment(
+                x, plan(measure(x, residual, 0.5), qcomm.SigmaGrid(2.0, coding="pair"), x, residual, 0.5), residual
+            ),
             Segment(y, Quantizer.raw()),
             Segment(y, Quantizer.constant(float("nan"))),
             Segment(x, plan(measure(x), qcomm.RangeGrid(num_bits=6), x)),

@@ -33,12 +33,16 @@ GRIDS = {
 
 
 def assert_within_bound(x: torch.Tensor, decoded: torch.Tensor, step: float, ulps: float = 2.5) -> None:
-    """Half a step and a few ulps: half of one where the result is rounded, and on a sigma grid two for 1 / step and the quotient in T."""
+    """Half a step and a few ulps: half of one where the result is rounded, and on a sigma grid two for 1 / step and the
+    quotient in T.
+    """
     if x.numel() == 0:
         return
     error = (decoded.double() - x.double()).abs()
     slack = ulps * torch.maximum(ulp(x), ulp(decoded)) + step * 2**-40
-    assert bool((error <= step / 2 + slack).all()), f"{float((error - step / 2 - slack).max())} above the bound, step {step}"
+    assert bool((error <= step / 2 + slack).all()), (
+        f"{float((error - step / 2 - slack).max())} above the bound, step {step}"
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -84,7 +88,12 @@ def test_shapes_survive(shape: tuple[int, ...]) -> None:
 
 def test_views_are_read_through_their_strides() -> None:
     x = gaussian(6000).reshape(60, 100)
-    for view in (x.t(), x[::2, 3:50], x[:, :1].expand(60, 5), x.reshape(3, 4, 5, 100).contiguous(memory_format=torch.channels_last)):
+    for view in (
+        x.t(),
+        x[::2, 3:50],
+        x[:, :1].expand(60, 5),
+        x.reshape(3, 4, 5, 100).contiguous(memory_format=torch.channels_last),
+    ):
         same = qcomm.decompress(qcomm.compress(view)) == qcomm.decompress(qcomm.compress(view.contiguous()))
         assert bool(same.all())
 
@@ -160,7 +169,9 @@ def test_the_same_input_gives_the_same_bytes() -> None:
     steps=st.integers(1, 9),
     checksum=st.booleans(),
 )
-def test_any_floats_round_trip_within_bound(values: list[float], grid: qcomm.grids.Grid, steps: int, checksum: bool) -> None:
+def test_any_floats_round_trip_within_bound(
+    values: list[float], grid: qcomm.grids.Grid, steps: int, checksum: bool
+) -> None:
     x = torch.tensor(values, dtype=torch.float32)
     packet = qcomm.compress(x, grid, block_steps=steps, checksum=checksum)
     info = qcomm.inspect(packet)
@@ -171,11 +182,19 @@ def test_any_floats_round_trip_within_bound(values: list[float], grid: qcomm.gri
 def test_segments_with_error_feedback_lose_nothing() -> None:
     """u = decoded + residual, element by element, on every kind of segment."""
     parts = [gaussian(10_000), laplace(BLOCK + 5, 1), torch.zeros(40), student(777), gaussian(3, 2)]
-    grids = [qcomm.SigmaGrid(2.0), qcomm.RangeGrid(c=2), qcomm.SigmaGrid(1.0), qcomm.SigmaGrid(2.0, coding="table"), qcomm.RangeGrid(num_bits=16)]
+    grids = [
+        qcomm.SigmaGrid(2.0),
+        qcomm.RangeGrid(c=2),
+        qcomm.SigmaGrid(1.0),
+        qcomm.SigmaGrid(2.0, coding="table"),
+        qcomm.RangeGrid(num_bits=16),
+    ]
     residuals = [0.1 * gaussian(p.numel(), 9) for p in parts]
     inv_scale = 0.37
     exact = [p * torch.tensor(inv_scale) + r for p, r in zip(parts, residuals, strict=True)]
-    quantizers = [plan(measure(p, r, inv_scale), g, p, r, inv_scale) for p, r, g in zip(parts, residuals, grids, strict=True)]
+    quantizers = [
+        plan(measure(p, r, inv_scale), g, p, r, inv_scale) for p, r, g in zip(parts, residuals, grids, strict=True)
+    ]
     packet = encode([Segment(*s) for s in zip(parts, quantizers, residuals, strict=True)], inv_scale=inv_scale)
     decoded = qcomm.decompress(packet).split([p.numel() for p in parts])
     for u, value, residual, quantizer in zip(exact, decoded, residuals, quantizers, strict=True):
@@ -244,16 +263,40 @@ def test_inspect_adds_up() -> None:
         (lambda: qcomm.RangeGrid(sample_fraction=0.0), ValueError, "sample_fraction must be in"),
         (lambda: qcomm.RangeGrid(entropy_bits=13), ValueError, "entropy_bits must be in 1..12"),
         (lambda: qcomm.decompress(b"QCMM"), TypeError, "packet must be a 1-D uint8 tensor"),
-        (lambda: qcomm.decompress(torch.zeros(2, 2, dtype=torch.uint8)), TypeError, "packet must be a 1-D uint8 tensor"),
+        (
+            lambda: qcomm.decompress(torch.zeros(2, 2, dtype=torch.uint8)),
+            TypeError,
+            "packet must be a 1-D uint8 tensor",
+        ),
         (lambda: encode([]), ValueError, "segments must not be empty"),
-        (lambda: encode([Segment(gaussian(4), Quantizer.raw())], inv_scale=0.0), ValueError, "inv_scale must be positive"),
-        (lambda: encode([Segment(gaussian(4), Quantizer.raw(), torch.zeros(3))]), ValueError, "residual must be contiguous float32 of 4"),
-        (lambda: encode([Segment(gaussian(4).half(), Quantizer.raw(), torch.zeros(4))]), TypeError, "float32 or float64 where a residual"),
-        (lambda: encode([Segment(gaussian(4), Quantizer.raw()), Segment(gaussian(4).double(), Quantizer.raw())]), TypeError, "one dtype"),
+        (
+            lambda: encode([Segment(gaussian(4), Quantizer.raw())], inv_scale=0.0),
+            ValueError,
+            "inv_scale must be positive",
+        ),
+        (
+            lambda: encode([Segment(gaussian(4), Quantizer.raw(), torch.zeros(3))]),
+            ValueError,
+            "residual must be contiguous float32 of 4",
+        ),
+        (
+            lambda: encode([Segment(gaussian(4).half(), Quantizer.raw(), torch.zeros(4))]),
+            TypeError,
+            "float32 or float64 where a residual",
+        ),
+        (
+            lambda: encode([Segment(gaussian(4), Quantizer.raw()), Segment(gaussian(4).double(), Quantizer.raw())]),
+            TypeError,
+            "one dtype",
+        ),
         (lambda: encode([Segment(gaussian(4), Quantizer.raw())], shape=[5]), ValueError, "shape must have 4 elements"),
         (lambda: decode_into(qcomm.compress(gaussian(9)), torch.empty(8)), ValueError, "element count"),
         (lambda: decode_into(qcomm.compress(gaussian(9)), torch.empty(9, dtype=torch.float64)), ValueError, "dtype"),
-        (lambda: decode_into(qcomm.compress(gaussian(9).half()), torch.empty(9).half(), accumulate=True), ValueError, "accumulate needs"),
+        (
+            lambda: decode_into(qcomm.compress(gaussian(9).half()), torch.empty(9).half(), accumulate=True),
+            ValueError,
+            "accumulate needs",
+        ),
     ],
     ids=lambda v: v if isinstance(v, str) else None,
 )
@@ -267,5 +310,10 @@ def test_bad_arguments_leave_the_residual_alone() -> None:
     before = residual.clone()
     bad = plan(measure(gaussian(100)), qcomm.SigmaGrid(1.0), gaussian(100))._replace(table=200)
     with pytest.raises(ValueError, match="static table"):
-        encode([Segment(gaussian(100), plan(measure(gaussian(100)), qcomm.SigmaGrid(), gaussian(100)), residual), Segment(gaussian(100), bad)])
+        encode(
+            [
+                Segment(gaussian(100), plan(measure(gaussian(100)), qcomm.SigmaGrid(), gaussian(100)), residual),
+                Segment(gaussian(100), bad),
+            ]
+        )
     assert residual.equal(before)

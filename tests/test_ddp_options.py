@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
-from qcomm import ddp, two_phase
+from qcomm import ddp_buckets, two_phase
 from qcomm.communicator import get_communicator
 from qcomm.transport import TransportError
 
@@ -201,7 +201,7 @@ def case_mismatch(rank, world_size):
     # Models of the same sizes whose parameters have other names.
     model = wrap(nn.Sequential(*mlp()) if rank else nn.ModuleDict({"layers": mlp()})["layers"])
     state = qcomm.attach(model)
-    state._names = {key: (reference, name + "x" * odd) for key, (reference, name) in state._names.items()}
+    state._table._names = {key: (reference, name + "x" * odd) for key, (reference, name) in state._table._names.items()}
     assert "layout: 12 tensors" in str(error_of(model, rank))
     # Nothing is out of step afterwards.
     model = wrap()
@@ -307,7 +307,7 @@ def case_faults(rank, world_size):
     for target, name, phase in (
         (two_phase, "_encode_values", "compressing"),
         (two_phase, "_reduce_chunk", "averaging"),
-        (ddp, "_check_buffer", "preparing"),
+        (ddp_buckets, "_check_buffer", "preparing"),
     ):
         original = getattr(target, name)
         calls = []

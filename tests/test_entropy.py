@@ -73,7 +73,10 @@ def test_bad_arguments_are_named(call, words) -> None:  # type: ignore[no-untype
         call()
 
 
-@pytest.mark.parametrize(("entropy", "c", "expected"), [(2.37, 6, 9), (4.0, 6, 10), (0.0, 6, 6), (2.0, 2, 4), (2.0001, 2, 5), (3.9, 5.5, 9), (0.0, 0, 1)])
+@pytest.mark.parametrize(
+    ("entropy", "c", "expected"),
+    [(2.37, 6, 9), (4.0, 6, 10), (0.0, 6, 6), (2.0, 2, 4), (2.0001, 2, 5), (3.9, 5.5, 9), (0.0, 0, 1)],
+)
 def test_bits_follow_the_entropy(entropy: float, c: float, expected: int) -> None:
     assert qcomm.RangeGrid(c=c).bits_for(entropy) == expected
 
@@ -90,10 +93,18 @@ def test_a_code_from_the_wrong_end_would_be_noticed() -> None:
     symbols, quantizer = quantize(x, qcomm.RangeGrid(num_bits=8, reconstruction="center"))
     assert symbols.tolist() == [0, 25, 51, 230, 255]
     mirrored = dequantize(255 - symbols, quantizer)
-    assert float((mirrored - x).abs().max()) > 0.9 > 1 / 512 >= float((dequantize(symbols, quantizer) - x).abs().max()) - 1e-6
+    assert (
+        float((mirrored - x).abs().max())
+        > 0.9
+        > 1 / 512
+        >= float((dequantize(symbols, quantizer) - x).abs().max()) - 1e-6
+    )
 
 
-@pytest.mark.parametrize(("step", "bits"), [(16.0, 4), (2.0, 4), (1.0, 4), (0.84, 4), (0.83, 5), (0.5, 5), (0.25, 6), (0.1, 7), (2.0**-12, 16)])
+@pytest.mark.parametrize(
+    ("step", "bits"),
+    [(16.0, 4), (2.0, 4), (1.0, 4), (0.84, 4), (0.83, 5), (0.5, 5), (0.25, 6), (0.1, 7), (2.0**-12, 16)],
+)
 def test_sigma_alphabets_reach_six_and_a_quarter_sigma(step: float, bits: int) -> None:
     assert sigma_num_bits(step) == bits
     assert (2 ** (bits - 1) - 0.5) * step >= 6.25
@@ -106,7 +117,11 @@ def pairwise(sums: list[float]) -> float:
 
 
 @settings(max_examples=60, deadline=None)
-@given(n=st.sampled_from([0, 1, 31, 32, 33, 4095, 4096, 4097, 12_300, 20_481]), seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.float16, torch.float64]))
+@given(
+    n=st.sampled_from([0, 1, 31, 32, 33, 4095, 4096, 4097, 12_300, 20_481]),
+    seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.float64]),
+)
 def test_sum_of_squares_is_defined_to_the_bit(n: int, seed: int, dtype: torch.dtype) -> None:
     x = gaussian(n, seed).to(dtype)
     padded = torch.nn.functional.pad(x.double(), (0, -n % 4096)).reshape(-1, 128, 32)

@@ -2,6 +2,7 @@
 
 import heapq
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -32,7 +33,9 @@ def unlimited_cost(counts: list[int]) -> int:
 
 
 def best_limited_cost(counts: list[int], limit: int) -> int:
-    """The least bits of any prefix code under a limit: dynamic programming over sorted counts and Kraft sums, for small alphabets."""
+    """The least bits of any prefix code under a limit: dynamic programming over sorted counts and Kraft sums, for small
+    alphabets.
+    """
     used = sorted((c for c in counts if c), reverse=True)
     unit = 2**limit
     best = {0: 0}  # Kraft sum in units of 2^-limit -> bits
@@ -85,7 +88,7 @@ def test_codes_are_prefix_free_and_canonical(counts: list[int]) -> None:
     words = {s: format(codes[s], f"0{n}b")[::-1] for s, n in enumerate(lengths) if n}  # as read: first bit first
     ordered = [words[s] for s in sorted(words, key=lambda s: (lengths[s], s))]
     assert ordered == sorted(ordered)
-    assert all(not b.startswith(a) for a, b in zip(ordered, ordered[1:], strict=False))
+    assert all(not b.startswith(a) for a, b in pairwise(ordered))
 
 
 def test_static_tables_are_complete_and_symmetric_in_number() -> None:
@@ -100,7 +103,9 @@ def test_static_tables_are_complete_and_symmetric_in_number() -> None:
 @pytest.mark.parametrize("num_bits", range(4, 13))
 @pytest.mark.parametrize("make", [gaussian, laplace, student_t3, uniform], ids=lambda f: f.__name__)
 def test_payload_is_the_optimum_and_the_blocks_overhead(num_bits: int, make) -> None:  # type: ignore[no-untyped-def]
-    """A coded block costs its codewords' bits and 8 to 134 bytes: info, windows that are 16 to 31 bits full, at most 16 bits of start a lane."""
+    """A coded block costs its codewords' bits and 8 to 134 bytes: info, windows that are 16 to 31 bits full, at most 16
+    bits of start a lane.
+    """
     x = make(300_000)
     grid = qcomm.RangeGrid(num_bits=num_bits)
     symbols, _ = quantize(x, grid)

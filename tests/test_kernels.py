@@ -59,7 +59,11 @@ def test_bytes_and_values_agree(version: str, dtype: torch.dtype) -> None:
                     values = qcomm.decompress(expected)
                 with _native.using_cpu_feature(version):
                     assert qcomm.compress(x, grid).equal(expected), (make.__name__, n, grid)
-                    assert qcomm.decompress(expected).view(torch.uint8).equal(values.view(torch.uint8)), (make.__name__, n, grid)
+                    assert qcomm.decompress(expected).view(torch.uint8).equal(values.view(torch.uint8)), (
+                        make.__name__,
+                        n,
+                        grid,
+                    )
 
 
 def encoded_with_feedback(x: torch.Tensor, grid: qcomm.grids.Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -89,7 +93,9 @@ def test_feedback_and_accumulation_agree(version: str, dtype: torch.dtype) -> No
 def test_damaged_payloads_are_judged_alike(version: str, data: st.DataObject) -> None:
     """Without checksums: the same verdict, and the same values where there is one."""
     x = student_t3(1500)
-    packet = qcomm.compress(x, data.draw(st.sampled_from(GRIDS)), checksum=False, block_steps=data.draw(st.integers(1, 40)))
+    packet = qcomm.compress(
+        x, data.draw(st.sampled_from(GRIDS)), checksum=False, block_steps=data.draw(st.integers(1, 40))
+    )
     start = qcomm.inspect(packet).header_bytes
     damaged = packet.clone()
     for _ in range(data.draw(st.integers(1, 4))):

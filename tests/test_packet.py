@@ -48,7 +48,9 @@ def reseal(packet: torch.Tensor, metadata_bytes: int) -> torch.Tensor:
     sealed = packet.clone()
     sealed[HEADER_CHECKSUM_AT : HEADER_CHECKSUM_AT + 4] = 0
     value = _native.checksum(sealed[:metadata_bytes])
-    sealed[HEADER_CHECKSUM_AT : HEADER_CHECKSUM_AT + 4] = torch.frombuffer(bytearray(struct.pack("<I", value)), dtype=torch.uint8)
+    sealed[HEADER_CHECKSUM_AT : HEADER_CHECKSUM_AT + 4] = torch.frombuffer(
+        bytearray(struct.pack("<I", value)), dtype=torch.uint8
+    )
     return sealed
 
 
@@ -81,7 +83,9 @@ def test_every_flipped_bit_is_an_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", SAMPLES)
 def test_metadata_that_lies_under_a_good_checksum_is_survived(name: str) -> None:
-    """Any single byte of the metadata replaced and sealed again: an error, or a tensor; never more memory than the packet may ask for."""
+    """Any single byte of the metadata replaced and sealed again: an error, or a tensor; never more memory than the
+    packet may ask for.
+    """
     packet = SAMPLES[name]
     metadata_bytes = qcomm.inspect(packet).header_bytes
     rng = random.Random(7)
@@ -109,7 +113,9 @@ def test_random_bytes_are_an_error(data: bytes) -> None:
 @given(name=st.sampled_from(list(SAMPLES)), data=st.data())
 def test_payloads_without_checksums_are_read_within_bounds(name: str, data: st.DataObject) -> None:
     x = student_t3(700)
-    packet = qcomm.compress(x, qcomm.SigmaGrid(1.0) if len(name) % 2 else qcomm.RangeGrid(num_bits=6), checksum=False, block_steps=4)
+    packet = qcomm.compress(
+        x, qcomm.SigmaGrid(1.0) if len(name) % 2 else qcomm.RangeGrid(num_bits=6), checksum=False, block_steps=4
+    )
     start = qcomm.inspect(packet).header_bytes
     damaged = packet.clone()
     for _ in range(data.draw(st.integers(1, 8))):

@@ -11,7 +11,7 @@ import qcomm
 from qcomm import _native, reference
 from qcomm.codec import Segment, encode
 from qcomm.huffman import canonical_codes, code_lengths
-from qcomm.quantize import Quantizer, plan, quantize
+from qcomm.quantize import Quantizer, plan
 from qcomm.statistics import measure
 
 GRIDS = {
@@ -29,9 +29,19 @@ GRIDS = {
 }
 
 
-def mirrored(values: torch.Tensor, q: Quantizer, residual: torch.Tensor | None = None, inv_scale: float = 1.0) -> reference.ReferenceSegment:
+def mirrored(
+    values: torch.Tensor, q: Quantizer, residual: torch.Tensor | None = None, inv_scale: float = 1.0
+) -> reference.ReferenceSegment:
     return reference.ReferenceSegment(
-        values, int(q.grid), q.num_bits, int(q.coding), q.table, q.p0, q.p1, None if residual is None else residual.clone(), inv_scale
+        values,
+        int(q.grid),
+        q.num_bits,
+        int(q.coding),
+        q.table,
+        q.p0,
+        q.p1,
+        None if residual is None else residual.clone(),
+        inv_scale,
     )
 
 
@@ -49,7 +59,9 @@ def test_bytes_agree(grid: qcomm.grids.Grid, dtype: torch.dtype) -> None:
             packet = encode([Segment(x, quantizer)], block_steps=4)
             expected = reference.encode_packet([mirrored(x, quantizer)], [n], steps=4)
             assert packet.equal(as_tensor(expected)), (make.__name__, n)
-            assert qcomm.decompress(packet).view(torch.uint8).equal(reference.decode_packet(expected).view(torch.uint8)), (make.__name__, n)
+            assert (
+                qcomm.decompress(packet).view(torch.uint8).equal(reference.decode_packet(expected).view(torch.uint8))
+            ), (make.__name__, n)
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in golden_cases.FOLDER.glob("*.qcm")))
@@ -113,7 +125,10 @@ def test_logarithms_agree(v: int) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(counts=st.lists(st.sampled_from([0, 0, 1, 1, 2, 3, 5, 8, 100, 10**6]), min_size=1, max_size=64).filter(any), limit=st.integers(6, 15))
+@given(
+    counts=st.lists(st.sampled_from([0, 0, 1, 1, 2, 3, 5, 8, 100, 10**6]), min_size=1, max_size=64).filter(any),
+    limit=st.integers(6, 15),
+)
 def test_codes_agree(counts: list[int], limit: int) -> None:
     lengths = code_lengths(torch.tensor(counts), limit).tolist()
     assert lengths == reference.code_lengths(counts, limit)
@@ -136,7 +151,9 @@ def test_lists_of_lengths_survive_runs_of_unused_symbols(gaps: list[int]) -> Non
 def test_every_mode_of_a_block_is_reached() -> None:
     """So that agreement above means something."""
     level = torch.tensor(0.5)
-    segment = reference.ReferenceSegment(torch.empty(0), reference.grids.SIGMA, 4, reference.packet.SINGLE, 14, 0.0, float(level))
+    segment = reference.ReferenceSegment(
+        torch.empty(0), reference.grids.SIGMA, 4, reference.packet.SINGLE, 14, 0.0, float(level)
+    )
     lengths = reference.packet.static_lengths(14)
 
     def mode(u: torch.Tensor, code: list[int] | None = lengths) -> int:
@@ -146,5 +163,7 @@ def test_every_mode_of_a_block_is_reached() -> None:
     assert mode(torch.zeros(99)) == reference.packet.BLOCK_CONSTANT
     assert mode(0.5 * gaussian(1000)) == reference.packet.BLOCK_CODED
     assert mode(0.5 * gaussian(1000), None) == reference.packet.BLOCK_FIXED
-    assert mode(torch.linspace(-3, 3, 20)) == reference.packet.BLOCK_FIXED, "windows cost more than 20 symbols of 4 bits"
+    assert mode(torch.linspace(-3, 3, 20)) == reference.packet.BLOCK_FIXED, (
+        "windows cost more than 20 symbols of 4 bits"
+    )
     assert mode(student_t3(1000) * 20) == reference.packet.BLOCK_RAW, "too many escapes"

@@ -4,12 +4,16 @@
     python tools/make_static_tables.py            # writes both files
     python tools/make_static_tables.py --check    # exits 1 when they differ from what would be written
 
-The tables are part of the wire format: once released they never change, new ones get new numbers. They are code lengths for a model of
+The tables are part of the wire format: once released they never change, new ones get new numbers. They are code lengths
+for a model of
 gradients relative to their RMS:
 
-- one value: the mean of a Gaussian and a Laplace distribution of unit variance. Gradients of convolutions lie between the two (excess kurtosis 1 to 2.5).
-- two neighbours: one quarter independent values as above, three quarters a Gaussian pair with correlation 0.4 whose common scale is
-  log-normal (sigma 0.3). Neighbours in a convolution's kernel see nearly the same inputs: in a ResNet-20 on Fashion-MNIST their correlation is 0.3 to 0.8,
+- one value: the mean of a Gaussian and a Laplace distribution of unit variance. Gradients of convolutions lie between
+  the two (excess kurtosis 1 to 2.5).
+- two neighbours: one quarter independent values as above, three quarters a Gaussian pair with correlation 0.4 whose
+  common scale is
+  log-normal (sigma 0.3). Neighbours in a convolution's kernel see nearly the same inputs: in a ResNet-20 on Fashion-
+  MNIST their correlation is 0.3 to 0.8,
   so that a pair code beats the entropy of single values.
 
 Every symbol gets a floor of 2^-16 of the probability, an escape 2^-11: no symbol is without a code, and none is dear.
@@ -18,6 +22,8 @@ Every symbol gets a floor of 2^-16 of the probability, an escape 2^-11: no symbo
 import argparse
 import math
 import sys
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,15 +50,17 @@ def laplace_cdf(x: float) -> float:
     return tail if x < 0 else 1 - tail
 
 
-def level_probabilities(k: float, bits: int, cdf, mean: float = 0.0, scale: float = 1.0) -> list[float]:  # type: ignore[no-untyped-def]
+def level_probabilities(
+    k: float, bits: int, cdf: Callable[[float], float], mean: float = 0.0, scale: float = 1.0
+) -> list[float]:
     """Of the symbols of a mid-tread grid with step k, the escape symbol last."""
     radius = 2 ** (bits - 1) - 1
     edge = [cdf(((q - 0.5) * k - mean) / scale) for q in range(-radius, radius + 2)]
-    return [b - a for a, b in zip(edge, edge[1:])] + [ESCAPE_PROBABILITY]
+    return [b - a for a, b in pairwise(edge)] + [ESCAPE_PROBABILITY]
 
 
 def single_probabilities(k: float, bits: int) -> list[float]:
-    pairs = zip(level_probabilities(k, bits, gaussian_cdf), level_probabilities(k, bits, laplace_cdf))
+    pairs = zip(level_probabilities(k, bits, gaussian_cdf), level_probabilities(k, bits, laplace_cdf), strict=True)
     return [(a + b) / 2 for a, b in pairs]
 
 
@@ -60,7 +68,7 @@ def normal_nodes(count: int) -> list[tuple[float, float]]:
     """(weight, z): a standard normal variable as a fine equidistant sum over [-5, 5]."""
     nodes = [-5 + 10 * i / (count - 1) for i in range(count)]
     weights = [math.exp(-z * z / 2) for z in nodes]
-    return [(w / sum(weights), z) for w, z in zip(weights, nodes)]
+    return [(w / sum(weights), z) for w, z in zip(weights, nodes, strict=True)]
 
 
 def correlated_probabilities(k: float, bits: int) -> list[list[float]]:
@@ -70,7 +78,9 @@ def correlated_probabilities(k: float, bits: int) -> list[list[float]]:
     for scale_weight, s in normal_nodes(21):
         scale = math.exp(SCALE_SIGMA * s - SCALE_SIGMA**2)  # so that the mixture has unit variance
         for weight, z in normal_nodes(41):
-            own = level_probabilities(k / scale, bits, gaussian_cdf, math.sqrt(CORRELATION) * z, math.sqrt(1 - CORRELATION))
+            own = level_probabilities(
+                k / scale, bits, gaussian_cdf, math.sqrt(CORRELATION) * z, math.sqrt(1 - CORRELATION)
+            )
             for a in range(size):
                 for b in range(size):
                     joint[a][b] += scale_weight * weight * own[a] * own[b]
@@ -128,7 +138,8 @@ def make_tables() -> list[tuple[int, int, bool, float, str]]:
 
 def cpp_header(tables: list[tuple[int, int, bool, float, str]]) -> str:
     lines = [
-        "// Written by tools/make_static_tables.py, which describes the model behind it. Part of the wire format: entries never change.",
+        "// Written by tools/make_static_tables.py, which describes the model behind it.",
+        "// Part of the wire format: entries never change.",
         "#pragma once",
         "",
         "#include <cstdint>",

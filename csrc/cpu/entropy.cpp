@@ -62,7 +62,8 @@ std::int64_t sample_index(std::int64_t i, std::int64_t n, std::int64_t count, st
     return i * stride + static_cast<std::int64_t>(r * static_cast<std::uint64_t>(stride) >> 32);
 }
 
-std::vector<std::uint32_t> sample_histogram(const Values& values, double lo, double hi, int num_bits, double fraction, std::uint32_t seed) {
+std::vector<std::uint32_t> sample_histogram(const Values& values, double lo, double hi, int num_bits, double fraction,
+                                            std::uint32_t seed) {
     std::vector<std::uint32_t> counts(std::size_t{1} << num_bits);
     const std::int64_t n = sample_size(values.count, fraction);
     const RangeQuantizer quantizer(Grid::kRangeCenter, num_bits, lo, hi);

@@ -9,8 +9,9 @@
 namespace qcomm {
 namespace {
 
-// Package-merge with flags only: each level keeps the weights of the level below it and, for itself, which items are symbols. The
-// lengths then follow by walking back: the cheapest items of a level are its first symbols and its first packages.
+// Package-merge with flags only: each level keeps the weights of the level below it and, for itself, which items are
+// symbols. The lengths then follow by walking back: the cheapest items of a level are its first symbols and its first
+// packages.
 class PackageMerge {
 public:
     PackageMerge(std::vector<std::uint64_t> sorted, int limit) : leaves_(std::move(sorted)) {
@@ -24,7 +25,8 @@ public:
         std::vector<std::size_t> used;
         std::size_t take = 2 * leaves_.size() - 2;
         for (auto level = flags_.rbegin(); level != flags_.rend(); ++level) {
-            const auto symbols = static_cast<std::size_t>(std::count(level->begin(), level->begin() + static_cast<std::ptrdiff_t>(take), true));
+            const auto symbols = static_cast<std::size_t>(
+                std::count(level->begin(), level->begin() + static_cast<std::ptrdiff_t>(take), true));
             used.push_back(symbols);
             take = 2 * (take - symbols);
         }
@@ -117,10 +119,12 @@ const std::vector<StaticCode>& static_codes() {
         for (const StaticTable& table : kStaticTables) {
             const Coding coding = table.pair ? Coding::kPair : Coding::kSingle;
             const int size = alphabet_size(coding, table.num_bits);
-            StaticCode code{table.id, coding, table.num_bits, std::vector<std::uint8_t>(static_cast<std::size_t>(size)), {}, {}};
+            StaticCode code{table.id, coding, table.num_bits, std::vector<std::uint8_t>(static_cast<std::size_t>(size)),
+                            {},       {}};
             for (int i = 0; i < size; ++i) {
                 const char digit = table.lengths[i];
-                code.lengths[static_cast<std::size_t>(i)] = static_cast<std::uint8_t>(digit <= '9' ? digit - '0' : digit - 'a' + 10);
+                code.lengths[static_cast<std::size_t>(i)] =
+                    static_cast<std::uint8_t>(digit <= '9' ? digit - '0' : digit - 'a' + 10);
             }
             code.encode = EncodeTable(code.lengths.data(), size);
             code.decode = DecodeTable(code.lengths.data(), size);
@@ -183,7 +187,8 @@ std::vector<std::uint8_t> pack_lengths(const std::uint8_t* lengths, int size) {
     return writer.take();
 }
 
-Status unpack_lengths(const std::uint8_t* data, std::int64_t bytes, int size, int limit, std::uint8_t* lengths, std::int64_t* used) {
+Status unpack_lengths(const std::uint8_t* data, std::int64_t bytes, int size, int limit, std::uint8_t* lengths,
+                      std::int64_t* used) {
     std::fill_n(lengths, size, std::uint8_t{0});
     NibbleReader reader(data, bytes);
     std::uint32_t sum = 0;
@@ -201,7 +206,8 @@ Status unpack_lengths(const std::uint8_t* data, std::int64_t bytes, int size, in
         if (run < 0 || run > size - s) return bad_packet("a run of unused symbols leaves the alphabet");
         s += run;
     }
-    if (sum > 1u << kMaxCodeLength) return bad_packet("code lengths describe no prefix code: their Kraft sum exceeds 1");
+    if (sum > 1u << kMaxCodeLength)
+        return bad_packet("code lengths describe no prefix code: their Kraft sum exceeds 1");
     *used = reader.bytes_used();
     return *used <= bytes ? Status{} : bad_packet("a list of code lengths is truncated");
 }
@@ -209,7 +215,8 @@ Status unpack_lengths(const std::uint8_t* data, std::int64_t bytes, int size, in
 EncodeTable::EncodeTable(const std::uint8_t* lengths, int size) : entries(static_cast<std::size_t>(size)) {
     std::vector<std::uint16_t> codes(static_cast<std::size_t>(size));
     canonical_codes(lengths, size, codes.data());
-    for (std::size_t s = 0; s < entries.size(); ++s) entries[s] = codes[s] | static_cast<std::uint32_t>(lengths[s]) << 16;
+    for (std::size_t s = 0; s < entries.size(); ++s)
+        entries[s] = codes[s] | static_cast<std::uint32_t>(lengths[s]) << 16;
 }
 
 DecodeTable::DecodeTable(const std::uint8_t* lengths, int size) {

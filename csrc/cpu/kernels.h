@@ -1,4 +1,5 @@
-// The inner loops, one version for each instruction set. All versions write the same bits; which one runs is decided once, by the processor.
+// The inner loops, one version for each instruction set. All versions write the same bits; which one runs is decided
+// once, by the processor.
 #pragma once
 
 #include <cstdint>
@@ -43,14 +44,18 @@ struct Kernels {
     // Symbols of n >= 1 values.
     SymbolScan (*quantize)(const void* u, DType dtype, int n, const Quantizer& quantizer, std::uint16_t* symbols);
     // residual = u - decoded(u) for n symbols; 0 where the symbol is an escape.
-    void (*update_residual)(const void* u, DType dtype, const std::uint16_t* symbols, int n, const Quantizer& quantizer, float* residual);
+    void (*update_residual)(const void* u, DType dtype, const std::uint16_t* symbols, int n, const Quantizer& quantizer,
+                            float* residual);
     // Values of n symbols into `out` (the dtype's storage), stored or added; 0 for an escape.
-    void (*dequantize)(const std::uint16_t* symbols, int n, const Quantizer& quantizer, DType dtype, void* out, bool accumulate);
+    void (*dequantize)(const std::uint16_t* symbols, int n, const Quantizer& quantizer, DType dtype, void* out,
+                       bool accumulate);
 
-    // Codes n symbols, one or two a codeword, with EncodeTable entries: see block.h. Words end at `words_end` and grow downwards. Returns their
-    // number, or -1 when a symbol has no codeword.
-    int (*encode_lanes)(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries, std::uint32_t* start, std::uint16_t* words_end);
-    // Decodes the codewords of one or two blocks that share a table. Two at a time keep a vector unit busy while lookups are under way.
+    // Codes n symbols, one or two a codeword, with EncodeTable entries: see block.h. Words end at `words_end` and grow
+    // downwards. Returns their number, or -1 when a symbol has no codeword.
+    int (*encode_lanes)(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries,
+                        std::uint32_t* start, std::uint16_t* words_end);
+    // Decodes the codewords of one or two blocks that share a table. Two at a time keep a vector unit busy while
+    // lookups are under way.
     void (*decode_lanes)(CodedBlock* blocks, int count, const DecodeTable& table);
 
     std::uint32_t (*checksum)(const std::uint8_t* data, std::int64_t bytes);
@@ -66,7 +71,8 @@ const Kernels& kernels();
 // u[begin...) where it already is: null if it has to be computed first.
 inline const void* in_place(const Values& values, std::int64_t begin) {
     if (!values.is_adjusted() && values.dtype == DType::kFloat32) return static_cast<const float*>(values.data) + begin;
-    if (!values.is_adjusted() && values.dtype == DType::kFloat64) return static_cast<const double*>(values.data) + begin;
+    if (!values.is_adjusted() && values.dtype == DType::kFloat64)
+        return static_cast<const double*>(values.data) + begin;
     return nullptr;
 }
 

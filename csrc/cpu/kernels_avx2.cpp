@@ -1,4 +1,5 @@
-// AVX2: a step is 32 lanes in four registers. Permutations by small tables stand in for the compress and expand that AVX-512 has.
+// AVX2: a step is 32 lanes in four registers. Permutations by small tables stand in for the compress and expand that
+// AVX-512 has.
 #include <immintrin.h>
 
 #include <cstddef>
@@ -13,7 +14,7 @@ namespace {
 #include "kernels_lanes.inl"
 #include "kernels_loops.inl"
 
-constexpr int kWidth = 8;              // lanes in a register
+constexpr int kWidth = 8;  // lanes in a register
 constexpr int kGroups = kLanes / kWidth;
 
 // For each mask of 8 lanes, a permutation of the lanes in 8 bytes.
@@ -36,12 +37,17 @@ struct Permutations {
 };
 constexpr Permutations kPermutations;
 
-QCOMM_INLINE __m256i permutation(std::uint64_t bytes) { return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes))); }
-QCOMM_INLINE unsigned lane_mask(__m256i lanes) { return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes))); }
+QCOMM_INLINE __m256i permutation(std::uint64_t bytes) {
+    return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
+}
+QCOMM_INLINE unsigned lane_mask(__m256i lanes) {
+    return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes)));
+}
 QCOMM_INLINE __m256i load256(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
 QCOMM_INLINE void store256(void* at, __m256i v) { _mm256_storeu_si256(static_cast<__m256i*>(at), v); }
 
-// g++ 12 makes a gather with an all-ones mask depend on its destination's old value; a mask it cannot see through avoids that.
+// g++ 12 makes a gather with an all-ones mask depend on its destination's old value; a mask it cannot see through
+// avoids that.
 template <int kScale>
 QCOMM_INLINE __m256i gather(__m256i index, const void* table) {
     __m256i mask = _mm256_set1_epi32(-1);
@@ -58,19 +64,23 @@ QCOMM_INLINE __m128i narrow16(__m256i lanes) {
 // EncodeTable entries of 8 codewords that begin at `symbols`.
 template <bool kPairs>
 QCOMM_INLINE __m256i codewords8(const std::uint16_t* symbols, const std::uint32_t* entries) {
-    if (!kPairs) return gather<4>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(symbols))), entries);
+    if (!kPairs)
+        return gather<4>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(symbols))), entries);
     const __m256i two = load256(symbols);  // first | second << 16 becomes first | second << 4
-    return gather<4>(_mm256_or_si256(_mm256_and_si256(two, _mm256_set1_epi32(15)), _mm256_srli_epi32(two, 16 - kPairBits)), entries);
+    return gather<4>(
+        _mm256_or_si256(_mm256_and_si256(two, _mm256_set1_epi32(15)), _mm256_srli_epi32(two, 16 - kPairBits)), entries);
 }
 
 template <bool kPairs>
-int encode(const std::uint16_t* symbols, int n, const std::uint32_t* entries, std::uint32_t* start, std::uint16_t* words_end) {
+int encode(const std::uint16_t* symbols, int n, const std::uint32_t* entries, std::uint32_t* start,
+           std::uint16_t* words_end) {
     EncodeLanes lanes;
     begin_lanes(lanes, words_end);
     const int full_codewords = kPairs ? n / 2 : n, count = kPairs ? (n + 1) / 2 : n;
     int step = (count - 1) / kLanes;
     for (; step >= 0 && (step + 1) * kLanes > full_codewords; --step) {
-        encode_step(lanes, symbols, n, kPairs, entries, step, count - step * kLanes < kLanes ? count - step * kLanes : kLanes);
+        encode_step(lanes, symbols, n, kPairs, entries, step,
+                    count - step * kLanes < kLanes ? count - step * kLanes : kLanes);
     }
 
     const __m256i one = _mm256_set1_epi32(1), word = _mm256_set1_epi32(kWordBits), low = _mm256_set1_epi32(0xFFFF);
@@ -111,8 +121,10 @@ int encode(const std::uint16_t* symbols, int n, const std::uint32_t* entries, st
     return finish_lanes(lanes, start, words_end);
 }
 
-int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries, std::uint32_t* start, std::uint16_t* words_end) {
-    return pairs ? encode<true>(symbols, n, entries, start, words_end) : encode<false>(symbols, n, entries, start, words_end);
+int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries, std::uint32_t* start,
+                 std::uint16_t* words_end) {
+    return pairs ? encode<true>(symbols, n, entries, start, words_end)
+                 : encode<false>(symbols, n, entries, start, words_end);
 }
 
 void decode_one(CodedBlock& block, const DecodeTable& table) {
@@ -131,7 +143,8 @@ void decode_one(CodedBlock& block, const DecodeTable& table) {
             const __m256i e = gather<2>(_mm256_and_si256(x[g], peek), entries);
             // An entry's upper half is its neighbour in the table: masked away.
             const __m256i length = _mm256_and_si256(_mm256_srli_epi32(e, 12), nibble);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(block.symbols + begin + kWidth * g), narrow16(_mm256_and_si256(e, symbol)));
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(block.symbols + begin + kWidth * g),
+                             narrow16(_mm256_and_si256(e, symbol)));
             x[g] = _mm256_srlv_epi32(x[g], length);
             c[g] = _mm256_sub_epi32(c[g], length);
             least = _mm256_min_epi32(least, c[g]);
@@ -140,7 +153,8 @@ void decode_one(CodedBlock& block, const DecodeTable& table) {
             const __m256i need = _mm256_cmpgt_epi32(word, c[g]);
             const unsigned m = lane_mask(need);
             const __m256i next = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lanes.words)));
-            const __m256i taken = _mm256_and_si256(_mm256_permutevar8x32_epi32(next, permutation(kPermutations.expand[m])), need);
+            const __m256i taken =
+                _mm256_and_si256(_mm256_permutevar8x32_epi32(next, permutation(kPermutations.expand[m])), need);
             x[g] = _mm256_or_si256(x[g], _mm256_sllv_epi32(taken, c[g]));
             c[g] = _mm256_add_epi32(c[g], _mm256_and_si256(need, word));
             const int used = __builtin_popcount(m);
@@ -163,14 +177,8 @@ void decode_lanes(CodedBlock* blocks, int count, const DecodeTable& table) {
 }  // namespace
 }  // namespace avx2
 
-const Kernels kAvx2Kernels = {"avx2",
-                              avx2::load,
-                              avx2::measure,
-                              avx2::quantize,
-                              avx2::update_residual,
-                              avx2::dequantize,
-                              avx2::encode_lanes,
-                              avx2::decode_lanes,
-                              avx2::checksum};
+const Kernels kAvx2Kernels = {
+    "avx2",           avx2::load,         avx2::measure,      avx2::quantize, avx2::update_residual,
+    avx2::dequantize, avx2::encode_lanes, avx2::decode_lanes, avx2::checksum};
 
 }  // namespace qcomm

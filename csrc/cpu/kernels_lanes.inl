@@ -1,8 +1,9 @@
-// The 32 lanes of a block, one at a time: the definition (see block.h), and what the vector versions use for a short last step. Included like
-// kernels_loops.inl.
+// The 32 lanes of a block, one at a time: the definition (see block.h), and what the vector versions use for a short
+// last step. Included like kernels_loops.inl.
 
 constexpr std::uint32_t kWordBits = 16;
-constexpr std::uint32_t kEmitBits = 2 * kWordBits;  // a codeword that would bring a lane to 32 bits makes it write a word first
+constexpr std::uint32_t kEmitBits =
+    2 * kWordBits;  // a codeword that would bring a lane to 32 bits makes it write a word first
 
 struct EncodeLanes {
     std::uint32_t bits[kLanes];
@@ -13,9 +14,11 @@ struct EncodeLanes {
 };
 
 // Codeword t of a block: entries[] of a symbol, or of a pair; the symbol behind an odd tail is the level zero.
-QCOMM_INLINE std::uint32_t codeword(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries, int t) {
+QCOMM_INLINE std::uint32_t codeword(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries,
+                                    int t) {
     if (!pairs) return entries[symbols[t]];
-    const std::uint32_t second = 2 * t + 1 < n ? symbols[2 * t + 1] : static_cast<std::uint32_t>(sigma_radius(kPairBits));
+    const std::uint32_t second =
+        2 * t + 1 < n ? symbols[2 * t + 1] : static_cast<std::uint32_t>(sigma_radius(kPairBits));
     return entries[symbols[2 * t] | second << kPairBits];
 }
 
@@ -51,7 +54,8 @@ inline void begin_lanes(EncodeLanes& lanes, std::uint16_t* words_end) {
 }
 
 // One step through the scalar path.
-inline void encode_step(EncodeLanes& lanes, const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries, int step, int live) {
+inline void encode_step(EncodeLanes& lanes, const std::uint16_t* symbols, int n, bool pairs,
+                        const std::uint32_t* entries, int step, int live) {
     std::uint32_t codewords[kLanes];
     for (int j = 0; j < live; ++j) codewords[j] = codeword(symbols, n, pairs, entries, step * kLanes + j);
     push_step(lanes, codewords, live);
@@ -84,7 +88,8 @@ inline bool begin_lanes(DecodeLanes& lanes, const CodedBlock& block) {
     return true;
 }
 
-inline void decode_step(DecodeLanes& lanes, const std::uint16_t* entries, std::uint32_t mask, int live, std::uint16_t* symbols) {
+inline void decode_step(DecodeLanes& lanes, const std::uint16_t* entries, std::uint32_t mask, int live,
+                        std::uint16_t* symbols) {
     for (int j = 0; j < live; ++j) {
         const std::uint32_t entry = entries[lanes.bits[j] & mask];
         symbols[j] = static_cast<std::uint16_t>(entry & 0xFFFu);
@@ -105,9 +110,11 @@ inline void decode_step(DecodeLanes& lanes, const std::uint16_t* entries, std::u
 }
 
 // From codeword `begin`, a multiple of 32, to the last.
-inline void decode_rest(DecodeLanes& lanes, const CodedBlock& block, const std::uint16_t* entries, std::uint32_t mask, int begin) {
+inline void decode_rest(DecodeLanes& lanes, const CodedBlock& block, const std::uint16_t* entries, std::uint32_t mask,
+                        int begin) {
     for (; begin < block.count; begin += kLanes) {
-        decode_step(lanes, entries, mask, block.count - begin < kLanes ? block.count - begin : kLanes, block.symbols + begin);
+        decode_step(lanes, entries, mask, block.count - begin < kLanes ? block.count - begin : kLanes,
+                    block.symbols + begin);
     }
 }
 

@@ -1,5 +1,6 @@
-// Loops that a compiler vectorises by itself, compiled once for each instruction set. Included inside a namespace of that set; includes nothing and
-// calls only always-inlined helpers, so that no function compiled for one processor can be linked into code for another.
+// Loops that a compiler vectorises by itself, compiled once for each instruction set. Included inside a namespace of
+// that set; includes nothing and calls only always-inlined helpers, so that no function compiled for one processor can
+// be linked into code for another.
 
 template <class Tr>
 inline typename Tr::Arithmetic* as_arithmetic(void* u) {
@@ -33,7 +34,8 @@ BlockStatistics fold(LaneStatistics<T>& lanes) {
             lanes.squares[j] += lanes.squares[j + d];
         }
     }
-    return {static_cast<double>(lanes.low[0]), static_cast<double>(lanes.high[0]), lanes.squares[0], lanes.poison[0] == T(0)};
+    return {static_cast<double>(lanes.low[0]), static_cast<double>(lanes.high[0]), lanes.squares[0],
+            lanes.poison[0] == T(0)};
 }
 
 // Lanes hold independent accumulators, so vectorising reorders no addition.
@@ -73,7 +75,8 @@ SymbolScan quantize(const void* u, DType dtype, int n, const Quantizer& quantize
             for (int i = 0; i < n; ++i) symbols[i] = static_cast<std::uint16_t>(grid(values[i]));
         });
     });
-    const auto escape = static_cast<std::uint16_t>(quantizer.grid == Grid::kSigma ? escape_symbol(quantizer.num_bits) : 0);
+    const auto escape =
+        static_cast<std::uint16_t>(quantizer.grid == Grid::kSigma ? escape_symbol(quantizer.num_bits) : 0);
     int escapes = 0;
     std::uint16_t different = 0;
     for (int i = 0; i < n; ++i) {
@@ -83,7 +86,8 @@ SymbolScan quantize(const void* u, DType dtype, int n, const Quantizer& quantize
     return {quantizer.grid == Grid::kSigma ? escapes : 0, different == 0};
 }
 
-void update_residual(const void* u, DType dtype, const std::uint16_t* symbols, int n, const Quantizer& quantizer, float* residual) {
+void update_residual(const void* u, DType dtype, const std::uint16_t* symbols, int n, const Quantizer& quantizer,
+                     float* residual) {
     dispatch(dtype, [&](auto traits) {
         using Tr = decltype(traits);
         const auto* values = as_arithmetic<Tr>(u);
@@ -97,7 +101,8 @@ void update_residual(const void* u, DType dtype, const std::uint16_t* symbols, i
     });
 }
 
-void dequantize(const std::uint16_t* symbols, int n, const Quantizer& quantizer, DType dtype, void* out, bool accumulate) {
+void dequantize(const std::uint16_t* symbols, int n, const Quantizer& quantizer, DType dtype, void* out,
+                bool accumulate) {
     dispatch(dtype, [&](auto traits) {
         using Tr = decltype(traits);
         auto* values = static_cast<typename Tr::Storage*>(out);
@@ -110,7 +115,8 @@ void dequantize(const std::uint16_t* symbols, int n, const Quantizer& quantizer,
                     values[i] = Tr::narrow(Tr::widen(values[i]) + Tr::widen(Tr::narrow(value)));
                 }
             } else {
-                for (int i = 0; i < n; ++i) values[i] = Tr::narrow(symbols[i] == escape ? V(0) : grid.decode(symbols[i]));
+                for (int i = 0; i < n; ++i)
+                    values[i] = Tr::narrow(symbols[i] == escape ? V(0) : grid.decode(symbols[i]));
             }
         });
     });

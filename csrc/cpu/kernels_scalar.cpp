@@ -11,7 +11,8 @@ namespace {
 #include "kernels_lanes.inl"
 #include "kernels_loops.inl"
 
-int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries, std::uint32_t* start, std::uint16_t* words_end) {
+int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries, std::uint32_t* start,
+                 std::uint16_t* words_end) {
     EncodeLanes lanes;
     begin_lanes(lanes, words_end);
     const int count = pairs ? (n + 1) / 2 : n;
@@ -36,14 +37,8 @@ void decode_lanes(CodedBlock* blocks, int count, const DecodeTable& table) {
 }  // namespace
 }  // namespace scalar
 
-const Kernels kScalarKernels = {"scalar",
-                                scalar::load,
-                                scalar::measure,
-                                scalar::quantize,
-                                scalar::update_residual,
-                                scalar::dequantize,
-                                scalar::encode_lanes,
-                                scalar::decode_lanes,
-                                scalar::checksum};
+const Kernels kScalarKernels = {
+    "scalar",           scalar::load,         scalar::measure,      scalar::quantize, scalar::update_residual,
+    scalar::dequantize, scalar::encode_lanes, scalar::decode_lanes, scalar::checksum};
 
 }  // namespace qcomm

@@ -1,4 +1,5 @@
-// Packets, reading. The bytes are hostile: every size is checked before it is used, and in an order in which no sum can overflow.
+// Packets, reading. The bytes are hostile: every size is checked before it is used, and in an order in which no sum can
+// overflow.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -13,7 +14,8 @@
 namespace qcomm {
 namespace {
 
-constexpr std::uint64_t kMaxElements = std::uint64_t{1} << 42;  // far above any tensor, and safe to multiply by an item's bits
+constexpr std::uint64_t kMaxElements = std::uint64_t{1}
+                                       << 42;  // far above any tensor, and safe to multiply by an item's bits
 
 std::uint32_t load_u32(const std::uint8_t* at) {
     std::uint32_t word;
@@ -41,15 +43,19 @@ private:
 
 Status check_header(const PacketHeader& h, std::int64_t bytes) {
     if (h.magic != kMagic) return bad_packet("these bytes are not a qcomm packet: wrong magic number");
-    if (h.version != kVersion) return bad_packet("the packet has another version; this library reads version 1, found", h.version);
+    if (h.version != kVersion)
+        return bad_packet("the packet has another version; this library reads version 1, found", h.version);
     if (!is_valid(h.dtype)) return bad_packet("unknown dtype", static_cast<std::int64_t>(h.dtype));
     if (h.flags > kFlagChecksums || h.reserved != 0) return bad_packet("unknown flags or reserved fields");
     if (h.ndim > kMaxDims) return bad_packet("too many dimensions", h.ndim);
     if (h.segment_count < 1) return bad_packet("a packet needs at least one segment");
     if (h.element_count > kMaxElements) return bad_packet("element count out of range");
     if (h.steps < 1 || h.steps > kMaxSteps) return bad_packet("steps must be 1..512, found", h.steps);
-    if (h.total_bytes > static_cast<std::uint64_t>(bytes)) return bad_packet("the packet is truncated; bytes present", bytes);
-    if (h.total_bytes < static_cast<std::uint64_t>(bytes)) return bad_packet("there are bytes after the end of the packet; its size", static_cast<std::int64_t>(h.total_bytes));
+    if (h.total_bytes > static_cast<std::uint64_t>(bytes))
+        return bad_packet("the packet is truncated; bytes present", bytes);
+    if (h.total_bytes < static_cast<std::uint64_t>(bytes))
+        return bad_packet("there are bytes after the end of the packet; its size",
+                          static_cast<std::int64_t>(h.total_bytes));
     return {};
 }
 
@@ -69,15 +75,20 @@ Status check_dims(const std::vector<std::int64_t>& dims, std::uint64_t elements)
 
 Status check_record(const SegmentRecord& r, DType dtype, std::int64_t index) {
     if (r.count > kMaxElements) return bad_packet("a segment's count is out of range; segment", index);
-    if (static_cast<unsigned>(r.grid) > 3 || static_cast<unsigned>(r.coding) > 4 || r.reserved != 0) return bad_packet("unknown grid or coding; segment", index);
+    if (static_cast<unsigned>(r.grid) > 3 || static_cast<unsigned>(r.coding) > 4 || r.reserved != 0)
+        return bad_packet("unknown grid or coding; segment", index);
     if (r.coding == Coding::kRaw || r.coding == Coding::kConstant) return {};
     const Quantizer q{r.grid, r.num_bits, r.coding, r.table, r.p0, r.p1};
-    if (q.grid == Grid::kNone || q.num_bits < (q.grid == Grid::kSigma ? 2 : 1) || q.num_bits > 16) return bad_packet("num_bits does not fit the grid; segment", index);
+    if (q.grid == Grid::kNone || q.num_bits < (q.grid == Grid::kSigma ? 2 : 1) || q.num_bits > 16)
+        return bad_packet("num_bits does not fit the grid; segment", index);
     if (!is_usable(q, dtype)) return bad_packet("a grid's parameters are not usable; segment", index);
-    if (q.coding == Coding::kFixed) return is_range(q.grid) ? Status{} : bad_packet("coding fixed needs a range grid; segment", index);
-    if (q.coding == Coding::kPair && (q.grid != Grid::kSigma || q.num_bits != kPairBits)) return bad_packet("coding pair needs a sigma grid of 4 bits; segment", index);
+    if (q.coding == Coding::kFixed)
+        return is_range(q.grid) ? Status{} : bad_packet("coding fixed needs a range grid; segment", index);
+    if (q.coding == Coding::kPair && (q.grid != Grid::kSigma || q.num_bits != kPairBits))
+        return bad_packet("coding pair needs a sigma grid of 4 bits; segment", index);
     if (q.table == kNoTable) return {};
-    if (q.table == kTableOnWire) return q.num_bits <= kMaxCodedBits ? Status{} : bad_packet("no codes exist for so many bits; segment", index);
+    if (q.table == kTableOnWire)
+        return q.num_bits <= kMaxCodedBits ? Status{} : bad_packet("no codes exist for so many bits; segment", index);
     const StaticCode* code = find_static_code(q.table);
     const bool fits = code != nullptr && code->coding == q.coding && code->num_bits == q.num_bits;
     return fits ? Status{} : bad_packet("unknown static table; segment", index);
@@ -102,8 +113,8 @@ Status check_lengths(PacketView* view, std::int64_t bytes) {
         if (!has_lengths(r)) continue;
         std::int64_t used = 0;
         view->lengths_at[i] = at;
-        QCOMM_RETURN_IF_ERROR(unpack_lengths(view->lengths + at, bytes - at, alphabet_size(r.coding, r.num_bits), length_limit(r.coding, r.num_bits),
-                                             lengths.data(), &used));
+        QCOMM_RETURN_IF_ERROR(unpack_lengths(view->lengths + at, bytes - at, alphabet_size(r.coding, r.num_bits),
+                                             length_limit(r.coding, r.num_bits), lengths.data(), &used));
         at += used;
     }
     return at == bytes ? Status{} : bad_packet("the code lengths do not fill their area");
@@ -136,7 +147,9 @@ template <class Tr>
 struct Add {
     static constexpr bool kAccumulates = true;
     typename Tr::Storage* out;
-    void put(std::int64_t i, typename Tr::Storage stored) const { out[i] = Tr::narrow(Tr::widen(out[i]) + Tr::widen(stored)); }
+    void put(std::int64_t i, typename Tr::Storage stored) const {
+        out[i] = Tr::narrow(Tr::widen(out[i]) + Tr::widen(stored));
+    }
 };
 
 // One block after its parts have been told apart and checked to lie inside it.
@@ -149,13 +162,17 @@ struct BlockParts {
     std::int64_t body_bytes = 0;
 };
 
-Status split_block(const std::uint8_t* block, std::int64_t bytes, int n, const SegmentRecord& r, std::int64_t item, std::int64_t index, BlockParts* parts) {
+Status split_block(const std::uint8_t* block, std::int64_t bytes, int n, const SegmentRecord& r, std::int64_t item,
+                   std::int64_t index, BlockParts* parts) {
     Cursor cursor(block, bytes);
     parts->info = BlockInfo::unpack(load_u32(cursor.take(4)));
     const BlockInfo& info = parts->info;
-    const bool escapes_allowed = r.grid == Grid::kSigma && (info.mode == BlockMode::kFixed || info.mode == BlockMode::kCoded);
-    if ((info.escape_count != 0 && !escapes_allowed) || info.escape_count > n) return bad_packet("a block has escapes where none can be; block", index);
-    if (info.mode == BlockMode::kCoded && (parts->start = cursor.take(4 * kLanes)) == nullptr) return bad_packet("a block is truncated; block", index);
+    const bool escapes_allowed =
+        r.grid == Grid::kSigma && (info.mode == BlockMode::kFixed || info.mode == BlockMode::kCoded);
+    if ((info.escape_count != 0 && !escapes_allowed) || info.escape_count > n)
+        return bad_packet("a block has escapes where none can be; block", index);
+    if (info.mode == BlockMode::kCoded && (parts->start = cursor.take(4 * kLanes)) == nullptr)
+        return bad_packet("a block is truncated; block", index);
     parts->escape_values = cursor.take(static_cast<std::uint64_t>(info.escape_count * item));
     parts->escape_positions = cursor.take(static_cast<std::uint64_t>(info.escape_count) * 2);
     parts->body_bytes = cursor.left();
@@ -169,7 +186,8 @@ Status split_block(const std::uint8_t* block, std::int64_t bytes, int n, const S
     return {};
 }
 
-// Decodes what `on_symbols(begin, symbols, n)` and `on_raw(begin, bytes, n)` and `on_escape(i, bytes)` want to know of a segment.
+// Decodes what `on_symbols(begin, symbols, n)` and `on_raw(begin, bytes, n)` and `on_escape(i, bytes)` want to know of
+// a segment.
 template <class Tr>
 class SegmentDecoder {
 public:
@@ -180,8 +198,8 @@ public:
             std::vector<std::uint8_t> lengths(static_cast<std::size_t>(size));
             std::int64_t used = 0;
             const std::int64_t at = view.lengths_at[index];
-            status_ = unpack_lengths(view.lengths + at, 4 * static_cast<std::int64_t>(view.header.lengths_words) - at, size,
-                                     length_limit(record_.coding, record_.num_bits), lengths.data(), &used);
+            status_ = unpack_lengths(view.lengths + at, 4 * static_cast<std::int64_t>(view.header.lengths_words) - at,
+                                     size, length_limit(record_.coding, record_.num_bits), lengths.data(), &used);
             if (status_.ok()) own_ = DecodeTable(lengths.data(), size);
             table_ = &own_;
         } else if (const StaticCode* code = find_static_code(record_.table)) {
@@ -189,16 +207,19 @@ public:
         }
     }
 
-    // `block` and `checksum` are the numbers of the segment's first block and checksum, `at` the payload offset where it begins; all three are advanced.
+    // `block` and `checksum` are the numbers of the segment's first block and checksum, `at` the payload offset where
+    // it begins; all three are advanced.
     template <class OnSymbols, class OnRaw, class OnEscape>
-    Status run(std::int64_t* block, std::int64_t* checksum_index, std::int64_t* at, OnSymbols on_symbols, OnRaw on_raw, OnEscape on_escape) {
+    Status run(std::int64_t* block, std::int64_t* checksum_index, std::int64_t* at, OnSymbols on_symbols, OnRaw on_raw,
+               OnEscape on_escape) {
         QCOMM_RETURN_IF_ERROR(status_);
         const auto count = static_cast<std::int64_t>(record_.count);
         if (record_.coding == Coding::kConstant) return {};
         if (!is_block_coded(record_.coding)) {
             const std::int64_t bytes = plain_bytes(record_, view_.header.dtype);
             const std::uint8_t* data = view_.payload + *at;
-            if (!matches((*checksum_index)++, [&] { return checksum_pieces(data, bytes); })) return bad_packet("a segment is damaged: wrong checksum; payload byte", *at);
+            if (!matches((*checksum_index)++, [&] { return checksum_pieces(data, bytes); }))
+                return bad_packet("a segment is damaged: wrong checksum; payload byte", *at);
             *at += bytes;
             if (record_.coding == Coding::kRaw) on_raw(0, data, count);
             if (record_.coding == Coding::kFixed) unpack_all(data, count, on_symbols);
@@ -211,7 +232,8 @@ public:
                 const std::int64_t end = 4 * static_cast<std::int64_t>(load_u32(view_.block_ends + 4 * *block));
                 const std::uint8_t* data = view_.payload + *at;
                 const std::int64_t bytes = end - *at;
-                if (!matches((*checksum_index)++, [&] { return checksum(data, bytes); })) return bad_packet("a block is damaged: wrong checksum; block", *block);
+                if (!matches((*checksum_index)++, [&] { return checksum(data, bytes); }))
+                    return bad_packet("a block is damaged: wrong checksum; block", *block);
                 Block& b = blocks_[batch];
                 b.begin = begin;
                 b.n = static_cast<int>(std::min(per_block, count - begin));
@@ -265,11 +287,17 @@ private:
             if (b.parts.info.mode != BlockMode::kCoded) continue;
             if (table_ == nullptr) return bad_packet("a coded block in a segment without a code; block", b.number);
             of[count] = &b;
-            coded[count++] = {b.parts.start, b.parts.body, b.parts.body_bytes / 2, pairs ? (b.n + 1) / 2 : b.n, (pairs ? b.codewords : b.symbols).get(), false};
+            coded[count++] = {b.parts.start,
+                              b.parts.body,
+                              b.parts.body_bytes / 2,
+                              pairs ? (b.n + 1) / 2 : b.n,
+                              (pairs ? b.codewords : b.symbols).get(),
+                              false};
         }
         if (count > 0) kernels().decode_lanes(coded, count, *table_);
         for (int i = 0; i < count; ++i) {
-            if (!coded[i].whole) return bad_packet("a block's bits do not end where its symbols do; block", of[i]->number);
+            if (!coded[i].whole)
+                return bad_packet("a block's bits do not end where its symbols do; block", of[i]->number);
             if (pairs) split_pairs(coded[i].symbols, coded[i].count, of[i]->symbols.get());
         }
         return {};
@@ -281,18 +309,25 @@ private:
         const int alphabet = 1 << record_.num_bits;
         switch (info.mode) {
             case BlockMode::kConstant:
-                if (static_cast<int>(info.symbol) >= alphabet - (record_.grid == Grid::kSigma)) return bad_packet("a constant block's symbol is out of range; block", b.number);
+                if (static_cast<int>(info.symbol) >= alphabet - (record_.grid == Grid::kSigma))
+                    return bad_packet("a constant block's symbol is out of range; block", b.number);
                 std::fill_n(b.symbols.get(), b.n, static_cast<std::uint16_t>(info.symbol));
                 break;
-            case BlockMode::kFixed: unpack_bits(b.parts.body, b.n, record_.num_bits, b.symbols.get()); break;
-            case BlockMode::kCoded: break;
-            case BlockMode::kRaw: on_raw(b.begin, b.parts.body, b.n); return {};
+            case BlockMode::kFixed:
+                unpack_bits(b.parts.body, b.n, record_.num_bits, b.symbols.get());
+                break;
+            case BlockMode::kCoded:
+                break;
+            case BlockMode::kRaw:
+                on_raw(b.begin, b.parts.body, b.n);
+                return {};
         }
         on_symbols(b.begin, b.symbols.get(), b.n);
         for (int i = 0, previous = -1; i < info.escape_count; ++i) {
             std::uint16_t position;
             std::memcpy(&position, b.parts.escape_positions + 2 * i, sizeof(position));
-            if (position >= b.n || position <= previous) return bad_packet("an escape's position is out of order; block", b.number);
+            if (position >= b.n || position <= previous)
+                return bad_packet("an escape's position is out of order; block", b.number);
             previous = position;
             on_escape(b.begin + position, b.parts.escape_values + i * kItem);
         }
@@ -332,7 +367,8 @@ Status decode_segments(const PacketView& view, typename Tr::Storage* out) {
         } else {
             SegmentDecoder<Tr> decoder(view, i);
             const auto on_raw = [&](std::int64_t begin, const std::uint8_t* bytes, std::int64_t n) {
-                for (std::int64_t j = 0; j < n; ++j) sink.put(begin + j, load(bytes + j * static_cast<std::int64_t>(sizeof(Storage))));
+                for (std::int64_t j = 0; j < n; ++j)
+                    sink.put(begin + j, load(bytes + j * static_cast<std::int64_t>(sizeof(Storage))));
             };
             if (r.coding == Coding::kRaw) {
                 const auto never = [](std::int64_t, const auto*, auto...) {};
@@ -365,7 +401,8 @@ Status parse_packet(const std::uint8_t* packet, std::int64_t bytes, PacketView* 
     const std::uint8_t* dims = cursor.take(std::uint64_t{8} * h.ndim);
     const std::uint8_t* records = cursor.take(sizeof(SegmentRecord) * std::uint64_t{h.segment_count});
     view->lengths = cursor.take(std::uint64_t{4} * h.lengths_words);
-    if (dims == nullptr || records == nullptr || view->lengths == nullptr) return bad_packet("the packet's metadata is truncated");
+    if (dims == nullptr || records == nullptr || view->lengths == nullptr)
+        return bad_packet("the packet's metadata is truncated");
     view->dims.resize(h.ndim);
     if (h.ndim > 0) std::memcpy(view->dims.data(), dims, std::size_t{8} * h.ndim);
     view->records.resize(h.segment_count);
@@ -385,7 +422,8 @@ Status parse_packet(const std::uint8_t* packet, std::int64_t bytes, PacketView* 
     const bool with_checksums = (h.flags & kFlagChecksums) != 0;
     view->block_ends = cursor.take(4 * blocks);
     view->checksums = cursor.take(with_checksums ? 4 * sums : 0);
-    if (view->block_ends == nullptr || view->checksums == nullptr) return bad_packet("the packet's block table is truncated");
+    if (view->block_ends == nullptr || view->checksums == nullptr)
+        return bad_packet("the packet's block table is truncated");
     if (!with_checksums) view->checksums = nullptr;
     view->payload_bytes = cursor.left();
     view->payload = cursor.take(static_cast<std::uint64_t>(cursor.left()));
@@ -400,7 +438,8 @@ Status parse_packet(const std::uint8_t* packet, std::int64_t bytes, PacketView* 
 }
 
 Status decode_packet(const PacketView& view, void* out, bool accumulate) {
-    if (accumulate && item_bytes(view.header.dtype) < 4) return bad_argument("accumulate needs a float32 or float64 packet");
+    if (accumulate && item_bytes(view.header.dtype) < 4)
+        return bad_argument("accumulate needs a float32 or float64 packet");
     return dispatch(view.header.dtype, [&](auto traits) {
         using Tr = decltype(traits);
         auto* const typed = static_cast<typename Tr::Storage*>(out);
@@ -414,8 +453,9 @@ Status count_symbols(const PacketView& view, std::size_t index, std::uint64_t* c
         const SegmentRecord& r = view.records[i];
         block += blocks_in(r, view.header.steps);
         checksum_index += checksums_in(r, view.header.steps);
-        at = is_block_coded(r.coding) && block > 0 && r.count > 0 ? 4 * static_cast<std::int64_t>(load_u32(view.block_ends + 4 * (block - 1)))
-                                                                  : at + plain_bytes(r, view.header.dtype);
+        at = is_block_coded(r.coding) && block > 0 && r.count > 0
+                 ? 4 * static_cast<std::int64_t>(load_u32(view.block_ends + 4 * (block - 1)))
+                 : at + plain_bytes(r, view.header.dtype);
     }
     return dispatch(view.header.dtype, [&](auto traits) {
         SegmentDecoder<decltype(traits)> decoder(view, index);

@@ -1,5 +1,6 @@
-// Packets, writing. A segment is encoded behind the space that the largest possible metadata takes; when all sizes are known the payload
-// moves down to where it belongs (by nothing, unless a segment fell back to another coding or has a table).
+// Packets, writing. A segment is encoded behind the space that the largest possible metadata takes; when all sizes are
+// known the payload moves down to where it belongs (by nothing, unless a segment fell back to another coding or has a
+// table).
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -16,7 +17,7 @@ namespace {
 
 constexpr int kRun = 2048;  // values that are worked on at a time
 constexpr std::int64_t kInfoBytes = sizeof(std::uint32_t);
-constexpr std::int64_t kTypicalBlockBytes = 40;  // of a coded block beyond its codewords
+constexpr std::int64_t kTypicalBlockBytes = 40;                     // of a coded block beyond its codewords
 constexpr std::uint64_t kMaxPayloadBytes = std::uint64_t{4} << 32;  // block ends count 4-byte units in 32 bits
 
 SegmentRecord make_record(std::int64_t count, const Quantizer& q) {
@@ -33,19 +34,25 @@ std::int64_t max_lengths_bytes(const Quantizer& q) {
 std::int64_t max_payload_bytes(std::int64_t count, const Quantizer& q, DType dtype, int steps) {
     const SegmentRecord record = make_record(count, q);
     switch (q.coding) {
-        case Coding::kConstant: return 0;
-        case Coding::kFixed: return align4(packed_bytes(count, q.num_bits));
-        case Coding::kRaw: return align4(count * item_bytes(dtype));
-        default: return count * item_bytes(dtype) + 8 * blocks_in(record, steps);  // every block may fall back to raw
+        case Coding::kConstant:
+            return 0;
+        case Coding::kFixed:
+            return align4(packed_bytes(count, q.num_bits));
+        case Coding::kRaw:
+            return align4(count * item_bytes(dtype));
+        default:
+            return count * item_bytes(dtype) + 8 * blocks_in(record, steps);  // every block may fall back to raw
     }
 }
 
-std::int64_t metadata_bytes(const std::vector<SegmentInput>& segments, const EncodeOptions& options, std::int64_t lengths_bytes) {
+std::int64_t metadata_bytes(const std::vector<SegmentInput>& segments, const EncodeOptions& options,
+                            std::int64_t lengths_bytes) {
     std::int64_t total = sizeof(PacketHeader) + 8 * static_cast<std::int64_t>(options.dims.size()) + lengths_bytes;
     for (const SegmentInput& segment : segments) {
         const SegmentRecord record = make_record(segment.values.count, segment.quantizer);
         // One spare checksum: a block-coded segment without blocks never falls back, but a raw one of any size has one.
-        total += static_cast<std::int64_t>(sizeof(SegmentRecord)) + 4 * blocks_in(record, options.steps) + 4 * (checksums_in(record, options.steps) + 1);
+        total += static_cast<std::int64_t>(sizeof(SegmentRecord)) + 4 * blocks_in(record, options.steps) +
+                 4 * (checksums_in(record, options.steps) + 1);
     }
     return total;
 }
@@ -60,29 +67,41 @@ Status check_segment(const SegmentInput& segment, DType dtype, std::int64_t inde
     const Quantizer& q = segment.quantizer;
     if (segment.values.dtype != dtype) return bad_argument("a segment's dtype differs from the packet's", index);
     if (segment.values.is_adjusted() && item_bytes(dtype) < 4) {
-        return bad_argument("a residual or a scale needs float32 or float64 values: 16 bits cannot carry them exactly", index);
+        return bad_argument("a residual or a scale needs float32 or float64 values: 16 bits cannot carry them exactly",
+                            index);
     }
     if (q.coding == Coding::kRaw || q.coding == Coding::kConstant) return {};
-    if (q.grid == Grid::kNone || q.num_bits < 1 || q.num_bits > 16) return bad_argument("num_bits must be 1..16 on a range or sigma grid", index);
+    if (q.grid == Grid::kNone || q.num_bits < 1 || q.num_bits > 16)
+        return bad_argument("num_bits must be 1..16 on a range or sigma grid", index);
     if (q.grid == Grid::kSigma && q.num_bits < 2) return bad_argument("num_bits must be 2..16 on a sigma grid", index);
-    if (!is_usable(q, dtype)) return bad_argument("the grid's parameters cannot represent the values; such a segment travels raw", index);
-    if (q.coding == Coding::kFixed) return is_range(q.grid) ? Status{} : bad_argument("coding fixed needs a range grid", index);
+    if (!is_usable(q, dtype))
+        return bad_argument("the grid's parameters cannot represent the values; such a segment travels raw", index);
+    if (q.coding == Coding::kFixed)
+        return is_range(q.grid) ? Status{} : bad_argument("coding fixed needs a range grid", index);
     if (q.coding == Coding::kPair && (q.grid != Grid::kSigma || q.num_bits != kPairBits)) {
         return bad_argument("coding pair needs a sigma grid with num_bits 4", index);
     }
     if (q.table == kNoTable) return {};
     if (q.table == kTableOnWire) {
-        return q.num_bits <= kMaxCodedBits ? Status{} : bad_argument("codes exist for num_bits <= 12; use table 255 beyond", index);
+        return q.num_bits <= kMaxCodedBits
+                   ? Status{}
+                   : bad_argument("codes exist for num_bits <= 12; use table 255 beyond", index);
     }
     const StaticCode* code = find_static_code(q.table);
-    const bool fits = code != nullptr && code->coding == q.coding && code->num_bits == q.num_bits && q.grid == Grid::kSigma;
+    const bool fits =
+        code != nullptr && code->coding == q.coding && code->num_bits == q.num_bits && q.grid == Grid::kSigma;
     return fits ? Status{} : bad_argument("no static table of this number fits the coding and num_bits", index);
 }
 
 class Encoder {
 public:
     Encoder(const EncodeOptions& options, std::uint8_t* payload)
-        : options_(options), kernels_(kernels()), payload_(payload), scratch_(new double[kMaxBlockValues]), symbols_(new std::uint16_t[kMaxBlockValues]), words_(new std::uint16_t[kWordsSlack + kMaxCodewords]) {}
+        : options_(options),
+          kernels_(kernels()),
+          payload_(payload),
+          scratch_(new double[kMaxBlockValues]),
+          symbols_(new std::uint16_t[kMaxBlockValues]),
+          words_(new std::uint16_t[kWordsSlack + kMaxCodewords]) {}
 
     template <class Tr>
     void encode(Tr, const SegmentInput& in) {
@@ -90,11 +109,17 @@ public:
         Quantizer q = in.quantizer;
         if (in.values.count == 0) q = {Grid::kNone, 0, Coding::kConstant, kTableOnWire, 0.0, 0.0};
         switch (q.coding) {
-            case Coding::kRaw: write_raw<Tr>(in); break;
-            case Coding::kConstant: write_constant<Tr>(in, q.p0); break;
+            case Coding::kRaw:
+                write_raw<Tr>(in);
+                break;
+            case Coding::kConstant:
+                write_constant<Tr>(in, q.p0);
+                break;
             case Coding::kFixed:
             case Coding::kSingle:
-            case Coding::kPair: q = write_symbols(in, q); break;
+            case Coding::kPair:
+                q = write_symbols(in, q);
+                break;
         }
         const std::int64_t raw_cost = align4(in.values.count * item_bytes(options_.dtype)) + checksum_bytes(1);
         if (q.grid != Grid::kNone && in.residual_out == nullptr && cost_since(start) >= raw_cost) {
@@ -124,7 +149,8 @@ private:
     }
     std::int64_t checksum_bytes(std::int64_t n) const { return options_.checksums ? 4 * n : 0; }
     std::int64_t cost_since(const Mark& m) const {
-        return static_cast<std::int64_t>(lengths.size() - m.lengths) + 4 * static_cast<std::int64_t>(block_ends.size() - m.block_ends) +
+        return static_cast<std::int64_t>(lengths.size() - m.lengths) +
+               4 * static_cast<std::int64_t>(block_ends.size() - m.block_ends) +
                checksum_bytes(static_cast<std::int64_t>(checksums.size() - m.checksums)) + payload_bytes - m.payload;
     }
     std::uint8_t* cursor() const { return payload_ + payload_bytes; }
@@ -148,7 +174,9 @@ private:
         const std::int64_t bytes = in.values.count * item_bytes(options_.dtype);
         std::memset(cursor() + bytes, 0, static_cast<std::size_t>(align4(bytes) - bytes));
         for (std::int64_t i = 0; i < in.values.count; ++i) {
-            const typename Tr::Storage stored = in.values.is_adjusted() ? Tr::narrow(reader[i]) : static_cast<const typename Tr::Storage*>(in.values.data)[i];
+            const typename Tr::Storage stored = in.values.is_adjusted()
+                                                    ? Tr::narrow(reader[i])
+                                                    : static_cast<const typename Tr::Storage*>(in.values.data)[i];
             std::memcpy(cursor() + i * static_cast<std::int64_t>(sizeof(stored)), &stored, sizeof(stored));
             if (in.residual_out != nullptr) in.residual_out[i] = 0.0f;
         }
@@ -171,7 +199,8 @@ private:
         finish_pieces(bytes);
     }
 
-    // Quantizes, codes and writes a segment; returns the quantizer as it finally is (its coding or table may have changed).
+    // Quantizes, codes and writes a segment; returns the quantizer as it finally is (its coding or table may have
+    // changed).
     Quantizer write_symbols(const SegmentInput& in, Quantizer q) {
         if (is_block_coded(q.coding) && q.table != kTableOnWire) {
             const StaticCode* code = find_static_code(q.table);
@@ -180,7 +209,9 @@ private:
         }
         // A table of its own needs the histogram first: all symbols are kept, the values are quantized once.
         std::vector<std::uint16_t> symbols(static_cast<std::size_t>(in.values.count));
-        for_each_run(in.values, [&](const void* u, std::int64_t begin, int n) { kernels_.quantize(u, options_.dtype, n, q, symbols.data() + begin); });
+        for_each_run(in.values, [&](const void* u, std::int64_t begin, int n) {
+            kernels_.quantize(u, options_.dtype, n, q, symbols.data() + begin);
+        });
         if (q.coding != Coding::kFixed) q = write_with_own_table(in, q, symbols);
         if (q.coding == Coding::kFixed) write_fixed(symbols.data(), in.values.count, q.num_bits);
         if (is_range(q.grid) && in.residual_out != nullptr) {
@@ -208,7 +239,8 @@ private:
             lengths.insert(lengths.end(), list.begin(), list.end());
         }
         write_blocks(in, q, table.empty() ? nullptr : &table, symbols.data());
-        if (is_range(q.grid) && cost_since(start) >= align4(packed_bytes(in.values.count, q.num_bits)) + checksum_bytes(1)) {
+        if (is_range(q.grid) &&
+            cost_since(start) >= align4(packed_bytes(in.values.count, q.num_bits)) + checksum_bytes(1)) {
             rewind(start);
             q.coding = Coding::kFixed;
             q.table = kTableOnWire;
@@ -216,13 +248,15 @@ private:
         return q;
     }
 
-    // A sigma segment cannot be written a second time, its residual being updated as blocks are written: so its table is judged by a forecast.
-    bool table_pays(const std::vector<std::uint64_t>& counts, const std::vector<std::uint8_t>& own, std::size_t list_bytes, std::int64_t count,
-                    const Quantizer& q) const {
+    // A sigma segment cannot be written a second time, its residual being updated as blocks are written: so its table
+    // is judged by a forecast.
+    bool table_pays(const std::vector<std::uint64_t>& counts, const std::vector<std::uint8_t>& own,
+                    std::size_t list_bytes, std::int64_t count, const Quantizer& q) const {
         std::uint64_t bits = 0;
         for (std::size_t s = 0; s < counts.size(); ++s) bits += counts[s] * own[s];
         const std::int64_t blocks = blocks_in(make_record(count, q), options_.steps);
-        return static_cast<std::int64_t>(bits / 8 + list_bytes) + kTypicalBlockBytes * blocks < packed_bytes(count, q.num_bits);
+        return static_cast<std::int64_t>(bits / 8 + list_bytes) + kTypicalBlockBytes * blocks <
+               packed_bytes(count, q.num_bits);
     }
 
     // Calls f(u, begin, n) for runs of values that fit the first-level cache.
@@ -248,14 +282,19 @@ private:
             for (std::size_t t = 0; t < 4; ++t) ++tables[t * size + codeword(i + t)];
         }
         for (; i < n; ++i) ++tables[codeword(i)];
-        if (pairs && symbols.size() % 2 != 0) ++tables[symbols.back() | static_cast<std::size_t>(sigma_radius(kPairBits)) << kPairBits];
-        for (std::size_t s = 0; s < size; ++s) counts[s] = tables[s] + tables[size + s] + tables[2 * size + s] + tables[3 * size + s];
+        if (pairs && symbols.size() % 2 != 0)
+            ++tables[symbols.back() | static_cast<std::size_t>(sigma_radius(kPairBits)) << kPairBits];
+        for (std::size_t s = 0; s < size; ++s)
+            counts[s] = tables[s] + tables[size + s] + tables[2 * size + s] + tables[3 * size + s];
     }
 
-    // Writes the blocks of a segment. `known` are its symbols, or null: then each block is quantized just before it is coded.
-    void write_blocks(const SegmentInput& in, const Quantizer& q, const EncodeTable* table, const std::uint16_t* known) {
+    // Writes the blocks of a segment. `known` are its symbols, or null: then each block is quantized just before it is
+    // coded.
+    void write_blocks(const SegmentInput& in, const Quantizer& q, const EncodeTable* table,
+                      const std::uint16_t* known) {
         const std::int64_t per_block = values_per_block(q.coding, options_.steps);
-        // A range segment with a table may yet fall back to fixed width, which needs u again: its residual is written when that is settled.
+        // A range segment with a table may yet fall back to fixed width, which needs u again: its residual is written
+        // when that is settled.
         const bool settled = known == nullptr || !is_range(q.grid);
         for (std::int64_t begin = 0; begin < in.values.count; begin += per_block) {
             const int n = static_cast<int>(std::min(per_block, in.values.count - begin));
@@ -266,19 +305,24 @@ private:
             for (int at = 0; at < n; at += kRun) {
                 const int m = std::min(kRun, n - at);
                 const void* u = load_block(kernels_, in.values, begin + at, m, scratch(at));
-                const SymbolScan part = known != nullptr ? scan_symbols(symbols + at, m, q) : kernels_.quantize(u, options_.dtype, m, q, quantized + at);
+                const SymbolScan part = known != nullptr ? scan_symbols(symbols + at, m, q)
+                                                         : kernels_.quantize(u, options_.dtype, m, q, quantized + at);
                 scan.escapes += part.escapes;
                 scan.constant &= part.constant && symbols[at] == symbols[0];
-                if (in.residual_out != nullptr && settled) kernels_.update_residual(u, options_.dtype, symbols + at, m, q, in.residual_out + begin + at);
+                if (in.residual_out != nullptr && settled)
+                    kernels_.update_residual(u, options_.dtype, symbols + at, m, q, in.residual_out + begin + at);
             }
             const void* u = in_place(in.values, begin);
             const BlockMode mode = write_block(u != nullptr ? u : scratch(0), symbols, n, scan, q, table);
-            if (mode == BlockMode::kRaw && in.residual_out != nullptr && settled) std::fill_n(in.residual_out + begin, n, 0.0f);
+            if (mode == BlockMode::kRaw && in.residual_out != nullptr && settled)
+                std::fill_n(in.residual_out + begin, n, 0.0f);
         }
     }
 
     // Room for u from value `at` of a block on, in the arithmetic of the dtype.
-    void* scratch(int at) const { return reinterpret_cast<std::uint8_t*>(scratch_.get()) + at * (options_.dtype == DType::kFloat64 ? 8 : 4); }
+    void* scratch(int at) const {
+        return reinterpret_cast<std::uint8_t*>(scratch_.get()) + at * (options_.dtype == DType::kFloat64 ? 8 : 4);
+    }
 
     std::uint16_t* words_end() const { return words_.get() + kWordsSlack + kMaxCodewords; }
 
@@ -290,12 +334,14 @@ private:
                 std::all_of(symbols + 1, symbols + n, [&](std::uint16_t s) { return s == symbols[0]; })};
     }
 
-    BlockMode write_block(const void* u, const std::uint16_t* symbols, int n, const SymbolScan& scan, const Quantizer& q, const EncodeTable* table) {
+    BlockMode write_block(const void* u, const std::uint16_t* symbols, int n, const SymbolScan& scan,
+                          const Quantizer& q, const EncodeTable* table) {
         const bool constant = scan.constant && symbols[0] != escape_of(q);
         const bool too_many = 16 * std::int64_t{scan.escapes} > n;
         int words = -1;
         if (!constant && !too_many && table != nullptr) {
-            words = kernels_.encode_lanes(symbols, n, q.coding == Coding::kPair, table->entries.data(), start_, words_end());
+            words = kernels_.encode_lanes(symbols, n, q.coding == Coding::kPair, table->entries.data(), start_,
+                                          words_end());
         }
         const std::int64_t item = item_bytes(options_.dtype);
         const std::int64_t escape_bytes = scan.escapes * (item + 2);
@@ -371,7 +417,8 @@ private:
     std::uint32_t start_[kLanes] = {};
 };
 
-void write_metadata(const Encoder& encoder, const EncodeOptions& options, std::int64_t payload_at, std::int64_t total, std::uint8_t* out) {
+void write_metadata(const Encoder& encoder, const EncodeOptions& options, std::int64_t payload_at, std::int64_t total,
+                    std::uint8_t* out) {
     std::uint64_t elements = 0;
     for (const SegmentRecord& record : encoder.records) elements += record.count;
     PacketHeader header{};
@@ -404,7 +451,9 @@ void write_metadata(const Encoder& encoder, const EncodeOptions& options, std::i
 }  // namespace
 
 bool is_usable(const Quantizer& quantizer, DType dtype) {
-    return dispatch(dtype, [&](auto traits) { return with_grid<decltype(traits)>(quantizer, [](const auto& grid) { return grid.usable(); }); });
+    return dispatch(dtype, [&](auto traits) {
+        return with_grid<decltype(traits)>(quantizer, [](const auto& grid) { return grid.usable(); });
+    });
 }
 
 std::int64_t encode_bound(const std::vector<SegmentInput>& segments, const EncodeOptions& options) {
@@ -415,16 +464,18 @@ std::int64_t encode_bound(const std::vector<SegmentInput>& segments, const Encod
     return total;
 }
 
-Status encode_packet(const std::vector<SegmentInput>& segments, const EncodeOptions& options, std::uint8_t* out, std::int64_t capacity,
-                     std::int64_t* total_bytes) {
+Status encode_packet(const std::vector<SegmentInput>& segments, const EncodeOptions& options, std::uint8_t* out,
+                     std::int64_t capacity, std::int64_t* total_bytes) {
     if (segments.empty()) return bad_argument("a packet needs at least one segment");
     if (options.steps < 1 || options.steps > kMaxSteps) return bad_argument("steps must be 1..512", options.steps);
-    if (options.dims.size() > kMaxDims) return bad_argument("a tensor has at most 64 dimensions", static_cast<std::int64_t>(options.dims.size()));
+    if (options.dims.size() > kMaxDims)
+        return bad_argument("a tensor has at most 64 dimensions", static_cast<std::int64_t>(options.dims.size()));
     for (std::size_t i = 0; i < segments.size(); ++i) {
         QCOMM_RETURN_IF_ERROR(check_segment(segments[i], options.dtype, static_cast<std::int64_t>(i)));
     }
     const std::int64_t bound = encode_bound(segments, options);
-    if (static_cast<std::uint64_t>(bound) >= kMaxPayloadBytes) return bad_argument("a packet holds at most 16 GiB; split the tensor", bound);
+    if (static_cast<std::uint64_t>(bound) >= kMaxPayloadBytes)
+        return bad_argument("a packet holds at most 16 GiB; split the tensor", bound);
     if (capacity < bound) return no_space("the destination is smaller than encode_bound", bound);
 
     const std::int64_t provisional = metadata_bytes(segments, options, sum_max_lengths(segments));
@@ -432,8 +483,9 @@ Status encode_packet(const std::vector<SegmentInput>& segments, const EncodeOpti
     for (const SegmentInput& segment : segments) {
         dispatch(options.dtype, [&](auto traits) { encoder.encode(traits, segment); });
     }
-    const auto metadata = static_cast<std::int64_t>(sizeof(PacketHeader) + 8 * options.dims.size() + sizeof(SegmentRecord) * segments.size() +
-                                                    encoder.lengths.size() + 4 * encoder.block_ends.size() +
+    const auto metadata = static_cast<std::int64_t>(sizeof(PacketHeader) + 8 * options.dims.size() +
+                                                    sizeof(SegmentRecord) * segments.size() + encoder.lengths.size() +
+                                                    4 * encoder.block_ends.size() +
                                                     (options.checksums ? 4 * encoder.checksums.size() : 0));
     std::memmove(out + metadata, out + provisional, static_cast<std::size_t>(encoder.payload_bytes));
     *total_bytes = metadata + encoder.payload_bytes;

@@ -1,5 +1,6 @@
-// Which code a sigma segment gets. A sample of neighbouring pairs is quantized and each candidate is priced: a static code costs exactly its
-// lengths, a code of the segment's own what its entropy says (corrected for the sample's size) plus its table.
+// Which code a sigma segment gets. A sample of neighbouring pairs is quantized and each candidate is priced: a static
+// code costs exactly its lengths, a code of the segment's own what its entropy says (corrected for the sample's size)
+// plus its table.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -14,22 +15,24 @@ namespace {
 
 constexpr double kSampleFraction = 0.03;
 constexpr std::int64_t kMaxSampledPairs = 1 << 14;  // more would sharpen nothing and cost more than the encoder
-constexpr double kOwnTableMustSave = 0.03;   // of the bits: below that a static table's speed is worth more
-constexpr double kHuffmanRedundancy = 0.02;  // bits a codeword above entropy
-constexpr double kTableBits = 6.0;           // a used symbol in a list of code lengths
+constexpr double kOwnTableMustSave = 0.03;          // of the bits: below that a static table's speed is worth more
+constexpr double kHuffmanRedundancy = 0.02;         // bits a codeword above entropy
+constexpr double kTableBits = 6.0;                  // a used symbol in a list of code lengths
 
 struct Sample {
     std::vector<std::uint32_t> singles, pairs;  // histograms; pairs only for nibbles
 };
 
 Sample draw(const Values& values, int num_bits, double step, std::uint32_t seed) {
-    Sample sample{std::vector<std::uint32_t>(std::size_t{1} << num_bits), std::vector<std::uint32_t>(num_bits == kPairBits ? 256 : 0)};
+    Sample sample{std::vector<std::uint32_t>(std::size_t{1} << num_bits),
+                  std::vector<std::uint32_t>(num_bits == kPairBits ? 256 : 0)};
     dispatch(values.dtype, [&](auto traits) {
         using Tr = decltype(traits);
         const Reader<Tr> reader(values);
         const SigmaQuantizer<typename Tr::Arithmetic> grid(num_bits, step, Tr::kMax);
         const std::int64_t available = values.count / 2;
-        const std::int64_t n = std::min({available, kMaxSampledPairs, (sample_size(values.count, kSampleFraction) + 1) / 2});
+        const std::int64_t n =
+            std::min({available, kMaxSampledPairs, (sample_size(values.count, kSampleFraction) + 1) / 2});
         for (std::int64_t i = 0; i < n; ++i) {
             const std::int64_t at = 2 * sample_index(i, n, available, seed);
             const std::uint32_t first = grid(reader[at]), second = grid(reader[at + 1]);
@@ -57,8 +60,10 @@ double own_bits(const std::vector<std::uint32_t>& counts, double codewords) {
         n += c;
         used += c > 0;
     }
-    const double entropy = static_cast<double>(entropy_fixed(counts.data(), static_cast<int>(counts.size()))) / (1 << kLogFractionBits);
-    const double bias = (used - 1.0) / (2.0 * n * std::log(2.0));  // Miller 1955: a sample's entropy is too small by this
+    const double entropy =
+        static_cast<double>(entropy_fixed(counts.data(), static_cast<int>(counts.size()))) / (1 << kLogFractionBits);
+    const double bias =
+        (used - 1.0) / (2.0 * n * std::log(2.0));  // Miller 1955: a sample's entropy is too small by this
     return codewords * std::max(1.0, entropy + bias + kHuffmanRedundancy) + kTableBits * used;
 }
 

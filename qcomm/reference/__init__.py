@@ -1,6 +1,7 @@
-"""The packet format as slow, obvious code: what docs/format.md says, executable. The native core must agree bit for bit.
+"""The packet format as slow, obvious code: what docs/format.md says, executable.
 
-Nothing here is fast and nothing here is used to train; it exists to be read, and to be compared with.
+The native core must agree with it bit for bit. Nothing here is fast and nothing here is used to train; it exists to
+be read, and to be compared with.
 """
 
 from qcomm.reference.codes import canonical_codes, code_lengths, pack_lengths, unpack_lengths

@@ -36,11 +36,13 @@ def quantize(u: torch.Tensor, dtype: torch.dtype, grid: int, num_bits: int, p0: 
 
 
 def fma(a: float, b: float, c: float) -> float:
-    """a * b + c, rounded once."""
+    """A * b + c, rounded once."""
     return float(Fraction(a) * Fraction(b) + Fraction(c))
 
 
-def dequantize(symbols: torch.Tensor, dtype: torch.dtype, grid: int, num_bits: int, p0: float, p1: float) -> torch.Tensor:
+def dequantize(
+    symbols: torch.Tensor, dtype: torch.dtype, grid: int, num_bits: int, p0: float, p1: float
+) -> torch.Tensor:
     """Values of int64 symbols; an escape symbol gives 0."""
     if grid == SIGMA:
         t, radius = arithmetic(dtype), 2 ** (num_bits - 1) - 1
@@ -63,7 +65,7 @@ def sum_squares(u: torch.Tensor) -> float:
     sums = lanes[:, 0].tolist()
     while len(sums) > 1:
         sums = [sum(sums[i : i + 2]) for i in range(0, len(sums), 2)]
-    return sums[0] if sums else 0.0
+    return float(sums[0]) if sums else 0.0
 
 
 def sigma_num_bits(k: float) -> int:
@@ -104,7 +106,7 @@ def sample_indices(count: int, fraction: float, seed: int) -> list[int]:
 def entropy(u: torch.Tensor, lo: float, hi: float, num_bits: int, fraction: float, seed: int) -> float:
     """Entropy in bits of the sampled histogram of ``u`` over [lo, hi]."""
     sample = u[torch.tensor(sample_indices(u.numel(), fraction, seed), dtype=torch.long)]
-    counts = torch.bincount(quantize(sample, u.dtype, RANGE_CENTER, num_bits, lo, hi)).tolist()
+    counts: list[int] = torch.bincount(quantize(sample, u.dtype, RANGE_CENTER, num_bits, lo, hi)).tolist()
     n = sum(counts)
     h = (n * log2_fixed(n) - sum(c * log2_fixed(c) for c in counts)) // n
-    return min(max(h, 0), num_bits << 24) / 2**24
+    return min(max(h, 0), num_bits << 24) / float(2**24)

@@ -21,7 +21,9 @@ def encode_lanes(codewords: list[tuple[int, int]]) -> tuple[list[int], list[int]
     return [x[lane] | 1 << c[lane] for lane in range(LANES)], words[::-1]
 
 
-def decode_lanes(start: list[int], words: list[int], count: int, codes: dict[int, int], lengths: list[int]) -> list[int]:
+def decode_lanes(
+    start: list[int], words: list[int], count: int, codes: dict[int, int], lengths: list[int]
+) -> list[int]:
     """``count`` symbols; what they do not use up must be nothing."""
     by_code = {(codes[s], n): s for s, n in enumerate(lengths) if n}
     c = [v.bit_length() - 1 for v in start]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from qcomm.reference.codes import canonical_codes, code_lengths, pack_lengths, unpack_lengths
-from qcomm.reference.grids import NONE, RANGE_ENDPOINT, SIGMA, arithmetic, dequantize, quantize
+from qcomm.reference.grids import NONE, SIGMA, arithmetic, dequantize, quantize
 from qcomm.reference.lanes import decode_lanes, encode_lanes
 from qcomm.static_tables import STATIC_TABLES
 
@@ -21,7 +21,10 @@ HEADER, RECORD = "<IBBBBIIQQHHI", "<QBBBBIdd"
 
 @dataclass
 class ReferenceSegment:
-    """What a segment record says, and the values: ``u = values * inv_scale + residual``. ``residual`` is replaced by what is lost."""
+    """What a segment record says, and the values: ``u = values * inv_scale + residual``.
+
+    ``residual`` is replaced by what is lost.
+    """
 
     values: torch.Tensor
     grid: int = NONE
@@ -34,6 +37,7 @@ class ReferenceSegment:
     inv_scale: float = 1.0
 
     def u(self) -> torch.Tensor:
+        """What is quantized, in T."""
         t = arithmetic(self.values.dtype)
         u = self.values.to(t)
         if self.inv_scale != 1:
@@ -41,6 +45,7 @@ class ReferenceSegment:
         return u if self.residual is None else u + self.residual.to(t)
 
     def record(self) -> tuple[int, int, int, int, int, int, float, float]:
+        """The fields of the segment's record."""
         return (self.values.numel(), self.grid, self.num_bits, self.coding, self.table, 0, self.p0, self.p1)
 
 
@@ -57,33 +62,40 @@ def checksum(data: bytes) -> int:
 
 
 def checksum_pieces(data: bytes) -> int:
+    """Of a raw or fixed segment."""
     sums = [checksum(data[i : i + 65536]) for i in range(0, len(data), 65536)]
     return checksum(struct.pack(f"<{len(sums)}I", *sums))
 
 
 def to_bytes(values: torch.Tensor) -> bytes:
+    """The elements' bytes."""
     return values.contiguous().view(torch.uint8).numpy().tobytes() if values.numel() else b""
 
 
 def from_bytes(data: bytes, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of the elements in ``data``."""
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 def pad4(data: bytes) -> bytes:
+    """With zeros up to a multiple of 4 bytes."""
     return data + bytes(-len(data) % 4)
 
 
 def pack_bits(symbols: Sequence[int], num_bits: int) -> bytes:
+    """Symbols of ``num_bits`` bits, the first lowest."""
     whole = sum(s << (i * num_bits) for i, s in enumerate(symbols))
     return whole.to_bytes(-(-len(symbols) * num_bits // 8), "little")
 
 
 def unpack_bits(data: bytes, count: int, num_bits: int) -> list[int]:
+    """The inverse of :func:`pack_bits`."""
     whole = int.from_bytes(data[: -(-count * num_bits // 8)], "little")
     return [whole >> (i * num_bits) & (1 << num_bits) - 1 for i in range(count)]
 
 
 def codewords_of(symbols: list[int], coding: int) -> list[int]:
+    """Symbols, or pairs of them."""
     if coding == SINGLE:
         return symbols
     even = symbols + [7] * (len(symbols) % 2)
@@ -91,22 +103,28 @@ def codewords_of(symbols: list[int], coding: int) -> list[int]:
 
 
 def values_per_block(coding: int, steps: int) -> int:
+    """At most."""
     return 32 * steps * (2 if coding == PAIR else 1)
 
 
 def alphabet_size(coding: int, num_bits: int) -> int:
+    """Symbols or pairs that there are."""
     return 256 if coding == PAIR else 2**num_bits
 
 
 def length_limit(coding: int, num_bits: int) -> int:
+    """The longest codeword."""
     return 12 if coding == PAIR else min(num_bits + 4, 15)
 
 
 def escape_of(grid: int, num_bits: int) -> int:
+    """The escape symbol, or -1 where there is none."""
     return 2**num_bits - 1 if grid == SIGMA else -1
 
 
-def encode_block(u: torch.Tensor, symbols: list[int], segment: ReferenceSegment, lengths: list[int] | None) -> tuple[bytes, int]:
+def encode_block(
+    u: torch.Tensor, symbols: list[int], segment: ReferenceSegment, lengths: list[int] | None
+) -> tuple[bytes, int]:
     """(bytes, mode) of a block."""
     dtype, n, escape = segment.values.dtype, len(symbols), escape_of(segment.grid, segment.num_bits)
     positions = [i for i, s in enumerate(symbols) if s == escape]
@@ -142,14 +160,18 @@ class Writer:
         self.checksums: list[int] = []
 
     def cost(self) -> int:
+        """Bytes so far, besides headers."""
         sums = 4 * len(self.checksums) if self.with_checksums else 0
         return len(self.lengths) + 4 * len(self.block_ends) + sums + len(self.payload)
 
     def add_plain(self, data: bytes) -> None:
+        """Adds a raw or fixed segment."""
         self.payload += pad4(data)
         self.checksums.append(checksum_pieces(pad4(data)))
 
-    def add_blocks(self, segment: ReferenceSegment, u: torch.Tensor, symbols: list[int], lengths: list[int] | None) -> list[int]:
+    def add_blocks(
+        self, segment: ReferenceSegment, u: torch.Tensor, symbols: list[int], lengths: list[int] | None
+    ) -> list[int]:
         """Returns the mode of each value's block."""
         modes = []
         size = values_per_block(segment.coding, self.steps)
@@ -180,7 +202,7 @@ def own_lengths(segment: ReferenceSegment, symbols: list[int], steps: int) -> li
 def write_segment(writer: Writer, segment: ReferenceSegment) -> Writer:
     """``writer`` with one more segment, after its fallbacks."""
     u, n = segment.u(), segment.values.numel()
-    written = ReferenceSegment(**{**vars(segment)})
+    written = ReferenceSegment(**vars(segment))
     if n == 0:
         written = ReferenceSegment(segment.values, coding=CONSTANT)
     result = copy_of(writer)
@@ -226,17 +248,21 @@ def write_symbols(writer: Writer, segment: ReferenceSegment, u: torch.Tensor) ->
 
 
 def static_lengths(table: int) -> list[int] | None:
+    """Of a static table; None for table 255."""
     return None if table == NO_TABLE else [int(digit, 16) for digit in STATIC_TABLES[table][2]]
 
 
 def copy_of(writer: Writer) -> Writer:
+    """A writer that can go its own way."""
     new = Writer(writer.steps, writer.with_checksums)
     new.records, new.lengths, new.payload = list(writer.records), writer.lengths, writer.payload
     new.block_ends, new.checksums = list(writer.block_ends), list(writer.checksums)
     return new
 
 
-def encode_packet(segments: Sequence[ReferenceSegment], shape: Sequence[int], steps: int = 256, with_checksums: bool = True) -> bytes:
+def encode_packet(
+    segments: Sequence[ReferenceSegment], shape: Sequence[int], steps: int = 256, with_checksums: bool = True
+) -> bytes:
     """A packet; residuals are updated."""
     writer = Writer(steps, with_checksums)
     for segment in segments:
@@ -281,6 +307,7 @@ def decode_segments(
     ends: Iterator[int],
     payload: bytes,
 ) -> list[torch.Tensor]:
+    """The values of each segment, or of each block of it."""
     parts, at = [], 0
     for count, grid, num_bits, coding, table, _, p0, p1 in records:
         if coding == CONSTANT:
@@ -309,8 +336,14 @@ def decode_segments(
 
 
 def decode_block(
-    data: bytes, n: int, dtype: torch.dtype, parameters: tuple[int, int, float, float], coding: int, lengths: list[int] | None
+    data: bytes,
+    n: int,
+    dtype: torch.dtype,
+    parameters: tuple[int, int, float, float],
+    coding: int,
+    lengths: list[int] | None,
 ) -> torch.Tensor:
+    """The values of one block."""
     (info,) = struct.unpack_from("<I", data)
     mode, escapes, at = info & 3, info >> 2 & 0x3FFF, 4
     if mode == BLOCK_RAW:

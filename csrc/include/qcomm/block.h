@@ -1,10 +1,12 @@
-// A block of symbols: 32 interleaved lanes that share one stream of 16-bit words in the order in which a decoder asks for them, so that a
-// warp or a vector unit decodes 32 symbols a step (the idea: F. Giesen, "Interleaved entropy coders", arXiv:1402.3392, 2014).
+// A block of symbols: 32 interleaved lanes that share one stream of 16-bit words in the order in which a decoder asks
+// for them, so that a warp or a vector unit decodes 32 symbols a step (the idea: F. Giesen, "Interleaved entropy
+// coders", arXiv:1402.3392, 2014).
 //
 //   info u32 | 32 start windows u32 | escapes | words u16, lane 0 first in each step | zeros to 4 bytes
 //
-// Invariant while words remain: a lane holds 16..31 bits, a codeword has at most 15. The encoder runs backwards and therefore writes downwards;
-// what it writes last is what the decoder reads first. The loops over lanes are in csrc/cpu/kernels_*.
+// Invariant while words remain: a lane holds 16..31 bits, a codeword has at most 15. The encoder runs backwards and
+// therefore writes downwards; what it writes last is what the decoder reads first. The loops over lanes are in
+// csrc/cpu/kernels_*.
 #pragma once
 
 #include <cstdint>

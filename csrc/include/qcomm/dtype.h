@@ -1,11 +1,13 @@
-// Element types: storage, the arithmetic T in which their grids compute, and conversions that are the same bits on every machine.
+// Element types: storage, the arithmetic T in which their grids compute, and conversions that are the same bits on
+// every machine.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <limits>
 
-// Small helpers are always inlined: they are compiled for several instruction sets, and a linker must never pick one's copy for another.
+// Small helpers are always inlined: they are compiled for several instruction sets, and a linker must never pick one's
+// copy for another.
 #define QCOMM_INLINE inline __attribute__((always_inline))
 
 namespace qcomm {
@@ -27,8 +29,11 @@ QCOMM_INLINE float half_to_float(std::uint16_t h) {
     const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
     const std::uint32_t magnitude = h & 0x7FFFu;
     if (magnitude >= 0x7C00u) return bit_cast<float>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
-    // A subnormal's fraction is put on top of 2^-14, which is then taken away: no float32 subnormal appears, so flush modes do not matter.
-    if (magnitude < 0x400u) return bit_cast<float>(sign | bit_cast<std::uint32_t>(bit_cast<float>(magnitude << 13 | 0x38800000u) - 0x1p-14f));
+    // A subnormal's fraction is put on top of 2^-14, which is then taken away: no float32 subnormal appears, so flush
+    // modes do not matter.
+    if (magnitude < 0x400u)
+        return bit_cast<float>(sign |
+                               bit_cast<std::uint32_t>(bit_cast<float>(magnitude << 13 | 0x38800000u) - 0x1p-14f));
     return bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
 }
 
@@ -100,16 +105,21 @@ struct Traits<DType::kFloat64> {
 template <class F>
 QCOMM_INLINE decltype(auto) dispatch(DType dtype, F&& f) {
     switch (dtype) {
-        case DType::kFloat16: return f(Traits<DType::kFloat16>{});
-        case DType::kBFloat16: return f(Traits<DType::kBFloat16>{});
-        case DType::kFloat64: return f(Traits<DType::kFloat64>{});
-        case DType::kFloat32: break;
+        case DType::kFloat16:
+            return f(Traits<DType::kFloat16>{});
+        case DType::kBFloat16:
+            return f(Traits<DType::kBFloat16>{});
+        case DType::kFloat64:
+            return f(Traits<DType::kFloat64>{});
+        case DType::kFloat32:
+            break;
     }
     return f(Traits<DType::kFloat32>{});
 }
 
 inline std::int64_t item_bytes(DType dtype) {
-    return dispatch(dtype, [](auto traits) { return static_cast<std::int64_t>(sizeof(typename decltype(traits)::Storage)); });
+    return dispatch(dtype,
+                    [](auto traits) { return static_cast<std::int64_t>(sizeof(typename decltype(traits)::Storage)); });
 }
 
 }  // namespace qcomm

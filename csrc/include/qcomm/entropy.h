@@ -1,5 +1,6 @@
-// Entropy of a sampled M-bit histogram, in exact integer arithmetic: the number of bits N that follows from it is the same on every
-// machine. The method: Oland and Raj, "Reducing communication overhead in distributed learning by an order of magnitude", ICASSP 2015.
+// Entropy of a sampled M-bit histogram, in exact integer arithmetic: the number of bits N that follows from it is the
+// same on every machine. The method: Oland and Raj, "Reducing communication overhead in distributed learning by an
+// order of magnitude", ICASSP 2015.
 #pragma once
 
 #include <cstdint>
@@ -25,6 +26,7 @@ std::int64_t sample_size(std::int64_t count, double fraction);
 std::int64_t sample_index(std::int64_t i, std::int64_t n, std::int64_t count, std::uint32_t seed);
 
 // Histogram of the sample over 2^num_bits floor bins of [lo, hi]; all in bin 0 when lo == hi.
-std::vector<std::uint32_t> sample_histogram(const Values& values, double lo, double hi, int num_bits, double fraction, std::uint32_t seed);
+std::vector<std::uint32_t> sample_histogram(const Values& values, double lo, double hi, int num_bits, double fraction,
+                                            std::uint32_t seed);
 
 }  // namespace qcomm

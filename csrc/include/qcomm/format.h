@@ -11,13 +11,14 @@ constexpr std::uint32_t kMagic = 0x4D4D4351;  // "QCMM"
 constexpr std::uint8_t kVersion = 1;
 constexpr std::uint8_t kFlagChecksums = 1;
 
-constexpr int kLanes = 32;            // lanes of a block: one GPU warp
-constexpr int kMaxSteps = 512;        // symbols per lane: escape positions fit u16, a block's scratch fits a core's cache
-constexpr int kMaxDims = 64;          // torch's own limit
-constexpr int kMaxCodedBits = 12;     // widest single symbols with a Huffman code; beyond that fixed width
-constexpr int kMaxCodeLength = 15;    // a length is a nibble on the wire
-constexpr int kWindowBits = 16;       // a lane holds at least this many bits before a lookup, so kMaxCodeLength < kWindowBits
-constexpr int kPairBits = 4;          // the two symbols of a pair code are nibbles
+constexpr int kLanes = 32;          // lanes of a block: one GPU warp
+constexpr int kMaxSteps = 512;      // symbols per lane: escape positions fit u16, a block's scratch fits a core's cache
+constexpr int kMaxDims = 64;        // torch's own limit
+constexpr int kMaxCodedBits = 12;   // widest single symbols with a Huffman code; beyond that fixed width
+constexpr int kMaxCodeLength = 15;  // a length is a nibble on the wire
+constexpr int kWindowBits =
+    16;                       // a lane holds at least this many bits before a lookup, so kMaxCodeLength < kWindowBits
+constexpr int kPairBits = 4;  // the two symbols of a pair code are nibbles
 constexpr int kChecksumPiece = 65536;  // bytes of a raw or fixed segment under one inner checksum
 constexpr std::uint8_t kTableOnWire = 0;
 constexpr std::uint8_t kNoTable = 255;
@@ -76,7 +77,9 @@ inline bool is_block_coded(Coding coding) { return coding == Coding::kSingle || 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 constexpr std::int64_t align4(std::int64_t bytes) { return (bytes + 3) & ~std::int64_t{3}; }
 
-inline std::int64_t values_per_block(Coding coding, int steps) { return std::int64_t{kLanes} * steps * (coding == Coding::kPair ? 2 : 1); }
+inline std::int64_t values_per_block(Coding coding, int steps) {
+    return std::int64_t{kLanes} * steps * (coding == Coding::kPair ? 2 : 1);
+}
 inline std::int64_t blocks_in(const SegmentRecord& segment, int steps) {
     if (!is_block_coded(segment.coding)) return 0;
     const std::int64_t per_block = values_per_block(segment.coding, steps);

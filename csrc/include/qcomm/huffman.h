@@ -1,5 +1,6 @@
-// Canonical, length-limited Huffman codes. Lengths alone define a code; they come from package-merge (Larmore and Hirschberg, "A fast algorithm for
-// optimal length-limited Huffman codes", J. ACM 37(3), 1990), which is optimal under the limit. Codewords are read LSB first.
+// Canonical, length-limited Huffman codes. Lengths alone define a code; they come from package-merge (Larmore and
+// Hirschberg, "A fast algorithm for optimal length-limited Huffman codes", J. ACM 37(3), 1990), which is optimal under
+// the limit. Codewords are read LSB first.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +18,9 @@ constexpr int length_limit(Coding coding, int num_bits) {
 }
 constexpr int alphabet_size(Coding coding, int num_bits) { return coding == Coding::kPair ? 256 : 1 << num_bits; }
 
-// Optimal lengths (0 for an unused symbol, 1 for a lone one) of at most `limit` bits. Precondition: used symbols <= 2^limit, limit <= 15,
-// size <= 4096, counts sum below 2^48. Ties go by symbol, and symbols before packages, so the result is unique.
+// Optimal lengths (0 for an unused symbol, 1 for a lone one) of at most `limit` bits. Precondition: used symbols <=
+// 2^limit, limit <= 15, size <= 4096, counts sum below 2^48. Ties go by symbol, and symbols before packages, so the
+// result is unique.
 void code_lengths(const std::uint64_t* counts, int size, int limit, std::uint8_t* lengths);
 
 // Whether the lengths fill the code space exactly: every bit string then decodes.
@@ -27,11 +29,13 @@ bool is_complete(const std::uint8_t* lengths, int size);
 // Codewords by (length, symbol), bit-reversed. codes[i] is 0 where lengths[i] is 0.
 void canonical_codes(const std::uint8_t* lengths, int size, std::uint16_t* codes);
 
-// Code lengths as nibbles with zero runs, ending where the code is complete; padded to 4 bytes. Precondition: is_complete.
+// Code lengths as nibbles with zero runs, ending where the code is complete; padded to 4 bytes. Precondition:
+// is_complete.
 std::vector<std::uint8_t> pack_lengths(const std::uint8_t* lengths, int size);
 
 // Reads one list from [data, data + bytes), sets *used to its bytes with the padding. Trusts nothing.
-Status unpack_lengths(const std::uint8_t* data, std::int64_t bytes, int size, int limit, std::uint8_t* lengths, std::int64_t* used);
+Status unpack_lengths(const std::uint8_t* data, std::int64_t bytes, int size, int limit, std::uint8_t* lengths,
+                      std::int64_t* used);
 
 // codeword | length << 16 for each symbol; 0 where there is none.
 struct EncodeTable {

@@ -1,5 +1,5 @@
-// Packets: segments of values to bytes and back; docs/format.md is the contract. Encoding a well-formed request cannot fail half-way: what can go
-// wrong is checked before the first byte, and before the first residual, is written.
+// Packets: segments of values to bytes and back; docs/format.md is the contract. Encoding a well-formed request cannot
+// fail half-way: what can go wrong is checked before the first byte, and before the first residual, is written.
 #pragma once
 
 #include <cstdint>
@@ -28,11 +28,13 @@ struct EncodeOptions {
 // An upper bound of the packet's size, whatever the values are.
 std::int64_t encode_bound(const std::vector<SegmentInput>& segments, const EncodeOptions& options);
 
-// Writes a packet to [out, out + capacity), capacity >= encode_bound(...); *total_bytes receives its size. Bytes behind it may be overwritten.
-Status encode_packet(const std::vector<SegmentInput>& segments, const EncodeOptions& options, std::uint8_t* out, std::int64_t capacity,
-                     std::int64_t* total_bytes);
+// Writes a packet to [out, out + capacity), capacity >= encode_bound(...); *total_bytes receives its size. Bytes behind
+// it may be overwritten.
+Status encode_packet(const std::vector<SegmentInput>& segments, const EncodeOptions& options, std::uint8_t* out,
+                     std::int64_t capacity, std::int64_t* total_bytes);
 
-// A packet whose metadata has been checked: header, records, code lengths, sizes, header checksum. Pointers refer to the caller's bytes.
+// A packet whose metadata has been checked: header, records, code lengths, sizes, header checksum. Pointers refer to
+// the caller's bytes.
 struct PacketView {
     PacketHeader header;
     std::vector<std::int64_t> dims;
@@ -46,11 +48,12 @@ struct PacketView {
 };
 Status parse_packet(const std::uint8_t* packet, std::int64_t bytes, PacketView* view);
 
-// Decodes all segments to `out` (header.element_count elements of header.dtype). With `accumulate` adds them to what is there, in float32 or
-// float64: 16-bit packets are refused. After an error the contents of `out` are unspecified.
+// Decodes all segments to `out` (header.element_count elements of header.dtype). With `accumulate` adds them to what is
+// there, in float32 or float64: 16-bit packets are refused. After an error the contents of `out` are unspecified.
 Status decode_packet(const PacketView& view, void* out, bool accumulate);
 
-// Adds how often each symbol occurs in segment `index` to counts[65536]. Values that have no symbol (raw, constant) count nothing.
+// Adds how often each symbol occurs in segment `index` to counts[65536]. Values that have no symbol (raw, constant)
+// count nothing.
 Status count_symbols(const PacketView& view, std::size_t index, std::uint64_t* counts);
 
 }  // namespace qcomm

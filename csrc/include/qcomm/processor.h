@@ -1,4 +1,5 @@
-// Which version of the inner loops runs: one for each instruction set, chosen by the processor when the library is loaded. All write the same bytes.
+// Which version of the inner loops runs: one for each instruction set, chosen by the processor when the library is
+// loaded. All write the same bytes.
 #pragma once
 
 #include <string>

@@ -1,4 +1,5 @@
-// Grids: values to symbols and back. The arithmetic is part of the wire format (docs/format.md, "Grids"); q means the level's number.
+// Grids: values to symbols and back. The arithmetic is part of the wire format (docs/format.md, "Grids"); q means the
+// level's number.
 #pragma once
 
 #include <cstdint>
@@ -19,8 +20,8 @@ struct Quantizer {
     double p1 = 0.0;
 };
 
-// 2^N levels over [lo, hi] in float64. center: bin midpoints (the paper). endpoint: both ends are levels, so that decoding and encoding again
-// changes nothing. |error| <= half a level's distance plus half an ulp of the result.
+// 2^N levels over [lo, hi] in float64. center: bin midpoints (the paper). endpoint: both ends are levels, so that
+// decoding and encoding again changes nothing. |error| <= half a level's distance plus half an ulp of the result.
 class RangeQuantizer {
 public:
     QCOMM_INLINE RangeQuantizer(Grid grid, int num_bits, double lo, double hi)
@@ -33,14 +34,18 @@ public:
           step_((hi - lo) / intervals_) {}
 
     // Whether every value of [lo, hi] has a symbol: false for a range that overflows or is too small to divide by.
-    QCOMM_INLINE bool usable() const { return __builtin_isfinite(lo_) && __builtin_isfinite(hi_) && __builtin_isfinite(hi_ - lo_) && lo_ < hi_ && __builtin_isfinite(inv_); }
+    QCOMM_INLINE bool usable() const {
+        return __builtin_isfinite(lo_) && __builtin_isfinite(hi_) && __builtin_isfinite(hi_ - lo_) && lo_ < hi_ &&
+               __builtin_isfinite(inv_);
+    }
 
     QCOMM_INLINE std::uint32_t operator()(double x) const {
         const double q = (x - lo_) * inv_ + (0.5 - offset_);
         return q < static_cast<double>(top_) ? static_cast<std::uint32_t>(q) : top_;
     }
     QCOMM_INLINE double decode(std::uint32_t symbol) const {
-        return offset_ == 0.0 && symbol == top_ ? hi_ : __builtin_fma(static_cast<double>(symbol) + offset_, step_, lo_);
+        return offset_ == 0.0 && symbol == top_ ? hi_
+                                                : __builtin_fma(static_cast<double>(symbol) + offset_, step_, lo_);
     }
 
 private:
@@ -49,8 +54,8 @@ private:
     double offset_, intervals_, inv_, step_;
 };
 
-// Levels at multiples of `step`, zero among them; what lies outside gets the escape symbol and keeps its value. |error| <= step / 2 plus
-// rounding.
+// Levels at multiples of `step`, zero among them; what lies outside gets the escape symbol and keeps its value. |error|
+// <= step / 2 plus rounding.
 template <class T>
 class SigmaQuantizer {
 public:
@@ -59,12 +64,14 @@ public:
           inv_(T(1) / step_),
           radius_(sigma_radius(num_bits)),
           escape_(static_cast<std::uint32_t>(escape_symbol(num_bits))),
-          limit_(static_cast<std::int32_t>(__builtin_fmin(radius_, __builtin_floor(max_value / static_cast<double>(step_))))) {}
+          limit_(static_cast<std::int32_t>(
+              __builtin_fmin(radius_, __builtin_floor(max_value / static_cast<double>(step_))))) {}
 
     QCOMM_INLINE bool usable() const { return __builtin_isnormal(step_) && __builtin_isnormal(inv_) && step_ > T(0); }
 
     QCOMM_INLINE std::uint32_t operator()(T x) const {
-        // Adding 1.5 * 2^(mantissa bits) rounds to the nearest even integer; the clamp keeps q where that is exact and far outside every alphabet.
+        // Adding 1.5 * 2^(mantissa bits) rounds to the nearest even integer; the clamp keeps q where that is exact and
+        // far outside every alphabet.
         T q = x * inv_;
         q = q < T(-kFar) ? T(-kFar) : q;
         q = q > T(kFar) ? T(kFar) : q;
@@ -72,7 +79,9 @@ public:
         const bool inside = level <= limit_ && level >= -limit_;
         return inside ? static_cast<std::uint32_t>(level + radius_) : escape_;
     }
-    QCOMM_INLINE T decode(std::uint32_t symbol) const { return static_cast<T>(static_cast<std::int32_t>(symbol) - radius_) * step_; }
+    QCOMM_INLINE T decode(std::uint32_t symbol) const {
+        return static_cast<T>(static_cast<std::int32_t>(symbol) - radius_) * step_;
+    }
 
 private:
     static constexpr std::int32_t kFar = 65536;
@@ -94,7 +103,8 @@ QCOMM_INLINE decltype(auto) with_grid(const Quantizer& q, F&& f) {
 // Whether the grid can represent these values at all; if not, a segment travels raw.
 bool is_usable(const Quantizer& quantizer, DType dtype);
 
-// The code of a sigma segment (single or pair; static, or a table on the wire), the cheapest by the counts of a sample; see docs/format.md.
+// The code of a sigma segment (single or pair; static, or a table on the wire), the cheapest by the counts of a sample;
+// see docs/format.md.
 struct SigmaCode {
     Coding coding;
     std::uint8_t table;

@@ -1,4 +1,5 @@
-// Written by tools/make_static_tables.py, which describes the model behind it. Part of the wire format: entries never change.
+// Written by tools/make_static_tables.py, which describes the model behind it.
+// Part of the wire format: entries never change.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// One pass over a tensor: extremes, sum of squares (its order of additions is part of the format), whether all values are finite.
+// One pass over a tensor: extremes, sum of squares (its order of additions is part of the format), whether all values
+// are finite.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +9,7 @@
 namespace qcomm {
 
 struct Statistics {
-    double minimum = 0.0;      // 0 for an empty tensor; never -0.0
+    double minimum = 0.0;  // 0 for an empty tensor; never -0.0
     double maximum = 0.0;
     double sum_squares = 0.0;  // see docs/format.md, "sum"
     bool finite = true;        // when false the other fields say nothing

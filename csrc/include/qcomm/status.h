@@ -1,4 +1,5 @@
-// What every operation returns. Status is a value: no exceptions cross the core, and bindings.cpp alone turns one into a Python error.
+// What every operation returns. Status is a value: no exceptions cross the core, and bindings.cpp alone turns one into
+// a Python error.
 #pragma once
 
 #include <cstdint>
@@ -24,10 +25,10 @@ inline Status bad_argument(const char* what, std::int64_t where = 0) { return {S
 inline Status bad_packet(const char* what, std::int64_t where = 0) { return {StatusCode::kBadPacket, what, where}; }
 inline Status no_space(const char* what, std::int64_t where = 0) { return {StatusCode::kNoSpace, what, where}; }
 
-#define QCOMM_RETURN_IF_ERROR(expression)            \
-    do {                                             \
+#define QCOMM_RETURN_IF_ERROR(expression)             \
+    do {                                              \
         const ::qcomm::Status result_ = (expression); \
-        if (!result_.ok()) return result_;           \
+        if (!result_.ok()) return result_;            \
     } while (false)
 
 }  // namespace qcomm

@@ -1,5 +1,5 @@
-// What is compressed: u = values * inv_scale + residual, in the arithmetic T of the dtype with one rounding per operation.
-// Without a residual and with inv_scale 1, u is the value itself.
+// What is compressed: u = values * inv_scale + residual, in the arithmetic T of the dtype with one rounding per
+// operation. Without a residual and with inv_scale 1, u is the value itself.
 #pragma once
 
 #include <cstdint>
