@@ -1,20 +1,29 @@
-"""Compressed gradient communication for PyTorch: entropy-driven quantization, Huffman coding, and a DDP communication hook."""
+"""Compressed gradient communication for PyTorch: quantization by entropy, Huffman coding, a DDP communication hook."""
 
+from qcomm._native import cpu_features
 from qcomm.codec import PacketInfo, SegmentInfo, compress, decompress, inspect
+from qcomm.collectives import all_reduce
+from qcomm.ddp import CompressionState, attach, compression_hook
 from qcomm.entropy import estimate_entropy
-from qcomm.errors import ConfigMismatchError, PacketError
+from qcomm.errors import CollectiveError, ConfigMismatchError, PacketError
 from qcomm.grids import RangeGrid, SigmaGrid
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CollectiveError",
+    "CompressionState",
     "ConfigMismatchError",
     "PacketError",
     "PacketInfo",
     "RangeGrid",
     "SegmentInfo",
     "SigmaGrid",
+    "all_reduce",
+    "attach",
     "compress",
+    "compression_hook",
+    "cpu_features",
     "decompress",
     "estimate_entropy",
     "inspect",

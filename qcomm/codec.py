@@ -162,7 +162,8 @@ class SegmentInfo:
 
     ``grid``: ``"none"``, ``"range_center"``, ``"range_endpoint"`` or ``"sigma"``; ``num_bits``: of a symbol before
     coding (of a value, where the values are raw); ``entropy_bits``: of the symbols in it, NaN where there are none;
-    ``coding``: ``"raw"``, ``"constant"``, ``"fixed"``, ``"single"`` or ``"pair"``; ``table``: ``"static <number>"``, ``"own"`` or ``"none"``.
+    ``coding``: ``"raw"``, ``"constant"``, ``"fixed"``, ``"single"`` or ``"pair"``; ``table``: ``"static <number>"``,
+    ``"own"`` or ``"none"``.
     """
 
     count: int

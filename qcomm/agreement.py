@@ -1,0 +1,172 @@
+"""What ranks tell each other before they exchange packets: that all is well, that they do the same, the sizes to come.
+
+Each exchange starts with one small header from every rank to every other. All ranks see the same W headers, so all take
+the same decision: go on, or tell each other the details and raise. A rank that failed therefore still sends its header,
+and nobody waits for a packet that will not come.
+
+A header is six int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of the
+packet for the receiver``.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+
+from qcomm.errors import CollectiveError, ConfigMismatchError
+from qcomm.transport import Traffic, Transport, TransportError
+
+__all__ = ["Fault", "Fields", "Phase", "agree"]
+
+MAGIC = 0x71636F6D6D01  # "qcomm" and the version of this protocol
+HEADER_WORDS = 6
+# Details are a fixed size, so that nobody has to announce it: enough for a dozen fields or the first lines of an error.
+DETAIL_BYTES = 4096
+
+
+class Phase(IntEnum):
+    """What a rank was doing when it failed."""
+
+    PREPARE = 1  # checking the arguments, finding out the layout
+    ENCODE = 2
+    REDUCE = 3  # decoding the others' packets of the own chunk, encoding their mean
+    DECODE = 4  # decoding the means
+
+    def __str__(self) -> str:
+        texts = {
+            Phase.PREPARE: "preparing the exchange",
+            Phase.ENCODE: "compressing its values",
+            Phase.REDUCE: "averaging its chunk",
+            Phase.DECODE: "decoding the result",
+        }
+        return texts[self]
+
+
+class Fault(NamedTuple):
+    """An exception that keeps this rank from going on, and the phase it happened in."""
+
+    phase: Phase
+    error: Exception
+
+
+class Fields:
+    """The configuration of one collective as text, field by field: what has to be equal on all ranks.
+
+    Args:
+        values: field names, the most telling first, and their values as text.
+
+    Example:
+        >>> a, b = Fields({"dtype": "float32"}), Fields({"dtype": "float64"})
+        >>> a.fingerprint == b.fingerprint
+        False
+    """
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self.values = dict(values)
+        digest = hashlib.sha256(json.dumps(self.values).encode()).digest()
+        self.fingerprint = int.from_bytes(digest[:8], "little", signed=True)
+
+    def extended(self, name: str, value: str) -> "Fields":
+        """These fields and one more."""
+        return Fields({**self.values, name: value})
+
+
+def agree(
+    transport: Transport,
+    sequence: int,
+    phase: Phase,
+    fields: Fields,
+    sizes: Sequence[int],
+    limits: Sequence[int],
+    fault: Fault | None,
+) -> tuple[list[int], Traffic]:
+    """Exchanges headers; returns if all ranks are well and agree, and raises on every rank if not.
+
+    Args:
+        transport: of the communicator.
+        sequence: number of the collective, counted alike on all ranks.
+        phase: the one that was just finished.
+        fields: of the collective.
+        sizes: bytes of this rank's packet for each rank.
+        limits: most bytes that a packet of each rank can have; 0 where nothing is expected.
+        fault: what went wrong on this rank, if anything did.
+
+    Returns:
+        (bytes of each rank's packet for this one, bytes of the headers).
+
+    Raises:
+        CollectiveError: some rank has a fault.
+        TransportError: a peer is gone, or what it says is impossible.
+        ConfigMismatchError: naming the fields that differ.
+    """
+    headers = [
+        torch.tensor([MAGIC, sequence, phase, fault.phase if fault else 0, fields.fingerprint, size]) for size in sizes
+    ]
+    received = [header.tolist() for header in transport.exchange_small(headers, f"after {phase}")]
+    if any(header[0] != MAGIC for header in received):
+        raise ConfigMismatchError(
+            f"ranks run incompatible versions of qcomm: {_by_value([hex(h[0]) for h in received], transport)}"
+        )
+    if any(header[1:3] != received[0][1:3] for header in received):
+        raise TransportError(
+            "ranks are in different collectives (number, phase): "
+            + _by_value([str(header[1:3]) for header in received], transport)
+        )
+    faults = {rank: Phase(header[3]) for rank, header in enumerate(received) if header[3]}
+    if faults:
+        _raise_faults(transport, faults, fault)
+    if any(header[4] != received[0][4] for header in received):
+        _raise_mismatch(transport, fields)
+    incoming = [header[5] for header in received]
+    for rank, (size, limit) in enumerate(zip(incoming, limits, strict=True)):
+        if not (0 <= size <= limit and (size > 0) == (limit > 0)):
+            # The others cannot know; giving up the connections tells them.
+            raise TransportError(
+                f"rank {transport.ranks[rank]} announced a packet of {size} bytes, at most {limit} are possible here"
+            )
+    traffic = HEADER_WORDS * 8 * (transport.world_size - 1)
+    return incoming, Traffic(traffic, traffic)
+
+
+def _raise_faults(transport: Transport, faults: Mapping[int, Phase], own: Fault | None) -> None:
+    text = f"{type(own.error).__name__}: {own.error}" if own else ""
+    details = _exchange_details(transport, {"fault": text})
+    lines = [
+        f"rank {transport.ranks[rank]} failed while {phase}: {details[rank]['fault']}" for rank, phase in faults.items()
+    ]
+    raise CollectiveError("; ".join(lines)) from (own.error if own else None)
+
+
+def _raise_mismatch(transport: Transport, fields: Fields) -> None:
+    details = _exchange_details(transport, fields.values)
+    names = list(dict.fromkeys(name for values in details for name in values))
+    lines = []
+    for name in names:
+        values = [values.get(name, "(absent)") for values in details]
+        if len(set(values)) > 1:
+            lines.append(f"{name}: {_by_value(values, transport)}")
+    raise ConfigMismatchError(
+        "ranks are configured differently in " + "; ".join(lines) + ". Every rank must pass the same"
+    )
+
+
+def _by_value(values: Sequence[str], transport: Transport) -> str:
+    """'a on rank 0, b on ranks 1 2'."""
+    groups: dict[str, list[int]] = {}
+    for rank, value in enumerate(values):
+        groups.setdefault(value, []).append(transport.ranks[rank])
+    return ", ".join(
+        f"{value} on rank{'s' if len(ranks) > 1 else ''} {' '.join(map(str, ranks))}" for value, ranks in groups.items()
+    )
+
+
+def _exchange_details(transport: Transport, details: Mapping[str, str]) -> list[dict[str, str]]:
+    limit = DETAIL_BYTES
+    while len(text := json.dumps({name: value[:limit] for name, value in details.items()}).encode()) > DETAIL_BYTES:
+        limit //= 2
+    message = torch.frombuffer(bytearray(text.ljust(DETAIL_BYTES)), dtype=torch.uint8)
+    received = transport.exchange_small([message] * transport.world_size, "telling what is wrong")
+    return [json.loads(bytes(text.tolist())) for text in received]

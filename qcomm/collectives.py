@@ -1,0 +1,197 @@
+"""``all_reduce``: the mean of a tensor over all ranks, with compressed traffic."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from qcomm._native import check_floats
+from qcomm.agreement import Fault, Fields, Phase
+from qcomm.communicator import Ticket, completed, get_communicator, resolve_group
+from qcomm.grids import Grid, RangeGrid, SigmaGrid
+from qcomm.layout import BucketLayout, TensorSpec
+from qcomm.telemetry import Telemetry
+from qcomm.two_phase import MeanTask, two_phase_mean
+
+__all__ = ["STRATEGIES", "AllReduceWork", "all_reduce", "check_grid", "check_min_elements", "check_strategy"]
+
+# "auto" chooses; naming one forces its path, also in a world of one rank.
+STRATEGIES = ("auto", "two_phase")
+
+
+class AllReduceWork:
+    """Handle of an all-reduce under way, with those methods of ``torch.distributed.Work`` that make sense on a CPU."""
+
+    def __init__(self, ticket: Ticket[torch.Tensor], telemetry: Telemetry) -> None:
+        self._ticket = ticket
+        self._telemetry = telemetry
+
+    def wait(self, timeout: timedelta | float | None = None) -> bool:
+        """Waits until the tensor holds the mean.
+
+        Args:
+            timeout: seconds or a timedelta; by default as long as the process group's timeout lets the exchange take.
+
+        Returns:
+            True.
+
+        Raises:
+            TimeoutError: not finished within ``timeout``; the all-reduce goes on.
+            CollectiveError: it failed, here or on another rank.
+            ConfigMismatchError: ranks called it with different shapes, grids or options.
+        """
+        self._ticket.wait(timeout)
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether the all-reduce has ended, well or not."""
+        return self._ticket.is_completed()
+
+    def is_success(self) -> bool:
+        """Whether it has ended well."""
+        return self._ticket.is_completed() and self._ticket.exception() is None
+
+    def exception(self) -> Exception | None:
+        """What it failed with, if it failed."""
+        return self._ticket.exception()
+
+    def get_future(self) -> torch.futures.Future[torch.Tensor]:
+        """A Future of the tensor."""
+        return self._ticket.future
+
+    def stats(self) -> dict[str, object]:
+        """Bytes, bits and seconds of this call, named as in ``CompressionState.stats``; complete when it has ended."""
+        return self._telemetry.stats()
+
+
+def all_reduce(
+    tensor: torch.Tensor,
+    grid: Grid = SigmaGrid(step=1.0),
+    group: dist.ProcessGroup | None = None,
+    async_op: bool = False,
+    min_elements: int = 1024,
+    strategy: str = "auto",
+) -> AllReduceWork | None:
+    """Replaces a tensor by its mean over all ranks, exchanging compressed values. All ranks end with the same bits.
+
+    A collective: every rank of the group calls it, in the same order, with tensors of one shape and dtype and with the
+    same options. The first call of a group connects its ranks, which is a collective too. In a world of one rank the
+    tensor is its own mean and is left as it is, unless a strategy is named. There is no error feedback: what
+    quantization loses is lost.
+
+    Args:
+        tensor: any shape and strides, on the CPU, float32, float16, bfloat16 or float64. A parameter may be passed;
+            autograd does not see the change. A non-finite value makes the whole result NaN on every rank (below
+            ``min_elements``: only its own element).
+        grid: how finely values are quantized: each rank's to its own RMS or range, then the mean once more, with
+            ``step`` at most 1.
+        group: by default the default group. Its backend does not matter: the traffic has gloo connections of its own,
+            with the group's timeout.
+        async_op: return at once; the tensor must be left alone until ``wait()`` of the handle has returned.
+        min_elements: smaller tensors travel as they are.
+        strategy: ``"auto"`` or ``"two_phase"``.
+
+    Returns:
+        None, or with ``async_op`` a handle.
+
+    Raises:
+        TypeError, ValueError: naming the argument. The other ranks get a CollectiveError.
+        CollectiveError: a rank failed, or does not answer within the group's timeout.
+        ConfigMismatchError: arguments differ between ranks.
+
+    Example:
+        >>> import tempfile
+        >>> import torch.distributed as dist
+        >>> dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
+        >>> tensor = torch.linspace(-1, 1, 10_000)
+        >>> all_reduce(tensor, SigmaGrid(step=1.0), strategy="two_phase")
+        >>> bool((tensor - torch.linspace(-1, 1, 10_000)).abs().max() < 0.6)
+        True
+        >>> dist.destroy_process_group()
+    """
+    group = resolve_group(group)
+    world_size = dist.get_world_size(group)
+    fault = None
+    try:
+        _check_arguments(tensor, grid, min_elements, strategy)
+    except (TypeError, ValueError) as error:
+        if world_size == 1:
+            raise
+        fault = Fault(Phase.PREPARE, error)
+    telemetry = Telemetry()
+    if fault is not None:
+        # The caller gets the error itself, the other ranks hear of it.
+        _submit(group, MeanTask(torch.empty(0), None, grid, Fields({}), telemetry, fault=fault), None)
+        raise fault.error
+    layout = BucketLayout([TensorSpec("tensor", 0, tensor.numel(), tensor.numel() >= max(min_elements, 1))], world_size)
+    alone = world_size == 1 and strategy == "auto"
+    telemetry.count_bucket(layout, tensor.element_size(), exchanged=not alone)
+    if alone:
+        work = AllReduceWork(completed(tensor), telemetry)
+    else:
+        flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().contiguous().reshape(-1)
+        fields = Fields(
+            {
+                "operation": "all_reduce",
+                "grid": grid.describe(),
+                "min_elements": str(min_elements),
+                "strategy": strategy,
+                "shape": str(list(tensor.shape)),
+                "dtype": str(tensor.dtype),
+            }
+        )
+        work = AllReduceWork(_submit(group, MeanTask(flat, layout, grid, fields, telemetry), tensor), telemetry)
+    if async_op:
+        return work
+    with telemetry.timed("wait_seconds"):
+        work.wait()
+    return None
+
+
+def _submit(group: dist.ProcessGroup, task: MeanTask, tensor: torch.Tensor | None) -> Ticket[torch.Tensor]:
+    communicator = get_communicator(group)
+
+    def job() -> torch.Tensor:
+        result = two_phase_mean(task, communicator)
+        if tensor is None:
+            return result
+        if result.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(result.view(tensor.shape))
+        return tensor
+
+    return communicator.submit(job)
+
+
+def _check_arguments(tensor: object, grid: object, min_elements: object, strategy: object) -> None:
+    check_grid(grid)
+    check_min_elements(min_elements)
+    check_strategy(strategy)
+    checked = check_floats("tensor", tensor)
+    if checked.is_inference():
+        raise ValueError(
+            "tensor must not be an inference tensor, as another thread writes to it; clone it outside inference mode"
+        )
+    if any(stride == 0 and size > 1 for size, stride in zip(checked.shape, checked.stride(), strict=True)):
+        raise ValueError(
+            "tensor must not be expanded: several of its elements share one place in memory; call .clone() first"
+        )
+
+
+def check_grid(grid: object) -> None:
+    """Raises TypeError unless ``grid`` is a grid."""
+    if not isinstance(grid, (SigmaGrid, RangeGrid)):
+        raise TypeError(f"grid must be a qcomm.SigmaGrid or qcomm.RangeGrid, got {type(grid).__name__}")
+
+
+def check_min_elements(min_elements: object) -> None:
+    """Raises unless ``min_elements`` is an int >= 0."""
+    if isinstance(min_elements, bool) or not isinstance(min_elements, int):
+        raise TypeError(f"min_elements must be an int, got {type(min_elements).__name__}")
+    if min_elements < 0:
+        raise ValueError(f"min_elements must be >= 0, got {min_elements}")
+
+
+def check_strategy(strategy: object) -> None:
+    """Raises ValueError unless ``strategy`` is one of STRATEGIES."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")

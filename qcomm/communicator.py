@@ -1,0 +1,232 @@
+"""A worker thread for each process group that runs compressed collectives one after another.
+
+Collectives of several phases cannot be chained by callbacks: gloo has two threads for them, and what callbacks start
+has no common order on all ranks. So the training thread hands jobs to a queue, and the worker runs them to their end,
+in order. What a job returns or raises is delivered through a ``torch.futures.Future`` that DDP understands.
+"""
+
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Generic, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from qcomm.agreement import Fault, Fields, Phase, agree
+from qcomm.errors import CollectiveError, ConfigMismatchError
+from qcomm.transport import Traffic, Transport, TransportError
+
+__all__ = ["Communicator", "Ticket", "completed", "failed", "get_communicator"]
+
+T = TypeVar("T")
+CLOSE_SECONDS = 5.0
+
+
+class Ticket(Generic[T]):
+    """What became of a job: may be waited for from any thread, any number of times.
+
+    Attributes:
+        future: holds the job's result; its ``wait()`` raises what the job raised.
+    """
+
+    def __init__(self) -> None:
+        self._done = threading.Event()
+        self._result: T | None = None
+        self._error: Exception | None = None
+        self._signal: torch.futures.Future[None] = torch.futures.Future()
+        # An exception set on a Future would reach DDP as if it were the result; one raised in a callback arrives as an
+        # exception.
+        self.future: torch.futures.Future[T] = self._signal.then(lambda _: self.result())
+
+    def is_completed(self) -> bool:
+        """Whether the job has ended, well or not."""
+        return self._done.is_set()
+
+    def exception(self) -> Exception | None:
+        """What the job raised; None while it runs and where it succeeded."""
+        return self._error
+
+    def wait(self, timeout: timedelta | float | None = None) -> None:
+        """Waits for the end of the job and raises what it raised.
+
+        Raises:
+            TimeoutError: the job still runs after ``timeout`` (seconds or a timedelta).
+        """
+        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        if not self._done.wait(seconds):
+            raise TimeoutError(f"the collective is still running after {seconds:g} s")
+        if self._error is not None:
+            raise self._error
+
+    def result(self) -> T:
+        """What the job returned."""
+        self.wait()
+        return cast(T, self._result)
+
+    def complete(self, result: T | None, error: Exception | None) -> None:
+        """Ends the wait. Called once."""
+        self._result, self._error = result, error
+        self._done.set()
+        self._signal.set_result(None)
+
+
+def completed(result: T) -> Ticket[T]:
+    """The ticket of a job that had nothing to do."""
+    ticket: Ticket[T] = Ticket()
+    ticket.complete(result, None)
+    return ticket
+
+
+def failed(error: Exception) -> Ticket[T]:
+    """The ticket of a job that could not even be queued."""
+    ticket: Ticket[T] = Ticket()
+    ticket.complete(None, error)
+    return ticket
+
+
+class Communicator:
+    """Runs jobs in order on a thread with connections of its own; :func:`get_communicator` shares one for each group.
+
+    Args:
+        group: making a communicator is a collective of this group.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._transport = Transport(group)
+        self._sequence = 0
+        self._pending_fault: Fault | None = None
+        self._broken: Exception | None = None
+        self._closed = False
+        self._closing = threading.Lock()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Ticket[object]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"qcomm rank {self._transport.rank}", daemon=True)
+        self._thread.start()
+
+    @property
+    def rank(self) -> int:
+        """This process within the group."""
+        return self._transport.rank
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in the group."""
+        return self._transport.world_size
+
+    def submit(self, job: Callable[[], T]) -> Ticket[T]:
+        """Queues ``job``. All ranks submit the same jobs in the same order; jobs that do not match are refused."""
+        ticket: Ticket[T] = Ticket()
+        with self._closing:
+            if not self._closed:
+                self._jobs.put(cast(tuple[Callable[[], object], Ticket[object]], (job, ticket)))
+                return ticket
+        return failed(CollectiveError("the communicator is closed: its process group was destroyed"))
+
+    def begin(self) -> None:
+        """Called by a job at its start: counts it."""
+        self._sequence += 1
+
+    def agree(
+        self, phase: Phase, fields: Fields, sizes: Sequence[int], limits: Sequence[int], fault: Fault | None
+    ) -> tuple[list[int], Traffic]:
+        """:func:`qcomm.agreement.agree` for this job; also announces what went wrong at the end of the previous one."""
+        fault, self._pending_fault = self._pending_fault or fault, None
+        return agree(self._transport, self._sequence, phase, fields, sizes, limits, fault)
+
+    def exchange(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], phase: Phase) -> Traffic:
+        """Packets to and from every rank, of the sizes that were agreed on."""
+        return self._transport.exchange_in_rounds(outgoing, incoming, f"exchanging packets after {phase}")
+
+    def announce_later(self, fault: Fault) -> None:
+        """Remembers a fault after the last exchange of a job; the other ranks hear of it in the next job's first."""
+        self._pending_fault = fault
+
+    def close(self) -> None:
+        """Ends the thread after the jobs in the queue and closes the connections.
+
+        Does not wait for long: a job that hangs keeps its thread, which ends with the process.
+        """
+        with self._closing:
+            if not self._closed:
+                self._jobs.put(None)
+            self._closed = True
+        if threading.current_thread() is not self._thread:
+            self._thread.join(CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        with torch.no_grad():
+            while (entry := self._jobs.get()) is not None:
+                self._run_job(*entry)
+                del entry  # or the buffers of the last job live until the next one
+        self._transport.close()
+
+    def _run_job(self, job: Callable[[], object], ticket: Ticket[object]) -> None:
+        if self._broken is not None:
+            ticket.complete(
+                None, CollectiveError(f"an earlier collective left this group without connections: {self._broken}")
+            )
+            return
+        try:
+            result = job()
+        except Exception as error:  # noqa: BLE001 - any: it belongs to the thread that waits for the ticket
+            if not _is_agreed(error):
+                # The peers may be waiting for this rank: with the connections gone they get an error now and not
+                # after the timeout.
+                self._broken = error
+                self._transport.close()
+            ticket.complete(None, error)
+        else:
+            ticket.complete(result, None)
+
+
+def _is_agreed(error: Exception) -> bool:
+    """Whether all ranks left the collective at the same point, so that the next one can begin."""
+    return isinstance(error, (CollectiveError, ConfigMismatchError)) and not isinstance(error, TransportError)
+
+
+_communicators: "weakref.WeakKeyDictionary[dist.ProcessGroup, Communicator]" = weakref.WeakKeyDictionary()
+_communicators_lock = threading.Lock()
+
+
+def resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """``group`` or the default group, after checking that this process belongs to it.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+        ValueError: this process is not a member, or the group was destroyed.
+    """
+    if not dist.is_initialized():
+        raise RuntimeError("torch.distributed is not initialised: call torch.distributed.init_process_group first")
+    if group is None:
+        group = dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group must be a process group that this rank belongs to, got {group!r}")
+    if not _is_registered(group):
+        raise ValueError("group was destroyed; make a new process group")
+    return group
+
+
+def get_communicator(group: dist.ProcessGroup) -> Communicator:
+    """The communicator of a process group, made at the first call.
+
+    Making it is a collective, which all ranks of the group reach in the same order. It ends with its group, or with the
+    process.
+    """
+    with _communicators_lock:
+        for known in [known for known in _communicators if not _is_registered(known)]:
+            _communicators.pop(known).close()
+        communicator = _communicators.get(group)
+        if communicator is None:
+            communicator = Communicator(group)
+            _communicators[group] = communicator
+            weakref.finalize(group, communicator.close)
+        return communicator
+
+
+def _is_registered(group: dist.ProcessGroup) -> bool:
+    try:
+        return len(dist.get_process_group_ranks(group)) > 0
+    except (KeyError, ValueError, RuntimeError):
+        return False

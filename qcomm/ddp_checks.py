@@ -1,0 +1,90 @@
+"""Whether a DDP model can be given a compressing hook: checked beforehand, because a hook cannot be taken back."""
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from qcomm._native import DTYPE_NUMBERS
+
+__all__ = ["check_model", "check_scale"]
+
+
+def check_model(ddp_model: object) -> None:
+    """Raises TypeError, ValueError or RuntimeError, naming the reason, for a model that the hook cannot serve.
+
+    Example:
+        >>> check_model(torch.nn.Linear(2, 2))
+        Traceback (most recent call last):
+            ...
+        TypeError: ddp_model must be a torch.nn.parallel.DistributedDataParallel, got Linear
+    """
+    if not isinstance(ddp_model, DistributedDataParallel):
+        raise TypeError(
+            f"ddp_model must be a torch.nn.parallel.DistributedDataParallel, got {type(ddp_model).__name__}"
+        )
+    _check_mode(ddp_model)
+    for name, parameter in ddp_model.module.named_parameters():
+        if parameter.requires_grad:
+            _check_parameter(name, parameter)
+    for name, module in ddp_model.module.named_modules():
+        if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag)) and module.sparse:
+            raise ValueError(
+                f"module {name!r} makes sparse gradients, which cannot be compressed; make it with sparse=False"
+            )
+
+
+def _check_mode(ddp_model: DistributedDataParallel) -> None:
+    # These attributes are DDP's own; where a version lacks one, it lacks the mode.
+    if getattr(ddp_model, "mixed_precision", None) is not None:
+        raise ValueError(
+            "ddp_model uses DDP's mixed_precision, which is a communication hook itself; use torch.autocast instead"
+        )
+    if getattr(ddp_model, "_use_python_reducer", False):
+        raise ValueError(
+            "ddp_model uses optimize_ddp='python_reducer', which ignores what hooks return; set it to 'ddp_optimizer'"
+        )
+    hooks = getattr(ddp_model, "_comm_hooks", [])
+    if hooks:
+        name = getattr(hooks[0][0], "__qualname__", hooks[0][0])
+        raise RuntimeError(f"ddp_model has a communication hook already ({name}); DDP allows one, for good")
+    if getattr(ddp_model, "reducer", None) is None:
+        raise ValueError("ddp_model delays the all-reduce of all its parameters and calls no communication hook")
+
+
+def _check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
+    if parameter.is_complex():
+        raise TypeError(
+            f"parameter {name!r} is complex; keep it as a real tensor and use torch.view_as_complex in forward"
+        )
+    if parameter.dtype not in DTYPE_NUMBERS:
+        raise TypeError(
+            f"parameter {name!r} is {parameter.dtype}; float32, float16, bfloat16 and float64 are supported"
+        )
+    if parameter.device.type != "cpu":
+        raise ValueError(
+            f"parameter {name!r} is on {parameter.device}; this build exchanges gradients of models on the CPU"
+        )
+    if hasattr(parameter, "_in_backward_optimizers"):
+        raise ValueError(
+            f"parameter {name!r} has an optimizer that runs in backward, for which DDP needs the hook itself"
+        )
+
+
+def check_scale(scale: object) -> float:
+    """The number in ``grad_scale``, or an error that names it.
+
+    Example:
+        >>> check_scale(torch.tensor(1024.0))
+        1024.0
+    """
+    if isinstance(scale, torch.Tensor):
+        if scale.numel() != 1:
+            raise ValueError(f"grad_scale must have one element, got shape {tuple(scale.shape)}")
+        scale = scale.item()
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(
+            f"grad_scale must be a number, a 0-dim tensor or a function that returns one, got {type(scale).__name__}"
+        )
+    # The scale and its inverse both have to be normal float32 numbers, or gradients would vanish or overflow.
+    if not 2.0**-126 <= scale <= 2.0**126:
+        raise ValueError(f"grad_scale must be positive and finite, got {scale}")
+    return float(scale)

@@ -1,0 +1,159 @@
+"""What compression lost, kept to be sent later.
+
+With error feedback a rank sends ``Q(u)``, ``u = g + e``, and keeps ``e = u - Q(u)``; the owner of a chunk does the same
+with the mean and its owner residual ``o``. So nothing is lost for good:
+``sum_t out_t = sum_t mean(g_t) - (mean_i(e_i) + o)``.
+
+F. Seide et al., "1-bit stochastic gradient descent", Interspeech 2014; in both directions: H. Tang et al.,
+"DoubleSqueeze", ICML 2019.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from qcomm.layout import BucketLayout
+
+__all__ = ["ErrorFeedback"]
+
+FORMAT = 1
+
+
+class ErrorFeedback:
+    """Residuals of one rank, in float32 and in the units of the unscaled gradient.
+
+    They belong to parameters, by name, and not to buckets, which DDP rearranges. Owner residuals belong to a part of a
+    parameter, which depends on the bucket and the number of ranks. When that part changes (DDP rebuilds its buckets,
+    the world is resized, training resumes), the owner adds ``world_size * o`` to its local residual: the next mean then
+    contains ``o``, without communication. When the number of ranks changes from W to W', local residuals are multiplied
+    by W'/W, because they will be divided by W'.
+
+    A gradient or mean that is zero throughout is sent as zero, and its residual kept for the next time: the sum above
+    still holds, and nothing is lost where DDP throws the mean away because no rank used the parameter.
+
+    Used by the thread that runs the collectives; read it (``state_dict``) only between steps.
+
+    Example:
+        >>> feedback = ErrorFeedback()
+        >>> feedback.local("conv1.weight", 3)
+        tensor([0., 0., 0.])
+    """
+
+    def __init__(self) -> None:
+        self._local: dict[str, torch.Tensor] = {}
+        self._owner: dict[
+            str, tuple[int, torch.Tensor]
+        ] = {}  # parameter -> (first element of the own part, residual of the part)
+        self._world_size: int | None = None
+
+    def local(self, key: str, numel: int) -> torch.Tensor:
+        """The rank's own residual of a parameter: 1-D float32, zeros at first; to be changed in place.
+
+        Raises:
+            ValueError: the residual that is known has another size: the checkpoint is of another model.
+        """
+        residual = self._local.get(key)
+        if residual is None:
+            residual = self._local[key] = torch.zeros(numel)
+        if residual.numel() != numel:
+            raise ValueError(
+                f"residual of {key!r} has {residual.numel()} elements, the parameter {numel}: another model?"
+            )
+        return residual
+
+    def owner(self, key: str, start: int, length: int) -> torch.Tensor:
+        """The owner residual of elements [start, start + length) of a parameter, in the layout adopted last."""
+        known = self._owner.get(key)
+        if known is None:
+            known = self._owner[key] = start, torch.zeros(length)
+        if known[0] != start or known[1].numel() != length:
+            raise ValueError(
+                f"owner residual of {key!r} begins at {known[0]} and has {known[1].numel()} elements, "
+                f"not {start} and {length}; adopt the layout first"
+            )
+        return known[1]
+
+    def adopt(self, layout: BucketLayout, rank: int) -> None:
+        """Prepares for a collective with this layout: moves owner residuals whose part changed into the local ones."""
+        if self._world_size != layout.world_size:
+            self._resize(layout.world_size)
+        parts = {layout.tensors[piece.tensor].key: (piece.start, piece.length) for piece in layout.chunks[rank].pieces}
+        for tensor in layout.tensors:
+            known = self._owner.get(tensor.key)
+            if known is not None and tensor.compressed and parts.get(tensor.key) != (known[0], known[1].numel()):
+                self._move_to_local(tensor.key)
+
+    def _move_to_local(self, key: str) -> None:
+        start, residual = self._owner.pop(key)
+        self._local[key][start : start + residual.numel()].add_(residual, alpha=float(self._world_size or 1))
+
+    def _resize(self, world_size: int) -> None:
+        if self._world_size is not None:
+            for key in list(self._owner):
+                self._move_to_local(key)
+            for residual in self._local.values():
+                residual.mul_(world_size / self._world_size)
+        self._world_size = world_size
+
+    def norm(self) -> float:
+        """Euclidean norm of the local residuals: how much is still to be sent."""
+        squares = [residual.double().square().sum() for residual in self._local.values()]
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+    def clear(self) -> None:
+        """Forgets all residuals."""
+        self._local.clear()
+        self._owner.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's residuals (copies) and the number of ranks they are for. Every rank has to save its own."""
+        return {
+            "format": FORMAT,
+            "world_size": self._world_size,
+            "local": {key: residual.clone() for key, residual in self._local.items()},
+            "owner": {key: (start, residual.clone()) for key, (start, residual) in self._owner.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Continues from saved residuals, also with another number of ranks.
+
+        Args:
+            state: what this rank saved. When W ranks continue as fewer, W', rank r passes a list, its own and those of
+                ranks r + W', r + 2W', ...: their residuals are added up and nothing is lost; without them their share
+                is forgotten, which costs about one step's quantization error. A rank that is new loads nothing and
+                starts from zero; the others' residuals are rescaled so that the mean keeps them.
+
+        Raises:
+            ValueError: of another format, or saved with different numbers of ranks.
+        """
+        states = [state] if isinstance(state, Mapping) else list(state)
+        if not states:
+            raise ValueError("state must hold at least one saved dictionary")
+        for saved in states:
+            if saved.get("format") != FORMAT:
+                raise ValueError(f"state has format {saved.get('format')!r}, this version reads {FORMAT}")
+            if saved["world_size"] != states[0]["world_size"]:
+                raise ValueError(
+                    f"state was saved by {states[0]['world_size']} and by {saved['world_size']} ranks; "
+                    "all parts must be of one run"
+                )
+            for key, (start, residual) in saved["owner"].items():
+                if key not in saved["local"] or start + residual.numel() > saved["local"][key].numel():
+                    raise ValueError(f"state is damaged: the owner residual of {key!r} does not fit its local residual")
+        parts = []
+        for saved in states:
+            part = ErrorFeedback()
+            part._world_size = saved["world_size"]
+            part._local = {key: residual.clone() for key, residual in saved["local"].items()}
+            part._owner = {key: (start, residual.clone()) for key, (start, residual) in saved["owner"].items()}
+            parts.append(part)
+        merged = parts[0]
+        if len(parts) > 1:  # what several owners kept cannot be told apart any more
+            for part in parts:
+                for key in list(part._owner):
+                    part._move_to_local(key)
+            for part in parts[1:]:
+                for key, residual in part._local.items():
+                    merged.local(key, residual.numel()).add_(residual)
+        self._local, self._owner, self._world_size = merged._local, merged._owner, merged._world_size

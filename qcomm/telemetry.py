@@ -1,0 +1,174 @@
+"""Counters of what a rank's collectives cost: bytes that crossed the network, bits per element, seconds."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from qcomm.layout import BucketLayout
+from qcomm.quantize import Quantizer
+from qcomm.transport import Traffic
+
+__all__ = ["Counters", "Event", "Telemetry"]
+
+# (bucket index, what happened, seconds on time.perf_counter's clock)
+Event = tuple[int, str, float]
+
+# A packet's fixed costs (docs/format.md): header and one dimension; a segment record; a checksum.
+PACKET_HEADER_BYTES = 48
+SEGMENT_BYTES = 32
+CHECKSUM_BYTES = 4
+
+
+@dataclass
+class Counters:
+    """Sums over collectives; the first group of names is what :meth:`Telemetry.stats` shows as it is.
+
+    "Phase 1" carries every rank's values to the owners of their chunks, "phase 2" the owners' means to every rank.
+    """
+
+    steps: int = 0
+    buckets: int = 0
+    elements: int = 0
+    elements_compressed: int = 0
+    bytes_uncompressed: int = 0
+    bytes_sent_phase1: int = 0
+    bytes_sent_phase2: int = 0
+    bytes_sent_overhead: int = 0
+    bytes_received_phase1: int = 0
+    bytes_received_phase2: int = 0
+    bytes_received_overhead: int = 0
+    nonfinite_tensors: int = 0
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    communication_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    # All packets of a phase that together carry every element once, the one a rank keeps for itself included.
+    packet_bytes_phase1: int = 0
+    packet_bytes_phase2: int = 0
+    raw_bytes_phase1: int = 0
+    raw_bytes_phase2: int = 0
+    # Elements that were exchanged (those of a world of one are not), all and compressed.
+    exchanged: int = 0
+    exchanged_compressed: int = 0
+
+
+@dataclass
+class Telemetry:
+    """Collects counters from the worker thread; may be read from any thread.
+
+    Attributes:
+        timeline: None, or a list that every event of every bucket is appended to.
+        observer: None, or a function called with (bucket index, event) on the thread where it happens. Events, in
+            order: "ready" on the calling thread, then "encode", "exchange_1", "reduce", "exchange_2", "decode", "done"
+            on the worker thread, each at the beginning of what it names.
+    """
+
+    timeline: list[Event] | None = None
+    observer: Callable[[int, str], None] | None = None
+    _counters: Counters = field(default_factory=Counters)
+    _tensors: dict[str, Quantizer] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Counters and the tensors' quantizers; locks and observers do not travel."""
+        return {"_counters": self._counters, "_tensors": dict(self._tensors)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def mark(self, index: int, event: str) -> None:
+        """Records an event of bucket ``index``."""
+        if self.timeline is not None:
+            self.timeline.append((index, event, time.perf_counter()))
+        if self.observer is not None:
+            self.observer(index, event)
+
+    def add(self, **amounts: float) -> None:
+        """Adds to counters by name."""
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self._counters, name, getattr(self._counters, name) + amount)
+
+    def add_traffic(self, kind: str, traffic: Traffic) -> None:
+        """Counts bytes of ``kind``: "phase1", "phase2" or "overhead" (headers that announce sizes)."""
+        self.add(**{f"bytes_sent_{kind}": traffic.sent, f"bytes_received_{kind}": traffic.received})
+
+    @contextmanager
+    def timed(self, counter: str) -> Iterator[None]:
+        """Adds the seconds that the body takes, whether or not it raises."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(**{counter: time.perf_counter() - begin})
+
+    def count_bucket(self, layout: BucketLayout, item_bytes: int, exchanged: bool) -> None:
+        """Counts a bucket that was averaged; ``exchanged`` is False in a world of one rank, where nothing travels."""
+        self.add(
+            buckets=1,
+            elements=layout.elements,
+            elements_compressed=layout.compressed_elements,
+            bytes_uncompressed=layout.elements * item_bytes,
+            exchanged=layout.elements if exchanged else 0,
+            exchanged_compressed=layout.compressed_elements if exchanged else 0,
+        )
+
+    def count_packets(self, phase: int, layout: BucketLayout, sizes: list[int], item_bytes: int) -> None:
+        """Counts the packets of a phase, one a chunk; ``item_bytes`` is what a raw value takes."""
+        raw = 0
+        for chunk in layout.chunks:
+            if chunk.raw_count:
+                raw += SEGMENT_BYTES + CHECKSUM_BYTES + -(-chunk.raw_count * item_bytes // 4) * 4
+                raw += 0 if chunk.compressed_count else PACKET_HEADER_BYTES
+        self.add(**{f"packet_bytes_phase{phase}": sum(sizes), f"raw_bytes_phase{phase}": raw})
+
+    def note_quantizer(self, key: str, quantizer: Quantizer) -> None:
+        """Remembers how a tensor was quantized last."""
+        with self._lock:
+            self._tensors[key] = quantizer
+
+    def stats(self) -> dict[str, Any]:
+        """Everything counted so far; see ``CompressionState.stats``."""
+        with self._lock:
+            counters = Counters(**{f.name: getattr(self._counters, f.name) for f in fields(Counters)})
+            tensors = dict(self._tensors)
+        shown = [f.name for f in fields(Counters)][: [f.name for f in fields(Counters)].index("packet_bytes_phase1")]
+        compressed = [
+            _bits(counters.packet_bytes_phase1 - counters.raw_bytes_phase1, counters.exchanged_compressed),
+            _bits(counters.packet_bytes_phase2 - counters.raw_bytes_phase2, counters.exchanged_compressed),
+        ]
+        return {
+            **{name: getattr(counters, name) for name in shown},
+            "bytes_sent": counters.bytes_sent_phase1 + counters.bytes_sent_phase2 + counters.bytes_sent_overhead,
+            "bytes_received": counters.bytes_received_phase1
+            + counters.bytes_received_phase2
+            + counters.bytes_received_overhead,
+            "bits_per_element": _bits(
+                counters.packet_bytes_phase1 + counters.packet_bytes_phase2, 2 * counters.exchanged
+            ),
+            "bits_per_element_compressed": sum(compressed) / 2,
+            "bits_per_element_phase1": compressed[0],
+            "bits_per_element_phase2": compressed[1],
+            "tensors": {
+                key: {
+                    "grid": q.grid.name.lower(),
+                    "coding": q.coding.name.lower(),
+                    "num_bits": q.num_bits,
+                    "step": q.step,
+                }
+                for key, q in tensors.items()
+            },
+        }
+
+    def reset(self) -> None:
+        """Sets all counters to zero."""
+        with self._lock:
+            self._counters = Counters()
+            self._tensors = {}
+
+
+def _bits(count_bytes: int, elements: int) -> float:
+    return 8 * count_bytes / elements if elements else 0.0
