@@ -1,0 +1,123 @@
+"""What is in DDP's buckets: the parameters by name, and how a bucket is cut into chunks."""
+
+import math
+import weakref
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qcomm._native import DTYPE_NUMBERS
+from qcomm.agreement import Fields
+from qcomm.layout import BucketLayout, TensorSpec
+
+__all__ = ["BucketTable"]
+
+
+class BucketTable:
+    """Finds the layout of a bucket, and what all ranks have to agree on about it.
+
+    DDP rearranges its buckets, so everything is remembered by parameter: under its name in the model, or, where
+    nobody told the names, under the number in which DDP shows it first. That order is the same on all ranks, and in
+    every run of a program.
+
+    Args:
+        options: of the state, as text, for the comparison between ranks.
+        min_elements, exclude: which parameters are not compressed.
+    """
+
+    def __init__(self, options: Mapping[str, str], min_elements: int, exclude: Sequence[str]) -> None:
+        self._options = dict(options)
+        self._min_elements = min_elements
+        self._exclude = tuple(exclude)
+        self._names: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}  # by id, while the parameter lives
+        self._layouts: dict[tuple[Any, ...], tuple[BucketLayout, Fields]] = {}
+        self.has_names = False
+        self.residuals_have_names = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what identifies the parameters of this process."""
+        state = self.__dict__.copy()
+        state.update(_names={}, _layouts={}, has_names=False)
+        state["residuals_have_names"] = self.has_names or self.residuals_have_names
+        return state
+
+    def bind(self, model: torch.nn.Module) -> None:
+        """Learns the names of a model's parameters."""
+        self._names = {id(parameter): (weakref.ref(parameter), name) for name, parameter in model.named_parameters()}
+        self._layouts.clear()
+        self.has_names = True
+
+    def look_up(self, bucket: dist.GradBucket, world_size: int, warming_up: bool) -> tuple[BucketLayout, Fields]:
+        """Layout and configuration of a bucket; checks that it can be compressed.
+
+        Raises:
+            TypeError, ValueError: gradients that are complex, sparse, of another dtype or device; names are needed
+                and unknown.
+            RuntimeError: DDP pairs parameters with the wrong gradients.
+        """
+        buffer, parameters = bucket.buffer(), bucket.parameters()
+        _check_buffer(buffer, parameters)
+        shapes = [parameter.shape for parameter in parameters]
+        gradient_shapes = [gradient.shape for gradient in bucket.gradients()]
+        if shapes != gradient_shapes or sum(map(math.prod, shapes)) != buffer.numel():
+            # DDP remembers a bucket's parameters and mixes them up when it rebuilds its buckets a second time;
+            # residuals must not go to the wrong ones.
+            raise RuntimeError(
+                f"DDP's parameters of bucket {bucket.index()} do not fit its gradients; make a new DDP model"
+            )
+        keys = [self._key(parameter) for parameter in parameters]
+        signature = (bucket.index(), world_size, buffer.dtype, warming_up, *keys, *shapes)
+        if signature not in self._layouts:
+            specs, offset = [], 0
+            for key, shape in zip(keys, shapes, strict=True):
+                numel = math.prod(shape)
+                compressed = not warming_up and numel >= max(self._min_elements, 1) and not self._is_excluded(key)
+                specs.append(TensorSpec(key, offset, numel, compressed))
+                offset += numel
+            layout = BucketLayout(specs, world_size)
+            fields = {
+                "operation": "gradient bucket",
+                **self._options,
+                "bucket": str(bucket.index()),
+                "dtype": str(buffer.dtype),
+                "in warm-up": str(warming_up),
+                "layout": layout.description,
+            }
+            self._layouts[signature] = layout, Fields(fields)
+        return self._layouts[signature]
+
+    def _is_excluded(self, key: str) -> bool:
+        return any(fnmatchcase(key, pattern) for pattern in self._exclude)
+
+    def _key(self, parameter: torch.Tensor) -> str:
+        known = self._names.get(id(parameter))
+        if known is not None and known[0]() is parameter:
+            return known[1]
+        if self._exclude:
+            raise ValueError("exclude needs the parameters' names: use qcomm.attach instead of register_comm_hook")
+        if self.residuals_have_names:
+            raise ValueError(
+                "the loaded residuals belong to named parameters: use qcomm.attach(ddp_model, state=state) "
+                "instead of register_comm_hook"
+            )
+        name = f"parameter {len(self._names)}"
+        self._names[id(parameter)] = weakref.ref(parameter), name
+        return name
+
+
+def _check_buffer(buffer: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
+    if buffer.layout != torch.strided:
+        raise TypeError(
+            "sparse gradients are not supported: make the embedding with sparse=False, or leave it to DDP's all-reduce"
+        )
+    if any(parameter.is_complex() for parameter in parameters):
+        raise TypeError(
+            "complex parameters are not supported, because DDP places their gradients wrongly; use torch.view_as_real"
+        )
+    if buffer.dtype not in DTYPE_NUMBERS:
+        raise TypeError(f"gradients must be float32, float16, bfloat16 or float64, got {buffer.dtype}")
+    if buffer.device.type != "cpu":
+        raise ValueError(f"gradients must be on the CPU in this build, got device {buffer.device}")

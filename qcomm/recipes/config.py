@@ -1,0 +1,182 @@
+"""Everything a training run is determined by, validated once, and the learning-rate schedule."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from qcomm.recipes.datasets import DATASET_NAMES
+from qcomm.recipes.errors import RecipeError
+from qcomm.recipes.models import MODEL_NAMES
+
+METHODS = ("fp32", "bf16", "qcomm")
+GRIDS = ("sigma", "range")
+AMP_MODES = ("none", "bf16", "fp16")
+
+# What may differ between a run and the one that resumes it: where it writes, and what has no part in the arithmetic.
+_FREE_ON_RESUME = frozenset({"out", "resume", "checkpoint_every", "data_dir"})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. Field names are the command line's options.
+
+    Attributes:
+        model: one of ``models.MODEL_NAMES``.
+        dataset: one of ``datasets.DATASET_NAMES``.
+        data_dir: directory with the data set's files, where it needs one.
+        epochs: passes over the training images.
+        batch_size: images per rank and step.
+        learning_rate: its maximum, after the warm-up and before the cosine.
+        momentum: of SGD.
+        nesterov: Nesterov's variant of momentum.
+        weight_decay: coefficient of the L2 penalty.
+        decay_norm: whether it also applies to biases and batch normalisation.
+        warmup_epochs: length of the linear warm-up; may be a fraction.
+        seed: determines weights, order and augmentation.
+        amp: autocast dtype of forward and backward, "none", "bf16" or "fp16" (with a GradScaler).
+        channels_last: memory format of weights and images.
+        augment: random shifts and, where the data set allows it, mirror images.
+        train_images: use only the first so many training images; None for all.
+        stem_stride: stride of the first convolution; None for the model's default.
+        method: how gradients are averaged, "fp32" (plain all-reduce), "bf16" (torch's bf16_compress_hook) or "qcomm".
+        grid: of qcomm, "sigma" or "range".
+        step: of the sigma grid, in standard deviations.
+        c: of the range grid, bits above the entropy.
+        error_feedback: of qcomm.
+        min_elements: of qcomm; smaller tensors travel uncompressed.
+        compression_warmup_steps: of qcomm; so many first steps travel uncompressed.
+        threads: of torch, per rank.
+        out: directory for the log and the checkpoints; None writes nothing.
+        checkpoint_every: epochs between checkpoints; 0 for none.
+        resume: a checkpoint directory, or a directory of them, to continue from.
+
+    Raises:
+        RecipeError: a field is out of its range; the message names the option.
+
+    Example:
+        >>> TrainConfig(method="qcomm", step=2.0).label
+        'qcomm k=2'
+    """
+
+    model: str = "resnet20"
+    dataset: str = "digits"
+    data_dir: Path | None = None
+    epochs: int = 12
+    batch_size: int = 32
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 5e-4
+    decay_norm: bool = False
+    warmup_epochs: float = 1.0
+    seed: int = 0
+    amp: str = "none"
+    channels_last: bool = True
+    augment: bool = True
+    train_images: int | None = None
+    stem_stride: int | None = None
+    method: str = "fp32"
+    grid: str = "sigma"
+    step: float = 1.0
+    c: float = 6.0
+    error_feedback: bool = True
+    min_elements: int = 1024
+    compression_warmup_steps: int = 0
+    threads: int = 1
+    out: Path | None = None
+    checkpoint_every: int = 0
+    resume: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("model", MODEL_NAMES),
+            ("dataset", DATASET_NAMES),
+            ("amp", AMP_MODES),
+            ("method", METHODS),
+            ("grid", GRIDS),
+        ):
+            if getattr(self, name) not in choices:
+                raise RecipeError(f"{_option(name)} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        for name, least in (
+            ("epochs", 1),
+            ("batch_size", 1),
+            ("threads", 1),
+            ("min_elements", 0),
+            ("compression_warmup_steps", 0),
+            ("checkpoint_every", 0),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise RecipeError(f"{_option(name)} is {getattr(self, name)}; it must be at least {least}")
+        for name, positive in (
+            ("learning_rate", True),
+            ("step", True),
+            ("c", False),
+            ("momentum", False),
+            ("weight_decay", False),
+            ("warmup_epochs", False),
+        ):
+            value = getattr(self, name)
+            if not math.isfinite(value) or value < 0 or (positive and value == 0):
+                bound = "positive" if positive else "zero or more"
+                raise RecipeError(f"{_option(name)} is {value}; it must be finite and {bound}")
+        if self.momentum >= 1:
+            raise RecipeError(f"--momentum is {self.momentum}; it must be below 1")
+        if self.nesterov and self.momentum == 0:
+            raise RecipeError("--nesterov needs --momentum above 0")
+        if self.train_images is not None and self.train_images < 1:
+            raise RecipeError(f"--train-images is {self.train_images}; it must be at least 1")
+        if self.stem_stride not in (None, 1, 2):
+            raise RecipeError(f"--stem-stride is {self.stem_stride}; it must be 1 or 2")
+        if self.checkpoint_every and self.out is None:
+            raise RecipeError("--checkpoint-every needs --out, the directory to write to")
+
+    @property
+    def label(self) -> str:
+        """A short name for tables: "fp32", "bf16", "qcomm k=1", "qcomm range c=6"."""
+        if self.method != "qcomm":
+            return self.method
+        return f"qcomm k={self.step:g}" if self.grid == "sigma" else f"qcomm range c={self.c:g}"
+
+    @property
+    def slug(self) -> str:
+        """The label as a file name."""
+        return self.label.replace(" ", "-").replace("=", "")
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    def difference(self, stored: dict[str, Any]) -> str | None:
+        """The first option whose value differs from ``stored`` (of :meth:`to_json`) and would change the result."""
+        for name, value in self.to_json().items():
+            if name not in _FREE_ON_RESUME and stored.get(name) != value:
+                return f"{_option(name)} is {value!r} here and {stored.get(name)!r} there"
+        return None
+
+
+def _option(name: str) -> str:
+    return {"learning_rate": "--lr"}.get(name, "--" + name.replace("_", "-"))
+
+
+def learning_rate(step: int, total_steps: int, warmup_steps: int, maximum: float) -> float:
+    """Linear warm-up, then half a cosine down to zero (arXiv:1706.02677, arXiv:1608.03983).
+
+    Args:
+        step: 0-based optimiser step, below ``total_steps``.
+        total_steps: steps of the whole run.
+        warmup_steps: steps until ``maximum`` is reached; 0 for none.
+        maximum: the peak.
+
+    Returns:
+        The rate that step ``step`` is taken with: positive at every step.
+
+    Example:
+        >>> [round(learning_rate(step, 6, 2, 1.0), 3) for step in range(6)]
+        [0.5, 1.0, 1.0, 0.854, 0.5, 0.146]
+    """
+    if step < warmup_steps:
+        return maximum * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return maximum * 0.5 * (1 + math.cos(math.pi * progress))

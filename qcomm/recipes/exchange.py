@@ -1,0 +1,151 @@
+"""The three ways a training run averages its gradients, behind one small interface that counts bytes and seconds.
+
+No postponed annotations in this module: DDP compares a hook's annotations by identity.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import GradBucket
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from qcomm import ddp
+from qcomm.grids import RangeGrid, SigmaGrid
+from qcomm.recipes.config import TrainConfig
+
+
+class Exchange(Protocol):
+    """What a run needs of its gradient exchange. ``qcomm.CompressionState`` is one."""
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of this rank since it was attached."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint must hold for this rank."""
+        ...
+
+    def load_state_dict(self, state_dict: Sequence[Mapping[str, Any]]) -> None:
+        """Continue from the states of the ranks whose part this rank takes."""
+        ...
+
+
+class RingExchange:
+    """Torch's own all-reduce, in fp32 or bf16, timed from issue to completion.
+
+    Bytes are those of the ring algorithm, 2 (W - 1) / W times the buffer, for what was handed to ``all_reduce``: gloo
+    does not report what it sends. Seconds are those in which at least one bucket was under way, the wait for slower
+    ranks included.
+
+    Args:
+        hook: the communication hook of torch to wrap.
+        element_bytes: bytes per element that the hook hands to ``all_reduce``; None for the bucket's own.
+    """
+
+    def __init__(
+        self,
+        hook: Callable[[Any, GradBucket], torch.futures.Future[torch.Tensor]],
+        element_bytes: int | None = None,
+    ) -> None:
+        self._hook = hook
+        self._element_bytes = element_bytes
+        self._lock = threading.Lock()  # completions arrive on gloo's threads
+        self._under_way = 0
+        self._busy_since = 0.0
+        self._seconds = 0.0
+        self._steps = 0
+        self._elements = 0
+        self._uncompressed_bytes = 0
+        self._handed_bytes = 0
+
+    def hook(self, _state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """The communication hook to register."""
+        buffer = bucket.buffer()
+        self._steps += bucket.is_last()
+        self._elements += buffer.numel()
+        self._uncompressed_bytes += buffer.numel() * buffer.element_size()
+        self._handed_bytes += buffer.numel() * (self._element_bytes or buffer.element_size())
+        with self._lock:
+            if self._under_way == 0:
+                self._busy_since = time.perf_counter()
+            self._under_way += 1
+        return self._hook(None, bucket).then(self._finish)
+
+    def _finish(self, future: torch.futures.Future[torch.Tensor]) -> torch.Tensor:
+        with self._lock:
+            self._under_way -= 1
+            if self._under_way == 0:
+                self._seconds += time.perf_counter() - self._busy_since
+        return future.value()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters in the form of ``qcomm.CompressionState.stats``."""
+        ranks = dist.get_world_size()
+        sent = round(2 * (ranks - 1) / ranks * self._handed_bytes)
+        bits = 8 * self._handed_bytes / self._elements if self._elements else 0.0
+        return {
+            "bytes_sent": sent,
+            "bytes_received": sent,
+            "bytes_uncompressed": self._uncompressed_bytes,
+            "steps": self._steps,
+            "bits_per_element": bits,
+            "bits_per_element_compressed": bits,
+            "bits_per_element_phase1": bits,
+            "bits_per_element_phase2": bits,
+            "communication_seconds": self._seconds,
+            "encode_seconds": 0.0,
+            "decode_seconds": 0.0,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: an all-reduce has no memory."""
+        return {}
+
+    def load_state_dict(self, state_dict: Sequence[Mapping[str, Any]]) -> None:
+        """Nothing to restore."""
+
+
+def attach(ddp_model: DistributedDataParallel, config: TrainConfig, scaler: torch.amp.GradScaler | None) -> Exchange:
+    """Register the gradient exchange that ``config.method`` names.
+
+    Args:
+        ddp_model: the wrapped model, without a hook so far.
+        config: of the run.
+        scaler: the GradScaler of a fp16 run, so that qcomm's error feedback is kept unscaled; otherwise None.
+    """
+    if config.method == "qcomm":
+        grid = SigmaGrid(step=config.step) if config.grid == "sigma" else RangeGrid(c=config.c)
+        return ddp.attach(
+            ddp_model,
+            grid=grid,
+            error_feedback=config.error_feedback,
+            min_elements=config.min_elements,
+            warmup_steps=config.compression_warmup_steps,
+            grad_scale=scaler.get_scale if scaler is not None else None,
+        )
+    if config.method == "bf16":
+        ring = RingExchange(default_hooks.bf16_compress_hook, element_bytes=2)
+    else:
+        ring = RingExchange(default_hooks.allreduce_hook)
+    ddp_model.register_comm_hook(None, ring.hook)
+    return ring
+
+
+def restore(exchange: Exchange, saved: Sequence[Mapping[str, Any]], is_new_rank: bool) -> None:
+    """Continue from a checkpoint.
+
+    Args:
+        exchange: of this run, nothing exchanged so far.
+        saved: the states of the ranks whose part this rank takes: its own and, where fewer ranks go on, of some that
+            are gone.
+        is_new_rank: more ranks go on than wrote the checkpoint, and this one was not among them; ``saved`` is rank 0's.
+    """
+    if is_new_rank:
+        # It counts the steps that were taken, but has lost nothing to quantization so far.
+        saved = [{**state, "error_feedback": None} for state in saved]
+    exchange.load_state_dict(saved)

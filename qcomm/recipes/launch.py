@@ -1,0 +1,98 @@
+"""Start the ranks of a run: by torchrun when it is there, by spawning processes on this machine otherwise."""
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
+
+from qcomm.recipes.errors import RecipeError
+
+USER_ERROR = 2  # exit code for what the user can put right
+
+
+class _World(NamedTuple):
+    """Where the ranks meet, how many there are, and torch's threads in each."""
+
+    rendezvous: str
+    ranks: int
+    threads: int
+
+
+def launched_world_size() -> int | None:
+    """The number of ranks that torchrun, or another launcher that sets RANK and WORLD_SIZE, started; else None."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    return int(os.environ["WORLD_SIZE"])
+
+
+def launch(function: Callable[..., None], ranks: int | None, threads: int, *arguments: Any) -> None:
+    """Call ``function(*arguments)`` on every rank with a gloo process group.
+
+    Args:
+        function: importable by name; it runs in processes of its own, unless torchrun started this one or there is one
+            rank.
+        ranks: how many to spawn here; None takes what torchrun started. Spawned ranks meet in a file, so that no
+            port has to be free.
+        threads: of torch, per rank.
+        arguments: picklable.
+
+    Raises:
+        RecipeError: ``ranks`` contradicts torchrun.
+        SystemExit: code 2, when a rank met an error of the user's; it has printed it.
+        torch.multiprocessing.spawn.ProcessRaisedException: a rank failed otherwise; the others were ended.
+    """
+    launched = launched_world_size()
+    if launched is not None:
+        if ranks not in (None, launched):
+            raise RecipeError(f"--ranks is {ranks}, but the launcher started {launched}; leave --ranks out")
+        _run_here(int(os.environ["RANK"]), _World("env://", launched, threads), function, arguments)
+        return
+    if ranks is None or ranks < 1:
+        raise RecipeError(f"--ranks is {ranks}; without torchrun it must be at least 1")
+    with tempfile.TemporaryDirectory(prefix="qcomm-") as folder:
+        world = _World(Path(folder, "rendezvous").as_uri(), ranks, threads)
+        if ranks == 1:
+            _run_here(0, world, function, arguments)
+            return
+        context = start_processes(
+            _rank_main, args=(world, function, arguments), nprocs=ranks, start_method="spawn", join=False
+        )
+        try:
+            while not context.join():
+                pass  # it returns when one process has ended well
+        except (ProcessExitedException, ProcessRaisedException):
+            # The rank that is first to fail may be one that lost its peer: what the peer ended with counts.
+            if any(process.exitcode == USER_ERROR for process in context.processes):
+                raise SystemExit(USER_ERROR) from None
+            raise
+
+
+def _rank_main(rank: int, world: _World, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    try:
+        _run(rank, world, function, arguments)
+    except RecipeError as error:
+        # Ends with the process group standing: taking it down first would let other ranks fail before this one.
+        print(f"error (rank {rank}): {error}", file=sys.stderr)
+        raise SystemExit(USER_ERROR) from None
+    dist.destroy_process_group()
+
+
+def _run_here(rank: int, world: _World, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    try:
+        _run(rank, world, function, arguments)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _run(rank: int, world: _World, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(world.threads)
+    dist.init_process_group("gloo", init_method=world.rendezvous, rank=rank, world_size=world.ranks)
+    function(*arguments)
+    dist.barrier()  # no rank takes its sockets away while another still reads
