@@ -17,7 +17,16 @@ class _Parsed(TypedDict):
 def set_packet_error(error: type[Exception]) -> None: ...
 def measure(data: int, dtype: int, count: int, residual: int, inv_scale: float) -> tuple[float, float, float, bool]: ...
 def entropy(
-    data: int, dtype: int, count: int, residual: int, inv_scale: float, lo: float, hi: float, num_bits: int, fraction: float, seed: int
+    data: int,
+    dtype: int,
+    count: int,
+    residual: int,
+    inv_scale: float,
+    lo: float,
+    hi: float,
+    num_bits: int,
+    fraction: float,
+    seed: int,
 ) -> float: ...
 def sigma_code(
     data: int, dtype: int, count: int, residual: int, inv_scale: float, num_bits: int, step: float, k: float, seed: int
@@ -28,7 +37,14 @@ def quantize(data: int, dtype: int, count: int, quantizer: _Quantizer, symbols: 
 def dequantize(symbols: int, count: int, quantizer: _Quantizer, dtype: int, out: int) -> None: ...
 def encode_bound(segments: Sequence[_Segment], dtype: int, dims: Sequence[int], checksums: bool, steps: int) -> int: ...
 def encode(
-    segments: Sequence[_Segment], inv_scale: float, dtype: int, dims: Sequence[int], checksums: bool, steps: int, out: int, capacity: int
+    segments: Sequence[_Segment],
+    inv_scale: float,
+    dtype: int,
+    dims: Sequence[int],
+    checksums: bool,
+    steps: int,
+    out: int,
+    capacity: int,
 ) -> int: ...
 def parse(packet: int, bytes: int) -> _Parsed: ...
 def decode(packet: int, bytes: int, out: int, count: int, dtype: int, accumulate: bool) -> None: ...

@@ -45,7 +45,10 @@ def _check_mode(ddp_model: DistributedDataParallel) -> None:
     hooks = getattr(ddp_model, "_comm_hooks", [])
     if hooks:
         name = getattr(hooks[0][0], "__qualname__", hooks[0][0])
-        raise RuntimeError(f"ddp_model has a communication hook already ({name}); DDP allows one, for good")
+        raise RuntimeError(
+            f"ddp_model has a communication hook already ({name}), or is a copy of a model that had one; "
+            "DDP allows one, for good: wrap the module anew"
+        )
     if getattr(ddp_model, "reducer", None) is None:
         raise ValueError("ddp_model delays the all-reduce of all its parameters and calls no communication hook")
 

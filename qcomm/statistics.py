@@ -40,7 +40,7 @@ def measure(values: torch.Tensor, residual: torch.Tensor | None = None, inv_scal
         inv_scale: a factor, rounded to the arithmetic of the dtype.
 
     Example:
-        >>> measure(torch.tensor([3.0, -4.0])).rms ** 2
-        12.5
+        >>> measure(torch.tensor([3.0, -4.0])).sum_squares
+        25.0
     """
     return Statistics(values.numel(), *_native.measure(values, residual, inv_scale))

@@ -11,13 +11,16 @@ import pickle
 import shutil
 import tempfile
 import traceback
+from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import wait
 
 import torch
 import torch.distributed as dist
 
-TIMEOUT = timedelta(seconds=30)  # of the default process group: most that a rank waits for another
+from qcomm.communicator import get_communicator
+
+TIMEOUT = timedelta(seconds=60)  # of the default process group: most that a rank waits for another
 CASE_SECONDS = 120.0
 
 
@@ -145,6 +148,30 @@ def assert_same_on_all_ranks(*tensors):
     dist.all_gather(others, mine)
     for rank, other in enumerate(others):
         assert torch.equal(mine, other), f"rank {rank} differs in {int((mine != other).sum())} of {mine.numel()} bytes"
+
+
+class CountingGloo:
+    """Stands before a communicator's gloo connections and counts the bytes handed to them."""
+
+    def __init__(self, gloo):
+        self.gloo, self.sent, self.received = gloo, 0, 0
+
+    def send(self, tensors, *rest):
+        self.sent += sum(tensor.nbytes for tensor in tensors)
+        return self.gloo.send(tensors, *rest)
+
+    def recv(self, tensors, *rest):
+        self.received += sum(tensor.nbytes for tensor in tensors)
+        return self.gloo.recv(tensors, *rest)
+
+
+@contextmanager
+def counting_bytes():
+    """Counts what the default group's communicator sends and receives meanwhile."""
+    transport = get_communicator(dist.group.WORLD)._transport
+    counting = transport._gloo = CountingGloo(transport._gloo)
+    yield counting
+    transport._gloo = counting.gloo
 
 
 def die():

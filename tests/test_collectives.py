@@ -8,6 +8,7 @@ from distributed import assert_same_on_all_ranks, gathered, run
 
 import qcomm
 from qcomm.layout import BucketLayout, TensorSpec
+from qcomm.two_phase import owner_grid
 
 pytestmark = pytest.mark.world
 
@@ -67,6 +68,12 @@ def case_twin(rank, world_size, grid):
 @pytest.mark.parametrize("world_size", WORLDS)
 def test_equals_twin_and_keeps_the_bound(world_size, grid):
     run(world_size, case_twin, grid)
+
+
+def test_means_are_quantized_at_least_as_finely():
+    assert owner_grid(qcomm.SigmaGrid(step=2.0, coding="pair")) == qcomm.SigmaGrid(step=1.0, coding="pair")
+    for grid in (qcomm.SigmaGrid(step=0.5), qcomm.RangeGrid(c=2)):
+        assert owner_grid(grid) == grid
 
 
 def case_million(rank, world_size):

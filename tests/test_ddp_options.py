@@ -9,13 +9,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import assert_same_on_all_ranks, die, gathered, run, run_alone
+from distributed import TIMEOUT, assert_same_on_all_ranks, counting_bytes, die, gathered, run, run_alone
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
 from qcomm import ddp_buckets, two_phase
-from qcomm.communicator import get_communicator
 from qcomm.transport import TransportError
 
 pytestmark = pytest.mark.world
@@ -342,7 +341,7 @@ def case_killed(rank, world_size):
 
 
 def test_a_killed_rank_ends_backward_on_the_others():
-    run_alone(2, case_killed, dying=(0,), seconds=25.0)
+    run_alone(2, case_killed, dying=(0,), seconds=TIMEOUT.total_seconds() / 2)
 
 
 def case_overlap(rank, world_size):
@@ -396,29 +395,12 @@ def test_communication_overlaps_with_backward(world_size):
     run(world_size, case_overlap)
 
 
-class CountingGloo:
-    """Stands before a communicator's gloo connections and counts bytes."""
-
-    def __init__(self, gloo):
-        self.gloo, self.sent, self.received = gloo, 0, 0
-
-    def send(self, tensors, *rest):
-        self.sent += sum(tensor.nbytes for tensor in tensors)
-        return self.gloo.send(tensors, *rest)
-
-    def recv(self, tensors, *rest):
-        self.received += sum(tensor.nbytes for tensor in tensors)
-        return self.gloo.recv(tensors, *rest)
-
-
 def case_bytes(rank, world_size):
-    transport = get_communicator(dist.group.WORLD)._transport
-    counting = transport._gloo = CountingGloo(transport._gloo)
     model = wrap()
     state = qcomm.attach(model, min_elements=100, warmup_steps=1)
-    for step in range(4):
-        backward(model, rank, step)
-    transport._gloo = counting.gloo
+    with counting_bytes() as counting:
+        for step in range(4):
+            backward(model, rank, step)
     stats = state.stats()
     elements = sum(p.numel() for p in model.parameters())
     assert (stats["bytes_sent"], stats["bytes_received"]) == (counting.sent, counting.received)

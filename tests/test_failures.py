@@ -1,6 +1,8 @@
 """What goes wrong on one rank is an error on all, soon, and names the rank; what is only wrong once does not last."""
 
 import gc
+import subprocess
+import sys
 import threading
 from contextlib import nullcontext
 from datetime import timedelta
@@ -9,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import assert_same_on_all_ranks, die, gathered, run, run_alone
+from distributed import TIMEOUT, assert_same_on_all_ranks, counting_bytes, die, gathered, run, run_alone
 
 import qcomm
 from qcomm import communicator as communicators
@@ -139,7 +141,7 @@ def case_unforeseen(rank, world_size):
 
 
 def test_an_unforeseen_failure_closes_the_connections():
-    run(3, case_unforeseen, seconds=10.0)
+    run(3, case_unforeseen, seconds=TIMEOUT.total_seconds() / 2)
 
 
 def case_killed(rank, world_size, phase):
@@ -155,35 +157,38 @@ def case_killed(rank, world_size, phase):
 
 @pytest.mark.parametrize("phase", ["_encode_values", "_reduce_chunk"])
 def test_a_killed_rank_is_an_error_on_the_others(phase):
-    # Half the timeout of the default would do: the connections of a dead process are closed, which shows at once.
-    run_alone(3, case_killed, phase, dying=(1,), seconds=25.0)
+    # Before the timeout: the connections of a dead process are closed, which shows at once.
+    run_alone(3, case_killed, phase, dying=(1,), seconds=TIMEOUT.total_seconds() / 2)
 
 
 def case_silent(rank, world_size):
-    check_works(rank, world_size)
-    gate = threading.Event()
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    check_works(rank, world_size, group)
+    store = dist.distributed_c10d._get_default_store()
     if rank == 1:
-        encode_values = two_phase._encode_values
-        mock.patch.object(
-            two_phase, "_encode_values", side_effect=lambda *args: gate.wait(20.0) and encode_values(*args)
-        ).start()
-        work = qcomm.all_reduce(torch.randn(5000), async_op=True)
+        gate, encode_values = threading.Event(), two_phase._encode_values
+
+        def late(*args):
+            assert gate.wait(TIMEOUT.total_seconds())
+            return encode_values(*args)
+
+        with mock.patch.object(two_phase, "_encode_values", side_effect=late):
+            work = qcomm.all_reduce(torch.randn(5000), group=group, async_op=True)
+            store.wait(["gave up 0", "gave up 2"])
+            gate.set()
+            # The other ranks gave up: the silent one finds closed connections when it comes back.
+            with pytest.raises(TransportError, match="no answer from rank"):
+                work.wait(TIMEOUT)
     else:
-        error = attempt()
-        assert isinstance(error, TransportError) and "silent for 2 s" in str(error), error
+        error = attempt(group=group)
+        assert isinstance(error, TransportError) and "silent for 3 s" in str(error), error
         assert "1" in str(error).split("rank(s) ")[1].split(" (")[0]
-    # The other ranks gave up: the silent one finds closed connections when it comes back.
-    if rank == 1:
-        dist.distributed_c10d._get_default_store().wait(["gave up 0", "gave up 2"])
-        gate.set()
-        with pytest.raises(TransportError, match="no answer from rank"):
-            work.wait(20.0)
-    else:
-        dist.distributed_c10d._get_default_store().set(f"gave up {rank}", "1")
+        store.set(f"gave up {rank}", "1")
+    check_works(rank, world_size)  # other groups are not concerned
 
 
 def test_a_silent_rank_is_an_error_after_the_timeout():
-    run_alone(3, case_silent, timeout=timedelta(seconds=2), seconds=40.0)
+    run(3, case_silent)
 
 
 def case_groups(rank, world_size):
@@ -241,32 +246,15 @@ def test_threads_end_with_their_groups():
     run(2, case_threads)
 
 
-class CountingGloo:
-    """Stands before a communicator's gloo connections and counts bytes."""
-
-    def __init__(self, gloo):
-        self.gloo, self.sent, self.received = gloo, 0, 0
-
-    def send(self, tensors, *rest):
-        self.sent += sum(tensor.nbytes for tensor in tensors)
-        return self.gloo.send(tensors, *rest)
-
-    def recv(self, tensors, *rest):
-        self.received += sum(tensor.nbytes for tensor in tensors)
-        return self.gloo.recv(tensors, *rest)
-
-
 def case_bytes(rank, world_size):
-    transport = get_communicator(dist.group.WORLD)._transport
-    counting = transport._gloo = CountingGloo(transport._gloo)
     sent = received = 0
-    for count in (0, 1, 33, 1024, 100_003):
-        for grid in (qcomm.SigmaGrid(), qcomm.RangeGrid(c=2)):
-            work = qcomm.all_reduce(torch.randn(count), grid, async_op=True)
-            work.wait()
-            sent += work.stats()["bytes_sent"]
-            received += work.stats()["bytes_received"]
-    transport._gloo = counting.gloo
+    with counting_bytes() as counting:
+        for count in (0, 1, 33, 1024, 100_003):
+            for grid in (qcomm.SigmaGrid(), qcomm.RangeGrid(c=2)):
+                work = qcomm.all_reduce(torch.randn(count), grid, async_op=True)
+                work.wait()
+                sent += work.stats()["bytes_sent"]
+                received += work.stats()["bytes_received"]
     assert (sent, received) == (counting.sent, counting.received) and sent > 0
     assert sum(s for s, _ in gathered((sent, received))) == sum(r for _, r in gathered((sent, received)))
 
@@ -274,3 +262,19 @@ def case_bytes(rank, world_size):
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_bytes_in_stats_are_those_handed_to_gloo(world_size):
     run(world_size, case_bytes)
+
+
+PROGRAM = """
+import torch, torch.distributed as dist, qcomm
+dist.init_process_group("gloo", init_method="file://{store}", rank=0, world_size=1)
+qcomm.all_reduce(torch.randn(5000), strategy="two_phase")
+print("ready")
+{end}
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("", 0), ("dist.destroy_process_group()", 0), ("raise SystemExit(7)", 7)])
+def test_a_process_ends_quietly(end, code, tmp_path):
+    program = PROGRAM.format(store=tmp_path / "store", end=end)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, "ready\n", "")
