@@ -63,7 +63,7 @@ class Telemetry:
         timeline: None, or a list that every event of every bucket is appended to.
         observer: None, or a function called with (bucket index, event) on the thread where it happens. Events, in
             order: "ready" on the calling thread, then "encode", "exchange_1", "reduce", "exchange_2", "decode", "done"
-            on the worker thread, each at the beginning of what it names.
+            on the worker thread, each at the beginning of what it names. It must not raise.
     """
 
     timeline: list[Event] | None = None

@@ -132,8 +132,9 @@ def _encode_values(task: MeanTask, rank: int) -> list[torch.Tensor]:
             quantizer = Quantizer.raw()
             if tensor.compressed:
                 whole = values[tensor.offset : tensor.offset + tensor.numel]
-                quantizer, residual = _choose(task, whole, task.grid, residual, 1.0 / task.scale)
+                quantizer, residual = _choose(whole, task.grid, residual, 1.0 / task.scale)
                 task.telemetry.note_quantizer(tensor.key, quantizer)
+                task.telemetry.add(nonfinite_tensors=math.isnan(quantizer.p0))
             residuals.append(residual)
             quantizers.append(quantizer)
         packets = []
@@ -169,7 +170,7 @@ def _reduce_chunk(task: MeanTask, rank: int, packets: Sequence[torch.Tensor]) ->
             values = mean[position : position + piece.length]
             key = layout.tensors[piece.tensor].key
             residual = None if feedback is None else feedback.owner(key, piece.start, piece.length)
-            segments.append(Segment(values, *_choose(task, values, grid, residual, 1.0)))
+            segments.append(Segment(values, *_choose(values, grid, residual, 1.0)))
             position += piece.length
         if chunk.raw_count:
             segments.append(Segment(mean[position:], Quantizer.raw()))
@@ -218,7 +219,7 @@ def _exchange(
 
 
 def _choose(
-    task: MeanTask, values: torch.Tensor, grid: Grid, residual: torch.Tensor | None, inv_scale: float
+    values: torch.Tensor, grid: Grid, residual: torch.Tensor | None, inv_scale: float
 ) -> tuple[Quantizer, torch.Tensor | None]:
     """The quantizer of a tensor or a part of a mean, and its residual if it takes part."""
     if residual is not None and _is_zero(values):
@@ -228,7 +229,6 @@ def _choose(
     statistics = measure(values, residual, inv_scale)
     if not statistics.finite:
         # Travels as a flag, becomes NaN in the sum and so on every rank.
-        task.telemetry.add(nonfinite_tensors=1)
         return Quantizer.constant(math.nan), None
     return plan(statistics, grid, values, residual, inv_scale), residual
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from distributed import TIMEOUT, assert_same_on_all_ranks, counting_bytes, die, gathered, run, run_alone
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
@@ -155,10 +156,11 @@ def case_scaler(rank, world_size, grid):
         before = [p.detach().clone() for p in model.parameters()]
         optimizer.zero_grad()
         loss = model(inputs(rank, step)).square().sum()
-        if step in (2, 5) and rank == step % 2:
-            loss = loss * torch.inf
-        scaler.scale(loss).backward()
         poisoned = step in (2, 5)
+        if poisoned and rank == step % 2:
+            loss = loss * torch.inf
+        kept = state.state_dict()["error_feedback"]
+        scaler.scale(loss).backward()
         assert all(bool(p.grad.isfinite().all()) != poisoned for p in model.parameters())
         scale = scaler.get_scale()
         scaler.step(optimizer)
@@ -170,6 +172,10 @@ def case_scaler(rank, world_size, grid):
         residuals = state.state_dict()["error_feedback"]
         assert all(bool(r.isfinite().all()) for r in residuals["local"].values())
         assert all(bool(r.isfinite().all()) for _, r in residuals["owner"].values())
+        if poisoned:  # what could not be sent is still there
+            assert all(torch.equal(r, residuals["owner"][name][1]) for name, (_, r) in kept["owner"].items())
+            untouched = all(torch.equal(r, residuals["local"][name]) for name, r in kept["local"].items())
+            assert untouched == (rank == step % 2)
         assert_same_on_all_ranks(*model.parameters())
     assert skipped == 2 and state.stats()["nonfinite_tensors"] > 0
 
@@ -437,6 +443,22 @@ def case_join(rank, world_size):
 
 def test_join_with_uneven_inputs():
     run(2, case_join)
+
+
+def case_wrapped(rank, world_size):
+    model = wrap()
+    state = qcomm.CompressionState(min_elements=100)
+    model.register_comm_hook(state, default_hooks.fp16_compress_wrapper(qcomm.compression_hook))
+    for step in range(3):
+        got = backward(model, rank, step)
+    assert_same_on_all_ranks(*got)
+    for a, b in zip(got, exact_mean(rank, world_size, 2), strict=True):
+        assert float((a - b).norm()) < 0.8 * float(b.norm())
+    assert state.stats()["bits_per_element_phase1"] < 3.5
+
+
+def test_the_hook_inside_torchs_fp16_wrapper():
+    run(2, case_wrapped)
 
 
 def case_two_models(rank, world_size):

@@ -17,7 +17,7 @@ import qcomm
 from qcomm import communicator as communicators
 from qcomm import two_phase
 from qcomm.communicator import get_communicator
-from qcomm.transport import TransportError
+from qcomm.transport import Transport, TransportError
 
 pytestmark = pytest.mark.world
 
@@ -211,6 +211,12 @@ def case_groups(rank, world_size):
             qcomm.all_reduce(tensor, group=everyone)
         everyone = dist.new_group()
     check_works(rank, world_size)
+    # Connections made again on the store of a group that itself stays.
+    for _ in range(3):
+        transport = Transport(dist.group.WORLD)
+        answers = transport.exchange_small([torch.tensor([rank])] * world_size, "testing")
+        assert torch.cat(answers).tolist() == [0, 1, 2]
+        transport.close()
 
 
 def test_groups_that_overlap_and_groups_made_again():
