@@ -95,6 +95,8 @@ def check_floats(name: str, tensor: object) -> torch.Tensor:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}{hint}")
     if tensor.device.type != "cpu":
         raise ValueError(f"{name} must be on the CPU in this build, got device {tensor.device}")
+    if tensor.is_neg():
+        raise ValueError(f"{name} is a lazily negated view, whose memory holds other values; call .resolve_neg() first")
     return tensor
 
 

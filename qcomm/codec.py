@@ -8,6 +8,7 @@ import torch
 
 from qcomm import _native
 from qcomm._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, Segment
+from qcomm.errors import PacketError
 from qcomm.grids import Grid, SigmaGrid
 from qcomm.quantize import plan
 from qcomm.statistics import measure
@@ -54,6 +55,8 @@ def compress(
         >>> packet.numel() < 4 * 100_000 / 12, restored.shape
         (True, torch.Size([100000]))
     """
+    if isinstance(tensor, torch.Tensor):
+        tensor = tensor.resolve_neg()
     values = _native.check_floats("tensor", tensor).detach().contiguous()
     quantizer = plan(measure(values), grid, values)
     packet = encode(
@@ -76,7 +79,10 @@ def decompress(packet: torch.Tensor) -> torch.Tensor:
     """
     packet = _native.check_packet(packet)
     parsed = _native.parse(packet)
-    out = torch.empty(parsed.shape, dtype=parsed.dtype)
+    try:
+        out = torch.empty(parsed.shape, dtype=parsed.dtype)
+    except RuntimeError as error:  # a constant packet of 80 bytes may claim terabytes
+        raise PacketError(f"no memory for the tensor of shape {parsed.shape} that the packet claims to hold") from error
     _native.decode(packet, out, accumulate=False)
     return out
 
@@ -123,6 +129,8 @@ def encode(
     count = sum(segment.values.numel() for segment in segments)
     if block_steps is None:
         block_steps = default_block_steps(count)
+    if isinstance(block_steps, bool) or not isinstance(block_steps, int):
+        raise TypeError(f"block_steps must be an int, got {type(block_steps).__name__}")
     if not 1 <= block_steps <= LARGE_BLOCK_STEPS:
         raise ValueError(f"block_steps must be in 1..{LARGE_BLOCK_STEPS}, got {block_steps}")
     dims = [count] if shape is None else list(shape)

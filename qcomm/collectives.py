@@ -129,7 +129,8 @@ def all_reduce(
     if alone:
         work = AllReduceWork(completed(tensor), telemetry)
     else:
-        flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().contiguous().reshape(-1)
+        in_place = tensor.is_contiguous() and not tensor.is_neg()
+        flat = (tensor if in_place else tensor.resolve_neg().contiguous()).detach().reshape(-1)
         fields = Fields(
             {
                 "operation": "all_reduce",

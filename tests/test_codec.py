@@ -98,6 +98,14 @@ def test_views_are_read_through_their_strides() -> None:
         assert bool(same.all())
 
 
+def test_a_lazily_negated_view_keeps_its_sign() -> None:
+    x = gaussian(5000)
+    negated = torch._neg_view(x)
+    assert qcomm.decompress(qcomm.compress(negated)).equal(-qcomm.decompress(qcomm.compress(x)))
+    with pytest.raises(ValueError, match="resolve_neg"):
+        decode_into(qcomm.compress(x), negated)
+
+
 def test_gradients_flow_around_the_codec_not_through_it() -> None:
     x = gaussian(100).requires_grad_()
     assert not qcomm.decompress(qcomm.compress(x)).requires_grad
@@ -246,6 +254,7 @@ def test_inspect_adds_up() -> None:
         (lambda: qcomm.compress(torch.eye(3).to_sparse()), TypeError, "to_dense"),
         (lambda: qcomm.compress(torch.zeros(3, device="meta")), ValueError, "device meta"),
         (lambda: qcomm.compress(gaussian(9), block_steps=0), ValueError, "block_steps must be in 1..512"),
+        (lambda: qcomm.compress(gaussian(9), block_steps=2.5), TypeError, "block_steps must be an int"),
         (lambda: qcomm.compress(gaussian(9), "sigma"), TypeError, "grid must be a SigmaGrid"),
         (lambda: qcomm.SigmaGrid(0.0), ValueError, "step must be in"),
         (lambda: qcomm.SigmaGrid(-1.0), ValueError, "step must be in"),

@@ -149,6 +149,22 @@ def test_a_huge_claim_is_refused_before_memory_is_asked_for() -> None:
         qcomm.decompress(reseal(packet, qcomm.inspect(SAMPLES["constant"]).header_bytes))
 
 
+def with_claim(packet: torch.Tensor, count: int, dims: tuple[int, ...]) -> torch.Tensor:
+    """A constant packet that claims another size, sealed again."""
+    body = packet.numpy().tobytes()
+    head = bytearray(body[:40] + struct.pack(f"<{len(dims)}Q", *dims) + struct.pack("<Q", count) + body[-24:])
+    head[7] = len(dims)
+    head[16:24], head[24:32] = struct.pack("<Q", count), struct.pack("<Q", len(head))
+    return reseal(torch.frombuffer(head, dtype=torch.uint8), len(head))
+
+
+@pytest.mark.parametrize(("count", "dims"), [(2**41, (2**41,)), (0, (0, 2**42, 2**42)), (0, (2**40, 0, 2**40))])
+def test_sizes_that_no_machine_has_are_packet_errors(count: int, dims: tuple[int, ...]) -> None:
+    packet = with_claim(qcomm.compress(torch.full((4,), 2.5)), count, dims)
+    with pytest.raises(qcomm.PacketError, match=r"no memory|out of range"):
+        qcomm.decompress(packet)
+
+
 def test_destination_is_never_overrun() -> None:
     """A canary on both sides of an encoder's and a decoder's output."""
     for packet in SAMPLES.values():

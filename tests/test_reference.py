@@ -1,9 +1,14 @@
 """The executable specification and the native core agree: the same bytes, the same values, the same residuals."""
 
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
 import golden_cases
 import pytest
 import torch
-from data import DISTRIBUTIONS, DTYPES, gaussian, student_t3
+from data import DISTRIBUTIONS, DTYPES, gaussian, laplace, sparse, student_t3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +17,7 @@ from qcomm import _native, reference
 from qcomm.codec import Segment, encode
 from qcomm.huffman import canonical_codes, code_lengths
 from qcomm.quantize import Quantizer, plan
+from qcomm.static_tables import STATIC_TABLES
 from qcomm.statistics import measure
 
 GRIDS = {
@@ -106,6 +112,122 @@ def test_checksums_agree(data: bytes) -> None:
     assert _native.checksum(as_tensor(data or b"\0")) == reference.checksum(data or b"\0")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_choices_agree(dtype: torch.dtype) -> None:
+    """Raw, constant or a grid; bits; step; code: what an encoder decides before it writes."""
+    for make in DISTRIBUTIONS.values():
+        for n in (0, 1, 2, 33, 700):
+            x = make(n).to(dtype)
+            for k, coding in ((1.0, "auto"), (2.0, "auto"), (0.3, "auto"), (0.05, "auto"), (0.001, "auto")):
+                check_plan(qcomm.SigmaGrid(k, coding), reference.sigma_segment(x, k, coding))
+            for k, coding in ((2.0, "single"), (1.5, "pair"), (0.05, "single"), (0.5, "table"), (0.5, "fixed")):
+                check_plan(qcomm.SigmaGrid(k, coding), reference.sigma_segment(x, k, coding))
+            check_plan(qcomm.RangeGrid("paper"), reference.range_segment(x, center=True))
+            check_plan(qcomm.RangeGrid(c=2.5, entropy_bits=6, seed=9), reference.range_segment(x, None, 2.5, 6, seed=9))
+            check_plan(qcomm.RangeGrid(max_bits=5), reference.range_segment(x, max_bits=5))
+            check_plan(qcomm.RangeGrid(num_bits=13), reference.range_segment(x, 13))
+
+
+def check_plan(grid: qcomm.grids.Grid, found: reference.ReferenceSegment) -> None:
+    source = found.values, found.residual, found.inv_scale
+    q = plan(measure(*source), grid, *source)
+    fields = (found.grid, found.num_bits, found.coding, found.table, found.p0, found.p1)
+    assert tuple(q) == fields, (grid, found.values)
+
+
+@pytest.mark.parametrize("scale", [1e-44, 1e-39, 1e-30, 1e30, 3e38])
+def test_choices_agree_where_the_arithmetic_ends(scale: float) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = (gaussian(200).clamp(-1, 1).double() * scale).to(dtype)
+        for edge in (x, x * 1e-270 if dtype == torch.float64 else x, torch.cat([x, x.new_tensor([float("inf")])])):
+            check_plan(qcomm.SigmaGrid(1.0), reference.sigma_segment(edge, 1.0))
+            check_plan(qcomm.RangeGrid(), reference.range_segment(edge))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    make=st.sampled_from([gaussian, student_t3, laplace, sparse]),
+    n=st.integers(2, 3000) | st.just(40_000),  # where 3 % are more than 1024 values
+    k=st.floats(2.0**-7, 16),
+    inv_scale=st.sampled_from([1.0, 0.3]),
+)
+def test_codes_chosen_by_a_sample_agree(make: Callable[..., torch.Tensor], n: int, k: float, inv_scale: float) -> None:
+    x, residual = make(n), 0.1 * gaussian(n, 4)
+    check_plan(qcomm.SigmaGrid(k), reference.sigma_segment(x, k, "auto", residual, inv_scale))
+
+
+@pytest.mark.parametrize("n", [600, 1_200_001])
+def test_choices_turn_at_the_same_point(n: int) -> None:
+    """From Gaussian values, which the static code suits, to almost only zeros, which it does not: bisected, so that
+    little in a price or a sample could differ unseen. Of the many values the sample has as many as it may.
+    """
+    tame, wild = gaussian(n), sparse(n)
+
+    def both(part: float) -> tuple[int, int]:
+        x = torch.lerp(tame, wild, part)
+        found = reference.sigma_code(x, x.dtype, 5, 0.5, 0.5)
+        assert _native.sigma_code(x, None, 1.0, 5, 0.5, 0.5) == found, part
+        return found
+
+    low, high = 0.0, 1.0
+    assert both(low) != both(high)
+    for _ in range(12):
+        middle = (low + high) / 2
+        low, high = (middle, high) if both(middle) == both(0.0) else (low, middle)
+
+
+def test_every_kind_of_code_is_chosen() -> None:
+    """So that the agreement of choices means something: both static codes, both own ones, and none."""
+    repeated = torch.tensor([1.0, -1.0, 3.0, -2.0] * 2000)  # pairs that a table of their own suits
+    chosen = {
+        reference.sigma_segment(x, k).coding * 1000 + min(reference.sigma_segment(x, k).table, 1)
+        for x, k in ((laplace(300), 0.4), (gaussian(300), 2.0), (repeated, 1.0), (repeated, 0.3))
+    }
+    single, pair = 1000 * reference.packet.SINGLE, 1000 * reference.packet.PAIR
+    assert chosen == {single, single + 1, pair, pair + 1}
+    assert reference.sigma_segment(gaussian(99), 0.001).table == reference.packet.NO_TABLE
+
+
+@settings(max_examples=100, deadline=None)
+@given(k=st.floats(2.0**-12, 16) | st.integers(-26, 16).map(lambda j: 2.0 ** (j / 8)), pair=st.booleans())
+def test_nearest_tables_agree(k: float, pair: bool) -> None:
+    coding, num_bits = (_native.Coding.PAIR, 4) if pair else (_native.Coding.SINGLE, reference.sigma_num_bits(k))
+    assert _native.nearest_static_table(coding, num_bits, k) == reference.nearest_table(int(coding), num_bits, k)
+
+
+def test_static_tables_agree_and_follow_from_their_model() -> None:
+    native = {
+        number: (num_bits, coding == _native.Coding.PAIR, "".join(f"{n:x}" for n in lengths))
+        for number, coding, num_bits, lengths in _native.static_tables()
+    }
+    assert native == STATIC_TABLES
+    assert {t[0]: (t[1], t[2], t[4]) for t in table_maker().make_tables()} == STATIC_TABLES
+
+
+@pytest.mark.parametrize(("k", "ratio"), [(0.25, 1.03), (0.5, 1.04), (1.0, 1.06), (1.4, 1.08), (2.0, 1.1)])
+def test_static_tables_are_near_the_entropy(k: float, ratio: float) -> None:
+    """Of the better code, on Gaussian and on Laplace data."""
+    maker = table_maker()
+    for cdf in (maker.gaussian_cdf, maker.laplace_cdf):
+        costs = []
+        for coding, num_bits in ((reference.packet.SINGLE, reference.sigma_num_bits(k)), (reference.packet.PAIR, 4)):
+            number = reference.nearest_table(coding, num_bits, k)
+            if coding == reference.packet.SINGLE or k >= 0.84:
+                bits, pair, lengths = STATIC_TABLES[number]
+                spent, entropy = maker.cost(k, cdf, bits, pair, lengths)
+                costs.append(spent / entropy)
+        assert 1 <= min(costs) <= ratio
+
+
+def table_maker() -> ModuleType:
+    path = Path(__file__).parent.parent / "tools" / "make_static_tables.py"
+    spec = importlib.util.spec_from_file_location("make_static_tables", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_statistics_and_entropy_agree() -> None:
     for make in DISTRIBUTIONS.values():
         for n in (1, 31, 4096, 4097, 50_000):
@@ -167,3 +289,9 @@ def test_every_mode_of_a_block_is_reached() -> None:
         "windows cost more than 20 symbols of 4 bits"
     )
     assert mode(student_t3(1000) * 20) == reference.packet.BLOCK_RAW, "too many escapes"
+
+
+def test_large_raw_segments_have_checksums_of_pieces() -> None:
+    x = gaussian(16_385 * 2)
+    expected = reference.encode_packet([reference.ReferenceSegment(x)], [x.numel()])
+    assert encode([Segment(x, Quantizer.raw())], block_steps=256).equal(as_tensor(expected))

@@ -3,18 +3,16 @@
 
     python tools/make_static_tables.py            # writes both files
     python tools/make_static_tables.py --check    # exits 1 when they differ from what would be written
+    python tools/make_static_tables.py --report   # what the tables cost above the entropy; writes nothing
 
 The tables are part of the wire format: once released they never change, new ones get new numbers. They are code lengths
-for a model of
-gradients relative to their RMS:
+for a model of gradients relative to their RMS:
 
 - one value: the mean of a Gaussian and a Laplace distribution of unit variance. Gradients of convolutions lie between
   the two (excess kurtosis 1 to 2.5).
 - two neighbours: one quarter independent values as above, three quarters a Gaussian pair with correlation 0.4 whose
-  common scale is
-  log-normal (sigma 0.3). Neighbours in a convolution's kernel see nearly the same inputs: in a ResNet-20 on Fashion-
-  MNIST their correlation is 0.3 to 0.8,
-  so that a pair code beats the entropy of single values.
+  common scale is log-normal (sigma 0.3). Neighbours in a convolution's kernel see nearly the same inputs: in a
+  ResNet-20 on Fashion-MNIST their correlation is 0.3 to 0.8, so that a pair code beats the entropy of single values.
 
 Every symbol gets a floor of 2^-16 of the probability, an escape 2^-11: no symbol is without a code, and none is dear.
 """
@@ -184,11 +182,49 @@ def python_module(tables: list[tuple[int, int, bool, float, str]]) -> str:
     return "\n".join([*lines, "}", ""])
 
 
+def student_t3_cdf(x: float) -> float:
+    """Of unit variance, where the usual form has three: heavier tails than gradients have."""
+    return 0.5 + (x / (1 + x * x) + math.atan(x)) / math.pi
+
+
+DATA = {"Gaussian": gaussian_cdf, "Laplace": laplace_cdf, "Student-t(3)": student_t3_cdf}
+REPORTED_STEPS = (0.25, 0.5, 1.0, 1.4, 2.0, 2.8, 4.0)
+
+
+def cost(k: float, cdf: Callable[[float], float], bits: int, pair: bool, lengths: str) -> tuple[float, float]:
+    """(bits a value, entropy in bits a value) of independent values of unit RMS; escapes count as symbols only."""
+    p = level_probabilities(k, bits, cdf)[:-1]
+    p.append(max(0.0, 1 - math.fsum(p)))
+    entropy = -math.fsum(q * math.log2(q) for q in p if q > 0)
+    length = [int(digit, 16) for digit in lengths]
+    if pair:
+        return math.fsum(p[s & 15] * p[s >> 4] * n for s, n in enumerate(length)) / 2, entropy
+    return math.fsum(q * n for q, n in zip(p, length, strict=True)), entropy
+
+
+def report(tables: list[tuple[int, int, bool, float, str]]) -> str:
+    """A line for each step, distribution and kind of code."""
+    lines = [f"{'step':>5}  {'data':<13} {'code':<7} {'entropy':>7} {'bits':>7} {'excess':>7} {'ratio':>6}"]
+    for k in REPORTED_STEPS:
+        nearest = min((abs(math.log2(k / t[3])), t[3]) for t in tables)[1]
+        for name, cdf in DATA.items():
+            for _, bits, pair, step, lengths in tables:
+                if step == nearest:
+                    spent, entropy = cost(k, cdf, bits, pair, lengths)
+                    figures = f"{entropy:7.4f} {spent:7.4f} {spent - entropy:7.4f} {spent / entropy:6.3f}"
+                    lines.append(f"{k:5}  {name:<13} {'pair' if pair else 'single':<7} {figures}")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
-    check = parser.parse_args().check
-    tables = make_tables()
+    parser.add_argument("--report", action="store_true", help="print bits a value against the entropy; write nothing")
+    arguments = parser.parse_args()
+    check, tables = arguments.check, make_tables()
+    if arguments.report:
+        print(report(tables))
+        return 0
     outputs = {
         ROOT / "csrc/include/qcomm/static_tables.h": cpp_header(tables),
         ROOT / "qcomm/static_tables.py": python_module(tables),

@@ -60,17 +60,21 @@ Status check_header(const PacketHeader& h, std::int64_t bytes) {
 }
 
 Status check_dims(const std::vector<std::int64_t>& dims, std::uint64_t elements) {
-    std::uint64_t product = 1;
+    std::uint64_t product =
+        1;  // of the dimensions that are not 0: torch computes strides from them also for an empty tensor
     bool empty = false;
     for (const std::int64_t d : dims) {
         if (d < 0 || static_cast<std::uint64_t>(d) > kMaxElements) return bad_packet("a dimension is out of range", d);
         empty |= d == 0;
     }
     for (const std::int64_t d : dims) {
-        product = empty ? 0 : product * static_cast<std::uint64_t>(d);
+        if (d == 0) continue;
+        product = product > kMaxElements / static_cast<std::uint64_t>(d) ? kMaxElements + 1
+                                                                         : product * static_cast<std::uint64_t>(d);
         if (product > kMaxElements) return bad_packet("the dimensions' product is out of range");
     }
-    return product == elements ? Status{} : bad_packet("the dimensions do not agree with the element count");
+    return (empty ? 0 : product) == elements ? Status{}
+                                             : bad_packet("the dimensions do not agree with the element count");
 }
 
 Status check_record(const SegmentRecord& r, DType dtype, std::int64_t index) {

@@ -137,6 +137,20 @@ class ByteArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError("the pickle refers to an object outside itself")
 
 
+# The exceptions that pickle's documentation names for damaged input, and what malformed opcodes and sizes raise.
+DAMAGED_PICKLE = (
+    pickle.UnpicklingError,
+    EOFError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    OverflowError,
+    MemoryError,
+)
+
+
 def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
     """Read one file of CIFAR-10's python version. Source: www.cs.toronto.edu/~kriz/cifar.html.
 
@@ -154,8 +168,7 @@ def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
             batch = ByteArrayUnpickler(stream, encoding="bytes").load()
     except OSError as error:
         raise RecipeError(f"{path} cannot be read: {error}") from error
-    # The exceptions that pickle's documentation names for damaged input, and what malformed opcodes raise.
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except DAMAGED_PICKLE as error:
         raise RecipeError(f"{path} is not a CIFAR-10 batch: {type(error).__name__}: {error}") from error
     if not isinstance(batch, dict):
         raise RecipeError(f"{path} is not a CIFAR-10 batch: it holds a {type(batch).__name__}, not a dict")

@@ -4,18 +4,21 @@ The native core must agree with it bit for bit. Nothing here is fast and nothing
 be read, and to be compared with.
 """
 
+from qcomm.reference.choice import nearest_table, range_segment, sigma_code, sigma_segment
 from qcomm.reference.codes import canonical_codes, code_lengths, pack_lengths, unpack_lengths
+from qcomm.reference.decode import decode_packet
 from qcomm.reference.grids import (
     dequantize,
     entropy,
     log2_fixed,
     quantize,
+    range_num_bits,
     sample_indices,
     sigma_num_bits,
     sum_squares,
 )
 from qcomm.reference.lanes import decode_lanes, encode_lanes
-from qcomm.reference.packet import ReferenceSegment, checksum, decode_packet, encode_packet
+from qcomm.reference.packet import ReferenceSegment, checksum, encode_packet
 
 __all__ = [
     "ReferenceSegment",
@@ -29,10 +32,15 @@ __all__ = [
     "encode_packet",
     "entropy",
     "log2_fixed",
+    "nearest_table",
     "pack_lengths",
     "quantize",
+    "range_num_bits",
+    "range_segment",
     "sample_indices",
+    "sigma_code",
     "sigma_num_bits",
+    "sigma_segment",
     "sum_squares",
     "unpack_lengths",
 ]

@@ -1,5 +1,7 @@
 """Canonical, length-limited Huffman codes and how their lengths travel."""
 
+from qcomm.errors import PacketError
+
 MAX_LENGTH = 15
 
 
@@ -46,12 +48,12 @@ def pack_lengths(lengths: list[int]) -> bytes:
     return bytes(a | b << 4 for a, b in zip(nibbles[::2], nibbles[1::2], strict=True))
 
 
-def unpack_lengths(data: bytes, size: int) -> tuple[list[int], int]:
+def unpack_lengths(data: bytes, size: int, limit: int = MAX_LENGTH) -> tuple[list[int], int]:
     """(lengths, bytes used) of one list; it ends where the code is complete."""
-    nibbles = [n for byte in data for n in (byte & 15, byte >> 4)]
+    nibbles = [n for byte in data for n in (byte & 15, byte >> 4)] + [-1] * 4  # one item never takes more
     lengths: list[int] = []
-    at = 0
-    while sum(2.0**-n for n in lengths if n) < 1:
+    at, room = 0, 2**MAX_LENGTH
+    while room > 0:
         n, at = nibbles[at], at + 1
         if n == 0:
             r, at = nibbles[at], at + 1
@@ -60,4 +62,10 @@ def unpack_lengths(data: bytes, size: int) -> tuple[list[int], int]:
             lengths += [0] * (r + 1)
         else:
             lengths.append(n)
-    return lengths + [0] * (size - len(lengths)), (at + 7) // 8 * 4
+            room -= 2 ** (MAX_LENGTH - n)
+        if at > 2 * len(data) or n > limit or len(lengths) > size:
+            raise PacketError("a list of code lengths is truncated, or leaves its limits")
+    used = (at + 7) // 8 * 4
+    if room < 0 or used > len(data):
+        raise PacketError("a list of code lengths describes no prefix code, or is truncated")
+    return lengths + [0] * (size - len(lengths)), used

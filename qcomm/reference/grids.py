@@ -32,7 +32,8 @@ def quantize(u: torch.Tensor, dtype: torch.dtype, grid: int, num_bits: int, p0: 
         q = torch.round(u * (1 / step))  # torch.round rounds to even
         return torch.where(q.abs() <= limit, q + radius, 2**num_bits - 1).long()
     inv, _, offset = range_levels(grid, num_bits, p0, p1)
-    return ((u.double() - p0) * inv + (0.5 - offset)).floor().clamp(max=2**num_bits - 1).long()
+    q, top = (u.double() - p0) * inv + (0.5 - offset), 2**num_bits - 1
+    return torch.where(q < top, q, top).long()
 
 
 def fma(a: float, b: float, c: float) -> float:
@@ -68,9 +69,38 @@ def sum_squares(u: torch.Tensor) -> float:
     return float(sums[0]) if sums else 0.0
 
 
+def extremes(u: torch.Tensor) -> tuple[float, float]:
+    """(lo, hi), never -0.0; zeros of nothing."""
+    return (float(u.min()) + 0.0, float(u.max()) + 0.0) if u.numel() else (0.0, 0.0)
+
+
+def sigma_step(u: torch.Tensor, k: float) -> float:
+    """A step of k RMS, rounded to T."""
+    return float(torch.tensor(k * math.sqrt(sum_squares(u) / u.numel()), dtype=torch.float64).to(u.dtype))
+
+
 def sigma_num_bits(k: float) -> int:
     """Bits of a sigma grid's alphabet for a step of k RMS."""
     return next(n for n in range(4, 17) if (2 ** (n - 1) - 0.5) * k >= 6.25)
+
+
+def range_num_bits(h: float, c: float, entropy_bits: int, max_bits: int) -> int:
+    """Bits of a range grid for an entropy of ``h`` bits in a histogram of ``2**entropy_bits`` bins."""
+    return max(1, min(math.ceil(h + c), math.floor(c + entropy_bits), max_bits))
+
+
+def is_usable(dtype: torch.dtype, grid: int, num_bits: int, p0: float, p1: float) -> bool:
+    """Whether a grid's arithmetic works; a segment whose does not is raw."""
+    if grid != SIGMA:
+        return (
+            math.isfinite(p0)
+            and math.isfinite(p1)
+            and p0 < p1
+            and all(math.isfinite(v) for v in (p1 - p0, range_levels(grid, num_bits, p0, p1)[0]))
+        )
+    t = arithmetic(dtype)
+    step = torch.tensor(p1, dtype=torch.float64).to(t)
+    return all(torch.finfo(t).tiny <= float(v) < math.inf for v in (step, 1 / step))
 
 
 def log2_fixed(v: int) -> int:
@@ -96,17 +126,26 @@ def mix(h: int) -> int:
     return h ^ h >> 16
 
 
-def sample_indices(count: int, fraction: float, seed: int) -> list[int]:
-    """One index from each stride."""
-    n = min(count, max(1024, math.ceil(fraction * count)))
+def sample_size(count: int, fraction: float) -> int:
+    """How many of ``count`` values are looked at."""
+    return min(count, max(1024, math.ceil(fraction * count)))
+
+
+def sample_indices(count: int, n: int, seed: int) -> list[int]:
+    """``n`` indices, one from each stride."""
     stride = count // n if n else 0
     return [i * stride + (mix((seed + i) % 2**32) * stride >> 32) for i in range(n)]
 
 
+def entropy_fixed(counts: list[int]) -> int:
+    """2^24 times the entropy in bits of a histogram with a power of two of bins."""
+    n, num_bits = sum(counts), len(counts).bit_length() - 1
+    h = n * log2_fixed(n) - sum(c * log2_fixed(c) for c in counts)
+    return min(max(h, 0) // n, num_bits << 24) if n else 0
+
+
 def entropy(u: torch.Tensor, lo: float, hi: float, num_bits: int, fraction: float, seed: int) -> float:
-    """Entropy in bits of the sampled histogram of ``u`` over [lo, hi]."""
-    sample = u[torch.tensor(sample_indices(u.numel(), fraction, seed), dtype=torch.long)]
-    counts: list[int] = torch.bincount(quantize(sample, u.dtype, RANGE_CENTER, num_bits, lo, hi)).tolist()
-    n = sum(counts)
-    h = (n * log2_fixed(n) - sum(c * log2_fixed(c) for c in counts)) // n
-    return min(max(h, 0), num_bits << 24) / float(2**24)
+    """Entropy in bits of the sampled histogram of ``u`` over [lo, hi], lo < hi."""
+    sample = u[sample_indices(u.numel(), sample_size(u.numel(), fraction), seed)]
+    symbols = quantize(sample, u.dtype, RANGE_CENTER, num_bits, lo, hi)
+    return entropy_fixed(torch.bincount(symbols, minlength=2**num_bits).tolist()) / float(2**24)

@@ -1,5 +1,7 @@
 """The 32 lanes of a coded block."""
 
+from qcomm.errors import PacketError
+
 LANES = 32
 
 
@@ -24,7 +26,9 @@ def encode_lanes(codewords: list[tuple[int, int]]) -> tuple[list[int], list[int]
 def decode_lanes(
     start: list[int], words: list[int], count: int, codes: dict[int, int], lengths: list[int]
 ) -> list[int]:
-    """``count`` symbols; what they do not use up must be nothing."""
+    """``count`` symbols of a complete code; what they do not use up must be nothing."""
+    if 0 in start:
+        raise PacketError("a start window has no sentinel")
     by_code = {(codes[s], n): s for s, n in enumerate(lengths) if n}
     c = [v.bit_length() - 1 for v in start]
     x = [v ^ 1 << n for v, n in zip(start, c, strict=True)]
@@ -37,12 +41,12 @@ def decode_lanes(
             x[lane] >>= length
             c[lane] -= length
             if c[lane] < 0:
-                raise ValueError("more bits used than there are")
+                raise PacketError("more bits used than there are")
         for lane in live:
             if c[lane] < 16 and at < len(words):
                 x[lane] |= words[at] << c[lane]
                 c[lane] += 16
                 at += 1
     if any(x):
-        raise ValueError("bits are left over")
+        raise PacketError("bits are left over")
     return symbols

@@ -1,22 +1,54 @@
-"""Packets, byte by byte."""
+"""Packets, byte by byte: their parts, and how they are written."""
 
 import math
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from qcomm.reference.codes import canonical_codes, code_lengths, pack_lengths, unpack_lengths
+from qcomm.reference.codes import canonical_codes, code_lengths, pack_lengths
 from qcomm.reference.grids import NONE, SIGMA, arithmetic, dequantize, quantize
-from qcomm.reference.lanes import decode_lanes, encode_lanes
+from qcomm.reference.lanes import encode_lanes
 from qcomm.static_tables import STATIC_TABLES
 
 RAW, CONSTANT, FIXED, SINGLE, PAIR = range(5)
 BLOCK_CONSTANT, BLOCK_FIXED, BLOCK_CODED, BLOCK_RAW = range(4)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OWN_TABLE, NO_TABLE = 0, 255
+MAGIC, VERSION = 0x4D4D4351, 1
 HEADER, RECORD = "<IBBBBIIQQHHI", "<QBBBBIdd"
+
+
+class Header(NamedTuple):
+    """The first 40 bytes."""
+
+    magic: int
+    version: int
+    dtype: int
+    flags: int
+    ndim: int
+    header_checksum: int
+    segment_count: int
+    element_count: int
+    total_bytes: int
+    steps: int
+    reserved: int
+    lengths_words: int
+
+
+class Record(NamedTuple):
+    """A segment's 32 bytes."""
+
+    elements: int
+    grid: int
+    num_bits: int
+    coding: int
+    table: int
+    reserved: int
+    p0: float
+    p1: float
 
 
 @dataclass
@@ -44,9 +76,9 @@ class ReferenceSegment:
             u = u * torch.tensor(self.inv_scale, dtype=t)
         return u if self.residual is None else u + self.residual.to(t)
 
-    def record(self) -> tuple[int, int, int, int, int, int, float, float]:
-        """The fields of the segment's record."""
-        return (self.values.numel(), self.grid, self.num_bits, self.coding, self.table, 0, self.p0, self.p1)
+    def record(self) -> Record:
+        """The segment's record."""
+        return Record(self.values.numel(), self.grid, self.num_bits, self.coding, self.table, 0, self.p0, self.p1)
 
 
 def checksum(data: bytes) -> int:
@@ -274,99 +306,9 @@ def encode_packet(
     total = 40 + len(tail) + len(writer.payload)
     dtype = DTYPES.index(segments[0].values.dtype)
 
+    fields = (len(segments), count, total, steps, 0, len(writer.lengths) // 4)
+
     def header(value: int) -> bytes:
-        fields = (0x4D4D4351, 1, dtype, int(with_checksums), len(shape), value, len(segments), count, total, steps, 0)
-        return struct.pack(HEADER, *fields, len(writer.lengths) // 4)
+        return struct.pack(HEADER, *Header(MAGIC, VERSION, dtype, int(with_checksums), len(shape), value, *fields))
 
     return header(checksum(header(0) + tail)) + tail + writer.payload
-
-
-def decode_packet(packet: bytes) -> torch.Tensor:
-    """The tensor of a valid packet. Trusts it: damage is for the native decoder to find."""
-    _, _, number, flags, ndim, _, segment_count, _, _, steps, _, lengths_words = struct.unpack_from(HEADER, packet)
-    dtype, at = DTYPES[number], 40
-    shape = struct.unpack_from(f"<{ndim}Q", packet, at)
-    at += 8 * ndim
-    records = [struct.unpack_from(RECORD, packet, at + 32 * i) for i in range(segment_count)]
-    at += 32 * segment_count
-    lists = packet[at : at + 4 * lengths_words]
-    at += 4 * lengths_words
-    blocks = sum(-(-r[0] // values_per_block(r[3], steps)) for r in records if r[3] in (SINGLE, PAIR))
-    plain = sum(r[3] in (RAW, FIXED) for r in records)
-    ends = list(struct.unpack_from(f"<{blocks}I", packet, at))
-    payload = packet[at + 4 * blocks + (4 * (blocks + plain) if flags & 1 else 0) :]
-    values = decode_segments(records, dtype, steps, lists, iter(ends), payload)
-    return torch.cat([torch.empty(0, dtype=dtype), *values]).reshape(shape)
-
-
-def decode_segments(
-    records: list[tuple[int, int, int, int, int, int, float, float]],
-    dtype: torch.dtype,
-    steps: int,
-    lists: bytes,
-    ends: Iterator[int],
-    payload: bytes,
-) -> list[torch.Tensor]:
-    """The values of each segment, or of each block of it."""
-    parts, at = [], 0
-    for count, grid, num_bits, coding, table, _, p0, p1 in records:
-        if coding == CONSTANT:
-            parts.append(torch.full((count,), p0, dtype=torch.float64).to(arithmetic(dtype)).to(dtype))
-        elif coding == RAW:
-            size = count * dtype.itemsize
-            parts.append(from_bytes(payload[at : at + size], dtype))
-            at += size + -size % 4
-        elif coding == FIXED:
-            symbols = unpack_bits(payload[at:], count, num_bits)
-            parts.append(dequantize(torch.tensor(symbols), dtype, grid, num_bits, p0, p1))
-            size = -(-count * num_bits // 8)
-            at += size + -size % 4
-        else:
-            lengths = static_lengths(table) if table != OWN_TABLE else None
-            if table == OWN_TABLE:
-                lengths, used = unpack_lengths(lists, alphabet_size(coding, num_bits))
-                lists = lists[used:]
-            size = values_per_block(coding, steps)
-            for begin in range(0, count, size):
-                end = 4 * next(ends)
-                n = min(size, count - begin)
-                parts.append(decode_block(payload[at:end], n, dtype, (grid, num_bits, p0, p1), coding, lengths))
-                at = end
-    return parts
-
-
-def decode_block(
-    data: bytes,
-    n: int,
-    dtype: torch.dtype,
-    parameters: tuple[int, int, float, float],
-    coding: int,
-    lengths: list[int] | None,
-) -> torch.Tensor:
-    """The values of one block."""
-    (info,) = struct.unpack_from("<I", data)
-    mode, escapes, at = info & 3, info >> 2 & 0x3FFF, 4
-    if mode == BLOCK_RAW:
-        return from_bytes(data[4 : 4 + n * dtype.itemsize], dtype)
-    start: tuple[int, ...] = ()
-    if mode == BLOCK_CODED:
-        start, at = struct.unpack_from("<32I", data, at), at + 128
-    values = from_bytes(data[at : at + escapes * dtype.itemsize], dtype)
-    at += escapes * dtype.itemsize
-    positions = list(struct.unpack_from(f"<{escapes}H", data, at))
-    body = data[at + 2 * escapes :]
-    if mode == BLOCK_CONSTANT:
-        symbols = [info >> 16] * n
-    elif mode == BLOCK_FIXED:
-        symbols = unpack_bits(body, n, parameters[1])
-    elif lengths is None:
-        raise ValueError("a coded block without a code")
-    else:
-        words = list(struct.unpack(f"<{len(body) // 2}H", body))
-        count = n if coding == SINGLE else -(-n // 2)
-        symbols = decode_lanes(list(start), words, count, canonical_codes(lengths), lengths)
-        if coding == PAIR:
-            symbols = [s for pair in symbols for s in (pair & 15, pair >> 4)][:n]
-    decoded = dequantize(torch.tensor(symbols), dtype, *parameters)
-    decoded[positions] = values
-    return decoded

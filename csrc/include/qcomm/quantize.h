@@ -65,7 +65,7 @@ public:
           radius_(sigma_radius(num_bits)),
           escape_(static_cast<std::uint32_t>(escape_symbol(num_bits))),
           limit_(static_cast<std::int32_t>(
-              __builtin_fmin(radius_, __builtin_floor(max_value / static_cast<double>(step_))))) {}
+              __builtin_fmax(0.0, __builtin_fmin(radius_, __builtin_floor(max_value / static_cast<double>(step_)))))) {}
 
     QCOMM_INLINE bool usable() const { return __builtin_isnormal(step_) && __builtin_isnormal(inv_) && step_ > T(0); }
 
