@@ -163,10 +163,16 @@ def _by_value(values: Sequence[str], transport: Transport) -> str:
     )
 
 
+def _cut(value: str, limit: int) -> str:
+    """At most ``limit`` characters and a digest, so that values which differ further on are still seen to differ."""
+    return value if len(value) <= limit else f"{value[:limit]}... ({hashlib.sha256(value.encode()).hexdigest()[:8]})"
+
+
 def _exchange_details(transport: Transport, details: Mapping[str, str]) -> list[dict[str, str]]:
-    limit = DETAIL_BYTES
-    while len(text := json.dumps({name: value[:limit] for name, value in details.items()}).encode()) > DETAIL_BYTES:
+    limit, text = DETAIL_BYTES, json.dumps(dict(details)).encode()
+    while len(text) > DETAIL_BYTES:
         limit //= 2
+        text = json.dumps({name: _cut(value, limit) for name, value in details.items()}).encode()
     message = torch.frombuffer(bytearray(text.ljust(DETAIL_BYTES)), dtype=torch.uint8)
     received = transport.exchange_small([message] * transport.world_size, "telling what is wrong")
     return [json.loads(bytes(text.tolist())) for text in received]

@@ -26,13 +26,17 @@ CLOSE_SECONDS = 5.0
 
 
 class Ticket(Generic[T]):
-    """What became of a job: may be waited for from any thread, any number of times.
+    """What became of a job: may be waited for from any thread but the one that runs it, any number of times.
+
+    Args:
+        worker: the thread that runs the job.
 
     Attributes:
         future: holds the job's result; its ``wait()`` raises what the job raised.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, worker: threading.Thread | None = None) -> None:
+        self._worker = worker
         self._done = threading.Event()
         self._result: T | None = None
         self._error: Exception | None = None
@@ -54,7 +58,13 @@ class Ticket(Generic[T]):
 
         Raises:
             TimeoutError: the job still runs after ``timeout`` (seconds or a timedelta).
+            RuntimeError: called on the worker thread, as by a Future's callback, for a job that is still in the queue.
         """
+        if threading.current_thread() is self._worker and not self._done.is_set():
+            raise RuntimeError(
+                "a callback waits for a collective that can only run after the callback; pass async_op=True and wait "
+                "on another thread"
+            )
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
         if not self._done.wait(seconds):
             raise TimeoutError(f"the collective is still running after {seconds:g} s")
@@ -117,12 +127,17 @@ class Communicator:
 
     def submit(self, job: Callable[[], T]) -> Ticket[T]:
         """Queues ``job``. All ranks submit the same jobs in the same order; jobs that do not match are refused."""
-        ticket: Ticket[T] = Ticket()
+        ticket: Ticket[T] = Ticket(self._thread)
         with self._closing:
             if not self._closed:
                 self._jobs.put(cast(tuple[Callable[[], object], Ticket[object]], (job, ticket)))
                 return ticket
         return failed(CollectiveError("the communicator is closed: its process group was destroyed"))
+
+    @property
+    def pending_fault(self) -> Fault | None:
+        """What went wrong at the end of an earlier job, which the other ranks will hear of in the next exchange."""
+        return self._pending_fault
 
     def begin(self) -> None:
         """Called by a job at its start: counts it."""
@@ -131,8 +146,8 @@ class Communicator:
     def agree(
         self, phase: Phase, fields: Fields, sizes: Sequence[int], limits: Sequence[int], fault: Fault | None
     ) -> tuple[list[int], Traffic]:
-        """:func:`qcomm.agreement.agree` for this job; also announces what went wrong at the end of the previous one."""
-        fault, self._pending_fault = self._pending_fault or fault, None
+        """:func:`qcomm.agreement.agree` for this job."""
+        self._pending_fault = None
         return agree(self._transport, self._sequence, phase, fields, sizes, limits, fault)
 
     def exchange(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], phase: Phase) -> Traffic:

@@ -3,251 +3,17 @@
 No postponed annotations in this module: DDP compares a hook's annotations by identity.
 """
 
-import time
-import warnings
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from qcomm.agreement import Fault, Fields, Phase
-from qcomm.collectives import check_grid, check_min_elements, check_strategy
-from qcomm.communicator import Communicator, completed, failed, get_communicator, resolve_group
-from qcomm.ddp_buckets import BucketTable
-from qcomm.ddp_checks import check_model, check_scale
-from qcomm.error_feedback import ErrorFeedback
-from qcomm.grids import Grid, SigmaGrid
-from qcomm.layout import BucketLayout
-from qcomm.telemetry import Telemetry
-from qcomm.two_phase import MeanTask, two_phase_mean
+from qcomm.communicator import failed, get_communicator, resolve_group
+from qcomm.ddp_checks import check_grad_scale, check_model
+from qcomm.ddp_state import CompressionState
 
 __all__ = ["CompressionState", "attach", "compression_hook"]
-
-FORMAT = 1
-
-GradScale = float | torch.Tensor | Callable[[], float | torch.Tensor] | None
-StateDict = Mapping[str, Any]
-
-
-class CompressionState:
-    """What the hook needs and remembers: options, error feedback, counters. One for each model and rank.
-
-    Every rank passes the same options; where they differ, every rank gets a ConfigMismatchError that names the option,
-    at the first bucket (through DDP as a RuntimeError with its text; ``exception()`` has the object).
-
-    Args:
-        process_group: the group to average over; by default the model's with :func:`attach`, otherwise the default one.
-        grid: how finely gradients are quantized, ``SigmaGrid`` or ``RangeGrid``. Means are quantized once more, with
-            ``step`` at most 1.
-        error_feedback: keep what quantization lost and add it to the next gradient: 4 bytes a parameter, and 4 / W for
-            the means. A step that fails, or that GradScaler skips, loses at most its own gradient and that feedback.
-        min_elements: smaller parameters travel uncompressed, in the same packets.
-        warmup_steps: so many first steps exchange uncompressed values.
-        exclude: patterns (``fnmatch``) of the names of parameters that travel uncompressed. Needs :func:`attach`,
-            which knows the names.
-        grad_scale: what the loss was multiplied by, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. Read
-            once a step. Error feedback is kept without it, so that a residual stays right when the scale changes.
-        strategy: ``"auto"`` or ``"two_phase"``; naming one exchanges packets also in a world of one rank, which
-            otherwise has nothing to do.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-
-    Example:
-        >>> state = CompressionState(grid=SigmaGrid(step=2.0), exclude=["*.bias"])
-        >>> state.stats()["bytes_sent"]
-        0
-    """
-
-    def __init__(
-        self,
-        process_group: dist.ProcessGroup | None = None,
-        grid: Grid = SigmaGrid(step=1.0),
-        error_feedback: bool = True,
-        min_elements: int = 1024,
-        warmup_steps: int = 0,
-        exclude: Sequence[str] = (),
-        grad_scale: GradScale = None,
-        strategy: str = "auto",
-    ) -> None:
-        check_grid(grid)
-        check_min_elements(min_elements)
-        check_strategy(strategy)
-        if not isinstance(error_feedback, bool):
-            raise TypeError(f"error_feedback must be a bool, got {type(error_feedback).__name__}")
-        if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int):
-            raise TypeError(f"warmup_steps must be an int, got {type(warmup_steps).__name__}")
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be >= 0, got {warmup_steps}")
-        if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
-            raise TypeError(f"exclude must be a sequence of patterns, such as ['*.bias'], got {exclude!r}")
-        if grad_scale is not None and not callable(grad_scale):
-            check_scale(grad_scale)
-        self.process_group = process_group
-        self.grid = grid
-        self.warmup_steps = warmup_steps
-        self.grad_scale = grad_scale
-        self.strategy = strategy
-        self.telemetry = Telemetry()
-        options = {
-            "grid": grid.describe(),
-            "error_feedback": str(error_feedback),
-            "min_elements": str(min_elements),
-            "warmup_steps": str(warmup_steps),
-            "exclude": str(list(exclude)),
-            "strategy": strategy,
-        }
-        self._table = BucketTable(options, min_elements, exclude)
-        self._feedback = ErrorFeedback() if error_feedback else None
-        self._step = 0
-        self._last_index = -1
-        self._scale = 1.0
-        self._error: Exception | None = None
-
-    @property
-    def error_feedback(self) -> ErrorFeedback | None:
-        """The residuals; None where error feedback is off. Not to be touched during backward."""
-        return self._feedback
-
-    def stats(self) -> dict[str, Any]:
-        """Counters of this rank since it began or since ``reset_stats``.
-
-        Returns:
-            ``steps``, ``buckets``, ``elements``, ``elements_compressed``;
-            ``bytes_sent``, ``bytes_received``: all that was handed to sends and receives, and the same apart as
-            ``..._phase1`` (values to the owners of chunks), ``..._phase2`` (means to everyone) and ``..._overhead``
-            (headers that announce sizes);
-            ``bytes_uncompressed``: of the gradients, once;
-            ``bits_per_element``: of all elements, the mean of both phases, all bytes of packets counted, also of those
-            that a rank keeps for itself;
-            ``bits_per_element_phase1``, ``bits_per_element_phase2`` and their mean ``bits_per_element_compressed``: the
-            same for compressed parameters alone;
-            ``encode_seconds``, ``decode_seconds`` and ``communication_seconds`` (waiting for slower ranks included) of
-            the worker thread; ``wait_seconds``, from the last bucket's gradient to its mean;
-            ``nonfinite_tensors``: how often one held NaN or infinity;
-            ``tensors``: for each compressed parameter the last ``grid``, ``coding``, ``num_bits`` and ``step``;
-            ``residual_norm``: of what is still to be sent.
-        """
-        residual_norm = self._feedback.norm() if self._feedback is not None else 0.0
-        return {**self.telemetry.stats(), "residual_norm": residual_norm}
-
-    def reset_stats(self) -> None:
-        """Sets the counters to zero; error feedback and the number of steps stay."""
-        self.telemetry.reset()
-
-    def exception(self) -> Exception | None:
-        """The last error of a bucket: DDP passes on its text, this is the object."""
-        return self._error
-
-    def state_dict(self) -> dict[str, Any]:
-        """What this rank needs to go on: number of steps and residuals.
-
-        Every rank has to save its own; call it between steps.
-        """
-        return {
-            "format": FORMAT,
-            "steps": self._step,
-            "has_names": self._table.has_names or self._table.residuals_have_names,
-            "error_feedback": self._feedback.state_dict() if self._feedback is not None else None,
-        }
-
-    def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
-        """Goes on from what ``state_dict`` returned on this rank; the number of ranks may have changed.
-
-        Args:
-            state_dict: this rank's. When W ranks go on as fewer, W', rank r passes a list of those of ranks r, r + W',
-                r + 2W', ... or, losing part of the residuals, its own alone. A rank that is new passes rank 0's with
-                ``"error_feedback"`` set to None.
-
-        Raises:
-            ValueError: of another format, or not of one run.
-        """
-        saved = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
-        if not saved or any(part.get("format") != FORMAT for part in saved):
-            raise ValueError(f"state_dict must be of format {FORMAT}, as CompressionState.state_dict returns it")
-        residuals = [part["error_feedback"] for part in saved if part["error_feedback"] is not None]
-        if self._feedback is not None:
-            if residuals:
-                self._feedback.load_state_dict(residuals)
-            else:
-                self._feedback.clear()
-        self._step = saved[0]["steps"]
-        self._table.residuals_have_names = bool(residuals) and any(part["has_names"] for part in saved)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the process group and the identity of parameters, which belong to the process."""
-        warnings.warn(
-            "a pickled CompressionState has no process group; attach(ddp_model, state=state) gives it one",
-            stacklevel=2,
-        )
-        return {**self.__dict__, "process_group": None, "_error": None}
-
-    def bind(self, model: torch.nn.Module, process_group: dist.ProcessGroup) -> None:
-        """Learns the names of a model's parameters and, unless it was given one, the process group."""
-        self._table.bind(model)
-        if self.process_group is None:
-            self.process_group = process_group
-
-    def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """Starts averaging a bucket. Never raises, because DDP could not go on; the Future does."""
-        self.telemetry.mark(bucket.index(), "ready")
-        buffer = bucket.buffer()
-        try:
-            group = resolve_group(self.process_group)
-            world_size = dist.get_world_size(group)
-            alone = world_size == 1 and self.strategy == "auto"
-            communicator = None if alone else get_communicator(group)
-        except (RuntimeError, ValueError) as error:
-            return self._failed(error)
-        try:
-            task = self._task(bucket, world_size)
-        except Exception as error:  # noqa: BLE001 - any: the other ranks are already waiting for this bucket
-            fault = Fault(Phase.PREPARE, error)
-            task = MeanTask(buffer, None, self.grid, Fields({}), self.telemetry, fault=fault)
-        if communicator is None:
-            if task.fault is not None:
-                return self._failed(task.fault.error)
-            self._count(task.layout, buffer)
-            return completed(buffer).future
-        ready = time.perf_counter() if bucket.is_last() else None
-        return communicator.submit(lambda: self._run(task, communicator, ready)).future
-
-    def _failed(self, error: Exception) -> torch.futures.Future[torch.Tensor]:
-        self._error = error
-        return failed(error).future
-
-    def _task(self, bucket: dist.GradBucket, world_size: int) -> MeanTask:
-        # Buckets come in ascending order, so an index that does not ascend is a new step, also where the last ones of
-        # a step were left out.
-        if bucket.index() <= self._last_index or self._last_index < 0:
-            self._step += 1
-            self.telemetry.add(steps=1)
-            scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
-            self._scale = 1.0 if scale is None else check_scale(scale)
-        self._last_index = bucket.index()
-        layout, fields = self._table.look_up(bucket, world_size, warming_up=self._step <= self.warmup_steps)
-        if self.grad_scale is not None:
-            fields = fields.extended("grad_scale", repr(self._scale))
-        return MeanTask(
-            bucket.buffer(), layout, self.grid, fields, self.telemetry, self._feedback, self._scale, bucket.index()
-        )
-
-    def _run(self, task: MeanTask, communicator: Communicator, ready: float | None) -> torch.Tensor:
-        try:
-            result = two_phase_mean(task, communicator)
-        except Exception as error:  # kept for exception(), and passed on
-            self._error = error
-            raise
-        self._count(task.layout, task.buffer, exchanged=True)
-        if ready is not None:
-            self.telemetry.add(wait_seconds=time.perf_counter() - ready)
-        return result
-
-    def _count(self, layout: BucketLayout | None, buffer: torch.Tensor, exchanged: bool = False) -> None:
-        if layout is not None:
-            self.telemetry.count_bucket(layout, buffer.element_size(), exchanged)
 
 
 def compression_hook(state: CompressionState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -292,7 +58,8 @@ def attach(
 
     Args:
         ddp_model: a DistributedDataParallel that has no communication hook yet.
-        state: a state to go on with, unpickled or of an earlier model with the same parameters; excludes options.
+        state: a state to go on with, unpickled or of an earlier model with the same parameters, which is gone or wraps
+            the same module; the only option beside it is ``grad_scale``, which replaces the state's.
         **options: of :class:`CompressionState`.
 
     Returns:
@@ -314,19 +81,22 @@ def attach(
         True
         >>> dist.destroy_process_group()
     """
-    if state is not None and options:
-        raise TypeError(f"state must not be combined with options, got {sorted(options)}")
+    if state is not None and set(options) - {"grad_scale"}:
+        raise TypeError(f"state must not be combined with options but grad_scale, got {sorted(options)}")
     check_model(ddp_model)
     if state is None:
         state = CompressionState(**options)
     elif not isinstance(state, CompressionState):
         raise TypeError(f"state must be a qcomm.CompressionState, got {type(state).__name__}")
-    group = resolve_group(state.process_group or ddp_model.process_group)
+    elif "grad_scale" in options:
+        check_grad_scale(options["grad_scale"])
+    group = resolve_group(state.given_group or ddp_model.process_group)
     members, expected = dist.get_process_group_ranks(group), dist.get_process_group_ranks(ddp_model.process_group)
     if members != expected:
         raise ValueError(f"process_group must have the model's ranks {expected}, got ranks {members}")
+    state.bind(ddp_model.module, group)
     if len(members) > 1 or state.strategy != "auto":
         get_communicator(group)
-    state.bind(ddp_model.module, group)
+    state.grad_scale = options.get("grad_scale", state.grad_scale)
     ddp_model.register_comm_hook(state, compression_hook)
     return state

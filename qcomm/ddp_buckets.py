@@ -45,7 +45,19 @@ class BucketTable:
         return state
 
     def bind(self, model: torch.nn.Module) -> None:
-        """Learns the names of a model's parameters."""
+        """Learns the names of a model's parameters.
+
+        Raises:
+            ValueError: another model uses this table.
+        """
+        bound = {id(parameter) for parameter in model.parameters()}
+        alive = [(key, name) for key, (reference, name) in self._names.items() if reference() is not None]
+        strangers = [name for key, name in alive if key not in bound]
+        if strangers:
+            raise ValueError(
+                f"state serves another model, which is still there (its {strangers[0]!r} is not in ddp_model): make "
+                "one state for each model, or hand residuals over with state_dict and load_state_dict"
+            )
         self._names = {id(parameter): (weakref.ref(parameter), name) for name, parameter in model.named_parameters()}
         self._layouts.clear()
         self.has_names = True

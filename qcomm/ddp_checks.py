@@ -72,6 +72,12 @@ def _check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
         )
 
 
+def check_grad_scale(grad_scale: object) -> None:
+    """Raises unless ``grad_scale`` is None, a function, or a scale."""
+    if grad_scale is not None and not callable(grad_scale):
+        check_scale(grad_scale)
+
+
 def check_scale(scale: object) -> float:
     """The number in ``grad_scale``, or an error that names it.
 

@@ -125,7 +125,7 @@ class ErrorFeedback:
                 starts from zero; the others' residuals are rescaled so that the mean keeps them.
 
         Raises:
-            ValueError: of another format, or saved with different numbers of ranks.
+            ValueError: of another format, damaged, or saved with different numbers of ranks; nothing has changed then.
         """
         states = [state] if isinstance(state, Mapping) else list(state)
         if not states:
@@ -133,14 +133,12 @@ class ErrorFeedback:
         for saved in states:
             if saved.get("format") != FORMAT:
                 raise ValueError(f"state has format {saved.get('format')!r}, this version reads {FORMAT}")
+            _check_saved(saved)
             if saved["world_size"] != states[0]["world_size"]:
                 raise ValueError(
                     f"state was saved by {states[0]['world_size']} and by {saved['world_size']} ranks; "
                     "all parts must be of one run"
                 )
-            for key, (start, residual) in saved["owner"].items():
-                if key not in saved["local"] or start + residual.numel() > saved["local"][key].numel():
-                    raise ValueError(f"state is damaged: the owner residual of {key!r} does not fit its local residual")
         parts = []
         for saved in states:
             part = ErrorFeedback()
@@ -157,3 +155,25 @@ class ErrorFeedback:
                 for key, residual in part._local.items():
                     merged.local(key, residual.numel()).add_(residual)
         self._local, self._owner, self._world_size = merged._local, merged._owner, merged._world_size
+
+
+def _check_saved(saved: Mapping[str, Any]) -> None:
+    local, owner = saved.get("local"), saved.get("owner")
+    if not isinstance(local, Mapping) or not isinstance(owner, Mapping) or "world_size" not in saved:
+        raise ValueError(f"state is damaged: it needs world_size, local and owner, it has {sorted(saved)}")
+    for key, residual in local.items():
+        _check_residual(key, residual)
+    for key, part in owner.items():
+        if not isinstance(part, tuple) or len(part) != 2 or not isinstance(part[0], int) or part[0] < 0:
+            raise ValueError(
+                f"state is damaged: the owner residual of {key!r} must be a pair of its start and a tensor"
+            )
+        start, residual = part
+        _check_residual(key, residual)
+        if key not in local or start + residual.numel() > local[key].numel():
+            raise ValueError(f"state is damaged: the owner residual of {key!r} does not fit its local residual")
+
+
+def _check_residual(key: str, residual: object) -> None:
+    if not isinstance(residual, torch.Tensor) or residual.dtype != torch.float32 or residual.dim() != 1:
+        raise ValueError(f"state is damaged: the residual of {key!r} must be a 1-D float32 tensor")

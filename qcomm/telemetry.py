@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from qcomm.layout import BucketLayout
@@ -74,7 +74,8 @@ class Telemetry:
 
     def __getstate__(self) -> dict[str, Any]:
         """Counters and the tensors' quantizers; locks and observers do not travel."""
-        return {"_counters": self._counters, "_tensors": dict(self._tensors)}
+        with self._lock:
+            return {"_counters": replace(self._counters), "_tensors": dict(self._tensors)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -133,7 +134,7 @@ class Telemetry:
     def stats(self) -> dict[str, Any]:
         """Everything counted so far; see ``CompressionState.stats``."""
         with self._lock:
-            counters = Counters(**{f.name: getattr(self._counters, f.name) for f in fields(Counters)})
+            counters = replace(self._counters)
             tensors = dict(self._tensors)
         shown = [f.name for f in fields(Counters)][: [f.name for f in fields(Counters)].index("packet_bytes_phase1")]
         compressed = [

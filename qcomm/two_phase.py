@@ -76,19 +76,21 @@ def two_phase_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
         ConfigMismatchError: ``task.fields`` differ between ranks.
     """
     communicator.begin()
-    rank, fault = communicator.rank, task.fault
-    packets: list[torch.Tensor] | None = None
+    rank, fault = communicator.rank, communicator.pending_fault or task.fault
+    values: list[torch.Tensor] | None = None
     if fault is None:
-        packets, fault = _attempt(Phase.ENCODE, _encode_values, task, rank)
-    contributions = _exchange(task, communicator, 1, packets, fault)
+        values, fault = _attempt(Phase.ENCODE, _encode_values, task, rank)
+    contributions = _exchange(task, communicator, 1, values, fault)
     mean, fault = _attempt(Phase.REDUCE, _reduce_chunk, task, rank, contributions)
-    packets = None if mean is None else [mean] * communicator.world_size
-    means = _exchange(task, communicator, 2, packets, fault)
+    means = _exchange(task, communicator, 2, None if mean is None else [mean] * communicator.world_size, fault)
     _, fault = _attempt(Phase.DECODE, _decode_means, task, means)
     if fault is not None:
         communicator.announce_later(fault)
         text = f"this rank failed while {fault.phase}: {fault.error}; the others are told in the next collective"
         raise CollectiveError(text) from fault.error
+    for phase, packets in enumerate((values or [], means), 1):
+        sizes = [packet.numel() for packet in packets]
+        task.telemetry.count_packets(phase, _layout(task), sizes, _wire_dtype(task).itemsize)
     task.telemetry.mark(task.index, "done")
     return task.buffer
 
@@ -149,7 +151,6 @@ def _encode_values(task: MeanTask, rank: int) -> list[torch.Tensor]:
             if chunk.raw_runs:
                 segments.append(Segment(gather_runs(values, chunk.raw_runs), Quantizer.raw()))
             packets.append(_packet(segments, 1.0 / task.scale))
-    task.telemetry.count_packets(1, layout, [packet.numel() for packet in packets], values.element_size())
     return packets
 
 
@@ -189,7 +190,6 @@ def _decode_means(task: MeanTask, packets: Sequence[torch.Tensor]) -> None:
                 if task.scale != 1.0:
                     values.mul_(task.scale)
                 scatter_chunk(values, chunk, task.buffer)
-    task.telemetry.count_packets(2, layout, [packet.numel() for packet in packets], _wire_dtype(task).itemsize)
 
 
 def _exchange(

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
-from qcomm import ddp
+from qcomm import ddp_state
 
 pytestmark = pytest.mark.world
 
@@ -103,7 +103,7 @@ class Spy:
         return two_phase_mean(task, communicator)
 
 
-two_phase_mean = ddp.two_phase_mean
+two_phase_mean = ddp_state.two_phase_mean
 
 
 def bounds(spied, grid):
@@ -130,7 +130,7 @@ def case_mode(rank, world_size, mode, grid, error_feedback):
     for step in range(STEPS):
         plain.load_state_dict(model.module.state_dict())
         spy = Spy()
-        with mock.patch.object(ddp, "two_phase_mean", spy):
+        with mock.patch.object(ddp_state, "two_phase_mean", spy):
             for part in range(passes):
                 inputs = batch(shape, dtype, step, rank, part)
                 if part < passes - 1:

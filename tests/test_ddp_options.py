@@ -1,63 +1,19 @@
-"""The hook's options and refusals, AMP, faults during backward, and that communication overlaps with backward."""
+"""The hook's options, AMP, join and wrappers, and that communication overlaps with backward."""
 
 import copy
 import threading
-from contextlib import nullcontext
 from itertools import pairwise
-from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-from distributed import TIMEOUT, assert_same_on_all_ranks, counting_bytes, die, gathered, run, run_alone
-from torch import nn
+from ddp_model import backward, error_of, exact_mean, inputs, wrap
+from distributed import assert_same_on_all_ranks, counting_bytes, gathered, run
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
-from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
-from qcomm import ddp_buckets, two_phase
 from qcomm.transport import TransportError
 
 pytestmark = pytest.mark.world
-
-
-def mlp():
-    torch.manual_seed(0)
-    return nn.Sequential(*[layer for _ in range(6) for layer in (nn.Linear(48, 48), nn.Tanh())])
-
-
-def wrap(model=None, **options):
-    return DistributedDataParallel(mlp() if model is None else model, bucket_cap_mb=0.002, **options)
-
-
-def inputs(rank, step=0):
-    return torch.randn(8, 48, generator=torch.Generator().manual_seed(100 * step + rank))
-
-
-def backward(model, rank, step=0, scale=1.0):
-    model.zero_grad()
-    (model(inputs(rank, step)).square().sum() * scale).backward()
-    return [p.grad.clone() for p in model.parameters()]
-
-
-def error_of(model, rank):
-    """What backward raises, or None."""
-    try:
-        backward(model, rank)
-    except RuntimeError as error:
-        return error
-    return None
-
-
-def exact_mean(rank, world_size, step=0):
-    """Gradients averaged in rank order, in float32: what raw values have to give."""
-    total = None
-    for other in range(world_size):
-        model = mlp()
-        model(inputs(other, step)).square().sum().backward()
-        part = [p.grad for p in model.parameters()]
-        total = part if total is None else [a + b for a, b in zip(total, part, strict=True)]
-    return [g / world_size for g in total]
 
 
 def case_warmup_and_exclude(rank, world_size):
@@ -183,171 +139,6 @@ def case_scaler(rank, world_size, grid):
 @pytest.mark.parametrize("grid", [qcomm.SigmaGrid(step=1.0), qcomm.RangeGrid(c=2)], ids=["sigma", "range"])
 def test_grad_scaler_skips_and_recovers(grid):
     run(2, case_scaler, grid)
-
-
-def case_mismatch(rank, world_size):
-    odd = rank == 2
-    for options, field in (
-        (
-            {"grid": qcomm.SigmaGrid(2.0 if odd else 1.0)},
-            "grid: SigmaGrid(step=1.0, coding='auto') on ranks 0 1, SigmaGrid(step=2.0",
-        ),
-        ({"error_feedback": not odd}, "error_feedback: True on ranks 0 1, False on rank 2"),
-        ({"min_elements": 100 + odd}, "min_elements: 100 on ranks 0 1, 101 on rank 2"),
-        ({"warmup_steps": 3 + odd}, "warmup_steps: 3 on ranks 0 1, 4 on rank 2"),
-        ({"exclude": ["a"] if odd else []}, "exclude: [] on ranks 0 1, ['a'] on rank 2"),
-        ({"strategy": "two_phase" if odd else "auto"}, "strategy: auto on ranks 0 1, two_phase on rank 2"),
-    ):
-        model = wrap()
-        state = qcomm.attach(model, **options)
-        error = error_of(model, rank)
-        assert "ConfigMismatchError" in str(error) and field in str(error), error
-        assert isinstance(state.exception(), qcomm.ConfigMismatchError)
-    # Models of the same sizes whose parameters have other names.
-    model = wrap(nn.Sequential(*mlp()) if rank else nn.ModuleDict({"layers": mlp()})["layers"])
-    state = qcomm.attach(model)
-    state._table._names = {key: (reference, name + "x" * odd) for key, (reference, name) in state._table._names.items()}
-    assert "layout: 12 tensors" in str(error_of(model, rank))
-    # Nothing is out of step afterwards.
-    model = wrap()
-    qcomm.attach(model)
-    assert error_of(model, rank) is None
-
-
-def test_mismatch_names_the_option_on_every_rank():
-    run(3, case_mismatch)
-
-
-class Complex(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.real = nn.Linear(4, 4)
-        self.phase = nn.Parameter(torch.ones(4, dtype=torch.complex64))
-
-    def forward(self, x):
-        return (self.real(x) * self.phase).abs()
-
-
-class Lookup(nn.Module):
-    def __init__(self, sparse):
-        super().__init__()
-        self.table = nn.Embedding(10, 4, sparse=sparse)
-        self.head = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.head(self.table(x))
-
-
-def case_refused(rank, world_size):
-    for factory, error, match in (
-        (lambda: wrap(Complex()), TypeError, "parameter 'phase' is complex"),
-        (lambda: wrap(Lookup(sparse=True)), ValueError, "module 'table' makes sparse gradients"),
-        (
-            lambda: nn.Linear(2, 2),
-            TypeError,
-            "ddp_model must be a torch.nn.parallel.DistributedDataParallel, got Linear",
-        ),
-    ):
-        model = factory()
-        with pytest.raises(error, match=match):
-            qcomm.attach(model)
-        assert not getattr(model, "_comm_hooks", [])
-    model = wrap()
-    for options, error, match in (
-        ({"grid": 3}, TypeError, "grid must be"),
-        ({"min_elements": -5}, ValueError, "min_elements must be >= 0, got -5"),
-        ({"warmup_steps": -1}, ValueError, "warmup_steps must be >= 0, got -1"),
-        ({"warmup_steps": 2.5}, TypeError, "warmup_steps must be an int"),
-        ({"exclude": "*.bias"}, TypeError, "exclude must be a sequence of patterns"),
-        ({"grad_scale": -1.0}, ValueError, "grad_scale must be positive and finite, got -1.0"),
-        ({"grad_scale": "auto"}, TypeError, "grad_scale must be a number"),
-        ({"grad_scale": torch.ones(2)}, ValueError, "grad_scale must have one element"),
-        ({"error_feedback": 1}, TypeError, "error_feedback must be a bool"),
-        ({"strategy": "ring"}, ValueError, "strategy must be one of"),
-        ({"steps": 1}, TypeError, "unexpected keyword argument 'steps'"),
-    ):
-        with pytest.raises(error, match=match):
-            qcomm.attach(model, **options)
-    assert not model._comm_hooks
-    pair = dist.new_group([0])
-    if rank == 0:
-        with pytest.raises(ValueError, match=r"process_group must have the model's ranks \[0, 1\], got ranks \[0\]"):
-            qcomm.attach(model, process_group=pair)
-    plain = backward(model, rank)  # the model is as it was: DDP's own all-reduce
-    assert all(torch.allclose(a, b) for a, b in zip(plain, exact_mean(rank, world_size), strict=True))
-    qcomm.attach(model)
-    with pytest.raises(RuntimeError, match=r"has a communication hook already \(compression_hook\)"):
-        qcomm.attach(model)
-    precision = torch.nn.parallel.distributed._MixedPrecision(param_dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="mixed_precision"):
-        qcomm.attach(wrap(nn.Linear(4, 4), mixed_precision=precision))
-    # What attach refuses, a hook registered by hand refuses at the end of backward, on all ranks, and DDP can go on.
-    for factory, argument, match in (
-        (Complex, torch.ones(2, 4), "complex parameters are not supported"),
-        (lambda: Lookup(sparse=True), torch.zeros(3, dtype=torch.int64), "sparse gradients are not supported"),
-    ):
-        model = DistributedDataParallel(factory())
-        model.register_comm_hook(qcomm.CompressionState(), qcomm.compression_hook)
-        for _ in range(2):
-            with pytest.raises(RuntimeError, match=match):
-                model(argument).sum().backward()
-    model = wrap()
-    model.register_comm_hook("no state", qcomm.compression_hook)
-    assert "state must be a qcomm.CompressionState, got str" in str(error_of(model, rank))
-    with pytest.raises(TypeError, match="python_reducer"):
-        qcomm.compression_hook(qcomm.CompressionState(), (torch.ones(2), torch.ones(2)))
-    model = wrap()
-    qcomm.attach(model)
-    assert error_of(model, rank) is None
-
-
-def test_what_cannot_be_served_is_refused():
-    run(2, case_refused)
-
-
-def case_faults(rank, world_size):
-    model = wrap()
-    state = qcomm.attach(model, min_elements=100)
-    backward(model, rank)
-    for target, name, phase in (
-        (two_phase, "_encode_values", "compressing"),
-        (two_phase, "_reduce_chunk", "averaging"),
-        (ddp_buckets, "_check_buffer", "preparing"),
-    ):
-        original = getattr(target, name)
-        calls = []
-
-        def fail_second(*args, calls=calls, original=original):
-            calls.append(args)
-            if len(calls) == 2:
-                raise ZeroDivisionError("boom")
-            return original(*args)
-
-        with mock.patch.object(target, name, side_effect=fail_second) if rank == 1 else nullcontext():
-            error = error_of(model, rank)
-        assert f"rank 1 failed while {phase}" in str(error) and "ZeroDivisionError: boom" in str(error), error
-        assert isinstance(state.exception(), qcomm.CollectiveError)
-        for _ in range(2):
-            assert error_of(model, rank) is None
-        assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
-
-
-def test_a_fault_in_one_bucket_is_raised_by_backward_on_all_ranks():
-    run(3, case_faults)
-
-
-def case_killed(rank, world_size):
-    model = wrap()
-    state = qcomm.attach(model)
-    backward(model, rank)
-    if rank == 0:
-        mock.patch.object(two_phase, "_reduce_chunk", side_effect=lambda *_: die()).start()
-    assert "no answer from rank(s)" in str(error_of(model, rank))
-    assert isinstance(state.exception(), qcomm.CollectiveError)
-
-
-def test_a_killed_rank_ends_backward_on_the_others():
-    run_alone(2, case_killed, dying=(0,), seconds=TIMEOUT.total_seconds() / 2)
 
 
 def case_overlap(rank, world_size):

@@ -350,6 +350,8 @@ def train_and_resume(config: TrainConfig, folder: Path) -> None:
     """On each of two ranks: a run in one piece, and one that is broken off in its second epoch and resumed."""
     whole = train(replace(config, out=folder / "whole", checkpoint_every=config.epochs))
     broken = replace(config, out=folder / "broken", checkpoint_every=1)
+    notes = folder / "broken" / config.slug / "epoch-by-epoch"
+    notes.mkdir(parents=True, exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_Run, "evaluate", fail_in_second_epoch(_Run.evaluate))
         with pytest.raises(KeyboardInterrupt):
@@ -357,6 +359,7 @@ def train_and_resume(config: TrainConfig, folder: Path) -> None:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     saved = checkpoint.find(folder / "broken" / config.slug)
     assert saved.name == "epoch-0001"
+    assert notes.is_dir()  # only checkpoints are removed
     if rank == 0:
         shutil.copytree(saved, folder / "half" / config.slug / saved.name)
 

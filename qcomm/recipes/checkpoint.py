@@ -53,7 +53,8 @@ def save(folder: Path, epoch: int, shared: dict[str, Any], per_rank: dict[str, A
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("epoch-*") if path.is_dir())
+    """Checkpoints below ``folder``, oldest first; other directories are the user's, whatever their names."""
+    return sorted(path for path in folder.glob("epoch-[0-9]*") if (path / _SHARED).is_file())
 
 
 def find(path: Path) -> Path:

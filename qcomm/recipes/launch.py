@@ -60,25 +60,28 @@ def launch(function: Callable[..., None], ranks: int | None, threads: int, *argu
         if ranks == 1:
             _run_here(0, world, function, arguments)
             return
+        told = Path(folder, "told")
         context = start_processes(
-            _rank_main, args=(world, function, arguments), nprocs=ranks, start_method="spawn", join=False
+            _rank_main, args=(world, told, function, arguments), nprocs=ranks, start_method="spawn", join=False
         )
         try:
             while not context.join():
                 pass  # it returns when one process has ended well
         except (ProcessExitedException, ProcessRaisedException):
-            # The rank that is first to fail may be one that lost its peer: what the peer ended with counts.
-            if any(process.exitcode == USER_ERROR for process in context.processes):
+            # The rank that is first to fail may be one that lost its peer, which is then killed before it can end with
+            # a code of its own: the file counts.
+            if told.exists():
                 raise SystemExit(USER_ERROR) from None
             raise
 
 
-def _rank_main(rank: int, world: _World, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _rank_main(rank: int, world: _World, told: Path, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     try:
         _run(rank, world, function, arguments)
     except RecipeError as error:
         # Ends with the process group standing: taking it down first would let other ranks fail before this one.
-        print(f"error (rank {rank}): {error}", file=sys.stderr)
+        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        told.touch()
         raise SystemExit(USER_ERROR) from None
     dist.destroy_process_group()
 
