@@ -72,10 +72,11 @@ def attach(
 
     Example:
         >>> import tempfile
+        >>> import qcomm
         >>> store = f"file://{tempfile.mkdtemp()}/store"
         >>> dist.init_process_group("gloo", init_method=store, rank=0, world_size=1)
         >>> model = DistributedDataParallel(torch.nn.Linear(64, 64))
-        >>> state = attach(model, grid=SigmaGrid(step=1.0), strategy="two_phase")
+        >>> state = attach(model, grid=qcomm.SigmaGrid(step=1.0), strategy="two_phase")
         >>> model(torch.randn(8, 64)).square().mean().backward()
         >>> state.stats()["bits_per_element_phase1"] < 3
         True
