@@ -110,7 +110,7 @@ def test_payload_is_the_optimum_and_the_blocks_overhead(num_bits: int, make) -> 
     grid = qcomm.RangeGrid(num_bits=num_bits)
     symbols, _ = quantize(x, grid)
     counts = torch.bincount(symbols, minlength=2**num_bits)
-    lengths = code_lengths(counts, min(num_bits + 4, 15))
+    lengths = code_lengths(counts, min(max(num_bits + 4, 12), 15))
     optimum = float((counts * lengths).sum()) / 8
     info = qcomm.inspect(qcomm.compress(x, grid))
     if info.coding == "fixed":

@@ -146,7 +146,7 @@ def alphabet_size(coding: int, num_bits: int) -> int:
 
 def length_limit(coding: int, num_bits: int) -> int:
     """The longest codeword."""
-    return 12 if coding == PAIR else min(num_bits + 4, 15)
+    return 12 if coding == PAIR else min(max(num_bits + 4, 12), 15)
 
 
 def escape_of(grid: int, num_bits: int) -> int:
