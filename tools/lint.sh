@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Style and types, with the tools of .venv where it exists (make build). Usage: tools/lint.sh [--fix]
+# Style, types, and whether the documents' tables are those of bench/results. Usage: tools/lint.sh [--fix]
+# Takes the tools of .venv where it exists (make build).
 # --fix formats the code and repairs what the tools can repair; what they cannot is reported. Exits 1 on findings.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -9,10 +10,10 @@ fix=false
 case "${1:-}" in
     "") ;;
     --fix) fix=true ;;
-    *) sed -n 2,3p "$0" >&2; exit 2 ;;
+    *) sed -n 2,4p "$0" >&2; exit 2 ;;
 esac
 
-mapfile -t cpp < <(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | sort)
+mapfile -t cpp < <(find csrc tests bench -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh' | sort)
 python=(qcomm tests bench tools setup.py)
 findings=0
 
@@ -37,5 +38,6 @@ check ruff check --output-format=concise "${python[@]}"
 check ruff format --check "${python[@]}"
 check mypy --strict qcomm/
 check clang-format --dry-run -Werror "${cpp[@]}"
+check python3 tools/make_tables.py --check
 
 exit "$findings"
