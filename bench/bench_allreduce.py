@@ -82,7 +82,7 @@ def bucket(rank: int, elements: int) -> tuple[torch.Tensor, list[TensorSpec]]:
 
 
 def plain(dtype: torch.dtype) -> Method:
-    """torch's own all-reduce, in ``dtype``, as its compression hooks do it."""
+    """Torch's own all-reduce, in ``dtype``, as its compression hooks do it."""
 
     def average(buffer: torch.Tensor) -> int:
         world_size = dist.get_world_size()

@@ -91,8 +91,8 @@ def test_encode_with_error_feedback(benchmark: Any, throughput: Callable[..., No
 
 ALL_REDUCE: dict[str, Callable[[torch.Tensor], object]] = {
     "fp32": lambda tensor: dist.all_reduce(tensor, op=dist.ReduceOp.SUM),
-    "k1": lambda tensor: qcomm.all_reduce(tensor, GRIDS["k1"]),
-    "k2": lambda tensor: qcomm.all_reduce(tensor, GRIDS["k2"]),
+    "k1": lambda tensor: qcomm.all_reduce(tensor, GRIDS["k1"], strategy="two_phase"),
+    "k2": lambda tensor: qcomm.all_reduce(tensor, GRIDS["k2"], strategy="two_phase"),
 }
 DIGEST = "digest"
 

@@ -4,8 +4,8 @@ Each exchange starts with one small header from every rank to every other. All r
 the same decision: go on, or tell each other the details and raise. A rank that failed therefore still sends its header,
 and nobody waits for a packet that will not come.
 
-A header is six int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of the
-packet for the receiver``.
+A header is seven int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of
+the packet for the receiver, nanoseconds``.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from qcomm.transport import Traffic, Transport, TransportError
 
 __all__ = ["Fault", "Fields", "Phase", "agree"]
 
-MAGIC = 0x71636F6D6D01  # "qcomm" and the version of this protocol
-HEADER_WORDS = 6
+MAGIC = 0x71636F6D6D02  # "qcomm" and the version of this protocol
+HEADER_WORDS = 7
 # Details are a fixed size, so that nobody has to announce it: enough for a dozen fields or the first lines of an error.
 DETAIL_BYTES = 4096
 
@@ -82,7 +82,8 @@ def agree(
     sizes: Sequence[int],
     limits: Sequence[int],
     fault: Fault | None,
-) -> tuple[list[int], Traffic]:
+    own_time: int = 0,
+) -> tuple[list[int], int, Traffic]:
     """Exchanges headers; returns if all ranks are well and agree, and raises on every rank if not.
 
     Args:
@@ -93,9 +94,10 @@ def agree(
         sizes: bytes of this rank's packet for each rank.
         limits: most bytes that a packet of each rank can have; 0 where nothing is expected.
         fault: what went wrong on this rank, if anything did.
+        own_time: nanoseconds that something took on this rank.
 
     Returns:
-        (bytes of each rank's packet for this one, bytes of the headers).
+        (bytes of each rank's packet for this one, the smallest time of all ranks, bytes of the headers).
 
     Raises:
         CollectiveError: some rank has a fault.
@@ -103,7 +105,8 @@ def agree(
         ConfigMismatchError: naming the fields that differ.
     """
     headers = [
-        torch.tensor([MAGIC, sequence, phase, fault.phase if fault else 0, fields.fingerprint, size]) for size in sizes
+        torch.tensor([MAGIC, sequence, phase, fault.phase if fault else 0, fields.fingerprint, size, own_time])
+        for size in sizes
     ]
     received = [header.tolist() for header in transport.exchange_small(headers, f"after {phase}")]
     if any(header[0] != MAGIC for header in received):
@@ -128,7 +131,7 @@ def agree(
                 f"rank {transport.ranks[rank]} announced a packet of {size} bytes, at most {limit} are possible here"
             )
     traffic = HEADER_WORDS * 8 * (transport.world_size - 1)
-    return incoming, Traffic(traffic, traffic)
+    return incoming, min(header[6] for header in received), Traffic(traffic, traffic)
 
 
 def _raise_faults(transport: Transport, faults: Mapping[int, Phase], own: Fault | None) -> None:

@@ -15,6 +15,7 @@ from qcomm.recipes.errors import RecipeError
 from qcomm.recipes.launch import USER_ERROR, launch, launched_world_size
 from qcomm.recipes.models import MODEL_NAMES
 from qcomm.recipes.train import check
+from qcomm.strategies import STRATEGIES
 
 app = typer.Typer(
     name="qcomm",
@@ -141,6 +142,13 @@ def train(
         ),
     ] = None,
     error_feedback: Annotated[bool, typer.Option(help="Of qcomm.", rich_help_panel=_EXCHANGE)] = True,
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help=f"Of qcomm: {', '.join(STRATEGIES)}. auto takes what is fastest on this network.",
+            rich_help_panel=_EXCHANGE,
+        ),
+    ] = "two_phase",
     min_elements: Annotated[
         int, typer.Option(help="Smaller tensors travel uncompressed.", rich_help_panel=_EXCHANGE)
     ] = 1024,
@@ -201,6 +209,7 @@ def train(
             step=1.0 if step is None else step,
             c=6.0 if c is None else c,
             error_feedback=error_feedback,
+            strategy=strategy,
             min_elements=min_elements,
             compression_warmup_steps=compression_warmup_steps,
             threads=threads,

@@ -10,13 +10,11 @@ from qcomm.agreement import Fault, Fields, Phase
 from qcomm.communicator import Ticket, completed, get_communicator, resolve_group
 from qcomm.grids import Grid, RangeGrid, SigmaGrid
 from qcomm.layout import BucketLayout, TensorSpec
+from qcomm.mean import MeanTask
+from qcomm.strategies import STRATEGIES, average
 from qcomm.telemetry import Telemetry
-from qcomm.two_phase import MeanTask, two_phase_mean
 
 __all__ = ["STRATEGIES", "AllReduceWork", "all_reduce", "check_grid", "check_min_elements", "check_strategy"]
-
-# "auto" chooses; naming one forces its path, also in a world of one rank.
-STRATEGIES = ("auto", "two_phase")
 
 
 class AllReduceWork:
@@ -81,15 +79,16 @@ def all_reduce(
 
     Args:
         tensor: any shape and strides, on the CPU, float32, float16, bfloat16 or float64. A parameter may be passed;
-            autograd does not see the change. A non-finite value makes the whole result NaN on every rank (below
-            ``min_elements``: only its own element).
+            autograd does not see the change. A non-finite value makes the whole result NaN on every rank (uncompressed:
+            only its own element).
         grid: how finely values are quantized: each rank's to its own RMS or range, then the mean once more, with
             ``step`` at most 1.
         group: by default the default group. Its backend does not matter: the traffic has gloo connections of its own,
             with the group's timeout.
         async_op: return at once; the tensor must be left alone until ``wait()`` of the handle has returned.
         min_elements: smaller tensors travel as they are.
-        strategy: ``"auto"`` or ``"two_phase"``.
+        strategy: ``"two_phase"`` compresses, ``"none"`` is a plain all-reduce, ``"auto"`` tries both on the first calls
+            for tensors of this size and keeps the faster one, looking again from time to time.
 
     Returns:
         None, or with ``async_op`` a handle.
@@ -141,7 +140,8 @@ def all_reduce(
                 "dtype": str(tensor.dtype),
             }
         )
-        work = AllReduceWork(_submit(group, MeanTask(flat, layout, grid, fields, telemetry), tensor), telemetry)
+        task = MeanTask(flat, layout, grid, fields, telemetry, strategy=strategy)
+        work = AllReduceWork(_submit(group, task, tensor), telemetry)
     if async_op:
         return work
     with telemetry.timed("wait_seconds"):
@@ -153,7 +153,7 @@ def _submit(group: dist.ProcessGroup, task: MeanTask, tensor: torch.Tensor | Non
     communicator = get_communicator(group)
 
     def job() -> torch.Tensor:
-        result = two_phase_mean(task, communicator)
+        result = average(task, communicator)
         if tensor is None:
             return result
         if result.data_ptr() != tensor.data_ptr():

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from qcomm.agreement import Fault, Fields, Phase, agree
+from qcomm.chooser import Chooser
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.transport import Traffic, Transport, TransportError
 
@@ -102,11 +103,19 @@ class Communicator:
 
     Args:
         group: making a communicator is a collective of this group.
+
+    Attributes:
+        chooser: knows which strategy is fastest here.
+        agreements: how many collectives all ranks agreed to run.
+        agreed_time: the smallest ``own_time`` of all ranks in the last agreement.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._transport = Transport(group)
         self._sequence = 0
+        self.chooser = Chooser()
+        self.agreements = 0
+        self.agreed_time = 0
         self._pending_fault: Fault | None = None
         self._broken: Exception | None = None
         self._closed = False
@@ -144,15 +153,29 @@ class Communicator:
         self._sequence += 1
 
     def agree(
-        self, phase: Phase, fields: Fields, sizes: Sequence[int], limits: Sequence[int], fault: Fault | None
+        self,
+        phase: Phase,
+        fields: Fields,
+        sizes: Sequence[int],
+        limits: Sequence[int],
+        fault: Fault | None,
+        own_time: int,
     ) -> tuple[list[int], Traffic]:
         """:func:`qcomm.agreement.agree` for this job."""
         self._pending_fault = None
-        return agree(self._transport, self._sequence, phase, fields, sizes, limits, fault)
+        incoming, time, traffic = agree(self._transport, self._sequence, phase, fields, sizes, limits, fault, own_time)
+        if phase == Phase.ENCODE:
+            self.agreements += 1
+            self.agreed_time = time
+        return incoming, traffic
 
     def exchange(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], phase: Phase) -> Traffic:
         """Packets to and from every rank, of the sizes that were agreed on."""
         return self._transport.exchange_in_rounds(outgoing, incoming, f"exchanging packets after {phase}")
+
+    def sum(self, buffer: torch.Tensor) -> None:
+        """Replaces ``buffer`` by its sum over all ranks."""
+        self._transport.sum(buffer, "summing values")
 
     def announce_later(self, fault: Fault) -> None:
         """Remembers a fault after the last exchange of a job; the other ranks hear of it in the next job's first."""

@@ -17,8 +17,9 @@ from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import CollectiveError
 from qcomm.grids import Grid, SigmaGrid
 from qcomm.layout import BucketLayout
+from qcomm.mean import MeanTask
+from qcomm.strategies import average
 from qcomm.telemetry import Telemetry
-from qcomm.two_phase import MeanTask, two_phase_mean
 
 __all__ = ["CompressionState"]
 
@@ -46,8 +47,9 @@ class CompressionState:
             which knows the names.
         grad_scale: what the loss was multiplied by, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. Read
             once a step. Error feedback is kept without it, so that a residual stays right when the scale changes.
-        strategy: ``"auto"`` or ``"two_phase"``; naming one exchanges packets also in a world of one rank, which
-            otherwise has nothing to do.
+        strategy: ``"two_phase"`` compresses, ``"none"`` is a plain all-reduce, ``"auto"`` tries both for each bucket
+            during the first steps and keeps the faster one (``stats()["strategies"]`` says which), looking again from
+            time to time. Naming one makes it run also in a world of one rank, which otherwise has nothing to do.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -130,6 +132,7 @@ class CompressionState:
             ``encode_seconds``, ``decode_seconds`` and ``communication_seconds`` (waiting for slower ranks included) of
             the worker thread; ``wait_seconds``, from the last bucket's gradient to its mean;
             ``nonfinite_tensors``: how often one held NaN or infinity;
+            ``strategies``: for each bucket how it was averaged last;
             ``tensors``: for each compressed parameter the last ``grid``, ``coding``, ``num_bits`` and ``step``;
             ``residual_norm``: of what is still to be sent.
         """
@@ -253,7 +256,15 @@ class CompressionState:
         if self.grad_scale is not None:
             fields = fields.extended("grad_scale", repr(self._scale))
         return MeanTask(
-            bucket.buffer(), layout, self.grid, fields, self.telemetry, self._feedback, self._scale, bucket.index()
+            bucket.buffer(),
+            layout,
+            self.grid,
+            fields,
+            self.telemetry,
+            self._feedback,
+            self._scale,
+            bucket.index(),
+            strategy=self.strategy,
         )
 
     def _run(self, task: MeanTask, communicator: Communicator, step: int, ready: float | None) -> torch.Tensor:
@@ -262,7 +273,7 @@ class CompressionState:
             text = f"bucket {task.index} was not exchanged, because an earlier one of this step failed"
             raise CollectiveError(text) from self._error
         try:
-            result = two_phase_mean(task, communicator)
+            result = average(task, communicator)
         except Exception as error:  # kept for exception(), and passed on
             self._error = error
             if communicator.pending_fault is None:  # all ranks know, and leave out the rest of the step

@@ -74,6 +74,21 @@ class ErrorFeedback:
             )
         return known[1]
 
+    def keeps(self, key: str) -> bool:
+        """Whether anything of a parameter is still to be sent."""
+        return key in self._local
+
+    def take(self, key: str, numel: int) -> torch.Tensor:
+        """All that this rank keeps of a parameter, 1-D float32, for a collective that sends it whole; zero from now on.
+
+        The share of an owner is not averaged over ranks, so it counts W times.
+        """
+        if key in self._owner:
+            self._move_to_local(key)
+        residual = self.local(key, numel)
+        del self._local[key]
+        return residual
+
     def adopt(self, layout: BucketLayout, rank: int) -> None:
         """Prepares for a collective with this layout: moves owner residuals whose part changed into the local ones."""
         if self._world_size != layout.world_size:

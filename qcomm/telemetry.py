@@ -70,6 +70,7 @@ class Telemetry:
     observer: Callable[[int, str], None] | None = None
     _counters: Counters = field(default_factory=Counters)
     _tensors: dict[str, Quantizer] = field(default_factory=dict)
+    _strategies: dict[int, str] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -126,6 +127,16 @@ class Telemetry:
                 raw += 0 if chunk.compressed_count else PACKET_HEADER_BYTES
         self.add(**{f"packet_bytes_phase{phase}": sum(sizes), f"raw_bytes_phase{phase}": raw})
 
+    def count_plain(self, phase: int, layout: BucketLayout, item_bytes: int) -> None:
+        """Counts an uncompressed phase, in which every element travels once."""
+        raw = (layout.elements - layout.compressed_elements) * item_bytes
+        self.add(**{f"packet_bytes_phase{phase}": layout.elements * item_bytes, f"raw_bytes_phase{phase}": raw})
+
+    def note_strategy(self, index: int, strategy: str) -> None:
+        """Remembers how bucket ``index`` was averaged last."""
+        with self._lock:
+            self._strategies[index] = strategy
+
     def note_quantizer(self, key: str, quantizer: Quantizer) -> None:
         """Remembers how a tensor was quantized last."""
         with self._lock:
@@ -135,7 +146,7 @@ class Telemetry:
         """Everything counted so far; see ``CompressionState.stats``."""
         with self._lock:
             counters = replace(self._counters)
-            tensors = dict(self._tensors)
+            tensors, strategies = dict(self._tensors), dict(sorted(self._strategies.items()))
         shown = [f.name for f in fields(Counters)][: [f.name for f in fields(Counters)].index("packet_bytes_phase1")]
         compressed = [
             _bits(counters.packet_bytes_phase1 - counters.raw_bytes_phase1, counters.exchanged_compressed),
@@ -153,6 +164,7 @@ class Telemetry:
             "bits_per_element_compressed": sum(compressed) / 2,
             "bits_per_element_phase1": compressed[0],
             "bits_per_element_phase2": compressed[1],
+            "strategies": strategies,
             "tensors": {
                 key: {
                     "grid": q.grid.name.lower(),
@@ -169,6 +181,7 @@ class Telemetry:
         with self._lock:
             self._counters = Counters()
             self._tensors = {}
+            self._strategies = {}
 
 
 def _bits(count_bytes: int, elements: int) -> float:

@@ -109,6 +109,23 @@ class Transport:
             received += incoming[source].nbytes
         return Traffic(sent, received)
 
+    def sum(self, buffer: torch.Tensor, what: str) -> None:
+        """Replaces ``buffer`` by its sum over all ranks, the same bits on all."""
+        if self.world_size == 1:
+            return
+        if self._gloo is None:
+            raise self._closed()
+        try:
+            self._gloo.allreduce([buffer]).wait()
+        except RuntimeError as error:
+            raise TransportError(
+                f"rank {self.ranks[self.rank]}, {what}: no answer from some rank of {list(self.ranks)} (died, closed "
+                f"the connection, or silent for {self.timeout.total_seconds():g} s): {error}"
+            ) from error
+
+    def _closed(self) -> TransportError:
+        return TransportError(f"rank {self.ranks[self.rank]}: the connections to ranks {list(self.ranks)} are closed")
+
     def _transfer(
         self,
         incoming: Sequence[torch.Tensor],
@@ -120,9 +137,7 @@ class Transport:
         if not sources and not targets:
             return
         if self._gloo is None:
-            raise TransportError(
-                f"rank {self.ranks[self.rank]}: the connections to ranks {list(self.ranks)} are closed"
-            )
+            raise self._closed()
         silent: list[int] = []
         reason = ""
         works: list[tuple[int, Any]] = []

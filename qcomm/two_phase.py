@@ -12,59 +12,27 @@ rounding.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import ParamSpec, TypeVar
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from qcomm.agreement import Fault, Fields, Phase
+from qcomm.agreement import Fault, Phase
 from qcomm.codec import Segment, decode_into, encode
 from qcomm.communicator import Communicator
-from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import CollectiveError, PacketError
 from qcomm.grids import Grid, SigmaGrid
-from qcomm.layout import BucketLayout, Chunk, gather_runs, scatter_chunk
+from qcomm.layout import Chunk, gather_runs, scatter_chunk
+from qcomm.mean import MeanTask, attempt
 from qcomm.quantize import Quantizer, plan
 from qcomm.statistics import measure
-from qcomm.telemetry import Telemetry
 
-__all__ = ["MeanTask", "two_phase_mean"]
-
-P = ParamSpec("P")
-T = TypeVar("T")
+__all__ = ["two_phase_mean"]
 
 # Most that a packet takes beyond its values: header, and for each segment its record, code lengths and a checksum, and
 # for each block its frame. Generous: the limit only keeps nonsense from being allocated.
 PACKET_SLACK_BYTES = 1 << 16
 SEGMENT_SLACK_BYTES = 1 << 13
-
-
-@dataclass
-class MeanTask:
-    """One collective: what to average, and how.
-
-    Attributes:
-        buffer: flat and contiguous, float32, float16, bfloat16 or float64; holds the result in the end.
-        layout: of the buffer; None where finding it out failed (then there is a fault).
-        grid: of the first phase.
-        fields: the configuration, which has to be equal on all ranks.
-        telemetry: counts what happens.
-        feedback: residuals, or None for none.
-        scale: the buffer holds values times this factor, and the result will; residuals are kept without it.
-        index: number of the bucket for the timeline.
-        fault: what went wrong before the task was queued; it is announced to the other ranks in place of the exchange.
-    """
-
-    buffer: torch.Tensor
-    layout: BucketLayout | None
-    grid: Grid
-    fields: Fields
-    telemetry: Telemetry
-    feedback: ErrorFeedback | None = None
-    scale: float = 1.0
-    index: int = 0
-    fault: Fault | None = None
 
 
 def two_phase_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
@@ -79,18 +47,18 @@ def two_phase_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     rank, fault = communicator.rank, communicator.pending_fault or task.fault
     values: list[torch.Tensor] | None = None
     if fault is None:
-        values, fault = _attempt(Phase.ENCODE, _encode_values, task, rank)
+        values, fault = attempt(Phase.ENCODE, _encode_values, task, rank)
     contributions = _exchange(task, communicator, 1, values, fault)
-    mean, fault = _attempt(Phase.REDUCE, _reduce_chunk, task, rank, contributions)
+    mean, fault = attempt(Phase.REDUCE, _reduce_chunk, task, rank, contributions)
     means = _exchange(task, communicator, 2, None if mean is None else [mean] * communicator.world_size, fault)
-    _, fault = _attempt(Phase.DECODE, _decode_means, task, means)
+    _, fault = attempt(Phase.DECODE, _decode_means, task, means)
     if fault is not None:
         communicator.announce_later(fault)
         text = f"this rank failed while {fault.phase}: {fault.error}; the others are told in the next collective"
         raise CollectiveError(text) from fault.error
     for phase, packets in enumerate((values or [], means), 1):
         sizes = [packet.numel() for packet in packets]
-        task.telemetry.count_packets(phase, _layout(task), sizes, _wire_dtype(task).itemsize)
+        task.telemetry.count_packets(phase, task.agreed_layout, sizes, _wire_dtype(task).itemsize)
     task.telemetry.mark(task.index, "done")
     return task.buffer
 
@@ -98,20 +66,6 @@ def two_phase_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
 def owner_grid(grid: Grid) -> Grid:
     """The grid for means: no coarser than the RMS, because nothing averages its error away."""
     return replace(grid, step=min(grid.step, 1.0)) if isinstance(grid, SigmaGrid) else grid
-
-
-def _attempt(phase: Phase, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, Fault | None]:
-    """Runs a step of this rank; what it raises is kept for the other ranks, who would wait for its packets in vain."""
-    try:
-        return step(*args, **kwargs), None
-    except Exception as error:  # noqa: BLE001 - any: it is raised again, on every rank, by the next exchange
-        return None, Fault(phase, error)
-
-
-def _layout(task: MeanTask) -> BucketLayout:
-    if task.layout is None:
-        raise ValueError("a task without a fault needs a layout")
-    return task.layout
 
 
 def _wire_dtype(task: MeanTask) -> torch.dtype:
@@ -122,7 +76,7 @@ def _wire_dtype(task: MeanTask) -> torch.dtype:
 def _encode_values(task: MeanTask, rank: int) -> list[torch.Tensor]:
     """This rank's values plus residuals, one packet a chunk. A tensor's grid is measured over all of it."""
     task.telemetry.mark(task.index, "encode")
-    layout, feedback = _layout(task), task.feedback
+    layout, feedback = task.agreed_layout, task.feedback
     with task.telemetry.timed("encode_seconds"):
         values = task.buffer.to(_wire_dtype(task))
         if feedback is not None:
@@ -157,7 +111,7 @@ def _encode_values(task: MeanTask, rank: int) -> list[torch.Tensor]:
 def _reduce_chunk(task: MeanTask, rank: int, packets: Sequence[torch.Tensor]) -> torch.Tensor:
     """The packet of the mean over all ranks of this rank's chunk."""
     task.telemetry.mark(task.index, "reduce")
-    layout, feedback = _layout(task), task.feedback
+    layout, feedback = task.agreed_layout, task.feedback
     chunk = layout.chunks[rank]
     mean = torch.empty(chunk.count, dtype=_wire_dtype(task))
     if chunk.count:
@@ -181,7 +135,7 @@ def _reduce_chunk(task: MeanTask, rank: int, packets: Sequence[torch.Tensor]) ->
 def _decode_means(task: MeanTask, packets: Sequence[torch.Tensor]) -> None:
     """Writes every chunk's mean into the buffer."""
     task.telemetry.mark(task.index, "decode")
-    layout = _layout(task)
+    layout = task.agreed_layout
     with task.telemetry.timed("decode_seconds"):
         for owner, (chunk, packet) in enumerate(zip(layout.chunks, packets, strict=True)):
             if chunk.count:
@@ -204,11 +158,13 @@ def _exchange(
     with task.telemetry.timed("communication_seconds"):
         limits = [0] * world_size
         if fault is None:
-            chunks = _layout(task).chunks
+            chunks = task.agreed_layout.chunks
             limits = [
                 _limit(chunks[own] if number == 1 else chunks[rank], _wire_dtype(task)) for rank in range(world_size)
             ]
-        sizes, overhead = communicator.agree(phase, task.fields, [packet.numel() for packet in packets], limits, fault)
+        sizes, overhead = communicator.agree(
+            phase, task.fields, [packet.numel() for packet in packets], limits, fault, task.own_time
+        )
         incoming = [
             torch.empty(size, dtype=torch.uint8) if rank != own else packets[own] for rank, size in enumerate(sizes)
         ]

@@ -18,6 +18,7 @@ from multiprocessing.connection import wait
 import torch
 import torch.distributed as dist
 
+import qcomm
 from qcomm.communicator import get_communicator
 
 TIMEOUT = timedelta(seconds=60)  # of the default process group: most that a rank waits for another
@@ -132,6 +133,19 @@ def run_alone(world_size, case, *args, timeout=TIMEOUT, **options):
 def _close_all():
     for world in _worlds.values():
         world.close()
+
+
+def attach(model, **options):
+    """``qcomm.attach``, compressing also where that is slower, as it is between processes of one machine."""
+    if "state" not in options:
+        options.setdefault("strategy", "two_phase")
+    return qcomm.attach(model, **options)
+
+
+def all_reduce(tensor, *arguments, **options):
+    """``qcomm.all_reduce``, compressing also where that is slower."""
+    options.setdefault("strategy", "two_phase")
+    return qcomm.all_reduce(tensor, *arguments, **options)
 
 
 def gathered(value):

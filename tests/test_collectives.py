@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import twin
-from distributed import assert_same_on_all_ranks, gathered, run
+from distributed import all_reduce, assert_same_on_all_ranks, gathered, run
 
 import qcomm
 from qcomm.layout import BucketLayout, TensorSpec
@@ -44,7 +44,7 @@ def check_against_twin(rank, world_size, grid, kind, count, dtype, min_elements)
     layout = BucketLayout([TensorSpec("tensor", 0, count, count >= max(min_elements, 1))], world_size)
     expected, bound = twin.mean([x.to(wire) for x in inputs], layout, grid)
     tensor = inputs[rank].clone()
-    assert qcomm.all_reduce(tensor, grid, min_elements=min_elements, strategy="two_phase") is None
+    assert all_reduce(tensor, grid, min_elements=min_elements, strategy="two_phase") is None
     message = f"{grid} {kind} {count} {dtype} min_elements={min_elements}"
     assert torch.equal(tensor, expected.to(dtype)), message
     assert_same_on_all_ranks(tensor)
@@ -89,7 +89,7 @@ def test_a_million_elements(world_size):
 def case_shapes(rank, world_size):
     flat = values("gauss", 6144, rank)
     expected = flat.clone()
-    qcomm.all_reduce(expected)
+    all_reduce(expected)
     for view in (
         lambda x: x.view(16, 3, 8, 16),
         lambda x: x.view(96, 64).t(),  # a transposed tensor is sent in its own row-major order
@@ -99,19 +99,19 @@ def case_shapes(rank, world_size):
         tensor = view(flat.clone())
         strides = tensor.stride()
         reference = tensor.contiguous().clone()
-        qcomm.all_reduce(reference)
-        qcomm.all_reduce(tensor)
+        all_reduce(reference)
+        all_reduce(tensor)
         assert tensor.stride() == strides
         assert torch.equal(tensor, reference)
     beside = torch.full((2, 5000), 7.0)
     beside[0] = flat[:5000]
-    qcomm.all_reduce(beside[0])
+    all_reduce(beside[0])
     assert bool((beside[1] == 7.0).all()) and not torch.equal(beside[0], flat[:5000])
     scalar = torch.tensor(float(rank))
-    qcomm.all_reduce(scalar)
+    all_reduce(scalar)
     assert float(scalar) == (world_size - 1) / 2
     parameter = torch.nn.Parameter(flat.clone())
-    qcomm.all_reduce(parameter)
+    all_reduce(parameter)
     assert torch.equal(parameter.detach(), expected) and parameter.requires_grad and parameter.grad is None
 
 
@@ -123,14 +123,14 @@ def test_shapes_strides_and_parameters(world_size):
 def case_world_of_one(rank, world_size):
     x = values("gauss", 5000, 0)
     tensor = x.clone()
-    assert qcomm.all_reduce(tensor) is None and torch.equal(tensor, x)
-    work = qcomm.all_reduce(tensor, async_op=True)
+    assert all_reduce(tensor, strategy="auto") is None and torch.equal(tensor, x)
+    work = all_reduce(tensor, async_op=True, strategy="auto")
     assert work.is_completed() and work.wait() and work.get_future().wait() is tensor
-    qcomm.all_reduce(tensor, strategy="two_phase")
+    all_reduce(tensor, strategy="two_phase")
     assert not torch.equal(tensor, x)
     for bad in (torch.zeros(5, dtype=torch.int64), torch.zeros(5, dtype=torch.complex64)):
         with pytest.raises(TypeError, match="tensor must be float32"):
-            qcomm.all_reduce(bad)
+            all_reduce(bad)
 
 
 def test_world_of_one_is_the_identity_unless_a_strategy_is_named():
@@ -141,8 +141,8 @@ def case_async(rank, world_size):
     inputs = [values("gauss", 3000 + 7 * i, rank) for i in range(8)]
     expected = [x.clone() for x in inputs]
     for tensor in expected:
-        qcomm.all_reduce(tensor)
-    works = [qcomm.all_reduce(x, async_op=True) for x in inputs]
+        all_reduce(tensor)
+    works = [all_reduce(x, async_op=True) for x in inputs]
     for work, tensor, wanted in reversed(list(zip(works, inputs, expected, strict=True))):
         assert (
             work.wait(timeout=20.0) is True and work.is_completed() and work.is_success() and work.exception() is None
@@ -153,13 +153,13 @@ def case_async(rank, world_size):
     # A rank that waits for another gets a TimeoutError, and the collective goes on.
     tensor = values("gauss", 2000, rank)
     if rank == 0:
-        work = qcomm.all_reduce(tensor, async_op=True)
+        work = all_reduce(tensor, async_op=True)
         with pytest.raises(TimeoutError, match=r"still running after 0\.05 s"):
             work.wait(0.05)
         assert not work.is_completed() and not work.is_success() and work.exception() is None
     dist.barrier()
     if rank != 0:
-        work = qcomm.all_reduce(tensor, async_op=True)
+        work = all_reduce(tensor, async_op=True)
     work.wait()
     assert_same_on_all_ranks(tensor)
 
@@ -175,12 +175,12 @@ def case_nonfinite(rank, world_size):
             tensor = values("gauss", 5000, rank)
             if rank == world_size - 1:
                 tensor[4321] = poison
-            qcomm.all_reduce(tensor, grid)
+            all_reduce(tensor, grid)
             assert bool(tensor.isnan().all())
     small = values("gauss", 10, rank)
     if rank == 0:
         small[3] = torch.inf
-    qcomm.all_reduce(small)
+    all_reduce(small)
     assert small.isfinite().tolist() == [True, True, True, False] + [True] * 6
     assert_same_on_all_ranks(small)
 
@@ -211,22 +211,22 @@ def case_bad_arguments(rank, world_size):
         ({"strategy": "ring"}, ValueError, "strategy must be one of .* got 'ring'"),
     ):
         # All ranks, then only one: it gets the error itself, and the others hear of it.
-        expect(error, match, lambda bad=bad: qcomm.all_reduce(**{"tensor": good, **bad}))
+        expect(error, match, lambda bad=bad: all_reduce(**{"tensor": good, **bad}))
         if rank == 1:
-            expect(error, match, lambda bad=bad: qcomm.all_reduce(**{"tensor": good, **bad}))
+            expect(error, match, lambda bad=bad: all_reduce(**{"tensor": good, **bad}))
         else:
             expect(
                 qcomm.CollectiveError,
                 f"rank 1 failed while preparing.*{error.__name__}",
-                lambda: qcomm.all_reduce(torch.ones(2000)),
+                lambda: all_reduce(torch.ones(2000)),
             )
     assert torch.equal(good, torch.ones(2000))
-    qcomm.all_reduce(good)
+    all_reduce(good)
     assert torch.equal(good, torch.ones(2000))
     expect(
         ValueError,
         "group must be a process group that this rank belongs to",
-        lambda: qcomm.all_reduce(good, group=dist.GroupMember.NON_GROUP_MEMBER),
+        lambda: all_reduce(good, group=dist.GroupMember.NON_GROUP_MEMBER),
     )
 
 
@@ -254,7 +254,7 @@ def case_mismatch(rank, world_size):
         expect(
             qcomm.ConfigMismatchError,
             field,
-            lambda options=options, tensor=tensor: qcomm.all_reduce(**{"tensor": tensor, **options}),
+            lambda options=options, tensor=tensor: all_reduce(**{"tensor": tensor, **options}),
         )
     check_against_twin(
         rank, world_size, qcomm.SigmaGrid(), "gauss", 5000, torch.float32, 0
@@ -267,7 +267,7 @@ def test_mismatch_names_field_and_ranks_on_every_rank():
 
 def case_stats(rank, world_size):
     tensor = values("gauss", 100_000, rank)
-    stats = qcomm.all_reduce(tensor, async_op=True)
+    stats = all_reduce(tensor, async_op=True)
     stats.wait()
     stats = stats.stats()
     assert stats["elements"] == 100_000 and stats["bytes_uncompressed"] == 400_000

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import twin
-from distributed import assert_same_on_all_ranks, gathered, run
+from distributed import assert_same_on_all_ranks, attach, gathered, run
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -100,10 +100,10 @@ class Spy:
 
     def __call__(self, task, communicator):
         self.tasks.append((task.buffer.clone(), task.layout))
-        return two_phase_mean(task, communicator)
+        return average(task, communicator)
 
 
-two_phase_mean = ddp_state.two_phase_mean
+average = ddp_state.average
 
 
 def bounds(spied, grid):
@@ -124,13 +124,13 @@ def case_mode(rank, world_size, mode, grid, error_feedback):
     torch.manual_seed(0)
     plain = factory()
     model = DistributedDataParallel(copy.deepcopy(plain), bucket_cap_mb=0.002, **options)
-    state = qcomm.attach(model, grid=grid, error_feedback=error_feedback, min_elements=MIN_ELEMENTS)
+    state = attach(model, grid=grid, error_feedback=error_feedback, min_elements=MIN_ELEMENTS)
     sums = [{name: torch.zeros(p.shape, dtype=torch.float64) for name, p in plain.named_parameters()} for _ in range(2)]
     largest = 0.0
     for step in range(STEPS):
         plain.load_state_dict(model.module.state_dict())
         spy = Spy()
-        with mock.patch.object(ddp_state, "two_phase_mean", spy):
+        with mock.patch.object(ddp_state, "average", spy):
             for part in range(passes):
                 inputs = batch(shape, dtype, step, rank, part)
                 if part < passes - 1:
@@ -218,7 +218,7 @@ def case_alone(rank, world_size):
     for strategy in ("auto", "two_phase"):
         model = DistributedDataParallel(copy.deepcopy(plain))
         model.zero_grad()
-        state = qcomm.attach(model, strategy=strategy)
+        state = attach(model, strategy=strategy)
         model(inputs).square().sum().backward()
         same = all(
             torch.equal(a, b) for a, b in zip(gradients(model.module).values(), gradients(plain).values(), strict=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ddp_model import backward, error_of, exact_mean, mlp, wrap
-from distributed import TIMEOUT, assert_same_on_all_ranks, die, gathered, run, run_alone
+from distributed import TIMEOUT, all_reduce, assert_same_on_all_ranks, attach, die, gathered, run, run_alone
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -47,18 +47,18 @@ def case_mismatch(rank, world_size):
         ({"strategy": "two_phase" if odd else "auto"}, "strategy: auto on ranks 0 1, two_phase on rank 2"),
     ):
         model = wrap()
-        state = qcomm.attach(model, **options)
+        state = attach(model, **options)
         error = error_of(model, rank)
         assert "ConfigMismatchError" in str(error) and field in str(error), error
         assert isinstance(state.exception(), qcomm.ConfigMismatchError)
     # Models of the same sizes whose parameters have other names.
     model = wrap(nn.Sequential(*mlp()) if rank else nn.ModuleDict({"layers": mlp()})["layers"])
-    state = qcomm.attach(model)
+    state = attach(model)
     state._table._names = {key: (reference, name + "x" * odd) for key, (reference, name) in state._table._names.items()}
     assert "layout: 12 tensors" in str(error_of(model, rank))
     # Nothing is out of step afterwards.
     model = wrap()
-    qcomm.attach(model)
+    attach(model)
     assert error_of(model, rank) is None
 
 
@@ -98,7 +98,7 @@ def case_refused(rank, world_size):
     ):
         model = factory()
         with pytest.raises(error, match=match):
-            qcomm.attach(model)
+            attach(model)
         assert not getattr(model, "_comm_hooks", [])
     model = wrap()
     for options, error, match in (
@@ -115,20 +115,20 @@ def case_refused(rank, world_size):
         ({"steps": 1}, TypeError, "unexpected keyword argument 'steps'"),
     ):
         with pytest.raises(error, match=match):
-            qcomm.attach(model, **options)
+            attach(model, **options)
     assert not model._comm_hooks
     pair = dist.new_group([0])
     if rank == 0:
         with pytest.raises(ValueError, match=r"process_group must have the model's ranks \[0, 1\], got ranks \[0\]"):
-            qcomm.attach(model, process_group=pair)
+            attach(model, process_group=pair)
     plain = backward(model, rank)  # the model is as it was: DDP's own all-reduce
     assert all(torch.allclose(a, b) for a, b in zip(plain, exact_mean(rank, world_size), strict=True))
-    qcomm.attach(model)
+    attach(model)
     with pytest.raises(RuntimeError, match=r"has a communication hook already \(compression_hook\)"):
-        qcomm.attach(model)
+        attach(model)
     precision = torch.nn.parallel.distributed._MixedPrecision(param_dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="mixed_precision"):
-        qcomm.attach(wrap(nn.Linear(4, 4), mixed_precision=precision))
+        attach(wrap(nn.Linear(4, 4), mixed_precision=precision))
     # What attach refuses, a hook registered by hand refuses at the end of backward, on all ranks, and DDP can go on.
     for factory, argument, match in (
         (Complex, torch.ones(2, 4), "complex parameters are not supported"),
@@ -145,7 +145,7 @@ def case_refused(rank, world_size):
     with pytest.raises(TypeError, match="python_reducer"):
         qcomm.compression_hook(qcomm.CompressionState(), (torch.ones(2), torch.ones(2)))
     model = wrap()
-    qcomm.attach(model)
+    attach(model)
     assert error_of(model, rank) is None
 
 
@@ -155,7 +155,7 @@ def test_what_cannot_be_served_is_refused():
 
 def case_faults(rank, world_size):
     model = wrap()
-    state = qcomm.attach(model, min_elements=100)
+    state = attach(model, min_elements=100)
     backward(model, rank)
     for target, name, phase in (
         (two_phase, "_encode_values", "compressing"),
@@ -186,7 +186,7 @@ def test_a_fault_in_one_bucket_is_raised_by_backward_on_all_ranks():
 
 def case_killed(rank, world_size):
     model = wrap()
-    state = qcomm.attach(model)
+    state = attach(model)
     backward(model, rank)
     if rank == 0:
         mock.patch.object(two_phase, "_reduce_chunk", side_effect=lambda *_: die()).start()
@@ -200,7 +200,7 @@ def test_a_killed_rank_ends_backward_on_the_others():
 
 def case_the_rest_of_a_failed_step(rank, world_size):
     model = wrap()
-    state = qcomm.attach(model, min_elements=0)
+    state = attach(model, min_elements=0)
     for step in range(2):  # the second step has the final buckets
         backward(model, rank, step)
     kept = state.state_dict()["error_feedback"]["local"]
@@ -209,7 +209,7 @@ def case_the_rest_of_a_failed_step(rank, world_size):
     with failing("_encode_values") if rank == 1 else nullcontext():
         assert "rank 1 failed while compressing" in str(error_of(model, rank))
     assert "rank 1 failed" in str(state.exception())
-    qcomm.all_reduce(torch.ones(2000))  # comes after whatever the worker still had to do
+    all_reduce(torch.ones(2000))  # comes after whatever the worker still had to do
     # Nobody reads or writes the memory of the other buckets, which the next step may be using.
     events = {(index, event) for index, event, _ in timeline}
     assert {index for index, _ in events} >= {0, 1, 2}
@@ -225,7 +225,7 @@ def case_the_rest_of_a_failed_step(rank, world_size):
         timeline.clear()
         error = error_of(model, rank)
     assert "failed while decoding" in str(error)
-    qcomm.all_reduce(torch.ones(2000))
+    all_reduce(torch.ones(2000))
     events = {(index, event) for index, event, _ in timeline}
     assert not {(index, event) for index, event in events if index > 1 and event != "ready"}
     assert ((1, "encode") in events) == (rank != 1)
@@ -239,7 +239,7 @@ def test_after_a_failure_the_rest_of_the_step_is_left_alone():
 
 def case_unreadable_scale(rank, world_size):
     model, scale = wrap(), mock.Mock(return_value=2.0)
-    state = qcomm.attach(model, grad_scale=scale)
+    state = attach(model, grad_scale=scale)
     backward(model, rank)
     scale.side_effect = [ZeroDivisionError("boom")] if rank == 1 else None
     assert "rank 1 failed while preparing the exchange: ZeroDivisionError: boom" in str(error_of(model, rank))
@@ -257,21 +257,21 @@ def case_waiting_in_a_callback(rank, world_size):
 
     def callback(future):
         try:
-            qcomm.all_reduce(torch.ones(2000))
+            all_reduce(torch.ones(2000))
         except RuntimeError as error:
             errors.append(str(error))
 
     gate = threading.Event()
     communicator = get_communicator(dist.group.WORLD)
     held = communicator.submit(gate.wait)  # the callback is there before the collective ends
-    work = qcomm.all_reduce(torch.ones(2000), async_op=True)
+    work = all_reduce(torch.ones(2000), async_op=True)
     chained = work.get_future().then(callback)
     gate.set()
     held.wait()
     chained.wait()
     assert len(errors) == 1 and "a callback waits for a collective" in errors[0], errors
     tensor = torch.full((2000,), float(rank))
-    qcomm.all_reduce(tensor)
+    all_reduce(tensor)
     assert torch.equal(tensor, torch.full((2000,), (world_size - 1) / 2))
 
 
@@ -282,7 +282,7 @@ def test_a_callback_cannot_wait_for_the_thread_it_runs_on():
 def case_long_values(rank, world_size):
     pattern = "x" * 10_000 + str(rank)
     model = wrap()
-    qcomm.attach(model, exclude=[pattern])
+    attach(model, exclude=[pattern])
     error = str(error_of(model, rank))
     assert "ConfigMismatchError" in error and "exclude: ['xxx" in error and len(error) < 20_000
 
@@ -304,7 +304,7 @@ def world_of_one(tmp_path):
 
 def trained(**options):
     model = wrap()
-    state = qcomm.attach(model, min_elements=0, strategy="two_phase", **options)
+    state = attach(model, min_elements=0, strategy="two_phase", **options)
     backward(model, 0)
     return model, state
 
@@ -313,11 +313,11 @@ def test_one_state_serves_one_model(world_of_one):
     model, state = trained()
     other = wrap()
     with pytest.raises(ValueError, match=r"state serves another model, which is still there \(its '0.weight'"):
-        qcomm.attach(other, state=state)
+        attach(other, state=state)
     assert not other._comm_hooks
     backward(model, 0)
     again = wrap(model.module)
-    assert qcomm.attach(again, state=state) is state
+    assert attach(again, state=state) is state
     backward(again, 0)
     assert state.stats()["steps"] == 3
 
@@ -329,7 +329,7 @@ def test_a_state_goes_on_in_a_new_default_group(world_of_one):
     world_of_one("second")
     assert "was destroyed" in str(error_of(model, 0))
     again = wrap(model.module)
-    qcomm.attach(again, state=state)
+    attach(again, state=state)
     assert state.process_group is dist.group.WORLD
     assert error_of(again, 0) is None
 
@@ -340,13 +340,13 @@ def test_a_pickled_state_asks_for_its_scale_again(world_of_one):
     with pytest.warns(UserWarning, match="no grad_scale that is not a number"):
         data = pickle.dumps(state)
     model = wrap(model.module)
-    qcomm.attach(model, state=pickle.loads(data))
+    attach(model, state=pickle.loads(data))
     assert "grad_scale is unknown: the state was pickled" in str(error_of(model, 0))
     model = wrap(model.module)
     restored = pickle.loads(data)
     with pytest.raises(ValueError, match="grad_scale must be positive"):
-        qcomm.attach(model, state=restored, grad_scale=-1.0)
-    qcomm.attach(model, state=restored, grad_scale=scaler.get_scale)
+        attach(model, state=restored, grad_scale=-1.0)
+    attach(model, state=restored, grad_scale=scaler.get_scale)
     assert error_of(model, 0) is None
 
 

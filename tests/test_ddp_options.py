@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from ddp_model import backward, error_of, exact_mean, inputs, wrap
-from distributed import assert_same_on_all_ranks, counting_bytes, gathered, run
+from distributed import all_reduce, assert_same_on_all_ranks, attach, counting_bytes, gathered, run
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import qcomm
@@ -19,19 +19,19 @@ pytestmark = pytest.mark.world
 def case_warmup_and_exclude(rank, world_size):
     wanted = exact_mean(rank, world_size)
     model = wrap()
-    state = qcomm.attach(model, warmup_steps=2, min_elements=0)
+    state = attach(model, warmup_steps=2, min_elements=0)
     for step in range(4):
         same = all(torch.equal(a, b) for a, b in zip(backward(model, rank), wanted, strict=True))
         assert same == (step < 2), step
     assert state.stats()["steps"] == 4
     model = wrap()
-    state = qcomm.attach(model, exclude=["*.bias", "4.*"], min_elements=0)
+    state = attach(model, exclude=["*.bias", "4.*"], min_elements=0)
     for _ in range(2):
         for (name, _), got, want in zip(model.module.named_parameters(), backward(model, rank), wanted, strict=True):
             assert torch.equal(got, want) == (name.endswith(".bias") or name.startswith("4.")), name
     assert set(state.stats()["tensors"]) == {f"{layer}.weight" for layer in (0, 2, 6, 8, 10)}
     model = wrap()
-    state = qcomm.attach(model, min_elements=100)
+    state = attach(model, min_elements=100)
     for (name, _), got, want in zip(model.module.named_parameters(), backward(model, rank), wanted, strict=True):
         assert torch.equal(got, want) == name.endswith(".bias"), name
 
@@ -43,9 +43,9 @@ def test_what_is_not_compressed_is_exact(world_size):
 
 def case_registered_by_hand(rank, world_size):
     model, other = wrap(), wrap()
-    state = qcomm.CompressionState(min_elements=100)
+    state = qcomm.CompressionState(min_elements=100, strategy="two_phase")
     model.register_comm_hook(state, qcomm.compression_hook)
-    attached = qcomm.attach(other, min_elements=100)
+    attached = attach(other, min_elements=100)
     for step in range(4):
         for a, b in zip(backward(model, rank, step), backward(other, rank, step), strict=True):
             assert torch.equal(a, b)
@@ -53,12 +53,12 @@ def case_registered_by_hand(rank, world_size):
     assert len(state.state_dict()["error_feedback"]["local"]) == len(names)
     assert all(name.startswith("parameter ") for name in state.stats()["tensors"])
     # A new model and a saved state: parameters are numbered alike, so residuals find their parameters.
-    restored, continued = qcomm.CompressionState(min_elements=100), wrap()
+    restored, continued = qcomm.CompressionState(min_elements=100, strategy="two_phase"), wrap()
     restored.load_state_dict(state.state_dict())
     continued.register_comm_hook(restored, qcomm.compression_hook)
     backward(continued, rank, 5)
     model = wrap()
-    model.register_comm_hook(qcomm.CompressionState(exclude=["*.bias"]), qcomm.compression_hook)
+    model.register_comm_hook(qcomm.CompressionState(exclude=["*.bias"], strategy="two_phase"), qcomm.compression_hook)
     assert "exclude needs the parameters' names" in str(error_of(model, rank))
 
 
@@ -68,15 +68,15 @@ def test_a_hook_registered_by_hand_does_the_same():
 
 def case_scale(rank, world_size):
     reference = wrap()
-    qcomm.attach(reference, min_elements=100)
+    attach(reference, min_elements=100)
     scales = [1024.0, 2048.0, 2048.0, 512.0]
     current = torch.tensor(1.0)
     for grad_scale in (current, lambda: float(current), lambda: current):
         model = wrap()
-        state = qcomm.attach(model, min_elements=100, grad_scale=grad_scale)
-        reference_state = qcomm.attach(wrap(), min_elements=100)
+        state = attach(model, min_elements=100, grad_scale=grad_scale)
+        reference_state = attach(wrap(), min_elements=100)
         reference = wrap()
-        reference_state = qcomm.attach(reference, min_elements=100)
+        reference_state = attach(reference, min_elements=100)
         for step, scale in enumerate(scales):
             current.fill_(scale)
             for a, b in zip(backward(model, rank, step, scale), backward(reference, rank, step), strict=True):
@@ -105,7 +105,7 @@ def test_grad_scale_is_taken_out_and_put_back():
 def case_scaler(rank, world_size, grid):
     model = wrap()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-    state = qcomm.attach(model, grid=grid, min_elements=100, grad_scale=scaler.get_scale)
+    state = attach(model, grid=grid, min_elements=100, grad_scale=scaler.get_scale)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     skipped = 0
     for step in range(8):
@@ -143,7 +143,7 @@ def test_grad_scaler_skips_and_recovers(grid):
 
 def case_overlap(rank, world_size):
     model = wrap()
-    state = qcomm.attach(model)
+    state = attach(model)
     for _ in range(2):  # the second step has the final buckets
         backward(model, rank)
     state.telemetry.timeline = timeline = []
@@ -194,7 +194,7 @@ def test_communication_overlaps_with_backward(world_size):
 
 def case_bytes(rank, world_size):
     model = wrap()
-    state = qcomm.attach(model, min_elements=100, warmup_steps=1)
+    state = attach(model, min_elements=100, warmup_steps=1)
     with counting_bytes() as counting:
         for step in range(4):
             backward(model, rank, step)
@@ -220,7 +220,7 @@ def test_bytes_in_stats_are_those_handed_to_gloo(world_size):
 
 def case_join(rank, world_size):
     model = wrap()
-    state = qcomm.attach(model, min_elements=100)
+    state = attach(model, min_elements=100)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
     steps = 3 + 2 * rank  # rank 0 runs out first and shadows the others with zeros
     with model.join():
@@ -238,7 +238,7 @@ def test_join_with_uneven_inputs():
 
 def case_wrapped(rank, world_size):
     model = wrap()
-    state = qcomm.CompressionState(min_elements=100)
+    state = qcomm.CompressionState(min_elements=100, strategy="two_phase")
     model.register_comm_hook(state, default_hooks.fp16_compress_wrapper(qcomm.compression_hook))
     for step in range(3):
         got = backward(model, rank, step)
@@ -254,13 +254,13 @@ def test_the_hook_inside_torchs_fp16_wrapper():
 
 def case_two_models(rank, world_size):
     models = [wrap(), wrap()]
-    states = [qcomm.attach(models[0]), qcomm.attach(models[1], grid=qcomm.RangeGrid(c=2))]
+    states = [attach(models[0]), attach(models[1], grid=qcomm.RangeGrid(c=2))]
     for step in range(3):
         for model in models:
             model.zero_grad()
         sum(model(inputs(rank, step)).square().sum() for model in models).backward()
         tensor = torch.full((2000,), float(rank))
-        qcomm.all_reduce(tensor)
+        all_reduce(tensor)
         assert torch.equal(tensor, torch.full((2000,), (world_size - 1) / 2))
         assert_same_on_all_ranks(*[p.grad for model in models for p in model.parameters()])
     assert [state.stats()["steps"] for state in states] == [3, 3]
@@ -279,6 +279,6 @@ def test_copying_a_model_and_process_errors():
     with pytest.raises(ValueError, match="state_dict must be of format 1"):
         state.load_state_dict({"format": 2})
     with pytest.raises(RuntimeError, match="is not initialised: call"):
-        qcomm.all_reduce(torch.ones(3))
+        all_reduce(torch.ones(3))
     assert issubclass(TransportError, qcomm.CollectiveError)
     assert copy.deepcopy(qcomm.SigmaGrid()) == qcomm.SigmaGrid()

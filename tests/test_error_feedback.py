@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import gathered, run
+from distributed import attach, gathered, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -175,7 +175,7 @@ def case_resume(rank, world_size, sizes, grid):
         saved = None
         if rank < size:
             ddp_model = new_ddp(plain, group)
-            state = qcomm.attach(ddp_model, grid=grid, min_elements=0)
+            state = attach(ddp_model, grid=grid, min_elements=0)
             if states is not None and rank < len(states):
                 state.load_state_dict([states[other] for other in range(rank, len(states), size)])
             elif states is not None:
@@ -203,7 +203,7 @@ def test_checkpoint_and_another_number_of_ranks(grid):
 def case_pickle(rank, world_size):
     plain = model()
     ddp_model = new_ddp(plain, None)
-    state = qcomm.attach(ddp_model, min_elements=0)
+    state = attach(ddp_model, min_elements=0)
     names = {name: p.numel() for name, p in plain.named_parameters()}
     sums = [torch.zeros(sum(names.values()), dtype=torch.float64) for _ in range(2)]
     train(ddp_model, plain, None, range(3), sums)
@@ -216,11 +216,11 @@ def case_pickle(rank, world_size):
     with pytest.raises(RuntimeError, match="residuals belong to named parameters"):
         unnamed(torch.ones(1, 48)).sum().backward()
     ddp_model = new_ddp(plain, None)
-    assert qcomm.attach(ddp_model, state=restored) is restored
+    assert attach(ddp_model, state=restored) is restored
     train(ddp_model, plain, None, range(3, 6), sums)
     assert torch.allclose(sums[1] - sums[0], remaining(gathered(restored.state_dict()), names), rtol=0, atol=1e-4)
     with pytest.raises(TypeError, match="state must not be combined with options"):
-        qcomm.attach(new_ddp(plain, None), state=restored, min_elements=3)
+        attach(new_ddp(plain, None), state=restored, min_elements=3)
 
 
 @pytest.mark.world

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import TIMEOUT, assert_same_on_all_ranks, counting_bytes, die, gathered, run, run_alone
+from distributed import TIMEOUT, all_reduce, assert_same_on_all_ranks, counting_bytes, die, gathered, run, run_alone
 
 import qcomm
 from qcomm import communicator as communicators
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.world
 
 def check_works(rank, world_size, group=None):
     tensor = torch.randn(5000, generator=torch.Generator().manual_seed(rank))
-    qcomm.all_reduce(tensor, group=group)
+    all_reduce(tensor, group=group)
     assert tensor.isfinite().all()
     if group is None:
         assert_same_on_all_ranks(tensor)
@@ -38,7 +38,7 @@ def failing(name, message="boom"):
 def attempt(**options):
     """The error of one all_reduce, or None."""
     try:
-        qcomm.all_reduce(torch.randn(5000), **options)
+        all_reduce(torch.randn(5000), **options)
     except (qcomm.CollectiveError, qcomm.ConfigMismatchError) as error:
         return error
     return None
@@ -134,7 +134,7 @@ def case_unforeseen(rank, world_size):
         else nullcontext(),
         pytest.raises(MemoryError if rank == 1 else TransportError),
     ):
-        qcomm.all_reduce(torch.zeros(5000), group=group)
+        all_reduce(torch.zeros(5000), group=group)
     error = attempt(group=group)
     assert "an earlier collective left this group without connections" in str(error)
     check_works(rank, world_size)
@@ -173,7 +173,7 @@ def case_silent(rank, world_size):
             return encode_values(*args)
 
         with mock.patch.object(two_phase, "_encode_values", side_effect=late):
-            work = qcomm.all_reduce(torch.randn(5000), group=group, async_op=True)
+            work = all_reduce(torch.randn(5000), group=group, async_op=True)
             store.wait(["gave up 0", "gave up 2"])
             gate.set()
             # The other ranks gave up: the silent one finds closed connections when it comes back.
@@ -197,18 +197,18 @@ def case_groups(rank, world_size):
     pair = dist.new_group([0, 2])
     if rank != 1:
         tensor = torch.full((3000,), float(rank))
-        qcomm.all_reduce(tensor, group=pair)
+        all_reduce(tensor, group=pair)
         assert torch.equal(tensor, torch.ones(3000))
         with pytest.raises(qcomm.ConfigMismatchError, match=r"shape: .* on rank 0, .* on rank 2"):
-            qcomm.all_reduce(torch.zeros(10 + rank), group=pair)
+            all_reduce(torch.zeros(10 + rank), group=pair)
     everyone = dist.new_group()
     for round_number in range(3):
         tensor = torch.full((3000,), float(rank + round_number))
-        qcomm.all_reduce(tensor, group=everyone)
+        all_reduce(tensor, group=everyone)
         assert torch.equal(tensor, torch.full((3000,), 1.0 + round_number))
         dist.destroy_process_group(everyone)
         with pytest.raises(ValueError, match="group was destroyed"):
-            qcomm.all_reduce(tensor, group=everyone)
+            all_reduce(tensor, group=everyone)
         everyone = dist.new_group()
     check_works(rank, world_size)
     # Connections made again on the store of a group that itself stays.
@@ -257,7 +257,7 @@ def case_bytes(rank, world_size):
     with counting_bytes() as counting:
         for count in (0, 1, 33, 1024, 100_003):
             for grid in (qcomm.SigmaGrid(), qcomm.RangeGrid(c=2)):
-                work = qcomm.all_reduce(torch.randn(count), grid, async_op=True)
+                work = all_reduce(torch.randn(count), grid, async_op=True)
                 work.wait()
                 sent += work.stats()["bytes_sent"]
                 received += work.stats()["bytes_received"]

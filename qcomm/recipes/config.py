@@ -8,6 +8,7 @@ from typing import Any
 from qcomm.recipes.datasets import DATASET_NAMES
 from qcomm.recipes.errors import RecipeError
 from qcomm.recipes.models import MODEL_NAMES
+from qcomm.strategies import STRATEGIES
 
 METHODS = ("fp32", "bf16", "qcomm")
 GRIDS = ("sigma", "range")
@@ -44,6 +45,7 @@ class TrainConfig:
         step: of the sigma grid, in standard deviations.
         c: of the range grid, bits above the entropy.
         error_feedback: of qcomm.
+        strategy: of qcomm; by default it compresses even where that is slower, so that runs can be compared.
         min_elements: of qcomm; smaller tensors travel uncompressed.
         compression_warmup_steps: of qcomm; so many first steps travel uncompressed.
         threads: of torch, per rank.
@@ -81,6 +83,7 @@ class TrainConfig:
     step: float = 1.0
     c: float = 6.0
     error_feedback: bool = True
+    strategy: str = "two_phase"
     min_elements: int = 1024
     compression_warmup_steps: int = 0
     threads: int = 1
@@ -95,6 +98,7 @@ class TrainConfig:
             ("amp", AMP_MODES),
             ("method", METHODS),
             ("grid", GRIDS),
+            ("strategy", STRATEGIES),
         ):
             if getattr(self, name) not in choices:
                 raise RecipeError(f"{_option(name)} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")

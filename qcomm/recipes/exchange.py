@@ -124,6 +124,7 @@ def attach(ddp_model: DistributedDataParallel, config: TrainConfig, scaler: torc
             ddp_model,
             grid=grid,
             error_feedback=config.error_feedback,
+            strategy=config.strategy,
             min_elements=config.min_elements,
             warmup_steps=config.compression_warmup_steps,
             grad_scale=scaler.get_scale if scaler is not None else None,

@@ -1,0 +1,64 @@
+"""What the ways to a mean have in common: the task, and how a rank's own failure is kept for the others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from qcomm.agreement import Fault, Fields, Phase
+from qcomm.error_feedback import ErrorFeedback
+from qcomm.grids import Grid
+from qcomm.layout import BucketLayout
+from qcomm.telemetry import Telemetry
+
+__all__ = ["MeanTask", "attempt"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass
+class MeanTask:
+    """One collective: what to average, and how.
+
+    Attributes:
+        buffer: flat and contiguous, float32, float16, bfloat16 or float64; holds the result in the end.
+        layout: of the buffer; None where finding it out failed (then there is a fault).
+        grid: of the first phase.
+        fields: the configuration, which has to be equal on all ranks.
+        telemetry: counts what happens.
+        feedback: residuals, or None for none.
+        scale: the buffer holds values times this factor, and the result will; residuals are kept without it.
+        index: number of the bucket for the timeline.
+        fault: what went wrong before the task was queued; it is announced to the other ranks in place of the exchange.
+        strategy: ``"auto"``, ``"two_phase"`` or ``"none"``.
+        own_time: nanoseconds of this rank's last collective of the kind, for the headers (see :mod:`qcomm.chooser`).
+    """
+
+    buffer: torch.Tensor
+    layout: BucketLayout | None
+    grid: Grid
+    fields: Fields
+    telemetry: Telemetry
+    feedback: ErrorFeedback | None = None
+    scale: float = 1.0
+    index: int = 0
+    fault: Fault | None = None
+    strategy: str = "two_phase"
+    own_time: int = 0
+
+    @property
+    def agreed_layout(self) -> BucketLayout:
+        """The layout, where there is no fault."""
+        if self.layout is None:
+            raise ValueError("a task without a fault needs a layout")
+        return self.layout
+
+
+def attempt(phase: Phase, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, Fault | None]:
+    """Runs a step of this rank; what it raises is kept for the other ranks, who would wait for its packets in vain."""
+    try:
+        return step(*args, **kwargs), None
+    except Exception as error:  # noqa: BLE001 - any: it is raised again, on every rank, by the next exchange
+        return None, Fault(phase, error)

@@ -1,0 +1,56 @@
+"""The mean without compression: gloo's own all-reduce, for links on which compression does not pay."""
+
+import torch
+
+from qcomm.agreement import Phase
+from qcomm.communicator import Communicator
+from qcomm.mean import MeanTask, attempt
+from qcomm.statistics import measure
+from qcomm.transport import Traffic
+
+__all__ = ["plain_mean"]
+
+
+def plain_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
+    """Replaces ``task.buffer`` by its mean over all ranks and returns it. Runs on the communicator's thread.
+
+    Values are divided before they are summed, in the buffer's dtype, as DDP does: 16-bit sums overflow no earlier than
+    values. What error feedback still keeps of the buffer's parameters is sent along.
+
+    Raises:
+        CollectiveError, ConfigMismatchError: as :func:`qcomm.two_phase.two_phase_mean`.
+    """
+    communicator.begin()
+    fault = communicator.pending_fault or task.fault
+    if fault is None:
+        _, fault = attempt(Phase.ENCODE, _prepare, task, communicator.rank)
+    nothing = [0] * communicator.world_size
+    task.telemetry.mark(task.index, "exchange_1")
+    with task.telemetry.timed("communication_seconds"):
+        _, overhead = communicator.agree(Phase.ENCODE, task.fields, nothing, nothing, fault, task.own_time)
+        communicator.sum(task.buffer)
+    task.telemetry.add_traffic("overhead", overhead)
+    # Of a ring, which is what gloo runs; each of its two phases carries every element once.
+    ring = task.buffer.nbytes * (communicator.world_size - 1) // communicator.world_size
+    for phase in (1, 2):
+        task.telemetry.add_traffic(f"phase{phase}", Traffic(ring, ring))
+        task.telemetry.count_plain(phase, task.agreed_layout, task.buffer.element_size())
+    task.telemetry.mark(task.index, "done")
+    return task.buffer
+
+
+def _prepare(task: MeanTask, rank: int) -> None:
+    """This rank's share of the mean."""
+    task.telemetry.mark(task.index, "encode")
+    layout, feedback = task.agreed_layout, task.feedback
+    with task.telemetry.timed("encode_seconds"):
+        if feedback is not None:
+            feedback.adopt(layout, rank)
+            for tensor in layout.tensors:
+                if not tensor.compressed or not feedback.keeps(tensor.key):
+                    continue
+                values = task.buffer[tensor.offset : tensor.offset + tensor.numel]
+                # A step that is not finite is thrown away, and so is the mean of a parameter that no rank used.
+                if values.any() and measure(values).finite:
+                    values.add_(feedback.take(tensor.key, tensor.numel), alpha=task.scale)
+        task.buffer.div_(layout.world_size)

@@ -1,0 +1,48 @@
+"""The ways to a mean, by name, and the choice between them."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+
+from qcomm.communicator import Communicator
+from qcomm.mean import MeanTask
+from qcomm.plain import plain_mean
+from qcomm.two_phase import two_phase_mean
+
+__all__ = ["STRATEGIES", "average"]
+
+# The most exact first: of two that are equally fast, the chooser takes the earlier one.
+WAYS: Mapping[str, Callable[[MeanTask, Communicator], torch.Tensor]] = {"none": plain_mean, "two_phase": two_phase_mean}
+STRATEGIES = ("auto", *WAYS)
+
+
+def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
+    """Replaces ``task.buffer`` by its mean over all ranks, as ``task.strategy`` says, and returns it.
+
+    With ``"auto"`` each way is tried a few times for every kind of buffer, then the fastest one is taken; all ranks
+    decide alike, see :mod:`qcomm.chooser`. Runs on the communicator's thread.
+
+    Raises:
+        CollectiveError, ConfigMismatchError: as :func:`qcomm.two_phase.two_phase_mean`.
+    """
+    if task.layout is None:  # a fault, which the other ranks hear of whatever they are about to do
+        return two_phase_mean(task, communicator)
+    if task.strategy != "auto":
+        task.telemetry.note_strategy(task.index, task.strategy)
+        return WAYS[task.strategy](task, communicator)
+    chooser, layout = communicator.chooser, task.layout
+    kind = (layout.elements, layout.compressed_elements, task.buffer.dtype, task.grid, task.feedback is None)
+    strategy = chooser.next(kind, tuple(WAYS))
+    fields = task.fields.extended("strategy chosen", strategy)
+    task = replace(task, fields=fields, own_time=chooser.own_time(kind))
+    agreements, begin, own_time = communicator.agreements, time.perf_counter_ns(), 0
+    try:
+        result = WAYS[strategy](task, communicator)
+        own_time = time.perf_counter_ns() - begin
+    finally:
+        if communicator.agreements > agreements:  # so it is on all ranks, whatever happened afterwards
+            chooser.finished(kind, communicator.agreed_time, own_time)
+    task.telemetry.note_strategy(task.index, strategy)
+    return result

@@ -1,0 +1,192 @@
+"""Plain and compressed means behind one interface, and the choice between them, alike on all ranks."""
+
+import time
+from contextlib import nullcontext
+from unittest import mock
+
+import pytest
+import torch
+from ddp_model import backward, error_of, exact_mean, wrap
+from distributed import all_reduce, assert_same_on_all_ranks, attach, gathered, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import qcomm
+from qcomm import chooser, strategies, two_phase
+from qcomm.chooser import Chooser
+
+CANDIDATES = ("none", "two_phase")
+
+
+def choose(choosers, costs, count):
+    """``count`` collectives on all ranks; ``costs(rank, strategy, number)``. What was run."""
+    ran = []
+    for number in range(count):
+        chosen = [c.next("kind", CANDIDATES) for c in choosers]
+        assert len(set(chosen)) == 1
+        agreed = min(c.own_time("kind") for c in choosers)
+        for rank, c in enumerate(choosers):
+            c.finished("kind", agreed, costs(rank, chosen[0], number))
+        ran.append(chosen[0])
+    return ran
+
+
+@pytest.mark.parametrize(
+    ("plain", "compressed", "winner"),
+    [(100, 50, "two_phase"), (50, 100, "none"), (100, 99, "none"), (100, 90, "two_phase")],
+)
+def test_the_faster_way_is_kept_and_a_tie_goes_to_the_exact_one(plain, compressed, winner):
+    costs = {"none": plain, "two_phase": compressed}
+    ran = choose([Chooser() for _ in range(3)], lambda rank, strategy, number: costs[strategy], 100)
+    assert ran[: 2 * chooser.ROUNDS] == list(CANDIDATES) * chooser.ROUNDS
+    assert set(ran[2 * chooser.ROUNDS :]) == {winner}
+
+
+def test_waiting_for_a_slow_rank_is_not_taken_for_cost():
+    # Rank 0 always comes late, so the others wait for it, longest in compressed collectives.
+    def cost(rank, strategy, number):
+        return (40 if strategy == "two_phase" else 80) + (1000 if rank else 0) * (1 + number % 2)
+
+    assert choose([Chooser() for _ in range(2)], cost, 50)[-1] == "two_phase"
+
+
+def test_the_other_way_is_tried_again_when_the_link_becomes_slow():
+    def cost(rank, strategy, number):
+        return 70 if strategy == "two_phase" else (50 if number < 300 else 500)
+
+    ran = choose([Chooser() for _ in range(2)], cost, 300 + 3 * chooser.RECHECK)
+    assert ran[299] == "none" and ran[-1] == "two_phase"
+    # While nothing changes, nothing is tried.
+    assert ran[10:300].count("two_phase") == 0 and ran[-chooser.RECHECK :].count("none") == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_ranks_stay_in_step_whatever_fails(data):
+    """Times of 0 are collectives that failed at the end, on some ranks only."""
+    choosers = [Chooser() for _ in range(3)]
+    times = st.integers(0, 9)
+    choose(choosers, lambda rank, strategy, number: data.draw(times), 60)
+
+
+def test_kinds_are_forgotten_when_there_are_too_many():
+    c = Chooser()
+    for kind in range(3 * chooser.MOST_KINDS):
+        c.next(kind, CANDIDATES)
+        c.finished(kind, 0, 5)
+    assert len(c._kinds) == chooser.MOST_KINDS and c.own_time(0) == 0 and c.own_time(3 * chooser.MOST_KINDS - 1) == 5
+    with pytest.raises(KeyError):
+        c.finished("unknown", 0, 0)
+
+
+def case_plain(rank, world_size, dtype):
+    x = torch.randn(5001, generator=torch.Generator().manual_seed(rank)).to(dtype)
+    tensor = x.clone()
+    work = all_reduce(tensor, strategy="none", async_op=True)
+    work.wait()
+    assert_same_on_all_ranks(tensor)
+    wanted = sum(x.double() for x in gathered(x)) / world_size
+    assert float((tensor.double() - wanted).abs().max()) <= 8 * torch.finfo(dtype).eps * float(wanted.abs().max() + 1)
+    stats = work.stats()
+    itemsize = x.element_size()
+    assert stats["bits_per_element"] == 8 * itemsize == stats["bits_per_element_phase1"]
+    assert stats["bytes_sent_phase1"] == 5001 * itemsize * (world_size - 1) // world_size
+    assert stats["strategies"] == {0: "none"}
+    bad = torch.ones(5001, dtype=dtype)
+    bad[7] = torch.inf if rank == 1 else 1.0
+    all_reduce(bad, strategy="none")
+    assert not bad[7].isfinite() and bad.isfinite().sum() == 5000
+
+
+@pytest.mark.world
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_plain_mean(world_size, dtype):
+    run(world_size, case_plain, dtype)
+
+
+def case_residuals_are_sent(rank, world_size):
+    """Compressed steps, then a plain one: what was kept arrives, and nothing is lost or kept."""
+    model = wrap()
+    state = attach(model, min_elements=100, grad_scale=4.0)
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
+    for step in range(6):
+        state.strategy = "none" if step == 5 else "two_phase"
+        got = backward(model, rank, step, scale=4.0)
+        for total, g, wanted in zip(sums, got, exact_mean(rank, world_size, step), strict=True):
+            total.add_(g.double() / 4 - wanted)
+        if step == 4:
+            assert state.stats()["residual_norm"] > 0 and max(float(total.abs().max()) for total in sums) > 1e-3
+    assert state.stats()["residual_norm"] == 0.0
+    assert max(float(total.abs().max()) for total in sums) < 1e-4
+    assert state.stats()["strategies"] == dict.fromkeys(state.stats()["strategies"], "none")
+    assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
+
+
+@pytest.mark.world
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_plain_step_sends_what_error_feedback_kept(world_size):
+    run(world_size, case_residuals_are_sent)
+
+
+def slow(name, seconds):
+    """Makes a way to the mean take longer on this rank."""
+    way = strategies.WAYS[name]
+
+    def slowly(task, communicator):
+        deadline = time.perf_counter() + seconds
+        while time.perf_counter() < deadline:  # busy, as a slow codec would be
+            pass
+        return way(task, communicator)
+
+    return mock.patch.dict(strategies.WAYS, {name: slowly})
+
+
+def error_of_auto(tensor):
+    """What an all-reduce raises, or None; and how it was done."""
+    work = qcomm.all_reduce(tensor, strategy="auto", async_op=True)
+    try:
+        work.wait()
+    except qcomm.CollectiveError as error:
+        return str(error), {}
+    return None, work.stats()["strategies"]
+
+
+def case_auto(rank, world_size, slow_name, winner, elements):
+    with slow(slow_name, 0.03):
+        for _ in range(2 * chooser.ROUNDS):
+            assert error_of_auto(torch.randn(elements))[0] is None
+        # A fault of one rank in between does not take the ranks out of step, at either end of a collective.
+        for name in ("_encode_values", "_decode_means"):
+            failing = mock.patch.object(two_phase, name, side_effect=ZeroDivisionError("boom"))
+            with failing if rank == 1 else nullcontext():
+                errors = [error_of_auto(torch.randn(elements))[0] for _ in range(2)]
+            assert any(errors) == (winner == "two_phase")
+        for _ in range(3):
+            error, ways = error_of_auto(torch.randn(elements))
+        assert error is None and gathered(ways) == [{0: winner}] * world_size
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(("slow_name", "winner"), [("none", "two_phase"), ("two_phase", "none")])
+def test_auto_takes_the_faster_way(slow_name, winner):
+    run(2, case_auto, slow_name, winner, 5003 + (winner == "none"))
+
+
+def case_auto_in_ddp(rank, world_size):
+    model = wrap()
+    state = qcomm.attach(model, min_elements=100)
+    with slow("none", 0.02):
+        for step in range(10):
+            backward(model, rank, step)
+            assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
+    ways = state.stats()["strategies"]
+    assert gathered(ways) == [ways] * world_size
+    # The first step had one bucket of everything; those of the steps after it had time for their trials.
+    assert [ways[index] for index in sorted(ways)][1:] == ["two_phase"] * (len(ways) - 1)
+    assert error_of(model, rank) is None
+
+
+@pytest.mark.world
+def test_auto_chooses_for_each_bucket():
+    run(2, case_auto_in_ddp)
