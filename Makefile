@@ -6,11 +6,13 @@
 #   TORCH_INDEX  a further index for torch. On Linux, PyPI's torch brings the CUDA libraries (several GB);
 #                TORCH_INDEX=https://download.pytorch.org/whl/cpu has the small build for the CPU.
 #   VENV         where the environment goes.
+#   SECONDS      how long `make fuzz` runs each target.
 #   QCOMM_CUDA   AUTO, ON or OFF; CMAKE_ARGS: further arguments for CMake. Both count when something is built:
 #                after changing one of them, `make clean`.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+SECONDS ?= 60
 
 BIN := $(VENV)/bin
 # The build's tools are in the environment (no build isolation), so that a build after an edit takes seconds.
@@ -21,7 +23,7 @@ BUILT := $(VENV)/.built-stamp
 SOURCES := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help build train test lint bench-ci clean distclean
+.PHONY: help build train test lint fuzz cuda-check bench-ci clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -37,6 +39,12 @@ test: $(BUILT)  ## run the tests and the docstrings' examples
 
 lint: $(BUILT)  ## check style and types (tools/lint.sh --fix repairs what can be repaired)
 	tools/lint.sh
+
+fuzz:  ## fuzz the codec under sanitizers, SECONDS=60 a target; needs clang with libFuzzer, but no Python
+	tools/fuzz.sh $(SECONDS)
+
+cuda-check:  ## compile the CUDA kernels (needs nvcc, but no GPU): registers, spills, instructions per symbol
+	$(PYTHON) tools/cuda_check.py --json bench/results/cuda_build.json
 
 bench-ci: $(BUILT)  ## run the microbenchmarks, results in build/bench-ci.json (under 3 minutes)
 	@mkdir -p build

@@ -47,11 +47,11 @@ Values make_values(Address data, int dtype, std::int64_t count, Address residual
     return {pointer<const void>(data), static_cast<DType>(dtype), count, pointer<const float>(residual), inv_scale};
 }
 
-py::tuple py_measure(Address data, int dtype, std::int64_t count, Address residual, double inv_scale) {
+py::tuple py_measure(Address data, int dtype, std::int64_t count, Address residual, double inv_scale, int threads) {
     Statistics s;
     {
         py::gil_scoped_release nogil;
-        s = measure(make_values(data, dtype, count, residual, inv_scale));
+        s = measure(make_values(data, dtype, count, residual, inv_scale), threads);
     }
     return py::make_tuple(s.minimum, s.maximum, s.sum_squares, s.finite);
 }
@@ -130,17 +130,17 @@ std::vector<SegmentInput> make_segments(const std::vector<SegmentTuple>& segment
 
 std::int64_t py_encode_bound(const std::vector<SegmentTuple>& segments, int dtype,
                              const std::vector<std::int64_t>& dims, bool checksums, int steps) {
-    return encode_bound(make_segments(segments, dtype, 1.0), {static_cast<DType>(dtype), dims, checksums, steps});
+    return encode_bound(make_segments(segments, dtype, 1.0), {static_cast<DType>(dtype), dims, checksums, steps, 1});
 }
 
 std::int64_t py_encode(const std::vector<SegmentTuple>& segments, double inv_scale, int dtype,
-                       const std::vector<std::int64_t>& dims, bool checksums, int steps, Address out,
+                       const std::vector<std::int64_t>& dims, bool checksums, int steps, int threads, Address out,
                        std::int64_t capacity) {
     std::int64_t total = 0;
     Status status;
     {
         py::gil_scoped_release nogil;
-        const EncodeOptions options{static_cast<DType>(dtype), dims, checksums, steps};
+        const EncodeOptions options{static_cast<DType>(dtype), dims, checksums, steps, threads};
         status = encode_packet(make_segments(segments, dtype, inv_scale), options, pointer<std::uint8_t>(out), capacity,
                                &total);
     }
@@ -178,7 +178,8 @@ py::dict py_parse(Address packet, std::int64_t bytes) {
     return info;
 }
 
-void py_decode(Address packet, std::int64_t bytes, Address out, std::int64_t count, int dtype, bool accumulate) {
+void py_decode(Address packet, std::int64_t bytes, Address out, std::int64_t count, int dtype, bool accumulate,
+               int threads) {
     Status status;
     {
         py::gil_scoped_release nogil;
@@ -189,7 +190,7 @@ void py_decode(Address packet, std::int64_t bytes, Address out, std::int64_t cou
             status = bad_argument("out must have the packet's dtype and element count,",
                                   static_cast<std::int64_t>(view.header.element_count));
         }
-        if (status.ok()) status = decode_packet(view, pointer<void>(out), accumulate);
+        if (status.ok()) status = decode_packet(view, pointer<void>(out), accumulate, threads);
     }
     raise_if_error(status);
 }

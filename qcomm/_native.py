@@ -18,6 +18,7 @@ _C.set_packet_error(PacketError)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # the index is the dtype's number in a packet
 DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
 WIRE_TABLE = 0
+MAX_THREADS = 1024
 NO_TABLE = 255
 
 
@@ -84,6 +85,15 @@ class Segment(NamedTuple):
     residual: torch.Tensor | None = None
 
 
+def check_num_threads(num_threads: object) -> int:
+    """``num_threads`` if it is an int of at least 1."""
+    if isinstance(num_threads, bool) or not isinstance(num_threads, int):
+        raise TypeError(f"num_threads must be an int, got {type(num_threads).__name__}")
+    if num_threads < 1:
+        raise ValueError(f"num_threads must be at least 1, got {num_threads}")
+    return min(num_threads, MAX_THREADS)
+
+
 def check_floats(name: str, tensor: object) -> torch.Tensor:
     """Returns ``tensor`` if it is a dense real floating-point CPU tensor, or raises an error that names ``name``."""
     if not isinstance(tensor, torch.Tensor):
@@ -135,9 +145,11 @@ def _source(values: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, i
     return values.data_ptr(), DTYPE_NUMBERS[values.dtype], values.numel(), residual.data_ptr()
 
 
-def measure(values: torch.Tensor, residual: torch.Tensor | None, inv_scale: float) -> tuple[float, float, float, bool]:
+def measure(
+    values: torch.Tensor, residual: torch.Tensor | None, inv_scale: float, num_threads: int
+) -> tuple[float, float, float, bool]:
     """(minimum, maximum, sum of squares, all finite) of ``values * inv_scale + residual``."""
-    return _C.measure(*_source(values, residual), inv_scale)
+    return _C.measure(*_source(values, residual), inv_scale, check_num_threads(num_threads))
 
 
 def entropy(
@@ -189,11 +201,12 @@ def dequantize(symbols: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype) 
 
 
 def encode(
-    segments: Sequence[Segment], shape: Sequence[int], inv_scale: float, checksum: bool, steps: int
+    segments: Sequence[Segment], shape: Sequence[int], inv_scale: float, checksum: bool, steps: int, num_threads: int
 ) -> torch.Tensor:
     """A packet of ``segments`` as a 1-D uint8 tensor, a view of a larger buffer."""
     dtype = DTYPE_NUMBERS[check_floats("values", segments[0].values).dtype]
     described = []
+    num_threads = check_num_threads(num_threads)
     for values, quantizer, residual in segments:
         address, number, count, residual_address = _source(values, residual)
         if number != dtype:
@@ -201,7 +214,7 @@ def encode(
         described.append((address, count, residual_address, quantizer))
     capacity = _C.encode_bound(described, dtype, shape, checksum, steps)
     out = torch.empty(capacity, dtype=torch.uint8)
-    size = _C.encode(described, inv_scale, dtype, shape, checksum, steps, out.data_ptr(), capacity)
+    size = _C.encode(described, inv_scale, dtype, shape, checksum, steps, num_threads, out.data_ptr(), capacity)
     return out[:size]
 
 
@@ -232,9 +245,11 @@ def parse(packet: torch.Tensor) -> ParsedPacket:
     )
 
 
-def decode(packet: torch.Tensor, out: torch.Tensor, accumulate: bool) -> None:
+def decode(packet: torch.Tensor, out: torch.Tensor, accumulate: bool, num_threads: int) -> None:
     """Decodes into ``out`` (contiguous, the packet's dtype and element count), or adds to it."""
-    _C.decode(packet.data_ptr(), packet.numel(), out.data_ptr(), out.numel(), DTYPE_NUMBERS[out.dtype], accumulate)
+    threads = check_num_threads(num_threads)
+    dtype = DTYPE_NUMBERS[out.dtype]
+    _C.decode(packet.data_ptr(), packet.numel(), out.data_ptr(), out.numel(), dtype, accumulate, threads)
 
 
 def count_symbols(packet: torch.Tensor, segment: int) -> torch.Tensor:

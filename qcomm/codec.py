@@ -31,7 +31,12 @@ def default_block_steps(element_count: int) -> int:
 
 
 def compress(
-    tensor: torch.Tensor, grid: Grid = SigmaGrid(), *, checksum: bool = True, block_steps: int | None = None
+    tensor: torch.Tensor,
+    grid: Grid = SigmaGrid(),
+    *,
+    checksum: bool = True,
+    block_steps: int | None = None,
+    num_threads: int = 1,
 ) -> torch.Tensor:
     """Quantizes and Huffman-codes a tensor.
 
@@ -42,6 +47,7 @@ def compress(
         checksum: add 4 bytes a block that let ``decompress`` tell damaged from whole.
         block_steps: symbols per lane in a block, 1..512; by default by size. Smaller blocks are more parallel and
             larger in sum.
+        num_threads: most that work at once, where there are 131,072 values for each; the bytes do not depend on it.
 
     Returns:
         A 1-D uint8 tensor. Never more than 128 bytes larger than the tensor itself (up to 6 dimensions).
@@ -58,15 +64,23 @@ def compress(
     if isinstance(tensor, torch.Tensor):
         tensor = tensor.resolve_neg()
     values = _native.check_floats("tensor", tensor).detach().contiguous()
-    quantizer = plan(measure(values), grid, values)
+    quantizer = plan(measure(values, num_threads=num_threads), grid, values)
     packet = encode(
-        [Segment(values.reshape(-1), quantizer)], shape=values.shape, checksum=checksum, block_steps=block_steps
+        [Segment(values.reshape(-1), quantizer)],
+        shape=values.shape,
+        checksum=checksum,
+        block_steps=block_steps,
+        num_threads=num_threads,
     )
     return packet.clone()  # the encoder's buffer is as large as the worst case
 
 
-def decompress(packet: torch.Tensor) -> torch.Tensor:
+def decompress(packet: torch.Tensor, *, num_threads: int = 1) -> torch.Tensor:
     """The tensor in a packet, in its shape and dtype.
+
+    Args:
+        packet: 1-D uint8.
+        num_threads: most that work at once.
 
     Raises:
         PacketError: the bytes are not a whole, undamaged packet of this version.
@@ -83,7 +97,7 @@ def decompress(packet: torch.Tensor) -> torch.Tensor:
         out = torch.empty(parsed.shape, dtype=parsed.dtype)
     except RuntimeError as error:  # a constant packet of 80 bytes may claim terabytes
         raise PacketError(f"no memory for the tensor of shape {parsed.shape} that the packet claims to hold") from error
-    _native.decode(packet, out, accumulate=False)
+    _native.decode(packet, out, accumulate=False, num_threads=num_threads)
     return out
 
 
@@ -94,6 +108,7 @@ def encode(
     shape: Sequence[int] | None = None,
     checksum: bool = True,
     block_steps: int | None = None,
+    num_threads: int = 1,
 ) -> torch.Tensor:
     """A packet of several segments, each ``u = values * inv_scale + residual`` on its own quantizer.
 
@@ -107,7 +122,7 @@ def encode(
         segments: at least one, all of one dtype (float32 or float64 where a residual or scale is used).
         inv_scale: positive and finite.
         shape: of the whole; by default flat.
-        checksum, block_steps: as in :func:`compress`.
+        checksum, block_steps, num_threads: as in :func:`compress`.
 
     Returns:
         A 1-D uint8 tensor, a view of a larger buffer.
@@ -136,16 +151,17 @@ def encode(
     dims = [count] if shape is None else list(shape)
     if math.prod(dims) != count:
         raise ValueError(f"shape must have {count} elements like the segments together, got {dims}")
-    return _native.encode(segments, dims, inv_scale, checksum, block_steps)
+    return _native.encode(segments, dims, inv_scale, checksum, block_steps, num_threads)
 
 
-def decode_into(packet: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False) -> None:
+def decode_into(packet: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False, num_threads: int = 1) -> None:
     """Decodes a packet into ``out``, or adds it to ``out``, all segments one after another.
 
     Args:
         packet: 1-D uint8.
         out: contiguous, of the packet's dtype and element count; float32 or float64 with ``accumulate``.
         accumulate: add instead of store.
+        num_threads: most that work at once.
 
     Raises:
         PacketError: the bytes are not a valid packet; what ``out`` then holds is unspecified.
@@ -161,7 +177,7 @@ def decode_into(packet: torch.Tensor, out: torch.Tensor, *, accumulate: bool = F
     _native.check_floats("out", out)
     if not out.is_contiguous():
         raise ValueError("out must be contiguous")
-    _native.decode(packet, out, accumulate)
+    _native.decode(packet, out, accumulate, num_threads)
 
 
 @dataclass(frozen=True)

@@ -31,16 +31,19 @@ class Statistics:
         return math.sqrt(self.sum_squares / self.count) if self.count else 0.0
 
 
-def measure(values: torch.Tensor, residual: torch.Tensor | None = None, inv_scale: float = 1.0) -> Statistics:
+def measure(
+    values: torch.Tensor, residual: torch.Tensor | None = None, inv_scale: float = 1.0, *, num_threads: int = 1
+) -> Statistics:
     """Statistics of ``u = values * inv_scale + residual``.
 
     Args:
         values: contiguous, any shape, float32, float16, bfloat16 or float64.
         residual: contiguous float32 with as many elements, or None. Needs float32 or float64 values.
         inv_scale: a factor, rounded to the arithmetic of the dtype.
+        num_threads: most that work at once; the result does not depend on it.
 
     Example:
         >>> measure(torch.tensor([3.0, -4.0])).sum_squares
         25.0
     """
-    return Statistics(values.numel(), *_native.measure(values, residual, inv_scale))
+    return Statistics(values.numel(), *_native.measure(values, residual, inv_scale, num_threads))

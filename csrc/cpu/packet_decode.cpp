@@ -10,6 +10,7 @@
 #include "qcomm/block.h"
 #include "qcomm/checksum.h"
 #include "qcomm/packet.h"
+#include "qcomm/parallel.h"
 
 namespace qcomm {
 namespace {
@@ -195,7 +196,8 @@ Status split_block(const std::uint8_t* block, std::int64_t bytes, int n, const S
 template <class Tr>
 class SegmentDecoder {
 public:
-    SegmentDecoder(const PacketView& view, std::size_t index) : view_(view), record_(view.records[index]) {
+    SegmentDecoder(const PacketView& view, std::size_t index, int threads)
+        : view_(view), record_(view.records[index]), threads_(threads) {
         if (!is_block_coded(record_.coding)) return;
         if (record_.table == kTableOnWire) {
             const int size = alphabet_size(record_.coding, record_.num_bits);
@@ -230,44 +232,25 @@ public:
             return {};
         }
         const std::int64_t per_block = values_per_block(record_.coding, view_.header.steps);
-        for (std::int64_t begin = 0; begin < count;) {
-            int batch = 0;
-            for (; batch < kBatch && begin < count; ++batch, begin += per_block, ++*block) {
-                const std::int64_t end = 4 * static_cast<std::int64_t>(load_u32(view_.block_ends + 4 * *block));
-                const std::uint8_t* data = view_.payload + *at;
-                const std::int64_t bytes = end - *at;
-                if (!matches((*checksum_index)++, [&] { return checksum(data, bytes); }))
-                    return bad_packet("a block is damaged: wrong checksum; block", *block);
-                Block& b = blocks_[batch];
-                b.begin = begin;
-                b.n = static_cast<int>(std::min(per_block, count - begin));
-                b.number = *block;
-                QCOMM_RETURN_IF_ERROR(split_block(data, bytes, b.n, record_, kItem, *block, &b.parts));
-                *at = end;
-            }
-            QCOMM_RETURN_IF_ERROR(decode_coded(batch));
-            for (int i = 0; i < batch; ++i) QCOMM_RETURN_IF_ERROR(emit(blocks_[i], on_symbols, on_raw, on_escape));
-        }
+        const std::int64_t blocks = blocks_in(record_, view_.header.steps);
+        const int parts = part_count(blocks, ceil_div(kValuesPerThread, per_block), threads_);
+        while (static_cast<int>(workspaces_.size()) < parts) workspaces_.push_back(std::make_unique<Workspace>());
+        std::vector<Status> found(static_cast<std::size_t>(parts));
+        const Place place{*block, *checksum_index, *at};
+        parallel_for(blocks, parts, [&](int part, std::int64_t first, std::int64_t last) {
+            const auto p = static_cast<std::size_t>(part);
+            found[p] = run_blocks(*workspaces_[p], place, first, last, on_symbols, on_raw, on_escape);
+        });
+        *block += blocks;
+        *checksum_index += blocks;
+        if (blocks > 0) *at = block_end(*block - 1);
+        // Of several damaged blocks the first one is told, whatever the number of threads.
+        for (const Status& status : found) QCOMM_RETURN_IF_ERROR(status);
         return {};
     }
 
 private:
     static constexpr std::int64_t kItem = sizeof(typename Tr::Storage);
-
-    template <class Compute>
-    bool matches(std::int64_t index, Compute compute) const {
-        return view_.checksums == nullptr || load_u32(view_.checksums + 4 * index) == compute();
-    }
-
-    template <class OnSymbols>
-    void unpack_all(const std::uint8_t* data, std::int64_t count, OnSymbols on_symbols) {
-        constexpr std::int64_t kRun = 4096;  // a multiple of 8 values begins at a whole byte
-        for (std::int64_t begin = 0; begin < count; begin += kRun) {
-            const std::int64_t n = std::min(kRun, count - begin);
-            unpack_bits(data + packed_bytes(begin, record_.num_bits), n, record_.num_bits, blocks_[0].symbols.get());
-            on_symbols(begin, blocks_[0].symbols.get(), static_cast<int>(n));
-        }
-    }
 
     static constexpr int kBatch = 2;  // blocks decoded together
 
@@ -280,14 +263,71 @@ private:
         std::unique_ptr<std::uint16_t[]> symbols{new std::uint16_t[kMaxBlockValues + 1]};
     };
 
+    struct Workspace {
+        Block blocks[kBatch];
+    };
+
+    // Where a segment begins: number of its first block and checksum, offset in the payload.
+    struct Place {
+        std::int64_t block, checksum, at;
+    };
+
+    std::int64_t block_end(std::int64_t block) const {
+        return 4 * static_cast<std::int64_t>(load_u32(view_.block_ends + 4 * block));
+    }
+
+    // Decodes blocks [first, last) of the segment.
+    template <class OnSymbols, class OnRaw, class OnEscape>
+    Status run_blocks(Workspace& workspace, const Place& place, std::int64_t first, std::int64_t last,
+                      const OnSymbols& on_symbols, const OnRaw& on_raw, const OnEscape& on_escape) {
+        const std::int64_t per_block = values_per_block(record_.coding, view_.header.steps);
+        std::int64_t at = first == 0 ? place.at : block_end(place.block + first - 1);
+        for (std::int64_t i = first; i < last;) {
+            int batch = 0;
+            for (; batch < kBatch && i < last; ++batch, ++i) {
+                const std::int64_t number = place.block + i, end = block_end(number);
+                const std::uint8_t* data = view_.payload + at;
+                const std::int64_t bytes = end - at;
+                if (!matches(place.checksum + i, [&] { return checksum(data, bytes); }))
+                    return bad_packet("a block is damaged: wrong checksum; block", number);
+                Block& b = workspace.blocks[batch];
+                b.begin = i * per_block;
+                b.n = static_cast<int>(std::min(per_block, static_cast<std::int64_t>(record_.count) - b.begin));
+                b.number = number;
+                QCOMM_RETURN_IF_ERROR(split_block(data, bytes, b.n, record_, kItem, number, &b.parts));
+                at = end;
+            }
+            QCOMM_RETURN_IF_ERROR(decode_coded(workspace, batch));
+            for (int j = 0; j < batch; ++j)
+                QCOMM_RETURN_IF_ERROR(emit(workspace.blocks[j], on_symbols, on_raw, on_escape));
+        }
+        return {};
+    }
+
+    template <class Compute>
+    bool matches(std::int64_t index, Compute compute) const {
+        return view_.checksums == nullptr || load_u32(view_.checksums + 4 * index) == compute();
+    }
+
+    template <class OnSymbols>
+    void unpack_all(const std::uint8_t* data, std::int64_t count, OnSymbols on_symbols) {
+        constexpr std::int64_t kRun = 4096;  // a multiple of 8 values begins at a whole byte
+        std::uint16_t symbols[kRun];
+        for (std::int64_t begin = 0; begin < count; begin += kRun) {
+            const std::int64_t n = std::min(kRun, count - begin);
+            unpack_bits(data + packed_bytes(begin, record_.num_bits), n, record_.num_bits, symbols);
+            on_symbols(begin, symbols, static_cast<int>(n));
+        }
+    }
+
     // Decodes the coded ones of the first `batch` blocks to symbols.
-    Status decode_coded(int batch) {
+    Status decode_coded(Workspace& workspace, int batch) {
         const bool pairs = record_.coding == Coding::kPair;
         CodedBlock coded[kBatch];
         Block* of[kBatch];
         int count = 0;
         for (int i = 0; i < batch; ++i) {
-            Block& b = blocks_[i];
+            Block& b = workspace.blocks[i];
             if (b.parts.info.mode != BlockMode::kCoded) continue;
             if (table_ == nullptr) return bad_packet("a coded block in a segment without a code; block", b.number);
             of[count] = &b;
@@ -332,6 +372,9 @@ private:
             std::memcpy(&position, b.parts.escape_positions + 2 * i, sizeof(position));
             if (position >= b.n || position <= previous)
                 return bad_packet("an escape's position is out of order; block", b.number);
+            // Otherwise a level's value would be replaced when stored but kept when added to.
+            if (b.symbols[position] != escape_symbol(record_.num_bits))
+                return bad_packet("an escape's position is that of another symbol; block", b.number);
             previous = position;
             on_escape(b.begin + position, b.parts.escape_values + i * kItem);
         }
@@ -350,11 +393,12 @@ private:
     DecodeTable own_;
     const DecodeTable* table_ = nullptr;
     Status status_;
-    Block blocks_[kBatch];
+    int threads_;
+    std::vector<std::unique_ptr<Workspace>> workspaces_;  // one a thread
 };
 
 template <class Tr, class Sink>
-Status decode_segments(const PacketView& view, typename Tr::Storage* out) {
+Status decode_segments(const PacketView& view, typename Tr::Storage* out, int threads) {
     using Storage = typename Tr::Storage;
     std::int64_t block = 0, checksum_index = 0, at = 0;
     for (std::size_t i = 0; i < view.records.size(); ++i) {
@@ -369,7 +413,7 @@ Status decode_segments(const PacketView& view, typename Tr::Storage* out) {
             const Storage value = Tr::narrow(static_cast<typename Tr::Arithmetic>(r.p0));
             for (std::int64_t j = 0; j < static_cast<std::int64_t>(r.count); ++j) sink.put(j, value);
         } else {
-            SegmentDecoder<Tr> decoder(view, i);
+            SegmentDecoder<Tr> decoder(view, i, threads);
             const auto on_raw = [&](std::int64_t begin, const std::uint8_t* bytes, std::int64_t n) {
                 for (std::int64_t j = 0; j < n; ++j)
                     sink.put(begin + j, load(bytes + j * static_cast<std::int64_t>(sizeof(Storage))));
@@ -441,13 +485,14 @@ Status parse_packet(const std::uint8_t* packet, std::int64_t bytes, PacketView* 
     return check_layout(*view);
 }
 
-Status decode_packet(const PacketView& view, void* out, bool accumulate) {
+Status decode_packet(const PacketView& view, void* out, bool accumulate, int threads) {
     if (accumulate && item_bytes(view.header.dtype) < 4)
         return bad_argument("accumulate needs a float32 or float64 packet");
     return dispatch(view.header.dtype, [&](auto traits) {
         using Tr = decltype(traits);
         auto* const typed = static_cast<typename Tr::Storage*>(out);
-        return accumulate ? decode_segments<Tr, Add<Tr>>(view, typed) : decode_segments<Tr, Store<Tr>>(view, typed);
+        return accumulate ? decode_segments<Tr, Add<Tr>>(view, typed, threads)
+                          : decode_segments<Tr, Store<Tr>>(view, typed, threads);
     });
 }
 
@@ -462,7 +507,7 @@ Status count_symbols(const PacketView& view, std::size_t index, std::uint64_t* c
                  : at + plain_bytes(r, view.header.dtype);
     }
     return dispatch(view.header.dtype, [&](auto traits) {
-        SegmentDecoder<decltype(traits)> decoder(view, index);
+        SegmentDecoder<decltype(traits)> decoder(view, index, 1);
         const auto on_symbols = [&](std::int64_t, const std::uint16_t* symbols, int n) {
             for (int j = 0; j < n; ++j) ++counts[symbols[j]];
         };

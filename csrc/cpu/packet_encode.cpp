@@ -7,16 +7,16 @@
 #include <cstring>
 #include <memory>
 
+#include "block_writer.h"
 #include "kernels.h"
 #include "qcomm/block.h"
 #include "qcomm/checksum.h"
 #include "qcomm/packet.h"
+#include "qcomm/parallel.h"
 
 namespace qcomm {
 namespace {
 
-constexpr int kRun = 2048;  // values that are worked on at a time
-constexpr std::int64_t kInfoBytes = sizeof(std::uint32_t);
 constexpr std::int64_t kTypicalBlockBytes = 40;                     // of a coded block beyond its codewords
 constexpr std::uint64_t kMaxPayloadBytes = std::uint64_t{4} << 32;  // block ends count 4-byte units in 32 bits
 
@@ -41,7 +41,7 @@ std::int64_t max_payload_bytes(std::int64_t count, const Quantizer& q, DType dty
         case Coding::kRaw:
             return align4(count * item_bytes(dtype));
         default:
-            return count * item_bytes(dtype) + 8 * blocks_in(record, steps);  // every block may fall back to raw
+            return max_block_bytes(count, blocks_in(record, steps), dtype);  // every block may fall back to raw
     }
 }
 
@@ -96,12 +96,7 @@ Status check_segment(const SegmentInput& segment, DType dtype, std::int64_t inde
 class Encoder {
 public:
     Encoder(const EncodeOptions& options, std::uint8_t* payload)
-        : options_(options),
-          kernels_(kernels()),
-          payload_(payload),
-          scratch_(new double[kMaxBlockValues]),
-          symbols_(new std::uint16_t[kMaxBlockValues]),
-          words_(new std::uint16_t[kWordsSlack + kMaxCodewords]) {}
+        : options_(options), kernels_(kernels()), payload_(payload) {}
 
     template <class Tr>
     void encode(Tr, const SegmentInput& in) {
@@ -208,25 +203,26 @@ private:
             return q;
         }
         // A table of its own needs the histogram first: all symbols are kept, the values are quantized once.
-        std::vector<std::uint16_t> symbols(static_cast<std::size_t>(in.values.count));
+        // Left uninitialised: clearing them would cost a tenth of the time.
+        const std::unique_ptr<std::uint16_t[]> symbols(new std::uint16_t[static_cast<std::size_t>(in.values.count)]);
         for_each_run(in.values, [&](const void* u, std::int64_t begin, int n) {
-            kernels_.quantize(u, options_.dtype, n, q, symbols.data() + begin);
+            kernels_.quantize(u, options_.dtype, n, q, symbols.get() + begin);
         });
-        if (q.coding != Coding::kFixed) q = write_with_own_table(in, q, symbols);
-        if (q.coding == Coding::kFixed) write_fixed(symbols.data(), in.values.count, q.num_bits);
+        if (q.coding != Coding::kFixed) q = write_with_own_table(in, q, symbols.get());
+        if (q.coding == Coding::kFixed) write_fixed(symbols.get(), in.values.count, q.num_bits);
         if (is_range(q.grid) && in.residual_out != nullptr) {
             for_each_run(in.values, [&](const void* u, std::int64_t begin, int n) {
-                kernels_.update_residual(u, options_.dtype, symbols.data() + begin, n, q, in.residual_out + begin);
+                kernels_.update_residual(u, options_.dtype, symbols.get() + begin, n, q, in.residual_out + begin);
             });
         }
         return q;
     }
 
-    Quantizer write_with_own_table(const SegmentInput& in, Quantizer q, const std::vector<std::uint16_t>& symbols) {
+    Quantizer write_with_own_table(const SegmentInput& in, Quantizer q, const std::uint16_t* symbols) {
         const Mark start = mark();
         const int size = alphabet_size(q.coding, q.num_bits);
         std::vector<std::uint64_t> counts(static_cast<std::size_t>(size));
-        count_codewords(symbols, q, counts.data());
+        count_codewords(symbols, in.values.count, q, counts.data());
         std::vector<std::uint8_t> own(static_cast<std::size_t>(size));
         code_lengths(counts.data(), size, length_limit(q.coding, q.num_bits), own.data());
         EncodeTable table;
@@ -238,7 +234,7 @@ private:
             table = EncodeTable(own.data(), size);
             lengths.insert(lengths.end(), list.begin(), list.end());
         }
-        write_blocks(in, q, table.empty() ? nullptr : &table, symbols.data());
+        write_blocks(in, q, table.empty() ? nullptr : &table, symbols);
         if (is_range(q.grid) &&
             cost_since(start) >= align4(packed_bytes(in.values.count, q.num_bits)) + checksum_bytes(1)) {
             rewind(start);
@@ -259,20 +255,24 @@ private:
                packed_bytes(count, q.num_bits);
     }
 
-    // Calls f(u, begin, n) for runs of values that fit the first-level cache.
+    // Calls f(u, begin, n) for runs of values, on several threads where there are many.
     template <class F>
     void for_each_run(const Values& values, F f) {
-        for (std::int64_t begin = 0; begin < values.count; begin += kRun) {
-            const int n = static_cast<int>(std::min<std::int64_t>(kRun, values.count - begin));
-            f(load_block(kernels_, values, begin, n, scratch(0)), begin, n);
-        }
+        const std::int64_t runs = ceil_div(values.count, kRun);
+        parallel_for(runs, parts_of(runs, kRun), [&](int part, std::int64_t first, std::int64_t last) {
+            for (std::int64_t begin = first * kRun; begin < std::min(last * kRun, values.count); begin += kRun) {
+                const int n = static_cast<int>(std::min<std::int64_t>(kRun, values.count - begin));
+                f(load_block(kernels_, values, begin, n, writer(part).scratch(0)), begin, n);
+            }
+        });
     }
 
     // Four tables, so that a run of equal symbols does not wait for its own increments.
-    static void count_codewords(const std::vector<std::uint16_t>& symbols, const Quantizer& q, std::uint64_t* counts) {
+    static void count_codewords(const std::uint16_t* symbols, std::int64_t count, const Quantizer& q,
+                                std::uint64_t* counts) {
         const std::size_t size = static_cast<std::size_t>(alphabet_size(q.coding, q.num_bits));
         const bool pairs = q.coding == Coding::kPair;
-        const std::size_t n = pairs ? symbols.size() / 2 : symbols.size();
+        const std::size_t n = static_cast<std::size_t>(pairs ? count / 2 : count);
         const auto codeword = [&](std::size_t i) -> std::size_t {
             return pairs ? symbols[2 * i] | static_cast<std::size_t>(symbols[2 * i + 1]) << kPairBits : symbols[i];
         };
@@ -282,139 +282,51 @@ private:
             for (std::size_t t = 0; t < 4; ++t) ++tables[t * size + codeword(i + t)];
         }
         for (; i < n; ++i) ++tables[codeword(i)];
-        if (pairs && symbols.size() % 2 != 0)
-            ++tables[symbols.back() | static_cast<std::size_t>(sigma_radius(kPairBits)) << kPairBits];
+        if (pairs && count % 2 != 0)
+            ++tables[symbols[count - 1] | static_cast<std::size_t>(sigma_radius(kPairBits)) << kPairBits];
         for (std::size_t s = 0; s < size; ++s)
             counts[s] = tables[s] + tables[size + s] + tables[2 * size + s] + tables[3 * size + s];
     }
 
-    // Writes the blocks of a segment. `known` are its symbols, or null: then each block is quantized just before it is
-    // coded.
+    // Writes the blocks of a segment, in parts whose first bytes are as far apart as they can come to need, and then
+    // moves the parts together. `known`: see BlockWriter.
     void write_blocks(const SegmentInput& in, const Quantizer& q, const EncodeTable* table,
                       const std::uint16_t* known) {
         const std::int64_t per_block = values_per_block(q.coding, options_.steps);
-        // A range segment with a table may yet fall back to fixed width, which needs u again: its residual is written
-        // when that is settled.
-        const bool settled = known == nullptr || !is_range(q.grid);
-        for (std::int64_t begin = 0; begin < in.values.count; begin += per_block) {
-            const int n = static_cast<int>(std::min(per_block, in.values.count - begin));
-            std::uint16_t* const quantized = symbols_.get();
-            const std::uint16_t* symbols = known != nullptr ? known + begin : quantized;
-            SymbolScan scan{0, true};
-            // In runs that stay in the first-level cache from the values to the new residual.
-            for (int at = 0; at < n; at += kRun) {
-                const int m = std::min(kRun, n - at);
-                const void* u = load_block(kernels_, in.values, begin + at, m, scratch(at));
-                const SymbolScan part = known != nullptr ? scan_symbols(symbols + at, m, q)
-                                                         : kernels_.quantize(u, options_.dtype, m, q, quantized + at);
-                scan.escapes += part.escapes;
-                scan.constant &= part.constant && symbols[at] == symbols[0];
-                if (in.residual_out != nullptr && settled)
-                    kernels_.update_residual(u, options_.dtype, symbols + at, m, q, in.residual_out + begin + at);
-            }
-            const void* u = in_place(in.values, begin);
-            const BlockMode mode = write_block(u != nullptr ? u : scratch(0), symbols, n, scan, q, table);
-            if (mode == BlockMode::kRaw && in.residual_out != nullptr && settled)
-                std::fill_n(in.residual_out + begin, n, 0.0f);
-        }
-    }
-
-    // Room for u from value `at` of a block on, in the arithmetic of the dtype.
-    void* scratch(int at) const {
-        return reinterpret_cast<std::uint8_t*>(scratch_.get()) + at * (options_.dtype == DType::kFloat64 ? 8 : 4);
-    }
-
-    std::uint16_t* words_end() const { return words_.get() + kWordsSlack + kMaxCodewords; }
-
-    static int escape_of(const Quantizer& q) { return q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1; }
-
-    static SymbolScan scan_symbols(const std::uint16_t* symbols, int n, const Quantizer& q) {
-        const int escape = escape_of(q);
-        return {escape < 0 ? 0 : static_cast<int>(std::count(symbols, symbols + n, escape)),
-                std::all_of(symbols + 1, symbols + n, [&](std::uint16_t s) { return s == symbols[0]; })};
-    }
-
-    BlockMode write_block(const void* u, const std::uint16_t* symbols, int n, const SymbolScan& scan,
-                          const Quantizer& q, const EncodeTable* table) {
-        const bool constant = scan.constant && symbols[0] != escape_of(q);
-        const bool too_many = 16 * std::int64_t{scan.escapes} > n;
-        int words = -1;
-        if (!constant && !too_many && table != nullptr) {
-            words = kernels_.encode_lanes(symbols, n, q.coding == Coding::kPair, table->entries.data(), start_,
-                                          words_end());
-        }
-        const std::int64_t item = item_bytes(options_.dtype);
-        const std::int64_t escape_bytes = scan.escapes * (item + 2);
-        const std::int64_t fixed_bytes = align4(kInfoBytes + escape_bytes + packed_bytes(n, q.num_bits));
-        const std::int64_t raw_bytes = align4(kInfoBytes + n * item);
-        const std::int64_t coded_bytes = align4(kInfoBytes + sizeof(start_) + escape_bytes + 2 * std::int64_t{words});
-        BlockMode mode = BlockMode::kRaw;
-        if (constant) {
-            mode = BlockMode::kConstant;
-        } else if (words >= 0 && coded_bytes <= fixed_bytes && coded_bytes <= raw_bytes) {
-            mode = BlockMode::kCoded;
-        } else if (!too_many && fixed_bytes <= raw_bytes) {
-            mode = BlockMode::kFixed;
-        }
-
-        std::uint8_t* const begin = cursor();
-        std::uint8_t* at = begin;
-        const auto put = [&](const void* data, std::int64_t bytes) {
-            std::memcpy(at, data, static_cast<std::size_t>(bytes));
-            at += bytes;
+        const std::int64_t blocks = ceil_div(in.values.count, per_block);
+        const int parts = parts_of(blocks, per_block);
+        const auto room_before = [&](std::int64_t block) {
+            return max_block_bytes(block * per_block, block, options_.dtype);
         };
-        const bool with_escapes = scan.escapes > 0 && (mode == BlockMode::kFixed || mode == BlockMode::kCoded);
-        const std::uint32_t info = BlockInfo{mode, with_escapes ? scan.escapes : 0, constant ? symbols[0] : 0u}.pack();
-        put(&info, kInfoBytes);
-        if (mode == BlockMode::kCoded) put(start_, sizeof(start_));
-        if (with_escapes) at = put_escapes(u, symbols, n, escape_of(q), at);
-        if (mode == BlockMode::kCoded) put(words_end() - static_cast<std::size_t>(words), 2 * std::int64_t{words});
-        if (mode == BlockMode::kFixed) {
-            pack_bits(symbols, n, q.num_bits, at);
-            at += packed_bytes(n, q.num_bits);
-        }
-        if (mode == BlockMode::kRaw) at = put_values(u, n, at);
-        const std::int64_t bytes = advance(at - begin);
-        block_ends.push_back(static_cast<std::uint32_t>(payload_bytes / 4));
-        checksums.push_back(options_.checksums ? checksum(begin, bytes) : 0u);
-        return mode;
-    }
-
-    // Values in the packet's dtype; returns the end.
-    std::uint8_t* put_values(const void* u, int n, std::uint8_t* at) const {
-        return dispatch(options_.dtype, [&](auto traits) {
-            using Tr = decltype(traits);
-            for (int i = 0; i < n; ++i, at += sizeof(typename Tr::Storage)) {
-                const typename Tr::Storage value = Tr::narrow(static_cast<const typename Tr::Arithmetic*>(u)[i]);
-                std::memcpy(at, &value, sizeof(value));
-            }
-            return at;
+        for (int part = 0; part < parts; ++part) writer(part).reserve(ceil_div(blocks, parts));
+        parallel_for(blocks, parts, [&](int part, std::int64_t first, std::int64_t last) {
+            writer(part).write(in, q, table, known, first, last, cursor() + room_before(first));
         });
+        std::uint8_t* const base = cursor();
+        for (int part = 0; part < parts; ++part) {
+            const BlockWriter& written = writer(part);
+            const std::int64_t first = blocks * part / parts;
+            std::memmove(cursor(), base + room_before(first), static_cast<std::size_t>(written.bytes));
+            for (const std::uint32_t size : written.sizes) {
+                payload_bytes += 4 * std::int64_t{size};
+                block_ends.push_back(static_cast<std::uint32_t>(payload_bytes / 4));
+            }
+            checksums.insert(checksums.end(), written.checksums.begin(), written.checksums.end());
+        }
     }
 
-    // The values of the escape symbols, then their positions; returns the end.
-    std::uint8_t* put_escapes(const void* u, const std::uint16_t* symbols, int n, int escape, std::uint8_t* at) const {
-        const std::int64_t width = options_.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-        for (int i = 0; i < n; ++i) {
-            if (symbols[i] == escape) at = put_values(static_cast<const std::uint8_t*>(u) + i * width, 1, at);
-        }
-        for (int i = 0; i < n; ++i) {
-            const auto position = static_cast<std::uint16_t>(i);
-            if (symbols[i] != escape) continue;
-            std::memcpy(at, &position, sizeof(position));
-            at += sizeof(position);
-        }
-        return at;
+    // How many threads `count` units of `values` values each are worth; there is a writer for each.
+    int parts_of(std::int64_t count, std::int64_t values) {
+        const int parts = part_count(count, ceil_div(kValuesPerThread, values), options_.threads);
+        while (static_cast<int>(writers_.size()) < parts) writers_.push_back(std::make_unique<BlockWriter>(options_));
+        return parts;
     }
+    BlockWriter& writer(int part) { return *writers_[static_cast<std::size_t>(part)]; }
 
     const EncodeOptions& options_;
     const Kernels& kernels_;
     std::uint8_t* payload_;
-    // Left uninitialised: clearing them would cost more than encoding a small packet.
-    std::unique_ptr<double[]> scratch_;  // room for a block in either arithmetic
-    std::unique_ptr<std::uint16_t[]> symbols_;
-    std::unique_ptr<std::uint16_t[]> words_;
-    std::uint32_t start_[kLanes] = {};
+    std::vector<std::unique_ptr<BlockWriter>> writers_;  // one a thread
 };
 
 void write_metadata(const Encoder& encoder, const EncodeOptions& options, std::int64_t payload_at, std::int64_t total,

@@ -6,6 +6,7 @@
 
 #include "kernels.h"
 #include "qcomm/format.h"
+#include "qcomm/parallel.h"
 
 namespace qcomm {
 namespace {
@@ -22,25 +23,37 @@ double pairwise_sum(std::vector<double>& sums) {
 
 }  // namespace
 
-Statistics measure(const Values& values) {
+Statistics measure(const Values& values, int threads) {
     if (values.count == 0) return {};
     const Kernels& k = kernels();
-    std::vector<double> sums;
-    sums.reserve(static_cast<std::size_t>(ceil_div(values.count, kSumBlock)));
-    Statistics result;
-    double low = std::numeric_limits<double>::infinity(), high = -low;
-    alignas(64) double scratch[kSumBlock];  // room for either arithmetic
-    for (std::int64_t begin = 0; begin < values.count; begin += kSumBlock) {
-        const int n = static_cast<int>(std::min<std::int64_t>(kSumBlock, values.count - begin));
-        const BlockStatistics block = k.measure(load_block(k, values, begin, n, scratch), values.dtype, n);
-        low = std::min(low, block.minimum);
-        high = std::max(high, block.maximum);
-        result.finite &= block.finite;
-        sums.push_back(block.sum_squares);
+    const std::int64_t blocks = ceil_div(values.count, kSumBlock);
+    std::vector<double> sums(static_cast<std::size_t>(blocks));
+    const int parts = part_count(blocks, kValuesPerThread / kSumBlock, threads);
+    const double infinity = std::numeric_limits<double>::infinity();
+    std::vector<Statistics> found(static_cast<std::size_t>(parts), Statistics{infinity, -infinity, 0.0, true});
+    parallel_for(blocks, parts, [&](int part, std::int64_t first, std::int64_t last) {
+        alignas(64) double scratch[kSumBlock];  // room for either arithmetic
+        Statistics own = found[static_cast<std::size_t>(part)];
+        for (std::int64_t i = first; i < last; ++i) {
+            const std::int64_t begin = i * kSumBlock;
+            const int n = static_cast<int>(std::min<std::int64_t>(kSumBlock, values.count - begin));
+            const BlockStatistics block = k.measure(load_block(k, values, begin, n, scratch), values.dtype, n);
+            own.minimum = std::min(own.minimum, block.minimum);
+            own.maximum = std::max(own.maximum, block.maximum);
+            own.finite &= block.finite;
+            sums[static_cast<std::size_t>(i)] = block.sum_squares;
+        }
+        found[static_cast<std::size_t>(part)] = own;
+    });
+    Statistics result = found[0];
+    for (const Statistics& part : found) {
+        result.minimum = std::min(result.minimum, part.minimum);
+        result.maximum = std::max(result.maximum, part.maximum);
+        result.finite &= part.finite;
     }
     // + 0.0 turns -0.0 into 0.0: which zero a minimum finds depends on the order of the comparisons.
-    result.minimum = low + 0.0;
-    result.maximum = high + 0.0;
+    result.minimum += 0.0;
+    result.maximum += 0.0;
     result.sum_squares = pairwise_sum(sums);
     return result;
 }

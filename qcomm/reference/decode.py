@@ -217,6 +217,7 @@ def decode_block(block: Reader, n: int, dtype: torch.dtype, r: Record, lengths: 
     else:
         require(lengths is not None, "a coded block has a code")
         symbols = decode_codewords(start, block.integers(block.left // 2, "H"), n, r.coding, lengths or [])
+    require(all(symbols[p] == 2**r.num_bits - 1 for p in positions), "positions of escapes are those of escape symbols")
     decoded = dequantize(torch.tensor(symbols), dtype, r.grid, r.num_bits, r.p0, r.p1)
     decoded[positions] = values
     return decoded

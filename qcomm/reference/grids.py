@@ -33,6 +33,7 @@ def quantize(u: torch.Tensor, dtype: torch.dtype, grid: int, num_bits: int, p0: 
         return torch.where(q.abs() <= limit, q + radius, 2**num_bits - 1).long()
     inv, _, offset = range_levels(grid, num_bits, p0, p1)
     q, top = (u.double() - p0) * inv + (0.5 - offset), 2**num_bits - 1
+    q = torch.where(q > 0, q, 0.0)
     return torch.where(q < top, q, top).long()
 
 

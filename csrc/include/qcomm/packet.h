@@ -23,6 +23,7 @@ struct EncodeOptions {
     std::vector<std::int64_t> dims;  // their product is the sum of the counts
     bool checksums = true;
     int steps = 256;  // symbols per lane in a block, 1..kMaxSteps
+    int threads = 1;  // most that work at once; the bytes do not depend on it
 };
 
 // An upper bound of the packet's size, whatever the values are.
@@ -49,8 +50,9 @@ struct PacketView {
 Status parse_packet(const std::uint8_t* packet, std::int64_t bytes, PacketView* view);
 
 // Decodes all segments to `out` (header.element_count elements of header.dtype). With `accumulate` adds them to what is
-// there, in float32 or float64: 16-bit packets are refused. After an error the contents of `out` are unspecified.
-Status decode_packet(const PacketView& view, void* out, bool accumulate);
+// there, in float32 or float64: 16-bit packets are refused. After an error the contents of `out` are unspecified. At
+// most `threads` threads work at once.
+Status decode_packet(const PacketView& view, void* out, bool accumulate, int threads = 1);
 
 // Adds how often each symbol occurs in segment `index` to counts[65536]. Values that have no symbol (raw, constant)
 // count nothing.

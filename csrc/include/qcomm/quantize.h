@@ -41,7 +41,9 @@ public:
 
     QCOMM_INLINE std::uint32_t operator()(double x) const {
         const double q = (x - lo_) * inv_ + (0.5 - offset_);
-        return q < static_cast<double>(top_) ? static_cast<std::uint32_t>(q) : top_;
+        // Below lo there should be nothing; a symbol outside the alphabet would be written out of bounds.
+        const double low = q > 0.0 ? q : 0.0;
+        return low < static_cast<double>(top_) ? static_cast<std::uint32_t>(low) : top_;
     }
     QCOMM_INLINE double decode(std::uint32_t symbol) const {
         return offset_ == 0.0 && symbol == top_ ? hi_
@@ -67,7 +69,10 @@ public:
           limit_(static_cast<std::int32_t>(
               __builtin_fmax(0.0, __builtin_fmin(radius_, __builtin_floor(max_value / static_cast<double>(step_)))))) {}
 
-    QCOMM_INLINE bool usable() const { return __builtin_isnormal(step_) && __builtin_isnormal(inv_) && step_ > T(0); }
+    // Both are positive normal numbers.
+    QCOMM_INLINE bool usable() const {
+        return step_ >= kSmallest && step_ <= kLargest && inv_ >= kSmallest && inv_ <= kLargest;
+    }
 
     QCOMM_INLINE std::uint32_t operator()(T x) const {
         // Adding 1.5 * 2^(mantissa bits) rounds to the nearest even integer; the clamp keeps q where that is exact and
@@ -82,8 +87,11 @@ public:
     QCOMM_INLINE T decode(std::uint32_t symbol) const {
         return static_cast<T>(static_cast<std::int32_t>(symbol) - radius_) * step_;
     }
+    // Levels each side of zero that have symbols of their own.
+    QCOMM_INLINE std::uint32_t limit() const { return static_cast<std::uint32_t>(limit_); }
 
 private:
+    static constexpr T kSmallest = std::numeric_limits<T>::min(), kLargest = std::numeric_limits<T>::max();
     static constexpr std::int32_t kFar = 65536;
     static constexpr T kMagic = T(1.5) * static_cast<T>(std::int64_t{1} << (std::numeric_limits<T>::digits - 1));
 

@@ -15,6 +15,7 @@ struct Statistics {
     bool finite = true;        // when false the other fields say nothing
 };
 
-Statistics measure(const Values& values);
+// On up to `threads` threads; the result does not depend on their number.
+Statistics measure(const Values& values, int threads = 1);
 
 }  // namespace qcomm

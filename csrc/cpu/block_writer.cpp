@@ -1,0 +1,158 @@
+#include "block_writer.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "qcomm/block.h"
+#include "qcomm/checksum.h"
+
+namespace qcomm {
+namespace {
+
+constexpr std::int64_t kInfoBytes = sizeof(std::uint32_t);
+
+int escape_of(const Quantizer& q) { return q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1; }
+
+SymbolScan scan_symbols(const std::uint16_t* symbols, int n, const Quantizer& q) {
+    const int escape = escape_of(q);
+    return {escape < 0 ? 0 : static_cast<int>(std::count(symbols, symbols + n, escape)),
+            std::all_of(symbols + 1, symbols + n, [&](std::uint16_t s) { return s == symbols[0]; })};
+}
+
+}  // namespace
+
+BlockWriter::BlockWriter(const EncodeOptions& options)
+    : options_(options),
+      kernels_(kernels()),
+      scratch_(new double[kMaxBlockValues]),
+      symbols_(new std::uint16_t[kMaxBlockValues]),
+      words_(new std::uint16_t[kWordsSlack + kMaxCodewords]) {}
+
+void BlockWriter::reserve(std::int64_t blocks) {
+    sizes.reserve(static_cast<std::size_t>(blocks));
+    checksums.reserve(static_cast<std::size_t>(blocks));
+}
+
+void* BlockWriter::scratch(int at) const {
+    return reinterpret_cast<std::uint8_t*>(scratch_.get()) + at * (options_.dtype == DType::kFloat64 ? 8 : 4);
+}
+
+std::uint16_t* BlockWriter::words_end() const { return words_.get() + kWordsSlack + kMaxCodewords; }
+
+void BlockWriter::write(const SegmentInput& in, const Quantizer& q, const EncodeTable* table,
+                        const std::uint16_t* known, std::int64_t first, std::int64_t last, std::uint8_t* out) {
+    out_ = out;
+    bytes = 0;
+    sizes.clear();
+    checksums.clear();
+    const std::int64_t per_block = values_per_block(q.coding, options_.steps);
+    // A range segment with a table may yet fall back to fixed width, which needs u again: its residual is written
+    // when that is settled.
+    const bool settled = known == nullptr || !is_range(q.grid);
+    for (std::int64_t i = first; i < last; ++i) {
+        const std::int64_t begin = i * per_block;
+        const int n = static_cast<int>(std::min(per_block, in.values.count - begin));
+        std::uint16_t* const quantized = symbols_.get();
+        const std::uint16_t* symbols = known != nullptr ? known + begin : quantized;
+        SymbolScan scan{0, true};
+        // In runs that stay in the first-level cache from the values to the new residual.
+        for (int at = 0; at < n; at += kRun) {
+            const int m = std::min(kRun, n - at);
+            const void* u = load_block(kernels_, in.values, begin + at, m, scratch(at));
+            const SymbolScan part = known != nullptr ? scan_symbols(symbols + at, m, q)
+                                                     : kernels_.quantize(u, options_.dtype, m, q, quantized + at);
+            scan.escapes += part.escapes;
+            scan.constant &= part.constant && symbols[at] == symbols[0];
+            if (in.residual_out != nullptr && settled)
+                kernels_.update_residual(u, options_.dtype, symbols + at, m, q, in.residual_out + begin + at);
+        }
+        const void* u = in_place(in.values, begin);
+        const BlockMode mode = write_block(u != nullptr ? u : scratch(0), symbols, n, scan, q, table);
+        if (mode == BlockMode::kRaw && in.residual_out != nullptr && settled)
+            std::fill_n(in.residual_out + begin, n, 0.0f);
+    }
+}
+
+BlockMode BlockWriter::write_block(const void* u, const std::uint16_t* symbols, int n, const SymbolScan& scan,
+                                   const Quantizer& q, const EncodeTable* table) {
+    const bool constant = scan.constant && symbols[0] != escape_of(q);
+    const bool too_many = 16 * std::int64_t{scan.escapes} > n;
+    int words = -1;
+    if (!constant && !too_many && table != nullptr) {
+        words =
+            kernels_.encode_lanes(symbols, n, q.coding == Coding::kPair, table->entries.data(), start_, words_end());
+    }
+    const std::int64_t item = item_bytes(options_.dtype);
+    const std::int64_t escape_bytes = scan.escapes * (item + 2);
+    const std::int64_t fixed_bytes = align4(kInfoBytes + escape_bytes + packed_bytes(n, q.num_bits));
+    const std::int64_t raw_bytes = align4(kInfoBytes + n * item);
+    const std::int64_t coded_bytes = align4(kInfoBytes + sizeof(start_) + escape_bytes + 2 * std::int64_t{words});
+    BlockMode mode = BlockMode::kRaw;
+    if (constant) {
+        mode = BlockMode::kConstant;
+    } else if (words >= 0 && coded_bytes <= fixed_bytes && coded_bytes <= raw_bytes) {
+        mode = BlockMode::kCoded;
+    } else if (!too_many && fixed_bytes <= raw_bytes) {
+        mode = BlockMode::kFixed;
+    }
+
+    std::uint8_t* const begin = out_ + bytes;
+    std::uint8_t* at = begin;
+    const auto put = [&](const void* data, std::int64_t size) {
+        std::memcpy(at, data, static_cast<std::size_t>(size));
+        at += size;
+    };
+    const bool with_escapes = scan.escapes > 0 && (mode == BlockMode::kFixed || mode == BlockMode::kCoded);
+    const std::uint32_t info = BlockInfo{mode, with_escapes ? scan.escapes : 0, constant ? symbols[0] : 0u}.pack();
+    put(&info, kInfoBytes);
+    if (mode == BlockMode::kCoded) put(start_, sizeof(start_));
+    if (with_escapes) at = put_escapes(u, symbols, n, scan.escapes, escape_of(q), at);
+    if (mode == BlockMode::kCoded) put(words_end() - static_cast<std::size_t>(words), 2 * std::int64_t{words});
+    if (mode == BlockMode::kFixed) {
+        pack_bits(symbols, n, q.num_bits, at);
+        at += packed_bytes(n, q.num_bits);
+    }
+    if (mode == BlockMode::kRaw) at = put_values(u, n, at);
+    const std::int64_t used = at - begin, padded = align4(used);
+    std::memset(at, 0, static_cast<std::size_t>(padded - used));
+    bytes += padded;
+    sizes.push_back(static_cast<std::uint32_t>(padded / 4));
+    checksums.push_back(options_.checksums ? checksum(begin, padded) : 0u);
+    return mode;
+}
+
+// Values in the packet's dtype; returns the end.
+std::uint8_t* BlockWriter::put_values(const void* u, int n, std::uint8_t* at) const {
+    return dispatch(options_.dtype, [&](auto traits) {
+        using Tr = decltype(traits);
+        for (int i = 0; i < n; ++i, at += sizeof(typename Tr::Storage)) {
+            const typename Tr::Storage value = Tr::narrow(static_cast<const typename Tr::Arithmetic*>(u)[i]);
+            std::memcpy(at, &value, sizeof(value));
+        }
+        return at;
+    });
+}
+
+// The values of the escape symbols, then their positions; returns the end. Escapes are rare: whole groups of symbols
+// are passed over with a comparison that compilers turn into vector instructions.
+std::uint8_t* BlockWriter::put_escapes(const void* u, const std::uint16_t* symbols, int n, int escapes, int escape,
+                                       std::uint8_t* at) const {
+    constexpr int kGroup = 64;
+    const std::int64_t width = options_.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+    std::uint8_t* positions = at + escapes * item_bytes(options_.dtype);
+    for (int begin = 0; begin < n; begin += kGroup) {
+        const int end = std::min(begin + kGroup, n);
+        int found = 0;
+        for (int i = begin; i < end; ++i) found |= symbols[i] == escape;
+        for (int i = begin; found != 0 && i < end; ++i) {
+            if (symbols[i] != escape) continue;
+            at = put_values(static_cast<const std::uint8_t*>(u) + i * width, 1, at);
+            const auto position = static_cast<std::uint16_t>(i);
+            std::memcpy(positions, &position, sizeof(position));
+            positions += sizeof(position);
+        }
+    }
+    return positions;
+}
+
+}  // namespace qcomm

@@ -1,0 +1,177 @@
+// Bytes to a request to encode: values of every kind, on a grid that suits them or on a random one.
+#pragma once
+
+#include <array>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "qcomm/huffman.h"
+#include "qcomm/packet.h"
+#include "qcomm/statistics.h"
+
+namespace qcomm::fuzz {
+
+// Decisions come from the front of the input and bit patterns of values from its back, so that a mutation of one does
+// not change the meaning of the other. Zeros where it is used up.
+class Input {
+public:
+    Input(const std::uint8_t* data, std::size_t size) : at_(data), end_(data + size) {}
+
+    template <class T>
+    T take() {
+        return read<T>([&] { return *at_++; });
+    }
+    template <class T>
+    T take_pattern() {
+        return read<T>([&] { return *--end_; });
+    }
+    int below(int bound) { return take<std::uint16_t>() % bound; }
+
+    // Roughly normal, of standard deviation 1: many values from few bytes.
+    double bell() {
+        double sum = -3.0;
+        for (int i = 0; i < 6; ++i) {
+            state_ = state_ * 1664525u + 1013904223u;
+            sum += static_cast<double>(state_) * 0x1p-32;
+        }
+        return sum * std::sqrt(2.0);
+    }
+    void seed() { state_ = take<std::uint16_t>(); }
+
+private:
+    template <class T, class Next>
+    T read(Next next) {
+        std::array<std::uint8_t, sizeof(T)> bytes{};
+        for (std::uint8_t& byte : bytes) byte = at_ == end_ ? std::uint8_t{0} : next();
+        return bit_cast<T>(bytes);
+    }
+
+    const std::uint8_t *at_, *end_;
+    std::uint32_t state_ = 0;
+};
+
+template <class Tr>
+struct Part {
+    std::vector<typename Tr::Storage> values;
+    std::vector<float> residual;  // empty: none
+    Quantizer quantizer;
+    bool chosen = false;  // the quantizer was chosen for the values, so it must be accepted
+};
+
+template <class Tr>
+struct Request {
+    std::vector<Part<Tr>> parts;
+    EncodeOptions options;
+    double inv_scale = 1.0;
+    bool valid = true;  // encoding may not refuse it
+
+    Values values(std::size_t part, const float* residual) const {
+        const auto& stored = parts[part].values;
+        return {stored.data(), options.dtype, static_cast<std::int64_t>(stored.size()), residual, inv_scale};
+    }
+};
+
+template <class Tr>
+std::vector<typename Tr::Storage> make_values(Input* in, int count) {
+    using Storage = typename Tr::Storage;
+    std::vector<Storage> values(static_cast<std::size_t>(count));
+    const int style = in->below(4), every = 1 + in->below(64);
+    const double scale = std::ldexp(1.0, in->take<std::int8_t>() * (sizeof(Storage) == 8 ? 8 : 1));
+    in->seed();
+    int i = 0;
+    for (Storage& value : values) {
+        const double x = in->bell();
+        // Bit patterns have their turn in each style: infinities, NaN, subnormals, the largest and equal values.
+        if (style == 0 || (style == 1 && i % every == 0))
+            value = in->take_pattern<Storage>();
+        else if (style == 2)
+            value = Tr::narrow(std::floor(x * every / 16) * scale);
+        else
+            value = Tr::narrow(x * scale);
+        ++i;
+    }
+    return values;
+}
+
+inline Quantizer random_quantizer(Input* in, const Statistics& s) {
+    Quantizer q;
+    q.grid = static_cast<Grid>(in->below(4));
+    q.num_bits = static_cast<std::uint8_t>(in->below(18));
+    q.coding = static_cast<Coding>(in->below(5));
+    q.table = static_cast<std::uint8_t>(in->below(3) > 0 ? in->take<std::uint8_t>() : in->below(2) * kNoTable);
+    q.p0 = is_range(q.grid) ? s.minimum : in->take<double>();
+    q.p1 = is_range(q.grid) ? s.maximum : in->take<double>();
+    return q;
+}
+
+// As qcomm/quantize.py plans: a grid that can hold the values, or raw, or constant.
+inline Quantizer choose_quantizer(Input* in, const Values& values, const Statistics& s) {
+    if (!s.finite) return {Grid::kNone, 0, in->below(2) ? Coding::kConstant : Coding::kRaw, kTableOnWire, NAN, 0.0};
+    if (s.minimum == s.maximum) return {Grid::kNone, 0, Coding::kConstant, kTableOnWire, s.minimum, 0.0};
+    Quantizer q;
+    if (in->below(2)) {
+        q = {Grid::kRangeCenter, static_cast<std::uint8_t>(1 + in->below(16)), Coding::kSingle, kTableOnWire, 0.0, 0.0};
+        if (in->below(2)) q.grid = Grid::kRangeEndpoint;
+        if (q.num_bits > kMaxCodedBits) q.coding = Coding::kFixed;
+        q.p0 = s.minimum;
+        q.p1 = s.maximum;
+    } else {
+        const double k = std::exp2(in->below(29) / 2.0 - 10.0);  // 2^-10 .. 2^4
+        const int bits = in->below(3) ? 4 : 2 + in->below(15);
+        const double step = k * std::sqrt(s.sum_squares / static_cast<double>(values.count));
+        q = {Grid::kSigma, static_cast<std::uint8_t>(bits), Coding::kSingle, kNoTable, 0.0, step};
+        if (!is_usable(q, values.dtype)) return {};
+        const int way = in->below(3);
+        if (way == 0) {
+            const SigmaCode code = choose_sigma_code(values, bits, step, k, 0);
+            q.coding = code.coding;
+            q.table = code.table;
+        } else {
+            if (bits == kPairBits && way == 1) q.coding = Coding::kPair;
+            const StaticCode* code = nearest_static_code(q.coding, bits, k);
+            if (code != nullptr && in->below(2))
+                q.table = code->id;
+            else if (bits <= kMaxCodedBits)
+                q.table = kTableOnWire;
+        }
+    }
+    return is_usable(q, values.dtype) ? q : Quantizer{};
+}
+
+template <class Tr>
+Part<Tr> make_part(Input* in, DType dtype, double inv_scale, bool with_residual) {
+    Part<Tr> part;
+    const int count = in->below(16) ? in->below(300) : in->below(9000);
+    part.values = make_values<Tr>(in, count);
+    if (with_residual) part.residual = make_values<Traits<DType::kFloat32>>(in, count);
+    const Values values{part.values.data(), dtype, count, with_residual ? part.residual.data() : nullptr, inv_scale};
+    const Statistics s = measure(values);
+    part.chosen = in->below(4) > 0 || !s.finite;
+    part.quantizer = part.chosen ? choose_quantizer(in, values, s) : random_quantizer(in, s);
+    return part;
+}
+
+template <class Tr>
+Request<Tr> make_request(Input* in, DType dtype) {
+    Request<Tr> request;
+    const int parts = in->below(4) ? 1 : 1 + in->below(4);
+    request.options.dtype = dtype;
+    request.options.checksums = in->below(4) > 0;
+    request.options.steps = in->below(2) ? 256 : 1 + in->below(kMaxSteps);
+    const bool adjusted = item_bytes(dtype) >= 4 && in->below(2);
+    if (adjusted) request.inv_scale = in->below(2) ? std::ldexp(1.0, in->below(64) - 32) : 1.0 / (1 + in->below(1000));
+    std::int64_t total = 0;
+    for (int i = 0; i < parts; ++i) {
+        request.parts.push_back(make_part<Tr>(in, dtype, request.inv_scale, adjusted && in->below(4) > 0));
+        request.valid &= request.parts.back().chosen;
+        total += static_cast<std::int64_t>(request.parts.back().values.size());
+    }
+    request.options.dims.assign(static_cast<std::size_t>(in->below(6)), 1);
+    request.options.dims.push_back(total);
+    return request;
+}
+
+}  // namespace qcomm::fuzz

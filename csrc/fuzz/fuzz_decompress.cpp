@@ -1,0 +1,134 @@
+// Arbitrary bytes as a packet: parsed, decoded, added to a tensor, counted. Whatever they are, the answer is a status
+// or values; nothing outside the packet is read and nothing outside the destination written; and every version of the
+// inner loops gives the same answer.
+#include <memory>
+#include <utility>
+
+#include "fuzz.h"
+#include "qcomm/packet.h"
+#include "repair.h"
+
+using namespace qcomm;
+using namespace qcomm::fuzz;
+
+extern "C" std::size_t LLVMFuzzerMutate(std::uint8_t* data, std::size_t size, std::size_t max_size);
+
+namespace {
+
+constexpr std::uint64_t kMaxElements = 1 << 16;  // two of the largest blocks; more only costs time
+
+// All that can be observed of a packet.
+struct Answer {
+    std::vector<Status> statuses;
+    std::vector<std::uint8_t> values, sums;
+    std::vector<std::pair<std::size_t, std::uint64_t>> counts;  // of the symbols that occur
+
+    bool operator==(const Answer& other) const {
+        return std::equal(statuses.begin(), statuses.end(), other.statuses.begin(), other.statuses.end(),
+                          same_status) &&
+               values == other.values && sums == other.sums && counts == other.counts;
+    }
+};
+
+Status decode(const PacketView& view, bool accumulate, Guarded* out, std::vector<std::uint8_t>* decoded) {
+    const Status status = decode_packet(view, out->data(), accumulate);
+    require(out->intact(), "decoding writes inside the destination only");
+    require(status.ok() || status.code == (accumulate && item_bytes(view.header.dtype) < 4 ? StatusCode::kBadArgument
+                                                                                           : StatusCode::kBadPacket),
+            "decoding fails because of the packet only");
+    if (status.ok()) decoded->assign(out->data(), out->data() + out->size());
+    return status;
+}
+
+// Adding to ones gives one plus what decoding gives, rounded once.
+template <class T>
+void check_sums(const Answer& answer) {
+    for (std::size_t at = 0; at < answer.values.size(); at += sizeof(T)) {
+        T value, sum;
+        std::memcpy(&value, answer.values.data() + at, sizeof(T));
+        std::memcpy(&sum, answer.sums.data() + at, sizeof(T));
+        require(sum == T(1) + value || (sum != sum && value != value), "accumulate adds what decoding stores");
+    }
+}
+
+template <class T>
+Status accumulate(const PacketView& view, Answer* answer) {
+    Guarded ones(static_cast<std::int64_t>(view.header.element_count * sizeof(T)));
+    std::fill_n(reinterpret_cast<T*>(ones.data()), view.header.element_count, T(1));
+    const Status status = decode(view, true, &ones, &answer->sums);
+    require(same_status(status, answer->statuses.back()), "accumulate fails where decoding fails");
+    if (status.ok()) check_sums<T>(*answer);
+    return status;
+}
+
+void count(const PacketView& view, Answer* answer) {
+    static std::vector<std::uint64_t> counts(65536), zeros(65536);  // static: page faults would take longest of all
+    const bool decodes = answer->statuses[1].ok();
+    bool counted = true;
+    std::size_t alphabet = 1;
+    for (std::size_t i = 0; i < view.records.size(); ++i) {
+        if (view.records[i].num_bits <= 16) alphabet = std::max(alphabet, std::size_t{1} << view.records[i].num_bits);
+        answer->statuses.push_back(count_symbols(view, i, counts.data()));
+        counted &= answer->statuses.back().ok();
+    }
+    require(counted == decodes, "symbols can be counted where they can be decoded");
+    require(same_bytes(counts.data() + alphabet, zeros.data(), (counts.size() - alphabet) * sizeof(counts[0])),
+            "symbols are of their alphabet");
+    std::uint64_t total = 0;
+    for (std::size_t symbol = 0; symbol < alphabet; ++symbol) {
+        if (counts[symbol] == 0) continue;
+        answer->counts.emplace_back(symbol, counts[symbol]);
+        total += counts[symbol];
+        counts[symbol] = 0;
+    }
+    require(!decodes || total <= view.header.element_count, "there are no more symbols than elements");
+}
+
+// `fill` differs between calls: an element that is not written shows as a difference.
+Answer ask(const std::uint8_t* packet, std::int64_t bytes, std::uint8_t fill) {
+    Answer answer;
+    PacketView view;
+    answer.statuses.push_back(parse_packet(packet, bytes, &view));
+    if (!answer.statuses[0].ok()) {
+        require(answer.statuses[0].code == StatusCode::kBadPacket, "parsing fails because of the packet only");
+        return answer;
+    }
+    PacketView shorter;
+    require(!parse_packet(packet, bytes - 1, &shorter).ok(), "a packet without its last byte is refused");
+    if (view.header.element_count > kMaxElements) return answer;
+    const std::int64_t item = item_bytes(view.header.dtype);
+    Guarded out(static_cast<std::int64_t>(view.header.element_count) * item, fill);
+    answer.statuses.push_back(decode(view, false, &out, &answer.values));
+    if (item == 2) {
+        Guarded unused(out.size(), fill);
+        require(!decode(view, true, &unused, &answer.sums).ok() && unused.holds_only(fill),
+                "16-bit packets are not accumulated");
+    } else {
+        answer.statuses.push_back(item == 4 ? accumulate<float>(view, &answer) : accumulate<double>(view, &answer));
+    }
+    count(view, &answer);
+    return answer;
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+    // At an odd address, because packets need no alignment, and up to the end of an allocation.
+    const std::unique_ptr<std::uint8_t[]> copy(new std::uint8_t[size + 1]);
+    if (size > 0) std::memcpy(copy.get() + 1, data, size);
+    Answer scalar;
+    on_every_version([&](int version) {
+        Answer answer = ask(copy.get() + 1, static_cast<std::int64_t>(size), static_cast<std::uint8_t>(version));
+        if (version == 0)
+            scalar = std::move(answer);
+        else
+            require(answer == scalar, "every version gives the same answer");
+    });
+    return 0;
+}
+
+extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t max_size,
+                                               unsigned seed) {
+    size = seed % 16 == 0 ? strip_checksums(data, size) : LLVMFuzzerMutate(data, size, max_size);
+    return seed % 16 == 1 ? size : repair(data, size);
+}

@@ -1,0 +1,41 @@
+// Work split over threads that live as long as the call: starting one costs some tens of microseconds, which `grain`
+// has to make up for. Nothing stays behind, so a process may fork, and libraries with threads of their own are left
+// alone.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace qcomm {
+
+// Values of which a thread has at least so many, else there is none: about 0.1 ms of encoding.
+constexpr std::int64_t kValuesPerThread = 1 << 17;
+
+// How many parts parallel_for makes: one where there is too little for two.
+inline int part_count(std::int64_t count, std::int64_t grain, int threads) {
+    const std::int64_t parts = std::min<std::int64_t>(threads, count / std::max<std::int64_t>(1, grain));
+    return static_cast<int>(std::max<std::int64_t>(1, parts));
+}
+
+// Calls f(part, begin, end) for `parts` contiguous parts of [0, count), each on a thread of its own, the first on this
+// one. f must not throw.
+template <class F>
+void parallel_for(std::int64_t count, int parts, F f) {
+    const auto run = [&](int part) noexcept { f(part, count * part / parts, count * (part + 1) / parts); };
+    std::vector<std::thread> others;
+    others.reserve(static_cast<std::size_t>(parts - 1));
+    for (int part = 1; part < parts; ++part) {
+        try {
+            others.emplace_back(run, part);
+        } catch (const std::system_error&) {
+            run(part);  // the system has no thread left
+        }
+    }
+    run(0);
+    for (std::thread& other : others) other.join();
+}
+
+}  // namespace qcomm
