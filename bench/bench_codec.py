@@ -1,30 +1,53 @@
-"""How fast is the codec on one core, and how small are its packets? Against general-purpose compressors.
+"""How fast is the codec on one core, and how small are its packets? Against other coders, on the same symbols.
 
-    python bench/bench_codec.py [--json FILE] [--elements 6553600] [--repeats 9] [--quick]
+    python bench/bench_codec.py                              all of it: two minutes, the first time four
+    python bench/bench_codec.py --json bench/results/codec.json
+    python bench/bench_codec.py --rounds 5 --no-peers        qcomm alone
+    python bench/bench_codec.py --quick                      100,000 values, 3 rounds: does it run?
 
-Every result is checked before it is timed; a wrong one ends the bench with status 1. Times are of this thread's CPU,
-the median of the repeats with p10 and p90; GB/s are of float32 input. The peers (zlib, and zstd and lz4 where the
-packages zstandard and lz4 are installed) compress the symbols that qcomm's grid produced, so quantization is not
-counted on their side and their bytes have no headers.
+Every result is checked before it is timed; a wrong one ends the bench with status 1. Times are of this thread's CPU.
+What is compared runs in turns, round by round, and a ratio is the median of the rounds' ratios, with p10 and p90. GB/s
+are of float32 input.
 
 Data sets: a, Laplace with a log-normal scale for each 1000 values, 6 bits; b, Gaussian, 8 bits; c, heavy-tailed
-Laplace, 10 bits; k1 and k2, the sigma grid on a.
+Laplace, 10 bits; all on the range grid.
+
+What is timed:
+
+- encode: statistics, plan, histogram, code and packet, from float32 values; encode_ef adds a residual and writes the
+  new one; decode and accumulate end in float32 values. Packets have checksums.
+- encode k=1: the same on the sigma grid with its built-in table.
+- symbol stage: the library's encode_packet and decode_packet, in which a copy of ready symbols (in the time, too)
+  replaces the grid's arithmetic; histogram, table, headers and checksums are in it. Huff0 and FSE, which are inside
+  zstd, get the same bytes, one a symbol, and count and build their tables as well; they have no checksums, so the stage
+  is also timed without them. Huff0 runs with one table for all and with one for each 128 KiB, with 1 and 4 streams,
+  and with its decoders X1 and X2: the fastest is what counts.
+- zstd -1, zlib -1, lz4 and constriction compress the symbols, so quantization is not counted on their side.
+
+zstd's sources come from the package index (bench/codec_peers.py); lz4 and constriction count where they are installed.
 """
 
 import argparse
-import importlib.util
+import datetime
 import json
+import os
 import platform
-import statistics
 import subprocess
 import sys
-import time
-import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from ctypes import memmove
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from codec_data import DATA_SETS, DataSet, bits_over_entropy, gaussian, laplace, statistics_of
+from codec_goals import goals, show_goals
+from codec_peers import Coder, SymbolStage, Unavailable, ZstdCoders, missing_packages, slow_coders
+from codec_results import Results, figures, show_figures
+from codec_timing import Key, in_turns
+from rich.console import Console
+from rich.progress import track
 
 import qcomm
 from qcomm import _native
@@ -32,55 +55,7 @@ from qcomm.codec import Segment, decode_into, encode
 from qcomm.quantize import dequantize, plan, quantize
 from qcomm.statistics import measure
 
-
-@dataclass(frozen=True)
-class Case:
-    """A data set and the grid it goes through."""
-
-    name: str
-    make: Callable[[int, torch.Generator], torch.Tensor]
-    grid: qcomm.grids.Grid
-
-
-def laplace(n: int, generator: torch.Generator) -> torch.Tensor:
-    u = torch.rand(n, generator=generator) - 0.5
-    return -u.sign() * torch.log1p(-2 * u.abs().clamp(max=0.4999999))
-
-
-def scaled_laplace(n: int, generator: torch.Generator) -> torch.Tensor:
-    scale = torch.randn(-(-n // 1000), generator=generator).exp().repeat_interleave(1000)[:n]
-    return laplace(n, generator) * scale
-
-
-def gaussian(n: int, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(n, generator=generator)
-
-
-def heavy_laplace(n: int, generator: torch.Generator) -> torch.Tensor:
-    return laplace(n, generator) * torch.randn(n, generator=generator).mul(0.7).exp()
-
-
-CASES = (
-    Case("a", scaled_laplace, qcomm.RangeGrid(num_bits=6)),
-    Case("b", gaussian, qcomm.RangeGrid(num_bits=8)),
-    Case("c", heavy_laplace, qcomm.RangeGrid(num_bits=10)),
-    Case("k1", scaled_laplace, qcomm.SigmaGrid(1.0)),
-    Case("k1 single", scaled_laplace, qcomm.SigmaGrid(1.0, coding="single")),
-    Case("k1 pair", scaled_laplace, qcomm.SigmaGrid(1.0, coding="pair")),
-    Case("k2", scaled_laplace, qcomm.SigmaGrid(2.0)),
-)
-
-
-def timed(function: Callable[[], object], repeats: int) -> list[float]:
-    """Median, p10 and p90 of the thread's CPU seconds, after one run that does not count."""
-    function()
-    seconds = []
-    for _ in range(repeats):
-        begin = time.thread_time()
-        function()
-        seconds.append(time.thread_time() - begin)
-    seconds.sort()
-    return [statistics.median(seconds), seconds[len(seconds) // 10], seconds[-1 - len(seconds) // 10]]
+STEPS = 512  # symbols a lane in a block; what large tensors get
 
 
 def check(ok: bool, what: str) -> None:
@@ -89,123 +64,175 @@ def check(ok: bool, what: str) -> None:
         sys.exit(f"wrong result: {what}")
 
 
-def measure_qcomm(case: Case, values: torch.Tensor, version: str, repeats: int) -> dict[str, object]:
-    """Statistics, encode, encode with error feedback, decode and accumulate with one version of the inner loops."""
-    with _native.using_cpu_feature(version):
-        quantizer = plan(measure(values), case.grid, values)
-        packet = encode([Segment(values, quantizer)]).clone()
-        symbols = quantize(values, case.grid)[0]
-        out, residual = torch.empty_like(values), torch.zeros_like(values)
-        decode_into(packet, out)
-        expected = dequantize(symbols, quantizer)
-        inside = symbols != 2**quantizer.num_bits - 1 if quantizer.grid == _native.GridKind.SIGMA else symbols >= 0
-        check(bool((out == expected)[inside].all()) and out[~inside].equal(values[~inside]), f"{case.name} {version}")
-        seconds = {
-            "plan": timed(lambda: plan(measure(values), case.grid, values), repeats),
-            "encode": timed(lambda: encode([Segment(values, quantizer)]), repeats),
-            "encode_ef": timed(lambda: encode([Segment(values, quantizer, residual)]), repeats),
-            "decode": timed(lambda: decode_into(packet, out), repeats),
-            "decode_accumulate": timed(lambda: decode_into(packet, out, accumulate=True), repeats),
-        }
-    info = qcomm.inspect(packet)
-    return {
-        "codec": f"qcomm {version}",
-        "bits": info.bits_per_element,
-        "entropy": info.entropy_bits,
-        "coding": f"{info.coding}, table {info.segments[0].table}",
-        "seconds": seconds,
+def whole_encode(values: torch.Tensor, grid: qcomm.grids.Grid, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """All that a sender does with a tensor."""
+    quantizer = plan(measure(values, residual), grid, values, residual)
+    return encode([Segment(values, quantizer, residual)], block_steps=STEPS)
+
+
+def qcomm_functions(
+    codec: str, values: torch.Tensor, grid: qcomm.grids.Grid, version: str
+) -> dict[Key, Callable[[], object]]:
+    """Encode, encode_ef, decode and accumulate with one version of the inner loops, after a check of each."""
+
+    def bound(function: Callable[[], object]) -> Callable[[], object]:
+        def call() -> object:
+            with _native.using_cpu_feature(version):
+                return function()
+
+        return call
+
+    packet = bound(lambda: whole_encode(values, grid))().clone()
+    out, total, residual = torch.empty_like(values), torch.zeros_like(values), torch.zeros_like(values)
+    functions = {
+        "encode": bound(lambda: whole_encode(values, grid)),
+        "encode_ef": bound(lambda: whole_encode(values, grid, residual)),
+        "decode": bound(lambda: decode_into(packet, out)),
+        "accumulate": bound(lambda: decode_into(packet, total, accumulate=True)),
     }
+    what = f"{grid.describe()} {version}"
+    symbols, quantizer = quantize(values, grid)
+    inside = symbols != 2**quantizer.num_bits - 1 if quantizer.grid == _native.GridKind.SIGMA else symbols >= 0
+    functions["decode"]()
+    functions["accumulate"]()
+    check(bool((out == dequantize(symbols, quantizer))[inside].all()) and out[~inside].equal(values[~inside]), what)
+    check(total.equal(out), f"{what}, accumulate")
+    check(bool(functions["encode_ef"]().equal(packet)) and residual.equal(values - out), f"{what}, encode_ef")
+    return {(codec, stage): function for stage, function in functions.items()}
 
 
-def peers() -> dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]]:
-    """Compressors that are installed: name -> (compress, decompress)."""
-    found = {"zlib -1": (lambda data: zlib.compress(data, 1), zlib.decompress)}
-    if importlib.util.find_spec("zstandard"):
-        import zstandard  # optional
+class Bench:
+    """One run: its figures grow data set by data set."""
 
-        found["zstd -1"] = (zstandard.ZstdCompressor(level=1).compress, zstandard.ZstdDecompressor().decompress)
-    if importlib.util.find_spec("lz4"):
-        import lz4.frame  # optional
+    def __init__(self, count: int, rounds: int, with_peers: bool) -> None:
+        self.results, self.rounds, self.with_peers = Results(count), rounds, with_peers
+        self.missing: dict[str, str] = {}
+        self.stage: SymbolStage | None = None
+        self.zstd: ZstdCoders | None = None
+        with self.optional("symbol stage"):
+            self.stage = SymbolStage()
+        if with_peers:
+            with self.optional("Huff0, FSE and zstd"):
+                self.zstd = ZstdCoders()
+            self.missing |= missing_packages()
 
-        found["lz4"] = (lz4.frame.compress, lz4.frame.decompress)
-    return found
+    @contextmanager
+    def optional(self, what: str) -> Iterator[None]:
+        """What needs something that this machine may not have."""
+        try:
+            yield
+        except Unavailable as error:
+            self.missing[what] = str(error)
 
+    def run(self, data_set: DataSet) -> None:
+        """Checks and times everything on one data set."""
+        results, name = self.results, data_set.name
+        values = data_set.values(results.count)
+        symbols, quantizer = quantize(values, data_set.grid)
+        results.statistics[name], results.bits[name] = statistics_of(symbols), {}
+        copy = torch.empty_like(values)
+        functions: dict[Key, Callable[[], object]] = {
+            ("memcpy", "copy"): lambda: memmove(copy.data_ptr(), values.data_ptr(), values.nbytes)
+        }
+        data = symbols.to(torch.uint8 if quantizer.num_bits <= 8 else torch.int16)
+        coders = []
+        packet = whole_encode(values, data_set.grid).clone()
+        for version in qcomm.cpu_features():
+            for codec, grid in ("qcomm", data_set.grid), ("qcomm k=1", qcomm.SigmaGrid(1.0, coding="single")):
+                functions |= qcomm_functions(f"{codec} {version}", values, grid, version)
+                results.bits[name][f"{codec} {version}"] = 8 * whole_encode(values, grid).numel() / results.count
+            for checksums in (True, False) if self.stage else ():
+                coder = self.stage.coder(values, data, quantizer.num_bits, version, checksums, STEPS)
+                check(coder.encode() == packet.numel() or not checksums, "the symbol stage writes another packet")
+                coders.append(coder)
+        if self.zstd is not None:
+            coders += self.zstd.coders(data)
+        results.times[name] = in_turns(functions | self.bind(name, coders), self.rounds)
+        if self.with_peers:
+            results.times[name] |= in_turns(self.bind(name, slow_coders(data, symbols)), min(3, self.rounds))
+        for steps in (128, 512):
+            results.over_entropy[f"{name}, S={steps}"] = bits_over_entropy(values, data_set.grid, steps)
 
-def measure_peer(
-    name: str, codec: tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]], data: bytes, count: int, repeats: int
-) -> dict[str, object]:
-    """One general-purpose compressor on the symbols, as bytes or, above 8 bits, as 16-bit words."""
-    compress, decompress = codec
-    packed = compress(data)
-    check(decompress(packed) == data, name)
-    seconds = {"encode": timed(lambda: compress(data), repeats), "decode": timed(lambda: decompress(packed), repeats)}
-    return {"codec": name, "bits": 8 * len(packed) / count, "seconds": seconds}
-
-
-def show(case: str, row: dict[str, object], count: int) -> None:
-    """One line of the table: GB/s of float32 input."""
-    seconds = row["seconds"]
-    speeds = [f"{4 * count / seconds[key][0] / 1e9:8.2f}" if key in seconds else " " * 8 for key in COLUMNS]
-    entropy = f"{row['entropy']:8.4f}" if "entropy" in row else " " * 8
-    print(
-        f"{case:10}{row['codec']:16}{row['bits']:8.4f}{entropy}{''.join(speeds)}  {row.get('coding', '')}", flush=True
-    )
-
-
-COLUMNS = ("encode", "encode_ef", "decode", "decode_accumulate")
+    def bind(self, data_set: str, coders: Iterable[Coder]) -> dict[Key, Callable[[], object]]:
+        """The coders' functions, after a round trip of each."""
+        functions: dict[Key, Callable[[], object]] = {}
+        for coder in coders:
+            try:
+                coder.verify()
+            except ValueError as error:
+                check(False, str(error))
+            self.results.bits[data_set][coder.name] = 8 * coder.nbytes / coder.count
+            self.results.counts[coder.name] = coder.count
+            functions[coder.name, "encode"] = coder.encode
+            functions |= {(coder.name, stage): decode for stage, decode in coder.decoders.items()}
+        return functions
 
 
 def processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name, where the system tells it, with the numbers that say which generation it is."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
+    lines = [line.split(":", 1) for line in (info.read_text().splitlines() if info.exists() else []) if ":" in line]
+    about = {key.strip(): value.strip() for key, value in reversed(lines)}
+    if "model name" not in about:
+        return platform.processor()
+    return f"{about['model name']}, family {about.get('cpu family')}, model {about.get('model')}"
+
+
+def machine(bench: Bench) -> dict[str, object]:
+    """What makes a result comparable with another machine's."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "qcomm": qcomm.__version__,
+        "commit": commit,
+        "cpu": processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),
+        "features": list(qcomm.cpu_features()),
+        "torch": torch.__version__,
+        "zstd": bench.zstd.version if bench.zstd else None,
+        "elements": bench.results.count,
+        "rounds": bench.rounds,
+        "block_steps": STEPS,
+        "not_available": bench.missing,
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results here")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures here")
     parser.add_argument("--elements", type=int, default=6_553_600, help="float32 values in a data set (25 MiB)")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--quick", action="store_true", help="100,000 values, 3 repeats: does it run?")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--no-peers", action="store_true", help="qcomm alone")
+    parser.add_argument("--quick", action="store_true", help="100,000 values, 3 rounds: does it run?")
     options = parser.parse_args()
-    count, repeats = (100_000, 3) if options.quick else (options.elements, options.repeats)
+    count, rounds = (100_000, 3) if options.quick else (options.elements, options.rounds)
     torch.set_num_threads(1)
-
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
-    header = {
-        "torch": torch.__version__,
-        "cpu": processor(),
-        "features": list(qcomm.cpu_features()),
-        "commit": commit,
-        "elements": count,
-        "repeats": repeats,
-    }
-    copied = torch.empty(count)
-    source = gaussian(count, torch.Generator().manual_seed(0))
-    header["copy_gb_per_s"] = 4 * count / timed(lambda: copied.copy_(source), repeats)[0] / 1e9
-    print("# " + ", ".join(f"{key} {value}" for key, value in header.items()))
-    print(
-        f"{'data':10}{'codec':16}{'bits':>8}{'entropy':>8}"
-        + "".join(f"{c[:8]:>8}" for c in ("encode", "enc_ef", "decode", "dec_acc"))
-    )
-    results = []
-    for case in CASES:
-        values = case.make(count, torch.Generator().manual_seed(1))
-        rows = [measure_qcomm(case, values, version, repeats) for version in qcomm.cpu_features()]
-        symbols, quantizer = quantize(values, case.grid)
-        data = symbols.to(torch.uint8 if quantizer.num_bits <= 8 else torch.int16).numpy().tobytes()
-        if " " not in case.name:
-            rows += [measure_peer(name, codec, data, count, max(1, repeats // 3)) for name, codec in peers().items()]
-        for row in rows:
-            show(case.name, row, count)
-        results.append({"case": case.name, "grid": case.grid.describe(), "rows": rows})
+    bench = Bench(count, rounds, not options.no_peers)
+    about = machine(bench)
+    console = Console()
+    for key, value in about.items():
+        console.print(f"# {key}: {value}", highlight=False)
+    for data_set in track(DATA_SETS, disable=not sys.stderr.isatty(), console=Console(stderr=True)):
+        bench.run(data_set)
+    for name, make in ("Laplace", laplace), ("Gaussian", gaussian):
+        values = make(count, torch.Generator().manual_seed(1))
+        size = bits_over_entropy(values, qcomm.SigmaGrid(2.0, coding="pair"), STEPS)
+        bench.results.over_entropy[f"pair code, k=2, {name}"] = size
+    about["load_average_after"] = os.getloadavg()
+    rows, verdicts = figures(bench.results), goals(bench.results, qcomm.cpu_features())
+    show_figures(console, rows)
+    show_goals(console, verdicts)
     if options.json is not None:
-        options.json.write_text(json.dumps({**header, "results": results}, indent=1) + "\n")
+        document = {
+            **about,
+            "figures": list(map(asdict, rows)),
+            "goals": [{**asdict(goal), "verdict": goal.verdict} for goal in verdicts],
+        }
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 

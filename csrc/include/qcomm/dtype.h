@@ -6,9 +6,15 @@
 #include <cstring>
 #include <limits>
 
+#ifdef __CUDACC__
+#define QCOMM_HOST_DEVICE __host__ __device__
+#else
+#define QCOMM_HOST_DEVICE
+#endif
+
 // Small helpers are always inlined: they are compiled for several instruction sets, and a linker must never pick one's
-// copy for another.
-#define QCOMM_INLINE inline __attribute__((always_inline))
+// copy for another. csrc/cuda uses them on the device, too.
+#define QCOMM_INLINE QCOMM_HOST_DEVICE inline __attribute__((always_inline))
 
 namespace qcomm {
 

@@ -63,30 +63,30 @@ struct BlockInfo {
     int escape_count;
     std::uint32_t symbol;  // of a constant block
 
-    std::uint32_t pack() const {
+    constexpr std::uint32_t pack() const {
         return static_cast<std::uint32_t>(mode) | static_cast<std::uint32_t>(escape_count) << 2 | symbol << 16;
     }
-    static BlockInfo unpack(std::uint32_t word) {
+    static constexpr BlockInfo unpack(std::uint32_t word) {
         return {static_cast<BlockMode>(word & 3u), static_cast<int>(word >> 2 & 0x3FFFu), word >> 16};
     }
 };
 
-inline bool is_range(Grid grid) { return grid == Grid::kRangeCenter || grid == Grid::kRangeEndpoint; }
-inline bool is_block_coded(Coding coding) { return coding == Coding::kSingle || coding == Coding::kPair; }
+constexpr bool is_range(Grid grid) { return grid == Grid::kRangeCenter || grid == Grid::kRangeEndpoint; }
+constexpr bool is_block_coded(Coding coding) { return coding == Coding::kSingle || coding == Coding::kPair; }
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 constexpr std::int64_t align4(std::int64_t bytes) { return (bytes + 3) & ~std::int64_t{3}; }
 
-inline std::int64_t values_per_block(Coding coding, int steps) {
+constexpr std::int64_t values_per_block(Coding coding, int steps) {
     return std::int64_t{kLanes} * steps * (coding == Coding::kPair ? 2 : 1);
 }
-inline std::int64_t blocks_in(const SegmentRecord& segment, int steps) {
+constexpr std::int64_t blocks_in(const SegmentRecord& segment, int steps) {
     if (!is_block_coded(segment.coding)) return 0;
     const std::int64_t per_block = values_per_block(segment.coding, steps);
     const auto count = static_cast<std::int64_t>(segment.count);
     return count / per_block + (count % per_block != 0);  // no count + per_block: a hostile count must not overflow
 }
-inline std::int64_t checksums_in(const SegmentRecord& segment, int steps) {
+constexpr std::int64_t checksums_in(const SegmentRecord& segment, int steps) {
     if (segment.coding == Coding::kConstant) return 0;
     return is_block_coded(segment.coding) ? blocks_in(segment, steps) : 1;
 }

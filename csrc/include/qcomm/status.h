@@ -11,6 +11,7 @@ enum class StatusCode : std::uint8_t {
     kBadArgument,  // the caller broke a precondition: ValueError
     kBadPacket,    // bytes that are not a valid packet: PacketError
     kNoSpace,      // the destination is smaller than the operation's bound: ValueError
+    kDeviceError,  // a CUDA kernel could not be launched
 };
 
 struct [[nodiscard]] Status {

@@ -1,0 +1,107 @@
+// qcomm's packets without the grid's arithmetic, for bench/bench_codec.py: symbols to bytes and back.
+//
+// encode_packet and decode_packet run as they are. Only the inner loops that they call for values are others: quantize
+// copies symbols that were made before, dequantize copies symbols out. So histogram, code lengths, tables, blocks,
+// fallbacks, checksums and the packet's layout are those of the library, and one copy of the symbols is timed on top of
+// them. Up to 8 bits they are bytes on the outside, as other coders have them. A value is only ever looked at to find
+// out which one it is.
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+#include "qcomm/packet.h"
+
+#define QCOMM_BENCH_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace qcomm {
+namespace {
+
+struct Stage {
+    Kernels kernels = kScalarKernels;
+    const float* values = nullptr;  // the address of the value 0
+    const void* symbols = nullptr;  // encoded
+    void* decoded = nullptr;
+};
+thread_local Stage stage;
+
+template <class From, class To>
+void copy(const From* from, int n, To* to) {
+    for (int i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
+}
+
+SymbolScan copy_in(const void* u, DType, int n, const Quantizer& q, std::uint16_t* symbols) {
+    const std::ptrdiff_t at = static_cast<const float*>(u) - stage.values;
+    if (q.num_bits <= 8) {
+        copy(static_cast<const std::uint8_t*>(stage.symbols) + at, n, symbols);
+    } else {
+        copy(static_cast<const std::uint16_t*>(stage.symbols) + at, n, symbols);
+    }
+    return {0, false};
+}
+
+void copy_out(const std::uint16_t* symbols, int n, const Quantizer& q, DType, void* out, bool) {
+    const std::ptrdiff_t at = static_cast<const float*>(out) - stage.values;
+    if (q.num_bits <= 8) {
+        copy(symbols, n, static_cast<std::uint8_t*>(stage.decoded) + at);
+    } else {
+        copy(symbols, n, static_cast<std::uint16_t*>(stage.decoded) + at);
+    }
+}
+
+const Kernels* find(const char* name) {
+#ifdef QCOMM_X86_KERNELS
+    if (std::strcmp(name, "avx2") == 0) return &kAvx2Kernels;
+    if (std::strcmp(name, "avx512") == 0) return &kAvx512Kernels;
+#endif
+    return std::strcmp(name, "scalar") == 0 ? &kScalarKernels : nullptr;
+}
+
+}  // namespace
+
+// Takes the place of csrc/cpu/kernels.cpp, which the linker therefore leaves in the library.
+const Kernels& kernels() { return stage.kernels; }
+
+}  // namespace qcomm
+
+using namespace qcomm;
+
+// Inner loops by their name, one of qcomm.cpu_features(); false when this build has no such.
+QCOMM_BENCH_EXPORT bool symbols_use(const char* name) {
+    const Kernels* found = find(name);
+    if (found == nullptr) return false;
+    stage.kernels = *found;
+    stage.kernels.quantize = copy_in;
+    stage.kernels.dequantize = copy_out;
+    return true;
+}
+
+// A packet of the symbols of `values`, u8 or above 8 bits u16, on a range grid over [0, 1], with a table of its own.
+// Returns its bytes, or minus the bytes that `out` would need, or 0 when the request is refused.
+QCOMM_BENCH_EXPORT std::int64_t symbols_encode(const float* values, const void* symbols, std::int64_t count,
+                                               int num_bits, int steps, bool checksums, std::uint8_t* out,
+                                               std::int64_t capacity) {
+    const Quantizer q{Grid::kRangeEndpoint, static_cast<std::uint8_t>(num_bits), Coding::kSingle, kTableOnWire, 0., 1.};
+    SegmentInput input;
+    input.values.data = values;
+    input.values.count = count;
+    input.quantizer = q;
+    EncodeOptions options;
+    options.dims = {count};
+    options.checksums = checksums;
+    options.steps = steps;
+    const std::int64_t bound = encode_bound({input}, options);
+    if (capacity < bound) return -bound;
+    stage.values = values;
+    stage.symbols = symbols;
+    std::int64_t bytes = 0;
+    return encode_packet({input}, options, out, capacity, &bytes).ok() ? bytes : 0;
+}
+
+// The symbols of such a packet. `values` as before; none of them is written to.
+QCOMM_BENCH_EXPORT bool symbols_decode(const std::uint8_t* packet, std::int64_t bytes, float* values, void* symbols) {
+    stage.values = values;
+    stage.decoded = symbols;
+    PacketView view;
+    return parse_packet(packet, bytes, &view).ok() && decode_packet(view, values, false).ok();
+}

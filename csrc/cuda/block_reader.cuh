@@ -1,0 +1,236 @@
+// One block of a packet in one warp: its parts told apart and checked, its codewords looked up 32 a step, its escapes
+// put in their places (specification: decode_block() of qcomm/reference/decode.py, decode_lanes() of
+// qcomm/reference/lanes.py). csrc/include/qcomm/block.h has the layout.
+//
+// A value comes from a table of values in shared memory, one a symbol, so neither the grid's arithmetic nor the
+// narrowing to the dtype is done per value. The escape symbol stands there as -0.0, which no level of a sigma grid is:
+// where an escape's value goes, that must be found.
+#pragma once
+
+#include <type_traits>
+
+#include "coder.cuh"
+#include "packet_view.cuh"
+#include "warp.cuh"
+
+namespace qcomm::cuda {
+
+// A symbol's value on the segment's grid.
+template <class Tr>
+__device__ typename Tr::Storage value_of(const Quantizer& q, std::uint32_t symbol) {
+    if (q.grid != Grid::kSigma) return Tr::narrow(RangeQuantizer(q.grid, q.num_bits, q.p0, q.p1).decode(symbol));
+    if (static_cast<int>(symbol) == escape_symbol(q.num_bits)) return Tr::narrow(-0.0f);
+    return Tr::narrow(SigmaQuantizer<typename Tr::Arithmetic>(q.num_bits, q.p1, Tr::kMax).decode(symbol));
+}
+
+// The table of values of a small alphabet, by `threads` threads that call with their numbers. A barrier must follow.
+template <class Tr>
+__device__ void fill_values(typename Tr::Storage* values, const Quantizer& q, int thread, int threads) {
+    if (q.num_bits == 0 || (1 << q.num_bits) > kMaxValueTable) return;
+    for (int s = thread; s < 1 << q.num_bits; s += threads) values[s] = value_of<Tr>(q, static_cast<std::uint32_t>(s));
+}
+
+// Element i of values that are aligned to 2 bytes (escapes) or 4 (raw ones).
+template <class Tr>
+__device__ __forceinline__ typename Tr::Storage load_value(const std::uint8_t* at, std::int64_t i) {
+    const auto* halves =
+        reinterpret_cast<const std::uint16_t*>(at) + i * static_cast<std::int64_t>(sizeof(typename Tr::Storage) / 2);
+    if constexpr (sizeof(typename Tr::Storage) == 2) {
+        return halves[0];
+    } else if constexpr (sizeof(typename Tr::Storage) == 4) {
+        return bit_cast<float>(halves[0] | static_cast<std::uint32_t>(halves[1]) << 16);
+    } else {
+        std::uint64_t bits = 0;
+        for (int h = 0; h < 4; ++h) bits |= static_cast<std::uint64_t>(halves[h]) << (16 * h);
+        return bit_cast<double>(bits);
+    }
+}
+
+// Symbol i of symbols packed with num_bits bits, in `halves` u16 at an even address.
+__device__ __forceinline__ std::uint32_t load_symbol(const std::uint8_t* at, std::int64_t halves, std::int64_t i,
+                                                     int num_bits) {
+    const std::int64_t bit = i * num_bits, half = bit / 16;
+    const auto* row = reinterpret_cast<const std::uint16_t*>(at);
+    std::uint32_t window = row[half];
+    if (half + 1 < halves) window |= static_cast<std::uint32_t>(row[half + 1]) << 16;
+    return window >> (bit % 16) & ((1u << num_bits) - 1u);
+}
+
+struct DecodeCode {
+    const std::uint16_t* entries;  // symbol | length << 12
+    std::uint32_t mask;            // 0: no code
+};
+__device__ inline DecodeCode find_decode_code(const StaticTables& codes, const Quantizer& q) {
+    const int index = is_block_coded(q.coding) ? StaticTables::index(q.table) : -1;
+    return index < 0 ? DecodeCode{nullptr, 0} : DecodeCode{codes.decode[index], codes.decode_mask[index]};
+}
+
+template <class Tr>
+class BlockReader {
+public:
+    using Storage = typename Tr::Storage;
+
+    // False where the block is malformed. `values` is the table of fill_values(), for a small alphabet.
+    __device__ bool open(const std::uint8_t* block, int bytes, int n, const Quantizer& q, const DecodeCode& code,
+                         const Storage* values) {
+        n_ = n;
+        quantizer_ = q;
+        code_ = code;
+        values_ = (1 << q.num_bits) <= kMaxValueTable ? values : nullptr;
+        const BlockInfo info = BlockInfo::unpack(load_u32(block));
+        mode_ = info.mode;
+        symbol_ = info.symbol;
+        escapes_ = info.escape_count;
+        next_escape_ = 0;
+        ordered_ = true;
+        const bool coded = mode_ == BlockMode::kCoded, sigma = q.grid == Grid::kSigma;
+        const bool may_escape = sigma && (coded || mode_ == BlockMode::kFixed);
+        const int item = static_cast<int>(sizeof(Storage)), values_at = coded ? 4 + 4 * kLanes : 4;
+        const int positions_at = values_at + escapes_ * item, body_at = positions_at + 2 * escapes_;
+        if ((escapes_ != 0 && !may_escape) || escapes_ > n || body_at > bytes) return false;
+        escape_values_ = block + values_at;
+        positions_ = reinterpret_cast<const std::uint16_t*>(block + positions_at);
+        body_ = block + body_at;
+        QCOMM_ASSUME_GLOBAL(body_);
+        halves_ = (bytes - body_at) / 2;
+        if (mode_ == BlockMode::kFixed) return bytes - body_at >= packed_bytes(n, q.num_bits);
+        if (mode_ == BlockMode::kRaw) return bytes - body_at >= n * item;
+        if (mode_ == BlockMode::kConstant) return static_cast<int>(symbol_) < (1 << q.num_bits) - (sigma ? 1 : 0);
+        if (code.mask == 0) return false;
+        bits_ = load_u32(block + 4 + 4 * lane_number());
+        count_ = 31 - __clz(static_cast<int>(bits_));
+        const bool started = bits_ != 0;
+        if (started) bits_ ^= 1u << count_;
+        used_ = count_;
+        taken_ = 0;
+        return __all_sync(kAllLanes, started);
+    }
+
+    // Values [begin, end) to sink.put(i, value); begin is where the last call ended, a multiple of 32, of 64 with
+    // pairs.
+    template <class Sink>
+    __device__ void read(int begin, int end, const Sink& sink) {
+        if (mode_ == BlockMode::kCoded) {
+            if (quantizer_.coding == Coding::kPair) {
+                read_coded<true, true>(begin, end, sink);
+            } else if (values_ != nullptr) {
+                read_coded<false, true>(begin, end, sink);
+            } else {
+                read_coded<false, false>(begin, end, sink);
+            }
+        } else {
+            for (int i = begin + lane_number(); i < end; i += kWarpLanes) sink.put(i, plain_value(i));
+        }
+        if (next_escape_ < escapes_) put_escapes(begin, end, sink);
+    }
+
+    // After the last read: false where the bits do not end with the codewords, or escapes were not in their places.
+    __device__ bool close() const {
+        const bool whole = mode_ != BlockMode::kCoded || (bits_ == 0 && used_ >= 0);
+        return __all_sync(kAllLanes, whole && ordered_ && next_escape_ == escapes_);
+    }
+
+private:
+    __device__ Storage value(std::uint32_t symbol) const {
+        return values_ != nullptr ? values_[symbol] : value_of<Tr>(quantizer_, symbol);
+    }
+    __device__ Storage plain_value(int i) const {
+        if (mode_ == BlockMode::kRaw) return load_value<Tr>(body_, i);
+        return value(mode_ == BlockMode::kConstant ? symbol_ : load_symbol(body_, halves_, i, quantizer_.num_bits));
+    }
+
+    template <bool kPairs, bool kTable, class Sink>
+    __device__ __forceinline__ void read_coded(int begin, int end, const Sink& sink) {
+        constexpr int kRow = kWarpLanes * (kPairs ? 2 : 1), kRows = 4;
+        int at = begin;
+        // While every lane has 16 bits before a lookup and words are left for all lanes that ask, no lane can use more
+        // bits than it has: neither needs to be looked after.
+        if (__all_sync(kAllLanes, count_ >= static_cast<int>(kWordBits))) {
+            for (; at + kRows * kRow <= end && taken_ + kRows * kWarpLanes <= halves_; at += kRows * kRow) {
+#pragma unroll
+                for (int r = 0; r < kRows; ++r)
+                    put_codeword<kPairs, kTable>(next_codeword<false>(true), at + r * kRow, kRow, sink);
+            }
+        }
+#pragma unroll 1
+        for (; at < end; at += kRow) {
+            const int left = end - at < kRow ? end - at : kRow;
+            const std::uint32_t symbol = next_codeword<true>(lane_number() * (kPairs ? 2 : 1) < left);
+            put_codeword<kPairs, kTable>(symbol, at, left, sink);
+        }
+    }
+
+    // Looks a codeword up in every live lane, which then takes a word if it has less than 16 bits left. With kGuarded
+    // there may be none, and lanes note whether they have used more than they had.
+    template <bool kGuarded>
+    __device__ __forceinline__ std::uint32_t next_codeword(bool live) {
+        const std::uint32_t entry = live ? code_.entries[bits_ & code_.mask] : 0u;
+        const std::uint32_t length = entry >> 12;
+        bits_ >>= length;
+        count_ -= static_cast<int>(length);
+        if constexpr (kGuarded) used_ |= count_;
+        bool takes = live && count_ < static_cast<int>(kWordBits);
+        const unsigned asking = __ballot_sync(kAllLanes, takes);
+        const int word = taken_ + __popc(asking & lanes_below(lane_number()));
+        if constexpr (kGuarded) takes = takes && word < halves_;
+        const std::uint32_t bits = takes ? reinterpret_cast<const std::uint16_t*>(body_)[word] : 0u;
+        bits_ |= bits << (count_ & 31);  // only damaged input has a negative count; the shift must stay defined
+        if constexpr (kGuarded) {
+            count_ += takes ? static_cast<int>(kWordBits) : 0;
+        } else {
+            count_ |= static_cast<int>(kWordBits);  // 0..31, and those from 16 on have the bit already
+        }
+        taken_ += __popc(asking);
+        return entry & 0xFFFu;
+    }
+
+    template <bool kPairs, bool kTable, class Sink>
+    __device__ __forceinline__ void put_codeword(std::uint32_t symbol, int at, int row, const Sink& sink) const {
+        const auto value_at = [&](std::uint32_t s) {
+            if constexpr (kTable) return values_[s];
+            return value_of<Tr>(quantizer_, s);
+        };
+        if constexpr (kPairs) {
+            const int i = 2 * lane_number();
+            if (i < row) sink.put(at + i, value_at(symbol & 15u));
+            if (i + 1 < row) sink.put(at + i + 1, value_at(symbol >> kPairBits));
+        } else {
+            if (lane_number() < row) sink.put(at + lane_number(), value_at(symbol));
+        }
+    }
+
+    // Those with positions in [begin, end).
+    template <class Sink>
+    __device__ void put_escapes(int begin, int end, const Sink& sink) {
+        __syncwarp();  // the symbols' values are written by other lanes
+        for (unsigned inside = kAllLanes; inside == kAllLanes && next_escape_ < escapes_;) {
+            const int i = next_escape_ + lane_number();
+            const int position = i < escapes_ ? positions_[i] : end,
+                      previous = i > 0 && i < escapes_ ? positions_[i - 1] : -1;
+            const bool mine = position < end;
+            if (mine) {
+                ordered_ = ordered_ && position > previous && position >= begin &&
+                           bit_cast<Bits>(sink.get(position)) == bit_cast<Bits>(Tr::narrow(-0.0f));
+                if (ordered_) sink.put(position, load_value<Tr>(escape_values_, i));
+            }
+            inside = __ballot_sync(kAllLanes, mine);
+            next_escape_ += __popc(inside);
+        }
+    }
+
+    using Bits = std::conditional_t<sizeof(Storage) == 2, std::uint16_t,
+                                    std::conditional_t<sizeof(Storage) == 4, std::uint32_t, std::uint64_t>>;
+
+    Quantizer quantizer_;
+    DecodeCode code_;
+    const Storage* values_;
+    const std::uint8_t *escape_values_, *body_;
+    const std::uint16_t* positions_;
+    BlockMode mode_;
+    std::uint32_t symbol_, bits_;
+    int n_, escapes_, next_escape_, halves_, count_, taken_;
+    int used_;      // negative once a lane has used more bits than it had
+    bool ordered_;  // escapes so far; in this lane
+};
+
+}  // namespace qcomm::cuda

@@ -1,0 +1,107 @@
+// The algebra that encoding and decoding kernels share: which code a segment has, how a block is laid out, symbols of N
+// bits in a row, the residual of a value.
+#pragma once
+
+#include "launch.h"
+#include "qcomm/block.h"
+#include "tasks.h"
+
+namespace qcomm::cuda {
+
+constexpr std::uint32_t kWordBits = 16;
+constexpr std::uint32_t kEmitBits = 2 * kWordBits;  // a lane that would hold so many writes a word first
+
+// A segment's code for encoding: entries (codeword | length << 16) of symbols 0..mask. Without a code `entries` is null
+// and mask is 0.
+struct Code {
+    const std::uint32_t* entries;
+    std::uint32_t mask;
+};
+__device__ inline Code find_code(const EncodeTables& e, const Quantizer& q, int segment) {
+    (void)segment;
+    const int index = StaticTables::index(q.table);
+    if (!is_block_coded(q.coding) || index < 0) return {nullptr, 0};
+    return {e.codes->encode[index], q.coding == Coding::kPair ? 255u : (1u << q.num_bits) - 1u};
+}
+
+// SigmaQuantizer with fewer instructions, and the same symbols. In float32 the sum u / step + 1.5 * 2^23 has the level
+// in its lowest bits, and as integers positive floats are in the order of their values: so levels outside the alphabet,
+// infinities and negative sums are all outside one range of unsigned integers, and neither clamps nor conversions are
+// needed.
+template <class Tr>
+class DeviceSigma {
+public:
+    using T = typename Tr::Arithmetic;
+
+    __device__ explicit DeviceSigma(const Quantizer& q)
+        : exact_(q.num_bits, q.p1, Tr::kMax),
+          inv_(T(1) / static_cast<T>(q.p1)),
+          limit_(exact_.limit()),
+          shift_(static_cast<std::uint32_t>(sigma_radius(q.num_bits)) - limit_),
+          escape_(static_cast<std::uint32_t>(escape_symbol(q.num_bits))) {}
+
+    __device__ __forceinline__ std::uint32_t operator()(T x) const {
+        if constexpr (sizeof(T) == sizeof(float)) {
+            constexpr std::uint32_t kZeroLevel = 0x4B400000;  // 1.5 * 2^23
+            const std::uint32_t level = bit_cast<std::uint32_t>(x * inv_ + 0x1.8p23f) - (kZeroLevel - limit_);
+            return level <= 2 * limit_ ? level + shift_ : escape_;
+        } else {
+            return exact_(x);
+        }
+    }
+    __device__ __forceinline__ T decode(std::uint32_t symbol) const { return exact_.decode(symbol); }
+
+private:
+    SigmaQuantizer<T> exact_;
+    T inv_;
+    std::uint32_t limit_, shift_, escape_;  // of levels each side; what takes the lowest of them to its symbol
+};
+
+// What decides a block's size.
+struct BlockShape {
+    int n, num_bits, item, escapes, words;
+
+    __device__ __forceinline__ int bytes(BlockMode mode) const {
+        const int info = 4, escape_bytes = escapes * (item + 2);
+        int body = 0;
+        if (mode == BlockMode::kFixed) body = escape_bytes + static_cast<int>(packed_bytes(n, num_bits));
+        if (mode == BlockMode::kCoded) body = 4 * kLanes + escape_bytes + 2 * words;
+        if (mode == BlockMode::kRaw) body = n * item;
+        return (info + body + 3) / 4 * 4;
+    }
+};
+
+__device__ __forceinline__ BlockMode choose_mode(const BlockShape& shape, bool constant, bool has_code) {
+    if (constant) return BlockMode::kConstant;
+    if (16 * shape.escapes > shape.n) return BlockMode::kRaw;
+    const int fixed = shape.bytes(BlockMode::kFixed), raw = shape.bytes(BlockMode::kRaw);
+    const int coded = shape.bytes(BlockMode::kCoded);
+    if (has_code && coded <= fixed && coded <= raw) return BlockMode::kCoded;
+    return fixed <= raw ? BlockMode::kFixed : BlockMode::kRaw;
+}
+
+// 32-bit word number `word` of n packed symbols: those of u[begin, begin + n). Index is int for a block, whose bits an
+// int can count: that saves a division of 64 bits.
+template <class Index, class Levels, class Values>
+__device__ std::uint32_t packed_word(const Values& u, const Levels& grid, std::int64_t begin, Index n, int num_bits,
+                                     Index word) {
+    const Index first_bit = 32 * word;
+    Index i = first_bit / num_bits;
+    int at = static_cast<int>(i * num_bits - first_bit);  // of symbol i in the word; negative where it begins before
+    std::uint32_t result = 0;
+    for (; at < 32 && i < n; ++i, at += num_bits) {
+        const std::uint32_t symbol = grid(u[begin + i]);
+        result |= at < 0 ? symbol >> -at : symbol << at;
+    }
+    return result;
+}
+
+// What quantization loses of x, in float32.
+template <class Tr, class Levels, class T>
+__device__ __forceinline__ float residual_of(T x, const Levels& grid, int escape) {
+    const std::uint32_t symbol = grid(x);
+    if (static_cast<int>(symbol) == escape) return 0.0f;
+    return static_cast<float>(x - Tr::widen(Tr::narrow(grid.decode(symbol))));
+}
+
+}  // namespace qcomm::cuda

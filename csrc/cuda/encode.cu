@@ -1,0 +1,283 @@
+// Values to coded blocks, quantized and coded in one pass, and the new residual (specification: encode_block() of
+// qcomm/reference/packet.py, encode_lanes() of qcomm/reference/lanes.py).
+//
+//   q = rint(u / step) + R or floor bins of a range; x = x << l | code, a word leaves a lane before it would hold 32
+//   bits
+//
+//   slot   | 32 start windows | escape values <-- | words <-- | escape positions <-- |      <--: written backwards
+//          (a block that is fixed instead has its packed symbols at the front of the words' area)
+//
+// Thread: one lane, a window of bits in registers. Warp: one block of the packet, 32 or 64 values a step, from the last
+// step to the first, which is why words are written downwards. Thread block: 4 blocks of one segment, which share its
+// code in shared memory: 4 bytes a symbol, 1 KiB for a static code.
+// Passes: one over the values, plus one over those of blocks that turn out to be fixed, or that have a residual:
+// whether a block is raw, which clears it, is known only at the end. That pass finds the values in the L2 cache. Raw
+// blocks are left to payload.cu, which must see the residual as it was. Limits: 512 steps; alphabets of 256 symbols in
+// a static code, 4096 in a code of the segment's own. Determinism: a warp owns its block; nothing depends on other
+// warps. Bytes moved per value: its size, and the code's (words 0.3 or so); with a residual 8 and a write of 4 more.
+// The lanes: F. Giesen, "Interleaved entropy coders", arXiv:1402.3392, 2014.
+#include "coder.cuh"
+#include "kernels.cuh"
+#include "source.cuh"
+#include "warp.cuh"
+
+namespace qcomm::cuda {
+namespace {
+
+constexpr int kThreads = kEncodeWarps * kWarpLanes;
+constexpr int kRows = 4;  // steps whose values are loaded together
+
+struct Slot {
+    std::uint8_t* begin;
+    SlotShape shape;
+};
+
+// Writes a step's escapes in front of the `count` ones that the slot has, and returns how many there are now. Higher
+// lanes come first, and in a lane the second value: everything is written from the end.
+template <class Tr, class T>
+__device__ __forceinline__ int collect(std::uint8_t* slot, SlotShape shape, int count, int at, bool first, bool second,
+                                       T first_value, T second_value) {
+    const unsigned firsts = __ballot_sync(kAllLanes, first), seconds = __ballot_sync(kAllLanes, second);
+    const unsigned above = lanes_above(lane_number());
+    int index = count + __popc(firsts & above) + __popc(seconds & above);
+    auto* const values = reinterpret_cast<typename Tr::Storage*>(slot + shape.words_at);
+    auto* const positions = reinterpret_cast<std::uint16_t*>(slot + shape.positions_at) + shape.max_escapes;
+    if (second && ++index <= shape.max_escapes) {
+        values[-index] = Tr::narrow(second_value);
+        positions[-index] = static_cast<std::uint16_t>(at + 1);
+    }
+    if (first && ++index <= shape.max_escapes) {
+        values[-index] = Tr::narrow(first_value);
+        positions[-index] = static_cast<std::uint16_t>(at);
+    }
+    return count + __popc(firsts) + __popc(seconds);
+}
+
+// One warp encodes one block of n values of `u`, from `begin` on.
+template <class Tr, class Levels, class Values, bool kPairs>
+class BlockEncoder {
+public:
+    using T = typename Tr::Arithmetic;
+    static constexpr int kPerLane = kPairs ? 2 : 1;
+
+    __device__ BlockEncoder(const Values& u, const Levels& grid, int escape, std::int64_t begin, int n,
+                            const std::uint32_t* entries, std::uint32_t entry_mask, const Slot& slot)
+        : u_(u),
+          grid_(grid),
+          escape_(escape),
+          begin_(begin),
+          n_(n),
+          entries_(entries),
+          entry_mask_(entry_mask),
+          slot_(slot),
+          words_end_(reinterpret_cast<std::uint16_t*>(slot.begin + slot.shape.positions_at)),
+          reference_(grid(u[begin])) {
+        QCOMM_ASSUME_GLOBAL(words_end_);
+    }
+
+    __device__ void run() {
+        const int codewords = (n_ + kPerLane - 1) / kPerLane;
+        int step = (codewords - 1) / kWarpLanes;
+        const int whole = n_ / (kWarpLanes * kPerLane);  // steps in which all lanes have all their values
+        for (; step >= 0 && (step >= whole || !started_ || (step + 1) % kRows != 0); --step) push_guarded(step);
+        for (; step >= 0; step -= kRows) push_rows(step);
+    }
+
+    // The block's result; the start windows go to the slot.
+    __device__ BlockResult finish(bool has_code, int num_bits) {
+        const auto item = static_cast<int>(sizeof(typename Tr::Storage));
+        const bool constant = !__any_sync(kAllLanes, different_ != 0) && static_cast<int>(reference_) != escape_;
+        reinterpret_cast<std::uint32_t*>(slot_.begin)[lane_number()] = (bits_ & ((1u << count_) - 1u)) | 1u << count_;
+        const BlockShape shape{n_, num_bits, item, escapes_, words_};
+        const BlockMode mode = choose_mode(shape, constant, has_code);
+        const bool with_escapes = mode == BlockMode::kFixed || mode == BlockMode::kCoded;
+        const BlockInfo info{mode, with_escapes ? escapes_ : 0, constant ? reference_ : 0u};
+        return {info.pack(), static_cast<std::uint32_t>(words_), static_cast<std::uint32_t>(shape.bytes(mode) / 4)};
+    }
+
+private:
+    // kRows whole steps: their loads are under way together.
+    __device__ __forceinline__ void push_rows(int step) {
+        T x[kRows][kPerLane];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+            for (int v = 0; v < kPerLane; ++v) x[r][v] = u_[begin_ + first_value(step - r) + v];
+        }
+        std::uint32_t symbols[kRows][kPerLane], entries[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+            for (int v = 0; v < kPerLane; ++v) symbols[r][v] = grid_(x[r][v]);
+            entries[r] = entries_[codeword(symbols[r]) & entry_mask_];
+        }
+        bool escapes = false;
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) escapes |= note(symbols[r], kPerLane);
+        if (__any_sync(kAllLanes, escapes)) {
+#pragma unroll 1
+            for (int r = 0; r < kRows; ++r) keep_escapes(step - r, kPerLane);
+        }
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) push<true>(entries[r]);
+    }
+
+    // A step that may be short; its odd tail's second symbol is the level zero.
+    __device__ void push_guarded(int step) {
+        const int at = first_value(step);
+        const int present = n_ - at >= kPerLane ? kPerLane : n_ - at;  // of this lane's values; may be negative
+        std::uint32_t symbols[kPerLane];
+        for (int v = 0; v < kPerLane; ++v)
+            symbols[v] = v < present ? grid_(u_[begin_ + at + v]) : static_cast<std::uint32_t>(sigma_radius(kPairBits));
+        if (__any_sync(kAllLanes, note(symbols, present))) keep_escapes(step, present);
+        push<false>(present > 0 ? entries_[codeword(symbols) & entry_mask_] : 0u);
+    }
+
+    __device__ __forceinline__ int first_value(int step) const {
+        return (step * kWarpLanes + lane_number()) * kPerLane;
+    }
+    __device__ __forceinline__ static std::uint32_t codeword(const std::uint32_t (&symbols)[kPerLane]) {
+        if constexpr (kPairs) return symbols[0] | symbols[1] << kPairBits;
+        return symbols[0];
+    }
+
+    // Compares with the first symbol; whether there is an escape.
+    __device__ __forceinline__ bool note(const std::uint32_t (&symbols)[kPerLane], int present) {
+        bool escapes = false;
+#pragma unroll
+        for (int v = 0; v < kPerLane; ++v) {
+            if (v >= present) continue;
+            different_ |= symbols[v] ^ reference_;
+            escapes |= static_cast<int>(symbols[v]) == escape_;
+        }
+        return escapes;
+    }
+
+    // Rare, so the values are read again.
+    __device__ __forceinline__ void keep_escapes(int step, int present) {
+        const int at = first_value(step);
+        T x[2] = {};
+        bool escapes[2] = {};
+        for (int v = 0; v < kPerLane; ++v) {
+            if (v >= present) continue;
+            x[v] = u_[begin_ + at + v];
+            escapes[v] = static_cast<int>(grid_(x[v])) == escape_;
+        }
+        escapes_ = collect<Tr>(slot_.begin, slot_.shape, escapes_, at, escapes[0], escapes[1], x[0], x[1]);
+    }
+
+    // Pushes a codeword in every lane, those with an entry of 0 excepted. Bits that have left a lane stay above the
+    // others until finish(): a word is the 16 bits below `count_`, whatever is above. kStarted: a word has been written
+    // before.
+    template <bool kStarted>
+    __device__ __forceinline__ void push(std::uint32_t entry) {
+        const std::uint32_t length = entry >> 16;
+        unsigned full = __ballot_sync(kAllLanes, count_ + length >= kEmitBits);
+        if (!kStarted && full != 0 && !started_) {
+            started_ = true;
+            count_ = count_ < kWordBits ? kWordBits : count_;
+            full = __ballot_sync(kAllLanes, count_ + length >= kEmitBits);
+        }
+        if (count_ + length >= kEmitBits) {
+            count_ -= kWordBits;
+            words_end_[-1 - words_ - __popc(full & lanes_above(lane_number()))] =
+                static_cast<std::uint16_t>(bits_ >> count_);
+        }
+        words_ += __popc(full);
+        bits_ = bits_ << length | (entry & 0xFFFFu);
+        count_ += length;
+    }
+
+    const Values& u_;
+    const Levels& grid_;
+    const int escape_;
+    const std::int64_t begin_;
+    const int n_;
+    const std::uint32_t* const entries_;
+    const std::uint32_t entry_mask_;
+    const Slot& slot_;
+    std::uint16_t* const words_end_;
+    const std::uint32_t reference_;
+    std::uint32_t bits_ = 0, count_ = 0, different_ = 0;
+    int words_ = 0, escapes_ = 0;
+    bool started_ = false;  // a word has been written
+};
+
+// Blocks of one segment; a block of the launch has up to kEncodeWarps of them.
+struct BlockPlace {
+    std::int64_t begin;  // of its values, in the segment
+    int n;
+    Slot slot;
+};
+
+template <class Tr, bool kPairs, class Levels, class Values>
+__device__ BlockResult encode_block(const Values& u, const Levels& grid, const Quantizer& q, const BlockPlace& place,
+                                    const std::uint32_t* entries, std::uint32_t entry_mask, float* residual_out) {
+    const int escape = q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1;
+    BlockEncoder<Tr, Levels, Values, kPairs> encoder(u, grid, escape, place.begin, place.n, entries, entry_mask,
+                                                     place.slot);
+    encoder.run();
+    const BlockResult result = encoder.finish(entry_mask != 0, q.num_bits);
+    const BlockMode mode = BlockInfo::unpack(result.info).mode;
+    if (mode == BlockMode::kFixed) {
+        auto* const packed = reinterpret_cast<std::uint32_t*>(place.slot.begin + place.slot.shape.words_at);
+        const auto words = static_cast<int>(ceil_div(packed_bytes(place.n, q.num_bits), 4));
+        for (int i = lane_number(); i < words; i += kWarpLanes)
+            packed[i] = packed_word<int>(u, grid, place.begin, place.n, q.num_bits, i);
+    }
+    __syncwarp();  // the residual may be part of u, which other lanes have read
+    if (residual_out != nullptr && mode != BlockMode::kRaw && q.grid == Grid::kSigma) {
+        for (int i = lane_number(); i < place.n; i += kWarpLanes)
+            residual_out[place.begin + i] = residual_of<Tr>(u[place.begin + i], grid, escape);
+    }
+    return result;
+}
+
+// Each warp encodes one block into its slot.
+template <class Tr, bool kAdjusted>
+__global__ void __launch_bounds__(kThreads, 1) encode_blocks(EncodeTables e) {
+    DYNAMIC_SHARED(std::uint32_t, entries);
+    const int s = find_task(e.segments, e.segment_count, blockIdx.x, &SegmentTask::first_tile);
+    const SegmentTask segment = e.segments[s];
+    const Quantizer q = e.quantizers[segment.tensor];
+    const bool pairs = q.coding == Coding::kPair;
+    const Code code = find_code(e, q, s);
+    for (std::uint32_t i = threadIdx.x; i <= code.mask; i += kThreads)
+        entries[i] = code.entries == nullptr ? 0u : code.entries[i];
+    __syncthreads();
+
+    const std::int64_t block =
+        (static_cast<std::int64_t>(blockIdx.x) - segment.first_tile) * kEncodeWarps + warp_number();
+    if (block >= segment.blocks) return;
+    BlockResult result{0, 0, 0};
+    if (is_block_coded(q.coding)) {
+        const std::int64_t per_block = values_per_block(q.coding, e.steps), begin = block * per_block;
+        const SlotShape shape(e.steps, pairs, static_cast<int>(sizeof(typename Tr::Storage)));
+        const BlockPlace place{begin,
+                               static_cast<int>(segment.count - begin < per_block ? segment.count - begin : per_block),
+                               {e.slots + segment.slots + block * shape.bytes, shape}};
+        const Source<Tr, kAdjusted> u(e.tensors[segment.tensor], segment.offset);
+        if (q.grid == Grid::kSigma) {
+            const DeviceSigma<Tr> grid(q);
+            result = pairs ? encode_block<Tr, true>(u, grid, q, place, entries, code.mask, segment.residual_out)
+                           : encode_block<Tr, false>(u, grid, q, place, entries, code.mask, segment.residual_out);
+        } else {
+            const RangeQuantizer grid(q.grid, q.num_bits, q.p0, q.p1);
+            result = encode_block<Tr, false>(u, grid, q, place, entries, code.mask, segment.residual_out);
+        }
+    }
+    if (lane_number() == 0) e.blocks[segment.first_block + block] = result;
+}
+
+}  // namespace
+
+#ifndef __CUDACC_RTC__
+void launch_encode_blocks(const EncodeTables& e, bool adjusted, std::int64_t tiles, void* stream) {
+    with_source(e.dtype, adjusted, [&](auto traits, auto is_adjusted) {
+        launch_kernel(encode_blocks<decltype(traits), decltype(is_adjusted)::value>, static_cast<unsigned>(tiles),
+                      kThreads, kMaxStaticSymbols * sizeof(std::uint32_t), stream, e);
+    });
+}
+#endif
+
+}  // namespace qcomm::cuda

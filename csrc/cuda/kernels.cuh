@@ -1,0 +1,70 @@
+// The launchers of the kernels, one an operation; cuda.h is what a user sees. Each enqueues on `stream` and returns.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "launch.h"
+#include "tasks.h"
+
+namespace qcomm::cuda {
+
+// statistics.cu
+constexpr int kStatisticsThreads = 256;
+constexpr std::int64_t kStatisticsTile = 32768;
+struct TileStatistics {
+    double minimum, maximum, sum_squares;
+    unsigned finite;
+};
+constexpr std::int64_t statistics_tiles(std::int64_t count) {
+    return count == 0 ? 1 : ceil_div(count, kStatisticsTile);
+}
+void launch_measure(const EncodeTables& e, bool adjusted, TileStatistics* tiles, std::int64_t tile_count, void* stream);
+
+// Sets `count` counters to 0.
+inline void launch_clear(unsigned* counters, std::int64_t count, void* stream) {
+#ifdef QCOMM_CUDA_EMULATION
+    (void)stream;
+    for (std::int64_t i = 0; i < count; ++i) counters[i] = 0;
+#elif !defined(__CUDACC_RTC__)
+    // Its status is that of the next launch_status().
+    (void)cudaMemsetAsync(counters, 0, sizeof(unsigned) * static_cast<std::size_t>(count),
+                          static_cast<cudaStream_t>(stream));
+#endif
+}
+
+// encode.cu, layout.cu and payload.cu: the three passes of an encoding.
+void launch_encode_blocks(const EncodeTables& e, bool adjusted, std::int64_t tiles, void* stream);
+void launch_layout(const EncodeTables& e, std::int64_t* total_bytes, void* stream);
+void launch_payload(const EncodeTables& e, bool adjusted, std::int64_t tiles, void* stream);
+
+// read_packets.cu: metadata and plain segments are checked; decode.cu: values, with tile_count blocks a packet or a
+// sum.
+struct DecodeTables;
+void launch_read_packets(const DecodeTables& d, std::int64_t piece_tiles, void* stream);
+void launch_decode(const DecodeTables& d, std::int64_t tile_count, void* stream);
+void launch_sum(const DecodeTables& d, std::int64_t tile_count, void* stream);
+
+// Calls f(Traits<dtype>{}, bool_constant<adjusted>{}). 16-bit packets cannot carry adjusted values.
+template <class F>
+void with_source(DType dtype, bool adjusted, F f) {
+#ifdef QCOMM_ONLY_FLOAT32  // a sanitizer's build in the tests, which would take long to compile for all
+    (void)dtype;
+#else
+    switch (dtype) {
+        case DType::kFloat16:
+            return f(Traits<DType::kFloat16>{}, std::false_type{});
+        case DType::kBFloat16:
+            return f(Traits<DType::kBFloat16>{}, std::false_type{});
+        case DType::kFloat64:
+            if (adjusted) return f(Traits<DType::kFloat64>{}, std::true_type{});
+            return f(Traits<DType::kFloat64>{}, std::false_type{});
+        case DType::kFloat32:
+            break;
+    }
+#endif
+    if (adjusted) return f(Traits<DType::kFloat32>{}, std::true_type{});
+    return f(Traits<DType::kFloat32>{}, std::false_type{});
+}
+
+}  // namespace qcomm::cuda

@@ -1,0 +1,25 @@
+// "Am I the last block?": how a launch ends with something that needs the results of all its blocks.
+#pragma once
+
+#include "launch.h"
+
+namespace qcomm::cuda {
+
+// Whether all other blocks of `total` that share the counter have come here before: then what they have written is
+// visible. The counter starts at 0. Contains barriers.
+__device__ inline bool is_last_block(unsigned* counter, unsigned total) {
+#ifndef QCOMM_PLANT_MISSING_FENCE
+    __threadfence();
+#endif
+    __syncthreads();  // all threads of the block have written and fenced
+    bool last = false;
+    if (threadIdx.x == 0) {
+        last = atomicAdd(counter, 1u) == total - 1u;
+#ifndef QCOMM_PLANT_MISSING_FENCE
+        __threadfence();
+#endif
+    }
+    return __syncthreads_or(last) != 0;
+}
+
+}  // namespace qcomm::cuda

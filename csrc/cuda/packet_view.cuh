@@ -1,0 +1,64 @@
+// A packet's metadata as read_packets leaves it, checked, for the decoding kernels.
+#pragma once
+
+#include "launch.h"
+#include "qcomm/block.h"
+#include "qcomm/cuda.h"
+
+namespace qcomm::cuda {
+
+constexpr int kDecodeWarps = 4;      // units that a block of decode_packets works on
+constexpr int kMaxSumPackets = 8;    // packets that a block of sum_packets adds: a warp each
+constexpr int kMaxValueTable = 256;  // alphabets up to here are decoded by a table of values
+constexpr std::int64_t kMaxElements = std::int64_t{1} << 42;
+
+struct SegmentView {
+    std::int64_t count, first_value;
+    std::int64_t plain_before, plain_bytes;  // payload bytes of raw and fixed segments: before this one, its own
+    std::int64_t payload;                    // byte offset of its first byte in the payload
+    std::int64_t first_end, first_checksum, blocks;        // block ends and checksums before its own, its blocks
+    std::int64_t first_tile, first_sum_tile, first_piece;  // of decode_packets, sum_packets, check_pieces
+    Quantizer quantizer;
+};
+
+struct PacketView {
+    std::int64_t ends, checksums, payload;  // byte offsets in the packet; checksums is 0 where there are none
+    std::int64_t tiles, sum_tiles, pieces;
+    int segments;
+};
+
+struct DecodeTables {
+    const DecodeTask* tasks;
+    const StaticTables* codes;
+    int packet_count, max_segments, steps;
+    DType dtype;
+    PacketView* packets;
+    SegmentView* segments;      // [packet][max_segments]
+    std::uint32_t* piece_sums;  // [packet][max_pieces]
+    std::int64_t max_pieces;
+    unsigned* counters;  // [packet], zeroed
+    unsigned* faults;    // [packet], zeroed
+
+    __device__ const SegmentView* segments_of(int packet) const {
+        return segments + static_cast<std::int64_t>(packet) * max_segments;
+    }
+};
+
+// Values of a unit of a segment without blocks, and of a block of single symbols.
+constexpr std::int64_t unit_values(int steps) { return std::int64_t{kLanes} * steps; }
+constexpr std::int64_t sum_tile_values(int steps) { return 2 * unit_values(steps); }  // a block of pairs
+
+// Packets are aligned to 4 bytes only.
+__device__ __forceinline__ std::uint64_t load_u64(const std::uint8_t* at) {
+    const auto* words = reinterpret_cast<const std::uint32_t*>(at);
+    return words[0] | static_cast<std::uint64_t>(words[1]) << 32;
+}
+__device__ __forceinline__ std::uint32_t load_u32(const std::uint8_t* at) {
+    return *reinterpret_cast<const std::uint32_t*>(at);
+}
+
+__device__ __forceinline__ void report(unsigned* fault, Fault what) {
+    if (what != Fault::kNone) atomicMax(fault, static_cast<unsigned>(what));
+}
+
+}  // namespace qcomm::cuda

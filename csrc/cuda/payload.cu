@@ -1,0 +1,214 @@
+// Blocks from their slots, and raw segments from their values, into the packets; all checksums (specification: block()
+// and Writer of qcomm/reference/packet.py).
+//
+//   block  | info u32 | start windows | escape values | escape positions | words u16 ... | zeros to 4 bytes
+//            lane 0     lane 1 2 ...   each lane puts together the 32-bit words i = lane, lane + 32, ...
+//
+// Thread: a word of the packet at a time. Warp: a unit, which is a block, or 64 KiB of a raw segment: words pass
+// through the lanes in the order of the checksum, so it costs no access to memory. Block: 4 units of one packet. No
+// shared memory. Passes: one. The last block of a packet combines the checksums of pieces and computes that of the
+// metadata. Limits: steps <= 512, so that a block's offsets fit an int. Determinism: a warp owns its unit; which block
+// is last only decides where the header's checksum is computed. Bytes moved per value: twice the code's; of raw ones a
+// read (with a residual 8 and a write of 4) and a write.
+#include "checksum.cuh"
+#include "coder.cuh"
+#include "kernels.cuh"
+#include "last_block.cuh"
+#include "source.cuh"
+
+namespace qcomm::cuda {
+namespace {
+
+constexpr int kThreads = kEncodeWarps * kWarpLanes;
+constexpr std::int64_t kPieceWords = kChecksumPiece / 4;
+
+// Word k of n values' storage, with zeros behind the last one.
+template <class Tr, class Values>
+__device__ __forceinline__ std::uint32_t value_word(const Values& u, std::int64_t begin, std::int64_t n,
+                                                    std::int64_t k) {
+    if constexpr (sizeof(typename Tr::Storage) == 4) {
+        return bit_cast<std::uint32_t>(u.stored(begin + k));
+    } else if constexpr (sizeof(typename Tr::Storage) == 8) {
+        return static_cast<std::uint32_t>(bit_cast<std::uint64_t>(u.stored(begin + k / 2)) >> (k % 2 * 32));
+    } else {
+        const std::uint32_t low = u.stored(begin + 2 * k);
+        return 2 * k + 1 < n ? low | static_cast<std::uint32_t>(u.stored(begin + 2 * k + 1)) << 16 : low;
+    }
+}
+
+// The parts of a fixed or coded block behind its start windows, as one row of u16.
+class BlockTail {
+public:
+    __device__ BlockTail(const std::uint8_t* slot, const SlotShape& shape, const BlockResult& block, int n,
+                         int num_bits, int item)
+        : info_(BlockInfo::unpack(block.info)),
+          value_halves_(info_.escape_count * item / 2),
+          body_halves_(info_.mode == BlockMode::kCoded ? static_cast<int>(block.words)
+                                                       : static_cast<int>(ceil_div(packed_bytes(n, num_bits), 2))),
+          values_(reinterpret_cast<const std::uint16_t*>(slot + shape.words_at) - value_halves_),
+          positions_(reinterpret_cast<const std::uint16_t*>(slot + shape.positions_at) + shape.max_escapes -
+                     info_.escape_count),
+          body_(info_.mode == BlockMode::kCoded
+                    ? reinterpret_cast<const std::uint16_t*>(slot + shape.positions_at) - body_halves_
+                    : reinterpret_cast<const std::uint16_t*>(slot + shape.words_at)) {}
+
+    __device__ std::uint32_t word(int i) const { return half(2 * i) | half(2 * i + 1) << 16; }
+
+private:
+    __device__ std::uint32_t half(int k) const {
+        if (k < value_halves_) return values_[k];
+        k -= value_halves_;
+        if (k < info_.escape_count) return positions_[k];
+        k -= info_.escape_count;
+        return k < body_halves_ ? body_[k] : 0u;
+    }
+
+    BlockInfo info_;
+    int value_halves_, body_halves_;
+    const std::uint16_t *values_, *positions_, *body_;
+};
+
+// A packet being written, by one warp.
+template <class Tr, bool kAdjusted>
+struct Unit {
+    const EncodeTables& e;
+    const SegmentTask& segment;
+    const SegmentState& state;
+    const PacketState& packet;
+    std::uint8_t* out;
+    Source<Tr, kAdjusted> u;
+
+    static constexpr int kItem = sizeof(typename Tr::Storage);
+
+    __device__ std::uint32_t* payload_word(std::int64_t offset) const {
+        return reinterpret_cast<std::uint32_t*>(out + packet.payload + state.payload + offset);
+    }
+    __device__ void clear_residual(std::int64_t begin, std::int64_t n) const {
+        if (segment.residual_out == nullptr) return;
+        __syncwarp();  // it may be part of u, which all lanes have read by now
+        for (std::int64_t i = lane_number(); i < n; i += kWarpLanes) segment.residual_out[begin + i] = 0.0f;
+    }
+
+    __device__ void write_block(std::int64_t b) const {
+        const Quantizer& q = state.quantizer;
+        const BlockResult block = e.blocks[segment.first_block + b];
+        const BlockInfo info = BlockInfo::unpack(block.info);
+        const std::int64_t per_block = values_per_block(q.coding, e.steps), begin = b * per_block;
+        const int n = static_cast<int>(segment.count - begin < per_block ? segment.count - begin : per_block);
+        const SlotShape shape(e.steps, q.coding == Coding::kPair, kItem);
+        const std::uint8_t* slot = e.slots + segment.slots + b * shape.bytes;
+        const BlockTail tail(slot, shape, block, n, q.num_bits, kItem);
+        const int head = info.mode == BlockMode::kCoded ? 1 + kLanes : 1;
+        const std::int64_t end = e.ends[segment.first_block + b] - state.units_before;
+        std::uint32_t* const to = payload_word(4 * (end - block.units));
+        WarpChecksum sum;
+        for (int i = lane_number(); i < static_cast<int>(block.units); i += kWarpLanes) {
+            std::uint32_t word = block.info;
+            if (i > 0 && info.mode == BlockMode::kRaw) {
+                word = value_word<Tr>(u, begin, n, i - 1);
+            } else if (i >= head) {
+                word = tail.word(i - head);
+            } else if (i > 0) {
+                word = reinterpret_cast<const std::uint32_t*>(slot)[i - 1];
+            }
+            to[i] = word;
+            sum.absorb(word);
+        }
+        const std::uint32_t checksum = sum.finish(4 * static_cast<std::int64_t>(block.units));
+        if (lane_number() == 0) {
+            const auto total = static_cast<std::uint32_t>(state.payload / 4 + end);
+            reinterpret_cast<std::uint32_t*>(out + packet.ends)[state.first_end + b] = total;
+            if (e.checksums) checksum_at(state.first_checksum + b) = checksum;
+        }
+        if (info.mode == BlockMode::kRaw) clear_residual(begin, n);
+    }
+
+    __device__ void write_raw_piece(std::int64_t piece, std::uint32_t* piece_sum) const {
+        const std::int64_t words = align4(segment.count * kItem) / 4, first = piece * kPieceWords;
+        if (first >= words) return;
+        const std::int64_t end = words - first < kPieceWords ? words : first + kPieceWords;
+        WarpChecksum sum;
+        for (std::int64_t i = first + lane_number(); i < end; i += kWarpLanes) {
+            const std::uint32_t word = value_word<Tr>(u, 0, segment.count, i);
+            *payload_word(4 * i) = word;
+            sum.absorb(word);
+        }
+        const std::uint32_t checksum = sum.finish(4 * (end - first));
+        if (lane_number() == 0) *piece_sum = checksum;
+        const std::int64_t begin = first * 4 / kItem, past = end * 4 / kItem;
+        clear_residual(begin, (past < segment.count ? past : segment.count) - begin);
+    }
+
+    // Of every units-th row of 32 values.
+    __device__ void lose_constant(std::int64_t unit) const {
+        const double value = state.quantizer.p0;
+        if (segment.residual_out == nullptr || !__builtin_isfinite(value)) return;
+#pragma unroll 1  // otherwise the turns are counted first, by a division
+        for (std::int64_t i = unit * kWarpLanes + lane_number(); i < segment.count; i += segment.units * kWarpLanes)
+            segment.residual_out[i] = static_cast<float>(u[i] - static_cast<typename Tr::Arithmetic>(value));
+    }
+
+    __device__ std::uint32_t& checksum_at(std::int64_t number) const {
+        return reinterpret_cast<std::uint32_t*>(out + packet.checksums)[number];
+    }
+};
+
+// Combines the checksums of the pieces of segment s; by a warp.
+__device__ void finish_pieces(const EncodeTables& e, const PacketTask& packet, const PacketState& layout, int s,
+                              std::int64_t item) {
+    const SegmentState& state = e.segment_states[s];
+    if (state.quantizer.coding != Coding::kRaw) return;
+    const std::int64_t pieces = ceil_div(align4(e.segments[s].count * item), kChecksumPiece);
+    const std::uint32_t sum = warp_checksum(e.piece_sums + e.segments[s].first_unit, pieces);
+    if (lane_number() == 0) reinterpret_cast<std::uint32_t*>(packet.out + layout.checksums)[state.first_checksum] = sum;
+}
+
+// A unit a warp; the last block of a packet completes its checksums.
+template <class Tr, bool kAdjusted>
+__global__ void __launch_bounds__(kThreads, 1) write_payload(EncodeTables e) {
+    const std::int64_t unit = static_cast<std::int64_t>(blockIdx.x) * kEncodeWarps + warp_number();
+    const int p = find_task(e.packets, e.packet_count, unit, &PacketTask::first_unit);
+    const PacketTask packet = e.packets[p];
+    const PacketState layout = e.packet_states[p];
+    if (layout.fits && unit - packet.first_unit < packet.units) {
+        const int s = packet.first_segment +
+                      find_task(e.segments + packet.first_segment, packet.segments, unit, &SegmentTask::first_unit);
+        const SegmentTask segment = e.segments[s];
+        const SegmentState state = e.segment_states[s];
+        const Unit<Tr, kAdjusted> writer{
+            e, segment, state, layout, packet.out, Source<Tr, kAdjusted>(e.tensors[segment.tensor], segment.offset)};
+        const std::int64_t at = unit - segment.first_unit;
+        if (is_block_coded(state.quantizer.coding)) {
+            if (at < segment.blocks) writer.write_block(at);
+        } else if (state.quantizer.coding == Coding::kRaw) {
+            writer.write_raw_piece(at, &e.piece_sums[unit]);
+        } else {
+            writer.lose_constant(at);
+        }
+    }
+    const auto blocks = static_cast<unsigned>(packet.units == 0 ? 1 : ceil_div(packet.units, kEncodeWarps));
+    if (!is_last_block(&e.counters[e.tensor_count + p], blocks) || !layout.fits) return;
+    if (e.checksums) {
+        for (int s = warp_number(); s < packet.segments; s += kEncodeWarps)
+            finish_pieces(e, packet, layout, packet.first_segment + s, Unit<Tr, kAdjusted>::kItem);
+    }
+    __syncthreads();
+    if (warp_number() != 0) return;
+    auto* const words = reinterpret_cast<std::uint32_t*>(packet.out);
+    const std::uint32_t sum = warp_checksum(words, layout.payload / 4);
+    __syncwarp();  // other lanes have read the word that lane 0 writes
+    if (lane_number() == 0) words[offsetof(PacketHeader, header_checksum) / 4] = sum;
+}
+
+}  // namespace
+
+#ifndef __CUDACC_RTC__
+void launch_payload(const EncodeTables& e, bool adjusted, std::int64_t tiles, void* stream) {
+    with_source(e.dtype, adjusted, [&](auto traits, auto is_adjusted) {
+        launch_kernel(write_payload<decltype(traits), decltype(is_adjusted)::value>, static_cast<unsigned>(tiles),
+                      kThreads, 0, stream, e);
+    });
+}
+#endif
+
+}  // namespace qcomm::cuda

@@ -1,0 +1,264 @@
+// The metadata of packets, checked and turned into what the decoding kernels need: where segments, blocks and tiles
+// begin (specification: parse_packet() of csrc/cpu/packet_decode.cpp, "What a decoder refuses" in docs/format.md).
+//
+//   header 40 | dimensions 8*ndim | segment records 32*segments | code lengths | block ends 4*B | checksums 4*C |
+//   payload all threads | all threads     | a thread each, and scans    |              | a thread each  | |
+//   check_pieces
+//
+// Block: a packet. Shared memory: 8 bytes a warp for scans, and what ends the scan of segments.
+// Passes: records (checked, and their sizes summed), where segments lie, block ends, the header checksum. check_pieces
+// then reads raw and fixed segments, 64 KiB a warp.
+// Limits: as many segments as the caller expects; 2^42 values.
+// Safety: nothing is read before its offset is known to lie in the packet; loops are bounded by sizes that have been
+// compared with the packet's.
+// Determinism: the status is the largest of the faults.
+// Bytes moved per value: none; 8 per block. Raw segments: their size.
+#include "block_sum.cuh"
+#include "checksum.cuh"
+#include "kernels.cuh"
+#include "last_block.cuh"
+#include "packet_view.cuh"
+
+namespace qcomm::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kPieceWarps = 4;
+
+struct Sizes {
+    std::int64_t values, blocks, checksums, plain, tiles, sum_tiles, pieces;
+};
+constexpr int kSizeFields = sizeof(Sizes) / sizeof(std::int64_t);
+
+struct Shared {
+    std::int64_t scratch[kSizeFields][kMaxWarps];
+};
+
+__device__ PacketHeader load_header(const std::uint8_t* packet) {
+    std::uint32_t words[sizeof(PacketHeader) / 4];
+    for (std::size_t i = 0; i < sizeof(words) / 4; ++i) words[i] = load_u32(packet + 4 * i);
+    PacketHeader header;
+    memcpy(&header, words, sizeof(header));
+    return header;
+}
+
+__device__ Fault check_header(const PacketHeader& h, const DecodeTask& task, const DecodeTables& d) {
+    const auto bytes = static_cast<std::uint64_t>(task.bytes);
+    if (h.magic != kMagic || h.version != kVersion || h.flags > kFlagChecksums || h.reserved != 0 ||
+        h.ndim > kMaxDims || h.segment_count < 1 || h.total_bytes > bytes || (task.exact && h.total_bytes != bytes))
+        return Fault::kHeader;
+    if (h.dtype != d.dtype || h.element_count != static_cast<std::uint64_t>(task.elements) || h.steps != d.steps ||
+        h.segment_count > static_cast<std::uint32_t>(d.max_segments))
+        return Fault::kMismatch;
+    return Fault::kNone;
+}
+
+__device__ Fault check_dims(const std::uint8_t* dims, int ndim, std::uint64_t elements) {
+    std::uint64_t product = 1;  // of the dimensions that are not 0
+    bool empty = false;
+    for (int i = 0; i < ndim; ++i) {
+        const std::uint64_t d = load_u64(dims + 8 * i);
+        if (d > kMaxElements) return Fault::kRecords;
+        if (d == 0) empty = true;
+        if (d != 0 && product > kMaxElements / d) return Fault::kRecords;
+        if (d != 0) product *= d;
+    }
+    return (empty ? 0 : product) == elements ? Fault::kNone : Fault::kRecords;
+}
+
+template <class Tr>
+__device__ Fault check_record(const SegmentRecord& r, const StaticTables& codes) {
+    if (r.count > kMaxElements || static_cast<unsigned>(r.grid) > 3 || static_cast<unsigned>(r.coding) > 4 ||
+        r.reserved != 0)
+        return Fault::kRecords;
+    if (r.coding == Coding::kRaw || r.coding == Coding::kConstant) return Fault::kNone;
+    const bool sigma = r.grid == Grid::kSigma;
+    if (r.grid == Grid::kNone || r.num_bits < (sigma ? 2 : 1) || r.num_bits > 16) return Fault::kRecords;
+    const bool usable = sigma ? SigmaQuantizer<typename Tr::Arithmetic>(r.num_bits, r.p1, Tr::kMax).usable()
+                              : RangeQuantizer(r.grid, r.num_bits, r.p0, r.p1).usable();
+    if (!usable) return Fault::kRecords;
+    if (r.coding == Coding::kFixed) return sigma ? Fault::kRecords : Fault::kNone;
+    if (r.coding == Coding::kPair && (!sigma || r.num_bits != kPairBits)) return Fault::kRecords;
+    if (r.table == kNoTable) return Fault::kNone;
+    const int index = StaticTables::index(r.table);
+    const bool fits = index >= 0 && (index >= 22) == (r.coding == Coding::kPair) && codes.num_bits[index] == r.num_bits;
+    return fits ? Fault::kNone : Fault::kRecords;
+}
+
+__device__ SegmentRecord load_record(const std::uint8_t* at) {
+    SegmentRecord record;
+    std::uint32_t words[sizeof(record) / 4];
+    for (std::size_t i = 0; i < sizeof(words) / 4; ++i) words[i] = load_u32(at + 4 * i);
+    memcpy(&record, words, sizeof(record));
+    return record;
+}
+
+__device__ Sizes sizes_of(const SegmentRecord& r, int steps, std::int64_t item, bool checksums) {
+    const auto count = static_cast<std::int64_t>(r.count);
+    Sizes s{count, blocks_in(r, steps), checksums_in(r, steps), 0, 0, 0, 0};
+    if (r.coding == Coding::kRaw) s.plain = align4(count * item);
+    if (r.coding == Coding::kFixed) s.plain = align4(packed_bytes(count, r.num_bits));
+    const std::int64_t units = is_block_coded(r.coding) ? s.blocks : ceil_div(count, unit_values(steps));
+    s.tiles = ceil_div(units, kDecodeWarps);
+    s.sum_tiles = ceil_div(count, sum_tile_values(steps));
+    s.pieces = checksums ? ceil_div(s.plain, kChecksumPiece) : 0;
+    return s;
+}
+
+// Exclusive sums of all fields over the block; *total receives those over all its threads.
+__device__ Sizes scan(const Sizes& size, Shared* shared, Sizes* total) {
+    Sizes sum{};
+    const auto* from = &size.values;
+    auto *to = &sum.values, *all = &total->values;
+    for (int f = 0; f < kSizeFields; ++f) to[f] = block_exclusive_sum(from[f], shared->scratch[f], &all[f]);
+    return sum;
+}
+
+// Where a segment begins in the payload: behind the last block before it, and the plain segments since.
+__device__ std::int64_t begin_of(const SegmentView* segments, int count, int s, const std::uint8_t* ends) {
+    const SegmentView& segment = segments[s];
+    if (segment.first_end == 0) return segment.plain_before;
+    const std::int64_t block = segment.first_end - 1;
+    const SegmentView& owner = segments[find_task(segments, count, block, &SegmentView::first_end)];
+    return 4 * static_cast<std::int64_t>(load_u32(ends + 4 * block)) + segment.plain_before - owner.plain_before;
+}
+
+template <class Tr>
+__device__ Fault read_packet(const DecodeTables& d, const DecodeTask& task, int number, Shared* shared) {
+    if (task.bytes < static_cast<std::int64_t>(sizeof(PacketHeader))) return Fault::kHeader;
+    const PacketHeader h = load_header(task.packet);
+    const Fault fault = check_header(h, task, d);
+    if (fault != Fault::kNone) return fault;
+    const auto total = static_cast<std::int64_t>(h.total_bytes);
+    const std::int64_t dims_at = sizeof(PacketHeader), records_at = dims_at + 8 * h.ndim;
+    const std::int64_t lengths_at = records_at + static_cast<std::int64_t>(sizeof(SegmentRecord)) * h.segment_count;
+    const std::int64_t ends_at = lengths_at + std::int64_t{4} * h.lengths_words;
+    if (ends_at > total || total % 4 != 0) return Fault::kHeader;
+    if (check_dims(task.packet + dims_at, h.ndim, h.element_count) != Fault::kNone || h.lengths_words != 0)
+        return Fault::kRecords;
+
+    const auto segment_count = static_cast<int>(h.segment_count);
+    const bool checksums = (h.flags & kFlagChecksums) != 0;
+    SegmentView* const views = d.segments + static_cast<std::int64_t>(number) * d.max_segments;
+    Sizes before{};
+    bool bad = false;
+    for (int at = 0; at < segment_count; at += kThreads) {
+        const int i = at + static_cast<int>(threadIdx.x);
+        SegmentRecord record{};
+        Sizes size{};
+        if (i < segment_count) {
+            record = load_record(task.packet + records_at + static_cast<std::int64_t>(sizeof(record)) * i);
+            if (check_record<Tr>(record, *d.codes) != Fault::kNone) {
+                bad = true;
+            } else {
+                size = sizes_of(record, d.steps, sizeof(typename Tr::Storage), checksums);
+            }
+        }
+        Sizes all{};
+        Sizes sum = scan(size, shared, &all);
+        for (int f = 0; f < kSizeFields; ++f) (&sum.values)[f] += (&before.values)[f];
+        if (i < segment_count) {
+            views[i] = {static_cast<std::int64_t>(record.count),
+                        sum.values,
+                        sum.plain,
+                        size.plain,
+                        0,
+                        sum.blocks,
+                        sum.checksums,
+                        size.blocks,
+                        sum.tiles,
+                        sum.sum_tiles,
+                        sum.pieces,
+                        {record.grid, record.num_bits, record.coding, record.table, record.p0, record.p1}};
+        }
+        for (int f = 0; f < kSizeFields; ++f) (&before.values)[f] += (&all.values)[f];
+        __syncthreads();
+    }
+    if (__syncthreads_or(bad) || before.values != task.elements) return Fault::kRecords;
+
+    const std::int64_t sums_at = ends_at + 4 * before.blocks;
+    const std::int64_t payload_at = sums_at + (checksums ? 4 * before.checksums : 0), payload = total - payload_at;
+    if (payload < 0) return Fault::kLayout;
+    const std::uint8_t* const ends = task.packet + ends_at;
+
+    // Block ends ascend, and segments fill the payload.
+    for (std::int64_t b = threadIdx.x; b < before.blocks; b += kThreads) {
+        const int s = find_task(views, segment_count, b, &SegmentView::first_end);
+        const std::int64_t begin = b == views[s].first_end
+                                       ? begin_of(views, segment_count, s, ends)
+                                       : 4 * static_cast<std::int64_t>(load_u32(ends + 4 * (b - 1)));
+        const std::int64_t end = 4 * static_cast<std::int64_t>(load_u32(ends + 4 * b));
+        bad |= end <= begin || end > payload;
+    }
+    for (int s = static_cast<int>(threadIdx.x); s < segment_count; s += kThreads) {
+        SegmentView& view = views[s];
+        view.payload = begin_of(views, segment_count, s, ends);
+        std::int64_t end = view.payload + view.plain_bytes;
+        if (view.blocks > 0)
+            end = 4 * static_cast<std::int64_t>(load_u32(ends + 4 * (view.first_end + view.blocks - 1)));
+        bad |= end > payload || (s == segment_count - 1 && end != payload);
+    }
+    if (__syncthreads_or(bad)) return Fault::kLayout;
+    if (threadIdx.x == 0)
+        d.packets[number] = {ends_at,          checksums ? sums_at : 0, payload_at,   before.tiles,
+                             before.sum_tiles, before.pieces,           segment_count};
+    if (warp_number() != 0) return Fault::kNone;
+    WarpChecksum sum;
+    for (std::int64_t i = lane_number(); i < payload_at / 4; i += kWarpLanes) {
+        const bool own = i == offsetof(PacketHeader, header_checksum) / 4;
+        sum.absorb(own ? 0u : load_u32(task.packet + 4 * i));
+    }
+    return sum.finish(payload_at) == h.header_checksum ? Fault::kNone : Fault::kHeader;
+}
+
+// A packet a block: its metadata, or a fault.
+template <class Tr>
+__global__ void __launch_bounds__(kThreads, 1) read_packets(DecodeTables d) {
+    DYNAMIC_SHARED(Shared, shared);
+    const int number = static_cast<int>(blockIdx.x);
+    const Fault fault = read_packet<Tr>(d, d.tasks[number], number, shared);
+    if (threadIdx.x == 0) report(&d.faults[number], fault);
+}
+
+// A piece a warp, tile_count blocks a packet; the last block of a packet compares.
+__global__ void __launch_bounds__(kPieceWarps* kWarpLanes) check_pieces(DecodeTables d, int tile_count) {
+    const int number = static_cast<int>(blockIdx.x) / tile_count, tile = static_cast<int>(blockIdx.x) % tile_count;
+    if (__syncthreads_or(threadIdx.x == 0 && atomicOr(&d.faults[number], 0u) != 0)) return;
+    const PacketView packet = d.packets[number];
+    const auto tiles = static_cast<int>(ceil_div(packet.pieces, kPieceWarps));
+    if (tile >= tiles) return;
+    const std::uint8_t* const bytes = d.tasks[number].packet;
+    const SegmentView* const segments = d.segments_of(number);
+    std::uint32_t* const sums = d.piece_sums + number * d.max_pieces;
+    const std::int64_t piece = std::int64_t{tile} * kPieceWarps + warp_number();
+    if (piece < packet.pieces) {
+        const SegmentView& segment = segments[find_task(segments, packet.segments, piece, &SegmentView::first_piece)];
+        const std::int64_t at = (piece - segment.first_piece) * kChecksumPiece, rest = segment.plain_bytes - at;
+        const auto* words = reinterpret_cast<const std::uint32_t*>(bytes + packet.payload + segment.payload + at);
+        const std::uint32_t sum = warp_checksum(words, (rest < kChecksumPiece ? rest : kChecksumPiece) / 4);
+        if (lane_number() == 0) sums[piece] = sum;
+    }
+    if (!is_last_block(&d.counters[number], static_cast<unsigned>(tiles))) return;
+    for (int s = warp_number(); s < packet.segments; s += kPieceWarps) {
+        const std::int64_t pieces = ceil_div(segments[s].plain_bytes, kChecksumPiece);
+        if (pieces == 0) continue;
+        const std::uint32_t sum = warp_checksum(sums + segments[s].first_piece, pieces);
+        if (lane_number() == 0 && sum != load_u32(bytes + packet.checksums + 4 * segments[s].first_checksum))
+            report(&d.faults[number], Fault::kPiece);
+    }
+}
+
+}  // namespace
+
+#ifndef __CUDACC_RTC__
+void launch_read_packets(const DecodeTables& d, std::int64_t piece_tiles, void* stream) {
+    with_source(d.dtype, false, [&](auto traits, auto) {
+        launch_kernel(read_packets<decltype(traits)>, static_cast<unsigned>(d.packet_count), kThreads, sizeof(Shared),
+                      stream, d);
+    });
+    launch_kernel(check_pieces, static_cast<unsigned>(piece_tiles * d.packet_count), kPieceWarps * kWarpLanes, 0,
+                  stream, d, static_cast<int>(piece_tiles));
+}
+#endif
+
+}  // namespace qcomm::cuda

@@ -1,0 +1,42 @@
+// The values of a tensor as they are quantized: u = values * inv_scale + residual, see values.h. kAdjusted is false
+// where no tensor of a launch has a scale or a residual: then a value costs one load.
+#pragma once
+
+#include "launch.h"
+#include "qcomm/dtype.h"
+#include "tasks.h"
+
+namespace qcomm::cuda {
+
+template <class Tr, bool kAdjusted>
+class Source {
+public:
+    using T = typename Tr::Arithmetic;
+
+    __device__ __forceinline__ explicit Source(const TensorTask& tensor, std::int64_t offset = 0)
+        : values_(static_cast<const typename Tr::Storage*>(tensor.values) + offset),
+          residual_(kAdjusted && tensor.residual != nullptr ? tensor.residual + offset : nullptr),
+          inv_scale_(kAdjusted && tensor.inv_scale != nullptr ? static_cast<T>(*tensor.inv_scale) : T(1)) {
+        QCOMM_ASSUME_GLOBAL(values_);
+        if (kAdjusted && residual_ != nullptr) QCOMM_ASSUME_GLOBAL(residual_);
+    }
+
+    __device__ __forceinline__ T operator[](std::int64_t i) const {
+        if constexpr (!kAdjusted) return Tr::widen(values_[i]);
+        const T u = Tr::widen(values_[i]) * inv_scale_;  // by 1: exact
+        return residual_ != nullptr ? u + static_cast<T>(residual_[i]) : u;
+    }
+
+    // As it is stored in a packet.
+    __device__ __forceinline__ typename Tr::Storage stored(std::int64_t i) const {
+        if constexpr (kAdjusted) return Tr::narrow((*this)[i]);
+        return values_[i];
+    }
+
+private:
+    const typename Tr::Storage* values_;
+    const float* residual_;
+    T inv_scale_;
+};
+
+}  // namespace qcomm::cuda

@@ -1,0 +1,42 @@
+// What the kernels share: lanes of a warp and their sum (by all 32 together), and which task a block has.
+#pragma once
+
+#include <cstdint>
+
+#include "launch.h"
+
+namespace qcomm::cuda {
+
+constexpr int kWarpLanes = 32;
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+
+__device__ __forceinline__ int lane_number() { return static_cast<int>(threadIdx.x % kWarpLanes); }
+__device__ __forceinline__ int warp_number() { return static_cast<int>(threadIdx.x / kWarpLanes); }
+__device__ __forceinline__ unsigned lanes_below(int lane) { return (1u << lane) - 1u; }
+__device__ __forceinline__ unsigned lanes_above(int lane) { return 0xFFFFFFFEu << lane; }
+
+template <class T>
+__device__ __forceinline__ T warp_inclusive_sum(T value) {
+    for (int d = 1; d < kWarpLanes; d *= 2) {
+        const T other = __shfl_up_sync(kAllLanes, value, static_cast<unsigned>(d));
+        if (lane_number() >= d) value = static_cast<T>(value + other);
+    }
+    return value;
+}
+
+// The last of `count` tasks, ordered by `first`, that begins at or before `at`.
+template <class Task>
+__device__ __forceinline__ int find_task(const Task* tasks, int count, std::int64_t at, std::int64_t Task::* first) {
+    int low = 0;
+    for (int high = count; high - low > 1;) {
+        const int middle = (low + high) / 2;
+        if (tasks[middle].*first <= at) {
+            low = middle;
+        } else {
+            high = middle;
+        }
+    }
+    return low;
+}
+
+}  // namespace qcomm::cuda

@@ -1,0 +1,159 @@
+// Encoding and decoding on a CUDA device: the operations of packet.h and statistics.h on device memory, with the same
+// bytes. Nothing here allocates or waits: the caller owns all memory, and every call enqueues kernels on `stream`, a
+// cudaStream_t of the current device. Pointers are to device memory unless they say otherwise.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "qcomm/format.h"
+#include "qcomm/quantize.h"
+#include "qcomm/statistics.h"
+#include "qcomm/status.h"
+
+namespace qcomm::cuda {
+
+struct EncodeTables;
+struct DecodeTables;
+
+// The static codes as tables. A caller fills one in host memory, once, and keeps a copy on each device.
+struct StaticTables {
+    static constexpr int kCodes = 32;         // ids 1..22 are codes 0..21, ids 64..73 are 22..31
+    static constexpr int kMaxEntries = 4096;  // codewords of at most 12 bits
+
+    std::uint32_t encode[kCodes][256];          // codeword | length << 16
+    std::uint16_t decode[kCodes][kMaxEntries];  // symbol | length << 12
+    std::uint32_t decode_mask[kCodes];
+    std::uint8_t num_bits[kCodes];  // of its symbols; the first 22 codes are for single symbols, the others for pairs
+
+    // -1: no such code.
+    QCOMM_HOST_DEVICE static constexpr int index(int id) {
+        return id >= 1 && id <= 22 ? id - 1 : id >= 64 && id <= 73 ? id - 42 : -1;
+    }
+};
+void fill_static_tables(StaticTables* tables);
+
+// u = values * inv_scale + residual, as in values.h; measured as a whole.
+struct Tensor {
+    const void* values = nullptr;       // of the packets' dtype, aligned to it
+    const float* residual = nullptr;    // or null; needs float32 or float64 values, like inv_scale
+    const double* inv_scale = nullptr;  // one number; or null for 1
+    std::int64_t count = 0;
+    // Grid, num_bits, coding and table; on a sigma grid the step is k times the RMS, range grids get lo and hi.
+    Quantizer quantizer;
+    double k = 1.0;
+    bool nonfinite_is_constant = false;  // a tensor with a non-finite value becomes a constant NaN instead of raw
+};
+
+// Values [offset, offset + count) of tensor number `tensor`.
+struct Segment {
+    std::int32_t tensor = 0;
+    std::int64_t offset = 0, count = 0;
+    float* residual_out = nullptr;  // `count` numbers, or null; may be the tensor's residual at `offset`
+};
+
+// The next `segments` segments. `dims` multiply to the sum of their counts.
+struct Packet {
+    std::int32_t segments = 1;
+    std::vector<std::int64_t> dims;
+    std::uint8_t* out = nullptr;  // `capacity` bytes, aligned to 4
+    std::int64_t capacity = 0;
+};
+
+// What is encoded again and again: the tensors of a bucket, cut into segments, gathered in packets. Device memory is
+// needed for blob() (a copy of it; it holds the pointers above) and for a workspace.
+class EncodePlan {
+public:
+    // Checks everything; status() tells. `steps` as in EncodeOptions.
+    EncodePlan(DType dtype, int steps, bool checksums, const std::vector<Tensor>& tensors,
+               const std::vector<Segment>& segments, const std::vector<Packet>& packets);
+
+    const Status& status() const { return status_; }
+    const std::vector<std::uint8_t>& blob() const { return blob_; }    // host memory
+    std::int64_t workspace_bytes() const { return workspace_bytes_; }  // aligned to 16
+    std::int64_t bound(int packet) const {
+        return bounds_[static_cast<std::size_t>(packet)];
+    }  // a capacity for any values
+
+    // Statistics and quantizers of the tensors, into the workspace.
+    Status measure(const void* blob, void* workspace, void* stream) const;
+    // The packets, with what measure() has found. total_bytes[packet] receives its size, or minus the size it would
+    // have had where the capacity is too small: then nothing of it is written, but residuals are updated.
+    Status encode(const void* blob, const StaticTables* codes, void* workspace, std::int64_t* total_bytes,
+                  void* stream) const;
+
+    // Where measure() leaves its results: [tensors].
+    Statistics* statistics(void* workspace) const;
+    Quantizer* quantizers(void* workspace) const;
+
+private:
+    enum Place : int;  // in the workspace
+    Status build(const std::vector<Tensor>& tensors, const std::vector<Segment>& segments,
+                 const std::vector<Packet>& packets);
+    EncodeTables tables(const void* blob, const StaticTables* codes, void* workspace) const;
+
+    Status status_;
+    DType dtype_;
+    int steps_;
+    bool checksums_, adjusted_ = false;
+    std::int32_t tensor_count_, segment_count_, packet_count_;
+    std::int64_t tiles_ = 0, encode_tiles_ = 0, units_ = 0, blocks_ = 0;
+    std::int64_t segments_at_ = 0, packets_at_ = 0, dims_at_ = 0;  // byte offsets in the blob
+    std::int64_t workspace_at_[10] = {}, workspace_bytes_ = 0;
+    std::vector<std::uint8_t> blob_;
+    std::vector<std::int64_t> bounds_;
+};
+
+// What is wrong with a packet, in its status word; the largest number where several things are.
+enum class Fault : unsigned {
+    kNone,
+    kPiece,     // the checksum of a raw or fixed segment
+    kBlock,     // a block's contents; its checksum
+    kLayout,    // block ends, or a payload that segments do not fill
+    kRecords,   // segment records, dimensions, code lengths
+    kMismatch,  // another dtype, shape, number of steps or segments than expected
+    kHeader,    // no packet, an unknown version, truncated, a wrong header checksum
+};
+
+// One packet to decode. Its real size is in its header; with `exact` it must be `bytes`.
+struct DecodeTask {
+    const std::uint8_t* packet = nullptr;  // aligned to 4
+    std::int64_t bytes = 0;                // how much may be read
+    void* out = nullptr;                   // `elements` values of the dtype; see the operations
+    std::int64_t elements = 0;
+    bool exact = false;
+};
+
+// Packets that are decoded together. What they hold besides is expected, and checked on the device: the bytes are not
+// trusted, no read leaves [packet, packet + bytes), and no packet makes a kernel run longer than its size allows.
+class DecodePlan {
+public:
+    // `steps` of the packets; none has more segments than max_segments.
+    DecodePlan(DType dtype, int steps, int max_segments, const std::vector<DecodeTask>& tasks);
+
+    const Status& status() const { return status_; }
+    const std::vector<std::uint8_t>& blob() const {
+        return blob_;
+    }  // host memory; a copy of it on the device is needed
+    std::int64_t workspace_bytes() const { return workspace_bytes_; }  // aligned to 16
+
+    // Each packet to its own `out`. faults[packet] receives a Fault; after one the contents of `out` are unspecified.
+    Status decode(const void* blob, const StaticTables* codes, void* workspace, unsigned* faults, void* stream) const;
+    // The sum of the packets' values, in their order, to the first task's `out`; all have its number of elements and
+    // its segments. float32 and float64 only.
+    Status decode_sum(const void* blob, const StaticTables* codes, void* workspace, unsigned* faults,
+                      void* stream) const;
+
+private:
+    enum Place : int;  // in the workspace
+    DecodeTables tables(const void* blob, const StaticTables* codes, void* workspace, unsigned* faults) const;
+
+    Status status_;
+    DType dtype_;
+    int steps_, max_segments_, packet_count_;
+    std::int64_t tiles_ = 0, sum_tiles_ = 0, piece_tiles_ = 0;  // at most, of one packet
+    std::int64_t workspace_at_[4] = {}, workspace_bytes_ = 0;
+    std::vector<std::uint8_t> blob_;
+};
+
+}  // namespace qcomm::cuda

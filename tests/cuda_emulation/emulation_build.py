@@ -1,0 +1,81 @@
+"""Builds ``emulated_kernels``: the kernels of csrc/cuda, the CPU codec and the tests beside this file, for the host."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-Wno-unknown-pragmas", "-DQCOMM_CUDA_EMULATION"]
+INCLUDES = [f"-I{ROOT / path}" for path in ("csrc/include", "csrc/cpu", "csrc/cuda", "tests/cuda_emulation")]
+SANITIZERS = {
+    # Not all of UndefinedBehaviorSanitizer: what a GPU is hurt by, too. The rest doubles the time to compile.
+    "address": "address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
+    "thread": "thread",
+}
+
+
+def compiler() -> str | None:
+    """The system's C++ compiler."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+
+
+def build(folder: Path, sanitizer: str, plant: str | None = None) -> Path:
+    """The program, in ``folder``; objects that are there and newer than every source are kept.
+
+    Args:
+        folder: for objects and programs; shared by all variants.
+        sanitizer: a key of ``SANITIZERS``.
+        plant: a macro that plants an error. Only the sources that it occurs in, or whose headers it occurs in, differ.
+    """
+    # ThreadSanitizer's input is tiny, so its program need not be fast.
+    flags = [
+        "-O0" if sanitizer == "thread" else "-O1",
+        f"-fsanitize={SANITIZERS[sanitizer]}",
+        "-fno-sanitize-recover=all",
+    ]
+    cpu = [path for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if "avx" not in path.name]
+    mine = sorted((ROOT / "csrc/cuda").glob("*.cu")) + sorted((ROOT / "tests/cuda_emulation").glob("*.cpp"))
+    jobs = [(path, folder / "cpu" / f"{path.name}.o", ["-O1"]) for path in cpu]
+    for path in mine:
+        planted = plant is not None and plant in _with_headers(path)
+        variant = f"{sanitizer}-{plant}" if planted else sanitizer
+        jobs.append((path, folder / variant / f"{path.name}.o", [*flags, *([f"-D{plant}"] if planted else [])]))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_compile, jobs))
+    program = folder / f"emulated_kernels-{sanitizer}{'-' + plant if plant else ''}"
+    _run([*flags, "-o", str(program), *(str(target) for _, target, _ in jobs), "-pthread"])
+    return program
+
+
+def _with_headers(source: Path) -> str:
+    """A source and the headers of its folder that it includes, also by way of others."""
+    texts: dict[Path, str] = {}
+    pending = [source]
+    while pending:
+        path = pending.pop()
+        if path in texts:
+            continue
+        texts[path] = path.read_text()
+        names = [line.split('"')[1] for line in texts[path].splitlines() if line.startswith('#include "')]
+        pending += [source.parent / name for name in names if (source.parent / name).is_file()]
+    return "".join(texts.values())
+
+
+def _compile(job: tuple[Path, Path, list[str]]) -> None:
+    source, target, flags = job
+    folders = (source.parent, ROOT / "csrc/include/qcomm", ROOT / "csrc/cuda", ROOT / "tests/cuda_emulation")
+    headers = [path for folder in folders for path in folder.iterdir() if path.suffix in {".h", ".cuh", ".inl"}]
+    newest = max(path.stat().st_mtime for path in [source, Path(__file__), *headers])
+    if target.exists() and target.stat().st_mtime > newest:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _run([*FLAGS, *flags, *INCLUDES, "-x", "c++", "-c", str(source), "-o", str(target)])
+
+
+def _run(arguments: Sequence[str]) -> None:
+    done = subprocess.run([compiler() or "c++", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(arguments)}\n{done.stderr}")

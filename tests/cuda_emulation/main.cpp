@@ -1,0 +1,190 @@
+// The kernels of csrc/cuda, run on the host and compared with the CPU codec. Usage: emulated_kernels GROUP [SEED...]
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "cases.h"
+#include "cuda_emulation.h"
+#include "suite.h"
+
+namespace qcomm::test {
+namespace {
+
+using Float32 = Traits<DType::kFloat32>;
+using Float16 = Traits<DType::kFloat16>;
+using BFloat16 = Traits<DType::kBFloat16>;
+using Float64 = Traits<DType::kFloat64>;
+
+struct Grids {
+    const char* name;
+    Quantizer quantizer;
+    double k;
+};
+const Grids kSigmaGrids[] = {
+    {"single 1", sigma(4, Coding::kSingle, 14), 1.0}, {"pair 1", sigma(4, Coding::kPair, 65), 1.0},
+    {"pair 4", sigma(4, Coding::kPair, 73), 4.0},     {"single 1/8", sigma(7, Coding::kSingle, 2), 0.125},
+    {"no code", sigma(4, Coding::kSingle, 255), 1.0}, {"14 bits", sigma(14, Coding::kSingle, 255), 0.001},
+};
+
+// One tensor, one packet.
+template <class Tr>
+EncodeCase<Tr> one(Kind kind, std::int64_t n, const Grids& grid, bool feedback) {
+    EncodeCase<Tr> c;
+    c.values.push_back(make_values<Tr>(kind, n, static_cast<std::uint64_t>(n) + 7));
+    c.residuals.emplace_back();
+    if (feedback) {
+        Random random(3);
+        for (std::int64_t i = 0; i < n; ++i) c.residuals[0].push_back(static_cast<float>(0.1 * random.gaussian()));
+        c.inv_scale = 1.0 / 1024.0;
+    }
+    c.quantizers.push_back(grid.quantizer);
+    c.k.push_back(grid.k);
+    c.segments.push_back({0, 0, n, nullptr});
+    c.packets.push_back(1);
+    return c;
+}
+
+template <class Tr>
+void sizes(const Grids* grids, int grid_count) {
+    constexpr bool kFeedback = sizeof(typename Tr::Storage) >= 4;
+    for (const std::int64_t n : {0, 1, 31, 32, 33, 63, 64, 65, 1023, 4095, 4097, 8191, 8192, 8193, 16385, 40001}) {
+        for (int g = 0; g < grid_count; ++g) {
+            const bool feedback = kFeedback && (n + g) % 2 == 0;
+            {
+                const Kind kind = kKinds[static_cast<std::size_t>(n + g) % std::size(kKinds)];
+                EncodeCase<Tr> c = one<Tr>(n < 100 ? Kind::kGaussian : kind, n, grids[g], feedback);
+                c.checksums = (n + g) % 5 != 0;
+                c.steps = n % 2 == 0 ? 256 : n % 3 == 0 ? 64 : 17;
+                const std::string name = std::string(name_of(dtype_of<Tr>())) + " " + grids[g].name +
+                                         " n=" + std::to_string(n) + (feedback ? " feedback" : "");
+                decode_both<Tr>(encode_both(c, name), name);
+            }
+        }
+    }
+}
+
+template <class Tr>
+void kinds(const Grids* grids, int grid_count) {
+    for (const Kind kind : kKinds) {
+        for (int g = 0; g < grid_count; ++g) {
+            const bool feedback = sizeof(typename Tr::Storage) >= 4 && (g + static_cast<int>(kind)) % 2 == 0;
+            EncodeCase<Tr> c = one<Tr>(kind, 20011, grids[g], feedback);
+            c.steps = 64;
+            c.nonfinite_is_constant = g % 2 == 0;
+            const std::string name = std::string(name_of(dtype_of<Tr>())) + " " + grids[g].name + " " + name_of(kind);
+            decode_both<Tr>(encode_both(c, name), name);
+        }
+    }
+}
+
+// Several tensors cut into segments of several packets, as in a collective; some are raw, constant, empty, small.
+template <class Tr>
+EncodeCase<Tr> bucket(std::uint64_t seed, int packets, bool feedback) {
+    EncodeCase<Tr> c;
+    const std::int64_t counts[] = {9000, 3, 0, 20011, 700, 64 * 64 * 2};
+    const Kind kinds_of[] = {Kind::kGaussian, Kind::kGaussian, Kind::kZeros,
+                             Kind::kBursts,   Kind::kConstant, Kind::kHeavy};
+    for (std::size_t t = 0; t < std::size(counts); ++t) {
+        c.values.push_back(make_values<Tr>(kinds_of[t], counts[t], seed + t));
+        c.residuals.emplace_back(feedback ? static_cast<std::size_t>(counts[t]) : 0u, 0.01f);
+        const Grids& grid = kSigmaGrids[(t + seed) % 4];
+        c.quantizers.push_back(t == 1 ? Quantizer{} : grid.quantizer);
+        c.k.push_back(grid.k);
+    }
+    for (int p = 0; p < packets; ++p) {
+        int segments = 0;
+        for (std::size_t t = 0; t < std::size(counts); ++t) {
+            const std::int64_t begin = counts[t] * p / packets, end = counts[t] * (p + 1) / packets;
+            if (t == 2 && p % 2 != 0) continue;
+            c.segments.push_back({static_cast<std::int32_t>(t), begin, end - begin, nullptr});
+            ++segments;
+        }
+        c.packets.push_back(segments);
+    }
+    c.steps = 64;
+    return c;
+}
+
+template <class Tr>
+void collective(int world, bool feedback) {
+    const std::string name = std::string(name_of(dtype_of<Tr>())) + " bucket of " + std::to_string(world);
+    std::vector<std::vector<std::uint8_t>> first_chunks;
+    for (int rank = 0; rank < world; ++rank) {
+        EncodeCase<Tr> c = bucket<Tr>(static_cast<std::uint64_t>(rank), 3, feedback);
+        const auto packets = encode_both(c, name + ", rank " + std::to_string(rank));
+        first_chunks.push_back(packets[0]);
+        if (rank < 2) continue;
+        for (const auto& packet : packets) decode_both<Tr>({packet}, name);
+    }
+    sum_both<Tr>(first_chunks, name);
+}
+
+void bucket_group() {
+    collective<Float32>(3, true);
+    collective<Float32>(11, false);
+    collective<Float64>(2, true);
+    decode_both<BFloat16>(encode_both(bucket<BFloat16>(5, 1, false), "bfloat16 bucket"), "bfloat16 bucket");
+}
+
+void damage_group() {
+    for (const Kind kind : {Kind::kGaussian, Kind::kHeavy, Kind::kSparse}) {
+        for (const int g : {0, 1, 4}) {
+            EncodeCase<Float32> c = one<Float32>(kind, 1500, kSigmaGrids[g], false);
+            c.steps = 8;
+            c.checksums = false;
+            const std::string name = std::string("damaged ") + name_of(kind) + " " + kSigmaGrids[g].name;
+            damage<Float32>(encode_both(c, name)[0], 60, emulation::seed + 1, name);
+        }
+    }
+    EncodeCase<Float16> c = bucket<Float16>(1, 1, false);
+    c.checksums = true;
+    c.segments.resize(3);
+    c.packets[0] = 3;
+    damage<Float16>(encode_both(c, "damaged bucket")[0], 80, emulation::seed + 1, "damaged bucket");
+}
+
+// For ThreadSanitizer: several thread blocks in every launch, and few threads.
+void race_group() {
+    EncodeCase<Float32> c = one<Float32>(Kind::kGaussian, 40000, kSigmaGrids[1], true);
+    c.steps = 64;
+    decode_both<Float32>(encode_both(c, "race"), "race");
+    c.quantizers[0] = {};
+    decode_both<Float32>(encode_both(c, "race, raw"), "race, raw");
+}
+
+// Whole blocks of the default size.
+void large_group() {
+    EncodeCase<Float32> c = one<Float32>(Kind::kGaussian, 1 << 20, kSigmaGrids[1], true);
+    const auto packets = encode_both(c, "1M, pairs");
+    decode_both<Float32>(packets, "1M, pairs");
+    sum_both<Float32>({packets[0], packets[0]}, "1M, pairs");
+}
+
+void codec_group() {
+    const auto n = static_cast<int>(std::size(kSigmaGrids));
+    sizes<Float32>(kSigmaGrids, n);
+    kinds<Float32>(kSigmaGrids, n);
+    sizes<Float16>(kSigmaGrids, 3);
+    kinds<Float16>(kSigmaGrids, n);
+    kinds<BFloat16>(kSigmaGrids, 3);
+    kinds<Float64>(kSigmaGrids, 3);
+    sizes<Float64>(kSigmaGrids, 2);
+}
+
+}  // namespace
+}  // namespace qcomm::test
+
+int main(int argc, char** argv) {
+    const std::string group = argc > 1 ? argv[1] : "codec";
+    for (int i = 2; i < std::max(argc, 3); ++i) {
+        emulation::seed = argc > i ? std::strtoull(argv[i], nullptr, 10) : 0;
+        if (group == "codec") qcomm::test::codec_group();
+        if (group == "bucket") qcomm::test::bucket_group();
+        if (group == "damage") qcomm::test::damage_group();
+        if (group == "large") qcomm::test::large_group();
+        if (group == "race") qcomm::test::race_group();
+        if (group == "emulator") qcomm::test::emulator_group();
+        if (group.rfind("misuse", 0) == 0) qcomm::test::misuse(group);
+    }
+    std::printf("%s: passed\n", group.c_str());
+}

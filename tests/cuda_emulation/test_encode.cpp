@@ -1,0 +1,162 @@
+// Encoding: the emulated kernels against the CPU codec. Statistics, quantizers, packets and residuals must be equal,
+// byte for byte.
+#include "cases.h"
+#include "qcomm/cuda.h"
+#include "qcomm/packet.h"
+#include "suite.h"
+
+namespace qcomm::test {
+namespace {
+
+// The specification is qcomm/quantize.py, plan().
+template <class Tr>
+Quantizer plan(const Statistics& s, const cuda::Tensor& t) {
+    if (!s.finite) {
+        if (!t.nonfinite_is_constant) return {};
+        return {Grid::kNone, 0, Coding::kConstant, kTableOnWire, std::numeric_limits<double>::quiet_NaN(), 0.0};
+    }
+    if (s.minimum == s.maximum) return {Grid::kNone, 0, Coding::kConstant, kTableOnWire, s.minimum, 0.0};
+    Quantizer q = t.quantizer;
+    if (q.grid == Grid::kNone) return {};
+    if (q.grid == Grid::kSigma) {
+        const double step = t.k * std::sqrt(s.sum_squares / static_cast<double>(t.count));
+        q.p1 = static_cast<typename Tr::Arithmetic>(step);
+    } else {
+        q.p0 = s.minimum;
+        q.p1 = s.maximum;
+    }
+    return with_grid<Tr>(q, [](const auto& grid) { return grid.usable(); }) ? q : Quantizer{};
+}
+
+void check_statistics(const Statistics& got, const Statistics& want, const std::string& name) {
+    require(got.finite == want.finite, name + ": finite");
+    if (!want.finite) return;
+    require(std::memcmp(&got.minimum, &want.minimum, 8) == 0, name + ": minimum");
+    require(std::memcmp(&got.maximum, &want.maximum, 8) == 0, name + ": maximum");
+    require(std::memcmp(&got.sum_squares, &want.sum_squares, 8) == 0, name + ": sum of squares");
+}
+
+}  // namespace
+
+const cuda::StaticTables* codes() {
+    static const auto* tables = [] {
+        auto* t = new cuda::StaticTables;
+        cuda::fill_static_tables(t);
+        return t;
+    }();
+    return tables;
+}
+
+template <class Tr>
+std::vector<std::vector<std::uint8_t>> encode_both(const EncodeCase<Tr>& c, const std::string& name) {
+    constexpr DType kDType = dtype_of<Tr>();
+    std::vector<std::vector<float>> expected_residuals = c.residuals, residuals = c.residuals;
+
+    // What the CPU makes of it.
+    std::vector<Statistics> statistics;
+    std::vector<Quantizer> quantizers;
+    std::vector<cuda::Tensor> tensors;
+    for (std::size_t t = 0; t < c.values.size(); ++t) {
+        cuda::Tensor tensor;
+        tensor.values = c.values[t].data();
+        tensor.residual = c.residuals[t].empty() ? nullptr : residuals[t].data();
+        tensor.inv_scale = c.inv_scale == 1.0 ? nullptr : &c.inv_scale;
+        tensor.count = static_cast<std::int64_t>(c.values[t].size());
+        tensor.quantizer = c.quantizers[t];
+        tensor.k = c.k[t];
+        tensor.nonfinite_is_constant = c.nonfinite_is_constant;
+        tensors.push_back(tensor);
+        const Values v{c.values[t].data(), kDType, tensor.count,
+                       c.residuals[t].empty() ? nullptr : expected_residuals[t].data(), c.inv_scale};
+        statistics.push_back(measure(v));
+        quantizers.push_back(plan<Tr>(statistics.back(), tensor));
+    }
+    std::vector<std::vector<std::uint8_t>> expected, outputs;
+    std::vector<cuda::Packet> packets;
+    std::size_t next = 0;
+    for (const int count : c.packets) {
+        std::vector<SegmentInput> inputs;
+        std::int64_t elements = 0;
+        for (int i = 0; i < count; ++i, ++next) {
+            const cuda::Segment& s = c.segments[next];
+            const auto t = static_cast<std::size_t>(s.tensor);
+            const bool feedback = !c.residuals[t].empty();
+            float* residual = feedback ? expected_residuals[t].data() + s.offset : nullptr;
+            inputs.push_back({{c.values[t].data() + s.offset, kDType, s.count, residual, c.inv_scale},
+                              quantizers[t],
+                              feedback ? residual : nullptr});
+            elements += s.count;
+        }
+        EncodeOptions options;
+        options.dtype = kDType;
+        options.dims = {elements};
+        options.checksums = c.checksums;
+        options.steps = c.steps;
+        std::vector<std::uint8_t> out(static_cast<std::size_t>(encode_bound(inputs, options)));
+        std::int64_t total = 0;
+        const Status status = encode_packet(inputs, options, out.data(), static_cast<std::int64_t>(out.size()), &total);
+        require(status.ok(), name + ": CPU: " + status.what);
+        out.resize(static_cast<std::size_t>(total));
+        expected.push_back(out);
+        packets.push_back({count, options.dims, nullptr, 0});
+    }
+
+    // What the kernels make of it.
+    std::vector<cuda::Segment> segments = c.segments;
+    for (cuda::Segment& s : segments) {
+        const auto t = static_cast<std::size_t>(s.tensor);
+        s.residual_out = c.residuals[t].empty() ? nullptr : residuals[t].data() + s.offset;
+    }
+    const auto make_plan = [&] { return cuda::EncodePlan(kDType, c.steps, c.checksums, tensors, segments, packets); };
+    const cuda::EncodePlan sizes = make_plan();
+    require(sizes.status().ok(), name + ": plan: " + sizes.status().what);
+    for (std::size_t p = 0; p < packets.size(); ++p) {
+        outputs.emplace_back(static_cast<std::size_t>(sizes.bound(static_cast<int>(p))), std::uint8_t{0xC5});
+        require(outputs[p].size() >= expected[p].size(), name + ": bound");
+    }
+    for (std::size_t p = 0; p < packets.size(); ++p) {
+        packets[p].out = outputs[p].data();
+        packets[p].capacity = static_cast<std::int64_t>(outputs[p].size());
+    }
+    const cuda::EncodePlan plan_with_outputs = make_plan();
+    const std::vector<std::uint8_t> blob = plan_with_outputs.blob();
+    std::vector<std::uint8_t> workspace(static_cast<std::size_t>(plan_with_outputs.workspace_bytes()),
+                                        std::uint8_t{0xA5});
+    std::vector<std::int64_t> totals(packets.size());
+    Status status = plan_with_outputs.measure(blob.data(), workspace.data(), nullptr);
+    require(status.ok(), name + ": measure");
+    for (std::size_t t = 0; t < tensors.size(); ++t) {
+        const std::string where = name + ", tensor " + std::to_string(t);
+        check_statistics(plan_with_outputs.statistics(workspace.data())[t], statistics[t], where);
+        const Quantizer& q = plan_with_outputs.quantizers(workspace.data())[t];
+        require(q.coding == quantizers[t].coding && std::memcmp(&q.p1, &quantizers[t].p1, 8) == 0,
+                where + ": quantizer");
+    }
+    status = plan_with_outputs.encode(blob.data(), codes(), workspace.data(), totals.data(), nullptr);
+    require(status.ok(), name + ": encode");
+
+    for (std::size_t p = 0; p < packets.size(); ++p) {
+        const std::string where = name + ", packet " + std::to_string(p);
+        const auto total = static_cast<std::int64_t>(expected[p].size());
+        const std::int64_t common = std::min(total, static_cast<std::int64_t>(outputs[p].size()));
+        require(std::memcmp(outputs[p].data(), expected[p].data(), static_cast<std::size_t>(common)) == 0,
+                where + ": " + difference(outputs[p].data(), expected[p].data(), common));
+        require(totals[p] == total, where + ": size " + std::to_string(totals[p]) + ", not " + std::to_string(total));
+        for (std::size_t i = expected[p].size(); i < outputs[p].size(); ++i)
+            require(outputs[p][i] == 0xC5, where + ": written behind the end");
+    }
+    for (std::size_t t = 0; t < residuals.size(); ++t)
+        require(same_bytes(residuals[t], expected_residuals[t]), name + ": residual of tensor " + std::to_string(t));
+    return expected;
+}
+
+template std::vector<std::vector<std::uint8_t>> encode_both(const EncodeCase<Traits<DType::kFloat32>>&,
+                                                            const std::string&);
+template std::vector<std::vector<std::uint8_t>> encode_both(const EncodeCase<Traits<DType::kFloat16>>&,
+                                                            const std::string&);
+template std::vector<std::vector<std::uint8_t>> encode_both(const EncodeCase<Traits<DType::kBFloat16>>&,
+                                                            const std::string&);
+template std::vector<std::vector<std::uint8_t>> encode_both(const EncodeCase<Traits<DType::kFloat64>>&,
+                                                            const std::string&);
+
+}  // namespace qcomm::test
