@@ -71,7 +71,23 @@ def accuracy() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {"train": train, "accuracy": accuracy}
+def allreduce() -> str:
+    """``bench/bench_allreduce.py``: milliseconds of one bucket, and how many times faster than fp32 and bf16."""
+    rows = []
+    for row in read("allreduce.json")["rows"]:
+        if row["method"] not in ("fp32", "bf16", "qcomm k=1", "qcomm k=2"):
+            continue
+        rate = {"100mbit": "100 Mb/s", "1gbit": "1 Gb/s"}.get(row["rate"], row["rate"])
+        spread = f"{1e3 * row['p10']:.0f} … {1e3 * row['p90']:.0f}"
+        ratios = f"{row['ratio_to_fp32']:.1f}", f"{row['ratio_to_bf16']:.1f}"
+        place = f"{rate}, {row['world_size']} ranks"
+        rows.append(
+            [place, row["method"], f"{1e3 * row['seconds']:.0f}", spread, *ratios, f"{row['bytes_sent'] / 1e6:.2f}"]
+        )
+    return markdown(["link", "method", "ms", "p10 … p90", "x fp32", "x bf16", "MB sent a rank"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"train": train, "accuracy": accuracy, "allreduce": allreduce}
 
 
 def main() -> int:
