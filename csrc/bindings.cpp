@@ -57,19 +57,20 @@ py::tuple py_measure(Address data, int dtype, std::int64_t count, Address residu
 }
 
 double py_entropy(Address data, int dtype, std::int64_t count, Address residual, double inv_scale, double lo, double hi,
-                  int num_bits, double fraction, std::uint32_t seed) {
+                  int num_bits, double fraction, std::uint32_t seed, int threads) {
     py::gil_scoped_release nogil;
     const Values values = make_values(data, dtype, count, residual, inv_scale);
-    const auto counts = sample_histogram(values, lo, hi, num_bits, fraction, seed);
+    const auto counts = sample_histogram(values, lo, hi, num_bits, fraction, seed, threads);
     return static_cast<double>(entropy_fixed(counts.data(), static_cast<int>(counts.size()))) / (1 << kLogFractionBits);
 }
 
 py::tuple py_sigma_code(Address data, int dtype, std::int64_t count, Address residual, double inv_scale, int num_bits,
-                        double step, double k, std::uint32_t seed) {
+                        double step, double k, std::uint32_t seed, int threads) {
     SigmaCode code{};
     {
         py::gil_scoped_release nogil;
-        code = choose_sigma_code(make_values(data, dtype, count, residual, inv_scale), num_bits, step, k, seed);
+        code =
+            choose_sigma_code(make_values(data, dtype, count, residual, inv_scale), num_bits, step, k, seed, threads);
     }
     return py::make_tuple(static_cast<int>(code.coding), static_cast<int>(code.table));
 }

@@ -29,9 +29,19 @@ def entropy(
     num_bits: int,
     fraction: float,
     seed: int,
+    threads: int,
 ) -> float: ...
 def sigma_code(
-    data: int, dtype: int, count: int, residual: int, inv_scale: float, num_bits: int, step: float, k: float, seed: int
+    data: int,
+    dtype: int,
+    count: int,
+    residual: int,
+    inv_scale: float,
+    num_bits: int,
+    step: float,
+    k: float,
+    seed: int,
+    threads: int,
 ) -> tuple[int, int]: ...
 def nearest_static_table(coding: int, num_bits: int, k: float) -> int: ...
 def is_usable(quantizer: _Quantizer, dtype: int) -> bool: ...

@@ -161,16 +161,25 @@ def entropy(
     num_bits: int,
     fraction: float,
     seed: int,
+    num_threads: int,
 ) -> float:
     """Entropy in bits of a sampled histogram over [lo, hi]."""
-    return _C.entropy(*_source(values, residual), inv_scale, lo, hi, num_bits, fraction, seed)
+    threads = check_num_threads(num_threads)
+    return _C.entropy(*_source(values, residual), inv_scale, lo, hi, num_bits, fraction, seed, threads)
 
 
 def sigma_code(
-    values: torch.Tensor, residual: torch.Tensor | None, inv_scale: float, num_bits: int, step: float, k: float
+    values: torch.Tensor,
+    residual: torch.Tensor | None,
+    inv_scale: float,
+    num_bits: int,
+    step: float,
+    k: float,
+    num_threads: int = 1,
 ) -> tuple[Coding, int]:
     """The cheapest code for a sigma segment by the counts of a sample: (coding, table)."""
-    coding, table = _C.sigma_code(*_source(values, residual), inv_scale, num_bits, step, k, 0)
+    threads = check_num_threads(num_threads)
+    coding, table = _C.sigma_code(*_source(values, residual), inv_scale, num_bits, step, k, 0, threads)
     return Coding(coding), table
 
 

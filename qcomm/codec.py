@@ -64,7 +64,7 @@ def compress(
     if isinstance(tensor, torch.Tensor):
         tensor = tensor.resolve_neg()
     values = _native.check_floats("tensor", tensor).detach().contiguous()
-    quantizer = plan(measure(values, num_threads=num_threads), grid, values)
+    quantizer = plan(measure(values, num_threads=num_threads), grid, values, num_threads=num_threads)
     packet = encode(
         [Segment(values.reshape(-1), quantizer)],
         shape=values.shape,

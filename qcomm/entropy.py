@@ -38,4 +38,4 @@ def estimate_entropy(tensor: torch.Tensor, num_bits: int = 4, sample_fraction: f
         raise ValueError("tensor must be finite: NaN or infinity has no place in a histogram")
     if stats.minimum == stats.maximum:
         return 0.0
-    return _native.entropy(values, None, 1.0, stats.minimum, stats.maximum, num_bits, sample_fraction, seed)
+    return _native.entropy(values, None, 1.0, stats.minimum, stats.maximum, num_bits, sample_fraction, seed, 1)

@@ -23,6 +23,7 @@ def plan(
     residual: torch.Tensor | None = None,
     inv_scale: float = 1.0,
     code: Code | None = None,
+    num_threads: int = 1,
 ) -> Quantizer:
     """The quantizer for ``u = values * inv_scale + residual``, whose statistics are ``stats``.
 
@@ -34,15 +35,16 @@ def plan(
         grid: a SigmaGrid or RangeGrid.
         values, residual, inv_scale: as in ``measure``; a sample of them is read.
         code: of an earlier plan for a tensor like this one with the same SigmaGrid: saves sampling it again.
+        num_threads: most that work at once; the result does not depend on it.
     """
     if not stats.finite:
         return Quantizer.raw()
     if stats.minimum == stats.maximum:
         return Quantizer.constant(stats.minimum)
     if isinstance(grid, SigmaGrid):
-        quantizer = _plan_sigma(stats, grid, values, residual, inv_scale, code)
+        quantizer = _plan_sigma(stats, grid, values, residual, inv_scale, code, num_threads)
     elif isinstance(grid, RangeGrid):
-        quantizer = _plan_range(stats, grid, values, residual, inv_scale)
+        quantizer = _plan_range(stats, grid, values, residual, inv_scale, num_threads)
     else:
         raise TypeError(f"grid must be a SigmaGrid or a RangeGrid, got {type(grid).__name__}")
     return quantizer if _native.is_usable(quantizer, values.dtype) else Quantizer.raw()
@@ -55,6 +57,7 @@ def _plan_sigma(
     residual: torch.Tensor | None,
     inv_scale: float,
     code: Code | None,
+    num_threads: int,
 ) -> Quantizer:
     step = grid.step * stats.rms
     if values.dtype != torch.float64:
@@ -67,7 +70,7 @@ def _plan_sigma(
         if grid.coding == "table":
             code = Coding.SINGLE, WIRE_TABLE
         elif grid.coding == "auto":
-            code = _native.sigma_code(values, residual, inv_scale, bits, step, grid.step)
+            code = _native.sigma_code(values, residual, inv_scale, bits, step, grid.step, num_threads)
         else:
             coding = Coding.PAIR if grid.coding == "pair" else Coding.SINGLE
             table = _native.nearest_static_table(coding, bits, grid.step)
@@ -76,7 +79,12 @@ def _plan_sigma(
 
 
 def _plan_range(
-    stats: Statistics, grid: RangeGrid, values: torch.Tensor, residual: torch.Tensor | None, inv_scale: float
+    stats: Statistics,
+    grid: RangeGrid,
+    values: torch.Tensor,
+    residual: torch.Tensor | None,
+    inv_scale: float,
+    num_threads: int,
 ) -> Quantizer:
     lo, hi = stats.minimum, stats.maximum
     if not math.isfinite(hi - lo):
@@ -84,7 +92,7 @@ def _plan_range(
     bits = grid.num_bits
     if bits is None:
         entropy = _native.entropy(
-            values, residual, inv_scale, lo, hi, grid.entropy_bits, grid.sample_fraction, grid.seed
+            values, residual, inv_scale, lo, hi, grid.entropy_bits, grid.sample_fraction, grid.seed, num_threads
         )
         bits = grid.bits_for(entropy)
     kind = GridKind.RANGE_CENTER if grid.reconstruction == "center" else GridKind.RANGE_ENDPOINT

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import qcomm
 from qcomm import _native
 from qcomm.codec import Segment, decode_into, encode
-from qcomm.quantize import plan
+from qcomm.quantize import Quantizer, plan
 from qcomm.statistics import measure
 
 PER_THREAD = 1 << 17  # parallel.h, kValuesPerThread
@@ -50,7 +50,7 @@ def test_packets_and_values_do_not_depend_on_threads(grid: qcomm.grids.Grid, ver
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_statistics_do_not_depend_on_threads(dtype: torch.dtype) -> None:
-    for n in SIZES:
+    for n in (*SIZES, 8 * PER_THREAD + 4095, 12 * PER_THREAD + 1):
         x = gaussian(n).to(dtype)
         assert all(measure(x, num_threads=threads) == measure(x) for threads in THREADS)
         x[-1] = float("nan")
@@ -69,14 +69,30 @@ def test_residuals_do_not_depend_on_threads(sizes: list[int], grid: qcomm.grids.
         segments = []
         for i, n in enumerate(sizes):
             x, residual = gaussian(n, seed + i), 0.3 * gaussian(n, seed + i + 50)
-            quantizer = plan(measure(x, residual, 0.5, num_threads=num_threads), grid, x, residual, 0.5)
+            stats = measure(x, residual, 0.5, num_threads=num_threads)
+            quantizer = plan(stats, grid, x, residual, 0.5, num_threads=num_threads)
             segments.append(Segment(x, quantizer, residual))
+            for whole in (Quantizer.raw(), Quantizer.constant(0.25)):
+                segments.append(Segment(x, whole, residual.clone()))
         packet = encode(segments, inv_scale=0.5, num_threads=num_threads)
         return packet, [segment.residual for segment in segments if segment.residual is not None]
 
     (packet, residuals), (expected, kept) = run(threads), run(1)
     assert packet.equal(expected)
     assert all(a.equal(b) for a, b in zip(residuals, kept, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_what_is_stored_whole_does_not_depend_on_threads(dtype: torch.dtype) -> None:
+    for n in SIZES:
+        with_infinity = gaussian(n).to(dtype)
+        with_infinity[n // 3] = float("inf")
+        for x in (with_infinity, torch.full((n,), 0.1, dtype=dtype)):
+            packet = qcomm.compress(x)
+            assert qcomm.decompress(packet).equal(x)
+            for threads in THREADS:
+                assert qcomm.compress(x, num_threads=threads).equal(packet)
+                assert qcomm.decompress(packet, num_threads=threads).equal(x)
 
 
 def test_the_first_damaged_block_is_told_by_any_number_of_threads() -> None:

@@ -2,14 +2,17 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "qcomm/format.h"
+#include "qcomm/parallel.h"
 #include "qcomm/quantize.h"
 
 namespace qcomm {
 namespace {
 
 constexpr std::int64_t kMinSample = 1024;
+constexpr std::int64_t kSamplesPerThread = 1 << 15;  // each a cache miss: about 0.1 ms
 
 std::uint32_t mix(std::uint32_t h) {
     h ^= h >> 16;
@@ -63,18 +66,26 @@ std::int64_t sample_index(std::int64_t i, std::int64_t n, std::int64_t count, st
 }
 
 std::vector<std::uint32_t> sample_histogram(const Values& values, double lo, double hi, int num_bits, double fraction,
-                                            std::uint32_t seed) {
-    std::vector<std::uint32_t> counts(std::size_t{1} << num_bits);
+                                            std::uint32_t seed, int threads) {
     const std::int64_t n = sample_size(values.count, fraction);
     const RangeQuantizer quantizer(Grid::kRangeCenter, num_bits, lo, hi);
-    dispatch(values.dtype, [&](auto traits) {
-        const Reader<decltype(traits)> reader(values);
-        for (std::int64_t i = 0; i < n; ++i) {
-            const double x = static_cast<double>(reader[sample_index(i, n, values.count, seed)]);
-            ++counts[lo < hi ? quantizer(x) : 0u];
-        }
+    const int parts = part_count(n, kSamplesPerThread, threads);
+    std::vector<std::vector<std::uint32_t>> found(static_cast<std::size_t>(parts),
+                                                  std::vector<std::uint32_t>(std::size_t{1} << num_bits));
+    parallel_for(n, parts, [&](int part, std::int64_t first, std::int64_t last) {
+        std::uint32_t* const counts = found[static_cast<std::size_t>(part)].data();
+        dispatch(values.dtype, [&](auto traits) {
+            const Reader<decltype(traits)> reader(values);
+            for (std::int64_t i = first; i < last; ++i) {
+                const double x = static_cast<double>(reader[sample_index(i, n, values.count, seed)]);
+                ++counts[lo < hi ? quantizer(x) : 0u];
+            }
+        });
     });
-    return counts;
+    for (std::size_t part = 1; part < found.size(); ++part) {
+        for (std::size_t bin = 0; bin < found[0].size(); ++bin) found[0][bin] += found[part][bin];
+    }
+    return std::move(found[0]);
 }
 
 }  // namespace qcomm

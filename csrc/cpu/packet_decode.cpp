@@ -15,8 +15,8 @@
 namespace qcomm {
 namespace {
 
-constexpr std::uint64_t kMaxElements = std::uint64_t{1}
-                                       << 42;  // far above any tensor, and safe to multiply by an item's bits
+// Far above any tensor, and safe to multiply by an item's bits.
+constexpr std::uint64_t kMaxElements = std::uint64_t{1} << 42;
 
 std::uint32_t load_u32(const std::uint8_t* at) {
     std::uint32_t word;
@@ -61,8 +61,8 @@ Status check_header(const PacketHeader& h, std::int64_t bytes) {
 }
 
 Status check_dims(const std::vector<std::int64_t>& dims, std::uint64_t elements) {
-    std::uint64_t product =
-        1;  // of the dimensions that are not 0: torch computes strides from them also for an empty tensor
+    // Of the dimensions that are not 0: torch computes strides from them also for an empty tensor.
+    std::uint64_t product = 1;
     bool empty = false;
     for (const std::int64_t d : dims) {
         if (d < 0 || static_cast<std::uint64_t>(d) > kMaxElements) return bad_packet("a dimension is out of range", d);
@@ -224,10 +224,14 @@ public:
         if (!is_block_coded(record_.coding)) {
             const std::int64_t bytes = plain_bytes(record_, view_.header.dtype);
             const std::uint8_t* data = view_.payload + *at;
-            if (!matches((*checksum_index)++, [&] { return checksum_pieces(data, bytes); }))
+            if (!matches((*checksum_index)++, [&] { return checksum_pieces(data, bytes, threads_); }))
                 return bad_packet("a segment is damaged: wrong checksum; payload byte", *at);
             *at += bytes;
-            if (record_.coding == Coding::kRaw) on_raw(0, data, count);
+            if (record_.coding == Coding::kRaw) {
+                parallel_for_values(count, threads_, [&](std::int64_t begin, std::int64_t end) {
+                    on_raw(begin, data + kItem * begin, end - begin);
+                });
+            }
             if (record_.coding == Coding::kFixed) unpack_all(data, count, on_symbols);
             return {};
         }
@@ -312,12 +316,16 @@ private:
     template <class OnSymbols>
     void unpack_all(const std::uint8_t* data, std::int64_t count, OnSymbols on_symbols) {
         constexpr std::int64_t kRun = 4096;  // a multiple of 8 values begins at a whole byte
-        std::uint16_t symbols[kRun];
-        for (std::int64_t begin = 0; begin < count; begin += kRun) {
-            const std::int64_t n = std::min(kRun, count - begin);
-            unpack_bits(data + packed_bytes(begin, record_.num_bits), n, record_.num_bits, symbols);
-            on_symbols(begin, symbols, static_cast<int>(n));
-        }
+        const std::int64_t runs = ceil_div(count, kRun);
+        const int parts = part_count(runs, kValuesPerThread / kRun, threads_);
+        parallel_for(runs, parts, [&](int, std::int64_t first, std::int64_t last) {
+            std::uint16_t symbols[kRun];
+            for (std::int64_t begin = first * kRun; begin < std::min(last * kRun, count); begin += kRun) {
+                const std::int64_t n = std::min(kRun, count - begin);
+                unpack_bits(data + packed_bytes(begin, record_.num_bits), n, record_.num_bits, symbols);
+                on_symbols(begin, symbols, static_cast<int>(n));
+            }
+        });
     }
 
     // Decodes the coded ones of the first `batch` blocks to symbols.
@@ -411,7 +419,9 @@ Status decode_segments(const PacketView& view, typename Tr::Storage* out, int th
         };
         if (r.coding == Coding::kConstant) {
             const Storage value = Tr::narrow(static_cast<typename Tr::Arithmetic>(r.p0));
-            for (std::int64_t j = 0; j < static_cast<std::int64_t>(r.count); ++j) sink.put(j, value);
+            parallel_for_values(static_cast<std::int64_t>(r.count), threads, [&](std::int64_t begin, std::int64_t end) {
+                for (std::int64_t j = begin; j < end; ++j) sink.put(j, value);
+            });
         } else {
             SegmentDecoder<Tr> decoder(view, i, threads);
             const auto on_raw = [&](std::int64_t begin, const std::uint8_t* bytes, std::int64_t n) {

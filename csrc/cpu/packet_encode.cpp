@@ -1,6 +1,6 @@
 // Packets, writing. A segment is encoded behind the space that the largest possible metadata takes; when all sizes are
-// known the payload moves down to where it belongs (by nothing, unless a segment fell back to another coding or has a
-// table).
+// known the payload moves down to where it belongs: by nothing, unless a segment fell back to another coding or one
+// behind the first has a table.
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "block_writer.h"
+#include "codeword_counts.h"
 #include "kernels.h"
 #include "qcomm/block.h"
 #include "qcomm/checksum.h"
@@ -50,9 +51,9 @@ std::int64_t metadata_bytes(const std::vector<SegmentInput>& segments, const Enc
     std::int64_t total = sizeof(PacketHeader) + 8 * static_cast<std::int64_t>(options.dims.size()) + lengths_bytes;
     for (const SegmentInput& segment : segments) {
         const SegmentRecord record = make_record(segment.values.count, segment.quantizer);
-        // One spare checksum: a block-coded segment without blocks never falls back, but a raw one of any size has one.
+        // What a segment falls back to has no more: raw and fixed have one checksum, and each block of values has one.
         total += static_cast<std::int64_t>(sizeof(SegmentRecord)) + 4 * blocks_in(record, options.steps) +
-                 4 * (checksums_in(record, options.steps) + 1);
+                 4 * checksums_in(record, options.steps);
     }
     return total;
 }
@@ -129,6 +130,7 @@ public:
     std::vector<std::uint8_t> lengths;
     std::vector<std::uint32_t> block_ends, checksums;
     std::int64_t payload_bytes = 0;
+    const std::uint8_t* payload() const { return payload_; }
 
 private:
     struct Mark {
@@ -159,7 +161,7 @@ private:
     }
     void finish_pieces(std::int64_t bytes) {
         const std::uint8_t* begin = cursor();
-        checksums.push_back(options_.checksums ? checksum_pieces(begin, align4(bytes)) : 0u);
+        checksums.push_back(options_.checksums ? checksum_pieces(begin, align4(bytes), options_.threads) : 0u);
         advance(bytes);
     }
 
@@ -167,14 +169,17 @@ private:
     void write_raw(const SegmentInput& in) {
         const Reader<Tr> reader(in.values);
         const std::int64_t bytes = in.values.count * item_bytes(options_.dtype);
-        std::memset(cursor() + bytes, 0, static_cast<std::size_t>(align4(bytes) - bytes));
-        for (std::int64_t i = 0; i < in.values.count; ++i) {
-            const typename Tr::Storage stored = in.values.is_adjusted()
-                                                    ? Tr::narrow(reader[i])
-                                                    : static_cast<const typename Tr::Storage*>(in.values.data)[i];
-            std::memcpy(cursor() + i * static_cast<std::int64_t>(sizeof(stored)), &stored, sizeof(stored));
-            if (in.residual_out != nullptr) in.residual_out[i] = 0.0f;
-        }
+        std::uint8_t* const out = cursor();
+        std::memset(out + bytes, 0, static_cast<std::size_t>(align4(bytes) - bytes));
+        parallel_for_values(in.values.count, options_.threads, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t i = begin; i < end; ++i) {
+                const typename Tr::Storage stored = in.values.is_adjusted()
+                                                        ? Tr::narrow(reader[i])
+                                                        : static_cast<const typename Tr::Storage*>(in.values.data)[i];
+                std::memcpy(out + i * static_cast<std::int64_t>(sizeof(stored)), &stored, sizeof(stored));
+                if (in.residual_out != nullptr) in.residual_out[i] = 0.0f;
+            }
+        });
         finish_pieces(bytes);
     }
 
@@ -182,15 +187,21 @@ private:
     void write_constant(const SegmentInput& in, double value) {
         if (in.residual_out == nullptr || !std::isfinite(value)) return;
         const Reader<Tr> reader(in.values);
-        for (std::int64_t i = 0; i < in.values.count; ++i) {
-            in.residual_out[i] = static_cast<float>(reader[i] - static_cast<typename Tr::Arithmetic>(value));
-        }
+        parallel_for_values(in.values.count, options_.threads, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t i = begin; i < end; ++i)
+                in.residual_out[i] = static_cast<float>(reader[i] - static_cast<typename Tr::Arithmetic>(value));
+        });
     }
 
     void write_fixed(const std::uint16_t* symbols, std::int64_t count, int num_bits) {
         const std::int64_t bytes = packed_bytes(count, num_bits);
-        std::memset(cursor() + bytes, 0, static_cast<std::size_t>(align4(bytes) - bytes));
-        pack_bits(symbols, count, num_bits, cursor());
+        std::uint8_t* const out = cursor();
+        std::memset(out + bytes, 0, static_cast<std::size_t>(align4(bytes) - bytes));
+        const std::int64_t runs = ceil_div(count, kRun);  // each fills whole bytes
+        parallel_for(runs, run_parts(count), [&](int, std::int64_t first, std::int64_t last) {
+            const std::int64_t begin = first * kRun, n = std::min(last * kRun, count) - begin;
+            pack_bits(symbols + begin, n, num_bits, out + packed_bytes(begin, num_bits));
+        });
         finish_pieces(bytes);
     }
 
@@ -205,24 +216,33 @@ private:
         // A table of its own needs the histogram first: all symbols are kept, the values are quantized once.
         // Left uninitialised: clearing them would cost a tenth of the time.
         const std::unique_ptr<std::uint16_t[]> symbols(new std::uint16_t[static_cast<std::size_t>(in.values.count)]);
-        for_each_run(in.values, [&](const void* u, std::int64_t begin, int n) {
-            kernels_.quantize(u, options_.dtype, n, q, symbols.get() + begin);
-        });
-        if (q.coding != Coding::kFixed) q = write_with_own_table(in, q, symbols.get());
+        if (q.coding == Coding::kFixed) {
+            for_each_run(in.values, [&](int, const void* u, std::int64_t begin, int n) {
+                kernels_.quantize(u, options_.dtype, n, q, symbols.get() + begin);
+            });
+        } else {
+            q = write_with_own_table(in, q, symbols.get());
+        }
         if (q.coding == Coding::kFixed) write_fixed(symbols.get(), in.values.count, q.num_bits);
         if (is_range(q.grid) && in.residual_out != nullptr) {
-            for_each_run(in.values, [&](const void* u, std::int64_t begin, int n) {
+            for_each_run(in.values, [&](int, const void* u, std::int64_t begin, int n) {
                 kernels_.update_residual(u, options_.dtype, symbols.get() + begin, n, q, in.residual_out + begin);
             });
         }
         return q;
     }
 
-    Quantizer write_with_own_table(const SegmentInput& in, Quantizer q, const std::uint16_t* symbols) {
+    // Quantizes a segment to `symbols` and writes it with a table of its own, if that pays.
+    Quantizer write_with_own_table(const SegmentInput& in, Quantizer q, std::uint16_t* symbols) {
         const Mark start = mark();
         const int size = alphabet_size(q.coding, q.num_bits);
+        std::vector<CodewordCounts> counted(static_cast<std::size_t>(run_parts(in.values.count)), CodewordCounts(q));
+        for_each_run(in.values, [&](int part, const void* u, std::int64_t begin, int n) {
+            kernels_.quantize(u, options_.dtype, n, q, symbols + begin);
+            counted[static_cast<std::size_t>(part)].add(symbols + begin, n);
+        });
         std::vector<std::uint64_t> counts(static_cast<std::size_t>(size));
-        count_codewords(symbols, in.values.count, q, counts.data());
+        for (const CodewordCounts& part : counted) part.add_to(&counts);
         std::vector<std::uint8_t> own(static_cast<std::size_t>(size));
         code_lengths(counts.data(), size, length_limit(q.coding, q.num_bits), own.data());
         EncodeTable table;
@@ -234,6 +254,10 @@ private:
             table = EncodeTable(own.data(), size);
             lengths.insert(lengths.end(), list.begin(), list.end());
         }
+        // Nothing has been written yet, so the space that the list does not need can be given up before, not after.
+        if (payload_bytes == 0)
+            payload_ -=
+                max_lengths_bytes(in.quantizer) - static_cast<std::int64_t>(q.table == kNoTable ? 0 : list.size());
         write_blocks(in, q, table.empty() ? nullptr : &table, symbols);
         if (is_range(q.grid) &&
             cost_since(start) >= align4(packed_bytes(in.values.count, q.num_bits)) + checksum_bytes(1)) {
@@ -255,38 +279,18 @@ private:
                packed_bytes(count, q.num_bits);
     }
 
-    // Calls f(u, begin, n) for runs of values, on several threads where there are many.
+    // Calls f(part, u, begin, n) for runs of values, in run_parts() parts.
     template <class F>
     void for_each_run(const Values& values, F f) {
         const std::int64_t runs = ceil_div(values.count, kRun);
-        parallel_for(runs, parts_of(runs, kRun), [&](int part, std::int64_t first, std::int64_t last) {
+        parallel_for(runs, run_parts(values.count), [&](int part, std::int64_t first, std::int64_t last) {
             for (std::int64_t begin = first * kRun; begin < std::min(last * kRun, values.count); begin += kRun) {
                 const int n = static_cast<int>(std::min<std::int64_t>(kRun, values.count - begin));
-                f(load_block(kernels_, values, begin, n, writer(part).scratch(0)), begin, n);
+                f(part, load_block(kernels_, values, begin, n, writer(part).scratch(0)), begin, n);
             }
         });
     }
-
-    // Four tables, so that a run of equal symbols does not wait for its own increments.
-    static void count_codewords(const std::uint16_t* symbols, std::int64_t count, const Quantizer& q,
-                                std::uint64_t* counts) {
-        const std::size_t size = static_cast<std::size_t>(alphabet_size(q.coding, q.num_bits));
-        const bool pairs = q.coding == Coding::kPair;
-        const std::size_t n = static_cast<std::size_t>(pairs ? count / 2 : count);
-        const auto codeword = [&](std::size_t i) -> std::size_t {
-            return pairs ? symbols[2 * i] | static_cast<std::size_t>(symbols[2 * i + 1]) << kPairBits : symbols[i];
-        };
-        std::vector<std::uint64_t> tables(4 * size);
-        std::size_t i = 0;
-        for (; i + 4 <= n; i += 4) {
-            for (std::size_t t = 0; t < 4; ++t) ++tables[t * size + codeword(i + t)];
-        }
-        for (; i < n; ++i) ++tables[codeword(i)];
-        if (pairs && count % 2 != 0)
-            ++tables[symbols[count - 1] | static_cast<std::size_t>(sigma_radius(kPairBits)) << kPairBits];
-        for (std::size_t s = 0; s < size; ++s)
-            counts[s] = tables[s] + tables[size + s] + tables[2 * size + s] + tables[3 * size + s];
-    }
+    int run_parts(std::int64_t count) { return parts_of(ceil_div(count, kRun), kRun); }
 
     // Writes the blocks of a segment, in parts whose first bytes are as far apart as they can come to need, and then
     // moves the parts together. `known`: see BlockWriter.
@@ -399,7 +403,8 @@ Status encode_packet(const std::vector<SegmentInput>& segments, const EncodeOpti
                                                     sizeof(SegmentRecord) * segments.size() + encoder.lengths.size() +
                                                     4 * encoder.block_ends.size() +
                                                     (options.checksums ? 4 * encoder.checksums.size() : 0));
-    std::memmove(out + metadata, out + provisional, static_cast<std::size_t>(encoder.payload_bytes));
+    if (encoder.payload() != out + metadata)
+        std::memmove(out + metadata, encoder.payload(), static_cast<std::size_t>(encoder.payload_bytes));
     *total_bytes = metadata + encoder.payload_bytes;
     write_metadata(encoder, options, metadata, *total_bytes, out);
     return {};

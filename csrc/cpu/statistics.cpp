@@ -12,6 +12,7 @@ namespace qcomm {
 namespace {
 
 constexpr int kSumBlock = 4096;
+constexpr std::int64_t kBlocksPerThread = 4 * kValuesPerThread / kSumBlock;  // a scan is that much cheaper than coding
 
 double pairwise_sum(std::vector<double>& sums) {
     for (std::size_t n = sums.size(); n > 1; n = (n + 1) / 2) {
@@ -28,7 +29,7 @@ Statistics measure(const Values& values, int threads) {
     const Kernels& k = kernels();
     const std::int64_t blocks = ceil_div(values.count, kSumBlock);
     std::vector<double> sums(static_cast<std::size_t>(blocks));
-    const int parts = part_count(blocks, kValuesPerThread / kSumBlock, threads);
+    const int parts = part_count(blocks, kBlocksPerThread, threads);
     const double infinity = std::numeric_limits<double>::infinity();
     std::vector<Statistics> found(static_cast<std::size_t>(parts), Statistics{infinity, -infinity, 0.0, true});
     parallel_for(blocks, parts, [&](int part, std::int64_t first, std::int64_t last) {

@@ -10,7 +10,8 @@ namespace qcomm {
 // valid.
 std::uint32_t checksum(const std::uint8_t* data, std::int64_t bytes);
 
-// Of a raw or fixed segment: the checksum of the checksums of its pieces of kChecksumPiece bytes.
-std::uint32_t checksum_pieces(const std::uint8_t* data, std::int64_t bytes);
+// Of a raw or fixed segment: the checksum of the checksums of its pieces of kChecksumPiece bytes. On up to
+// `threads` threads.
+std::uint32_t checksum_pieces(const std::uint8_t* data, std::int64_t bytes, int threads = 1);
 
 }  // namespace qcomm

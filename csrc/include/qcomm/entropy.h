@@ -25,8 +25,9 @@ std::int64_t sample_size(std::int64_t count, double fraction);
 // Index of sample i of n: one from each stride, where in the stride a hash of `seed` decides.
 std::int64_t sample_index(std::int64_t i, std::int64_t n, std::int64_t count, std::uint32_t seed);
 
-// Histogram of the sample over 2^num_bits floor bins of [lo, hi]; all in bin 0 when lo == hi.
+// Histogram of the sample over 2^num_bits floor bins of [lo, hi]; all in bin 0 when lo == hi. On
+// up to `threads` threads.
 std::vector<std::uint32_t> sample_histogram(const Values& values, double lo, double hi, int num_bits, double fraction,
-                                            std::uint32_t seed);
+                                            std::uint32_t seed, int threads = 1);
 
 }  // namespace qcomm

@@ -1,11 +1,11 @@
-// Work split over threads that live as long as the call: starting one costs some tens of microseconds, which `grain`
-// has to make up for. Nothing stays behind, so a process may fork, and libraries with threads of their own are left
-// alone.
+// Work split over threads that live as long as the call: starting one costs some tens of microseconds, no more than
+// waking one that waits for work, and `grain` has to make up for it. Nothing stays behind, so a process may fork, and
+// libraries with threads of their own are left alone.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -30,12 +30,19 @@ void parallel_for(std::int64_t count, int parts, F f) {
     for (int part = 1; part < parts; ++part) {
         try {
             others.emplace_back(run, part);
-        } catch (const std::system_error&) {
-            run(part);  // the system has no thread left
+        } catch (const std::exception&) {
+            run(part);  // the system has no thread, or no memory for one, left
         }
     }
     run(0);
     for (std::thread& other : others) other.join();
+}
+
+// Calls f(begin, end) for contiguous parts of `count` values, on up to `threads` threads where there are many.
+template <class F>
+void parallel_for_values(std::int64_t count, int threads, F f) {
+    parallel_for(count, part_count(count, kValuesPerThread, threads),
+                 [&](int, std::int64_t begin, std::int64_t end) { f(begin, end); });
 }
 
 }  // namespace qcomm

@@ -112,11 +112,12 @@ QCOMM_INLINE decltype(auto) with_grid(const Quantizer& q, F&& f) {
 bool is_usable(const Quantizer& quantizer, DType dtype);
 
 // The code of a sigma segment (single or pair; static, or a table on the wire), the cheapest by the counts of a sample;
-// see docs/format.md.
+// see docs/format.md. On up to `threads` threads.
 struct SigmaCode {
     Coding coding;
     std::uint8_t table;
 };
-SigmaCode choose_sigma_code(const Values& values, int num_bits, double step, double k, std::uint32_t seed);
+SigmaCode choose_sigma_code(const Values& values, int num_bits, double step, double k, std::uint32_t seed,
+                            int threads = 1);
 
 }  // namespace qcomm
