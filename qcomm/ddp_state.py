@@ -102,7 +102,10 @@ class CompressionState:
         self._feedback = ErrorFeedback() if error_feedback else None
         self._step = 0
         self._last_index = -1
-        self._failed_step = 0
+        # Steps since this object was made, which a loaded checkpoint does not change: jobs of a step that failed may
+        # still be in the queue while the step that a checkpoint goes on with has the same number.
+        self._pass = 0
+        self._failed_pass = 0
         self._scale = 1.0
         self._error: Exception | None = None
 
@@ -123,7 +126,8 @@ class CompressionState:
             ``steps``, ``buckets``, ``elements``, ``elements_compressed``;
             ``bytes_sent``, ``bytes_received``: all that was handed to sends and receives, and the same apart as
             ``..._phase1`` (values to the owners of chunks), ``..._phase2`` (means to everyone) and ``..._overhead``
-            (headers that announce sizes);
+            (headers that announce sizes); of an uncompressed all-reduce, which is not this library's, what a ring
+            sends: 2 (W - 1) / W times the buffer;
             ``bytes_uncompressed``: of the gradients, once;
             ``bits_per_element``: of all elements, the mean of both phases, all bytes of packets counted, also of those
             that a rank keeps for itself;
@@ -235,8 +239,8 @@ class CompressionState:
             self._count(task.layout, buffer)
             return completed(buffer).future
         ready = time.perf_counter() if bucket.is_last() else None
-        step = self._step
-        return communicator.submit(lambda: self._run(task, communicator, step, ready)).future
+        number = self._pass
+        return communicator.submit(lambda: self._run(task, communicator, number, ready)).future
 
     def _failed(self, error: Exception) -> torch.futures.Future[torch.Tensor]:
         self._error = error
@@ -249,6 +253,7 @@ class CompressionState:
         self._last_index = bucket.index()
         if first:
             self._step += 1
+            self._pass += 1
             self.telemetry.add(steps=1)
             scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
             self._scale = 1.0 if scale is None else check_scale(scale)
@@ -267,8 +272,8 @@ class CompressionState:
             strategy=self.strategy,
         )
 
-    def _run(self, task: MeanTask, communicator: Communicator, step: int, ready: float | None) -> torch.Tensor:
-        if step == self._failed_step:
+    def _run(self, task: MeanTask, communicator: Communicator, number: int, ready: float | None) -> torch.Tensor:
+        if number == self._failed_pass:
             # Backward raises for the bucket that failed, and the next step may write to the others' memory already.
             text = f"bucket {task.index} was not exchanged, because an earlier one of this step failed"
             raise CollectiveError(text) from self._error
@@ -277,7 +282,7 @@ class CompressionState:
         except Exception as error:  # kept for exception(), and passed on
             self._error = error
             if communicator.pending_fault is None:  # all ranks know, and leave out the rest of the step
-                self._failed_step = step
+                self._failed_pass = number
             raise
         self._count(task.layout, task.buffer, exchanged=True)
         if ready is not None:

@@ -23,7 +23,7 @@ from qcomm.communicator import Communicator
 from qcomm.errors import CollectiveError, PacketError
 from qcomm.grids import Grid, SigmaGrid
 from qcomm.layout import Chunk, gather_runs, scatter_chunk
-from qcomm.mean import MeanTask, attempt
+from qcomm.mean import MeanTask, attempt, is_zero
 from qcomm.quantize import Quantizer, plan
 from qcomm.statistics import measure
 
@@ -178,7 +178,7 @@ def _choose(
     values: torch.Tensor, grid: Grid, residual: torch.Tensor | None, inv_scale: float
 ) -> tuple[Quantizer, torch.Tensor | None]:
     """The quantizer of a tensor or a part of a mean, and its residual if it takes part."""
-    if residual is not None and _is_zero(values):
+    if residual is not None and is_zero(values):
         # The mean of a parameter that no rank used is thrown away by DDP, which leaves its gradient None: a residual in
         # it would be lost.
         return Quantizer.constant(0.0), None
@@ -187,11 +187,6 @@ def _choose(
         # Travels as a flag, becomes NaN in the sum and so on every rank.
         return Quantizer.constant(math.nan), None
     return plan(statistics, grid, values, residual, inv_scale), residual
-
-
-def _is_zero(values: torch.Tensor) -> bool:
-    # Nearly always the first values tell, and the others need not be read.
-    return not values[:256].any() and not values.any()
 
 
 def _packet(segments: Sequence[Segment], inv_scale: float) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """What the hook refuses, and what remains when a step fails."""
 
+import copy
 import pickle
 import threading
 from contextlib import nullcontext
@@ -203,7 +204,8 @@ def case_the_rest_of_a_failed_step(rank, world_size):
     state = attach(model, min_elements=0)
     for step in range(2):  # the second step has the final buckets
         backward(model, rank, step)
-    kept = state.state_dict()["error_feedback"]["local"]
+    checkpoint = copy.deepcopy(state.state_dict())
+    kept = checkpoint["error_feedback"]["local"]
     state.telemetry.timeline = timeline = []
     state.reset_stats()
     with failing("_encode_values") if rank == 1 else nullcontext():
@@ -229,6 +231,12 @@ def case_the_rest_of_a_failed_step(rank, world_size):
     events = {(index, event) for index, event, _ in timeline}
     assert not {(index, event) for index, event in events if index > 1 and event != "ready"}
     assert ((1, "encode") in events) == (rank != 1)
+    assert error_of(model, rank) is None
+    assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
+    # Who goes back to a checkpoint runs the step that failed again.
+    with failing("_encode_values") if rank == 1 else nullcontext():
+        assert error_of(model, rank) is not None
+    state.load_state_dict({**checkpoint, "steps": state.state_dict()["steps"] - 1})
     assert error_of(model, rank) is None
     assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
 
