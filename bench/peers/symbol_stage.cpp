@@ -1,13 +1,14 @@
 // qcomm's packets without the grid's arithmetic, for bench/bench_codec.py: symbols to bytes and back.
 //
 // encode_packet and decode_packet run as they are. Only the inner loops that they call for values are others: quantize
-// copies symbols that were made before, dequantize copies symbols out. So histogram, code lengths, tables, blocks,
+// and quantize_counted copy symbols that were made before, decode_lanes and dequantize copy symbols out. So histogram, code lengths, tables, blocks,
 // fallbacks, checksums and the packet's layout are those of the library, and one copy of the symbols is timed on top of
 // them. Up to 8 bits they are bytes on the outside, as other coders have them. A value is only ever looked at to find
 // out which one it is.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "kernels.h"
 #include "qcomm/packet.h"
@@ -22,6 +23,7 @@ struct Stage {
     const float* values = nullptr;  // the address of the value 0
     const void* symbols = nullptr;  // encoded
     void* decoded = nullptr;
+    void (*decode_lanes)(CodedBlock*, int, const LaneDecoding&) = nullptr;  // of the library
 };
 thread_local Stage stage;
 
@@ -30,14 +32,23 @@ void copy(const From* from, int n, To* to) {
     for (int i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
 }
 
-SymbolScan copy_in(const void* u, DType, int n, const Quantizer& q, std::uint16_t* symbols) {
+void copy_symbols(const void* u, int n, const Quantizer& q, std::uint16_t* symbols) {
     const std::ptrdiff_t at = static_cast<const float*>(u) - stage.values;
     if (q.num_bits <= 8) {
         copy(static_cast<const std::uint8_t*>(stage.symbols) + at, n, symbols);
     } else {
         copy(static_cast<const std::uint16_t*>(stage.symbols) + at, n, symbols);
     }
+}
+
+SymbolScan copy_in(const void* u, DType, int n, const Quantizer& q, std::uint16_t* symbols) {
+    copy_symbols(u, n, q, symbols);
     return {0, false};
+}
+
+void copy_in_counted(const void* u, DType, int n, const Quantizer& q, std::uint16_t* symbols, CodewordCounts* counts) {
+    copy_symbols(u, n, q, symbols);
+    counts->add(symbols, n);
 }
 
 void copy_out(const std::uint16_t* symbols, int n, const Quantizer& q, DType, void* out, bool) {
@@ -47,6 +58,14 @@ void copy_out(const std::uint16_t* symbols, int n, const Quantizer& q, DType, vo
     } else {
         copy(symbols, n, static_cast<std::uint16_t*>(stage.decoded) + at);
     }
+}
+
+void decode_and_copy_out(CodedBlock* blocks, int count, const LaneDecoding& how) {
+    void* values[2];
+    for (int i = 0; i < count; ++i) values[i] = std::exchange(blocks[i].values, nullptr);
+    stage.decode_lanes(blocks, count, how);
+    for (int i = 0; i < count; ++i)
+        copy_out(blocks[i].symbols, blocks[i].count, how.quantizer, how.dtype, values[i], how.accumulate);
 }
 
 const Kernels* find(const char* name) {
@@ -71,7 +90,10 @@ QCOMM_BENCH_EXPORT bool symbols_use(const char* name) {
     const Kernels* found = find(name);
     if (found == nullptr) return false;
     stage.kernels = *found;
+    stage.decode_lanes = found->decode_lanes;
     stage.kernels.quantize = copy_in;
+    stage.kernels.quantize_counted = copy_in_counted;
+    stage.kernels.decode_lanes = decode_and_copy_out;
     stage.kernels.dequantize = copy_out;
     return true;
 }

@@ -11,8 +11,6 @@ namespace {
 
 constexpr std::int64_t kInfoBytes = sizeof(std::uint32_t);
 
-int escape_of(const Quantizer& q) { return q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1; }
-
 SymbolScan scan_symbols(const std::uint16_t* symbols, int n, const Quantizer& q) {
     const int escape = escape_of(q);
     return {escape < 0 ? 0 : static_cast<int>(std::count(symbols, symbols + n, escape)),
@@ -79,8 +77,7 @@ BlockMode BlockWriter::write_block(const void* u, const std::uint16_t* symbols, 
     const bool too_many = 16 * std::int64_t{scan.escapes} > n;
     int words = -1;
     if (!constant && !too_many && table != nullptr) {
-        words =
-            kernels_.encode_lanes(symbols, n, q.coding == Coding::kPair, table->entries.data(), start_, words_end());
+        words = kernels_.encode_lanes(symbols, n, q.coding == Coding::kPair, *table, start_, words_end());
     }
     const std::int64_t item = item_bytes(options_.dtype);
     const std::int64_t escape_bytes = scan.escapes * (item + 2);

@@ -2,10 +2,13 @@
 // as long as that is in the first-level cache.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "qcomm/format.h"
+#include "qcomm/huffman.h"
 #include "qcomm/quantize.h"
 
 namespace qcomm {
@@ -13,42 +16,91 @@ namespace qcomm {
 class CodewordCounts {
 public:
     explicit CodewordCounts(const Quantizer& q)
-        : pairs_(q.coding == Coding::kPair),
-          size_(static_cast<std::size_t>(alphabet_size(q.coding, q.num_bits))),
-          tables_(kTables * size_) {}
+        : bits_(q.num_bits),
+          pairs_(q.coding == Coding::kPair),
+          joint_(q.num_bits <= kMaxJointBits),
+          stride_(std::size_t{1} << (joint_ ? 2 * bits_ : bits_)),
+          recent_((joint_ ? 2 : 4) * stride_),
+          totals_(static_cast<std::size_t>(alphabet_size(q.coding, q.num_bits))) {}
 
-    // Counts n symbols. Where pairs are coded, n is odd at most at the segment's end.
-    void add(const std::uint16_t* symbols, int n) {
-        if (!pairs_) {
-            count(n, [&](int i) -> std::size_t { return symbols[i]; });
-            return;
+    // Counts n < 2^30 symbols. Where pairs are coded, n is odd at most at the segment's end.
+    QCOMM_INLINE void add(const std::uint16_t* symbols, int n) {
+        if (uncollected_ > kMaxUncollected - n) collect();
+        uncollected_ += n;
+        const int done = joint_ ? add_joint(symbols, n) : add_single(symbols, n);
+        for (int i = done; i < n; ++i) {
+            const std::size_t zero = static_cast<std::size_t>(sigma_radius(kPairBits)) << kPairBits;
+            ++totals_[symbols[i] | (pairs_ ? zero : 0)];
         }
-        const auto pair = [](std::uint32_t first, std::uint32_t second) { return first | second << kPairBits; };
-        count(n / 2, [&](int i) -> std::size_t { return pair(symbols[2 * i], symbols[2 * i + 1]); });
-        if (n % 2 != 0) ++tables_[pair(symbols[n - 1], static_cast<std::uint32_t>(sigma_radius(kPairBits)))];
     }
 
     // counts[s] += how often codeword s was met.
-    void add_to(std::vector<std::uint64_t>* counts) const {
-        for (std::size_t i = 0; i < tables_.size(); ++i) (*counts)[i % size_] += tables_[i];
+    void add_to(std::vector<std::uint64_t>* counts) {
+        collect();
+        for (std::size_t s = 0; s < totals_.size(); ++s) (*counts)[s] += totals_[s];
     }
 
 private:
-    // Several, so that a run of equal symbols does not wait for its own increments.
-    static constexpr int kTables = 4;
+    static constexpr int kMaxJointBits = 6;
+    static constexpr std::int64_t kMaxUncollected = std::int64_t{1} << 32;  // a counter has 32 bits
 
-    template <class Codeword>
-    void count(int n, Codeword codeword) {
-        int i = 0;
-        for (; i + kTables <= n; i += kTables) {
-            for (int t = 0; t < kTables; ++t) ++tables_[static_cast<std::size_t>(t) * size_ + codeword(i + t)];
+    // Two neighbours of few bits are counted as one. Returns how many symbols that covers.
+    QCOMM_INLINE int add_joint(const std::uint16_t* symbols, int n) {
+        // Copies, which the increments cannot be taken to change.
+        std::uint32_t *const even = recent_.data(), *const odd = even + stride_;
+        const std::uint32_t mask = static_cast<std::uint32_t>(stride_) - 1u;
+        const int shift = 16 - bits_, done = n / 4 * 4;
+        for (int i = 0; i < done; i += 4) {
+            std::uint64_t four;
+            std::memcpy(&four, symbols + i, sizeof(four));
+            const std::uint64_t joint = four | four >> shift;
+            ++even[joint & mask];
+            ++odd[joint >> 32 & mask];
         }
-        for (; i < n; ++i) ++tables_[codeword(i)];
+        if (n - done < 2) return done;
+        ++even[symbols[done] | static_cast<std::uint32_t>(symbols[done + 1]) << bits_];
+        return done + 2;
     }
 
-    bool pairs_;
-    std::size_t size_;
-    std::vector<std::uint64_t> tables_;
+    QCOMM_INLINE int add_single(const std::uint16_t* symbols, int n) {
+        std::uint32_t *const a = recent_.data(), *const b = a + stride_, *const c = b + stride_, *const d = c + stride_;
+        const int done = n / 4 * 4;
+        for (int i = 0; i < done; i += 4) {
+            std::uint64_t four;
+            std::memcpy(&four, symbols + i, sizeof(four));
+            ++a[four & 0xFFFF];
+            ++b[four >> 16 & 0xFFFF];
+            ++c[four >> 32 & 0xFFFF];
+            ++d[four >> 48];
+        }
+        return done;
+    }
+
+    void collect() {
+        const std::size_t low = (std::size_t{1} << bits_) - 1;
+        for (std::size_t table = 0; table < recent_.size(); table += stride_) {
+            for (std::size_t i = 0; i < stride_; ++i) {
+                const std::uint32_t count = recent_[table + i];
+                if (joint_ && !pairs_) {
+                    totals_[i & low] += count;
+                    totals_[i >> bits_] += count;
+                } else {
+                    totals_[i] += count;
+                }
+            }
+        }
+        std::fill(recent_.begin(), recent_.end(), 0u);
+        uncollected_ = 0;
+    }
+
+    int bits_;
+    bool pairs_;  // a codeword is two symbols
+    bool joint_;  // recent_ counts two symbols
+    std::size_t stride_;
+    // Several tables, so that a run of equal symbols does not wait for its own increments.
+    std::vector<std::uint32_t> recent_;
+    std::vector<std::uint64_t> totals_;
+    std::int64_t uncollected_ = 0;
 };
 
 }  // namespace qcomm

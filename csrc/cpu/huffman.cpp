@@ -135,6 +135,22 @@ const std::vector<StaticCode>& static_codes() {
     return codes;
 }
 
+RankTable make_ranks(const std::uint8_t* lengths, int size) {
+    RankTable ranks;
+    std::uint32_t window = 0;  // the first of the next length
+    for (int length = 1; length <= RankTable::kMaxBits; ++length) {
+        const int spare = kWindowBits - length;
+        ranks.offset[length] = static_cast<std::uint16_t>(static_cast<std::uint32_t>(ranks.count) - (window >> spare));
+        for (int s = 0; s < size; ++s) {
+            if (lengths[s] != length) continue;
+            ranks.symbols[ranks.count++] = static_cast<std::uint16_t>(s);
+            window += 1u << spare;
+        }
+        ranks.end[length] = window;
+    }
+    return ranks;
+}
+
 }  // namespace
 
 void code_lengths(const std::uint64_t* counts, int size, int limit, std::uint8_t* lengths) {
@@ -217,6 +233,10 @@ EncodeTable::EncodeTable(const std::uint8_t* lengths, int size) : entries(static
     canonical_codes(lengths, size, codes.data());
     for (std::size_t s = 0; s < entries.size(); ++s)
         entries[s] = codes[s] | static_cast<std::uint32_t>(lengths[s]) << 16;
+    if (size > kMaxNarrowSymbols || *std::max_element(lengths, lengths + size) > kMaxNarrowBits) return;
+    narrow.resize(kMaxNarrowSymbols);
+    for (std::size_t s = 0; s < entries.size(); ++s)
+        narrow[s] = static_cast<std::uint16_t>(codes[s] | lengths[s] << kMaxNarrowBits);
 }
 
 DecodeTable::DecodeTable(const std::uint8_t* lengths, int size) {
@@ -231,6 +251,7 @@ DecodeTable::DecodeTable(const std::uint8_t* lengths, int size) {
         const auto entry = static_cast<std::uint16_t>(s | lengths[s] << 12);
         for (std::size_t i = codes[s]; i < table_size; i += std::size_t{1} << lengths[s]) entries[i] = entry;
     }
+    if (size <= RankTable::kMaxSymbols && bits <= RankTable::kMaxBits) ranks = make_ranks(lengths, size);
 }
 
 const StaticCode* find_static_code(std::uint8_t id) {

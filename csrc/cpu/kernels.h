@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "codeword_counts.h"
 #include "qcomm/huffman.h"
 #include "qcomm/quantize.h"
 #include "qcomm/values.h"
@@ -21,15 +22,27 @@ struct SymbolScan {
     bool constant;  // all symbols are equal
 };
 
-// Codewords to decode to symbols or pairs.
+// A block to decode.
 struct CodedBlock {
     const std::uint8_t* start;  // 32 u32, unaligned
     const std::uint8_t* words;  // word_count u16, unaligned
     std::int64_t word_count;
-    int count;
-    std::uint16_t* symbols;
-    bool whole;  // out: the bits end where the codewords do; otherwise the symbols are meaningless
+    int count;               // symbols
+    std::uint16_t* symbols;  // out; one more is written where pairs are coded and the count is odd
+    void* values;            // out, in the dtype's storage: values of the symbols, 0 for an escape; null for none
+    bool whole;              // out: the bits end where the codewords do; otherwise symbols and values are meaningless
 };
+
+// What the blocks of a segment have in common.
+struct LaneDecoding {
+    bool pairs;  // a codeword is two symbols
+    const DecodeTable* table;
+    Quantizer quantizer;
+    DType dtype;
+    bool accumulate;  // values are added to what is there
+};
+
+inline int escape_of(const Quantizer& q) { return q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1; }
 
 constexpr int kWordsSlack = 32;  // words in front of encode_lanes' output that a vector store may overwrite
 
@@ -43,6 +56,9 @@ struct Kernels {
     BlockStatistics (*measure)(const void* u, DType dtype, int n);
     // Symbols of n >= 1 values.
     SymbolScan (*quantize)(const void* u, DType dtype, int n, const Quantizer& quantizer, std::uint16_t* symbols);
+    // The same, counting codewords, without a scan.
+    void (*quantize_counted)(const void* u, DType dtype, int n, const Quantizer& quantizer, std::uint16_t* symbols,
+                             CodewordCounts* counts);
     // residual = u - decoded(u) for n symbols; 0 where the symbol is an escape.
     void (*update_residual)(const void* u, DType dtype, const std::uint16_t* symbols, int n, const Quantizer& quantizer,
                             float* residual);
@@ -50,13 +66,12 @@ struct Kernels {
     void (*dequantize)(const std::uint16_t* symbols, int n, const Quantizer& quantizer, DType dtype, void* out,
                        bool accumulate);
 
-    // Codes n symbols, one or two a codeword, with EncodeTable entries: see block.h. Words end at `words_end` and grow
-    // downwards. Returns their number, or -1 when a symbol has no codeword.
-    int (*encode_lanes)(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries,
-                        std::uint32_t* start, std::uint16_t* words_end);
-    // Decodes the codewords of one or two blocks that share a table. Two at a time keep a vector unit busy while
-    // lookups are under way.
-    void (*decode_lanes)(CodedBlock* blocks, int count, const DecodeTable& table);
+    // Codes n symbols, one or two a codeword: see block.h. Words end at `words_end` and grow downwards. Returns their
+    // number, or -1 when a symbol has no codeword.
+    int (*encode_lanes)(const std::uint16_t* symbols, int n, bool pairs, const EncodeTable& table, std::uint32_t* start,
+                        std::uint16_t* words_end);
+    // Decodes one or two blocks. Two at a time keep a vector unit busy while lookups are under way.
+    void (*decode_lanes)(CodedBlock* blocks, int count, const LaneDecoding& how);
 
     std::uint32_t (*checksum)(const std::uint8_t* data, std::int64_t bytes);
 };

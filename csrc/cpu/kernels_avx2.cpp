@@ -121,12 +121,25 @@ int encode(const std::uint16_t* symbols, int n, const std::uint32_t* entries, st
     return finish_lanes(lanes, start, words_end);
 }
 
-int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries, std::uint32_t* start,
+int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const EncodeTable& table, std::uint32_t* start,
                  std::uint16_t* words_end) {
+    const std::uint32_t* entries = table.entries.data();
     return pairs ? encode<true>(symbols, n, entries, start, words_end)
                  : encode<false>(symbols, n, entries, start, words_end);
 }
 
+// The symbols of 8 codewords.
+template <bool kPairs>
+QCOMM_INLINE void store_symbols(__m256i codewords, std::uint16_t* symbols) {
+    if (!kPairs) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(symbols), narrow16(codewords));
+    } else {
+        const __m256i both = _mm256_or_si256(codewords, _mm256_slli_epi32(codewords, 16 - kPairBits));
+        store256(symbols, _mm256_and_si256(both, _mm256_set1_epi16(15)));
+    }
+}
+
+template <bool kPairs>
 void decode_one(CodedBlock& block, const DecodeTable& table) {
     DecodeLanes lanes;
     block.whole = begin_lanes(lanes, block);
@@ -138,13 +151,13 @@ void decode_one(CodedBlock& block, const DecodeTable& table) {
     for (int g = 0; g < kGroups; ++g) x[g] = load256(lanes.bits + kWidth * g), c[g] = load256(lanes.count + kWidth * g);
     int begin = 0;
     // A whole step of words must be readable; the last few steps of a block take the scalar path.
-    for (; begin + kLanes <= block.count && lanes.left >= kLanes; begin += kLanes) {
+    constexpr int kStepSymbols = kLanes * (kPairs ? 2 : 1);
+    for (; begin + kStepSymbols <= block.count && lanes.left >= kLanes; begin += kStepSymbols) {
         for (int g = 0; g < kGroups; ++g) {
             const __m256i e = gather<2>(_mm256_and_si256(x[g], peek), entries);
             // An entry's upper half is its neighbour in the table: masked away.
             const __m256i length = _mm256_and_si256(_mm256_srli_epi32(e, 12), nibble);
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(block.symbols + begin + kWidth * g),
-                             narrow16(_mm256_and_si256(e, symbol)));
+            store_symbols<kPairs>(_mm256_and_si256(e, symbol), block.symbols + begin + kWidth * g * (kPairs ? 2 : 1));
             x[g] = _mm256_srlv_epi32(x[g], length);
             c[g] = _mm256_sub_epi32(c[g], length);
             least = _mm256_min_epi32(least, c[g]);
@@ -166,19 +179,31 @@ void decode_one(CodedBlock& block, const DecodeTable& table) {
     store256(least_of, least);
     for (int g = 0; g < kGroups; ++g) store256(lanes.bits + kWidth * g, x[g]), store256(lanes.count + kWidth * g, c[g]);
     for (const std::int32_t l : least_of) lanes.least = l < lanes.least ? l : lanes.least;
-    decode_rest(lanes, block, entries, table.mask, begin);
+    decode_rest(lanes, block, kPairs, table, begin);
     block.whole = end_lanes(lanes);
 }
 
-void decode_lanes(CodedBlock* blocks, int count, const DecodeTable& table) {
-    for (int i = 0; i < count; ++i) decode_one(blocks[i], table);
+void decode_lanes(CodedBlock* blocks, int count, const LaneDecoding& how) {
+    for (CodedBlock* block = blocks; block < blocks + count; ++block) {
+        how.pairs ? decode_one<true>(*block, *how.table) : decode_one<false>(*block, *how.table);
+        dequantize_block(*block, how);
+    }
 }
 
 }  // namespace
 }  // namespace avx2
 
 const Kernels kAvx2Kernels = {
-    "avx2",           avx2::load,         avx2::measure,      avx2::quantize, avx2::update_residual,
-    avx2::dequantize, avx2::encode_lanes, avx2::decode_lanes, avx2::checksum};
+    "avx2",
+    avx2::load,
+    avx2::measure,
+    avx2::quantize,
+    avx2::quantize_counted,
+    avx2::update_residual,
+    avx2::dequantize,
+    avx2::encode_lanes,
+    avx2::decode_lanes,
+    avx2::checksum,
+};
 
 }  // namespace qcomm

@@ -67,6 +67,13 @@ inline int finish_lanes(const EncodeLanes& lanes, std::uint32_t* start, const st
     return static_cast<int>(words_end - lanes.words);
 }
 
+inline void split_pairs(const std::uint16_t* pairs, int count, std::uint16_t* symbols) {
+    for (int i = 0; i < count; ++i) {
+        symbols[2 * i] = pairs[i] & ((1u << kPairBits) - 1u);
+        symbols[2 * i + 1] = static_cast<std::uint16_t>(pairs[i] >> kPairBits);
+    }
+}
+
 struct DecodeLanes {
     std::uint32_t bits[kLanes];
     std::int32_t count[kLanes];
@@ -109,12 +116,15 @@ inline void decode_step(DecodeLanes& lanes, const std::uint16_t* entries, std::u
     }
 }
 
-// From codeword `begin`, a multiple of 32, to the last.
-inline void decode_rest(DecodeLanes& lanes, const CodedBlock& block, const std::uint16_t* entries, std::uint32_t mask,
-                        int begin) {
-    for (; begin < block.count; begin += kLanes) {
-        decode_step(lanes, entries, mask, block.count - begin < kLanes ? block.count - begin : kLanes,
-                    block.symbols + begin);
+// From symbol `begin`, with which a step begins, to the last.
+inline void decode_rest(DecodeLanes& lanes, const CodedBlock& block, bool pairs, const DecodeTable& table, int begin) {
+    const int per_codeword = pairs ? 2 : 1;
+    for (; begin < block.count; begin += per_codeword * kLanes) {
+        const int codewords = (block.count - begin + per_codeword - 1) / per_codeword;
+        const int live = codewords < kLanes ? codewords : kLanes;
+        std::uint16_t decoded[kLanes];
+        decode_step(lanes, table.entries.data(), table.mask, live, pairs ? decoded : block.symbols + begin);
+        if (pairs) split_pairs(decoded, live, block.symbols + begin);
     }
 }
 

@@ -75,15 +75,36 @@ SymbolScan quantize(const void* u, DType dtype, int n, const Quantizer& quantize
             for (int i = 0; i < n; ++i) symbols[i] = static_cast<std::uint16_t>(grid(values[i]));
         });
     });
-    const auto escape =
-        static_cast<std::uint16_t>(quantizer.grid == Grid::kSigma ? escape_symbol(quantizer.num_bits) : 0);
-    int escapes = 0;
     std::uint16_t different = 0;
-    for (int i = 0; i < n; ++i) {
-        escapes += symbols[i] == escape;
-        different |= static_cast<std::uint16_t>(symbols[i] ^ symbols[0]);
-    }
-    return {quantizer.grid == Grid::kSigma ? escapes : 0, different == 0};
+    for (int i = 0; i < n; ++i) different |= static_cast<std::uint16_t>(symbols[i] ^ symbols[0]);
+    if (quantizer.grid != Grid::kSigma) return {0, different == 0};
+    const auto escape = static_cast<std::uint16_t>(escape_of(quantizer));
+    int escapes = 0;
+    for (int i = 0; i < n; ++i) escapes += symbols[i] == escape;
+    return {escapes, different == 0};
+}
+
+// The arithmetic of the next values and the increments of earlier ones run side by side. Symbols that were stored only
+// just now are left for later: the processor would wait for them.
+void quantize_counted(const void* u, DType dtype, int n, const Quantizer& quantizer, std::uint16_t* symbols,
+                      CodewordCounts* counts) {
+    constexpr int kBatch = 32, kLag = 4 * kBatch;
+    dispatch(dtype, [&](auto traits) {
+        using Tr = decltype(traits);
+        const auto* values = as_arithmetic<Tr>(u);
+        with_grid<Tr>(quantizer, [&](const auto& grid) {
+            const auto copy = grid;  // which stores cannot be taken to change
+            int done = 0, counted = 0;
+            for (; done + kBatch <= n; done += kBatch) {
+                for (int i = 0; i < kBatch; ++i) symbols[done + i] = static_cast<std::uint16_t>(copy(values[done + i]));
+                if (done - counted < kLag) continue;
+                counts->add(symbols + counted, kBatch);
+                counted += kBatch;
+            }
+            for (; done < n; ++done) symbols[done] = static_cast<std::uint16_t>(copy(values[done]));
+            counts->add(symbols + counted, n - counted);
+        });
+    });
 }
 
 void update_residual(const void* u, DType dtype, const std::uint16_t* symbols, int n, const Quantizer& quantizer,
@@ -91,7 +112,7 @@ void update_residual(const void* u, DType dtype, const std::uint16_t* symbols, i
     dispatch(dtype, [&](auto traits) {
         using Tr = decltype(traits);
         const auto* values = as_arithmetic<Tr>(u);
-        const int escape = quantizer.grid == Grid::kSigma ? escape_symbol(quantizer.num_bits) : -1;
+        const int escape = escape_of(quantizer);
         with_grid<Tr>(quantizer, [&](const auto& grid) {
             for (int i = 0; i < n; ++i) {
                 const auto lost = static_cast<float>(values[i] - Tr::widen(Tr::narrow(grid.decode(symbols[i]))));
@@ -101,25 +122,35 @@ void update_residual(const void* u, DType dtype, const std::uint16_t* symbols, i
     });
 }
 
+template <class Tr, bool kAccumulates, class Grid>
+QCOMM_INLINE void dequantize_row(const Grid& grid, int escape, const std::uint16_t* symbols, int n,
+                                 typename Tr::Storage* values) {
+    using V = decltype(grid.decode(0u));
+    for (int i = 0; i < n; ++i) {
+        const typename Tr::Storage value = Tr::narrow(symbols[i] == escape ? V(0) : grid.decode(symbols[i]));
+        values[i] = kAccumulates ? Tr::narrow(Tr::widen(values[i]) + Tr::widen(value)) : value;
+    }
+}
+
 void dequantize(const std::uint16_t* symbols, int n, const Quantizer& quantizer, DType dtype, void* out,
                 bool accumulate) {
+    const int escape = escape_of(quantizer);
     dispatch(dtype, [&](auto traits) {
         using Tr = decltype(traits);
         auto* values = static_cast<typename Tr::Storage*>(out);
-        const int escape = quantizer.grid == Grid::kSigma ? escape_symbol(quantizer.num_bits) : -1;
         with_grid<Tr>(quantizer, [&](const auto& grid) {
-            using V = decltype(grid.decode(0u));
             if (accumulate) {
-                for (int i = 0; i < n; ++i) {
-                    const V value = symbols[i] == escape ? V(0) : grid.decode(symbols[i]);
-                    values[i] = Tr::narrow(Tr::widen(values[i]) + Tr::widen(Tr::narrow(value)));
-                }
+                dequantize_row<Tr, true>(grid, escape, symbols, n, values);
             } else {
-                for (int i = 0; i < n; ++i)
-                    values[i] = Tr::narrow(symbols[i] == escape ? V(0) : grid.decode(symbols[i]));
+                dequantize_row<Tr, false>(grid, escape, symbols, n, values);
             }
         });
     });
+}
+
+inline void dequantize_block(const CodedBlock& block, const LaneDecoding& how) {
+    if (block.whole && block.values != nullptr)
+        dequantize(block.symbols, block.count, how.quantizer, how.dtype, block.values, how.accumulate);
 }
 
 QCOMM_INLINE void absorb(std::uint32_t* h, const std::uint32_t* words, int count) {

@@ -11,8 +11,9 @@ namespace {
 #include "kernels_lanes.inl"
 #include "kernels_loops.inl"
 
-int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries, std::uint32_t* start,
+int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const EncodeTable& table, std::uint32_t* start,
                  std::uint16_t* words_end) {
+    const std::uint32_t* entries = table.entries.data();
     EncodeLanes lanes;
     begin_lanes(lanes, words_end);
     const int count = pairs ? (n + 1) / 2 : n;
@@ -23,14 +24,14 @@ int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const std::uin
     return finish_lanes(lanes, start, words_end);
 }
 
-void decode_lanes(CodedBlock* blocks, int count, const DecodeTable& table) {
-    const std::uint16_t* entries = table.entries.data();
+void decode_lanes(CodedBlock* blocks, int count, const LaneDecoding& how) {
     for (CodedBlock* block = blocks; block < blocks + count; ++block) {
         DecodeLanes lanes;
         block->whole = begin_lanes(lanes, *block);
         if (!block->whole) continue;
-        decode_rest(lanes, *block, entries, table.mask, 0);
+        decode_rest(lanes, *block, how.pairs, *how.table, 0);
         block->whole = end_lanes(lanes);
+        dequantize_block(*block, how);
     }
 }
 
@@ -38,7 +39,16 @@ void decode_lanes(CodedBlock* blocks, int count, const DecodeTable& table) {
 }  // namespace scalar
 
 const Kernels kScalarKernels = {
-    "scalar",           scalar::load,         scalar::measure,      scalar::quantize, scalar::update_residual,
-    scalar::dequantize, scalar::encode_lanes, scalar::decode_lanes, scalar::checksum};
+    "scalar",
+    scalar::load,
+    scalar::measure,
+    scalar::quantize,
+    scalar::quantize_counted,
+    scalar::update_residual,
+    scalar::dequantize,
+    scalar::encode_lanes,
+    scalar::decode_lanes,
+    scalar::checksum,
+};
 
 }  // namespace qcomm

@@ -238,11 +238,11 @@ private:
         const int size = alphabet_size(q.coding, q.num_bits);
         std::vector<CodewordCounts> counted(static_cast<std::size_t>(run_parts(in.values.count)), CodewordCounts(q));
         for_each_run(in.values, [&](int part, const void* u, std::int64_t begin, int n) {
-            kernels_.quantize(u, options_.dtype, n, q, symbols + begin);
-            counted[static_cast<std::size_t>(part)].add(symbols + begin, n);
+            kernels_.quantize_counted(u, options_.dtype, n, q, symbols + begin,
+                                      &counted[static_cast<std::size_t>(part)]);
         });
         std::vector<std::uint64_t> counts(static_cast<std::size_t>(size));
-        for (const CodewordCounts& part : counted) part.add_to(&counts);
+        for (CodewordCounts& part : counted) part.add_to(&counts);
         std::vector<std::uint8_t> own(static_cast<std::size_t>(size));
         code_lengths(counts.data(), size, length_limit(q.coding, q.num_bits), own.data());
         EncodeTable table;

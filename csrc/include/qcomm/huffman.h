@@ -40,7 +40,11 @@ Status unpack_lengths(const std::uint8_t* data, std::int64_t bytes, int size, in
 
 // codeword | length << 16 for each symbol; 0 where there is none.
 struct EncodeTable {
+    static constexpr int kMaxNarrowSymbols = 256, kMaxNarrowBits = 12;
+
     std::vector<std::uint32_t> entries;
+    // codeword | length << 12, where that fits: what a vector unit can hold in registers. 256 entries, or none.
+    std::vector<std::uint16_t> narrow;
 
     EncodeTable() = default;
     EncodeTable(const std::uint8_t* lengths, int size);
@@ -48,10 +52,23 @@ struct EncodeTable {
     bool has(std::uint32_t symbol) const { return entries[symbol] != 0; }
 };
 
+// A code in the order of its codewords (shorter ones first, then by symbol), for decoders that compute a symbol's rank
+// in that order and do not look up all the bits. A window is the next 16 bits, the first one highest: its codeword has
+// the least length l for which window < end[l], and the rank (window >> (16 - l)) + offset[l] mod 2^16.
+struct RankTable {
+    static constexpr int kMaxSymbols = 256, kMaxBits = 12;
+
+    int count = 0;  // symbols in use; 0 where a code has more of them, or longer codewords
+    std::uint32_t end[kMaxBits + 1] = {};
+    std::uint16_t offset[kMaxBits + 1] = {};
+    std::uint16_t symbols[kMaxSymbols] = {};
+};
+
 // symbol | length << 12 for each value of the next `bits` bits. Precondition: is_complete, at most 4096 symbols.
 struct DecodeTable {
     std::vector<std::uint16_t> entries;
     std::uint32_t mask = 0;
+    RankTable ranks;
 
     DecodeTable() = default;
     DecodeTable(const std::uint8_t* lengths, int size);

@@ -42,13 +42,20 @@ public:
     QCOMM_INLINE std::uint32_t operator()(double x) const {
         const double q = (x - lo_) * inv_ + (0.5 - offset_);
         // Below lo there should be nothing; a symbol outside the alphabet would be written out of bounds.
-        const double low = q > 0.0 ? q : 0.0;
-        return low < static_cast<double>(top_) ? static_cast<std::uint32_t>(low) : top_;
+        const double low = q > 0.0 ? q : 0.0, top = static_cast<double>(top_);
+        // By way of a signed integer, for which all processors have an instruction.
+        return static_cast<std::uint32_t>(static_cast<std::int32_t>(low < top ? low : top));
     }
     QCOMM_INLINE double decode(std::uint32_t symbol) const {
         return offset_ == 0.0 && symbol == top_ ? hi_
                                                 : __builtin_fma(static_cast<double>(symbol) + offset_, step_, lo_);
     }
+    // For vector versions of decode().
+    QCOMM_INLINE double lo() const { return lo_; }
+    QCOMM_INLINE double hi() const { return hi_; }
+    QCOMM_INLINE std::uint32_t top() const { return top_; }
+    QCOMM_INLINE double offset() const { return offset_; }
+    QCOMM_INLINE double step() const { return step_; }
 
 private:
     double lo_, hi_;
@@ -89,6 +96,10 @@ public:
     }
     // Levels each side of zero that have symbols of their own.
     QCOMM_INLINE std::uint32_t limit() const { return static_cast<std::uint32_t>(limit_); }
+    // For vector versions of decode().
+    QCOMM_INLINE T step() const { return step_; }
+    QCOMM_INLINE std::int32_t radius() const { return radius_; }
+    QCOMM_INLINE std::uint32_t escape() const { return escape_; }
 
 private:
     static constexpr T kSmallest = std::numeric_limits<T>::min(), kLargest = std::numeric_limits<T>::max();
@@ -101,11 +112,19 @@ private:
     std::int32_t limit_;
 };
 
+template <class Tr>
+QCOMM_INLINE SigmaQuantizer<typename Tr::Arithmetic> sigma_quantizer(const Quantizer& q) {
+    return SigmaQuantizer<typename Tr::Arithmetic>(q.num_bits, q.p1, Tr::kMax);
+}
+QCOMM_INLINE RangeQuantizer range_quantizer(const Quantizer& q) {
+    return RangeQuantizer(q.grid, q.num_bits, q.p0, q.p1);
+}
+
 // Calls f(quantizer) with the RangeQuantizer or SigmaQuantizer<T> of a grid that is not kNone.
 template <class Tr, class F>
 QCOMM_INLINE decltype(auto) with_grid(const Quantizer& q, F&& f) {
-    if (q.grid == Grid::kSigma) return f(SigmaQuantizer<typename Tr::Arithmetic>(q.num_bits, q.p1, Tr::kMax));
-    return f(RangeQuantizer(q.grid, q.num_bits, q.p0, q.p1));
+    if (q.grid == Grid::kSigma) return f(sigma_quantizer<Tr>(q));
+    return f(range_quantizer(q));
 }
 
 // Whether the grid can represent these values at all; if not, a segment travels raw.

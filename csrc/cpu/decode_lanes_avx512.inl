@@ -1,0 +1,251 @@
+// decode_lanes for AVX-512. Included like kernels_loops.inl.
+
+// What 32 codewords stand for, and 16 minus their lengths.
+struct Decoded {
+    __m512i symbol, spare;
+};
+
+// By rank (see RankTable). The window's first 6 bits tell the length of a codeword of at most 6 bits; the others are
+// told apart by comparisons. A table of the symbols does the rest.
+template <int kParts>
+class RankedCode {
+public:
+    static constexpr int kMaxSymbols = RegisterTable<kParts>::kSize;
+
+    explicit RankedCode(const DecodeTable& table)
+        : symbols_(table.ranks.symbols), spare_(spare_of_first_bits(table.ranks).of) {
+        const RankTable& ranks = table.ranks;
+        alignas(64) std::uint16_t offset_of_spare[kLanes] = {};
+        for (int l = 1; l <= RankTable::kMaxBits; ++l) offset_of_spare[kWindowBits - l] = ranks.offset[l];
+        offset_ = _mm512_load_si512(offset_of_spare);
+        for (int i = 0; i < kComparisons; ++i) {
+            const std::uint32_t end = ranks.end[kFirstBits + 1 + i];  // 0: no codeword is as short
+            last_window_[i] = _mm512_set1_epi16(static_cast<short>(end == 0 ? 0xFFFF : end - 1));
+        }
+    }
+
+    QCOMM_INLINE Decoded operator[](__m512i bits) const {
+        // The first bit highest: bits reversed in each byte, then bytes exchanged.
+        const __m512i reversed = _mm512_gf2p8affine_epi64_epi8(bits, _mm512_set1_epi64(0x8040201008040201), 0);
+        const __m512i window = _mm512_shldi_epi16(reversed, reversed, 8), one = _mm512_set1_epi16(1);
+        __m512i spare = spare_[_mm512_srli_epi16(window, kWindowBits - kFirstBits)];
+        for (const __m512i& last : last_window_)
+            spare = _mm512_mask_sub_epi16(spare, _mm512_cmpgt_epu16_mask(window, last), spare, one);
+        const __m512i rank =
+            _mm512_add_epi16(_mm512_srlv_epi16(window, spare), _mm512_permutexvar_epi16(spare, offset_));
+        return {symbols_[rank], spare};
+    }
+
+private:
+    static constexpr int kFirstBits = 6, kComparisons = RankTable::kMaxBits - kFirstBits - 1;
+
+    struct FirstBits {
+        std::uint16_t of[1 << kFirstBits];
+    };
+    // Of a longer codeword, what the shortest possible one would leave.
+    static FirstBits spare_of_first_bits(const RankTable& ranks) {
+        FirstBits spare;
+        for (std::uint32_t first = 0; first < 1u << kFirstBits; ++first) {
+            int length = 1;
+            while (ranks.end[length] == 0 ||
+                   (length <= kFirstBits && first << (kWindowBits - kFirstBits) >= ranks.end[length]))
+                ++length;
+            spare.of[first] = static_cast<std::uint16_t>(kWindowBits - length);
+        }
+        return spare;
+    }
+
+    RegisterTable<kParts> symbols_;
+    RegisterTable<kSmall> spare_;
+    __m512i offset_;
+    __m512i last_window_[kComparisons];
+};
+
+class LookedUpCode {
+public:
+    static constexpr int kMaxSymbols = 1 << kMaxCodedBits;
+
+    explicit LookedUpCode(const DecodeTable& table)
+        : entries_(table.entries.data()), peek_(_mm512_set1_epi32(static_cast<int>(table.mask))) {}
+
+    QCOMM_INLINE Decoded operator[](__m512i bits) const {
+        const __m512i a = gather(_mm512_and_si512(lower_half(bits), peek_), entries_, 2),
+                      b = gather(_mm512_and_si512(upper_half(bits), peek_), entries_, 2);
+        const __m512i entry = low_words(a, b);  // the upper half of what is gathered is the neighbour in the table
+        return {_mm512_and_si512(entry, _mm512_set1_epi16(0xFFF)),
+                _mm512_sub_epi16(_mm512_set1_epi16(kWindowBits), _mm512_srli_epi16(entry, 12))};
+    }
+
+private:
+    const std::uint16_t* entries_;
+    __m512i peek_;
+};
+
+// One block's decoder, its lanes in registers.
+template <bool kPairs, class Sink>
+struct Decoder {
+    static constexpr int kStepSymbols = kLanes * (kPairs ? 2 : 1);
+
+    __m512i low, high, held, least;
+    const std::uint8_t *words, *words_end;
+    std::uint16_t* symbols;
+    Sink sink;
+    int steps_left;
+
+    QCOMM_INLINE bool begin(const CodedBlock& block, const Sink& to) {
+        DecodeLanes lanes;
+        if (!begin_lanes(lanes, block)) return false;
+        const __m512i a = _mm512_loadu_si512(lanes.bits), b = _mm512_loadu_si512(lanes.bits + 16);
+        low = low_words(a, b);
+        high = high_words(a, b);
+        held = low_words(_mm512_loadu_si512(lanes.count), _mm512_loadu_si512(lanes.count + 16));
+        least = _mm512_set1_epi16(kWordBits);
+        words = lanes.words;
+        words_end = words + 2 * lanes.left;
+        symbols = block.symbols;
+        sink = to;
+        steps_left = block.count / kStepSymbols;
+        return true;
+    }
+
+    // Whether the next step is a whole one that cannot run out of words.
+    QCOMM_INLINE bool runs() const { return steps_left > 0 && words_end - words >= 2 * kLanes; }
+
+    // kLast: fewer words may be left than lanes ask for.
+    template <bool kLast, class Code>
+    QCOMM_INLINE void step(const Code& code) {
+        const __m512i word = _mm512_set1_epi16(kWordBits), zero = _mm512_setzero_si512();
+        const Decoded next = code[low];
+        if (kPairs) {
+            put(split_pairs(lower_half(next.symbol)));
+            put(split_pairs(upper_half(next.symbol)));
+        } else {
+            put(next.symbol);
+        }
+        --steps_left;
+        // To the right by a codeword's length is to the left by what it leaves of 16 bits, a word higher.
+        low = _mm512_shldv_epi16(high, low, next.spare);
+        high = _mm512_shldv_epi16(zero, high, next.spare);
+        held = _mm512_add_epi16(held, next.spare);  // 16 too many, as after reading a word
+        least = _mm512_min_epi16(least, held);
+        __mmask32 need = _mm512_cmplt_epi16_mask(held, _mm512_set1_epi16(2 * kWordBits));
+        __m512i loaded;
+        if (kLast) {
+            const __mmask32 readable = _bzhi_u32(0xFFFFFFFFu, static_cast<unsigned>((words_end - words) / 2));
+            need = _pdep_u32(readable, need);  // the first lanes that still get a word
+            loaded = _mm512_maskz_loadu_epi16(readable, words);
+        } else {
+            loaded = _mm512_loadu_si512(words);
+        }
+        words += 2 * __builtin_popcount(need);
+        const __m512i taken = _mm512_maskz_expand_epi16(need, loaded);  // shifts are modulo 16
+        low = _mm512_or_si512(low, _mm512_shldv_epi16(taken, zero, held));
+        high = _mm512_or_si512(high, _mm512_shldv_epi16(zero, taken, held));
+        held = _mm512_mask_sub_epi16(held, static_cast<__mmask32>(~need), held, word);
+    }
+
+    static QCOMM_INLINE __m512i split_pairs(__m512i pairs) {
+        const __m512i both = _mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 16 - kPairBits));
+        return _mm512_and_si512(both, _mm512_set1_epi16(15));
+    }
+    QCOMM_INLINE void put(__m512i next_symbols) {
+        _mm512_storeu_si512(symbols, next_symbols);
+        symbols += kLanes;
+        sink.put(next_symbols);
+    }
+
+    // The last steps, and what is no whole step.
+    template <class Code>
+    QCOMM_INLINE void finish(CodedBlock& block, const DecodeTable& table, const Code& code) {
+        while (steps_left > 0) step<true>(code);
+        DecodeLanes lanes;
+        alignas(64) std::uint16_t low_of[kLanes], high_of[kLanes];
+        alignas(64) std::int16_t held_of[kLanes], least_of[kLanes];
+        _mm512_store_si512(low_of, low);
+        _mm512_store_si512(high_of, high);
+        _mm512_store_si512(held_of, held);
+        _mm512_store_si512(least_of, least);
+        lanes.least = 0;
+        for (int j = 0; j < kLanes; ++j) {
+            lanes.bits[j] = static_cast<std::uint32_t>(high_of[j]) << kWordBits | low_of[j];
+            lanes.count[j] = held_of[j];
+            const std::int32_t fewest = least_of[j] - static_cast<std::int32_t>(kWordBits);
+            lanes.least = fewest < lanes.least ? fewest : lanes.least;
+        }
+        lanes.words = words;
+        lanes.left = (words_end - words) / 2;
+        const int done = static_cast<int>(symbols - block.symbols);
+        decode_rest(lanes, block, kPairs, table, done);
+        block.whole = end_lanes(lanes);
+        sink.put_rest(symbols, block.count - done);
+    }
+};
+
+template <bool kPairs, class Code, class MakeSink>
+void decode(CodedBlock* blocks, int count, const DecodeTable& table, MakeSink make_sink) {
+    const Code code(table);
+    using Sink = decltype(make_sink(blocks[0]));
+    Decoder<kPairs, Sink> decoders[2];
+    for (int i = 0; i < count; ++i) blocks[i].whole = decoders[i].begin(blocks[i], make_sink(blocks[i]));
+    if (count == 2 && blocks[0].whole && blocks[1].whole) {
+        Decoder<kPairs, Sink> a = decoders[0], b = decoders[1];
+        while (a.runs() && b.runs()) {
+            a.template step<false>(code);
+            b.template step<false>(code);
+        }
+        decoders[0] = a;
+        decoders[1] = b;
+    }
+    for (int i = 0; i < count; ++i) {
+        if (!blocks[i].whole) continue;
+        Decoder<kPairs, Sink> last = decoders[i];
+        while (last.runs()) last.template step<false>(code);
+        last.finish(blocks[i], table, code);
+    }
+}
+
+template <bool kPairs, class Code, class Values>
+void decode_values(CodedBlock* blocks, int count, const LaneDecoding& how, const Values& values) {
+    if (how.accumulate) {
+        decode<kPairs, Code>(blocks, count, *how.table, [&](const CodedBlock& block) {
+            return FloatSink<Values, true>{&values, &how, static_cast<float*>(block.values)};
+        });
+    } else {
+        decode<kPairs, Code>(blocks, count, *how.table, [&](const CodedBlock& block) {
+            return FloatSink<Values, false>{&values, &how, static_cast<float*>(block.values)};
+        });
+    }
+}
+
+template <bool kPairs, class Code>
+void decode_as(CodedBlock* blocks, int count, const LaneDecoding& how) {
+    if (how.dtype != DType::kFloat32 || blocks[0].values == nullptr) {
+        decode<kPairs, Code>(blocks, count, *how.table, [](const CodedBlock&) { return NoSink{}; });
+        for (int i = 0; i < count; ++i) dequantize_block(blocks[i], how);
+        return;
+    }
+    if constexpr (!kPairs) {  // range grids have no pairs
+        const RangeQuantizer grid = range_quantizer(how.quantizer);
+        if (is_range(how.quantizer.grid)) {
+            if constexpr (Code::kMaxSymbols <= TabledValues::kMaxSymbols) {
+                if (1 << how.quantizer.num_bits <= TabledValues::kMaxSymbols)
+                    return decode_values<kPairs, Code>(blocks, count, how, TabledValues(grid));
+            }
+            return decode_values<kPairs, Code>(blocks, count, how, RangeValues(grid));
+        }
+    }
+    decode_values<kPairs, Code>(blocks, count, how,
+                                SigmaValues(sigma_quantizer<Traits<DType::kFloat32>>(how.quantizer)));
+}
+
+template <bool kPairs>
+void decode_as(CodedBlock* blocks, int count, const LaneDecoding& how) {
+    const int symbols = how.table->ranks.count;
+    if (symbols == 0) return decode_as<kPairs, LookedUpCode>(blocks, count, how);
+    if (symbols <= RankedCode<kSmall>::kMaxSymbols) return decode_as<kPairs, RankedCode<kSmall>>(blocks, count, how);
+    return decode_as<kPairs, RankedCode<kLarge>>(blocks, count, how);
+}
+
+void decode_lanes(CodedBlock* blocks, int count, const LaneDecoding& how) {
+    how.pairs ? decode_as<true>(blocks, count, how) : decode_as<false>(blocks, count, how);
+}

@@ -1,0 +1,157 @@
+// Packets, reading the metadata. The bytes are hostile: every size is checked before it is used, and in an order in
+// which no sum can overflow.
+#include <cstddef>
+#include <cstring>
+
+#include "packet_parts.h"
+#include "qcomm/checksum.h"
+#include "qcomm/huffman.h"
+
+namespace qcomm {
+namespace {
+
+// Far above any tensor, and safe to multiply by an item's bits.
+constexpr std::uint64_t kMaxElements = std::uint64_t{1} << 42;
+
+Status check_header(const PacketHeader& h, std::int64_t bytes) {
+    if (h.magic != kMagic) return bad_packet("these bytes are not a qcomm packet: wrong magic number");
+    if (h.version != kVersion)
+        return bad_packet("the packet has another version; this library reads version 1, found", h.version);
+    if (!is_valid(h.dtype)) return bad_packet("unknown dtype", static_cast<std::int64_t>(h.dtype));
+    if (h.flags > kFlagChecksums || h.reserved != 0) return bad_packet("unknown flags or reserved fields");
+    if (h.ndim > kMaxDims) return bad_packet("too many dimensions", h.ndim);
+    if (h.segment_count < 1) return bad_packet("a packet needs at least one segment");
+    if (h.element_count > kMaxElements) return bad_packet("element count out of range");
+    if (h.steps < 1 || h.steps > kMaxSteps) return bad_packet("steps must be 1..512, found", h.steps);
+    if (h.total_bytes > static_cast<std::uint64_t>(bytes))
+        return bad_packet("the packet is truncated; bytes present", bytes);
+    if (h.total_bytes < static_cast<std::uint64_t>(bytes))
+        return bad_packet("there are bytes after the end of the packet; its size",
+                          static_cast<std::int64_t>(h.total_bytes));
+    return {};
+}
+
+Status check_dims(const std::vector<std::int64_t>& dims, std::uint64_t elements) {
+    // Of the dimensions that are not 0: torch computes strides from them also for an empty tensor.
+    std::uint64_t product = 1;
+    bool empty = false;
+    for (const std::int64_t d : dims) {
+        if (d < 0 || static_cast<std::uint64_t>(d) > kMaxElements) return bad_packet("a dimension is out of range", d);
+        empty |= d == 0;
+    }
+    for (const std::int64_t d : dims) {
+        if (d == 0) continue;
+        product = product > kMaxElements / static_cast<std::uint64_t>(d) ? kMaxElements + 1
+                                                                         : product * static_cast<std::uint64_t>(d);
+        if (product > kMaxElements) return bad_packet("the dimensions' product is out of range");
+    }
+    return (empty ? 0 : product) == elements ? Status{}
+                                             : bad_packet("the dimensions do not agree with the element count");
+}
+
+Status check_record(const SegmentRecord& r, DType dtype, std::int64_t index) {
+    if (r.count > kMaxElements) return bad_packet("a segment's count is out of range; segment", index);
+    if (static_cast<unsigned>(r.grid) > 3 || static_cast<unsigned>(r.coding) > 4 || r.reserved != 0)
+        return bad_packet("unknown grid or coding; segment", index);
+    if (r.coding == Coding::kRaw || r.coding == Coding::kConstant) return {};
+    const Quantizer q = quantizer_of(r);
+    if (q.grid == Grid::kNone || q.num_bits < (q.grid == Grid::kSigma ? 2 : 1) || q.num_bits > 16)
+        return bad_packet("num_bits does not fit the grid; segment", index);
+    if (!is_usable(q, dtype)) return bad_packet("a grid's parameters are not usable; segment", index);
+    if (q.coding == Coding::kFixed)
+        return is_range(q.grid) ? Status{} : bad_packet("coding fixed needs a range grid; segment", index);
+    if (q.coding == Coding::kPair && (q.grid != Grid::kSigma || q.num_bits != kPairBits))
+        return bad_packet("coding pair needs a sigma grid of 4 bits; segment", index);
+    if (q.table == kNoTable) return {};
+    if (q.table == kTableOnWire)
+        return q.num_bits <= kMaxCodedBits ? Status{} : bad_packet("no codes exist for so many bits; segment", index);
+    const StaticCode* code = find_static_code(q.table);
+    const bool fits = code != nullptr && code->coding == q.coding && code->num_bits == q.num_bits;
+    return fits ? Status{} : bad_packet("unknown static table; segment", index);
+}
+
+bool has_lengths(const SegmentRecord& r) { return is_block_coded(r.coding) && r.table == kTableOnWire; }
+
+// Checks that the code lengths of all segments are codes and fill their area exactly.
+Status check_lengths(PacketView* view, std::int64_t bytes) {
+    std::vector<std::uint8_t> lengths(std::size_t{1} << kMaxCodedBits);
+    std::int64_t at = 0;
+    view->lengths_at.assign(view->records.size(), 0);
+    for (std::size_t i = 0; i < view->records.size(); ++i) {
+        const SegmentRecord& r = view->records[i];
+        if (!has_lengths(r)) continue;
+        std::int64_t used = 0;
+        view->lengths_at[i] = at;
+        QCOMM_RETURN_IF_ERROR(unpack_lengths(view->lengths + at, bytes - at, alphabet_size(r.coding, r.num_bits),
+                                             length_limit(r.coding, r.num_bits), lengths.data(), &used));
+        at += used;
+    }
+    return at == bytes ? Status{} : bad_packet("the code lengths do not fill their area");
+}
+
+// Checks that segments and blocks divide the payload without gaps.
+Status check_layout(const PacketView& view) {
+    std::int64_t at = 0, block = 0;
+    for (const SegmentRecord& r : view.records) {
+        const std::int64_t blocks = blocks_in(r, view.header.steps);
+        for (std::int64_t i = 0; i < blocks; ++i, ++block) {
+            const std::int64_t end = 4 * static_cast<std::int64_t>(load_u32(view.block_ends + 4 * block));
+            if (end <= at || end > view.payload_bytes) return bad_packet("a block's end is out of order; block", block);
+            at = end;
+        }
+        at += plain_bytes(r, view.header.dtype);
+        if (at > view.payload_bytes) return bad_packet("the payload is truncated; bytes present", view.payload_bytes);
+    }
+    return at == view.payload_bytes ? Status{} : bad_packet("the payload has bytes that belong to no segment");
+}
+
+}  // namespace
+
+Status parse_packet(const std::uint8_t* packet, std::int64_t bytes, PacketView* view) {
+    Cursor cursor(packet, bytes);
+    const std::uint8_t* header = cursor.take(sizeof(PacketHeader));
+    if (header == nullptr) return bad_packet("a packet has at least 40 bytes; found", bytes);
+    PacketHeader& h = view->header;
+    std::memcpy(&h, header, sizeof(h));
+    QCOMM_RETURN_IF_ERROR(check_header(h, bytes));
+
+    const std::uint8_t* dims = cursor.take(std::uint64_t{8} * h.ndim);
+    const std::uint8_t* records = cursor.take(sizeof(SegmentRecord) * std::uint64_t{h.segment_count});
+    view->lengths = cursor.take(std::uint64_t{4} * h.lengths_words);
+    if (dims == nullptr || records == nullptr || view->lengths == nullptr)
+        return bad_packet("the packet's metadata is truncated");
+    view->dims.resize(h.ndim);
+    if (h.ndim > 0) std::memcpy(view->dims.data(), dims, std::size_t{8} * h.ndim);
+    view->records.resize(h.segment_count);
+    std::memcpy(view->records.data(), records, sizeof(SegmentRecord) * h.segment_count);
+
+    std::uint64_t elements = 0, blocks = 0, sums = 0;
+    for (std::size_t i = 0; i < view->records.size(); ++i) {
+        const SegmentRecord& r = view->records[i];
+        QCOMM_RETURN_IF_ERROR(check_record(r, h.dtype, static_cast<std::int64_t>(i)));
+        elements += r.count;
+        blocks += static_cast<std::uint64_t>(blocks_in(r, h.steps));
+        sums += static_cast<std::uint64_t>(checksums_in(r, h.steps));
+        if (elements > kMaxElements) return bad_packet("the segments' counts are out of range");
+    }
+    if (elements != h.element_count) return bad_packet("the segments' counts do not agree with the element count");
+    QCOMM_RETURN_IF_ERROR(check_dims(view->dims, elements));
+    const bool with_checksums = (h.flags & kFlagChecksums) != 0;
+    view->block_ends = cursor.take(4 * blocks);
+    view->checksums = cursor.take(with_checksums ? 4 * sums : 0);
+    if (view->block_ends == nullptr || view->checksums == nullptr)
+        return bad_packet("the packet's block table is truncated");
+    if (!with_checksums) view->checksums = nullptr;
+    view->payload_bytes = cursor.left();
+    view->payload = cursor.take(static_cast<std::uint64_t>(cursor.left()));
+
+    std::vector<std::uint8_t> metadata(packet, view->payload);
+    std::memset(metadata.data() + offsetof(PacketHeader, header_checksum), 0, sizeof(std::uint32_t));
+    if (checksum(metadata.data(), static_cast<std::int64_t>(metadata.size())) != h.header_checksum) {
+        return bad_packet("the packet's metadata is damaged: wrong header checksum");
+    }
+    QCOMM_RETURN_IF_ERROR(check_lengths(view, std::int64_t{4} * h.lengths_words));
+    return check_layout(*view);
+}
+
+}  // namespace qcomm
