@@ -1,10 +1,10 @@
 // qcomm's packets without the grid's arithmetic, for bench/bench_codec.py: symbols to bytes and back.
 //
 // encode_packet and decode_packet run as they are. Only the inner loops that they call for values are others: quantize
-// and quantize_counted copy symbols that were made before, decode_lanes and dequantize copy symbols out. So histogram, code lengths, tables, blocks,
-// fallbacks, checksums and the packet's layout are those of the library, and one copy of the symbols is timed on top of
-// them. Up to 8 bits they are bytes on the outside, as other coders have them. A value is only ever looked at to find
-// out which one it is.
+// and quantize_counted copy symbols that were made before, decode_lanes and dequantize copy symbols out. So histogram,
+// code lengths, tables, blocks, fallbacks, checksums and the packet's layout are those of the library, and one copy of
+// the symbols is timed on top of them. Up to 8 bits they are bytes on the outside, as other coders have them. A value
+// is only ever looked at to find out which one it is.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>

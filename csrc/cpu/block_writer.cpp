@@ -56,13 +56,18 @@ void BlockWriter::write(const SegmentInput& in, const Quantizer& q, const Encode
         // In runs that stay in the first-level cache from the values to the new residual.
         for (int at = 0; at < n; at += kRun) {
             const int m = std::min(kRun, n - at);
-            const void* u = load_block(kernels_, in.values, begin + at, m, scratch(at));
-            const SymbolScan part = known != nullptr ? scan_symbols(symbols + at, m, q)
-                                                     : kernels_.quantize(u, options_.dtype, m, q, quantized + at);
+            float* const residual = in.residual_out != nullptr && settled ? in.residual_out + begin + at : nullptr;
+            SymbolScan part{0, true};
+            if (known == nullptr && residual != nullptr) {
+                part = kernels_.quantize_residual(in.values, begin + at, m, q, scratch(at), quantized + at, residual);
+            } else {
+                const void* u = load_block(kernels_, in.values, begin + at, m, scratch(at));
+                part = known != nullptr ? scan_symbols(symbols + at, m, q)
+                                        : kernels_.quantize(u, options_.dtype, m, q, quantized + at);
+                if (residual != nullptr) kernels_.update_residual(u, options_.dtype, symbols + at, m, q, residual);
+            }
             scan.escapes += part.escapes;
             scan.constant &= part.constant && symbols[at] == symbols[0];
-            if (in.residual_out != nullptr && settled)
-                kernels_.update_residual(u, options_.dtype, symbols + at, m, q, in.residual_out + begin + at);
         }
         const void* u = in_place(in.values, begin);
         const BlockMode mode = write_block(u != nullptr ? u : scratch(0), symbols, n, scan, q, table);

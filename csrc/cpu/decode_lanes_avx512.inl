@@ -6,17 +6,16 @@ struct Decoded {
 };
 
 // By rank (see RankTable). The window's first 6 bits tell the length of a codeword of at most 6 bits; the others are
-// told apart by comparisons. A table of the symbols does the rest.
-template <int kParts>
+// told apart by comparisons. Then the rank is looked up, in registers where it is one of the first kRanks.
+template <int kParts, int kLongest, bool kHasAll>
 class RankedCode {
 public:
-    static constexpr int kMaxSymbols = RegisterTable<kParts>::kSize;
+    static constexpr int kRanks = RegisterTable<kParts>::kSize;
 
-    explicit RankedCode(const DecodeTable& table)
-        : symbols_(table.ranks.symbols), spare_(spare_of_first_bits(table.ranks).of) {
-        const RankTable& ranks = table.ranks;
+    explicit RankedCode(const RankTable& ranks)
+        : frequent_(ranks.symbols.data()), spare_(spare_of_first_bits(ranks).of), symbols_(ranks.symbols.data()) {
         alignas(64) std::uint16_t offset_of_spare[kLanes] = {};
-        for (int l = 1; l <= RankTable::kMaxBits; ++l) offset_of_spare[kWindowBits - l] = ranks.offset[l];
+        for (int l = 1; l <= kLongest; ++l) offset_of_spare[kWindowBits - l] = ranks.offset[l];
         offset_ = _mm512_load_si512(offset_of_spare);
         for (int i = 0; i < kComparisons; ++i) {
             const std::uint32_t end = ranks.end[kFirstBits + 1 + i];  // 0: no codeword is as short
@@ -33,11 +32,14 @@ public:
             spare = _mm512_mask_sub_epi16(spare, _mm512_cmpgt_epu16_mask(window, last), spare, one);
         const __m512i rank =
             _mm512_add_epi16(_mm512_srlv_epi16(window, spare), _mm512_permutexvar_epi16(spare, offset_));
-        return {symbols_[rank], spare};
+        __m512i symbol = frequent_[rank];
+        if (!kHasAll && __builtin_expect(_mm512_cmpge_epu16_mask(rank, _mm512_set1_epi16(kRanks)) != 0, 0))
+            symbol = low_words(gather(lower_half(rank), symbols_, 2), gather(upper_half(rank), symbols_, 2));
+        return {symbol, spare};
     }
 
 private:
-    static constexpr int kFirstBits = 6, kComparisons = RankTable::kMaxBits - kFirstBits - 1;
+    static constexpr int kFirstBits = 6, kComparisons = kLongest - kFirstBits - 1;
 
     struct FirstBits {
         std::uint16_t of[1 << kFirstBits];
@@ -55,31 +57,17 @@ private:
         return spare;
     }
 
-    RegisterTable<kParts> symbols_;
+    RegisterTable<kParts> frequent_;
     RegisterTable<kSmall> spare_;
+    const std::uint16_t* symbols_;
     __m512i offset_;
     __m512i last_window_[kComparisons];
 };
 
-class LookedUpCode {
-public:
-    static constexpr int kMaxSymbols = 1 << kMaxCodedBits;
-
-    explicit LookedUpCode(const DecodeTable& table)
-        : entries_(table.entries.data()), peek_(_mm512_set1_epi32(static_cast<int>(table.mask))) {}
-
-    QCOMM_INLINE Decoded operator[](__m512i bits) const {
-        const __m512i a = gather(_mm512_and_si512(lower_half(bits), peek_), entries_, 2),
-                      b = gather(_mm512_and_si512(upper_half(bits), peek_), entries_, 2);
-        const __m512i entry = low_words(a, b);  // the upper half of what is gathered is the neighbour in the table
-        return {_mm512_and_si512(entry, _mm512_set1_epi16(0xFFF)),
-                _mm512_sub_epi16(_mm512_set1_epi16(kWindowBits), _mm512_srli_epi16(entry, 12))};
-    }
-
-private:
-    const std::uint16_t* entries_;
-    __m512i peek_;
-};
+constexpr int kShort = 12, kLong = kMaxCodeLength;  // kLongest
+using SmallCode = RankedCode<kSmall, kShort, true>;
+using LargeCode = RankedCode<kLarge, kShort, true>;
+using AnyCode = RankedCode<kLarge, kLong, false>;
 
 // One block's decoder, its lanes in registers.
 template <bool kPairs, class Sink>
@@ -183,7 +171,7 @@ struct Decoder {
 
 template <bool kPairs, class Code, class MakeSink>
 void decode(CodedBlock* blocks, int count, const DecodeTable& table, MakeSink make_sink) {
-    const Code code(table);
+    const Code code(table.ranks);
     using Sink = decltype(make_sink(blocks[0]));
     Decoder<kPairs, Sink> decoders[2];
     for (int i = 0; i < count; ++i) blocks[i].whole = decoders[i].begin(blocks[i], make_sink(blocks[i]));
@@ -227,7 +215,7 @@ void decode_as(CodedBlock* blocks, int count, const LaneDecoding& how) {
     if constexpr (!kPairs) {  // range grids have no pairs
         const RangeQuantizer grid = range_quantizer(how.quantizer);
         if (is_range(how.quantizer.grid)) {
-            if constexpr (Code::kMaxSymbols <= TabledValues::kMaxSymbols) {
+            if constexpr (Code::kRanks <= TabledValues::kMaxSymbols) {
                 if (1 << how.quantizer.num_bits <= TabledValues::kMaxSymbols)
                     return decode_values<kPairs, Code>(blocks, count, how, TabledValues(grid));
             }
@@ -240,10 +228,11 @@ void decode_as(CodedBlock* blocks, int count, const LaneDecoding& how) {
 
 template <bool kPairs>
 void decode_as(CodedBlock* blocks, int count, const LaneDecoding& how) {
-    const int symbols = how.table->ranks.count;
-    if (symbols == 0) return decode_as<kPairs, LookedUpCode>(blocks, count, how);
-    if (symbols <= RankedCode<kSmall>::kMaxSymbols) return decode_as<kPairs, RankedCode<kSmall>>(blocks, count, how);
-    return decode_as<kPairs, RankedCode<kLarge>>(blocks, count, how);
+    const RankTable& ranks = how.table->ranks;
+    if (ranks.longest > kShort || ranks.count > LargeCode::kRanks)
+        return decode_as<kPairs, AnyCode>(blocks, count, how);
+    if (ranks.count > SmallCode::kRanks) return decode_as<kPairs, LargeCode>(blocks, count, how);
+    return decode_as<kPairs, SmallCode>(blocks, count, how);
 }
 
 void decode_lanes(CodedBlock* blocks, int count, const LaneDecoding& how) {

@@ -4,20 +4,6 @@ struct Codewords {
     __m512i code, length;  // of 32 lanes; above a code's bits there are zeros
 };
 
-template <int kParts>
-class NarrowCode {
-public:
-    QCOMM_INLINE explicit NarrowCode(const EncodeTable& table) : table_(table.narrow.data()) {}
-    QCOMM_INLINE Codewords operator[](__m512i index) const {
-        const __m512i entry = table_[index];
-        return {_mm512_and_si512(entry, _mm512_set1_epi16((1 << EncodeTable::kMaxNarrowBits) - 1)),
-                _mm512_srli_epi16(entry, EncodeTable::kMaxNarrowBits)};
-    }
-
-private:
-    RegisterTable<kParts> table_;
-};
-
 class WideCode {
 public:
     QCOMM_INLINE explicit WideCode(const EncodeTable& table) : entries_(table.entries.data()) {}
@@ -28,6 +14,33 @@ public:
 
 private:
     const std::uint32_t* entries_;
+};
+
+// From registers; a step with any other symbol takes the wide way.
+template <int kParts, bool kHasAll>
+class NarrowCode {
+public:
+    QCOMM_INLINE explicit NarrowCode(const EncodeTable& table)
+        : table_(table.narrow.entries),
+          first_(_mm512_set1_epi16(static_cast<short>(table.narrow.first))),
+          wide_(table) {}
+
+    QCOMM_INLINE Codewords operator[](__m512i index) const {
+        const __m512i place = kHasAll ? index : _mm512_sub_epi16(index, first_);
+        const __m512i entry = table_[place];
+        if (!kHasAll) {
+            const __mmask32 others = _mm512_testn_epi16_mask(entry, entry) |
+                                     _mm512_cmpge_epu16_mask(place, _mm512_set1_epi16(NarrowTable::kSymbols));
+            if (__builtin_expect(others != 0, 0)) return wide_[index];
+        }
+        return {_mm512_and_si512(entry, _mm512_set1_epi16((1 << NarrowTable::kBits) - 1)),
+                _mm512_srli_epi16(entry, NarrowTable::kBits)};
+    }
+
+private:
+    RegisterTable<kParts> table_;
+    __m512i first_;
+    WideCode wide_;
 };
 
 // What 32 codewords stand for: symbols, or pairs as first | second << 4.
@@ -95,10 +108,11 @@ int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, std::u
 template <bool kPairs>
 int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, std::uint32_t* start,
            std::uint16_t* words_end) {
-    if (table.narrow.empty()) return encode<kPairs, WideCode>(symbols, n, table, start, words_end);
+    const bool has_all = table.narrow.has_all && table.entries.size() <= NarrowTable::kSymbols;
+    if (!has_all) return encode<kPairs, NarrowCode<kLarge, false>>(symbols, n, table, start, words_end);
     if (table.entries.size() <= RegisterTable<kSmall>::kSize)
-        return encode<kPairs, NarrowCode<kSmall>>(symbols, n, table, start, words_end);
-    return encode<kPairs, NarrowCode<kLarge>>(symbols, n, table, start, words_end);
+        return encode<kPairs, NarrowCode<kSmall, true>>(symbols, n, table, start, words_end);
+    return encode<kPairs, NarrowCode<kLarge, true>>(symbols, n, table, start, words_end);
 }
 
 int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const EncodeTable& table, std::uint32_t* start,

@@ -138,17 +138,42 @@ const std::vector<StaticCode>& static_codes() {
 RankTable make_ranks(const std::uint8_t* lengths, int size) {
     RankTable ranks;
     std::uint32_t window = 0;  // the first of the next length
-    for (int length = 1; length <= RankTable::kMaxBits; ++length) {
+    for (int length = 1; length <= kMaxCodeLength; ++length) {
         const int spare = kWindowBits - length;
-        ranks.offset[length] = static_cast<std::uint16_t>(static_cast<std::uint32_t>(ranks.count) - (window >> spare));
+        ranks.offset[length] = static_cast<std::uint16_t>(ranks.symbols.size() - (window >> spare));
         for (int s = 0; s < size; ++s) {
             if (lengths[s] != length) continue;
-            ranks.symbols[ranks.count++] = static_cast<std::uint16_t>(s);
+            ranks.symbols.push_back(static_cast<std::uint16_t>(s));
+            ranks.longest = length;
             window += 1u << spare;
         }
         ranks.end[length] = window;
     }
+    ranks.count = static_cast<int>(ranks.symbols.size());
+    constexpr std::size_t kMultiple = 256;
+    ranks.symbols.resize((ranks.symbols.size() + kMultiple - 1) / kMultiple * kMultiple + 1);
     return ranks;
+}
+
+NarrowTable make_narrow(const std::uint8_t* lengths, const std::uint16_t* codes, int size) {
+    const auto weight = [&](int s) {
+        return lengths[s] >= 1 && lengths[s] <= NarrowTable::kBits ? kraft_units(lengths[s]) : 0u;
+    };
+    NarrowTable narrow;
+    std::uint32_t sum = 0, most = 0;
+    for (int s = 0; s < size; ++s) {  // the last symbol of a window
+        sum += weight(s);
+        if (s >= NarrowTable::kSymbols) sum -= weight(s - NarrowTable::kSymbols);
+        if (sum <= most) continue;
+        most = sum;
+        narrow.first = std::max(0, s + 1 - NarrowTable::kSymbols);
+    }
+    narrow.has_all = most == 1u << kMaxCodeLength;
+    for (int i = 0; i < NarrowTable::kSymbols && narrow.first + i < size; ++i) {
+        const int s = narrow.first + i;
+        if (weight(s) > 0) narrow.entries[i] = static_cast<std::uint16_t>(codes[s] | lengths[s] << NarrowTable::kBits);
+    }
+    return narrow;
 }
 
 }  // namespace
@@ -233,10 +258,7 @@ EncodeTable::EncodeTable(const std::uint8_t* lengths, int size) : entries(static
     canonical_codes(lengths, size, codes.data());
     for (std::size_t s = 0; s < entries.size(); ++s)
         entries[s] = codes[s] | static_cast<std::uint32_t>(lengths[s]) << 16;
-    if (size > kMaxNarrowSymbols || *std::max_element(lengths, lengths + size) > kMaxNarrowBits) return;
-    narrow.resize(kMaxNarrowSymbols);
-    for (std::size_t s = 0; s < entries.size(); ++s)
-        narrow[s] = static_cast<std::uint16_t>(codes[s] | lengths[s] << kMaxNarrowBits);
+    narrow = make_narrow(lengths, codes.data(), size);
 }
 
 DecodeTable::DecodeTable(const std::uint8_t* lengths, int size) {
@@ -251,7 +273,7 @@ DecodeTable::DecodeTable(const std::uint8_t* lengths, int size) {
         const auto entry = static_cast<std::uint16_t>(s | lengths[s] << 12);
         for (std::size_t i = codes[s]; i < table_size; i += std::size_t{1} << lengths[s]) entries[i] = entry;
     }
-    if (size <= RankTable::kMaxSymbols && bits <= RankTable::kMaxBits) ranks = make_ranks(lengths, size);
+    ranks = make_ranks(lengths, size);
 }
 
 const StaticCode* find_static_code(std::uint8_t id) {

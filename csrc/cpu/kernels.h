@@ -9,6 +9,13 @@
 #include "qcomm/quantize.h"
 #include "qcomm/values.h"
 
+// In front of a loop whose iterations touch no memory of each other: it need not be checked for overlaps.
+#if defined(__clang__)
+#define QCOMM_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define QCOMM_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace qcomm {
 
 // Of up to kSumBlock values. min and max are +-infinity for none.
@@ -52,13 +59,16 @@ struct Kernels {
 
     // u[0, n) = values[begin, begin + n) * inv_scale + residual.
     void (*load)(const Values& values, std::int64_t begin, int n, void* u);
-    // Statistics of n <= 4096 values, summed in the format's order.
-    BlockStatistics (*measure)(const void* u, DType dtype, int n);
+    // Statistics of values [begin, begin + n), n <= 4096, summed in the format's order.
+    BlockStatistics (*measure)(const Values& values, std::int64_t begin, int n);
     // Symbols of n >= 1 values.
     SymbolScan (*quantize)(const void* u, DType dtype, int n, const Quantizer& quantizer, std::uint16_t* symbols);
     // The same, counting codewords, without a scan.
     void (*quantize_counted)(const void* u, DType dtype, int n, const Quantizer& quantizer, std::uint16_t* symbols,
                              CodewordCounts* counts);
+    // load, quantize and update_residual in one pass. `residual` may be values.residual + begin.
+    SymbolScan (*quantize_residual)(const Values& values, std::int64_t begin, int n, const Quantizer& quantizer,
+                                    void* u, std::uint16_t* symbols, float* residual);
     // residual = u - decoded(u) for n symbols; 0 where the symbol is an escape.
     void (*update_residual)(const void* u, DType dtype, const std::uint16_t* symbols, int n, const Quantizer& quantizer,
                             float* residual);

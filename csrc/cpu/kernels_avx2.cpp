@@ -199,6 +199,7 @@ const Kernels kAvx2Kernels = {
     avx2::measure,
     avx2::quantize,
     avx2::quantize_counted,
+    avx2::quantize_residual,
     avx2::update_residual,
     avx2::dequantize,
     avx2::encode_lanes,

@@ -83,6 +83,7 @@ const Kernels kAvx512Kernels = {
     avx512::measure,
     avx512::quantize,
     avx512::quantize_counted,
+    avx512::quantize_residual,
     avx512::update_residual,
     avx512::dequantize,
     avx512::encode_lanes,

@@ -11,10 +11,26 @@ inline const typename Tr::Arithmetic* as_arithmetic(const void* u) {
     return static_cast<const typename Tr::Arithmetic*>(u);
 }
 
+// Calls f(u) with u(i), the i-th of the values behind `begin`. The branches are taken once, so loops over i vectorise;
+// a factor of 1 changes nothing.
+template <class Tr, class F>
+QCOMM_INLINE decltype(auto) with_values(const Values& values, std::int64_t begin, F&& f) {
+    using T = typename Tr::Arithmetic;
+    const auto* data = static_cast<const typename Tr::Storage*>(values.data) + begin;
+    const auto inv_scale = static_cast<T>(values.inv_scale);
+    if (!values.is_adjusted()) return f([=](int i) { return Tr::widen(data[i]); });
+    if (values.residual == nullptr) return f([=](int i) { return Tr::widen(data[i]) * inv_scale; });
+    const float* residual = values.residual + begin;
+    return f([=](int i) { return Tr::widen(data[i]) * inv_scale + static_cast<T>(residual[i]); });
+}
+
 void load(const Values& values, std::int64_t begin, int n, void* u) {
     dispatch(values.dtype, [&](auto traits) {
         using Tr = decltype(traits);
-        Reader<Tr>(values).load(begin, n, as_arithmetic<Tr>(u));
+        with_values<Tr>(values, begin, [&](const auto& value) {
+            auto* const out = as_arithmetic<Tr>(u);
+            for (int i = 0; i < n; ++i) out[i] = value(i);
+        });
     });
 }
 
@@ -39,8 +55,8 @@ BlockStatistics fold(LaneStatistics<T>& lanes) {
 }
 
 // Lanes hold independent accumulators, so vectorising reorders no addition.
-template <class T>
-BlockStatistics measure_values(const T* u, int n) {
+template <class T, class Value>
+QCOMM_INLINE BlockStatistics measure_values(const Value& value, int n) {
     LaneStatistics<T> lanes;
     for (int j = 0; j < kLanes; ++j) {
         lanes.low[j] = static_cast<T>(__builtin_inf());
@@ -48,9 +64,9 @@ BlockStatistics measure_values(const T* u, int n) {
         lanes.poison[j] = 0;
         lanes.squares[j] = 0;
     }
-    const auto add_row = [&](const T* row, int width) {
+    const auto add_row = [&](int begin, int width) {
         for (int j = 0; j < width; ++j) {
-            const T x = row[j];
+            const T x = value(begin + j);
             lanes.low[j] = x < lanes.low[j] ? x : lanes.low[j];
             lanes.high[j] = x > lanes.high[j] ? x : lanes.high[j];
             lanes.poison[j] += x * T(0);
@@ -58,13 +74,27 @@ BlockStatistics measure_values(const T* u, int n) {
         }
     };
     int i = 0;
-    for (; i + kLanes <= n; i += kLanes) add_row(u + i, kLanes);
-    add_row(u + i, n - i);
+    for (; i + kLanes <= n; i += kLanes) add_row(i, kLanes);
+    add_row(i, n - i);
     return fold(lanes);
 }
 
-BlockStatistics measure(const void* u, DType dtype, int n) {
-    return dispatch(dtype, [&](auto traits) { return measure_values(as_arithmetic<decltype(traits)>(u), n); });
+BlockStatistics measure(const Values& values, std::int64_t begin, int n) {
+    return dispatch(values.dtype, [&](auto traits) {
+        using Tr = decltype(traits);
+        return with_values<Tr>(values, begin,
+                               [&](const auto& value) { return measure_values<typename Tr::Arithmetic>(value, n); });
+    });
+}
+
+SymbolScan scan(const std::uint16_t* symbols, int n, const Quantizer& quantizer) {
+    std::uint16_t different = 0;
+    for (int i = 0; i < n; ++i) different |= static_cast<std::uint16_t>(symbols[i] ^ symbols[0]);
+    if (quantizer.grid != Grid::kSigma) return {0, different == 0};
+    const auto escape = static_cast<std::uint16_t>(escape_of(quantizer));
+    int escapes = 0;
+    for (int i = 0; i < n; ++i) escapes += symbols[i] == escape;
+    return {escapes, different == 0};
 }
 
 SymbolScan quantize(const void* u, DType dtype, int n, const Quantizer& quantizer, std::uint16_t* symbols) {
@@ -75,13 +105,32 @@ SymbolScan quantize(const void* u, DType dtype, int n, const Quantizer& quantize
             for (int i = 0; i < n; ++i) symbols[i] = static_cast<std::uint16_t>(grid(values[i]));
         });
     });
-    std::uint16_t different = 0;
-    for (int i = 0; i < n; ++i) different |= static_cast<std::uint16_t>(symbols[i] ^ symbols[0]);
-    if (quantizer.grid != Grid::kSigma) return {0, different == 0};
-    const auto escape = static_cast<std::uint16_t>(escape_of(quantizer));
-    int escapes = 0;
-    for (int i = 0; i < n; ++i) escapes += symbols[i] == escape;
-    return {escapes, different == 0};
+    return scan(symbols, n, quantizer);
+}
+
+SymbolScan quantize_residual(const Values& values, std::int64_t begin, int n, const Quantizer& quantizer, void* u,
+                             std::uint16_t* symbols, float* residual) {
+    dispatch(values.dtype, [&](auto traits) {
+        using Tr = decltype(traits);
+        auto* const loaded = as_arithmetic<Tr>(u);
+        const int escape = escape_of(quantizer);
+        with_grid<Tr>(quantizer, [&](const auto& grid) {
+            const auto copy = grid;
+            with_values<Tr>(values, begin, [&](const auto& value) {
+                // A residual may be written where it was read: each value's own.
+                QCOMM_INDEPENDENT
+                for (int i = 0; i < n; ++i) {
+                    const typename Tr::Arithmetic x = value(i);
+                    const std::uint32_t symbol = copy(x);
+                    const auto lost = static_cast<float>(x - Tr::widen(Tr::narrow(copy.decode(symbol))));
+                    loaded[i] = x;
+                    symbols[i] = static_cast<std::uint16_t>(symbol);
+                    residual[i] = static_cast<int>(symbol) == escape ? 0.0f : lost;
+                }
+            });
+        });
+    });
+    return scan(symbols, n, quantizer);
 }
 
 // The arithmetic of the next values and the increments of earlier ones run side by side. Symbols that were stored only

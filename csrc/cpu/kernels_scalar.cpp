@@ -44,6 +44,7 @@ const Kernels kScalarKernels = {
     scalar::measure,
     scalar::quantize,
     scalar::quantize_counted,
+    scalar::quantize_residual,
     scalar::update_residual,
     scalar::dequantize,
     scalar::encode_lanes,

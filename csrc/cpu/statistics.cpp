@@ -33,12 +33,11 @@ Statistics measure(const Values& values, int threads) {
     const double infinity = std::numeric_limits<double>::infinity();
     std::vector<Statistics> found(static_cast<std::size_t>(parts), Statistics{infinity, -infinity, 0.0, true});
     parallel_for(blocks, parts, [&](int part, std::int64_t first, std::int64_t last) {
-        alignas(64) double scratch[kSumBlock];  // room for either arithmetic
         Statistics own = found[static_cast<std::size_t>(part)];
         for (std::int64_t i = first; i < last; ++i) {
             const std::int64_t begin = i * kSumBlock;
             const int n = static_cast<int>(std::min<std::int64_t>(kSumBlock, values.count - begin));
-            const BlockStatistics block = k.measure(load_block(k, values, begin, n, scratch), values.dtype, n);
+            const BlockStatistics block = k.measure(values, begin, n);
             own.minimum = std::min(own.minimum, block.minimum);
             own.maximum = std::max(own.maximum, block.maximum);
             own.finite &= block.finite;

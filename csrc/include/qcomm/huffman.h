@@ -38,13 +38,20 @@ std::vector<std::uint8_t> pack_lengths(const std::uint8_t* lengths, int size);
 Status unpack_lengths(const std::uint8_t* data, std::int64_t bytes, int size, int limit, std::uint8_t* lengths,
                       std::int64_t* used);
 
+// The same for the 256 neighbouring symbols that are the most frequent, by the lengths of their codewords: what a
+// vector unit can hold in registers. codeword | length << 12; 0 where there is none, or it has more than 12 bits.
+struct NarrowTable {
+    static constexpr int kSymbols = 256, kBits = 12;
+
+    int first = 0;         // symbol
+    bool has_all = false;  // no symbol has its codeword elsewhere
+    std::uint16_t entries[kSymbols] = {};
+};
+
 // codeword | length << 16 for each symbol; 0 where there is none.
 struct EncodeTable {
-    static constexpr int kMaxNarrowSymbols = 256, kMaxNarrowBits = 12;
-
     std::vector<std::uint32_t> entries;
-    // codeword | length << 12, where that fits: what a vector unit can hold in registers. 256 entries, or none.
-    std::vector<std::uint16_t> narrow;
+    NarrowTable narrow;
 
     EncodeTable() = default;
     EncodeTable(const std::uint8_t* lengths, int size);
@@ -56,12 +63,11 @@ struct EncodeTable {
 // in that order and do not look up all the bits. A window is the next 16 bits, the first one highest: its codeword has
 // the least length l for which window < end[l], and the rank (window >> (16 - l)) + offset[l] mod 2^16.
 struct RankTable {
-    static constexpr int kMaxSymbols = 256, kMaxBits = 12;
-
-    int count = 0;  // symbols in use; 0 where a code has more of them, or longer codewords
-    std::uint32_t end[kMaxBits + 1] = {};
-    std::uint16_t offset[kMaxBits + 1] = {};
-    std::uint16_t symbols[kMaxSymbols] = {};
+    int longest = 0;  // codeword, in bits
+    std::uint32_t end[kMaxCodeLength + 1] = {};
+    std::uint16_t offset[kMaxCodeLength + 1] = {};
+    std::vector<std::uint16_t> symbols;  // by rank; a multiple of 256, and behind them one that a gather reads
+    int count = 0;                       // symbols in use
 };
 
 // symbol | length << 12 for each value of the next `bits` bits. Precondition: is_complete, at most 4096 symbols.

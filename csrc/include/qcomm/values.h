@@ -38,17 +38,6 @@ public:
         return u;
     }
 
-    // u[begin, begin + count) into `out`; the branches are taken once, so the loops vectorise.
-    QCOMM_INLINE void load(std::int64_t begin, int count, T* out) const {
-        for (int i = 0; i < count; ++i) out[i] = Tr::widen(data_[begin + i]);
-        if (scaled_) {
-            for (int i = 0; i < count; ++i) out[i] *= inv_scale_;
-        }
-        if (residual_ != nullptr) {
-            for (int i = 0; i < count; ++i) out[i] += static_cast<T>(residual_[begin + i]);
-        }
-    }
-
 private:
     const typename Tr::Storage* data_;
     const float* residual_;
