@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "qcomm/format.h"
+#include "qcomm/huffman.h"
 #include "qcomm/quantize.h"
 
 namespace qcomm {

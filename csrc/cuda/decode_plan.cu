@@ -74,8 +74,8 @@ Status DecodePlan::decode(const void* blob, const StaticTables* codes, void* wor
                           void* stream) const {
     QCOMM_RETURN_IF_ERROR(status_);
     const DecodeTables d = tables(blob, codes, workspace, faults);
-    launch_clear(d.counters, packet_count_, stream);
-    launch_clear(d.faults, packet_count_, stream);
+    launch_clear(d.counters, 4 * std::int64_t{packet_count_}, stream);
+    launch_clear(d.faults, 4 * std::int64_t{packet_count_}, stream);
     launch_read_packets(d, piece_tiles_, stream);
     launch_decode(d, tiles_, stream);
     return launch_status();
@@ -86,8 +86,8 @@ Status DecodePlan::decode_sum(const void* blob, const StaticTables* codes, void*
     QCOMM_RETURN_IF_ERROR(status_);
     if (item_bytes(dtype_) < 4) return bad_argument("a sum needs float32 or float64 packets");
     const DecodeTables d = tables(blob, codes, workspace, faults);
-    launch_clear(d.counters, packet_count_, stream);
-    launch_clear(d.faults, packet_count_, stream);
+    launch_clear(d.counters, 4 * std::int64_t{packet_count_}, stream);
+    launch_clear(d.faults, 4 * std::int64_t{packet_count_}, stream);
     launch_read_packets(d, piece_tiles_, stream);
     launch_sum(d, sum_tiles_, stream);
     return launch_status();

@@ -1,4 +1,5 @@
-// The kernels of csrc/cuda, run on the host and compared with the CPU codec. Usage: emulated_kernels GROUP [SEED...]
+// The kernels of csrc/cuda, run on the host and compared with the CPU codec. Usage: emulated_kernels GROUP [SEED...];
+// the group codes=FILE reads histograms.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -19,11 +20,36 @@ struct Grids {
     const char* name;
     Quantizer quantizer;
     double k;
+    cuda::SampleRule rule;
 };
+cuda::SampleRule chosen_code() {
+    cuda::SampleRule rule;
+    rule.choose_code = true;
+    return rule;
+}
+cuda::SampleRule chosen_bits(double c, int entropy_bits, double fraction, int max_bits) {
+    return {c, entropy_bits, fraction, max_bits, 5, false};
+}
 const Grids kSigmaGrids[] = {
-    {"single 1", sigma(4, Coding::kSingle, 14), 1.0}, {"pair 1", sigma(4, Coding::kPair, 65), 1.0},
-    {"pair 4", sigma(4, Coding::kPair, 73), 4.0},     {"single 1/8", sigma(7, Coding::kSingle, 2), 0.125},
-    {"no code", sigma(4, Coding::kSingle, 255), 1.0}, {"14 bits", sigma(14, Coding::kSingle, 255), 0.001},
+    {"single 1", sigma(4, Coding::kSingle, 14), 1.0, {}}, {"pair 1", sigma(4, Coding::kPair, 65), 1.0, {}},
+    {"pair 4", sigma(4, Coding::kPair, 73), 4.0, {}},     {"single 1/8", sigma(7, Coding::kSingle, 2), 0.125, {}},
+    {"no code", sigma(4, Coding::kSingle, 255), 1.0, {}}, {"14 bits", sigma(14, Coding::kSingle, 255), 0.001, {}},
+};
+const Grids kOwnGrids[] = {
+    {"own pair", sigma(4, Coding::kPair, 0), 1.0, {}},
+    {"range", range(Grid::kRangeEndpoint, 0), 1.0, chosen_bits(6.0, 4, 0.03, 16)},
+    {"chosen", sigma(4, Coding::kSingle, 255), 1.0, chosen_code()},
+    {"center 6", range(Grid::kRangeCenter, 6), 1.0, {}},
+    {"own single", sigma(4, Coding::kSingle, 0), 0.9, {}},
+    {"center, 2^12 bins", range(Grid::kRangeCenter, 0), 1.0, chosen_bits(0.5, 12, 0.1, 12)},
+    {"chosen, 7 bits", sigma(7, Coding::kSingle, 255), 0.125, chosen_code()},
+    {"endpoint 12", range(Grid::kRangeEndpoint, 12), 1.0, {}},
+    {"chosen 4", sigma(4, Coding::kSingle, 255), 4.0, chosen_code()},
+    {"own, 10 bits", sigma(10, Coding::kSingle, 0), 0.0125, {}},
+    {"endpoint 1", range(Grid::kRangeEndpoint, 1), 1.0, {}},
+    {"fixed 13", range(Grid::kRangeCenter, 13), 1.0, {}},
+    {"range, c 12", range(Grid::kRangeEndpoint, 0), 1.0, chosen_bits(12.0, 4, 0.03, 16)},
+    {"endpoint 16", range(Grid::kRangeEndpoint, 16), 1.0, {}},
 };
 
 // One tensor, one packet.
@@ -39,6 +65,7 @@ EncodeCase<Tr> one(Kind kind, std::int64_t n, const Grids& grid, bool feedback) 
     }
     c.quantizers.push_back(grid.quantizer);
     c.k.push_back(grid.k);
+    c.rules.push_back(grid.rule);
     c.segments.push_back({0, 0, n, nullptr});
     c.packets.push_back(1);
     return c;
@@ -57,7 +84,10 @@ void sizes(const Grids* grids, int grid_count) {
                 c.steps = n % 2 == 0 ? 256 : n % 3 == 0 ? 64 : 17;
                 const std::string name = std::string(name_of(dtype_of<Tr>())) + " " + grids[g].name +
                                          " n=" + std::to_string(n) + (feedback ? " feedback" : "");
-                decode_both<Tr>(encode_both(c, name), name);
+                if (grids == kOwnGrids)
+                    encode_both(c, name);
+                else
+                    decode_both<Tr>(encode_both(c, name), name);
             }
         }
     }
@@ -72,7 +102,10 @@ void kinds(const Grids* grids, int grid_count) {
             c.steps = 64;
             c.nonfinite_is_constant = g % 2 == 0;
             const std::string name = std::string(name_of(dtype_of<Tr>())) + " " + grids[g].name + " " + name_of(kind);
-            decode_both<Tr>(encode_both(c, name), name);
+            if (grids == kOwnGrids)
+                encode_both(c, name);
+            else
+                decode_both<Tr>(encode_both(c, name), name);
         }
     }
 }
@@ -171,6 +204,18 @@ void codec_group() {
     sizes<Float64>(kSigmaGrids, 2);
 }
 
+// Range grids and codes of a segment's own.
+void own_group() {
+    const auto n = static_cast<int>(std::size(kOwnGrids));
+    sizes<Float32>(kOwnGrids, n);
+    kinds<Float32>(kOwnGrids, n);
+    kinds<Float16>(kOwnGrids, n);
+    kinds<BFloat16>(kOwnGrids, n);
+    kinds<Float64>(kOwnGrids, n);
+    sizes<BFloat16>(kOwnGrids, 3);
+    sizes<Float64>(kOwnGrids, 3);
+}
+
 }  // namespace
 }  // namespace qcomm::test
 
@@ -179,11 +224,14 @@ int main(int argc, char** argv) {
     for (int i = 2; i < std::max(argc, 3); ++i) {
         emulation::seed = argc > i ? std::strtoull(argv[i], nullptr, 10) : 0;
         if (group == "codec") qcomm::test::codec_group();
+        if (group == "own") qcomm::test::own_group();
         if (group == "bucket") qcomm::test::bucket_group();
         if (group == "damage") qcomm::test::damage_group();
         if (group == "large") qcomm::test::large_group();
         if (group == "race") qcomm::test::race_group();
         if (group == "emulator") qcomm::test::emulator_group();
+        if (group == "histogram") qcomm::test::histogram_group();
+        if (group.rfind("codes=", 0) == 0) qcomm::test::code_lengths_of_file(group.substr(6));
         if (group.rfind("misuse", 0) == 0) qcomm::test::misuse(group);
     }
     std::printf("%s: passed\n", group.c_str());

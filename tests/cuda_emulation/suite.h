@@ -16,6 +16,7 @@ struct EncodeCase {
     std::vector<std::vector<float>> residuals;              // by tensor; empty: none
     std::vector<Quantizer> quantizers;
     std::vector<double> k;
+    std::vector<cuda::SampleRule> rules;
     std::vector<cuda::Segment> segments;
     std::vector<int> packets;  // how many segments each has
     double inv_scale = 1.0;
@@ -56,6 +57,18 @@ void misuse(const std::string& which);
 // Of fill_static_tables().
 const cuda::StaticTables* codes();
 
+// Counts codewords and makes codes of counts; both must be what the CPU makes of them.
+void histogram_group();
+void code_lengths_of_file(const std::string& path);
+
+inline Quantizer range(Grid grid, int num_bits) {
+    return {grid,
+            static_cast<std::uint8_t>(num_bits),
+            num_bits > kMaxCodedBits ? Coding::kFixed : Coding::kSingle,
+            kTableOnWire,
+            0.0,
+            0.0};
+}
 inline Quantizer sigma(int num_bits, Coding coding, int table) {
     return {Grid::kSigma, static_cast<std::uint8_t>(num_bits), coding, static_cast<std::uint8_t>(table), 0.0, 0.0};
 }

@@ -1,7 +1,10 @@
 // Encoding: the emulated kernels against the CPU codec. Statistics, quantizers, packets and residuals must be equal,
 // byte for byte.
+#include <algorithm>
+
 #include "cases.h"
 #include "qcomm/cuda.h"
+#include "qcomm/entropy.h"
 #include "qcomm/packet.h"
 #include "suite.h"
 
@@ -10,7 +13,7 @@ namespace {
 
 // The specification is qcomm/quantize.py, plan().
 template <class Tr>
-Quantizer plan(const Statistics& s, const cuda::Tensor& t) {
+Quantizer plan(const Values& values, const Statistics& s, const cuda::Tensor& t) {
     if (!s.finite) {
         if (!t.nonfinite_is_constant) return {};
         return {Grid::kNone, 0, Coding::kConstant, kTableOnWire, std::numeric_limits<double>::quiet_NaN(), 0.0};
@@ -18,14 +21,30 @@ Quantizer plan(const Statistics& s, const cuda::Tensor& t) {
     if (s.minimum == s.maximum) return {Grid::kNone, 0, Coding::kConstant, kTableOnWire, s.minimum, 0.0};
     Quantizer q = t.quantizer;
     if (q.grid == Grid::kNone) return {};
+    const auto usable = [&] { return with_grid<Tr>(q, [](const auto& grid) { return grid.usable(); }); };
     if (q.grid == Grid::kSigma) {
-        const double step = t.k * std::sqrt(s.sum_squares / static_cast<double>(t.count));
-        q.p1 = static_cast<typename Tr::Arithmetic>(step);
-    } else {
-        q.p0 = s.minimum;
-        q.p1 = s.maximum;
+        q.p1 = static_cast<typename Tr::Arithmetic>(t.k * std::sqrt(s.sum_squares / static_cast<double>(t.count)));
+        if (!usable()) return {};
+        if (t.sample.choose_code) {
+            const SigmaCode code = choose_sigma_code(values, q.num_bits, q.p1, t.k, 0);
+            q.coding = code.coding;
+            q.table = code.table;
+        }
+        return q;
     }
-    return with_grid<Tr>(q, [](const auto& grid) { return grid.usable(); }) ? q : Quantizer{};
+    q.p0 = s.minimum;
+    q.p1 = s.maximum;
+    if (!std::isfinite(q.p1 - q.p0)) return {};
+    if (q.num_bits == 0) {
+        const cuda::SampleRule& rule = t.sample;
+        const auto counts = sample_histogram(values, q.p0, q.p1, rule.entropy_bits, rule.fraction, rule.seed);
+        const double entropy = static_cast<double>(entropy_fixed(counts.data(), static_cast<int>(counts.size()))) /
+                               (1 << kLogFractionBits);
+        const double most = std::min(std::floor(rule.c + rule.entropy_bits), static_cast<double>(rule.max_bits));
+        q.num_bits = static_cast<std::uint8_t>(std::max(1.0, std::min(std::ceil(entropy + rule.c), most)));
+        q.coding = q.num_bits > kMaxCodedBits ? Coding::kFixed : Coding::kSingle;
+    }
+    return usable() ? q : Quantizer{};
 }
 
 void check_statistics(const Statistics& got, const Statistics& want, const std::string& name) {
@@ -64,12 +83,13 @@ std::vector<std::vector<std::uint8_t>> encode_both(const EncodeCase<Tr>& c, cons
         tensor.count = static_cast<std::int64_t>(c.values[t].size());
         tensor.quantizer = c.quantizers[t];
         tensor.k = c.k[t];
+        if (t < c.rules.size()) tensor.sample = c.rules[t];
         tensor.nonfinite_is_constant = c.nonfinite_is_constant;
         tensors.push_back(tensor);
         const Values v{c.values[t].data(), kDType, tensor.count,
                        c.residuals[t].empty() ? nullptr : expected_residuals[t].data(), c.inv_scale};
         statistics.push_back(measure(v));
-        quantizers.push_back(plan<Tr>(statistics.back(), tensor));
+        quantizers.push_back(plan<Tr>(v, statistics.back(), tensor));
     }
     std::vector<std::vector<std::uint8_t>> expected, outputs;
     std::vector<cuda::Packet> packets;
@@ -123,14 +143,21 @@ std::vector<std::vector<std::uint8_t>> encode_both(const EncodeCase<Tr>& c, cons
     std::vector<std::uint8_t> workspace(static_cast<std::size_t>(plan_with_outputs.workspace_bytes()),
                                         std::uint8_t{0xA5});
     std::vector<std::int64_t> totals(packets.size());
-    Status status = plan_with_outputs.measure(blob.data(), workspace.data(), nullptr);
+    Status status = plan_with_outputs.measure(blob.data(), codes(), workspace.data(), nullptr);
     require(status.ok(), name + ": measure");
     for (std::size_t t = 0; t < tensors.size(); ++t) {
         const std::string where = name + ", tensor " + std::to_string(t);
         check_statistics(plan_with_outputs.statistics(workspace.data())[t], statistics[t], where);
         const Quantizer& q = plan_with_outputs.quantizers(workspace.data())[t];
-        require(q.coding == quantizers[t].coding && std::memcmp(&q.p1, &quantizers[t].p1, 8) == 0,
-                where + ": quantizer");
+        const Quantizer& want = quantizers[t];
+        require(q.grid == want.grid && q.num_bits == want.num_bits && q.coding == want.coding && q.table == want.table,
+                where + ": " + std::to_string(q.num_bits) + " bits, coding " +
+                    std::to_string(static_cast<int>(q.coding)) + ", table " + std::to_string(q.table) + ", not " +
+                    std::to_string(want.num_bits) + ", " + std::to_string(static_cast<int>(want.coding)) + ", " +
+                    std::to_string(want.table));
+        const bool nan = q.p0 != q.p0 && want.p0 != want.p0;
+        require((nan || std::memcmp(&q.p0, &want.p0, 8) == 0) && std::memcmp(&q.p1, &want.p1, 8) == 0,
+                where + ": parameters of the quantizer");
     }
     status = plan_with_outputs.encode(blob.data(), codes(), workspace.data(), totals.data(), nullptr);
     require(status.ok(), name + ": encode");

@@ -33,15 +33,30 @@ struct StaticTables {
 };
 void fill_static_tables(StaticTables* tables);
 
+// What a sample of a tensor's values decides on the device, as plan() of qcomm/quantize.py does on the host.
+struct SampleRule {
+    // Range grid with num_bits 0: N = min(ceil(H + c), floor(c + entropy_bits), max_bits), at least 1, H being the
+    // entropy in bits of 2^entropy_bits bins of a part `fraction` of the values.
+    double c = 6.0;
+    int entropy_bits = 4;
+    double fraction = 0.03;
+    int max_bits = 16;
+    std::uint32_t seed = 0;
+    // Sigma grid: the cheapest code, instead of the quantizer's coding and table.
+    bool choose_code = false;
+};
+
 // u = values * inv_scale + residual, as in values.h; measured as a whole.
 struct Tensor {
     const void* values = nullptr;       // of the packets' dtype, aligned to it
     const float* residual = nullptr;    // or null; needs float32 or float64 values, like inv_scale
     const double* inv_scale = nullptr;  // one number; or null for 1
     std::int64_t count = 0;
-    // Grid, num_bits, coding and table; on a sigma grid the step is k times the RMS, range grids get lo and hi.
+    // Grid, num_bits, coding and table; on a sigma grid the step is k times the RMS, range grids get lo and hi. Range
+    // grids: single with table 0 up to 12 bits, fixed otherwise, and num_bits 0 where the sample decides.
     Quantizer quantizer;
     double k = 1.0;
+    SampleRule sample;
     bool nonfinite_is_constant = false;  // a tensor with a non-finite value becomes a constant NaN instead of raw
 };
 
@@ -76,15 +91,19 @@ public:
     }  // a capacity for any values
 
     // Statistics and quantizers of the tensors, into the workspace.
-    Status measure(const void* blob, void* workspace, void* stream) const;
-    // The packets, with what measure() has found. total_bytes[packet] receives its size, or minus the size it would
-    // have had where the capacity is too small: then nothing of it is written, but residuals are updated.
+    Status measure(const void* blob, const StaticTables* codes, void* workspace, void* stream) const;
+    // The packets, with what measure() has found. total_bytes[packet] receives its size. Where a capacity is below
+    // bound() and too small, blocks of sigma segments with a residual are replaced by zeros, from the packet's end on,
+    // and the residual keeps their values; if that does not suffice, total_bytes is minus the least size, nothing of
+    // the packet is written, and the residuals keep all of u.
     Status encode(const void* blob, const StaticTables* codes, void* workspace, std::int64_t* total_bytes,
                   void* stream) const;
 
     // Where measure() leaves its results: [tensors].
     Statistics* statistics(void* workspace) const;
     Quantizer* quantizers(void* workspace) const;
+    // Where encode() leaves how many values were replaced by zeros: [packets].
+    std::int64_t* dropped_values(void* workspace) const;
 
 private:
     enum Place : int;  // in the workspace
@@ -95,11 +114,13 @@ private:
     Status status_;
     DType dtype_;
     int steps_;
-    bool checksums_, adjusted_ = false;
-    std::int32_t tensor_count_, segment_count_, packet_count_;
-    std::int64_t tiles_ = 0, encode_tiles_ = 0, units_ = 0, blocks_ = 0;
-    std::int64_t segments_at_ = 0, packets_at_ = 0, dims_at_ = 0;  // byte offsets in the blob
-    std::int64_t workspace_at_[10] = {}, workspace_bytes_ = 0;
+    bool checksums_, adjusted_ = false, range_residuals_ = false;
+    std::int32_t tensor_count_, segment_count_, packet_count_, own_count_ = 0;
+    int max_symbols_ = 1;  // of a code that encode_blocks needs
+    std::int64_t tiles_ = 0, sample_tiles_ = 0, bins_ = 0;
+    std::int64_t encode_tiles_ = 0, histogram_tiles_ = 0, codewords_ = 0, units_ = 0, blocks_ = 0;
+    std::int64_t segments_at_ = 0, packets_at_ = 0, dims_at_ = 0, own_segments_at_ = 0;  // byte offsets in the blob
+    std::int64_t workspace_at_[17] = {}, workspace_bytes_ = 0;
     std::vector<std::uint8_t> blob_;
     std::vector<std::int64_t> bounds_;
 };
