@@ -47,6 +47,8 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("emulator", [FORWARD, REVERSE, RANDOM, "3"]),
         ("histogram", [FORWARD, REVERSE, RANDOM]),
         ("codec", [RANDOM]),
+        ("own", [RANDOM]),
+        ("capacity", [REVERSE]),
         ("bucket", [FORWARD, REVERSE, RANDOM]),
         ("damage", [FORWARD, "3"]),
         ("large", [REVERSE]),

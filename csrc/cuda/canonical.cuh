@@ -6,10 +6,16 @@
 
 namespace qcomm::cuda {
 
+// Behind the codewords of each length: the next codeword, and the rank of the next symbol.
+struct CodeLevels {
+    std::uint32_t end[kMaxCodeLength + 1], last_rank[kMaxCodeLength + 1];
+};
+
 // Calls put(symbol, codeword, length, rank) for each used symbol; ranks count by (length, symbol), and the codeword's
 // first bit is its highest. Each thread has a run of neighbouring symbols. Begins behind a barrier and ends with one.
+// `levels` may be null.
 template <class Put>
-__device__ void assign_codewords(const std::uint8_t* lengths, int size, int* scratch, Put put) {
+__device__ void assign_codewords(const std::uint8_t* lengths, int size, int* scratch, CodeLevels* levels, Put put) {
     const int threads = static_cast<int>(blockDim.x), per_thread = (size + threads - 1) / threads;
     const int begin = static_cast<int>(threadIdx.x) * per_thread;
     const int end = begin + per_thread < size ? begin + per_thread : size;
@@ -27,6 +33,10 @@ __device__ void assign_codewords(const std::uint8_t* lengths, int size, int* scr
         }
         codeword += static_cast<std::uint32_t>(total);
         rank += total;
+        if (levels != nullptr && threadIdx.x == 0) {
+            levels->end[length] = codeword;
+            levels->last_rank[length] = static_cast<std::uint32_t>(rank);
+        }
         __syncthreads();
     }
 }

@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kCodeThreads, 1) make_codes(EncodeTables e) {
     for (int i = static_cast<int>(threadIdx.x); i < bytes / 4; i += kCodeThreads) list[i] = shared->packing.list[i];
     std::uint32_t* const entries = e.own_entries + segment.first_codeword;
     for (int i = static_cast<int>(threadIdx.x); i < size; i += kCodeThreads) entries[i] = 0;
-    assign_codewords(shared->packing.lengths, size, shared->scratch,
+    assign_codewords(shared->packing.lengths, size, shared->scratch, nullptr,
                      [&](int symbol, std::uint32_t codeword, int length, int) {
                          entries[symbol] = reverse_bits(codeword, length) | static_cast<std::uint32_t>(length) << 16;
                      });

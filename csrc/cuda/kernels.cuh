@@ -49,10 +49,11 @@ void launch_payload(const EncodeTables& e, bool adjusted, std::int64_t tiles, vo
 // residual.cu: those of segments on range grids, after launch_payload.
 void launch_range_residuals(const EncodeTables& e, bool adjusted, std::int64_t tiles, void* stream);
 
-// read_packets.cu: metadata and plain segments are checked; decode.cu: values, with tile_count blocks a packet or a
-// sum.
+// read_packets.cu: metadata and plain segments are checked; decode_tables.cu: codes of segments' own; decode.cu:
+// values, with tile_count blocks a packet or a sum.
 struct DecodeTables;
 void launch_read_packets(const DecodeTables& d, std::int64_t piece_tiles, void* stream);
+void launch_decode_tables(const DecodeTables& d, void* stream);
 void launch_decode(const DecodeTables& d, std::int64_t tile_count, void* stream);
 void launch_sum(const DecodeTables& d, std::int64_t tile_count, void* stream);
 

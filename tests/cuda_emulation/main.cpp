@@ -84,35 +84,31 @@ void sizes(const Grids* grids, int grid_count) {
                 c.steps = n % 2 == 0 ? 256 : n % 3 == 0 ? 64 : 17;
                 const std::string name = std::string(name_of(dtype_of<Tr>())) + " " + grids[g].name +
                                          " n=" + std::to_string(n) + (feedback ? " feedback" : "");
-                if (grids == kOwnGrids)
-                    encode_both(c, name);
-                else
-                    decode_both<Tr>(encode_both(c, name), name);
+                decode_both<Tr>(encode_both(c, name), name);
             }
         }
     }
 }
 
 template <class Tr>
-void kinds(const Grids* grids, int grid_count) {
+void kinds(const Grids* grids, int grid_count, std::int64_t n = 20011, int every = 1) {
     for (const Kind kind : kKinds) {
         for (int g = 0; g < grid_count; ++g) {
+            if ((static_cast<int>(kind) + g) % every != 0) continue;
             const bool feedback = sizeof(typename Tr::Storage) >= 4 && (g + static_cast<int>(kind)) % 2 == 0;
-            EncodeCase<Tr> c = one<Tr>(kind, 20011, grids[g], feedback);
+            EncodeCase<Tr> c = one<Tr>(kind, n, grids[g], feedback);
             c.steps = 64;
             c.nonfinite_is_constant = g % 2 == 0;
             const std::string name = std::string(name_of(dtype_of<Tr>())) + " " + grids[g].name + " " + name_of(kind);
-            if (grids == kOwnGrids)
-                encode_both(c, name);
-            else
-                decode_both<Tr>(encode_both(c, name), name);
+            decode_both<Tr>(encode_both(c, name), name);
         }
     }
 }
 
 // Several tensors cut into segments of several packets, as in a collective; some are raw, constant, empty, small.
 template <class Tr>
-EncodeCase<Tr> bucket(std::uint64_t seed, int packets, bool feedback) {
+EncodeCase<Tr> bucket(std::uint64_t seed, int packets, bool feedback, const Grids* grids = kSigmaGrids,
+                      std::size_t grid_count = 4) {
     EncodeCase<Tr> c;
     const std::int64_t counts[] = {9000, 3, 0, 20011, 700, 64 * 64 * 2};
     const Kind kinds_of[] = {Kind::kGaussian, Kind::kGaussian, Kind::kZeros,
@@ -120,9 +116,10 @@ EncodeCase<Tr> bucket(std::uint64_t seed, int packets, bool feedback) {
     for (std::size_t t = 0; t < std::size(counts); ++t) {
         c.values.push_back(make_values<Tr>(kinds_of[t], counts[t], seed + t));
         c.residuals.emplace_back(feedback ? static_cast<std::size_t>(counts[t]) : 0u, 0.01f);
-        const Grids& grid = kSigmaGrids[(t + seed) % 4];
+        const Grids& grid = grids[(t + seed) % grid_count];
         c.quantizers.push_back(t == 1 ? Quantizer{} : grid.quantizer);
         c.k.push_back(grid.k);
+        c.rules.push_back(grid.rule);
     }
     for (int p = 0; p < packets; ++p) {
         int segments = 0;
@@ -139,11 +136,12 @@ EncodeCase<Tr> bucket(std::uint64_t seed, int packets, bool feedback) {
 }
 
 template <class Tr>
-void collective(int world, bool feedback) {
-    const std::string name = std::string(name_of(dtype_of<Tr>())) + " bucket of " + std::to_string(world);
+void collective(int world, bool feedback, const Grids* grids = kSigmaGrids, std::size_t grid_count = 4) {
+    const std::string name =
+        std::string(name_of(dtype_of<Tr>())) + " bucket of " + std::to_string(world) + ", " + grids[0].name;
     std::vector<std::vector<std::uint8_t>> first_chunks;
     for (int rank = 0; rank < world; ++rank) {
-        EncodeCase<Tr> c = bucket<Tr>(static_cast<std::uint64_t>(rank), 3, feedback);
+        EncodeCase<Tr> c = bucket<Tr>(static_cast<std::uint64_t>(rank), 3, feedback, grids, grid_count);
         const auto packets = encode_both(c, name + ", rank " + std::to_string(rank));
         first_chunks.push_back(packets[0]);
         if (rank < 2) continue;
@@ -156,6 +154,7 @@ void bucket_group() {
     collective<Float32>(3, true);
     collective<Float32>(11, false);
     collective<Float64>(2, true);
+    collective<Float32>(3, true, kOwnGrids, std::size(kOwnGrids));
     decode_both<BFloat16>(encode_both(bucket<BFloat16>(5, 1, false), "bfloat16 bucket"), "bfloat16 bucket");
 }
 
@@ -169,11 +168,34 @@ void damage_group() {
             damage<Float32>(encode_both(c, name)[0], 60, emulation::seed + 1, name);
         }
     }
+    for (const int g : {0, 2, 4, 9, 3}) {
+        EncodeCase<Float32> c =
+            one<Float32>(g == 4 ? Kind::kSparse : Kind::kGaussian, g == 9 ? 12000 : 3000, kOwnGrids[g], false);
+        c.steps = 32;
+        c.checksums = false;
+        const std::string name = std::string("damaged ") + kOwnGrids[g].name;
+        damage<Float32>(encode_both(c, name)[0], 50, emulation::seed + 1, name);
+    }
     EncodeCase<Float16> c = bucket<Float16>(1, 1, false);
     c.checksums = true;
     c.segments.resize(3);
     c.packets[0] = 3;
     damage<Float16>(encode_both(c, "damaged bucket")[0], 80, emulation::seed + 1, "damaged bucket");
+}
+
+// Capacities that some packets exceed, and that no packet keeps.
+void capacity_group() {
+    for (const double fraction : {0.97, 0.5, 0.1, 0.001}) {
+        for (int g = 0; g < 5; ++g) {
+            const Grids& grid = g < 4 ? kSigmaGrids[g] : kOwnGrids[0];
+            encode_capped(one<Float32>(Kind::kBursts, 40001, grid, true), fraction,
+                          std::string("capacity ") + grid.name);
+        }
+        for (const bool feedback : {false, true}) {
+            encode_capped(bucket<Float32>(0, 2, feedback), fraction, "capacity, bucket");
+            encode_capped(bucket<Float32>(1, 2, feedback, kOwnGrids, 9), fraction, "capacity, bucket of own codes");
+        }
+    }
 }
 
 // For ThreadSanitizer: several thread blocks in every launch, and few threads.
@@ -191,6 +213,10 @@ void large_group() {
     const auto packets = encode_both(c, "1M, pairs");
     decode_both<Float32>(packets, "1M, pairs");
     sum_both<Float32>({packets[0], packets[0]}, "1M, pairs");
+    for (const int g : {0, 1}) {
+        c = one<Float32>(Kind::kHeavy, 1 << 20, kOwnGrids[g], true);
+        decode_both<Float32>(encode_both(c, kOwnGrids[g].name), kOwnGrids[g].name);
+    }
 }
 
 void codec_group() {
@@ -208,12 +234,12 @@ void codec_group() {
 void own_group() {
     const auto n = static_cast<int>(std::size(kOwnGrids));
     sizes<Float32>(kOwnGrids, n);
-    kinds<Float32>(kOwnGrids, n);
-    kinds<Float16>(kOwnGrids, n);
-    kinds<BFloat16>(kOwnGrids, n);
-    kinds<Float64>(kOwnGrids, n);
-    sizes<BFloat16>(kOwnGrids, 3);
-    sizes<Float64>(kOwnGrids, 3);
+    kinds<Float32>(kOwnGrids, n, 9001);
+    kinds<Float16>(kOwnGrids, n, 2500, 2);
+    kinds<BFloat16>(kOwnGrids, n, 2500, 3);
+    kinds<Float64>(kOwnGrids, n, 2500, 3);
+    sizes<Float16>(kOwnGrids, 2);
+    sizes<BFloat16>(kOwnGrids, 2);
 }
 
 }  // namespace
@@ -227,6 +253,7 @@ int main(int argc, char** argv) {
         if (group == "own") qcomm::test::own_group();
         if (group == "bucket") qcomm::test::bucket_group();
         if (group == "damage") qcomm::test::damage_group();
+        if (group == "capacity") qcomm::test::capacity_group();
         if (group == "large") qcomm::test::large_group();
         if (group == "race") qcomm::test::race_group();
         if (group == "emulator") qcomm::test::emulator_group();

@@ -36,6 +36,22 @@ constexpr DType dtype_of() {
 template <class Tr>
 std::vector<std::vector<std::uint8_t>> encode_both(const EncodeCase<Tr>& c, const std::string& name);
 
+struct Made {
+    std::vector<std::vector<std::uint8_t>> outputs;  // of the capacities, 0xC5 where nothing was written
+    std::vector<std::int64_t> totals, dropped;
+    std::vector<Statistics> statistics;
+    std::vector<Quantizer> quantizers;
+};
+
+// Encodes with the kernels alone, into the bounds or into `capacities`; `residuals` are updated.
+template <class Tr>
+Made encode_emulated(const EncodeCase<Tr>& c, std::vector<std::vector<float>>& residuals,
+                     const std::vector<std::int64_t>& capacities, const std::string& name);
+
+// Encodes into capacities that are a fraction of the packets' sizes. What is not sent must be zeros, and whole in the
+// residual; nothing may be dropped that there is room for.
+void encode_capped(const EncodeCase<Traits<DType::kFloat32>>& c, double fraction, const std::string& name);
+
 // Decodes packets of the same steps with both, each to its own values, which must be equal.
 template <class Tr>
 void decode_both(const std::vector<std::vector<std::uint8_t>>& packets, const std::string& name);

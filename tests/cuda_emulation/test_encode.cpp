@@ -11,6 +11,8 @@
 namespace qcomm::test {
 namespace {
 
+using Bytes = std::vector<std::uint8_t>;
+
 // The specification is qcomm/quantize.py, plan().
 template <class Tr>
 Quantizer plan(const Values& values, const Statistics& s, const cuda::Tensor& t) {
@@ -55,6 +57,38 @@ void check_statistics(const Statistics& got, const Statistics& want, const std::
     require(std::memcmp(&got.sum_squares, &want.sum_squares, 8) == 0, name + ": sum of squares");
 }
 
+// What a request's tensors are to the kernels. Residuals are read from `residuals`.
+template <class Tr>
+std::vector<cuda::Tensor> make_tensors(const EncodeCase<Tr>& c, std::vector<std::vector<float>>& residuals) {
+    std::vector<cuda::Tensor> tensors;
+    for (std::size_t t = 0; t < c.values.size(); ++t) {
+        cuda::Tensor tensor;
+        tensor.values = c.values[t].data();
+        tensor.residual = residuals[t].empty() ? nullptr : residuals[t].data();
+        tensor.inv_scale = c.inv_scale == 1.0 ? nullptr : &c.inv_scale;
+        tensor.count = static_cast<std::int64_t>(c.values[t].size());
+        tensor.quantizer = c.quantizers[t];
+        tensor.k = c.k[t];
+        if (t < c.rules.size()) tensor.sample = c.rules[t];
+        tensor.nonfinite_is_constant = c.nonfinite_is_constant;
+        tensors.push_back(tensor);
+    }
+    return tensors;
+}
+
+void check_quantizer(const Quantizer& got, const Quantizer& want, const std::string& name) {
+    const auto text = [](const Quantizer& q) {
+        return std::to_string(q.num_bits) + " bits, coding " + std::to_string(static_cast<int>(q.coding)) + ", table " +
+               std::to_string(q.table);
+    };
+    require(
+        got.grid == want.grid && got.num_bits == want.num_bits && got.coding == want.coding && got.table == want.table,
+        name + ": " + text(got) + ", not " + text(want));
+    const bool nan = got.p0 != got.p0 && want.p0 != want.p0;
+    require((nan || std::memcmp(&got.p0, &want.p0, 8) == 0) && std::memcmp(&got.p1, &want.p1, 8) == 0,
+            name + ": parameters of the quantizer");
+}
+
 }  // namespace
 
 const cuda::StaticTables* codes() {
@@ -67,6 +101,51 @@ const cuda::StaticTables* codes() {
 }
 
 template <class Tr>
+Made encode_emulated(const EncodeCase<Tr>& c, std::vector<std::vector<float>>& residuals,
+                     const std::vector<std::int64_t>& capacities, const std::string& name) {
+    const std::vector<cuda::Tensor> tensors = make_tensors(c, residuals);
+    std::vector<cuda::Segment> segments = c.segments;
+    for (cuda::Segment& s : segments) {
+        const auto t = static_cast<std::size_t>(s.tensor);
+        s.residual_out = residuals[t].empty() ? nullptr : residuals[t].data() + s.offset;
+    }
+    std::vector<cuda::Packet> packets;
+    std::size_t next = 0;
+    for (const int count : c.packets) {
+        std::int64_t elements = 0;
+        for (int i = 0; i < count; ++i) elements += segments[next++].count;
+        packets.push_back({count, {elements}, nullptr, 0});
+    }
+    const auto make_plan = [&] {
+        return cuda::EncodePlan(dtype_of<Tr>(), c.steps, c.checksums, tensors, segments, packets);
+    };
+    const cuda::EncodePlan sizes = make_plan();
+    require(sizes.status().ok(), name + ": plan: " + sizes.status().what);
+    Made made;
+    for (std::size_t p = 0; p < packets.size(); ++p) {
+        const std::int64_t capacity = capacities.empty() ? sizes.bound(static_cast<int>(p)) : capacities[p];
+        made.outputs.emplace_back(static_cast<std::size_t>(capacity), std::uint8_t{0xC5});
+    }
+    for (std::size_t p = 0; p < packets.size(); ++p) {
+        packets[p].out = made.outputs[p].data();
+        packets[p].capacity = static_cast<std::int64_t>(made.outputs[p].size());
+    }
+    const cuda::EncodePlan plan = make_plan();
+    const Bytes blob = plan.blob();
+    Bytes workspace(static_cast<std::size_t>(plan.workspace_bytes()), std::uint8_t{0xA5});
+    made.totals.resize(packets.size());
+    require(plan.measure(blob.data(), codes(), workspace.data(), nullptr).ok(), name + ": measure");
+    require(plan.encode(blob.data(), codes(), workspace.data(), made.totals.data(), nullptr).ok(), name + ": encode");
+    const Statistics* statistics = plan.statistics(workspace.data());
+    const Quantizer* quantizers = plan.quantizers(workspace.data());
+    const std::int64_t* dropped = plan.dropped_values(workspace.data());
+    made.statistics.assign(statistics, statistics + tensors.size());
+    made.quantizers.assign(quantizers, quantizers + tensors.size());
+    made.dropped.assign(dropped, dropped + packets.size());
+    return made;
+}
+
+template <class Tr>
 std::vector<std::vector<std::uint8_t>> encode_both(const EncodeCase<Tr>& c, const std::string& name) {
     constexpr DType kDType = dtype_of<Tr>();
     std::vector<std::vector<float>> expected_residuals = c.residuals, residuals = c.residuals;
@@ -74,25 +153,12 @@ std::vector<std::vector<std::uint8_t>> encode_both(const EncodeCase<Tr>& c, cons
     // What the CPU makes of it.
     std::vector<Statistics> statistics;
     std::vector<Quantizer> quantizers;
-    std::vector<cuda::Tensor> tensors;
-    for (std::size_t t = 0; t < c.values.size(); ++t) {
-        cuda::Tensor tensor;
-        tensor.values = c.values[t].data();
-        tensor.residual = c.residuals[t].empty() ? nullptr : residuals[t].data();
-        tensor.inv_scale = c.inv_scale == 1.0 ? nullptr : &c.inv_scale;
-        tensor.count = static_cast<std::int64_t>(c.values[t].size());
-        tensor.quantizer = c.quantizers[t];
-        tensor.k = c.k[t];
-        if (t < c.rules.size()) tensor.sample = c.rules[t];
-        tensor.nonfinite_is_constant = c.nonfinite_is_constant;
-        tensors.push_back(tensor);
-        const Values v{c.values[t].data(), kDType, tensor.count,
-                       c.residuals[t].empty() ? nullptr : expected_residuals[t].data(), c.inv_scale};
+    for (const cuda::Tensor& tensor : make_tensors(c, expected_residuals)) {
+        const Values v{tensor.values, kDType, tensor.count, tensor.residual, c.inv_scale};
         statistics.push_back(measure(v));
         quantizers.push_back(plan<Tr>(v, statistics.back(), tensor));
     }
-    std::vector<std::vector<std::uint8_t>> expected, outputs;
-    std::vector<cuda::Packet> packets;
+    std::vector<Bytes> expected;
     std::size_t next = 0;
     for (const int count : c.packets) {
         std::vector<SegmentInput> inputs;
@@ -100,11 +166,9 @@ std::vector<std::vector<std::uint8_t>> encode_both(const EncodeCase<Tr>& c, cons
         for (int i = 0; i < count; ++i, ++next) {
             const cuda::Segment& s = c.segments[next];
             const auto t = static_cast<std::size_t>(s.tensor);
-            const bool feedback = !c.residuals[t].empty();
-            float* residual = feedback ? expected_residuals[t].data() + s.offset : nullptr;
-            inputs.push_back({{c.values[t].data() + s.offset, kDType, s.count, residual, c.inv_scale},
-                              quantizers[t],
-                              feedback ? residual : nullptr});
+            float* residual = c.residuals[t].empty() ? nullptr : expected_residuals[t].data() + s.offset;
+            inputs.push_back(
+                {{c.values[t].data() + s.offset, kDType, s.count, residual, c.inv_scale}, quantizers[t], residual});
             elements += s.count;
         }
         EncodeOptions options;
@@ -112,65 +176,32 @@ std::vector<std::vector<std::uint8_t>> encode_both(const EncodeCase<Tr>& c, cons
         options.dims = {elements};
         options.checksums = c.checksums;
         options.steps = c.steps;
-        std::vector<std::uint8_t> out(static_cast<std::size_t>(encode_bound(inputs, options)));
+        Bytes out(static_cast<std::size_t>(encode_bound(inputs, options)));
         std::int64_t total = 0;
         const Status status = encode_packet(inputs, options, out.data(), static_cast<std::int64_t>(out.size()), &total);
         require(status.ok(), name + ": CPU: " + status.what);
         out.resize(static_cast<std::size_t>(total));
         expected.push_back(out);
-        packets.push_back({count, options.dims, nullptr, 0});
     }
 
-    // What the kernels make of it.
-    std::vector<cuda::Segment> segments = c.segments;
-    for (cuda::Segment& s : segments) {
-        const auto t = static_cast<std::size_t>(s.tensor);
-        s.residual_out = c.residuals[t].empty() ? nullptr : residuals[t].data() + s.offset;
-    }
-    const auto make_plan = [&] { return cuda::EncodePlan(kDType, c.steps, c.checksums, tensors, segments, packets); };
-    const cuda::EncodePlan sizes = make_plan();
-    require(sizes.status().ok(), name + ": plan: " + sizes.status().what);
-    for (std::size_t p = 0; p < packets.size(); ++p) {
-        outputs.emplace_back(static_cast<std::size_t>(sizes.bound(static_cast<int>(p))), std::uint8_t{0xC5});
-        require(outputs[p].size() >= expected[p].size(), name + ": bound");
-    }
-    for (std::size_t p = 0; p < packets.size(); ++p) {
-        packets[p].out = outputs[p].data();
-        packets[p].capacity = static_cast<std::int64_t>(outputs[p].size());
-    }
-    const cuda::EncodePlan plan_with_outputs = make_plan();
-    const std::vector<std::uint8_t> blob = plan_with_outputs.blob();
-    std::vector<std::uint8_t> workspace(static_cast<std::size_t>(plan_with_outputs.workspace_bytes()),
-                                        std::uint8_t{0xA5});
-    std::vector<std::int64_t> totals(packets.size());
-    Status status = plan_with_outputs.measure(blob.data(), codes(), workspace.data(), nullptr);
-    require(status.ok(), name + ": measure");
-    for (std::size_t t = 0; t < tensors.size(); ++t) {
+    const Made made = encode_emulated(c, residuals, {}, name);
+    for (std::size_t t = 0; t < c.values.size(); ++t) {
         const std::string where = name + ", tensor " + std::to_string(t);
-        check_statistics(plan_with_outputs.statistics(workspace.data())[t], statistics[t], where);
-        const Quantizer& q = plan_with_outputs.quantizers(workspace.data())[t];
-        const Quantizer& want = quantizers[t];
-        require(q.grid == want.grid && q.num_bits == want.num_bits && q.coding == want.coding && q.table == want.table,
-                where + ": " + std::to_string(q.num_bits) + " bits, coding " +
-                    std::to_string(static_cast<int>(q.coding)) + ", table " + std::to_string(q.table) + ", not " +
-                    std::to_string(want.num_bits) + ", " + std::to_string(static_cast<int>(want.coding)) + ", " +
-                    std::to_string(want.table));
-        const bool nan = q.p0 != q.p0 && want.p0 != want.p0;
-        require((nan || std::memcmp(&q.p0, &want.p0, 8) == 0) && std::memcmp(&q.p1, &want.p1, 8) == 0,
-                where + ": parameters of the quantizer");
+        check_statistics(made.statistics[t], statistics[t], where);
+        check_quantizer(made.quantizers[t], quantizers[t], where);
     }
-    status = plan_with_outputs.encode(blob.data(), codes(), workspace.data(), totals.data(), nullptr);
-    require(status.ok(), name + ": encode");
-
-    for (std::size_t p = 0; p < packets.size(); ++p) {
+    for (std::size_t p = 0; p < expected.size(); ++p) {
         const std::string where = name + ", packet " + std::to_string(p);
+        const Bytes& out = made.outputs[p];
+        require(out.size() >= expected[p].size(), where + ": bound");
         const auto total = static_cast<std::int64_t>(expected[p].size());
-        const std::int64_t common = std::min(total, static_cast<std::int64_t>(outputs[p].size()));
-        require(std::memcmp(outputs[p].data(), expected[p].data(), static_cast<std::size_t>(common)) == 0,
-                where + ": " + difference(outputs[p].data(), expected[p].data(), common));
-        require(totals[p] == total, where + ": size " + std::to_string(totals[p]) + ", not " + std::to_string(total));
-        for (std::size_t i = expected[p].size(); i < outputs[p].size(); ++i)
-            require(outputs[p][i] == 0xC5, where + ": written behind the end");
+        require(std::memcmp(out.data(), expected[p].data(), expected[p].size()) == 0,
+                where + ": " + difference(out.data(), expected[p].data(), total));
+        require(made.totals[p] == total,
+                where + ": size " + std::to_string(made.totals[p]) + ", not " + std::to_string(total));
+        require(made.dropped[p] == 0, where + ": values dropped");
+        for (std::size_t i = expected[p].size(); i < out.size(); ++i)
+            require(out[i] == 0xC5, where + ": written behind the end");
     }
     for (std::size_t t = 0; t < residuals.size(); ++t)
         require(same_bytes(residuals[t], expected_residuals[t]), name + ": residual of tensor " + std::to_string(t));
@@ -185,5 +216,8 @@ template std::vector<std::vector<std::uint8_t>> encode_both(const EncodeCase<Tra
                                                             const std::string&);
 template std::vector<std::vector<std::uint8_t>> encode_both(const EncodeCase<Traits<DType::kFloat64>>&,
                                                             const std::string&);
+
+template Made encode_emulated(const EncodeCase<Traits<DType::kFloat32>>&, std::vector<std::vector<float>>&,
+                              const std::vector<std::int64_t>&, const std::string&);
 
 }  // namespace qcomm::test

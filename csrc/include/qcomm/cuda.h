@@ -131,7 +131,7 @@ enum class Fault : unsigned {
     kPiece,     // the checksum of a raw or fixed segment
     kBlock,     // a block's contents; its checksum
     kLayout,    // block ends, or a payload that segments do not fill
-    kRecords,   // segment records, dimensions, code lengths
+    kRecords,   // segment records, dimensions, code lengths; a code of its own that was not expected
     kMismatch,  // another dtype, shape, number of steps or segments than expected
     kHeader,    // no packet, an unknown version, truncated, a wrong header checksum
 };
@@ -149,8 +149,10 @@ struct DecodeTask {
 // trusted, no read leaves [packet, packet + bytes), and no packet makes a kernel run longer than its size allows.
 class DecodePlan {
 public:
-    // `steps` of the packets; none has more segments than max_segments.
-    DecodePlan(DType dtype, int steps, int max_segments, const std::vector<DecodeTask>& tasks);
+    // `steps` of the packets; none has more segments than max_segments. own_code_bits: the most bits of a symbol in a
+    // segment that has a code of its own, 4 with pairs; it has room for one for each segment, from 8.5 KiB up to 8 bits
+    // to 68 KiB with 12. 0: no code lengths are expected, and packets with some are refused.
+    DecodePlan(DType dtype, int steps, int max_segments, const std::vector<DecodeTask>& tasks, int own_code_bits = 0);
 
     const Status& status() const { return status_; }
     const std::vector<std::uint8_t>& blob() const {
@@ -168,12 +170,13 @@ public:
 private:
     enum Place : int;  // in the workspace
     DecodeTables tables(const void* blob, const StaticTables* codes, void* workspace, unsigned* faults) const;
+    void prepare(const DecodeTables& d, void* stream) const;
 
     Status status_;
     DType dtype_;
-    int steps_, max_segments_, packet_count_;
+    int steps_, max_segments_, packet_count_, own_code_bits_;
     std::int64_t tiles_ = 0, sum_tiles_ = 0, piece_tiles_ = 0;  // at most, of one packet
-    std::int64_t workspace_at_[4] = {}, workspace_bytes_ = 0;
+    std::int64_t workspace_at_[6] = {}, workspace_bytes_ = 0;
     std::vector<std::uint8_t> blob_;
 };
 
