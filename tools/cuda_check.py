@@ -36,8 +36,8 @@ STANDARD_HEADERS = {
     "cstring": "",
     "limits": "#include <cuda/std/limits>\nnamespace std { using namespace cuda::std; }",
     "type_traits": "#include <cuda/std/type_traits>\nnamespace std { using namespace cuda::std; }",
-    "vector": "#pragma once\nnamespace std { template <class T> class vector { public: T operator[](unsigned long) const; "
-    "bool empty() const; }; }",
+    "vector": "#pragma once\nnamespace std { template <class T> class vector { public: bool empty() const; "
+    "T operator[](unsigned long) const; }; }",
 }
 # What the host's compiler, and nvcc with it, has built in.
 BUILTINS = [f"-D__builtin_{name}={name}" for name in ("fma", "fmin", "fmax", "floor", "sqrt", "isfinite")]

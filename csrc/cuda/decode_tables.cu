@@ -4,7 +4,7 @@
 //
 //   tables  | packet 0: segment 0: u16 * 2^code_bits | segment 1 ... | packet 1 ...
 //
-// Thread: entries tid, tid + 512, ...; each looks for its codeword among the lengths, of which there are at most 15, so
+// Thread: entries tid, tid + 256, ...; each looks for its codeword among the lengths, of which there are at most 15, so
 // that a short codeword, which has thousands of entries, is no thread's own burden. Block: a segment of a packet.
 // Shared memory: 12 KiB. Passes: ranks of the symbols by (length, symbol), then the entries. Limits: alphabets of 4096,
 // 15 bits. Safety: read_packets has checked that the lengths are a complete code. Determinism: integers.
@@ -16,7 +16,7 @@
 namespace qcomm::cuda {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 256;
 
 struct Shared {
     std::uint8_t lengths[1 << kMaxCodedBits];

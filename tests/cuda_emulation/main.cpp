@@ -165,7 +165,7 @@ void damage_group() {
             c.steps = 8;
             c.checksums = false;
             const std::string name = std::string("damaged ") + name_of(kind) + " " + kSigmaGrids[g].name;
-            damage<Float32>(encode_both(c, name)[0], 60, emulation::seed + 1, name);
+            damage<Float32>(encode_both(c, name)[0], 40, emulation::seed + 1, name);
         }
     }
     for (const int g : {0, 2, 4, 9, 3}) {
@@ -174,7 +174,7 @@ void damage_group() {
         c.steps = 32;
         c.checksums = false;
         const std::string name = std::string("damaged ") + kOwnGrids[g].name;
-        damage<Float32>(encode_both(c, name)[0], 50, emulation::seed + 1, name);
+        damage<Float32>(encode_both(c, name)[0], 30, emulation::seed + 1, name);
     }
     EncodeCase<Float16> c = bucket<Float16>(1, 1, false);
     c.checksums = true;
