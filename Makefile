@@ -52,7 +52,7 @@ bench-ci: $(BUILT)  ## run the microbenchmarks, results in build/bench-ci.json (
 		--benchmark-group-by=func --benchmark-columns=min,median,iqr,rounds
 
 clean:  ## remove what was built; the environment stays
-	rm -rf build dist *.egg-info qcomm/_C*.so $(BUILT) .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -rf build dist *.egg-info qcomm/_C*.so qcomm/_cuda*.so $(BUILT) .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 
 distclean: clean  ## remove the environment, too
 	rm -rf $(VENV)

@@ -94,8 +94,18 @@ def check_num_threads(num_threads: object) -> int:
     return min(num_threads, MAX_THREADS)
 
 
-def check_floats(name: str, tensor: object) -> torch.Tensor:
-    """Returns ``tensor`` if it is a dense real floating-point CPU tensor, or raises an error that names ``name``."""
+def _check_device(name: str, tensor: torch.Tensor, devices: tuple[str, ...]) -> None:
+    if tensor.device.type in devices:
+        return
+    if devices == ("cpu",):
+        raise ValueError(
+            f"{name} must be on the CPU, got device {tensor.device}; only compress and decompress take more"
+        )
+    raise ValueError(f"{name} must be on the CPU or a CUDA device, got device {tensor.device}")
+
+
+def check_floats(name: str, tensor: object, devices: tuple[str, ...] = ("cpu",)) -> torch.Tensor:
+    """Returns ``tensor`` if it is dense, real and floating-point on such a device, or raises an error that names it."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
@@ -103,23 +113,21 @@ def check_floats(name: str, tensor: object) -> torch.Tensor:
     if tensor.dtype not in DTYPE_NUMBERS:
         hint = "; view it as real with torch.view_as_real" if tensor.is_complex() else ""
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}{hint}")
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} must be on the CPU in this build, got device {tensor.device}")
+    _check_device(name, tensor, devices)
     if tensor.is_neg():
         raise ValueError(f"{name} is a lazily negated view, whose memory holds other values; call .resolve_neg() first")
     return tensor
 
 
-def check_packet(packet: object) -> torch.Tensor:
-    """Returns ``packet`` as a contiguous 1-D uint8 CPU tensor, or raises an error that names it."""
+def check_packet(packet: object, devices: tuple[str, ...] = ("cpu",)) -> torch.Tensor:
+    """Returns ``packet`` as a contiguous 1-D uint8 tensor on such a device, or raises an error that names it."""
     if not isinstance(packet, torch.Tensor):
         raise TypeError(
             f"packet must be a 1-D uint8 tensor, got {type(packet).__name__}; torch.frombuffer makes one from bytes"
         )
     if packet.dtype != torch.uint8 or packet.dim() != 1:
         raise TypeError(f"packet must be a 1-D uint8 tensor, got {packet.dim()}-D {packet.dtype}")
-    if packet.device.type != "cpu":
-        raise ValueError(f"packet must be on the CPU in this build, got device {packet.device}")
+    _check_device("packet", packet, devices)
     return packet.contiguous()
 
 

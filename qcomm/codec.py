@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qcomm import _native
+from qcomm import _device, _native
 from qcomm._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, Segment
 from qcomm.errors import PacketError
 from qcomm.grids import Grid, SigmaGrid
@@ -30,6 +30,17 @@ def default_block_steps(element_count: int) -> int:
     return LARGE_BLOCK_STEPS if element_count >= LARGE_ELEMENTS else BLOCK_STEPS
 
 
+def check_block_steps(block_steps: int | None, element_count: int) -> int:
+    """``block_steps`` if it is 1..512, by default what :func:`default_block_steps` says."""
+    if block_steps is None:
+        return default_block_steps(element_count)
+    if isinstance(block_steps, bool) or not isinstance(block_steps, int):
+        raise TypeError(f"block_steps must be an int, got {type(block_steps).__name__}")
+    if not 1 <= block_steps <= LARGE_BLOCK_STEPS:
+        raise ValueError(f"block_steps must be in 1..{LARGE_BLOCK_STEPS}, got {block_steps}")
+    return block_steps
+
+
 def compress(
     tensor: torch.Tensor,
     grid: Grid = SigmaGrid(),
@@ -41,8 +52,9 @@ def compress(
     """Quantizes and Huffman-codes a tensor.
 
     Args:
-        tensor: any shape, contiguous or not, float32, float16, bfloat16 or float64. Non-finite values make it travel
-            raw, exactly.
+        tensor: any shape, contiguous or not, float32, float16, bfloat16 or float64, on the CPU or a CUDA device (the
+            kernels for which have never run on a GPU, only under emulation). Non-finite values make it travel raw,
+            exactly.
         grid: how finely; SigmaGrid for gradients, RangeGrid for weights.
         checksum: add 4 bytes a block that let ``decompress`` tell damaged from whole.
         block_steps: symbols per lane in a block, 1..512; by default by size. Smaller blocks are more parallel and
@@ -50,10 +62,12 @@ def compress(
         num_threads: most that work at once, where there are 131,072 values for each; the bytes do not depend on it.
 
     Returns:
-        A 1-D uint8 tensor. Never more than 128 bytes larger than the tensor itself (up to 6 dimensions).
+        A 1-D uint8 tensor on the tensor's device. Never more than 128 bytes larger than the tensor itself (up to 6
+        dimensions).
 
     Raises:
         TypeError, ValueError: naming the argument.
+        RuntimeError: the tensor is on a CUDA device and this build has no CUDA kernels.
 
     Example:
         >>> packet = compress(torch.linspace(-1, 1, 100_000), SigmaGrid(step=1.0))
@@ -63,7 +77,10 @@ def compress(
     """
     if isinstance(tensor, torch.Tensor):
         tensor = tensor.resolve_neg()
-    values = _native.check_floats("tensor", tensor).detach().contiguous()
+    values = _native.check_floats("tensor", tensor, devices=("cpu", "cuda")).detach().contiguous()
+    if values.is_cuda:
+        _native.check_num_threads(num_threads)
+        return _device.compress(values, grid, checksum, check_block_steps(block_steps, values.numel()))
     quantizer = plan(measure(values, num_threads=num_threads), grid, values, num_threads=num_threads)
     packet = encode(
         [Segment(values.reshape(-1), quantizer)],
@@ -79,19 +96,23 @@ def decompress(packet: torch.Tensor, *, num_threads: int = 1) -> torch.Tensor:
     """The tensor in a packet, in its shape and dtype.
 
     Args:
-        packet: 1-D uint8.
-        num_threads: most that work at once.
+        packet: 1-D uint8, on the CPU or a CUDA device.
+        num_threads: most that work at once, on the CPU.
 
     Raises:
         PacketError: the bytes are not a whole, undamaged packet of this version.
         TypeError: ``packet`` is not a 1-D uint8 tensor.
+        RuntimeError: it is on a CUDA device and this build has no CUDA kernels.
 
     Example:
         >>> decompress(compress(torch.full((2, 3), 7.0)))
         tensor([[7., 7., 7.],
                 [7., 7., 7.]])
     """
-    packet = _native.check_packet(packet)
+    packet = _native.check_packet(packet, devices=("cpu", "cuda"))
+    if packet.is_cuda:
+        _native.check_num_threads(num_threads)
+        return _device.decompress(packet)
     parsed = _native.parse(packet)
     try:
         out = torch.empty(parsed.shape, dtype=parsed.dtype)
@@ -142,12 +163,7 @@ def encode(
     if not (math.isfinite(inv_scale) and inv_scale > 0.0):
         raise ValueError(f"inv_scale must be positive and finite, got {inv_scale}")
     count = sum(segment.values.numel() for segment in segments)
-    if block_steps is None:
-        block_steps = default_block_steps(count)
-    if isinstance(block_steps, bool) or not isinstance(block_steps, int):
-        raise TypeError(f"block_steps must be an int, got {type(block_steps).__name__}")
-    if not 1 <= block_steps <= LARGE_BLOCK_STEPS:
-        raise ValueError(f"block_steps must be in 1..{LARGE_BLOCK_STEPS}, got {block_steps}")
+    block_steps = check_block_steps(block_steps, count)
     dims = [count] if shape is None else list(shape)
     if math.prod(dims) != count:
         raise ValueError(f"shape must have {count} elements like the segments together, got {dims}")

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
 
@@ -43,7 +45,10 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     ("group", "seeds"),
     [
         ("emulator", [FORWARD, REVERSE, RANDOM, "3"]),
+        ("histogram", [FORWARD, REVERSE, RANDOM]),
         ("codec", [RANDOM]),
+        ("own", [RANDOM]),
+        ("capacity", [REVERSE]),
         ("bucket", [FORWARD, REVERSE, RANDOM]),
         ("damage", [FORWARD, "3"]),
         ("large", [REVERSE]),
@@ -51,6 +56,36 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 )
 def test_kernels_agree_with_the_cpu(program: Path, group: str, seeds: list[str]) -> None:
     done = run(program, group, *seeds)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def fibonacci(n: int) -> list[int]:
+    row = [1, 1]
+    while len(row) < n:
+        row.append(row[-1] + row[-2])
+    return row[:n]
+
+
+COUNTS = st.one_of(st.just(0), st.integers(0, 3), st.integers(0, 1000), st.integers(0, 2**35))
+HISTOGRAMS = st.sampled_from([("single", bits) for bits in range(1, 13)] + [("pair", 4)]).flatmap(
+    lambda code: st.tuples(st.just(code), st.lists(COUNTS, max_size=256 if code[0] == "pair" else 2 ** code[1]))
+)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(HISTOGRAMS, min_size=1, max_size=30), st.sampled_from([FORWARD, REVERSE, RANDOM, "7"]))
+@example([(("single", 6), fibonacci(40)), (("pair", 4), fibonacci(47)), (("single", 12), fibonacci(47))], RANDOM)
+@example([(("single", 12), row) for row in ([1] * 4096, [7, 0] * 2048, [0] * 4000 + [1, 2], [*range(4096)])], REVERSE)
+@example([(("single", 4), row) for row in ([], [0, 5], [1, 1], [3] * 16, [2**35, 1, 1])], FORWARD)
+@example([(("single", 10), [int(1e6 / (i % 97 + 1)) for i in range(1024)]), (("pair", 4), [1] * 256)], RANDOM)
+def test_code_lengths_are_those_of_the_cpu(
+    program: Path, folder: Path, histograms: list[tuple[tuple[str, int], list[int]]], seed: str
+) -> None:
+    numbers = {"single": 3, "pair": 4}
+    lines = [f"{numbers[coding]} {bits} {len(row)} {' '.join(map(str, row))}" for (coding, bits), row in histograms]
+    file = folder / "histograms.txt"
+    file.write_text("\n".join(lines) + "\n")
+    done = run(program, f"codes={file}", seed)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -23,7 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc/cuda"
-KERNELS = ("statistics", "encode", "layout", "payload", "read_packets", "decode")
+KERNELS = ("statistics", "sample", "histogram", "code_lengths", "encode", "layout", "payload", "residual",
+           "read_packets", "decode_tables", "decode")  # fmt: skip
 HOST = ("encode_plan", "decode_plan")
 ARCHITECTURES = (75, 80, 90)
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc/include'}"]
@@ -35,7 +36,8 @@ STANDARD_HEADERS = {
     "cstring": "",
     "limits": "#include <cuda/std/limits>\nnamespace std { using namespace cuda::std; }",
     "type_traits": "#include <cuda/std/type_traits>\nnamespace std { using namespace cuda::std; }",
-    "vector": "namespace std { template <class T> class vector { public: T operator[](unsigned long) const; }; }",
+    "vector": "#pragma once\nnamespace std { template <class T> class vector { public: bool empty() const; "
+    "T operator[](unsigned long) const; }; }",
 }
 # What the host's compiler, and nvcc with it, has built in.
 BUILTINS = [f"-D__builtin_{name}={name}" for name in ("fma", "fmin", "fmax", "floor", "sqrt", "isfinite")]
@@ -52,8 +54,10 @@ def run(*command: str | Path) -> str:
 
 def kernel_name(mangled: str) -> str:
     """``encode_blocks<float32, adjusted>`` of a kernel's mangled name."""
-    found = re.search(r"\d(measure_tensors|encode_blocks|layout_packets|write_payload|read_packets|check_pieces|"
-                      r"decode_packets|sum_packets)(.*)", mangled)  # fmt: skip
+    found = re.search(r"\d(measure_tensors|sample_tensors|count_segments|make_codes|encode_blocks|layout_packets|"
+                      r"write_payload|update_range_residuals|read_packets|check_pieces|make_decode_tables|"
+                      r"decode_packets|sum_packets)(.*)",
+                      mangled)  # fmt: skip
     if found is None:
         return mangled
     dtype = re.search(r"DTypeE(\d)E", found[2])
@@ -135,8 +139,11 @@ def _instances(kernel: str, arguments: str, flags: tuple[str, ...]) -> str:
 
 INSTANCES = {
     "statistics": _instances("measure_tensors", "EncodeTables, TileStatistics*", (", false", ", true")),
+    "sample": _instances("sample_tensors", "EncodeTables", (", false", ", true")),
+    "histogram": _instances("count_segments", "EncodeTables", (", false", ", true")),
     "encode": _instances("encode_blocks", "EncodeTables", (", false", ", true")),
     "payload": _instances("write_payload", "EncodeTables", (", false", ", true")),
+    "residual": _instances("update_range_residuals", "EncodeTables", (", false", ", true")),
     "read_packets": _instances("read_packets", "DecodeTables", ("",)),
     "decode": _instances("decode_packets", "DecodeTables, int", ("",)),
 }

@@ -14,11 +14,11 @@
 #include "qcomm/checksum.h"
 #include "qcomm/packet.h"
 #include "qcomm/parallel.h"
+#include "qcomm/sigma_code.h"
 
 namespace qcomm {
 namespace {
 
-constexpr std::int64_t kTypicalBlockBytes = 40;                     // of a coded block beyond its codewords
 constexpr std::uint64_t kMaxPayloadBytes = std::uint64_t{4} << 32;  // block ends count 4-byte units in 32 bits
 
 SegmentRecord make_record(std::int64_t count, const Quantizer& q) {
@@ -268,15 +268,12 @@ private:
         return q;
     }
 
-    // A sigma segment cannot be written a second time, its residual being updated as blocks are written: so its table
-    // is judged by a forecast.
     bool table_pays(const std::vector<std::uint64_t>& counts, const std::vector<std::uint8_t>& own,
                     std::size_t list_bytes, std::int64_t count, const Quantizer& q) const {
         std::uint64_t bits = 0;
         for (std::size_t s = 0; s < counts.size(); ++s) bits += counts[s] * own[s];
-        const std::int64_t blocks = blocks_in(make_record(count, q), options_.steps);
-        return static_cast<std::int64_t>(bits / 8 + list_bytes) + kTypicalBlockBytes * blocks <
-               packed_bytes(count, q.num_bits);
+        return sigma_table_pays(bits, static_cast<std::int64_t>(list_bytes),
+                                blocks_in(make_record(count, q), options_.steps), packed_bytes(count, q.num_bits));
     }
 
     // Calls f(part, u, begin, n) for runs of values, in run_parts() parts.

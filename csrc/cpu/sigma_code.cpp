@@ -1,26 +1,15 @@
-// Which code a sigma segment gets. A sample of neighbouring pairs is quantized and each candidate is priced: a static
-// code costs exactly its lengths, a code of the segment's own what its entropy says (corrected for the sample's size)
-// plus its table.
+// Which code a sigma segment gets: sigma_code.h has the prices, here is the sample.
 #include <algorithm>
-#include <cmath>
-#include <limits>
 #include <utility>
 #include <vector>
 
-#include "qcomm/entropy.h"
-#include "qcomm/huffman.h"
 #include "qcomm/parallel.h"
-#include "qcomm/quantize.h"
+#include "qcomm/sigma_code.h"
 
 namespace qcomm {
 namespace {
 
-constexpr double kSampleFraction = 0.03;
-constexpr std::int64_t kMaxSampledPairs = 1 << 14;  // more would sharpen nothing and cost more than the encoder
-constexpr std::int64_t kPairsPerThread = 1 << 13;   // each a cache miss: about 0.1 ms
-constexpr double kOwnTableMustSave = 0.03;          // of the bits: below that a static table's speed is worth more
-constexpr double kHuffmanRedundancy = 0.02;         // bits a codeword above entropy
-constexpr double kTableBits = 6.0;                  // a used symbol in a list of code lengths
+constexpr std::int64_t kPairsPerThread = 1 << 13;  // each a cache miss: about 0.1 ms
 
 struct Sample {
     explicit Sample(int num_bits) : singles(std::size_t{1} << num_bits), pairs(num_bits == kPairBits ? 256 : 0) {}
@@ -33,8 +22,7 @@ void add(const std::vector<std::uint32_t>& counts, std::vector<std::uint32_t>* s
 
 Sample draw(const Values& values, int num_bits, double step, std::uint32_t seed, int threads) {
     const std::int64_t available = values.count / 2;
-    const std::int64_t n =
-        std::min({available, kMaxSampledPairs, (sample_size(values.count, kSampleFraction) + 1) / 2});
+    const std::int64_t n = sampled_pairs(values.count);
     const int parts = part_count(n, kPairsPerThread, threads);
     std::vector<Sample> drawn(static_cast<std::size_t>(parts), Sample(num_bits));
     dispatch(values.dtype, [&](auto traits) {
@@ -59,28 +47,13 @@ Sample draw(const Values& values, int num_bits, double step, std::uint32_t seed,
     return std::move(drawn[0]);
 }
 
-// Bits of the whole segment's symbols, from the histogram of a sample.
-double static_bits(const std::vector<std::uint32_t>& counts, const StaticCode& code, double codewords) {
-    double bits = 0.0, n = 0.0;
-    for (std::size_t s = 0; s < counts.size(); ++s) {
-        bits += static_cast<double>(counts[s]) * code.lengths[s];
-        n += counts[s];
-    }
-    return codewords * bits / n;
+// `code` may be null.
+CodeSample price(const std::vector<std::uint32_t>& counts, const StaticCode* code) {
+    CodeSample sample;
+    for (std::size_t s = 0; s < counts.size(); ++s) sample.add(counts[s], code != nullptr ? code->lengths[s] : 0u);
+    return sample;
 }
-
-double own_bits(const std::vector<std::uint32_t>& counts, double codewords) {
-    double n = 0.0, used = 0.0;
-    for (const std::uint32_t c : counts) {
-        n += c;
-        used += c > 0;
-    }
-    const double entropy =
-        static_cast<double>(entropy_fixed(counts.data(), static_cast<int>(counts.size()))) / (1 << kLogFractionBits);
-    const double bias =
-        (used - 1.0) / (2.0 * n * std::log(2.0));  // Miller 1955: a sample's entropy is too small by this
-    return codewords * std::max(1.0, entropy + bias + kHuffmanRedundancy) + kTableBits * used;
-}
+std::uint8_t id_of(const StaticCode* code) { return code != nullptr ? code->id : kNoTable; }
 
 }  // namespace
 
@@ -89,31 +62,13 @@ SigmaCode choose_sigma_code(const Values& values, int num_bits, double step, dou
     if (num_bits > kMaxCodedBits) return {Coding::kSingle, kNoTable};
     if (values.count < 2) return {Coding::kSingle, kNoTable};
     const Sample sample = draw(values, num_bits, step, seed, threads);
-    const auto count = static_cast<double>(values.count);
-
-    SigmaCode best_static{Coding::kSingle, kNoTable}, best_own{Coding::kSingle, kTableOnWire};
-    double static_cost = std::numeric_limits<double>::infinity();
-    if (const StaticCode* code = nearest_static_code(Coding::kSingle, num_bits, k)) {
-        static_cost = static_bits(sample.singles, *code, count);
-        best_static.table = code->id;
-    }
-    double own_cost = own_bits(sample.singles, count);
-    if (num_bits == kPairBits) {
-        const double codewords = count / 2.0;
-        if (const StaticCode* code = nearest_static_code(Coding::kPair, num_bits, k)) {
-            const double cost = static_bits(sample.pairs, *code, codewords);
-            if (cost < static_cost) {
-                static_cost = cost;
-                best_static = {Coding::kPair, code->id};
-            }
-        }
-        const double cost = own_bits(sample.pairs, codewords);
-        if (cost < own_cost) {
-            own_cost = cost;
-            best_own.coding = Coding::kPair;
-        }
-    }
-    return own_cost < (1.0 - kOwnTableMustSave) * static_cost ? best_own : best_static;
+    const StaticCode* const single = nearest_static_code(Coding::kSingle, num_bits, k);
+    const CodeSample singles = price(sample.singles, single);
+    if (num_bits != kPairBits)
+        return cheapest_sigma_code(singles, nullptr, values.count, num_bits, id_of(single), kNoTable);
+    const StaticCode* const pair = nearest_static_code(Coding::kPair, num_bits, k);
+    const CodeSample pairs = price(sample.pairs, pair);
+    return cheapest_sigma_code(singles, &pairs, values.count, num_bits, id_of(single), id_of(pair));
 }
 
 }  // namespace qcomm

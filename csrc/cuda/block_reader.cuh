@@ -3,8 +3,8 @@
 // qcomm/reference/lanes.py). csrc/include/qcomm/block.h has the layout.
 //
 // A value comes from a table of values in shared memory, one a symbol, so neither the grid's arithmetic nor the
-// narrowing to the dtype is done per value. The escape symbol stands there as -0.0, which no level of a sigma grid is:
-// where an escape's value goes, that must be found.
+// narrowing to the dtype is done per value; for alphabets of more than 8 bits it is. The escape symbol stands there as
+// -0.0, which no level of a sigma grid is: where an escape's value goes, that must be found.
 #pragma once
 
 #include <type_traits>
@@ -15,19 +15,46 @@
 
 namespace qcomm::cuda {
 
-// A symbol's value on the segment's grid.
+// Values of symbols.
 template <class Tr>
-__device__ typename Tr::Storage value_of(const Quantizer& q, std::uint32_t symbol) {
-    if (q.grid != Grid::kSigma) return Tr::narrow(RangeQuantizer(q.grid, q.num_bits, q.p0, q.p1).decode(symbol));
-    if (static_cast<int>(symbol) == escape_symbol(q.num_bits)) return Tr::narrow(-0.0f);
-    return Tr::narrow(SigmaQuantizer<typename Tr::Arithmetic>(q.num_bits, q.p1, Tr::kMax).decode(symbol));
-}
+class RangeValues {
+public:
+    __device__ explicit RangeValues(const Quantizer& q) : grid_(q.grid, q.num_bits, q.p0, q.p1) {}
+    __device__ __forceinline__ typename Tr::Storage operator()(std::uint32_t symbol) const {
+        return Tr::narrow(grid_.decode(symbol));
+    }
+
+private:
+    RangeQuantizer grid_;
+};
+template <class Tr>
+class SigmaValues {
+public:
+    __device__ explicit SigmaValues(const Quantizer& q)
+        : grid_(q.num_bits, q.p1, Tr::kMax), escape_(static_cast<std::uint32_t>(escape_symbol(q.num_bits))) {}
+    __device__ __forceinline__ typename Tr::Storage operator()(std::uint32_t symbol) const {
+        return Tr::narrow(symbol == escape_ ? -T(0) : grid_.decode(symbol));
+    }
+
+private:
+    using T = typename Tr::Arithmetic;
+    SigmaQuantizer<T> grid_;
+    std::uint32_t escape_;
+};
+template <class Storage>
+struct TableValues {
+    const Storage* values;
+    __device__ __forceinline__ Storage operator()(std::uint32_t symbol) const { return values[symbol]; }
+};
 
 // The table of values of a small alphabet, by `threads` threads that call with their numbers. A barrier must follow.
 template <class Tr>
 __device__ void fill_values(typename Tr::Storage* values, const Quantizer& q, int thread, int threads) {
     if (q.num_bits == 0 || (1 << q.num_bits) > kMaxValueTable) return;
-    for (int s = thread; s < 1 << q.num_bits; s += threads) values[s] = value_of<Tr>(q, static_cast<std::uint32_t>(s));
+    const auto fill = [&](const auto& value) {
+        for (int s = thread; s < 1 << q.num_bits; s += threads) values[s] = value(static_cast<std::uint32_t>(s));
+    };
+    q.grid == Grid::kSigma ? fill(SigmaValues<Tr>(q)) : fill(RangeValues<Tr>(q));
 }
 
 // Element i of values that are aligned to 2 bytes (escapes) or 4 (raw ones).
@@ -60,9 +87,12 @@ struct DecodeCode {
     const std::uint16_t* entries;  // symbol | length << 12
     std::uint32_t mask;            // 0: no code
 };
-__device__ inline DecodeCode find_decode_code(const StaticTables& codes, const Quantizer& q) {
-    const int index = is_block_coded(q.coding) ? StaticTables::index(q.table) : -1;
-    return index < 0 ? DecodeCode{nullptr, 0} : DecodeCode{codes.decode[index], codes.decode_mask[index]};
+__device__ inline DecodeCode find_decode_code(const DecodeTables& d, int packet, int segment) {
+    const SegmentView& view = d.segments_of(packet)[segment];
+    if (!is_block_coded(view.quantizer.coding)) return {nullptr, 0};
+    if (view.quantizer.table == kTableOnWire) return {d.entries_of(packet, segment), view.code_mask};
+    const int index = StaticTables::index(view.quantizer.table);
+    return index < 0 ? DecodeCode{nullptr, 0} : DecodeCode{d.codes->decode[index], d.codes->decode_mask[index]};
 }
 
 template <class Tr>
@@ -110,16 +140,17 @@ public:
     // pairs.
     template <class Sink>
     __device__ void read(int begin, int end, const Sink& sink) {
-        if (mode_ == BlockMode::kCoded) {
-            if (quantizer_.coding == Coding::kPair) {
-                read_coded<true, true>(begin, end, sink);
-            } else if (values_ != nullptr) {
-                read_coded<false, true>(begin, end, sink);
-            } else {
-                read_coded<false, false>(begin, end, sink);
-            }
+        const TableValues<Storage> table{values_};
+        if (mode_ == BlockMode::kRaw) {
+            for (int i = begin + lane_number(); i < end; i += kWarpLanes) sink.put(i, load_value<Tr>(body_, i));
+        } else if (mode_ == BlockMode::kCoded && quantizer_.coding == Coding::kPair) {
+            read_coded<true>(begin, end, table, sink);
+        } else if (values_ != nullptr) {
+            read_single(begin, end, table, sink);
+        } else if (quantizer_.grid == Grid::kSigma) {
+            read_single(begin, end, SigmaValues<Tr>(quantizer_), sink);
         } else {
-            for (int i = begin + lane_number(); i < end; i += kWarpLanes) sink.put(i, plain_value(i));
+            read_single(begin, end, RangeValues<Tr>(quantizer_), sink);
         }
         if (next_escape_ < escapes_) put_escapes(begin, end, sink);
     }
@@ -131,16 +162,18 @@ public:
     }
 
 private:
-    __device__ Storage value(std::uint32_t symbol) const {
-        return values_ != nullptr ? values_[symbol] : value_of<Tr>(quantizer_, symbol);
-    }
-    __device__ Storage plain_value(int i) const {
-        if (mode_ == BlockMode::kRaw) return load_value<Tr>(body_, i);
-        return value(mode_ == BlockMode::kConstant ? symbol_ : load_symbol(body_, halves_, i, quantizer_.num_bits));
+    // One symbol after the other, whatever the block's mode.
+    template <class ValueOf, class Sink>
+    __device__ __forceinline__ void read_single(int begin, int end, const ValueOf& value_of, const Sink& sink) {
+        if (mode_ == BlockMode::kCoded) return read_coded<false>(begin, end, value_of, sink);
+        for (int i = begin + lane_number(); i < end; i += kWarpLanes) {
+            const bool constant = mode_ == BlockMode::kConstant;
+            sink.put(i, value_of(constant ? symbol_ : load_symbol(body_, halves_, i, quantizer_.num_bits)));
+        }
     }
 
-    template <bool kPairs, bool kTable, class Sink>
-    __device__ __forceinline__ void read_coded(int begin, int end, const Sink& sink) {
+    template <bool kPairs, class ValueOf, class Sink>
+    __device__ __forceinline__ void read_coded(int begin, int end, const ValueOf& value_of, const Sink& sink) {
         constexpr int kRow = kWarpLanes * (kPairs ? 2 : 1), kRows = 4;
         int at = begin;
         // While every lane has 16 bits before a lookup and words are left for all lanes that ask, no lane can use more
@@ -149,14 +182,14 @@ private:
             for (; at + kRows * kRow <= end && taken_ + kRows * kWarpLanes <= halves_; at += kRows * kRow) {
 #pragma unroll
                 for (int r = 0; r < kRows; ++r)
-                    put_codeword<kPairs, kTable>(next_codeword<false>(true), at + r * kRow, kRow, sink);
+                    put_codeword<kPairs>(next_codeword<false>(true), at + r * kRow, kRow, value_of, sink);
             }
         }
 #pragma unroll 1
         for (; at < end; at += kRow) {
             const int left = end - at < kRow ? end - at : kRow;
             const std::uint32_t symbol = next_codeword<true>(lane_number() * (kPairs ? 2 : 1) < left);
-            put_codeword<kPairs, kTable>(symbol, at, left, sink);
+            put_codeword<kPairs>(symbol, at, left, value_of, sink);
         }
     }
 
@@ -184,18 +217,15 @@ private:
         return entry & 0xFFFu;
     }
 
-    template <bool kPairs, bool kTable, class Sink>
-    __device__ __forceinline__ void put_codeword(std::uint32_t symbol, int at, int row, const Sink& sink) const {
-        const auto value_at = [&](std::uint32_t s) {
-            if constexpr (kTable) return values_[s];
-            return value_of<Tr>(quantizer_, s);
-        };
+    template <bool kPairs, class ValueOf, class Sink>
+    __device__ __forceinline__ void put_codeword(std::uint32_t symbol, int at, int row, const ValueOf& value_of,
+                                                 const Sink& sink) const {
         if constexpr (kPairs) {
             const int i = 2 * lane_number();
-            if (i < row) sink.put(at + i, value_at(symbol & 15u));
-            if (i + 1 < row) sink.put(at + i + 1, value_at(symbol >> kPairBits));
+            if (i < row) sink.put(at + i, value_of(symbol & 15u));
+            if (i + 1 < row) sink.put(at + i + 1, value_of(symbol >> kPairBits));
         } else {
-            if (lane_number() < row) sink.put(at + lane_number(), value_at(symbol));
+            if (lane_number() < row) sink.put(at + lane_number(), value_of(symbol));
         }
     }
 

@@ -4,6 +4,7 @@
 
 #include "launch.h"
 #include "qcomm/block.h"
+#include "qcomm/huffman.h"
 #include "tasks.h"
 
 namespace qcomm::cuda {
@@ -18,10 +19,14 @@ struct Code {
     std::uint32_t mask;
 };
 __device__ inline Code find_code(const EncodeTables& e, const Quantizer& q, int segment) {
-    (void)segment;
+    if (!is_block_coded(q.coding)) return {nullptr, 0};
+    const auto mask = static_cast<std::uint32_t>(alphabet_size(q.coding, q.num_bits) - 1);
+    if (q.table == kTableOnWire) {
+        if (e.list_bytes[segment] == 0) return {nullptr, 0};
+        return {e.own_entries + e.segments[segment].first_codeword, mask};
+    }
     const int index = StaticTables::index(q.table);
-    if (!is_block_coded(q.coding) || index < 0) return {nullptr, 0};
-    return {e.codes->encode[index], q.coding == Coding::kPair ? 255u : (1u << q.num_bits) - 1u};
+    return index < 0 ? Code{nullptr, 0} : Code{e.codes->encode[index], mask};
 }
 
 // SigmaQuantizer with fewer instructions, and the same symbols. In float32 the sum u / step + 1.5 * 2^23 has the level

@@ -7,12 +7,13 @@
 //   block  | info u32 | start windows | escape values | escape positions | words u16 ... | see block_reader.cuh
 //
 // decode_packets. Thread: a lane of a block. Warp: a block, or 32 * steps values of a segment without blocks. Block: 4
-// units of one segment, which share its code (8 KiB of shared memory) and its table of values (at most 2 KiB).
+// units of one segment, which share its code (8 KiB of shared memory; one of more than 12 bits stays in device memory,
+// for the first-level cache) and its table of values (at most 2 KiB).
 // sum_packets. Warp: a packet. Block: 64 * steps values of a segment; the warps decode a chunk each into shared memory
 // (1 or 2 KiB), then all threads add them and store once. Codes are read through the first-level cache, as packets may
 // differ in them. 8 packets a launch; more are added to what the launch before has stored.
 // Passes: one, and one over the code's bytes before it for the checksum, which is compared before a value is used.
-// Limits: codes of at most 12 bits.
+// Limits: codes of at most 15 bits.
 // Safety: every read is inside the block, whose place read_packets has checked; every loop is over values of the block.
 // Determinism: a warp owns its unit; additions are in the packets' order.
 // Bytes moved per value: the code's from memory, its size to memory; in a sum one store for all packets.
@@ -49,14 +50,24 @@ struct Sink {
     __device__ __forceinline__ Storage get(int i) const { return out[i]; }
 };
 
-// Value i of a segment without blocks.
-template <class Tr>
-__device__ typename Tr::Storage plain_value(const SegmentView& segment, const std::uint8_t* payload, std::int64_t i) {
+// Values [begin, begin + n) of a segment without blocks.
+template <class Tr, class S>
+__device__ void read_plain(const SegmentView& segment, const std::uint8_t* payload, std::int64_t begin, int n,
+                           const S& sink) {
     const Quantizer& q = segment.quantizer;
-    const std::uint8_t* data = payload + segment.payload;
-    if (q.coding == Coding::kConstant) return Tr::narrow(static_cast<typename Tr::Arithmetic>(q.p0));
-    if (q.coding == Coding::kRaw) return load_value<Tr>(data, i);
-    return value_of<Tr>(q, load_symbol(data, segment.plain_bytes / 2, i, q.num_bits));
+    const std::uint8_t* const data = payload + segment.payload;
+    if (q.coding == Coding::kConstant) {
+        const auto value = Tr::narrow(static_cast<typename Tr::Arithmetic>(q.p0));
+        for (int i = lane_number(); i < n; i += kWarpLanes) sink.put(i, value);
+    } else if (q.coding == Coding::kRaw) {
+        for (int i = lane_number(); i < n; i += kWarpLanes) sink.put(i, load_value<Tr>(data, begin + i));
+    } else {
+        const RangeValues<Tr> value_of(q);
+        const int num_bits = q.num_bits;
+        const std::int64_t halves = segment.plain_bytes / 2;
+        for (int i = lane_number(); i < n; i += kWarpLanes)
+            sink.put(i, value_of(load_symbol(data, halves, begin + i, num_bits)));
+    }
 }
 
 // A block of a segment, its checksum compared.
@@ -80,45 +91,50 @@ __device__ bool open_block(const std::uint8_t* packet, const PacketView& view, c
     return reader->open(data, bytes, n, segment.quantizer, code, values);
 }
 
-// A unit a warp, tile_count blocks a packet.
+// A unit of a segment, by a warp; false where it is malformed.
 template <class Tr>
-__global__ void __launch_bounds__(kThreads, 1) decode_packets(DecodeTables d, int tile_count) {
-    DYNAMIC_SHARED(Shared<Tr>, shared);
+__device__ __forceinline__ bool decode_unit(const DecodeTables& d, int number, const SegmentView& segment, int tile,
+                                            const DecodeCode& code, const typename Tr::Storage* values) {
     using Storage = typename Tr::Storage;
-    const int number = static_cast<int>(blockIdx.x) / tile_count, tile = static_cast<int>(blockIdx.x) % tile_count;
-    // Only faults of earlier launches must be seen; whether those of this one are does not matter.
-    if (__syncthreads_or(threadIdx.x == 0 && atomicOr(&d.faults[number], 0u) != 0)) return;
-    const PacketView view = d.packets[number];
-    if (tile >= view.tiles) return;
-    const SegmentView* const segments = d.segments_of(number);
-    const SegmentView& segment = segments[find_task(segments, view.segments, tile, &SegmentView::first_tile)];
-    const DecodeCode code = find_decode_code(*d.codes, segment.quantizer);
-    for (std::uint32_t i = threadIdx.x; code.mask != 0 && i <= code.mask; i += kThreads)
-        shared->entries[i] = code.entries[i];
-    fill_values<Tr>(shared->values, segment.quantizer, static_cast<int>(threadIdx.x), kThreads);
-    __syncthreads();
-
     const DecodeTask task = d.tasks[number];
+    const PacketView& view = d.packets[number];
     const std::int64_t unit = (tile - segment.first_tile) * kDecodeWarps + warp_number();
     const Quantizer& q = segment.quantizer;
     const std::int64_t size = is_block_coded(q.coding) ? values_per_block(q.coding, d.steps) : unit_values(d.steps);
     const std::int64_t begin = unit * size;
-    if (begin >= segment.count) return;
+    if (begin >= segment.count) return true;
     const int n = static_cast<int>(segment.count - begin < size ? segment.count - begin : size);
     const Sink<Storage> sink{static_cast<Storage*>(task.out) + segment.first_value + begin};
     QCOMM_ASSUME_GLOBAL(sink.out);
     if (!is_block_coded(q.coding)) {
-        for (int i = lane_number(); i < n; i += kWarpLanes)
-            sink.put(i, plain_value<Tr>(segment, task.packet + view.payload, begin + i));
-        return;
+        read_plain<Tr>(segment, task.packet + view.payload, begin, n, sink);
+        return true;
     }
     BlockReader<Tr> reader;
-    bool good =
-        open_block<Tr>(task.packet, view, segment, unit, n, {shared->entries, code.mask}, shared->values, &reader);
-    if (good) {
-        reader.read(0, n, sink);
-        good = reader.close();
-    }
+    if (!open_block<Tr>(task.packet, view, segment, unit, n, code, values, &reader)) return false;
+    reader.read(0, n, sink);
+    return reader.close();
+}
+
+// A unit a warp, tile_count blocks a packet.
+template <class Tr>
+__global__ void __launch_bounds__(kThreads, 1) decode_packets(DecodeTables d, int tile_count) {
+    DYNAMIC_SHARED(Shared<Tr>, shared);
+    const int number = static_cast<int>(blockIdx.x) / tile_count, tile = static_cast<int>(blockIdx.x) % tile_count;
+    // Only faults of earlier launches must be seen; whether those of this one are does not matter.
+    if (__syncthreads_or(threadIdx.x == 0 && atomicOr(&d.faults[number], 0u) != 0)) return;
+    if (tile >= d.packets[number].tiles) return;
+    const SegmentView* const segments = d.segments_of(number);
+    const int s = find_task(segments, d.packets[number].segments, tile, &SegmentView::first_tile);
+    const DecodeCode code = find_decode_code(d, number, s);
+    const bool near = code.mask < StaticTables::kMaxEntries;
+    for (std::uint32_t i = threadIdx.x; near && code.mask != 0 && i <= code.mask; i += kThreads)
+        shared->entries[i] = code.entries[i];
+    fill_values<Tr>(shared->values, segments[s].quantizer, static_cast<int>(threadIdx.x), kThreads);
+    __syncthreads();
+    // Two copies, so that in the usual one the compiler knows the entries to be in shared memory.
+    const bool good = near ? decode_unit<Tr>(d, number, segments[s], tile, {shared->entries, code.mask}, shared->values)
+                           : decode_unit<Tr>(d, number, segments[s], tile, code, shared->values);
     if (!good && lane_number() == 0) report(&d.faults[number], Fault::kBlock);
 }
 
@@ -129,10 +145,11 @@ public:
     __device__ SumSource(const DecodeTables& d, int number, std::int64_t tile, typename Tr::Storage* values)
         : packet_(d.tasks[number].packet), view_(d.packets[number]), steps_(d.steps), values_(values) {
         const SegmentView* const segments = d.segments_of(number);
-        segment_ = &segments[find_task(segments, view_.segments, tile, &SegmentView::first_sum_tile)];
+        const int s = find_task(segments, view_.segments, tile, &SegmentView::first_sum_tile);
+        segment_ = &segments[s];
         tile_ = tile - segment_->first_sum_tile;
         begin_ = tile_ * sum_tile_values(steps_);
-        code_ = find_decode_code(*d.codes, segment_->quantizer);
+        code_ = find_decode_code(d, number, s);
         fill_values<Tr>(values, segment_->quantizer, lane_number(), kWarpLanes);
         __syncwarp();
     }
@@ -147,8 +164,7 @@ public:
     __device__ bool read(int at, int n, const S& sink) {
         const Quantizer& q = segment_->quantizer;
         if (!is_block_coded(q.coding)) {
-            for (int i = lane_number(); i < n; i += kWarpLanes)
-                sink.put(i, plain_value<Tr>(*segment_, packet_ + view_.payload, begin_ + at + i));
+            read_plain<Tr>(*segment_, packet_ + view_.payload, begin_ + at, n, sink);
             return true;
         }
         const auto size = static_cast<int>(values_per_block(q.coding, steps_));

@@ -9,13 +9,14 @@
 //
 // Thread: one lane, a window of bits in registers. Warp: one block of the packet, 32 or 64 values a step, from the last
 // step to the first, which is why words are written downwards. Thread block: 4 blocks of one segment, which share its
-// code in shared memory: 4 bytes a symbol, 1 KiB for a static code.
+// code in shared memory: 4 bytes a symbol, 1 KiB for a static code, up to 16 KiB for one of the segment's own.
 // Passes: one over the values, plus one over those of blocks that turn out to be fixed, or that have a residual:
 // whether a block is raw, which clears it, is known only at the end. That pass finds the values in the L2 cache. Raw
-// blocks are left to payload.cu, which must see the residual as it was. Limits: 512 steps; alphabets of 256 symbols in
-// a static code, 4096 in a code of the segment's own. Determinism: a warp owns its block; nothing depends on other
-// warps. Bytes moved per value: its size, and the code's (words 0.3 or so); with a residual 8 and a write of 4 more.
-// The lanes: F. Giesen, "Interleaved entropy coders", arXiv:1402.3392, 2014.
+// blocks are left to payload.cu, which must see the residual as it was; and so are the residuals of range grids, whose
+// segments may still become fixed, and of packets from which blocks may be dropped. Limits: 512 steps; alphabets of 256
+// symbols in a static code, 4096 in a code of the segment's own. Determinism: a warp owns its block; nothing depends on
+// other warps. Bytes moved per value: its size, and the code's (words 0.3 or so); with a residual 8 and a write of 4
+// more. The lanes: F. Giesen, "Interleaved entropy coders", arXiv:1402.3392, 2014.
 #include "coder.cuh"
 #include "kernels.cuh"
 #include "source.cuh"
@@ -250,8 +251,9 @@ __global__ void __launch_bounds__(kThreads, 1) encode_blocks(EncodeTables e) {
         (static_cast<std::int64_t>(blockIdx.x) - segment.first_tile) * kEncodeWarps + warp_number();
     if (block >= segment.blocks) return;
     BlockResult result{0, 0, 0};
-    if (is_block_coded(q.coding)) {
-        const std::int64_t per_block = values_per_block(q.coding, e.steps), begin = block * per_block;
+    const std::int64_t per_block = values_per_block(q.coding, e.steps), begin = block * per_block;
+    if (is_block_coded(q.coding) && begin < segment.count) {
+        float* const residual_out = e.packets[segment.packet].may_drop ? nullptr : segment.residual_out;
         const SlotShape shape(e.steps, pairs, static_cast<int>(sizeof(typename Tr::Storage)));
         const BlockPlace place{begin,
                                static_cast<int>(segment.count - begin < per_block ? segment.count - begin : per_block),
@@ -259,11 +261,11 @@ __global__ void __launch_bounds__(kThreads, 1) encode_blocks(EncodeTables e) {
         const Source<Tr, kAdjusted> u(e.tensors[segment.tensor], segment.offset);
         if (q.grid == Grid::kSigma) {
             const DeviceSigma<Tr> grid(q);
-            result = pairs ? encode_block<Tr, true>(u, grid, q, place, entries, code.mask, segment.residual_out)
-                           : encode_block<Tr, false>(u, grid, q, place, entries, code.mask, segment.residual_out);
+            result = pairs ? encode_block<Tr, true>(u, grid, q, place, entries, code.mask, residual_out)
+                           : encode_block<Tr, false>(u, grid, q, place, entries, code.mask, residual_out);
         } else {
             const RangeQuantizer grid(q.grid, q.num_bits, q.p0, q.p1);
-            result = encode_block<Tr, false>(u, grid, q, place, entries, code.mask, segment.residual_out);
+            result = encode_block<Tr, false>(u, grid, q, place, entries, code.mask, residual_out);
         }
     }
     if (lane_number() == 0) e.blocks[segment.first_block + block] = result;
@@ -272,10 +274,10 @@ __global__ void __launch_bounds__(kThreads, 1) encode_blocks(EncodeTables e) {
 }  // namespace
 
 #ifndef __CUDACC_RTC__
-void launch_encode_blocks(const EncodeTables& e, bool adjusted, std::int64_t tiles, void* stream) {
+void launch_encode_blocks(const EncodeTables& e, bool adjusted, std::int64_t tiles, int max_symbols, void* stream) {
     with_source(e.dtype, adjusted, [&](auto traits, auto is_adjusted) {
         launch_kernel(encode_blocks<decltype(traits), decltype(is_adjusted)::value>, static_cast<unsigned>(tiles),
-                      kThreads, kMaxStaticSymbols * sizeof(std::uint32_t), stream, e);
+                      kThreads, sizeof(std::uint32_t) * static_cast<std::size_t>(max_symbols), stream, e);
     });
 }
 #endif

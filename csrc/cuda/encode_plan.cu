@@ -1,11 +1,13 @@
 // The host's side of encoding: checks what is asked for, lays out the blob (tasks, as the kernels read them) and the
 // workspace, and enqueues the kernels.
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "kernels.cuh"
 #include "qcomm/block.h"
 #include "qcomm/huffman.h"
+#include "qcomm/sigma_code.h"
 
 namespace qcomm::cuda {
 namespace {
@@ -16,6 +18,23 @@ constexpr std::int64_t kMaxLaunch = 0x7FFFFFFF;                   // thread bloc
 
 std::int64_t align16(std::int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
+Status check_range(const Tensor& tensor, std::int64_t index) {
+    const Quantizer& q = tensor.quantizer;
+    const SampleRule& rule = tensor.sample;
+    if (q.num_bits > 16 || q.table != kTableOnWire)
+        return bad_argument("a range grid has 1..16 bits, or 0, and table 0", index);
+    if (q.num_bits == 0) {
+        const bool good = rule.entropy_bits >= 1 && rule.entropy_bits <= kMaxEntropyBits && rule.c >= 0.0 &&
+                          rule.c <= 16.0 && rule.fraction > 0.0 && rule.fraction <= 1.0 && rule.max_bits >= 1 &&
+                          rule.max_bits <= 16;
+        return good ? Status{} : bad_argument("a range grid's sample rule is out of range", index);
+    }
+    const Coding coding = q.num_bits <= kMaxCodedBits ? Coding::kSingle : Coding::kFixed;
+    return q.coding == coding || q.coding == Coding::kFixed
+               ? Status{}
+               : bad_argument("a range grid is coded single up to 12 bits, and fixed", index);
+}
+
 Status check_tensor(const Tensor& tensor, DType dtype, std::int64_t index) {
     const Quantizer& q = tensor.quantizer;
     if (tensor.count < 0 || tensor.count > kMaxElements) return bad_argument("a tensor's count is out of range", index);
@@ -24,11 +43,17 @@ Status check_tensor(const Tensor& tensor, DType dtype, std::int64_t index) {
                             index);
     }
     if (q.coding == Coding::kRaw) return {};
+    if (is_range(q.grid)) return check_range(tensor, index);
     if (q.grid != Grid::kSigma || q.num_bits < 2 || q.num_bits > 16 || !is_block_coded(q.coding))
-        return bad_argument("a tensor is raw, or single or pair on a sigma grid of 2..16 bits", index);
+        return bad_argument("a tensor is raw, on a range grid, or single or pair on a sigma grid of 2..16 bits", index);
     if (q.coding == Coding::kPair && q.num_bits != kPairBits)
         return bad_argument("coding pair needs a sigma grid with num_bits 4", index);
-    if (q.table == kNoTable) return {};
+    if (q.table == kNoTable || tensor.sample.choose_code) return {};
+    if (q.table == kTableOnWire) {
+        return q.num_bits <= kMaxCodedBits
+                   ? Status{}
+                   : bad_argument("codes exist for num_bits <= 12; use table 255 beyond", index);
+    }
     const StaticCode* code = find_static_code(q.table);
     const bool fits = code != nullptr && code->coding == q.coding && code->num_bits == q.num_bits;
     return fits ? Status{} : bad_argument("no static table of this number fits the coding and num_bits", index);
@@ -41,6 +66,83 @@ Status check_segment(const Segment& segment, const std::vector<Tensor>& tensors,
     if (segment.offset < 0 || segment.count < 0 || segment.offset > count || segment.count > count - segment.offset)
         return bad_argument("a segment lies outside its tensor", index);
     return {};
+}
+
+std::uint8_t nearest_table(Coding coding, int num_bits, double k) {
+    const StaticCode* code = nearest_static_code(coding, num_bits, k);
+    return code != nullptr ? code->id : kNoTable;
+}
+
+// The most bits that a symbol on the tensor's grid can have.
+int most_bits(const Tensor& t) {
+    if (!is_range(t.quantizer.grid) || t.quantizer.num_bits > 0) return t.quantizer.num_bits;
+    return std::max(1, std::min(static_cast<int>(std::floor(t.sample.c + t.sample.entropy_bits)), t.sample.max_bits));
+}
+
+// Whether a segment of the tensor may get a code of its own.
+bool may_own_code(const Tensor& t) {
+    if (t.quantizer.grid == Grid::kNone ||
+        (is_range(t.quantizer.grid) && t.quantizer.coding == Coding::kFixed && t.quantizer.num_bits > 0))
+        return false;
+    const bool sigma = t.quantizer.grid == Grid::kSigma;
+    return sigma ? (t.sample.choose_code || t.quantizer.table == kTableOnWire) && t.quantizer.num_bits <= kMaxCodedBits
+                 : t.quantizer.num_bits <= kMaxCodedBits;
+}
+
+// The largest alphabet of a code of its own.
+int own_alphabet(const Tensor& t) {
+    if (t.quantizer.grid == Grid::kSigma && t.quantizer.num_bits == kPairBits) return 256;
+    return std::max(4, 1 << std::min(most_bits(t), kMaxCodedBits));
+}
+
+SampleTask make_sample(const Tensor& t, std::int64_t first_bin) {
+    SampleTask task;
+    task.first_bin = first_bin;
+    const Quantizer& q = t.quantizer;
+    if (is_range(q.grid) && q.num_bits == 0) {
+        task.count = sample_size(t.count, t.sample.fraction);
+        task.seed = t.sample.seed;
+        task.bins = 1 << t.sample.entropy_bits;
+        task.c = t.sample.c;
+        task.most = most_bits(t);
+    } else if (q.grid == Grid::kSigma && t.sample.choose_code && q.num_bits <= kMaxCodedBits) {
+        task.count = sampled_pairs(t.count);
+        task.bins = alphabet_size(q.num_bits == kPairBits ? Coding::kPair : Coding::kSingle, q.num_bits);
+        task.single_table = nearest_table(Coding::kSingle, q.num_bits, t.k);
+        task.pair_table = q.num_bits == kPairBits ? nearest_table(Coding::kPair, q.num_bits, t.k) : kNoTable;
+    }
+    return task;
+}
+
+// What the tensor is if it is neither constant nor raw, as far as that is known before it is measured.
+Quantizer make_wanted(const Tensor& t) {
+    Quantizer q = t.quantizer;
+    if (is_range(q.grid) && q.num_bits == 0) q.coding = Coding::kSingle;
+    if (q.grid == Grid::kSigma && t.sample.choose_code) {
+        q.coding = Coding::kSingle;
+        q.table = kNoTable;
+    }
+    return q;
+}
+
+// The most blocks that `count` values of the tensor come to, and what their slots take.
+struct BlockSpace {
+    std::int64_t blocks, slots;
+};
+BlockSpace block_space(const Tensor& t, std::int64_t count, int steps, std::int64_t item) {
+    const Quantizer& q = t.quantizer;
+    const bool choose = q.grid == Grid::kSigma && t.sample.choose_code;
+    const bool single = choose || q.coding == Coding::kSingle || (is_range(q.grid) && q.num_bits == 0);
+    const bool pair = q.coding == Coding::kPair || (choose && q.num_bits == kPairBits);
+    BlockSpace space{0, 0};
+    for (const Coding coding : {Coding::kSingle, Coding::kPair}) {
+        if (!(coding == Coding::kPair ? pair : single)) continue;
+        const std::int64_t blocks = ceil_div(count, values_per_block(coding, steps));
+        const SlotShape shape(steps, coding == Coding::kPair, static_cast<int>(item));
+        space.blocks = std::max(space.blocks, blocks);
+        space.slots = std::max(space.slots, blocks * shape.bytes);
+    }
+    return space;
 }
 
 class BlobWriter {
@@ -88,8 +190,15 @@ enum EncodePlan::Place : int {
     kPieces,
     kSegments,
     kPackets,
+    kDropped,
     kCounters,
-    kSlots
+    kSlots,
+    kListBytes,
+    kCounts,
+    kPackages,
+    kEntries,
+    kLists,
+    kSampleCounts
 };
 
 EncodePlan::EncodePlan(DType dtype, int steps, bool checksums, const std::vector<Tensor>& tensors,
@@ -112,15 +221,22 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
     std::vector<TensorTask> tensor_tasks;
     for (const Tensor& t : tensors) {
         QCOMM_RETURN_IF_ERROR(check_tensor(t, dtype_, static_cast<std::int64_t>(tensor_tasks.size())));
-        tensor_tasks.push_back(
-            {t.values, t.residual, t.inv_scale, t.count, tiles_, t.k, t.quantizer, t.nonfinite_is_constant});
+        const SampleTask sample = make_sample(t, bins_);
+        tensor_tasks.push_back({t.values, t.residual, t.inv_scale, t.count, tiles_, t.k, make_wanted(t),
+                                t.nonfinite_is_constant, sample_tiles_, sample});
         tiles_ += statistics_tiles(t.count);
+        bins_ += sample.bins;
+        sample_tiles_ += ceil_div(t.quantizer.grid == Grid::kSigma ? 2 * sample.count : sample.count, kSampleTile);
+        const bool has_code = is_block_coded(t.quantizer.coding) && t.quantizer.table != kNoTable;
+        if (has_code || may_own_code(t) || t.sample.choose_code)
+            max_symbols_ = std::max(max_symbols_, may_own_code(t) ? own_alphabet(t) : kMaxStaticSymbols);
         adjusted_ |= t.residual != nullptr || t.inv_scale != nullptr;
     }
 
     std::vector<SegmentTask> segment_tasks;
     std::vector<PacketTask> packet_tasks;
     std::vector<std::int64_t> dims;
+    std::vector<std::int32_t> own_segments;
     std::int64_t slots = 0;
     for (const Packet& packet : packets) {
         const auto number = static_cast<std::int64_t>(packet_tasks.size());
@@ -135,7 +251,8 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
                         blocks_,
                         0,
                         units_,
-                        0};
+                        0,
+                        false};
         dims.insert(dims.end(), packet.dims.begin(), packet.dims.end());
         std::int64_t bound =
             static_cast<std::int64_t>(sizeof(PacketHeader) + 8 * packet.dims.size() +
@@ -145,30 +262,36 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
             if (s == segments.size()) return bad_argument("the packets have more segments than there are", number);
             const Segment& segment = segments[s];
             QCOMM_RETURN_IF_ERROR(check_segment(segment, tensors, static_cast<std::int64_t>(s)));
-            const Quantizer& q = tensors[static_cast<std::size_t>(segment.tensor)].quantizer;
-            const SegmentRecord record{
-                static_cast<std::uint64_t>(segment.count), q.grid, q.num_bits, q.coding, q.table, 0, 0.0, 0.0};
-            const std::int64_t blocks = blocks_in(record, steps_);
-            const std::int64_t bytes = align4(segment.count * item);
+            const Tensor& tensor = tensors[static_cast<std::size_t>(segment.tensor)];
+            const BlockSpace space = block_space(tensor, segment.count, steps_, item);
+            const std::int64_t bytes = align4(segment.count * item), blocks = space.blocks;
             const std::int64_t units = std::max(blocks, ceil_div(bytes, kChecksumPiece));
             segment_tasks.push_back({segment.tensor, static_cast<std::int32_t>(number), segment.offset, segment.count,
-                                     segment.residual_out, encode_tiles_, units_, units, blocks_, blocks, slots});
+                                     segment.residual_out, encode_tiles_, units_, units, blocks_, blocks, slots,
+                                     histogram_tiles_, codewords_});
             encode_tiles_ += ceil_div(blocks, kEncodeWarps);
             units_ += units;
             blocks_ += blocks;
-            slots += blocks * SlotShape(steps_, q.coding == Coding::kPair, static_cast<int>(item)).bytes;
+            slots += space.slots;
             bound += bytes + 16 * blocks + 4;  // every block may be raw, with its info, end, checksum and padding
+            range_residuals_ |= is_range(tensor.quantizer.grid) && segment.residual_out != nullptr;
+            if (!may_own_code(tensor)) continue;
+            own_segments.push_back(static_cast<std::int32_t>(s));
+            histogram_tiles_ += ceil_div(segment.count, kHistogramTile);
+            codewords_ += own_alphabet(tensor);
+            bound += own_alphabet(tensor);  // its list: three nibbles for two symbols at most
         }
         task.blocks = blocks_ - task.first_block;
         task.units = units_ - task.first_unit;
         // Thread blocks do not straddle packets, and each packet has one to complete it.
         units_ = task.first_unit + kEncodeWarps * std::max<std::int64_t>(1, ceil_div(task.units, kEncodeWarps));
         packet_tasks.push_back(task);
+        packet_tasks.back().may_drop = packet.capacity < bound;
         if (bound >= kMaxPayloadBytes) return bad_argument("a packet holds at most 16 GiB; split the tensor", number);
         bounds_.push_back(bound);
     }
     if (segment_tasks.size() != segments.size()) return bad_argument("there are segments that no packet holds");
-    if (std::max({tiles_, encode_tiles_, units_ / kEncodeWarps}) > kMaxLaunch)
+    if (std::max({tiles_, sample_tiles_, histogram_tiles_, encode_tiles_, units_ / kEncodeWarps}) > kMaxLaunch)
         return bad_argument("too many values for one launch");
 
     BlobWriter writer(&blob_);
@@ -176,6 +299,8 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
     segments_at_ = writer.put(segment_tasks);
     packets_at_ = writer.put(packet_tasks);
     dims_at_ = writer.put(dims);
+    own_segments_at_ = writer.put(own_segments);
+    own_count_ = static_cast<std::int32_t>(own_segments.size());
 
     const auto reserve = [&](Place place, std::int64_t bytes) {
         workspace_at_[place] = workspace_bytes_;
@@ -189,32 +314,50 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
     reserve(kPieces, 4 * units_);
     reserve(kSegments, static_cast<std::int64_t>(sizeof(SegmentState)) * segment_count_);
     reserve(kPackets, static_cast<std::int64_t>(sizeof(PacketState)) * packet_count_);
-    reserve(kCounters, 4 * (std::int64_t{tensor_count_} + packet_count_));
+    reserve(kDropped, 8 * std::int64_t{packet_count_});
+    reserve(kCounters, 4 * (std::int64_t{2} * tensor_count_ + packet_count_));
     reserve(kSlots, slots);
+    reserve(kListBytes, 4 * std::int64_t{segment_count_});
+    reserve(kCounts, 8 * codewords_);
+    reserve(kPackages, 8 * codewords_);
+    reserve(kEntries, 4 * codewords_);
+    reserve(kLists, codewords_);
+    reserve(kSampleCounts, 8 * bins_);
     return {};
 }
 
 EncodeTables EncodePlan::tables(const void* blob, const StaticTables* codes, void* workspace) const {
-    return {at<const TensorTask>(blob, 0),
-            at<const SegmentTask>(blob, segments_at_),
-            at<const PacketTask>(blob, packets_at_),
-            at<const std::int64_t>(blob, dims_at_),
-            codes,
-            tensor_count_,
-            segment_count_,
-            packet_count_,
-            dtype_,
-            steps_,
-            checksums_,
-            statistics(workspace),
-            quantizers(workspace),
-            at<BlockResult>(workspace, workspace_at_[kBlocks]),
-            at<std::uint32_t>(workspace, workspace_at_[kEnds]),
-            at<std::uint32_t>(workspace, workspace_at_[kPieces]),
-            at<SegmentState>(workspace, workspace_at_[kSegments]),
-            at<PacketState>(workspace, workspace_at_[kPackets]),
-            at<unsigned>(workspace, workspace_at_[kCounters]),
-            at<std::uint8_t>(workspace, workspace_at_[kSlots])};
+    EncodeTables e{};
+    e.tensors = at<const TensorTask>(blob, 0);
+    e.segments = at<const SegmentTask>(blob, segments_at_);
+    e.packets = at<const PacketTask>(blob, packets_at_);
+    e.dims = at<const std::int64_t>(blob, dims_at_);
+    e.own_segments = at<const std::int32_t>(blob, own_segments_at_);
+    e.codes = codes;
+    e.tensor_count = tensor_count_;
+    e.segment_count = segment_count_;
+    e.packet_count = packet_count_;
+    e.own_count = own_count_;
+    e.dtype = dtype_;
+    e.steps = steps_;
+    e.checksums = checksums_;
+    e.statistics = statistics(workspace);
+    e.quantizers = quantizers(workspace);
+    e.blocks = at<BlockResult>(workspace, workspace_at_[kBlocks]);
+    e.ends = at<std::uint32_t>(workspace, workspace_at_[kEnds]);
+    e.piece_sums = at<std::uint32_t>(workspace, workspace_at_[kPieces]);
+    e.segment_states = at<SegmentState>(workspace, workspace_at_[kSegments]);
+    e.packet_states = at<PacketState>(workspace, workspace_at_[kPackets]);
+    e.dropped = dropped_values(workspace);
+    e.counters = at<unsigned>(workspace, workspace_at_[kCounters]);
+    e.slots = at<std::uint8_t>(workspace, workspace_at_[kSlots]);
+    e.list_bytes = at<int>(workspace, workspace_at_[kListBytes]);
+    e.counts = at<Count>(workspace, workspace_at_[kCounts]);
+    e.packages = at<Count>(workspace, workspace_at_[kPackages]);
+    e.own_entries = at<std::uint32_t>(workspace, workspace_at_[kEntries]);
+    e.lists = at<std::uint8_t>(workspace, workspace_at_[kLists]);
+    e.sample_counts = at<Count>(workspace, workspace_at_[kSampleCounts]);
+    return e;
 }
 
 Statistics* EncodePlan::statistics(void* workspace) const {
@@ -223,12 +366,19 @@ Statistics* EncodePlan::statistics(void* workspace) const {
 Quantizer* EncodePlan::quantizers(void* workspace) const {
     return at<Quantizer>(workspace, workspace_at_[kQuantizers]);
 }
+std::int64_t* EncodePlan::dropped_values(void* workspace) const {
+    return at<std::int64_t>(workspace, workspace_at_[kDropped]);
+}
 
-Status EncodePlan::measure(const void* blob, void* workspace, void* stream) const {
+Status EncodePlan::measure(const void* blob, const StaticTables* codes, void* workspace, void* stream) const {
     QCOMM_RETURN_IF_ERROR(status_);
-    const EncodeTables e = tables(blob, nullptr, workspace);
-    launch_clear(e.counters, tensor_count_, stream);
+    const EncodeTables e = tables(blob, codes, workspace);
+    launch_clear(e.counters, 8 * std::int64_t{tensor_count_}, stream);
     launch_measure(e, adjusted_, at<TileStatistics>(workspace, workspace_at_[kTiles]), tiles_, stream);
+    if (sample_tiles_ > 0) {
+        launch_clear(e.sample_counts, 8 * bins_, stream);
+        launch_sample(e, adjusted_, sample_tiles_, stream);
+    }
     return launch_status();
 }
 
@@ -236,10 +386,16 @@ Status EncodePlan::encode(const void* blob, const StaticTables* codes, void* wor
                           void* stream) const {
     QCOMM_RETURN_IF_ERROR(status_);
     const EncodeTables e = tables(blob, codes, workspace);
-    launch_clear(e.counters + tensor_count_, packet_count_, stream);
-    launch_encode_blocks(e, adjusted_, encode_tiles_, stream);
+    launch_clear(e.counters + 2 * tensor_count_, 4 * std::int64_t{packet_count_}, stream);
+    if (own_count_ > 0) {
+        launch_clear(e.counts, 8 * codewords_, stream);
+        launch_histogram(e, adjusted_, histogram_tiles_, stream);
+        launch_code_lengths(e, stream);
+    }
+    launch_encode_blocks(e, adjusted_, encode_tiles_, max_symbols_, stream);
     launch_layout(e, total_bytes, stream);
     launch_payload(e, adjusted_, units_ / kEncodeWarps, stream);
+    if (range_residuals_) launch_range_residuals(e, adjusted_, units_ / kEncodeWarps, stream);
     return launch_status();
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "launch.h"
@@ -21,27 +22,38 @@ constexpr std::int64_t statistics_tiles(std::int64_t count) {
 }
 void launch_measure(const EncodeTables& e, bool adjusted, TileStatistics* tiles, std::int64_t tile_count, void* stream);
 
-// Sets `count` counters to 0.
-inline void launch_clear(unsigned* counters, std::int64_t count, void* stream) {
+// Clears device memory.
+inline void launch_clear(void* memory, std::int64_t bytes, void* stream) {
 #ifdef QCOMM_CUDA_EMULATION
     (void)stream;
-    for (std::int64_t i = 0; i < count; ++i) counters[i] = 0;
+    std::memset(memory, 0, static_cast<std::size_t>(bytes));
 #elif !defined(__CUDACC_RTC__)
     // Its status is that of the next launch_status().
-    (void)cudaMemsetAsync(counters, 0, sizeof(unsigned) * static_cast<std::size_t>(count),
-                          static_cast<cudaStream_t>(stream));
+    (void)cudaMemsetAsync(memory, 0, static_cast<std::size_t>(bytes), static_cast<cudaStream_t>(stream));
 #endif
 }
 
+// sample.cu: what a sample decides, after launch_measure.
+constexpr int kSampleTile = 4096;
+void launch_sample(const EncodeTables& e, bool adjusted, std::int64_t tiles, void* stream);
+
+// histogram.cu and code_lengths.cu: the codes that segments have of their own.
+constexpr std::int64_t kHistogramTile = 32768;
+void launch_histogram(const EncodeTables& e, bool adjusted, std::int64_t tiles, void* stream);
+void launch_code_lengths(const EncodeTables& e, void* stream);
+
 // encode.cu, layout.cu and payload.cu: the three passes of an encoding.
-void launch_encode_blocks(const EncodeTables& e, bool adjusted, std::int64_t tiles, void* stream);
+void launch_encode_blocks(const EncodeTables& e, bool adjusted, std::int64_t tiles, int max_symbols, void* stream);
 void launch_layout(const EncodeTables& e, std::int64_t* total_bytes, void* stream);
 void launch_payload(const EncodeTables& e, bool adjusted, std::int64_t tiles, void* stream);
+// residual.cu: those of segments on range grids, after launch_payload.
+void launch_range_residuals(const EncodeTables& e, bool adjusted, std::int64_t tiles, void* stream);
 
-// read_packets.cu: metadata and plain segments are checked; decode.cu: values, with tile_count blocks a packet or a
-// sum.
+// read_packets.cu: metadata and plain segments are checked; decode_tables.cu: codes of segments' own; decode.cu:
+// values, with tile_count blocks a packet or a sum.
 struct DecodeTables;
 void launch_read_packets(const DecodeTables& d, std::int64_t piece_tiles, void* stream);
+void launch_decode_tables(const DecodeTables& d, void* stream);
 void launch_decode(const DecodeTables& d, std::int64_t tile_count, void* stream);
 void launch_sum(const DecodeTables& d, std::int64_t tile_count, void* stream);
 

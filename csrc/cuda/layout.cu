@@ -5,8 +5,11 @@
 //   payload ^ written here ............................................. ^ written by payload.cu
 //
 // Thread: every 256th block, then every 256th segment. Block: a packet. Shared memory: 8 bytes a warp for each scan.
-// Passes: a scan of the sizes of the packet's blocks; segments choose, in parallel, whether they become raw; three
-// scans over segments give the offsets. Limits: a packet below 16 GiB, whose block ends fit 32 bits in units of 4 bytes
+// Passes: a scan of the sizes of the packet's blocks; segments choose, in parallel, whether they become fixed or raw;
+// scans over segments give the offsets. If the packet then exceeds its capacity, blocks are dropped, and all is done
+// again: of the blocks that may be, those of sigma segments with a residual, in their order, the first ones stay, as
+// many as there is room for; the others become constant blocks of zeros of 4 bytes, whose values the residual keeps.
+// Limits: a packet below 16 GiB, whose block ends fit 32 bits in units of 4 bytes
 // (EncodePlan refuses more). Determinism: integers only. Bytes moved per value: nothing to speak of; 16 per block.
 #include "block_sum.cuh"
 #include "kernels.cuh"
@@ -19,9 +22,15 @@ namespace {
 constexpr int kThreads = 256;
 static_assert(sizeof(PacketHeader) % 4 == 0 && sizeof(SegmentRecord) % 4 == 0, "both are written in words");
 
+// Of a segment, or of all before it.
+struct Sizes {
+    std::int64_t payload, ends, checksums, lengths, elements;
+};
+constexpr int kSizeFields = sizeof(Sizes) / sizeof(std::int64_t);
+
 struct Shared {
     std::uint32_t units[kMaxWarps];
-    std::int64_t payload[kMaxWarps], ends[kMaxWarps], checksums[kMaxWarps], elements[kMaxWarps];
+    std::int64_t sums[kSizeFields][kMaxWarps];
 };
 
 template <class T>
@@ -45,28 +54,34 @@ __device__ void sum_blocks(const BlockResult* blocks, std::int64_t count, std::u
     }
 }
 
-struct SegmentSize {
-    std::int64_t payload, ends, checksums;
-};
-
-__device__ SegmentSize raw_size(std::int64_t count, std::int64_t item) { return {align4(count * item), 0, 1}; }
-
-// The segment's final quantizer, and what it takes.
-__device__ SegmentSize settle(const EncodeTables& e, const SegmentTask& segment, std::int64_t item, Quantizer* q,
-                              std::uint32_t units) {
+// The segment's final quantizer, and what it takes. `units` are those of its blocks.
+__device__ Sizes settle(const EncodeTables& e, int s, std::int64_t item, std::uint32_t units, Quantizer* q) {
+    const SegmentTask& segment = e.segments[s];
     const Quantizer none{Grid::kNone, 0, Coding::kRaw, kTableOnWire, 0.0, 0.0};
     if (segment.count == 0) {
         *q = none;
         q->coding = Coding::kConstant;
     }
-    const SegmentSize raw = raw_size(segment.count, item);
+    const Sizes raw{align4(segment.count * item), 0, 1, 0, segment.count};
     if (q->coding == Coding::kRaw) return raw;
-    if (q->coding == Coding::kConstant) return {0, 0, 0};
-    SegmentSize size{align4(packed_bytes(segment.count, q->num_bits)), 0, 1};
-    if (is_block_coded(q->coding)) size = {4 * static_cast<std::int64_t>(units), segment.blocks, segment.blocks};
-    const auto cost = [&](const SegmentSize& s) {
-        return s.payload + 4 * s.ends + (e.checksums ? 4 * s.checksums : 0);
+    if (q->coding == Coding::kConstant) return {0, 0, 0, 0, segment.count};
+    const auto cost = [&](const Sizes& of) {
+        return of.payload + of.lengths + 4 * of.ends + (e.checksums ? 4 * of.checksums : 0);
     };
+    const Sizes fixed{align4(packed_bytes(segment.count, q->num_bits)), 0, 1, 0, segment.count};
+    Sizes size = fixed;
+    if (is_block_coded(q->coding)) {
+        const std::int64_t blocks = ceil_div(segment.count, values_per_block(q->coding, e.steps));
+        const bool own = q->table == kTableOnWire;
+        const int list = own ? e.list_bytes[s] : 0;
+        size = {4 * static_cast<std::int64_t>(units), blocks, blocks, list, segment.count};
+        if (own && list == 0) q->table = kNoTable;
+        if (is_range(q->grid) && cost(size) >= cost(fixed)) {
+            q->coding = Coding::kFixed;
+            q->table = kTableOnWire;
+            size = fixed;
+        }
+    }
     if (segment.residual_out == nullptr && cost(size) >= cost(raw)) {
         *q = none;
         return raw;
@@ -74,53 +89,126 @@ __device__ SegmentSize settle(const EncodeTables& e, const SegmentTask& segment,
     return size;
 }
 
-// One packet a block: settles its segments, writes its header (without the checksum), dimensions and records.
-__global__ void __launch_bounds__(kThreads, 1)
-    layout_packets(EncodeTables e, std::int64_t item, std::int64_t* total_bytes) {
-    DYNAMIC_SHARED(Shared, shared);
-    const PacketTask packet = e.packets[blockIdx.x];
-    std::uint32_t* const ends = e.ends + packet.first_block;
-    sum_blocks(e.blocks + packet.first_block, packet.blocks, ends, shared->units);
-
-    SegmentSize before{0, 0, 0};
-    std::int64_t elements = 0;
+// Settles the packet's segments; their sizes together.
+__device__ Sizes place_segments(const EncodeTables& e, const PacketTask& packet, std::int64_t item, Shared* shared) {
+    const std::uint32_t* const ends = e.ends + packet.first_block;
+    Sizes before{};
     for (int at = 0; at < packet.segments; at += kThreads) {
         const int i = at + static_cast<int>(threadIdx.x), s = packet.first_segment + i;
-        SegmentSize size{0, 0, 0};
+        Sizes size{}, place{}, total{};
         SegmentState state{};
-        std::int64_t count = 0;
         if (i < packet.segments) {
             const SegmentTask& segment = e.segments[s];
             const std::int64_t first = segment.first_block - packet.first_block;
-            count = segment.count;
             state.quantizer = e.quantizers[segment.tensor];
             state.units_before = first == 0 ? 0 : ends[first - 1];
             const std::uint32_t end = segment.blocks == 0 ? 0u : ends[first + segment.blocks - 1];
             const auto units = segment.blocks == 0 ? 0u : end - static_cast<std::uint32_t>(state.units_before);
-            size = settle(e, segment, item, &state.quantizer, units);
+            size = settle(e, s, item, units, &state.quantizer);
         }
-        SegmentSize total{0, 0, 0};
-        std::int64_t total_elements = 0;
-        state.payload = before.payload + block_exclusive_sum(size.payload, shared->payload, &total.payload);
-        state.first_end = before.ends + block_exclusive_sum(size.ends, shared->ends, &total.ends);
-        state.first_checksum =
-            before.checksums + block_exclusive_sum(size.checksums, shared->checksums, &total.checksums);
-        block_exclusive_sum(count, shared->elements, &total_elements);
+        for (int f = 0; f < kSizeFields; ++f) {
+            (&place.payload)[f] =
+                (&before.payload)[f] + block_exclusive_sum((&size.payload)[f], shared->sums[f], &(&total.payload)[f]);
+            (&before.payload)[f] += (&total.payload)[f];
+        }
+        state.payload = place.payload;
+        state.first_end = place.ends;
+        state.first_checksum = place.checksums;
+        state.lengths = place.lengths;
+        state.list_bytes = static_cast<int>(size.lengths);
         if (i < packet.segments) e.segment_states[s] = state;
-        before = {before.payload + total.payload, before.ends + total.ends, before.checksums + total.checksums};
-        elements += total_elements;
         __syncthreads();
     }
+    return before;
+}
 
-    const std::int64_t records_at = static_cast<std::int64_t>(sizeof(PacketHeader)) + 8 * packet.ndim;
+// A block that may be dropped: what that saves (0: it may not), its values, the symbol of its zeros.
+struct Candidate {
+    std::int64_t saved, values;
+    std::uint32_t zero;
+};
+
+__device__ Candidate candidate(const EncodeTables& e, const PacketTask& packet, std::int64_t block) {
+    const std::uint32_t units = block < packet.blocks ? e.blocks[packet.first_block + block].units : 0u;
+    if (units <= 1) return {0, 0, 0};
+    const int s = packet.first_segment + find_task(e.segments + packet.first_segment, packet.segments,
+                                                   packet.first_block + block, &SegmentTask::first_block);
+    const SegmentTask& segment = e.segments[s];
+    const Quantizer& q = e.segment_states[s].quantizer;
+    if (segment.residual_out == nullptr || q.grid != Grid::kSigma) return {0, 0, 0};
+    const std::int64_t per_block = values_per_block(q.coding, e.steps);
+    const std::int64_t rest = segment.count - (packet.first_block + block - segment.first_block) * per_block;
+    return {std::int64_t{units} - 1, rest < per_block ? rest : per_block,
+            static_cast<std::uint32_t>(sigma_radius(q.num_bits))};
+}
+
+// Calls f(block, its candidate, what the candidates before it save) for every block; returns what all save.
+template <class F>
+__device__ std::int64_t scan_candidates(const EncodeTables& e, const PacketTask& packet, Shared* shared, F f) {
+    std::int64_t before = 0;
+    for (std::int64_t at = 0; at < packet.blocks; at += kThreads) {
+        const std::int64_t i = at + threadIdx.x;
+        const Candidate c = candidate(e, packet, i);
+        std::int64_t total = 0;
+        const std::int64_t sum = before + block_exclusive_sum(c.saved, shared->sums[0], &total);
+        f(i, c, sum);
+        before += total;
+        __syncthreads();
+    }
+    return before;
+}
+
+// Drops the last candidates, as many as save `excess` units; none where all do not. Returns the values dropped.
+__device__ std::int64_t drop_blocks(const EncodeTables& e, const PacketTask& packet, std::int64_t excess,
+                                    Shared* shared) {
+    const std::int64_t all = scan_candidates(e, packet, shared, [](std::int64_t, const Candidate&, std::int64_t) {});
+    if (all < excess) return 0;
+    std::int64_t mine = 0, dropped = 0;
+    scan_candidates(e, packet, shared, [&](std::int64_t i, const Candidate& c, std::int64_t before) {
+        if (c.saved == 0 || before + c.saved <= all - excess) return;
+        e.blocks[packet.first_block + i] = {BlockInfo{BlockMode::kConstant, 0, c.zero}.pack(), kDropped, 1};
+        mine += c.values;
+    });
+    block_exclusive_sum(mine, shared->sums[0], &dropped);
+    __syncthreads();
+    return dropped;
+}
+
+// Where the parts of a packet begin.
+__device__ PacketState place_parts(const PacketTask& packet, const Sizes& sizes, bool checksums) {
     PacketState state{};
-    state.ends = records_at + static_cast<std::int64_t>(sizeof(SegmentRecord)) * packet.segments;
-    state.checksums = state.ends + 4 * before.ends;
-    state.payload = state.checksums + (e.checksums ? 4 * before.checksums : 0);
-    const std::int64_t total = state.payload + before.payload;
-    state.fits = total <= packet.capacity;
+    state.lengths = static_cast<std::int64_t>(sizeof(PacketHeader)) + 8 * packet.ndim +
+                    static_cast<std::int64_t>(sizeof(SegmentRecord)) * packet.segments;
+    state.ends = state.lengths + sizes.lengths;
+    state.checksums = state.ends + 4 * sizes.ends;
+    state.payload = state.checksums + (checksums ? 4 * sizes.checksums : 0);
+    state.fits = state.payload + sizes.payload <= packet.capacity;
+    return state;
+}
+
+// One packet a block: settles its segments, writes its header (without the checksum), dimensions, records and lists of
+// code lengths.
+__global__ void __launch_bounds__(kThreads, 1)
+    layout_packets(EncodeTables e, std::int64_t item, std::int64_t* total_bytes) {
+    DYNAMIC_SHARED(Shared, shared);
+    const PacketTask packet = e.packets[blockIdx.x];
+    const BlockResult* const blocks = e.blocks + packet.first_block;
+    std::uint32_t* const ends = e.ends + packet.first_block;
+    sum_blocks(blocks, packet.blocks, ends, shared->units);
+    Sizes sizes = place_segments(e, packet, item, shared);
+    PacketState state = place_parts(packet, sizes, e.checksums);
+    std::int64_t dropped = 0;
+    if (!state.fits && packet.may_drop) {
+        const std::int64_t excess = ceil_div(state.payload + sizes.payload - packet.capacity, 4);
+        dropped = drop_blocks(e, packet, excess, shared);
+        sum_blocks(blocks, packet.blocks, ends, shared->units);
+        sizes = place_segments(e, packet, item, shared);
+        state = place_parts(packet, sizes, e.checksums);
+    }
+    const std::int64_t total = state.payload + sizes.payload;
     if (threadIdx.x == 0) {
         e.packet_states[blockIdx.x] = state;
+        e.dropped[blockIdx.x] = dropped;
         total_bytes[blockIdx.x] = state.fits ? total : -total;
     }
     if (!state.fits) return;
@@ -132,19 +220,28 @@ __global__ void __launch_bounds__(kThreads, 1)
         header.flags = e.checksums ? kFlagChecksums : 0;
         header.ndim = static_cast<std::uint8_t>(packet.ndim);
         header.segment_count = static_cast<std::uint32_t>(packet.segments);
-        header.element_count = static_cast<std::uint64_t>(elements);
+        header.element_count = static_cast<std::uint64_t>(sizes.elements);
         header.total_bytes = static_cast<std::uint64_t>(total);
         header.steps = static_cast<std::uint16_t>(e.steps);
+        header.lengths_words = static_cast<std::uint32_t>(sizes.lengths / 4);
         write_words(packet.out, header);
     }
     if (static_cast<int>(threadIdx.x) < packet.ndim)
         write_words(packet.out + sizeof(PacketHeader) + 8 * threadIdx.x, e.dims[packet.first_dim + threadIdx.x]);
+    const std::int64_t records_at = static_cast<std::int64_t>(sizeof(PacketHeader)) + 8 * packet.ndim;
     for (int i = static_cast<int>(threadIdx.x); i < packet.segments; i += kThreads) {
         const int s = packet.first_segment + i;
         const Quantizer q = e.segment_states[s].quantizer;
         const SegmentRecord record{
             static_cast<std::uint64_t>(e.segments[s].count), q.grid, q.num_bits, q.coding, q.table, 0, q.p0, q.p1};
         write_words(packet.out + records_at + static_cast<std::int64_t>(sizeof(record)) * i, record);
+    }
+    for (int i = warp_number(); i < packet.segments; i += kThreads / kWarpLanes) {
+        const int s = packet.first_segment + i;
+        const SegmentState& segment = e.segment_states[s];
+        const auto* from = reinterpret_cast<const std::uint32_t*>(e.lists + e.segments[s].first_codeword);
+        auto* const to = reinterpret_cast<std::uint32_t*>(packet.out + state.lengths + segment.lengths);
+        for (int w = lane_number(); w < segment.list_bytes / 4; w += kWarpLanes) to[w] = from[w];
     }
 }
 

@@ -4,6 +4,7 @@
 #include "launch.h"
 #include "qcomm/block.h"
 #include "qcomm/cuda.h"
+#include "qcomm/huffman.h"
 
 namespace qcomm::cuda {
 
@@ -19,6 +20,7 @@ struct SegmentView {
     std::int64_t first_end, first_checksum, blocks;        // block ends and checksums before its own, its blocks
     std::int64_t first_tile, first_sum_tile, first_piece;  // of decode_packets, sum_packets, check_pieces
     Quantizer quantizer;
+    std::uint32_t code_mask;  // of a code of its own, set by make_decode_tables
 };
 
 struct PacketView {
@@ -39,8 +41,20 @@ struct DecodeTables {
     unsigned* counters;  // [packet], zeroed
     unsigned* faults;    // [packet], zeroed
 
-    __device__ const SegmentView* segments_of(int packet) const {
-        return segments + static_cast<std::int64_t>(packet) * max_segments;
+    // Of codes that segments have of their own: [packet][max_segments][max_alphabet], and [2^code_bits].
+    int max_alphabet, code_bits;  // 0: none are expected
+    std::uint8_t* code_lengths;
+    std::uint16_t* code_entries;
+
+    __device__ std::int64_t place_of(int packet, int segment) const {
+        return static_cast<std::int64_t>(packet) * max_segments + segment;
+    }
+    __device__ const SegmentView* segments_of(int packet) const { return segments + place_of(packet, 0); }
+    __device__ std::uint8_t* lengths_of(int packet, int segment) const {
+        return code_lengths + place_of(packet, segment) * max_alphabet;
+    }
+    __device__ std::uint16_t* entries_of(int packet, int segment) const {
+        return code_entries + (place_of(packet, segment) << code_bits);
     }
 };
 

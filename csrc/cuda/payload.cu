@@ -1,15 +1,16 @@
-// Blocks from their slots, and raw segments from their values, into the packets; all checksums (specification: block()
-// and Writer of qcomm/reference/packet.py).
+// Blocks from their slots, and raw and fixed segments from their values, into the packets; all checksums
+// (specification: block() and Writer of qcomm/reference/packet.py).
 //
 //   block  | info u32 | start windows | escape values | escape positions | words u16 ... | zeros to 4 bytes
 //            lane 0     lane 1 2 ...   each lane puts together the 32-bit words i = lane, lane + 32, ...
 //
-// Thread: a word of the packet at a time. Warp: a unit, which is a block, or 64 KiB of a raw segment: words pass
-// through the lanes in the order of the checksum, so it costs no access to memory. Block: 4 units of one packet. No
-// shared memory. Passes: one. The last block of a packet combines the checksums of pieces and computes that of the
+// Thread: a word of the packet at a time. Warp: a unit, which is a block, or 64 KiB of a raw or fixed segment: words
+// pass through the lanes in the order of the checksum, so it costs no access to memory. Block: 4 units of one packet.
+// No shared memory. Passes: one. The last block of a packet combines the checksums of pieces and computes that of the
 // metadata. Limits: steps <= 512, so that a block's offsets fit an int. Determinism: a warp owns its unit; which block
 // is last only decides where the header's checksum is computed. Bytes moved per value: twice the code's; of raw ones a
-// read (with a residual 8 and a write of 4) and a write.
+// read (with a residual 8 and a write of 4) and a write. In a packet from which blocks may be dropped residuals are
+// written here, too: 8 and a write of 4 more, for which encode.cu then does not do so.
 #include "checksum.cuh"
 #include "coder.cuh"
 #include "kernels.cuh"
@@ -76,6 +77,7 @@ struct Unit {
     const SegmentState& state;
     const PacketState& packet;
     std::uint8_t* out;
+    bool may_drop;
     Source<Tr, kAdjusted> u;
 
     static constexpr int kItem = sizeof(typename Tr::Storage);
@@ -120,23 +122,51 @@ struct Unit {
             reinterpret_cast<std::uint32_t*>(out + packet.ends)[state.first_end + b] = total;
             if (e.checksums) checksum_at(state.first_checksum + b) = checksum;
         }
-        if (info.mode == BlockMode::kRaw) clear_residual(begin, n);
+        if (info.mode == BlockMode::kRaw) {
+            clear_residual(begin, n);
+        } else if (may_drop && q.grid == Grid::kSigma && segment.residual_out != nullptr) {
+            update_residual(q, begin, n, block.words == kDropped && info.mode == BlockMode::kConstant);
+        }
     }
 
-    __device__ void write_raw_piece(std::int64_t piece, std::uint32_t* piece_sum) const {
-        const std::int64_t words = align4(segment.count * kItem) / 4, first = piece * kPieceWords;
+    // What is lost of a block's values; of a dropped one all is.
+    __device__ void update_residual(const Quantizer& q, std::int64_t begin, int n, bool dropped) const {
+        __syncwarp();
+        const DeviceSigma<Tr> grid(q);
+        const int escape = escape_symbol(q.num_bits);
+        for (int i = lane_number(); i < n; i += kWarpLanes)
+            segment.residual_out[begin + i] =
+                dropped ? static_cast<float>(u[begin + i]) : residual_of<Tr>(u[begin + i], grid, escape);
+    }
+
+    // Words of a piece of a segment without blocks, word i being word_at(i).
+    template <class WordAt>
+    __device__ void write_piece(std::int64_t piece, std::int64_t words, std::uint32_t* piece_sum,
+                                const WordAt& word_at) const {
+        const std::int64_t first = piece * kPieceWords;
         if (first >= words) return;
         const std::int64_t end = words - first < kPieceWords ? words : first + kPieceWords;
         WarpChecksum sum;
         for (std::int64_t i = first + lane_number(); i < end; i += kWarpLanes) {
-            const std::uint32_t word = value_word<Tr>(u, 0, segment.count, i);
+            const std::uint32_t word = word_at(i);
             *payload_word(4 * i) = word;
             sum.absorb(word);
         }
         const std::uint32_t checksum = sum.finish(4 * (end - first));
         if (lane_number() == 0) *piece_sum = checksum;
-        const std::int64_t begin = first * 4 / kItem, past = end * 4 / kItem;
-        clear_residual(begin, (past < segment.count ? past : segment.count) - begin);
+    }
+    __device__ void write_raw_piece(std::int64_t piece, std::uint32_t* piece_sum) const {
+        const std::int64_t words = align4(segment.count * kItem) / 4;
+        write_piece(piece, words, piece_sum, [&](std::int64_t i) { return value_word<Tr>(u, 0, segment.count, i); });
+        const std::int64_t begin = piece * kPieceWords * 4 / kItem, end = begin + kPieceWords * 4 / kItem;
+        clear_residual(begin, (end < segment.count ? end : segment.count) - begin);
+    }
+    __device__ void write_fixed_piece(std::int64_t piece, std::uint32_t* piece_sum) const {
+        const Quantizer& q = state.quantizer;
+        const RangeQuantizer grid(q.grid, q.num_bits, q.p0, q.p1);
+        const std::int64_t words = align4(packed_bytes(segment.count, q.num_bits)) / 4;
+        write_piece(piece, words, piece_sum,
+                    [&](std::int64_t i) { return packed_word(u, grid, 0, segment.count, q.num_bits, i); });
     }
 
     // Of every units-th row of 32 values.
@@ -148,6 +178,17 @@ struct Unit {
             segment.residual_out[i] = static_cast<float>(u[i] - static_cast<typename Tr::Arithmetic>(value));
     }
 
+    // Of a packet that cannot be written: nothing of its values is sent, and what is finite is kept.
+    __device__ void keep_everything(std::int64_t unit) const {
+        const Quantizer& q = state.quantizer;
+        if (segment.residual_out == nullptr || (q.coding == Coding::kConstant && !__builtin_isfinite(q.p0))) return;
+#pragma unroll 1
+        for (std::int64_t i = unit * kWarpLanes + lane_number(); i < segment.count; i += segment.units * kWarpLanes) {
+            const auto x = static_cast<float>(u[i]);
+            segment.residual_out[i] = __builtin_isfinite(x) ? x : 0.0f;
+        }
+    }
+
     __device__ std::uint32_t& checksum_at(std::int64_t number) const {
         return reinterpret_cast<std::uint32_t*>(out + packet.checksums)[number];
     }
@@ -157,8 +198,11 @@ struct Unit {
 __device__ void finish_pieces(const EncodeTables& e, const PacketTask& packet, const PacketState& layout, int s,
                               std::int64_t item) {
     const SegmentState& state = e.segment_states[s];
-    if (state.quantizer.coding != Coding::kRaw) return;
-    const std::int64_t pieces = ceil_div(align4(e.segments[s].count * item), kChecksumPiece);
+    const Quantizer& q = state.quantizer;
+    if (q.coding != Coding::kRaw && q.coding != Coding::kFixed) return;
+    const std::int64_t count = e.segments[s].count;
+    const std::int64_t bytes = align4(q.coding == Coding::kRaw ? count * item : packed_bytes(count, q.num_bits));
+    const std::int64_t pieces = ceil_div(bytes, kChecksumPiece);
     const std::uint32_t sum = warp_checksum(e.piece_sums + e.segments[s].first_unit, pieces);
     if (lane_number() == 0) reinterpret_cast<std::uint32_t*>(packet.out + layout.checksums)[state.first_checksum] = sum;
 }
@@ -170,24 +214,33 @@ __global__ void __launch_bounds__(kThreads, 1) write_payload(EncodeTables e) {
     const int p = find_task(e.packets, e.packet_count, unit, &PacketTask::first_unit);
     const PacketTask packet = e.packets[p];
     const PacketState layout = e.packet_states[p];
-    if (layout.fits && unit - packet.first_unit < packet.units) {
+    if (unit - packet.first_unit < packet.units) {
         const int s = packet.first_segment +
                       find_task(e.segments + packet.first_segment, packet.segments, unit, &SegmentTask::first_unit);
         const SegmentTask segment = e.segments[s];
         const SegmentState state = e.segment_states[s];
-        const Unit<Tr, kAdjusted> writer{
-            e, segment, state, layout, packet.out, Source<Tr, kAdjusted>(e.tensors[segment.tensor], segment.offset)};
+        const Unit<Tr, kAdjusted> writer{e,
+                                         segment,
+                                         state,
+                                         layout,
+                                         packet.out,
+                                         packet.may_drop,
+                                         Source<Tr, kAdjusted>(e.tensors[segment.tensor], segment.offset)};
         const std::int64_t at = unit - segment.first_unit;
-        if (is_block_coded(state.quantizer.coding)) {
-            if (at < segment.blocks) writer.write_block(at);
+        if (!layout.fits) {
+            writer.keep_everything(at);
+        } else if (is_block_coded(state.quantizer.coding)) {
+            if (at * values_per_block(state.quantizer.coding, e.steps) < segment.count) writer.write_block(at);
         } else if (state.quantizer.coding == Coding::kRaw) {
             writer.write_raw_piece(at, &e.piece_sums[unit]);
+        } else if (state.quantizer.coding == Coding::kFixed) {
+            writer.write_fixed_piece(at, &e.piece_sums[unit]);
         } else {
             writer.lose_constant(at);
         }
     }
     const auto blocks = static_cast<unsigned>(packet.units == 0 ? 1 : ceil_div(packet.units, kEncodeWarps));
-    if (!is_last_block(&e.counters[e.tensor_count + p], blocks) || !layout.fits) return;
+    if (!is_last_block(&e.counters[2 * e.tensor_count + p], blocks) || !layout.fits) return;
     if (e.checksums) {
         for (int s = warp_number(); s < packet.segments; s += kEncodeWarps)
             finish_pieces(e, packet, layout, packet.first_segment + s, Unit<Tr, kAdjusted>::kItem);

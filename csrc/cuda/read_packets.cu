@@ -6,7 +6,8 @@
 //   check_pieces
 //
 // Block: a packet. Shared memory: 8 bytes a warp for scans, and what ends the scan of segments.
-// Passes: records (checked, and their sizes summed), where segments lie, block ends, the header checksum. check_pieces
+// Passes: records (checked, and their sizes summed), lists of code lengths, where segments lie, block ends, the header
+// checksum. check_pieces
 // then reads raw and fixed segments, 64 KiB a warp.
 // Limits: as many segments as the caller expects; 2^42 values.
 // Safety: nothing is read before its offset is known to lie in the packet; loops are bounded by sizes that have been
@@ -15,6 +16,7 @@
 // Bytes moved per value: none; 8 per block. Raw segments: their size.
 #include "block_sum.cuh"
 #include "checksum.cuh"
+#include "code_list.cuh"
 #include "kernels.cuh"
 #include "last_block.cuh"
 #include "packet_view.cuh"
@@ -32,6 +34,7 @@ constexpr int kSizeFields = sizeof(Sizes) / sizeof(std::int64_t);
 
 struct Shared {
     std::int64_t scratch[kSizeFields][kMaxWarps];
+    CodeListShared list;
 };
 
 __device__ PacketHeader load_header(const std::uint8_t* packet) {
@@ -67,7 +70,7 @@ __device__ Fault check_dims(const std::uint8_t* dims, int ndim, std::uint64_t el
 }
 
 template <class Tr>
-__device__ Fault check_record(const SegmentRecord& r, const StaticTables& codes) {
+__device__ Fault check_record(const SegmentRecord& r, const DecodeTables& d) {
     if (r.count > kMaxElements || static_cast<unsigned>(r.grid) > 3 || static_cast<unsigned>(r.coding) > 4 ||
         r.reserved != 0)
         return Fault::kRecords;
@@ -80,8 +83,13 @@ __device__ Fault check_record(const SegmentRecord& r, const StaticTables& codes)
     if (r.coding == Coding::kFixed) return sigma ? Fault::kRecords : Fault::kNone;
     if (r.coding == Coding::kPair && (!sigma || r.num_bits != kPairBits)) return Fault::kRecords;
     if (r.table == kNoTable) return Fault::kNone;
+    if (r.table == kTableOnWire) {
+        const bool expected = r.num_bits <= kMaxCodedBits && alphabet_size(r.coding, r.num_bits) <= d.max_alphabet;
+        return expected ? Fault::kNone : Fault::kRecords;
+    }
     const int index = StaticTables::index(r.table);
-    const bool fits = index >= 0 && (index >= 22) == (r.coding == Coding::kPair) && codes.num_bits[index] == r.num_bits;
+    const bool fits =
+        index >= 0 && (index >= 22) == (r.coding == Coding::kPair) && d.codes->num_bits[index] == r.num_bits;
     return fits ? Fault::kNone : Fault::kRecords;
 }
 
@@ -123,6 +131,22 @@ __device__ std::int64_t begin_of(const SegmentView* segments, int count, int s, 
     return 4 * static_cast<std::int64_t>(load_u32(ends + 4 * block)) + segment.plain_before - owner.plain_before;
 }
 
+// All lists of a packet, one after the other: where one ends only its contents tell. Whether they fill `words` words.
+__device__ bool read_code_lists(const DecodeTables& d, const std::uint8_t* lists, std::int64_t words, int number,
+                                int segments, Shared* shared) {
+    std::int64_t at = 0;
+    for (int s = 0; d.max_alphabet > 0 && s < segments; ++s) {
+        const Quantizer& q = d.segments_of(number)[s].quantizer;
+        if (!is_block_coded(q.coding) || q.table != kTableOnWire) continue;
+        const std::int64_t used = read_code_list(
+            reinterpret_cast<const std::uint32_t*>(lists) + at, words - at, alphabet_size(q.coding, q.num_bits),
+            length_limit(q.coding, q.num_bits), d.lengths_of(number, s), &shared->list);
+        if (used < 0) return false;
+        at += used;
+    }
+    return at == words;
+}
+
 template <class Tr>
 __device__ Fault read_packet(const DecodeTables& d, const DecodeTask& task, int number, Shared* shared) {
     if (task.bytes < static_cast<std::int64_t>(sizeof(PacketHeader))) return Fault::kHeader;
@@ -134,8 +158,7 @@ __device__ Fault read_packet(const DecodeTables& d, const DecodeTask& task, int 
     const std::int64_t lengths_at = records_at + static_cast<std::int64_t>(sizeof(SegmentRecord)) * h.segment_count;
     const std::int64_t ends_at = lengths_at + std::int64_t{4} * h.lengths_words;
     if (ends_at > total || total % 4 != 0) return Fault::kHeader;
-    if (check_dims(task.packet + dims_at, h.ndim, h.element_count) != Fault::kNone || h.lengths_words != 0)
-        return Fault::kRecords;
+    if (check_dims(task.packet + dims_at, h.ndim, h.element_count) != Fault::kNone) return Fault::kRecords;
 
     const auto segment_count = static_cast<int>(h.segment_count);
     const bool checksums = (h.flags & kFlagChecksums) != 0;
@@ -148,7 +171,7 @@ __device__ Fault read_packet(const DecodeTables& d, const DecodeTask& task, int 
         Sizes size{};
         if (i < segment_count) {
             record = load_record(task.packet + records_at + static_cast<std::int64_t>(sizeof(record)) * i);
-            if (check_record<Tr>(record, *d.codes) != Fault::kNone) {
+            if (check_record<Tr>(record, d) != Fault::kNone) {
                 bad = true;
             } else {
                 size = sizes_of(record, d.steps, sizeof(typename Tr::Storage), checksums);
@@ -169,12 +192,16 @@ __device__ Fault read_packet(const DecodeTables& d, const DecodeTask& task, int 
                         sum.tiles,
                         sum.sum_tiles,
                         sum.pieces,
-                        {record.grid, record.num_bits, record.coding, record.table, record.p0, record.p1}};
+                        {record.grid, record.num_bits, record.coding, record.table, record.p0, record.p1},
+                        0u};
         }
         for (int f = 0; f < kSizeFields; ++f) (&before.values)[f] += (&all.values)[f];
         __syncthreads();
     }
     if (__syncthreads_or(bad) || before.values != task.elements) return Fault::kRecords;
+
+    if (!read_code_lists(d, task.packet + lengths_at, h.lengths_words, number, segment_count, shared))
+        return Fault::kRecords;
 
     const std::int64_t sums_at = ends_at + 4 * before.blocks;
     const std::int64_t payload_at = sums_at + (checksums ? 4 * before.checksums : 0), payload = total - payload_at;

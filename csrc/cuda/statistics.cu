@@ -74,7 +74,7 @@ __device__ TileStatistics measure_block(const Source<Tr, kAdjusted>& u, std::int
     return result;
 }
 
-// What Python's plan() returns.
+// What Python's plan() returns, but for what sample.cu then decides.
 template <class Tr>
 __device__ Quantizer choose_quantizer(const TensorTask& tensor, const Statistics& s) {
     Quantizer q{Grid::kNone, 0, Coding::kRaw, kTableOnWire, 0.0, 0.0};
@@ -99,7 +99,8 @@ __device__ Quantizer choose_quantizer(const TensorTask& tensor, const Statistics
     } else if (wanted.grid != Grid::kNone) {
         wanted.p0 = s.minimum;
         wanted.p1 = s.maximum;
-        usable = RangeQuantizer(wanted.grid, wanted.num_bits, wanted.p0, wanted.p1).usable();
+        usable = wanted.num_bits == 0 ? __builtin_isfinite(s.maximum - s.minimum)
+                                      : RangeQuantizer(wanted.grid, wanted.num_bits, wanted.p0, wanted.p1).usable();
     }
     return usable ? wanted : q;
 }

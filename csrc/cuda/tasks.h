@@ -15,8 +15,21 @@
 
 namespace qcomm::cuda {
 
+using Count = unsigned long long;  // what atomicAdd takes
+
 constexpr int kEncodeWarps = 4;  // blocks (encode) or units (payload) that a thread block works on
 constexpr int kMaxStaticSymbols = 256;
+
+// What a sample of a tensor decides: the number of bits of a range grid, or the code on a sigma grid.
+struct SampleTask {
+    std::int64_t count = 0;      // values, or pairs of neighbours on a sigma grid; 0: nothing is decided
+    std::int64_t first_bin = 0;  // of its histogram
+    std::uint32_t seed = 0;
+    int bins = 0;    // sigma: of single symbols, or 256 of pairs, whose histogram has that of single symbols in it
+    double c = 0.0;  // range: added to the entropy, at most `most` bits
+    int most = 0;
+    std::uint8_t single_table = kNoTable, pair_table = kNoTable;  // sigma: the static codes made for this k
+};
 
 struct TensorTask {
     const void* values;
@@ -27,6 +40,8 @@ struct TensorTask {
     double k;                 // sigma: the step in units of the RMS
     Quantizer wanted;         // what it is if it is neither constant nor raw; sigma: p1 is yet to be measured
     bool nonfinite_is_constant;
+    std::int64_t first_sample_tile;  // of sample_tensors
+    SampleTask sample;
 };
 
 struct SegmentTask {
@@ -37,8 +52,10 @@ struct SegmentTask {
     std::int64_t first_unit;     // of write_payload: a block, or a piece of a raw or fixed segment
     std::int64_t units;
     std::int64_t first_block;  // of its results
-    std::int64_t blocks;       // 0 unless the tensor's wanted coding has blocks
+    std::int64_t blocks;       // the most that it can have; the last ones may stay empty
     std::int64_t slots;        // byte offset of its first slot in the workspace
+    std::int64_t first_histogram_tile;
+    std::int64_t first_codeword;  // of its own code; a multiple of 4
 };
 
 struct PacketTask {
@@ -49,12 +66,14 @@ struct PacketTask {
     std::int32_t first_segment, segments;
     std::int64_t first_block, blocks;
     std::int64_t first_unit, units;  // the first one is a multiple of kEncodeWarps
+    bool may_drop;                   // its capacity is below the bound
 };
 
 // A block after encode_blocks: its info word, its words if it is coded, its size in the packet in units of 4 bytes.
 struct BlockResult {
     std::uint32_t info, words, units;
 };
+constexpr std::uint32_t kDropped = ~0u;  // as `words`: a constant block of zeros in place of one that was too large
 
 // A segment after layout_packets.
 struct SegmentState {
@@ -63,10 +82,13 @@ struct SegmentState {
     std::int64_t units_before;    // of the packet's blocks before its own, in BlockResult units
     std::int64_t first_end;       // number of its first block end among the packet's ...
     std::int64_t first_checksum;  // ... and of its first checksum
+    std::int64_t lengths;         // byte offset of its list among the packet's
+    int list_bytes;
 };
 
 struct PacketState {
     std::int64_t ends, checksums, payload;  // byte offsets in the packet
+    std::int64_t lengths;                   // of the lists of code lengths
     bool fits;                              // in its capacity; otherwise nothing is written
 };
 
@@ -99,7 +121,8 @@ struct EncodeTables {
     const PacketTask* packets;
     const std::int64_t* dims;
     const StaticTables* codes;
-    int tensor_count, segment_count, packet_count;
+    const std::int32_t* own_segments;  // those that may have a code of their own
+    int tensor_count, segment_count, packet_count, own_count;
     DType dtype;
     int steps;
     bool checksums;
@@ -111,8 +134,16 @@ struct EncodeTables {
     std::uint32_t* piece_sums;  // checksums of the pieces of raw segments, by unit
     SegmentState* segment_states;
     PacketState* packet_states;
-    unsigned* counters;  // zeroed: one a tensor, then one a packet
+    std::int64_t* dropped;  // values, by packet
+    unsigned* counters;     // zeroed: two a tensor, then one a packet
     std::uint8_t* slots;
+
+    // Of codes that segments have of their own, by SegmentTask::first_codeword, but for the first.
+    int* list_bytes;  // by segment; 0: it has none, and all its blocks are constant or fixed
+    Count *counts, *packages;
+    std::uint32_t* own_entries;
+    std::uint8_t* lists;
+    Count* sample_counts;  // by SampleTask::first_bin
 };
 
 }  // namespace qcomm::cuda

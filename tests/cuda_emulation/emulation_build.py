@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,6 +49,19 @@ def build(folder: Path, sanitizer: str, plant: str | None = None) -> Path:
     program = folder / f"emulated_kernels-{sanitizer}{'-' + plant if plant else ''}"
     _run([*flags, "-o", str(program), *(str(target) for _, target, _ in jobs), "-pthread"])
     return program
+
+
+def build_module(folder: Path, includes: Sequence[str]) -> Path:
+    """``qcomm._cuda`` over the emulation, whose device memory is the host's; ``includes``: of Python and pybind11."""
+    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/cuda/bindings.cpp"]
+    sources += [path for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if "avx" not in path.name]
+    flags = ["-O0", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
+    jobs = [(path, folder / "module" / f"{path.name}.o", flags) for path in sources]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_compile, jobs))
+    module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    _run(["-shared", "-o", str(module), *(str(target) for _, target, _ in jobs), "-pthread"])
+    return module
 
 
 def _with_headers(source: Path) -> str:

@@ -16,6 +16,7 @@ struct EncodeCase {
     std::vector<std::vector<float>> residuals;              // by tensor; empty: none
     std::vector<Quantizer> quantizers;
     std::vector<double> k;
+    std::vector<cuda::SampleRule> rules;
     std::vector<cuda::Segment> segments;
     std::vector<int> packets;  // how many segments each has
     double inv_scale = 1.0;
@@ -34,6 +35,22 @@ constexpr DType dtype_of() {
 // Encodes with the CPU and with the kernels and requires equal statistics, packets and residuals. Returns the packets.
 template <class Tr>
 std::vector<std::vector<std::uint8_t>> encode_both(const EncodeCase<Tr>& c, const std::string& name);
+
+struct Made {
+    std::vector<std::vector<std::uint8_t>> outputs;  // of the capacities, 0xC5 where nothing was written
+    std::vector<std::int64_t> totals, dropped;
+    std::vector<Statistics> statistics;
+    std::vector<Quantizer> quantizers;
+};
+
+// Encodes with the kernels alone, into the bounds or into `capacities`; `residuals` are updated.
+template <class Tr>
+Made encode_emulated(const EncodeCase<Tr>& c, std::vector<std::vector<float>>& residuals,
+                     const std::vector<std::int64_t>& capacities, const std::string& name);
+
+// Encodes into capacities that are a fraction of the packets' sizes. What is not sent must be zeros, and whole in the
+// residual; nothing may be dropped that there is room for.
+void encode_capped(const EncodeCase<Traits<DType::kFloat32>>& c, double fraction, const std::string& name);
 
 // Decodes packets of the same steps with both, each to its own values, which must be equal.
 template <class Tr>
@@ -56,6 +73,18 @@ void misuse(const std::string& which);
 // Of fill_static_tables().
 const cuda::StaticTables* codes();
 
+// Counts codewords and makes codes of counts; both must be what the CPU makes of them.
+void histogram_group();
+void code_lengths_of_file(const std::string& path);
+
+inline Quantizer range(Grid grid, int num_bits) {
+    return {grid,
+            static_cast<std::uint8_t>(num_bits),
+            num_bits > kMaxCodedBits ? Coding::kFixed : Coding::kSingle,
+            kTableOnWire,
+            0.0,
+            0.0};
+}
 inline Quantizer sigma(int num_bits, Coding coding, int table) {
     return {Grid::kSigma, static_cast<std::uint8_t>(num_bits), coding, static_cast<std::uint8_t>(table), 0.0, 0.0};
 }

@@ -1,4 +1,5 @@
 // Decoding: the emulated kernels against the CPU codec, on whole packets and on damaged ones.
+#include <algorithm>
 #include <memory>
 
 #include "cases.h"
@@ -27,8 +28,9 @@ std::unique_ptr<std::uint32_t[]> exact_copy(const Bytes& packet) {
 }
 
 // Runs decode(), or decode_sum() when there is one output for all.
-std::vector<unsigned> run(DType dtype, int steps, int segments, const std::vector<cuda::DecodeTask>& tasks, bool sum) {
-    const cuda::DecodePlan plan(dtype, steps, segments, tasks);
+std::vector<unsigned> run(DType dtype, int steps, int own_code_bits, const std::vector<cuda::DecodeTask>& tasks,
+                          bool sum) {
+    const cuda::DecodePlan plan(dtype, steps, kMaxSegments, tasks, own_code_bits);
     require(plan.status().ok(), plan.status().what);
     const Bytes blob = plan.blob();
     Bytes workspace(static_cast<std::size_t>(plan.workspace_bytes()), std::uint8_t{0xA5});
@@ -37,6 +39,19 @@ std::vector<unsigned> run(DType dtype, int steps, int segments, const std::vecto
                               : plan.decode(blob.data(), codes(), workspace.data(), faults.data(), nullptr);
     require(status.ok(), status.what);
     return faults;
+}
+
+// The most bits of a symbol in a segment with a code of its own.
+int own_code_bits(const std::vector<Bytes>& packets) {
+    int bits = 0;
+    for (const Bytes& packet : packets) {
+        PacketView view;
+        require(parse_packet(packet.data(), static_cast<std::int64_t>(packet.size()), &view).ok(), "own_code_bits");
+        for (const SegmentRecord& r : view.records) {
+            if (is_block_coded(r.coding) && r.table == kTableOnWire) bits = std::max(bits, int{r.num_bits});
+        }
+    }
+    return bits;
 }
 
 std::uint16_t steps_of(const Bytes& packet) {
@@ -92,13 +107,21 @@ void decode_both(const std::vector<Bytes>& packets, const std::string& name) {
                          static_cast<std::int64_t>(packets[p].size()), outputs[p].data(),
                          static_cast<std::int64_t>(expected[p].size()), true});
     }
-    const std::vector<unsigned> faults = run(dtype_of<Tr>(), steps_of(packets[0]), kMaxSegments, tasks, false);
+    const std::vector<unsigned> faults =
+        run(dtype_of<Tr>(), steps_of(packets[0]), own_code_bits(packets), tasks, false);
     for (std::size_t p = 0; p < packets.size(); ++p) {
         const std::string where = name + ", packet " + std::to_string(p);
         require(faults[p] == 0, where + ": fault " + std::to_string(faults[p]));
         require(outputs[p].back() == Storage(77), where + ": written behind the end");
         outputs[p].pop_back();
         require(same_bytes(outputs[p], expected[p]), where + ": decoded values");
+    }
+    if (const int bits = own_code_bits(packets); bits > 8 && elements_of(packets[0]) < 5000) {
+        for (const int fewer : {0, bits - 1}) {
+            const std::vector<unsigned> refused = run(dtype_of<Tr>(), steps_of(packets[0]), fewer, tasks, false);
+            require(std::count(refused.begin(), refused.end(), 0u) < static_cast<std::ptrdiff_t>(packets.size()),
+                    name + ": a code of more bits than expected was not refused");
+        }
     }
 }
 
@@ -116,7 +139,7 @@ void sum_both(const std::vector<Bytes>& packets, const std::string& name) {
         tasks.push_back({reinterpret_cast<const std::uint8_t*>(copies.back().get()),
                          static_cast<std::int64_t>(packet.size()), output.data(), static_cast<std::int64_t>(n), true});
     }
-    const std::vector<unsigned> faults = run(dtype_of<Tr>(), steps_of(packets[0]), kMaxSegments, tasks, true);
+    const std::vector<unsigned> faults = run(dtype_of<Tr>(), steps_of(packets[0]), own_code_bits(packets), tasks, true);
     for (const unsigned fault : faults) require(fault == 0, name + ": fault " + std::to_string(fault));
     require(output.back() == Storage(77), name + ": written behind the end");
     output.pop_back();
@@ -158,7 +181,7 @@ void damage(const Bytes& packet, int rounds, std::uint64_t seed, const std::stri
         const std::vector<cuda::DecodeTask> task = {{reinterpret_cast<const std::uint8_t*>(copy.get()),
                                                      static_cast<std::int64_t>(bad.size()), output.data(),
                                                      static_cast<std::int64_t>(n), true}};
-        const unsigned fault = run(dtype_of<Tr>(), steps_of(packet), kMaxSegments, task, false)[0];
+        const unsigned fault = run(dtype_of<Tr>(), steps_of(packet), kMaxCodedBits, task, false)[0];
         require(
             (fault == 0) == (same_shape && status.ok()),
             where + ": fault " + std::to_string(fault) + ", but the CPU says: " + (status.ok() ? "fine" : status.what));

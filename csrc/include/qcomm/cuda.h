@@ -33,15 +33,30 @@ struct StaticTables {
 };
 void fill_static_tables(StaticTables* tables);
 
+// What a sample of a tensor's values decides on the device, as plan() of qcomm/quantize.py does on the host.
+struct SampleRule {
+    // Range grid with num_bits 0: N = min(ceil(H + c), floor(c + entropy_bits), max_bits), at least 1, H being the
+    // entropy in bits of 2^entropy_bits bins of a part `fraction` of the values.
+    double c = 6.0;
+    int entropy_bits = 4;
+    double fraction = 0.03;
+    int max_bits = 16;
+    std::uint32_t seed = 0;
+    // Sigma grid: the cheapest code, instead of the quantizer's coding and table.
+    bool choose_code = false;
+};
+
 // u = values * inv_scale + residual, as in values.h; measured as a whole.
 struct Tensor {
     const void* values = nullptr;       // of the packets' dtype, aligned to it
     const float* residual = nullptr;    // or null; needs float32 or float64 values, like inv_scale
     const double* inv_scale = nullptr;  // one number; or null for 1
     std::int64_t count = 0;
-    // Grid, num_bits, coding and table; on a sigma grid the step is k times the RMS, range grids get lo and hi.
+    // Grid, num_bits, coding and table; on a sigma grid the step is k times the RMS, range grids get lo and hi. Range
+    // grids: single with table 0 up to 12 bits, fixed otherwise, and num_bits 0 where the sample decides.
     Quantizer quantizer;
     double k = 1.0;
+    SampleRule sample;
     bool nonfinite_is_constant = false;  // a tensor with a non-finite value becomes a constant NaN instead of raw
 };
 
@@ -76,15 +91,19 @@ public:
     }  // a capacity for any values
 
     // Statistics and quantizers of the tensors, into the workspace.
-    Status measure(const void* blob, void* workspace, void* stream) const;
-    // The packets, with what measure() has found. total_bytes[packet] receives its size, or minus the size it would
-    // have had where the capacity is too small: then nothing of it is written, but residuals are updated.
+    Status measure(const void* blob, const StaticTables* codes, void* workspace, void* stream) const;
+    // The packets, with what measure() has found. total_bytes[packet] receives its size. Where a capacity is below
+    // bound() and too small, blocks of sigma segments with a residual are replaced by zeros, from the packet's end on,
+    // and the residual keeps their values; if that does not suffice, total_bytes is minus the least size, nothing of
+    // the packet is written, and the residuals keep all of u.
     Status encode(const void* blob, const StaticTables* codes, void* workspace, std::int64_t* total_bytes,
                   void* stream) const;
 
     // Where measure() leaves its results: [tensors].
     Statistics* statistics(void* workspace) const;
     Quantizer* quantizers(void* workspace) const;
+    // Where encode() leaves how many values were replaced by zeros: [packets].
+    std::int64_t* dropped_values(void* workspace) const;
 
 private:
     enum Place : int;  // in the workspace
@@ -95,11 +114,13 @@ private:
     Status status_;
     DType dtype_;
     int steps_;
-    bool checksums_, adjusted_ = false;
-    std::int32_t tensor_count_, segment_count_, packet_count_;
-    std::int64_t tiles_ = 0, encode_tiles_ = 0, units_ = 0, blocks_ = 0;
-    std::int64_t segments_at_ = 0, packets_at_ = 0, dims_at_ = 0;  // byte offsets in the blob
-    std::int64_t workspace_at_[10] = {}, workspace_bytes_ = 0;
+    bool checksums_, adjusted_ = false, range_residuals_ = false;
+    std::int32_t tensor_count_, segment_count_, packet_count_, own_count_ = 0;
+    int max_symbols_ = 1;  // of a code that encode_blocks needs
+    std::int64_t tiles_ = 0, sample_tiles_ = 0, bins_ = 0;
+    std::int64_t encode_tiles_ = 0, histogram_tiles_ = 0, codewords_ = 0, units_ = 0, blocks_ = 0;
+    std::int64_t segments_at_ = 0, packets_at_ = 0, dims_at_ = 0, own_segments_at_ = 0;  // byte offsets in the blob
+    std::int64_t workspace_at_[17] = {}, workspace_bytes_ = 0;
     std::vector<std::uint8_t> blob_;
     std::vector<std::int64_t> bounds_;
 };
@@ -110,7 +131,7 @@ enum class Fault : unsigned {
     kPiece,     // the checksum of a raw or fixed segment
     kBlock,     // a block's contents; its checksum
     kLayout,    // block ends, or a payload that segments do not fill
-    kRecords,   // segment records, dimensions, code lengths
+    kRecords,   // segment records, dimensions, code lengths; a code of its own that was not expected
     kMismatch,  // another dtype, shape, number of steps or segments than expected
     kHeader,    // no packet, an unknown version, truncated, a wrong header checksum
 };
@@ -128,8 +149,10 @@ struct DecodeTask {
 // trusted, no read leaves [packet, packet + bytes), and no packet makes a kernel run longer than its size allows.
 class DecodePlan {
 public:
-    // `steps` of the packets; none has more segments than max_segments.
-    DecodePlan(DType dtype, int steps, int max_segments, const std::vector<DecodeTask>& tasks);
+    // `steps` of the packets; none has more segments than max_segments. own_code_bits: the most bits of a symbol in a
+    // segment that has a code of its own, 4 with pairs; it has room for one for each segment, from 8.5 KiB up to 8 bits
+    // to 68 KiB with 12. 0: no code lengths are expected, and packets with some are refused.
+    DecodePlan(DType dtype, int steps, int max_segments, const std::vector<DecodeTask>& tasks, int own_code_bits = 0);
 
     const Status& status() const { return status_; }
     const std::vector<std::uint8_t>& blob() const {
@@ -147,12 +170,13 @@ public:
 private:
     enum Place : int;  // in the workspace
     DecodeTables tables(const void* blob, const StaticTables* codes, void* workspace, unsigned* faults) const;
+    void prepare(const DecodeTables& d, void* stream) const;
 
     Status status_;
     DType dtype_;
-    int steps_, max_segments_, packet_count_;
+    int steps_, max_segments_, packet_count_, own_code_bits_;
     std::int64_t tiles_ = 0, sum_tiles_ = 0, piece_tiles_ = 0;  // at most, of one packet
-    std::int64_t workspace_at_[4] = {}, workspace_bytes_ = 0;
+    std::int64_t workspace_at_[6] = {}, workspace_bytes_ = 0;
     std::vector<std::uint8_t> blob_;
 };
 

@@ -1,0 +1,142 @@
+// The CUDA core for Python, as a module of its own: one that has it imports on machines without a GPU, and the rest of
+// qcomm works without it. Device memory and streams arrive as addresses, checked by qcomm/_device.py; nothing here
+// allocates device memory or waits. The GIL is released around launches.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <tuple>
+
+#include "qcomm/cuda.h"
+
+namespace py = pybind11;
+using namespace qcomm;
+
+namespace {
+
+using Address = std::uintptr_t;
+
+void raise_if_error(const Status& status) {
+    if (status.ok()) return;
+    std::string message = status.what;
+    if (status.where != 0) message += " " + std::to_string(status.where);
+    if (status.code == StatusCode::kDeviceError) throw std::runtime_error("CUDA: " + message);
+    throw py::value_error(message);
+}
+
+template <class T>
+T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+py::bytes to_bytes(const void* data, std::size_t size) { return {static_cast<const char*>(data), size}; }
+
+// grid, num_bits, coding, table
+using QuantizerTuple = std::tuple<int, int, int, int>;
+// c, entropy_bits, fraction, max_bits, seed, choose_code
+using RuleTuple = std::tuple<double, int, double, int, std::uint32_t, bool>;
+// values, residual, inv_scale, count, quantizer, k, rule, nonfinite_is_constant
+using TensorTuple = std::tuple<Address, Address, Address, std::int64_t, QuantizerTuple, double, RuleTuple, bool>;
+// tensor, offset, count, residual_out
+using SegmentTuple = std::tuple<std::int32_t, std::int64_t, std::int64_t, Address>;
+// segments, dims, out, capacity
+using PacketTuple = std::tuple<std::int32_t, std::vector<std::int64_t>, Address, std::int64_t>;
+// packet, bytes, out, elements, exact
+using TaskTuple = std::tuple<Address, std::int64_t, Address, std::int64_t, bool>;
+
+cuda::Tensor make_tensor(const TensorTuple& t) {
+    const auto& [values, residual, inv_scale, count, q, k, rule, nonfinite_is_constant] = t;
+    const auto& [c, entropy_bits, fraction, max_bits, seed, choose_code] = rule;
+    const Quantizer quantizer{static_cast<Grid>(std::get<0>(q)),
+                              static_cast<std::uint8_t>(std::get<1>(q)),
+                              static_cast<Coding>(std::get<2>(q)),
+                              static_cast<std::uint8_t>(std::get<3>(q)),
+                              0.0,
+                              0.0};
+    return {pointer<const void>(values),
+            pointer<const float>(residual),
+            pointer<const double>(inv_scale),
+            count,
+            quantizer,
+            k,
+            {c, entropy_bits, fraction, max_bits, seed, choose_code},
+            nonfinite_is_constant};
+}
+
+cuda::EncodePlan make_encode_plan(int dtype, int steps, bool checksums, const std::vector<TensorTuple>& tensors,
+                                  const std::vector<SegmentTuple>& segments, const std::vector<PacketTuple>& packets) {
+    std::vector<cuda::Tensor> made_tensors;
+    std::vector<cuda::Segment> made_segments;
+    std::vector<cuda::Packet> made_packets;
+    for (const TensorTuple& t : tensors) made_tensors.push_back(make_tensor(t));
+    for (const auto& [tensor, offset, count, residual_out] : segments)
+        made_segments.push_back({tensor, offset, count, pointer<float>(residual_out)});
+    for (const auto& [count, dims, out, capacity] : packets)
+        made_packets.push_back({count, dims, pointer<std::uint8_t>(out), capacity});
+    cuda::EncodePlan plan(static_cast<DType>(dtype), steps, checksums, made_tensors, made_segments, made_packets);
+    raise_if_error(plan.status());
+    return plan;
+}
+
+void encode(const cuda::EncodePlan& plan, Address blob, Address codes, Address workspace, Address total_bytes,
+            Address stream) {
+    Status status;
+    {
+        py::gil_scoped_release nogil;
+        const auto* const tables = pointer<const cuda::StaticTables>(codes);
+        status = plan.measure(pointer<const void>(blob), tables, pointer<void>(workspace), pointer<void>(stream));
+        if (status.ok()) {
+            status = plan.encode(pointer<const void>(blob), tables, pointer<void>(workspace),
+                                 pointer<std::int64_t>(total_bytes), pointer<void>(stream));
+        }
+    }
+    raise_if_error(status);
+}
+
+cuda::DecodePlan make_decode_plan(int dtype, int steps, int max_segments, const std::vector<TaskTuple>& tasks,
+                                  int own_code_bits) {
+    std::vector<cuda::DecodeTask> made;
+    for (const auto& [packet, bytes, out, elements, exact] : tasks)
+        made.push_back({pointer<const std::uint8_t>(packet), bytes, pointer<void>(out), elements, exact});
+    cuda::DecodePlan plan(static_cast<DType>(dtype), steps, max_segments, made, own_code_bits);
+    raise_if_error(plan.status());
+    return plan;
+}
+
+void decode(const cuda::DecodePlan& plan, Address blob, Address codes, Address workspace, Address faults, bool sum,
+            Address stream) {
+    Status status;
+    {
+        py::gil_scoped_release nogil;
+        const auto* const tables = pointer<const cuda::StaticTables>(codes);
+        const auto run = sum ? &cuda::DecodePlan::decode_sum : &cuda::DecodePlan::decode;
+        status = (plan.*run)(pointer<const void>(blob), tables, pointer<void>(workspace), pointer<unsigned>(faults),
+                             pointer<void>(stream));
+    }
+    raise_if_error(status);
+}
+
+py::bytes static_tables() {
+    const auto tables = std::make_unique<cuda::StaticTables>();
+    cuda::fill_static_tables(tables.get());
+    return to_bytes(tables.get(), sizeof(*tables));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m) {
+    m.doc() = "qcomm's CUDA core; use it through the qcomm package, which checks its arguments.";
+    m.def("static_tables", &static_tables);
+    py::class_<cuda::EncodePlan>(m, "EncodePlan")
+        .def(py::init(&make_encode_plan))
+        .def("blob", [](const cuda::EncodePlan& p) { return to_bytes(p.blob().data(), p.blob().size()); })
+        .def("workspace_bytes", &cuda::EncodePlan::workspace_bytes)
+        .def("bound", &cuda::EncodePlan::bound)
+        .def("encode", &encode);
+    py::class_<cuda::DecodePlan>(m, "DecodePlan")
+        .def(py::init(&make_decode_plan))
+        .def("blob", [](const cuda::DecodePlan& p) { return to_bytes(p.blob().data(), p.blob().size()); })
+        .def("workspace_bytes", &cuda::DecodePlan::workspace_bytes)
+        .def("decode", &decode);
+}

@@ -1,0 +1,91 @@
+// What decides on the code of a sigma segment: a sample of neighbouring pairs is quantized and each candidate is
+// priced, a static code by its lengths, a code of the segment's own by its entropy (corrected for the sample's size)
+// and its table. In float64 and in the order written, which is part of docs/format.md; csrc/cpu and csrc/cuda share it.
+#pragma once
+
+#include <cstdint>
+
+#include "qcomm/entropy.h"
+#include "qcomm/format.h"
+#include "qcomm/huffman.h"
+#include "qcomm/quantize.h"
+
+namespace qcomm {
+
+constexpr double kSigmaSampleFraction = 0.03;
+constexpr std::int64_t kMaxSampledPairs = 1 << 14;  // more would sharpen nothing and cost more than the encoder
+constexpr double kOwnTableMustSave = 0.03;          // of the bits: below that a static table's speed is worth more
+constexpr double kHuffmanRedundancy = 0.02;         // bits a codeword above entropy
+constexpr double kTableBits = 6.0;                  // a used symbol in a list of code lengths
+constexpr double kLn2 = 0x1.62e42fefa39efp-1;
+constexpr std::int64_t kTypicalBlockBytes = 40;  // of a coded block beyond its codewords
+
+// How many neighbouring pairs of `count` values are looked at.
+inline std::int64_t sampled_pairs(std::int64_t count) {
+    const std::int64_t wanted = (sample_size(count, kSigmaSampleFraction) + 1) / 2;
+    const std::int64_t most = wanted < kMaxSampledPairs ? wanted : kMaxSampledPairs;
+    return count / 2 < most ? count / 2 : most;
+}
+
+// What a sample's histogram says about a code: its counts' sum, the sum of count * log2_fixed(count), how many are not
+// 0, and the sum of count * length in a static code.
+struct CodeSample {
+    std::uint64_t n = 0, weighted = 0, used = 0, static_bits = 0;
+
+    QCOMM_HOST_DEVICE void add(std::uint32_t count, unsigned static_length) {
+        n += count;
+        weighted += count * log2_fixed(count);
+        used += count > 0;
+        static_bits += std::uint64_t{count} * static_length;
+    }
+    // Bits of `codewords` codewords.
+    QCOMM_HOST_DEVICE double static_cost(double codewords) const {
+        return codewords * static_cast<double>(static_bits) / static_cast<double>(n);
+    }
+    QCOMM_HOST_DEVICE double own_cost(double codewords, int bins) const {
+        const double entropy = static_cast<double>(entropy_of_sums(n, weighted, bins)) / (1 << kLogFractionBits);
+        const auto found = static_cast<double>(used);
+        // Miller 1955: a sample's entropy is too small by this.
+        const double bias = (found - 1.0) / (2.0 * static_cast<double>(n) * kLn2);
+        const double bits = entropy + bias + kHuffmanRedundancy;
+        return codewords * (bits > 1.0 ? bits : 1.0) + kTableBits * found;
+    }
+};
+
+// The cheapest code of `count` symbols. Tables are kNoTable where there is no such static code; `pairs` is null where
+// the alphabet has none.
+QCOMM_HOST_DEVICE inline SigmaCode cheapest_sigma_code(const CodeSample& singles, const CodeSample* pairs,
+                                                       std::int64_t count, int num_bits, std::uint8_t single_table,
+                                                       std::uint8_t pair_table) {
+    const auto symbols = static_cast<double>(count);
+    SigmaCode best_static{Coding::kSingle, single_table}, best_own{Coding::kSingle, kTableOnWire};
+    bool has_static = single_table != kNoTable;
+    double static_cost = has_static ? singles.static_cost(symbols) : 0.0;
+    double own_cost = singles.own_cost(symbols, 1 << num_bits);
+    if (pairs != nullptr) {
+        const double codewords = symbols / 2.0;
+        if (pair_table != kNoTable) {
+            const double cost = pairs->static_cost(codewords);
+            if (!has_static || cost < static_cost) {
+                has_static = true;
+                static_cost = cost;
+                best_static = {Coding::kPair, pair_table};
+            }
+        }
+        const double cost = pairs->own_cost(codewords, alphabet_size(Coding::kPair, num_bits));
+        if (cost < own_cost) {
+            own_cost = cost;
+            best_own.coding = Coding::kPair;
+        }
+    }
+    return !has_static || own_cost < (1.0 - kOwnTableMustSave) * static_cost ? best_own : best_static;
+}
+
+// Whether a list of `list_bytes` for codewords of `bits` bits pays in a sigma segment. Such a segment cannot be written
+// a second time, its residual being updated as blocks are written: so this is a forecast.
+QCOMM_HOST_DEVICE inline bool sigma_table_pays(std::uint64_t bits, std::int64_t list_bytes, std::int64_t blocks,
+                                               std::int64_t fixed_bytes) {
+    return static_cast<std::int64_t>(bits / 8) + list_bytes + kTypicalBlockBytes * blocks < fixed_bytes;
+}
+
+}  // namespace qcomm

@@ -1,0 +1,33 @@
+from collections.abc import Sequence
+
+_Quantizer = tuple[int, int, int, int]
+_Rule = tuple[float, int, float, int, int, bool]
+_Tensor = tuple[int, int, int, int, _Quantizer, float, _Rule, bool]
+_Segment = tuple[int, int, int, int]
+_Packet = tuple[int, Sequence[int], int, int]
+_Task = tuple[int, int, int, int, bool]
+
+def static_tables() -> bytes: ...
+
+class EncodePlan:
+    def __init__(
+        self,
+        dtype: int,
+        steps: int,
+        checksums: bool,
+        tensors: Sequence[_Tensor],
+        segments: Sequence[_Segment],
+        packets: Sequence[_Packet],
+    ) -> None: ...
+    def blob(self) -> bytes: ...
+    def workspace_bytes(self) -> int: ...
+    def bound(self, packet: int) -> int: ...
+    def encode(self, blob: int, codes: int, workspace: int, total_bytes: int, stream: int) -> None: ...
+
+class DecodePlan:
+    def __init__(
+        self, dtype: int, steps: int, max_segments: int, tasks: Sequence[_Task], own_code_bits: int
+    ) -> None: ...
+    def blob(self) -> bytes: ...
+    def workspace_bytes(self) -> int: ...
+    def decode(self, blob: int, codes: int, workspace: int, faults: int, sum: bool, stream: int) -> None: ...

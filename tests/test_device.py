@@ -1,0 +1,150 @@
+"""Tensors and packets in device memory: qcomm/_device.py over the emulated kernels, whose device is the host.
+
+What this cannot show is left to a machine with a GPU: streams, devices, and the GPU itself.
+"""
+
+import importlib.util
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import qcomm
+from qcomm import RangeGrid, SigmaGrid, _device
+from qcomm.codec import Segment, encode
+from qcomm.quantize import Quantizer
+
+sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
+
+import emulation_build as emulation
+
+GRIDS = [
+    SigmaGrid(1.0),
+    SigmaGrid(4.0),
+    SigmaGrid(0.05),
+    SigmaGrid(1.0, coding="pair"),
+    SigmaGrid(0.9, coding="table"),
+    SigmaGrid(0.001, coding="fixed"),
+    SigmaGrid(0.01, coding="single"),
+    RangeGrid(),
+    RangeGrid("paper"),
+    RangeGrid("compact", entropy_bits=8, seed=3),
+    RangeGrid(num_bits=3),
+    RangeGrid(num_bits=14),
+    RangeGrid(c=12.0, max_bits=15),
+]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
+
+
+real_core = _device.core
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    pybind11 = pytest.importorskip("pybind11", reason="the emulated core is a pybind11 module")
+    if emulation.compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    kept = emulation.ROOT / "build"
+    folder = kept / "cuda_emulation" if kept.is_dir() else tmp_path_factory.mktemp("cuda_emulation")
+    path = emulation.build_module(folder, [sysconfig.get_paths()["include"], pybind11.get_include()])
+    spec = importlib.util.spec_from_file_location("emulated._cuda", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_device, "core", lambda: module)
+        _device._codes.cache_clear()
+        yield
+    _device._codes.cache_clear()
+
+
+def check(values: torch.Tensor, grid: qcomm.SigmaGrid | qcomm.RangeGrid, checksum: bool, steps: int) -> torch.Tensor:
+    expected = qcomm.compress(values, grid, checksum=checksum, block_steps=steps)
+    packet = _device.compress(values, grid, checksum, steps)
+    assert torch.equal(packet, expected)
+    decoded = _device.decompress(packet)
+    wanted = qcomm.decompress(expected)
+    assert decoded.dtype == wanted.dtype
+    assert decoded.shape == wanted.shape
+    assert torch.equal(decoded.reshape(-1).view(torch.uint8), wanted.reshape(-1).view(torch.uint8))
+    return packet
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_packets_are_the_bytes_of_the_cpu(grid: qcomm.SigmaGrid | qcomm.RangeGrid, dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    for shape, steps in (((0, 3), 256), ((), 1), ((33,), 8), ((2, 4097), 64), ((4, 3, 11, 13), 17)):
+        check(torch.randn(shape).to(dtype), grid, True, steps)
+    check(torch.full((40,), 2.5, dtype=dtype), grid, False, 8)
+    check(torch.tensor([1.0, float("inf"), 2.0], dtype=dtype), grid, False, 8)
+
+
+@pytest.mark.usefixtures("emulated")
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.integers(0, 3000),
+    st.sampled_from(GRIDS),
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.sampled_from([1, 8, 17, 256]),
+    st.floats(1e-4, 1e4),
+    st.integers(0, 2**31),
+)
+def test_any_tensor(n: int, grid, dtype: torch.dtype, checksum: bool, steps: int, scale: float, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(n, generator=generator) * torch.rand(n, generator=generator) ** 4 * scale
+    check(values.to(dtype), grid, checksum, steps)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("grid", [SigmaGrid(1.0), RangeGrid(num_bits=6)], ids=str)
+def test_damaged_packets_are_refused(grid: qcomm.SigmaGrid | qcomm.RangeGrid) -> None:
+    torch.manual_seed(7)
+    packet = check(torch.randn(3000), grid, True, 16)
+    for at in (0, 4, 5, 9, 12, 20, 30, 33, 37, 45, 50, 56, 58, 100, packet.numel() // 2, packet.numel() - 5):
+        bad = packet.clone()
+        bad[at] ^= 0x41
+        with pytest.raises(qcomm.PacketError):
+            _device.decompress(bad)
+    for size in (0, 39, 40, 71, packet.numel() - 4):
+        with pytest.raises(qcomm.PacketError):
+            _device.decompress(packet[:size])
+
+
+@pytest.mark.usefixtures("emulated")
+def test_a_packet_at_an_odd_address() -> None:
+    packet = check(torch.randn(500), SigmaGrid(1.0), True, 8)
+    shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), packet])[1:]
+    assert torch.equal(_device.decompress(shifted), qcomm.decompress(packet))
+
+
+def test_a_build_without_kernels_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "qcomm._cuda", None)
+    with pytest.raises(RuntimeError, match="QCOMM_CUDA=ON"):
+        real_core()
+
+
+def test_other_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="CPU or a CUDA device, got device meta"):
+        qcomm.compress(torch.empty(3, device="meta"))
+    with pytest.raises(ValueError, match="must be on the CPU, got device meta"):
+        encode([Segment(torch.empty(3, device="meta"), Quantizer.raw())])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device and a build with the kernels")
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_packets_of_a_gpu(grid: qcomm.SigmaGrid | qcomm.RangeGrid) -> None:
+    values = torch.randn(100_000)
+    packet = qcomm.compress(values.cuda(), grid)
+    assert packet.is_cuda
+    assert torch.equal(packet.cpu(), qcomm.compress(values, grid))
+    assert torch.equal(qcomm.decompress(packet).cpu(), qcomm.decompress(packet.cpu()))
