@@ -124,7 +124,7 @@ def all_reduce(
         raise fault.error
     layout = BucketLayout([TensorSpec("tensor", 0, tensor.numel(), tensor.numel() >= max(min_elements, 1))], world_size)
     alone = world_size == 1 and strategy == "auto"
-    telemetry.count_bucket(layout, tensor.element_size(), exchanged=not alone)
+    telemetry.count_bucket(layout, tensor.element_size())
     if alone:
         work = AllReduceWork(completed(tensor), telemetry)
     else:

@@ -284,14 +284,14 @@ class CompressionState:
             if communicator.pending_fault is None:  # all ranks know, and leave out the rest of the step
                 self._failed_pass = number
             raise
-        self._count(task.layout, task.buffer, exchanged=True)
+        self._count(task.layout, task.buffer)
         if ready is not None:
             self.telemetry.add(wait_seconds=time.perf_counter() - ready)
         return result
 
-    def _count(self, layout: BucketLayout | None, buffer: torch.Tensor, exchanged: bool = False) -> None:
+    def _count(self, layout: BucketLayout | None, buffer: torch.Tensor) -> None:
         if layout is not None:
-            self.telemetry.count_bucket(layout, buffer.element_size(), exchanged)
+            self.telemetry.count_bucket(layout, buffer.element_size())
 
 
 def _forgotten_scale() -> float:

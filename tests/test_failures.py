@@ -261,7 +261,7 @@ def case_bytes(rank, world_size):
                 work.wait()
                 sent += work.stats()["bytes_sent"]
                 received += work.stats()["bytes_received"]
-    assert (sent, received) == (counting.sent, counting.received) and sent > 0
+    assert (sent, received) == (counting.sent, counting.received()) and sent > 0
     assert sum(s for s, _ in gathered((sent, received))) == sum(r for _, r in gathered((sent, received)))
 
 
