@@ -60,7 +60,7 @@ class MeanSteps:
         self._task = task
         self._slices = slices
         self._inv_scale = 1.0 / task.scale
-        self._values = task.buffer
+        self._values = self._scratch = task.buffer
         self._own_pieces: dict[int, Piece] = {}  # by tensor
         self._travelling: set[int] = set()  # tensors of which some part is another rank's to reduce
         self._choices: dict[int, tuple[Quantizer, torch.Tensor | None]] = {}  # by tensor
@@ -72,6 +72,8 @@ class MeanSteps:
         """Gets ready; the residuals change hands where the layout is a new one."""
         task, layout = self._task, self._task.agreed_layout
         self._values = task.buffer.to(self.wire_dtype)
+        largest = max(chunk.count for part in self._slices for chunk in part)
+        self._scratch = torch.empty(largest, dtype=self.wire_dtype)
         if task.feedback is not None:
             task.feedback.adopt(layout, self.rank)
         self._own_pieces = {piece.tensor: piece for piece in layout.chunks[self.rank].pieces}
@@ -93,7 +95,7 @@ class MeanSteps:
         """The packet of the mean over all ranks of this rank's part; None if it owns nothing of the slice."""
         task, chunk = self._task, self._slices[number][self.rank]
         task.telemetry.mark(task.index, "reduce")
-        mean = torch.empty(chunk.count, dtype=self.wire_dtype)
+        mean = self._scratch[: chunk.count]
         with task.telemetry.timed("decode_seconds"):
             for sender, packet in enumerate(packets):
                 if sender == self.rank:
@@ -120,7 +122,7 @@ class MeanSteps:
                     offset = chunk.places[0][0]
                     values = task.buffer[offset : offset + chunk.count]
                 else:
-                    values = torch.empty(chunk.count, dtype=self.wire_dtype)
+                    values = self._scratch[: chunk.count]
                 self._decode(packet, values, owner, accumulate=False)
                 if task.scale != 1.0:
                     values.mul_(task.scale)
@@ -181,28 +183,27 @@ class MeanSteps:
 
     def _add_own(self, chunk: Chunk, mean: torch.Tensor, accumulate: bool) -> None:
         """This rank's share of the own chunk, which need not be quantized."""
-        own = [self._exact(piece) for piece in chunk.pieces]
-        own += [gather_runs(self._values, chunk.raw_runs)] if chunk.raw_runs else []
         position = 0
-        for values in own:
-            part = mean[position : position + values.numel()]
-            position += values.numel()
-            if accumulate:
-                part.add_(values)
-            else:
-                part.copy_(values)
+        for piece in chunk.pieces:
+            quantizer, residual = self._choice(piece.tensor)
+            part = mean[position : position + piece.length]
+            position += piece.length
+            if math.isnan(quantizer.p0):
+                part.fill_(math.nan)
+                continue
+            self._add(part, self._part(piece), accumulate)
+            kept = _part_of(residual, piece)
+            if kept is not None:
+                part.add_(kept)
+                kept.zero_()
+        if chunk.raw_runs:
+            self._add(mean[position:], gather_runs(self._values, chunk.raw_runs), accumulate)
 
-    def _exact(self, piece: Piece) -> torch.Tensor:
-        """``values / scale + residual`` of a piece; nothing is left of the residual."""
-        quantizer, residual = self._choice(piece.tensor)
-        values, part = self._part(piece), _part_of(residual, piece)
-        if math.isnan(quantizer.p0):
-            return torch.full_like(values, math.nan)
-        if part is None:
-            return values if self._inv_scale == 1.0 else values * self._inv_scale
-        exact = torch.add(part, values, alpha=self._inv_scale)
-        part.zero_()
-        return exact
+    def _add(self, total: torch.Tensor, values: torch.Tensor, accumulate: bool) -> None:
+        if accumulate:
+            total.add_(values, alpha=self._inv_scale)
+        else:
+            torch.mul(values, self._inv_scale, out=total)
 
     def _choice(self, number: int) -> tuple[Quantizer, torch.Tensor | None]:
         """The quantizer for a tensor of this rank, and its residual if it takes part."""

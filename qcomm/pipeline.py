@@ -33,7 +33,7 @@ CONDITIONS = frozenset([WELL, GIVEN_UP, *map(int, Phase)])
 
 
 class Pipeline:
-    """The messages of one collective. A context manager: leaving it by an exception closes the connections.
+    """The messages of one collective. A context manager: leaving it before its end closes the connections.
 
     Args:
         transport: of the communicator.
@@ -50,6 +50,7 @@ class Pipeline:
         self._receives: dict[tuple[int, int], list[tuple[Transfer, torch.Tensor, int]]] = {}
         self._faults: dict[int, Phase] = {}  # that were announced, here and elsewhere
         self._given_up = False
+        self._finished = False
         self.fault: Fault | None = None
         self._bytes = {kind: {"sent": 0, "received": 0} for kind in ("phase1", "phase2", "overhead")}
 
@@ -57,8 +58,9 @@ class Pipeline:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
-        under_way = self._sends + [transfer for posted in self._receives.values() for transfer, _, _ in posted]
-        self._transport.abandon(under_way)
+        if not self._finished:
+            under_way = self._sends + [transfer for posted in self._receives.values() for transfer, _, _ in posted]
+            self._transport.abandon(under_way)
 
     def attempt(self, phase: Phase, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """What ``step`` returns; None where some rank failed, in this step or before it."""
@@ -120,8 +122,10 @@ class Pipeline:
         """
         sends, self._sends = self._sends, []
         self._transport.finish(sends, "sending the last slices")
+        # Otherwise a rank lied.
+        self._finished = bool(self._faults) or not self._given_up
         if self._faults:
-            raise_faults(self._transport, self._faults, self.fault)
+            raise_faults(self._transport, dict(sorted(self._faults.items())), self.fault)
         if self._given_up:
             raise TransportError("a rank gave up without a fault of any rank")
 

@@ -175,9 +175,10 @@ class Transport:
 
     def abandon(self, transfers: Sequence[Transfer]) -> None:
         """Closes the connections and waits for what is under way, so that nobody writes to its memory any more."""
-        if self._gloo is None or not transfers:
+        if self._gloo is None:
             return
-        # gloo keeps a connection open while something is under way on it, and closes all of them when a wait times out.
+        # gloo keeps connections open as long as anybody holds one of their transfers, but closes them when a wait times
+        # out.
         for peer in self.peers:
             try:
                 self._gloo.recv([torch.empty(1)], peer, ABANDON_TAG).wait(ABANDON_TIMEOUT)

@@ -207,6 +207,6 @@ def sliced(elements):
         yield
 
 
-def die():
+def die(*_):
     """Ends the process at once, as a crash would."""
     os._exit(3)
