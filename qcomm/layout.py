@@ -23,6 +23,8 @@ __all__ = ["BucketLayout", "Chunk", "Piece", "TensorSpec", "cut_points"]
 
 # Cuts fall on multiples of the codec's lanes, so that no block but a tensor's last has lanes without work.
 CUT_ALIGNMENT = 32
+# About how much more a raw element takes on the wire.
+RAW_BYTES_TO_COMPRESSED = 16
 
 T = TypeVar("T")
 
@@ -79,8 +81,13 @@ class Chunk:
         return _join_runs([*((piece.offset, piece.length) for piece in self.pieces), *self.raw_runs])
 
     def cut(self, parts: int) -> tuple["Chunk", ...]:
-        """So many parts, nearly equal in compressed and in raw elements; some are empty where there are too few."""
+        """So many parts, nearly equal; some are empty where there are too few elements.
+
+        Raw elements all belong to the first part where they are few: the others may then be decoded where they belong.
+        """
         compressed_cuts, raw_cuts = cut_points(self.compressed_count, parts), cut_points(self.raw_count, parts)
+        if self.raw_count * parts * RAW_BYTES_TO_COMPRESSED < self.compressed_count:
+            raw_cuts = [0] + [self.raw_count] * parts
         cut = []
         for part in range(parts):
             pieces = [

@@ -62,6 +62,7 @@ class MeanSteps:
         self._inv_scale = 1.0 / task.scale
         self._values = self._scratch = task.buffer
         self._own_pieces: dict[int, Piece] = {}  # by tensor
+        self._spent: set[int] = set()  # tensors without a local residual for the own piece
         self._travelling: set[int] = set()  # tensors of which some part is another rank's to reduce
         self._choices: dict[int, tuple[Quantizer, torch.Tensor | None]] = {}  # by tensor
         self._mean_codes: dict[int, Code] = {}  # by tensor
@@ -76,7 +77,11 @@ class MeanSteps:
         self._scratch = torch.empty(largest, dtype=self.wire_dtype)
         if task.feedback is not None:
             task.feedback.adopt(layout, self.rank)
-        self._own_pieces = {piece.tensor: piece for piece in layout.chunks[self.rank].pieces}
+        for piece in layout.chunks[self.rank].pieces:
+            self._own_pieces[piece.tensor] = piece
+            key = layout.tensors[piece.tensor].key
+            if task.feedback is None or task.feedback.is_spent(key, piece.start, piece.length):
+                self._spent.add(piece.tensor)
         others = (chunk for owner, chunk in enumerate(layout.chunks) if owner != self.rank)
         self._travelling = {piece.tensor for chunk in others for piece in chunk.pieces}
 
@@ -129,8 +134,13 @@ class MeanSteps:
                 if not in_place:
                     scatter_chunk(values, chunk, task.buffer)
 
-    def count_packets(self) -> None:
-        """Counts what was sent and decoded, after the end."""
+    def finish(self) -> None:
+        """After the end: counts what was sent and decoded."""
+        feedback = self._task.feedback
+        for number, piece in self._own_pieces.items():
+            # Residuals that took no part are as they were.
+            if feedback is not None and (number in self._spent or self._choices[number][1] is not None):
+                feedback.spend(self._task.agreed_layout.tensors[number].key, piece.start, piece.length)
         for phase, packets in self._packets.items():
             self._task.telemetry.count_packets(
                 phase, [chunk for chunk, _ in packets], [size for _, size in packets], self.wire_dtype.itemsize
@@ -193,7 +203,7 @@ class MeanSteps:
                 continue
             self._add(part, self._part(piece), accumulate)
             kept = _part_of(residual, piece)
-            if kept is not None:
+            if kept is not None and piece.tensor not in self._spent:
                 part.add_(kept)
                 kept.zero_()
         if chunk.raw_runs:

@@ -58,7 +58,7 @@ def two_phase_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
         communicator.announce_later(fault)
         text = f"this rank failed while {fault.phase}: {fault.error}; the others are told in the next collective"
         raise CollectiveError(text) from fault.error
-    steps.count_packets()
+    steps.finish()
     task.telemetry.mark(task.index, "done")
     return task.buffer
 
