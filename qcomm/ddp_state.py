@@ -136,8 +136,8 @@ class CompressionState:
             (headers that announce sizes); of an uncompressed all-reduce, which is not this library's, what a ring
             sends: 2 (W - 1) / W times the buffer;
             ``bytes_uncompressed``: of the gradients, once;
-            ``bits_per_element``: of all elements, the mean of both phases, all bytes of packets counted, also of those
-            that a rank keeps for itself;
+            ``bits_per_element``: of all elements, the mean of both phases, all bytes of packets counted: of those sent
+            to owners, and of all means;
             ``bits_per_element_phase1``, ``bits_per_element_phase2`` and their mean ``bits_per_element_compressed``: the
             same for compressed parameters alone;
             ``encode_seconds``, ``decode_seconds`` and ``communication_seconds`` (waiting for slower ranks included) of

@@ -10,10 +10,13 @@ Variable-length codes cannot be added, so there is no ring. With W ranks and the
 With s_i the step of rank i's grid for a tensor, 0 where rank i is the owner, and t the owner's,
 ``|result - mean| <= mean_i(s_i)/2 + t/2`` and rounding.
 
-A large buffer goes through this in slices, so that codec and network work at the same time (two ranks, three slices)::
+A large buffer goes through this in slices, so that codec and network work at the same time::
 
-    rank computes   encode 0  encode 1  encode 2  reduce 0  reduce 1  decode 0  reduce 2  decode 1  decode 2
-    link carries              values 0  values 1  values 2  mean 0    mean 1              mean 2
+    rank computes   encode 0  encode 1  encode 2  reduce 0  encode 3  reduce 1  reduce 2  decode 0  reduce 3 ...
+    link carries              values 0  values 1  values 2  mean 0    values 3  mean 1    mean 2              ...
+
+:mod:`qcomm.slices` cuts, :mod:`qcomm.schedule` orders the steps, :mod:`qcomm.mean_steps` computes them and
+:mod:`qcomm.pipeline` carries the messages.
 """
 
 import torch
