@@ -1,8 +1,8 @@
 """What ranks tell each other before they exchange packets: that all is well, that they do the same, the sizes to come.
 
-Each exchange starts with one small header from every rank to every other. All ranks see the same W headers, so all take
+A collective starts with one small header from every rank to every other. All ranks see the same W headers, so all take
 the same decision: go on, or tell each other the details and raise. A rank that failed therefore still sends its header,
-and nobody waits for a packet that will not come.
+and nobody waits for a packet that will not come. What fails later, between slices, is told in :mod:`qcomm.pipeline`.
 
 A header is seven int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of
 the packet for the receiver, nanoseconds``.
