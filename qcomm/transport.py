@@ -178,7 +178,7 @@ class Transport:
         if self._gloo is None:
             return
         # gloo keeps connections open as long as anybody holds one of their transfers, but closes them when a wait times
-        # out.
+        # out. It does not tell this to a transfer whose bytes were just flowing, so nobody may wait for that one long.
         for peer in self.peers:
             try:
                 self._gloo.recv([torch.empty(1)], peer, ABANDON_TAG).wait(ABANDON_TIMEOUT)
@@ -186,7 +186,7 @@ class Transport:
                 continue
         for _, work in transfers:
             try:
-                work.wait()
+                work.wait(ABANDON_TIMEOUT)
             except RuntimeError:  # its connection was closed
                 continue
 
