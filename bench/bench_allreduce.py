@@ -33,10 +33,11 @@ from qcomm.agreement import Fields
 from qcomm.communicator import get_communicator
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.layout import BucketLayout, TensorSpec
+from qcomm.mean import MeanTask
 from qcomm.recipes.datasets import load_dataset
 from qcomm.recipes.models import build_model
-from qcomm.telemetry import Telemetry
-from qcomm.two_phase import MeanTask, two_phase_mean
+from qcomm.telemetry import Event, Telemetry
+from qcomm.two_phase import two_phase_mean
 
 MIN_ELEMENTS = 1024
 STEPS, BATCH = 20, 16
@@ -96,15 +97,18 @@ def plain(dtype: torch.dtype) -> Method:
     return average
 
 
-def compressed(grid: qcomm.grids.Grid, specs: Sequence[TensorSpec], error_feedback: bool) -> Method:
-    """What the hook does for one bucket."""
+def compressed(
+    grid: qcomm.grids.Grid, specs: Sequence[TensorSpec], error_feedback: bool, num_threads: int, timeline: list[Event]
+) -> Method:
+    """What the hook does for one bucket; ``timeline`` is that of the last call."""
     communicator = get_communicator(dist.distributed_c10d._get_default_group())
     layout = BucketLayout(specs, dist.get_world_size())
     feedback = ErrorFeedback() if error_feedback else None
 
     def average(buffer: torch.Tensor) -> int:
-        telemetry = Telemetry()
-        task = MeanTask(buffer, layout, grid, Fields({}), telemetry, feedback)
+        timeline.clear()
+        telemetry = Telemetry(timeline)
+        task = MeanTask(buffer, layout, grid, Fields({}), telemetry, feedback, num_threads=num_threads)
         communicator.submit(lambda: two_phase_mean(task, communicator)).wait()
         return int(telemetry.stats()["bytes_sent"])
 
@@ -151,14 +155,24 @@ def check(average: Method, values: torch.Tensor, mean: torch.Tensor, tolerance: 
     return sent, float(error.norm() / mean.norm()), int(wrong)
 
 
-def measure(mib: float, repeats: int, error_feedback: bool) -> list[Row]:
+def show_timeline(name: str, timeline: Sequence[Event]) -> None:
+    """Milliseconds from the beginning, and what was begun then."""
+    print(f"timeline of rank 0, {name}", file=sys.stderr)
+    for _, event, seconds in timeline:
+        print(f"{1e3 * (seconds - timeline[0][2]):>9.2f} ms  {event}", file=sys.stderr, flush=True)
+
+
+def measure(mib: float, arguments: argparse.Namespace) -> list[Row]:
     """On every rank: all methods on one buffer size."""
+    repeats = arguments.repeats
     values, specs = bucket(dist.get_rank(), int(mib * 2**20 / 4))
     mean = values.double()
     dist.all_reduce(mean)
     mean /= dist.get_world_size()
     methods = {"fp32": plain(torch.float32), "fp16": plain(torch.float16), "bf16": plain(torch.bfloat16)}
-    methods |= {name: compressed(grid, specs, error_feedback) for name, grid in GRIDS.items()}
+    timelines: dict[str, list[Event]] = {name: [] for name in GRIDS}
+    for name, grid in GRIDS.items():
+        methods[name] = compressed(grid, specs, arguments.error_feedback, arguments.num_threads, timelines[name])
     # The largest value decides how far a 16-bit sum or the coarsest of the grids may be off.
     largest = values.abs().max()
     dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -167,6 +181,9 @@ def measure(mib: float, repeats: int, error_feedback: bool) -> list[Row]:
     for _ in range(repeats):
         for name, method in methods.items():
             seconds[name].append(timed(method, values))
+    if arguments.timeline and dist.get_rank() == 0:
+        for name, timeline in timelines.items():
+            show_timeline(name, timeline)
     rows = []
     for name, times in seconds.items():
         median, cuts = statistics.median(times), statistics.quantiles(times, n=10) if repeats > 1 else times * 9
@@ -184,7 +201,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     """On every rank; rank 0 prints one line of JSON."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    rows = [row for mib in arguments.mib for row in measure(mib, arguments.repeats, arguments.error_feedback)]
+    rows = [row for mib in arguments.mib for row in measure(mib, arguments)]
     if dist.get_rank() == 0:
         print(json.dumps([asdict(row) for row in rows]), flush=True)
     dist.barrier()
@@ -194,7 +211,9 @@ def run_rank(arguments: argparse.Namespace) -> None:
 def run_world(rate: str, world_size: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Starts the ranks, on hosts of their own or, for rate "none", as processes of this machine."""
     options = ["--repeats", str(arguments.repeats), "--mib", *map(str, arguments.mib)]
+    options += ["--num-threads", str(arguments.num_threads)]
     options += ["--error-feedback"] if arguments.error_feedback else []
+    options += ["--timeline"] if arguments.timeline else []
     script = [str(Path(__file__).resolve()), *options]
     quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     if rate == "none":
@@ -240,6 +259,8 @@ def main() -> int:
     parser.add_argument("--mib", nargs="+", type=float, default=[25.0], help="sizes of the buffer")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--error-feedback", action="store_true", help="as the hook does by default")
+    parser.add_argument("--num-threads", type=int, default=1, help="of each rank's codec")
+    parser.add_argument("--timeline", action="store_true", help="also what rank 0 began when in the last repeat")
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
@@ -258,6 +279,7 @@ def main() -> int:
     if arguments.json:
         header = {"torch": torch.__version__, "load": os.getloadavg(), "cores": os.cpu_count()}
         header |= {"error_feedback": arguments.error_feedback, "repeats": arguments.repeats}
+        header |= {"num_threads": arguments.num_threads}
         arguments.json.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
     return 1 if any(row["wrong"] for row in rows) else 0
 

@@ -1,8 +1,8 @@
 """What ranks tell each other before they exchange packets: that all is well, that they do the same, the sizes to come.
 
-Each exchange starts with one small header from every rank to every other. All ranks see the same W headers, so all take
+A collective starts with one small header from every rank to every other. All ranks see the same W headers, so all take
 the same decision: go on, or tell each other the details and raise. A rank that failed therefore still sends its header,
-and nobody waits for a packet that will not come.
+and nobody waits for a packet that will not come. What fails later, between slices, is told in :mod:`qcomm.pipeline`.
 
 A header is seven int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of
 the packet for the receiver, nanoseconds``.
@@ -12,14 +12,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.transport import Traffic, Transport, TransportError
 
-__all__ = ["Fault", "Fields", "Phase", "agree"]
+__all__ = ["Fault", "Fields", "Phase", "agree", "raise_faults"]
 
 MAGIC = 0x71636F6D6D02  # "qcomm" and the version of this protocol
 HEADER_WORDS = 7
@@ -120,7 +120,7 @@ def agree(
         )
     faults = {rank: Phase(header[3]) for rank, header in enumerate(received) if header[3]}
     if faults:
-        _raise_faults(transport, faults, fault)
+        raise_faults(transport, faults, fault)
     if any(header[4] != received[0][4] for header in received):
         _raise_mismatch(transport, fields)
     incoming = [header[5] for header in received]
@@ -134,7 +134,8 @@ def agree(
     return incoming, min(header[6] for header in received), Traffic(traffic, traffic)
 
 
-def _raise_faults(transport: Transport, faults: Mapping[int, Phase], own: Fault | None) -> None:
+def raise_faults(transport: Transport, faults: Mapping[int, Phase], own: Fault | None) -> NoReturn:
+    """Tells the others what went wrong here and raises what went wrong anywhere. A collective: all know ``faults``."""
     text = f"{type(own.error).__name__}: {own.error}" if own else ""
     details = _exchange_details(transport, {"fault": text})
     lines = [

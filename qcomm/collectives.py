@@ -5,7 +5,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from qcomm._native import check_floats
+from qcomm._native import check_floats, check_num_threads
 from qcomm.agreement import Fault, Fields, Phase
 from qcomm.communicator import Ticket, completed, get_communicator, resolve_group
 from qcomm.grids import Grid, RangeGrid, SigmaGrid
@@ -69,13 +69,14 @@ def all_reduce(
     async_op: bool = False,
     min_elements: int = 1024,
     strategy: str = "auto",
+    num_threads: int = 1,
 ) -> AllReduceWork | None:
     """Replaces a tensor by its mean over all ranks, exchanging compressed values. All ranks end with the same bits.
 
     A collective: every rank of the group calls it, in the same order, with tensors of one shape and dtype and with the
-    same options. The first call of a group connects its ranks, which is a collective too. In a world of one rank the
-    tensor is its own mean and is left as it is, unless a strategy is named. There is no error feedback: what
-    quantization loses is lost.
+    same options, ``num_threads`` excepted. The first call of a group connects its ranks, which is a collective too. In
+    a world of one rank the tensor is its own mean and is left as it is, unless a strategy is named. There is no error
+    feedback: what quantization loses is lost.
 
     Args:
         tensor: any shape and strides, on the CPU, float32, float16, bfloat16 or float64. A parameter may be passed;
@@ -89,6 +90,7 @@ def all_reduce(
         min_elements: smaller tensors travel as they are.
         strategy: ``"two_phase"`` compresses, ``"none"`` is a plain all-reduce, ``"auto"`` tries both on the first calls
             for tensors of this size and keeps the faster one, looking again from time to time.
+        num_threads: most that encode and decode at once on this rank; other ranks may pass another number.
 
     Returns:
         None, or with ``async_op`` a handle.
@@ -113,6 +115,7 @@ def all_reduce(
     fault = None
     try:
         _check_arguments(tensor, grid, min_elements, strategy)
+        check_num_threads(num_threads)
     except (TypeError, ValueError) as error:
         if world_size == 1:
             raise
@@ -124,7 +127,7 @@ def all_reduce(
         raise fault.error
     layout = BucketLayout([TensorSpec("tensor", 0, tensor.numel(), tensor.numel() >= max(min_elements, 1))], world_size)
     alone = world_size == 1 and strategy == "auto"
-    telemetry.count_bucket(layout, tensor.element_size(), exchanged=not alone)
+    telemetry.count_bucket(layout, tensor.element_size())
     if alone:
         work = AllReduceWork(completed(tensor), telemetry)
     else:
@@ -140,7 +143,7 @@ def all_reduce(
                 "dtype": str(tensor.dtype),
             }
         )
-        task = MeanTask(flat, layout, grid, fields, telemetry, strategy=strategy)
+        task = MeanTask(flat, layout, grid, fields, telemetry, strategy=strategy, num_threads=num_threads)
         work = AllReduceWork(_submit(group, task, tensor), telemetry)
     if async_op:
         return work

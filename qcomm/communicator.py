@@ -18,6 +18,7 @@ import torch.distributed as dist
 from qcomm.agreement import Fault, Fields, Phase, agree
 from qcomm.chooser import Chooser
 from qcomm.errors import CollectiveError, ConfigMismatchError
+from qcomm.pipeline import Pipeline
 from qcomm.transport import Traffic, Transport, TransportError
 
 __all__ = ["Communicator", "Ticket", "completed", "failed", "get_communicator"]
@@ -172,6 +173,10 @@ class Communicator:
     def exchange(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], phase: Phase) -> Traffic:
         """Packets to and from every rank, of the sizes that were agreed on."""
         return self._transport.exchange_in_rounds(outgoing, incoming, f"exchanging packets after {phase}")
+
+    def pipeline(self) -> Pipeline:
+        """The messages of this job, under way while it computes."""
+        return Pipeline(self._transport, self._sequence)
 
     def sum(self, buffer: torch.Tensor) -> None:
         """Replaces ``buffer`` by its sum over all ranks."""

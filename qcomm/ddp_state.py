@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from qcomm._native import check_num_threads
 from qcomm.agreement import Fault, Fields, Phase
 from qcomm.collectives import check_grid, check_min_elements, check_strategy
 from qcomm.communicator import Communicator, completed, failed, get_communicator, resolve_group
@@ -32,8 +33,9 @@ StateDict = Mapping[str, Any]
 class CompressionState:
     """What the hook needs and remembers: options, error feedback, counters. One for each model and rank.
 
-    Every rank passes the same options; where they differ, every rank gets a ConfigMismatchError that names the option,
-    at the first bucket (through DDP as a RuntimeError with its text; ``exception()`` has the object).
+    Every rank passes the same options, ``num_threads`` excepted; where they differ, every rank gets a
+    ConfigMismatchError that names the option, at the first bucket (through DDP as a RuntimeError with its text;
+    ``exception()`` has the object).
 
     Args:
         process_group: the group to average over; by default the model's with :func:`attach`, otherwise the default one.
@@ -50,6 +52,8 @@ class CompressionState:
         strategy: ``"two_phase"`` compresses, ``"none"`` is a plain all-reduce, ``"auto"`` tries both for each bucket
             during the first steps and keeps the faster one (``stats()["strategies"]`` says which), looking again from
             time to time. Naming one makes it run also in a world of one rank, which otherwise has nothing to do.
+        num_threads: most that encode and decode at once on this rank, beside those of backward. Results do not depend
+            on it, and ranks may differ in it.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -70,10 +74,12 @@ class CompressionState:
         exclude: Sequence[str] = (),
         grad_scale: GradScale = None,
         strategy: str = "auto",
+        num_threads: int = 1,
     ) -> None:
         check_grid(grid)
         check_min_elements(min_elements)
         check_strategy(strategy)
+        check_num_threads(num_threads)
         if not isinstance(error_feedback, bool):
             raise TypeError(f"error_feedback must be a bool, got {type(error_feedback).__name__}")
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int):
@@ -89,6 +95,7 @@ class CompressionState:
         self.warmup_steps = warmup_steps
         self.grad_scale = grad_scale
         self.strategy = strategy
+        self.num_threads = num_threads
         self.telemetry = Telemetry()
         options = {
             "grid": grid.describe(),
@@ -129,8 +136,8 @@ class CompressionState:
             (headers that announce sizes); of an uncompressed all-reduce, which is not this library's, what a ring
             sends: 2 (W - 1) / W times the buffer;
             ``bytes_uncompressed``: of the gradients, once;
-            ``bits_per_element``: of all elements, the mean of both phases, all bytes of packets counted, also of those
-            that a rank keeps for itself;
+            ``bits_per_element``: of all elements, the mean of both phases, all bytes of packets counted: of those sent
+            to owners, and of all means;
             ``bits_per_element_phase1``, ``bits_per_element_phase2`` and their mean ``bits_per_element_compressed``: the
             same for compressed parameters alone;
             ``encode_seconds``, ``decode_seconds`` and ``communication_seconds`` (waiting for slower ranks included) of
@@ -270,6 +277,7 @@ class CompressionState:
             self._scale,
             bucket.index(),
             strategy=self.strategy,
+            num_threads=self.num_threads,
         )
 
     def _run(self, task: MeanTask, communicator: Communicator, number: int, ready: float | None) -> torch.Tensor:
@@ -284,14 +292,14 @@ class CompressionState:
             if communicator.pending_fault is None:  # all ranks know, and leave out the rest of the step
                 self._failed_pass = number
             raise
-        self._count(task.layout, task.buffer, exchanged=True)
+        self._count(task.layout, task.buffer)
         if ready is not None:
             self.telemetry.add(wait_seconds=time.perf_counter() - ready)
         return result
 
-    def _count(self, layout: BucketLayout | None, buffer: torch.Tensor, exchanged: bool = False) -> None:
+    def _count(self, layout: BucketLayout | None, buffer: torch.Tensor) -> None:
         if layout is not None:
-            self.telemetry.count_bucket(layout, buffer.element_size(), exchanged)
+            self.telemetry.count_bucket(layout, buffer.element_size())
 
 
 def _forgotten_scale() -> float:

@@ -46,6 +46,7 @@ class ErrorFeedback:
             str, tuple[int, torch.Tensor]
         ] = {}  # parameter -> (first element of the own part, residual of the part)
         self._world_size: int | None = None
+        self._spent: dict[str, tuple[int, int]] = {}  # parameter -> (first element, how many): known to be zero
 
     def local(self, key: str, numel: int) -> torch.Tensor:
         """The rank's own residual of a parameter: 1-D float32, zeros at first; to be changed in place.
@@ -53,6 +54,7 @@ class ErrorFeedback:
         Raises:
             ValueError: the residual that is known has another size: the checkpoint is of another model.
         """
+        self._spent.pop(key, None)  # the caller may change it
         residual = self._local.get(key)
         if residual is None:
             residual = self._local[key] = torch.zeros(numel)
@@ -73,6 +75,17 @@ class ErrorFeedback:
                 f"not {start} and {length}; adopt the layout first"
             )
         return known[1]
+
+    def spend(self, key: str, start: int, length: int) -> None:
+        """Notes that elements [start, start + length) of a local residual are zero, until anybody may change them.
+
+        An owner adds its values to the mean of its own part as they are, so that step after step nothing is left there.
+        """
+        self._spent[key] = start, length
+
+    def is_spent(self, key: str, start: int, length: int) -> bool:
+        """Whether elements [start, start + length) of a local residual are known to be zero."""
+        return self._spent.get(key) == (start, length)
 
     def keeps(self, key: str) -> bool:
         """Whether anything of a parameter is still to be sent."""
@@ -101,6 +114,7 @@ class ErrorFeedback:
 
     def _move_to_local(self, key: str) -> None:
         start, residual = self._owner.pop(key)
+        self._spent.pop(key, None)
         self._local[key][start : start + residual.numel()].add_(residual, alpha=float(self._world_size or 1))
 
     def _resize(self, world_size: int) -> None:
@@ -120,6 +134,7 @@ class ErrorFeedback:
         """Forgets all residuals."""
         self._local.clear()
         self._owner.clear()
+        self._spent.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's residuals (copies) and the number of ranks they are for. Every rank has to save its own."""
@@ -169,6 +184,7 @@ class ErrorFeedback:
             for part in parts[1:]:
                 for key, residual in part._local.items():
                     merged.local(key, residual.numel()).add_(residual)
+        self._spent.clear()
         self._local, self._owner, self._world_size = merged._local, merged._owner, merged._world_size
 
 

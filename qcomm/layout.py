@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import torch
 
@@ -22,6 +23,10 @@ __all__ = ["BucketLayout", "Chunk", "Piece", "TensorSpec", "cut_points"]
 
 # Cuts fall on multiples of the codec's lanes, so that no block but a tensor's last has lanes without work.
 CUT_ALIGNMENT = 32
+# About how much more a raw element takes on the wire.
+RAW_BYTES_TO_COMPRESSED = 16
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,31 @@ class Chunk:
         """All elements; 0 where there are fewer elements than ranks, and then no packet either."""
         return self.compressed_count + self.raw_count
 
+    @cached_property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Where the packet's elements belong, in order: (offset, length) in the flat buffer, neighbours joined."""
+        return _join_runs([*((piece.offset, piece.length) for piece in self.pieces), *self.raw_runs])
+
+    def cut(self, parts: int) -> tuple["Chunk", ...]:
+        """So many parts, nearly equal; some are empty where there are too few elements.
+
+        Raw elements all belong to the first part where they are few: the others may then be decoded where they belong.
+        """
+        compressed_cuts, raw_cuts = cut_points(self.compressed_count, parts), cut_points(self.raw_count, parts)
+        if self.raw_count * parts * RAW_BYTES_TO_COMPRESSED < self.compressed_count:
+            raw_cuts = [0] + [self.raw_count] * parts
+        cut = []
+        for part in range(parts):
+            pieces = [
+                Piece(piece.tensor, piece.start + first, length, piece.offset + first)
+                for piece, first, length in _between(
+                    self.pieces, [p.length for p in self.pieces], *compressed_cuts[part : part + 2]
+                )
+            ]
+            runs = _between(self.raw_runs, [length for _, length in self.raw_runs], *raw_cuts[part : part + 2])
+            cut.append(Chunk(tuple(pieces), tuple((run[0] + first, length) for run, first, length in runs)))
+        return tuple(cut)
+
 
 def cut_points(count: int, parts: int) -> list[int]:
     """``parts + 1`` ascending positions from 0 to ``count``, inner ones multiples of 32, parts nearly equal.
@@ -82,27 +112,26 @@ def cut_points(count: int, parts: int) -> list[int]:
     return [min(count, CUT_ALIGNMENT * (units * part // parts)) for part in range(parts + 1)]
 
 
-def _cut(specs: Sequence[tuple[int, TensorSpec]], begin: int, end: int) -> list[Piece]:
-    """The pieces that cover elements [begin, end) of ``specs`` (numbered tensors) laid end to end."""
-    pieces, position = [], 0
-    for number, spec in specs:
-        first, last = max(begin, position), min(end, position + spec.numel)
+def _between(items: Sequence[T], lengths: Sequence[int], begin: int, end: int) -> list[tuple[T, int, int]]:
+    """What covers elements [begin, end) of items laid end to end: (item, first element of it, number of elements)."""
+    found, position = [], 0
+    for item, length in zip(items, lengths, strict=True):
+        first, last = max(begin, position), min(end, position + length)
         if first < last:
-            start = first - position
-            pieces.append(Piece(number, start, last - first, spec.offset + start))
-        position += spec.numel
-    return pieces
+            found.append((item, first - position, last - first))
+        position += length
+    return found
 
 
-def _join_runs(pieces: Sequence[Piece]) -> tuple[tuple[int, int], ...]:
-    """Raw pieces as (offset, length), neighbours in the buffer joined: raw values do not care where a tensor ends."""
-    runs: list[tuple[int, int]] = []
-    for piece in pieces:
-        if runs and sum(runs[-1]) == piece.offset:
-            runs[-1] = runs[-1][0], runs[-1][1] + piece.length
+def _join_runs(runs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """Runs as (offset, length), each joined with the one before it where it begins at its end."""
+    joined: list[tuple[int, int]] = []
+    for offset, length in runs:
+        if joined and sum(joined[-1]) == offset:
+            joined[-1] = joined[-1][0], joined[-1][1] + length
         else:
-            runs.append((piece.offset, piece.length))
-    return tuple(runs)
+            joined.append((offset, length))
+    return tuple(joined)
 
 
 class BucketLayout:
@@ -122,20 +151,35 @@ class BucketLayout:
     def __init__(self, tensors: Sequence[TensorSpec], world_size: int) -> None:
         self.tensors = tuple(tensors)
         self.world_size = world_size
-        numbered = list(enumerate(self.tensors))
-        compressed = [(number, spec) for number, spec in numbered if spec.compressed]
-        raw = [(number, spec) for number, spec in numbered if not spec.compressed]
-        self.compressed_elements = sum(spec.numel for _, spec in compressed)
-        self.elements = self.compressed_elements + sum(spec.numel for _, spec in raw)
+        self._slices: dict[int, tuple[tuple[Chunk, ...], ...]] = {}
+        compressed = [number for number, spec in enumerate(self.tensors) if spec.compressed]
+        raw = [number for number, spec in enumerate(self.tensors) if not spec.compressed]
+        self.compressed_elements = sum(self.tensors[number].numel for number in compressed)
+        self.elements = sum(spec.numel for spec in self.tensors)
         compressed_cuts = cut_points(self.compressed_elements, world_size)
         raw_cuts = cut_points(self.elements - self.compressed_elements, world_size)
         self.chunks = tuple(
             Chunk(
-                tuple(_cut(compressed, compressed_cuts[part], compressed_cuts[part + 1])),
-                _join_runs(_cut(raw, raw_cuts[part], raw_cuts[part + 1])),
+                tuple(self._pieces(compressed, *compressed_cuts[part : part + 2])),
+                # Raw values do not care where a tensor ends.
+                _join_runs([(p.offset, p.length) for p in self._pieces(raw, *raw_cuts[part : part + 2])]),
             )
             for part in range(world_size)
         )
+
+    def slices(self, count: int) -> tuple[tuple[Chunk, ...], ...]:
+        """So many slices, each the same part of every chunk; see :mod:`qcomm.slices`."""
+        if count not in self._slices:
+            self._slices[count] = tuple(zip(*[chunk.cut(count) for chunk in self.chunks], strict=True))
+        return self._slices[count]
+
+    def _pieces(self, numbers: Sequence[int], begin: int, end: int) -> list[Piece]:
+        """The pieces that cover elements [begin, end) of the tensors ``numbers`` laid end to end."""
+        lengths = [self.tensors[number].numel for number in numbers]
+        return [
+            Piece(number, start, length, self.tensors[number].offset + start)
+            for number, start, length in _between(numbers, lengths, begin, end)
+        ]
 
     @cached_property
     def description(self) -> str:
@@ -156,6 +200,7 @@ def gather_runs(buffer: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.
 
 def scatter_chunk(values: torch.Tensor, chunk: Chunk, buffer: torch.Tensor) -> None:
     """Copies a chunk's decoded ``values``, pieces then raw runs, to where they belong in ``buffer``."""
-    places = [(piece.offset, piece.length) for piece in chunk.pieces] + list(chunk.raw_runs)
-    for source, (offset, length) in zip(values.split([length for _, length in places]), places, strict=True):
+    for source, (offset, length) in zip(
+        values.split([length for _, length in chunk.places]), chunk.places, strict=True
+    ):
         buffer[offset : offset + length].copy_(source)

@@ -34,6 +34,7 @@ class MeanTask:
         fault: what went wrong before the task was queued; it is announced to the other ranks in place of the exchange.
         strategy: ``"auto"``, ``"two_phase"`` or ``"none"``.
         own_time: nanoseconds of this rank's last collective of the kind, for the headers (see :mod:`qcomm.chooser`).
+        num_threads: most that encode and decode at once; need not be equal on all ranks.
     """
 
     buffer: torch.Tensor
@@ -47,6 +48,7 @@ class MeanTask:
     fault: Fault | None = None
     strategy: str = "two_phase"
     own_time: int = 0
+    num_threads: int = 1
 
     @property
     def agreed_layout(self) -> BucketLayout:

@@ -51,6 +51,6 @@ def _prepare(task: MeanTask, rank: int) -> None:
                     continue
                 values = task.buffer[tensor.offset : tensor.offset + tensor.numel]
                 # A step that is not finite is thrown away, and so is the mean of a parameter that no rank used.
-                if not is_zero(values) and measure(values).finite:
+                if not is_zero(values) and measure(values, num_threads=task.num_threads).finite:
                     values.add_(feedback.take(tensor.key, tensor.numel), alpha=task.scale)
         task.buffer.div_(layout.world_size)

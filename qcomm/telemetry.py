@@ -2,12 +2,12 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from qcomm.layout import BucketLayout
+from qcomm.layout import BucketLayout, Chunk
 from qcomm.quantize import Quantizer
 from qcomm.transport import Traffic
 
@@ -45,14 +45,17 @@ class Counters:
     decode_seconds: float = 0.0
     communication_seconds: float = 0.0
     wait_seconds: float = 0.0
-    # All packets of a phase that together carry every element once, the one a rank keeps for itself included.
+    # Packets of a phase, each counted once: a rank's values for the other owners, then the means of all owners.
     packet_bytes_phase1: int = 0
     packet_bytes_phase2: int = 0
+    # What uncompressed elements take of them.
     raw_bytes_phase1: int = 0
     raw_bytes_phase2: int = 0
-    # Elements that were exchanged (those of a world of one are not), all and compressed.
-    exchanged: int = 0
-    exchanged_compressed: int = 0
+    # Elements in them, all and compressed.
+    carried_phase1: int = 0
+    carried_phase2: int = 0
+    carried_compressed_phase1: int = 0
+    carried_compressed_phase2: int = 0
 
 
 @dataclass
@@ -63,7 +66,9 @@ class Telemetry:
         timeline: None, or a list that every event of every bucket is appended to.
         observer: None, or a function called with (bucket index, event) on the thread where it happens. Events, in
             order: "ready" on the calling thread, then "encode", "exchange_1", "reduce", "exchange_2", "decode", "done"
-            on the worker thread, each at the beginning of what it names. It must not raise.
+            on the worker thread, each at the beginning of what it names. Of a bucket in slices all but the first and
+            the last come once for each slice, in the order of :mod:`qcomm.schedule`; "exchange_1" and "exchange_2" are
+            then the waits for a slice's messages. It must not raise.
     """
 
     timeline: list[Event] | None = None
@@ -107,30 +112,33 @@ class Telemetry:
         finally:
             self.add(**{counter: time.perf_counter() - begin})
 
-    def count_bucket(self, layout: BucketLayout, item_bytes: int, exchanged: bool) -> None:
-        """Counts a bucket that was averaged; ``exchanged`` is False in a world of one rank, where nothing travels."""
+    def count_bucket(self, layout: BucketLayout, item_bytes: int) -> None:
+        """Counts a bucket that was averaged."""
         self.add(
             buckets=1,
             elements=layout.elements,
             elements_compressed=layout.compressed_elements,
             bytes_uncompressed=layout.elements * item_bytes,
-            exchanged=layout.elements if exchanged else 0,
-            exchanged_compressed=layout.compressed_elements if exchanged else 0,
         )
 
-    def count_packets(self, phase: int, layout: BucketLayout, sizes: list[int], item_bytes: int) -> None:
-        """Counts the packets of a phase, one a chunk; ``item_bytes`` is what a raw value takes."""
+    def count_packets(self, phase: int, chunks: Sequence[Chunk], sizes: Sequence[int], item_bytes: int) -> None:
+        """Counts packets of a phase by the chunks they carry; ``item_bytes`` is what a raw value takes."""
         raw = 0
-        for chunk in layout.chunks:
+        for chunk in chunks:
             if chunk.raw_count:
                 raw += SEGMENT_BYTES + CHECKSUM_BYTES + -(-chunk.raw_count * item_bytes // 4) * 4
                 raw += 0 if chunk.compressed_count else PACKET_HEADER_BYTES
-        self.add(**{f"packet_bytes_phase{phase}": sum(sizes), f"raw_bytes_phase{phase}": raw})
+        self._count(phase, sum(sizes), raw, sum(c.count for c in chunks), sum(c.compressed_count for c in chunks))
 
     def count_plain(self, phase: int, layout: BucketLayout, item_bytes: int) -> None:
         """Counts an uncompressed phase, in which every element travels once."""
         raw = (layout.elements - layout.compressed_elements) * item_bytes
-        self.add(**{f"packet_bytes_phase{phase}": layout.elements * item_bytes, f"raw_bytes_phase{phase}": raw})
+        self._count(phase, layout.elements * item_bytes, raw, layout.elements, layout.compressed_elements)
+
+    def _count(self, phase: int, packet_bytes: int, raw_bytes: int, carried: int, compressed: int) -> None:
+        amounts = {"packet_bytes": packet_bytes, "raw_bytes": raw_bytes}
+        amounts |= {"carried": carried, "carried_compressed": compressed}
+        self.add(**{f"{name}_phase{phase}": amount for name, amount in amounts.items()})
 
     def note_strategy(self, index: int, strategy: str) -> None:
         """Remembers how bucket ``index`` was averaged last."""
@@ -148,9 +156,16 @@ class Telemetry:
             counters = replace(self._counters)
             tensors, strategies = dict(self._tensors), dict(sorted(self._strategies.items()))
         shown = [f.name for f in fields(Counters)][: [f.name for f in fields(Counters)].index("packet_bytes_phase1")]
+        bits = [
+            _bits(packet_bytes, carried)
+            for packet_bytes, carried in (
+                (counters.packet_bytes_phase1, counters.carried_phase1),
+                (counters.packet_bytes_phase2, counters.carried_phase2),
+            )
+        ]
         compressed = [
-            _bits(counters.packet_bytes_phase1 - counters.raw_bytes_phase1, counters.exchanged_compressed),
-            _bits(counters.packet_bytes_phase2 - counters.raw_bytes_phase2, counters.exchanged_compressed),
+            _bits(counters.packet_bytes_phase1 - counters.raw_bytes_phase1, counters.carried_compressed_phase1),
+            _bits(counters.packet_bytes_phase2 - counters.raw_bytes_phase2, counters.carried_compressed_phase2),
         ]
         return {
             **{name: getattr(counters, name) for name in shown},
@@ -158,10 +173,8 @@ class Telemetry:
             "bytes_received": counters.bytes_received_phase1
             + counters.bytes_received_phase2
             + counters.bytes_received_overhead,
-            "bits_per_element": _bits(
-                counters.packet_bytes_phase1 + counters.packet_bytes_phase2, 2 * counters.exchanged
-            ),
-            "bits_per_element_compressed": sum(compressed) / 2,
+            "bits_per_element": _mean_of_phases(bits),
+            "bits_per_element_compressed": _mean_of_phases(compressed),
             "bits_per_element_phase1": compressed[0],
             "bits_per_element_phase2": compressed[1],
             "strategies": strategies,
@@ -186,3 +199,9 @@ class Telemetry:
 
 def _bits(count_bytes: int, elements: int) -> float:
     return 8 * count_bytes / elements if elements else 0.0
+
+
+def _mean_of_phases(bits: Sequence[float]) -> float:
+    # In a world of one the first phase carries nothing.
+    carried = [value for value in bits if value]
+    return sum(carried) / len(carried) if carried else 0.0

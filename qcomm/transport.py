@@ -19,9 +19,20 @@ from qcomm.errors import CollectiveError
 
 __all__ = ["Traffic", "Transport", "TransportError"]
 
+# Of a message that nobody sends; two_phase's tags begin at 1.
+ABANDON_TAG = 1 << 30
+ABANDON_TIMEOUT = timedelta(milliseconds=1)
+
 
 class TransportError(CollectiveError):
     """A peer died, does not answer, or closed its connections: final for a communicator."""
+
+
+class Transfer(NamedTuple):
+    """A message under way to or from ``rank``. It must not be let go before it has been waited for."""
+
+    rank: int
+    work: Any  # torch's stubs do not know what a ProcessGroupGloo returns
 
 
 class Traffic(NamedTuple):
@@ -74,6 +85,16 @@ class Transport:
         """The other ranks, as numbers within the group."""
         return [rank for rank in range(self.world_size) if rank != self.rank]
 
+    @property
+    def targets(self) -> list[int]:
+        """The other ranks in the order of sending: round d to rank + d, so that no two senders meet at one receiver."""
+        return [(self.rank + distance) % self.world_size for distance in range(1, self.world_size)]
+
+    @property
+    def sources(self) -> list[int]:
+        """The other ranks in the order in which they send here."""
+        return [(self.rank - distance) % self.world_size for distance in range(1, self.world_size)]
+
     def exchange_small(self, outgoing: Sequence[torch.Tensor], what: str) -> list[torch.Tensor]:
         """Sends ``outgoing[r]`` to each rank r and returns what each rank sent here, own message included.
 
@@ -99,15 +120,75 @@ class Transport:
         Entries of the own rank are not looked at.
         """
         sent = received = 0
-        for distance in range(1, self.world_size):
-            target = (self.rank + distance) % self.world_size
-            source = (self.rank - distance) % self.world_size
+        for target, source in zip(self.targets, self.sources, strict=True):
             targets = [target] if outgoing[target].numel() else []
             sources = [source] if incoming[source].numel() else []
             self._transfer(incoming, outgoing, sources, targets, what)
             sent += outgoing[target].nbytes
             received += incoming[source].nbytes
         return Traffic(sent, received)
+
+    def start_send(self, target: int, message: torch.Tensor, tag: int) -> Transfer:
+        """Sends ``message`` to a rank while this thread goes on.
+
+        Raises:
+            RuntimeError: the connection is broken.
+        """
+        return self._start(target, message, tag, "send")
+
+    def start_receive(self, source: int, buffer: torch.Tensor, tag: int) -> Transfer:
+        """Receives the message that ``source`` sends with ``tag``; it may be smaller than ``buffer``, not larger.
+
+        Raises:
+            RuntimeError: the connection is broken.
+        """
+        return self._start(source, buffer, tag, "recv")
+
+    def _start(self, rank: int, message: torch.Tensor, tag: int, operation: str) -> Transfer:
+        if self._gloo is None:
+            raise self._closed()
+        return Transfer(rank, getattr(self._gloo, operation)([message], rank, tag))
+
+    def finish(self, transfers: Sequence[Transfer], what: str, broken: Sequence[tuple[int, RuntimeError]] = ()) -> None:
+        """Waits for all of ``transfers``, also after a failure of some: what has arrived is told from what is missing.
+
+        Args:
+            transfers: none of them is under way any more when this returns or raises.
+            what: for the error message: "waiting for ...".
+            broken: ranks to which not even a transfer could be started, and why.
+
+        Raises:
+            TransportError: naming the ranks that did not answer.
+        """
+        failures = list(broken)
+        for rank, work in transfers:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                failures.append((rank, error))
+        if failures:
+            names = ", ".join(str(self.ranks[rank]) for rank in sorted({rank for rank, _ in failures}))
+            raise TransportError(
+                f"rank {self.ranks[self.rank]}, {what}: no answer from rank(s) {names} (died, closed the connection, "
+                f"or silent for {self.timeout.total_seconds():g} s): {failures[0][1]}"
+            ) from failures[0][1]
+
+    def abandon(self, transfers: Sequence[Transfer]) -> None:
+        """Closes the connections and waits for what is under way, so that nobody writes to its memory any more."""
+        if self._gloo is None:
+            return
+        # gloo keeps connections open as long as anybody holds one of their transfers, but closes them when a wait times
+        # out. It does not tell this to a transfer whose bytes were just flowing, so nobody may wait for that one long.
+        for peer in self.peers:
+            try:
+                self._gloo.recv([torch.empty(1)], peer, ABANDON_TAG).wait(ABANDON_TIMEOUT)
+            except RuntimeError:  # the timeout, or the connection to this peer is broken already
+                continue
+        for _, work in transfers:
+            try:
+                work.wait(ABANDON_TIMEOUT)
+            except RuntimeError:  # its connection was closed
+                continue
 
     def sum(self, buffer: torch.Tensor, what: str) -> None:
         """Replaces ``buffer`` by its sum over all ranks, the same bits on all."""
@@ -138,32 +219,21 @@ class Transport:
             return
         if self._gloo is None:
             raise self._closed()
-        silent: list[int] = []
-        reason = ""
-        works: list[tuple[int, Any]] = []
-        # Receives first: whatever a peer sends at once then finds its buffer waiting. A connection that is already
-        # broken fails here.
-        for operation, ends, messages in ((self._gloo.recv, sources, incoming), (self._gloo.send, targets, outgoing)):
+        started: list[Transfer] = []
+        broken: list[tuple[int, RuntimeError]] = []
+        # Receives first: whatever a peer sends at once then finds its buffer waiting.
+        for start, ends, messages in (
+            (self.start_receive, sources, incoming),
+            (self.start_send, targets, outgoing),
+        ):
             for rank in ends:
                 try:
-                    works.append((rank, operation([messages[rank]], rank, 0)))
+                    started.append(start(rank, messages[rank], 0))
                 except RuntimeError as error:
-                    silent.append(rank)
-                    reason = reason or str(error)
-        # Every work is waited for, also after a failure: what has arrived is told from what is missing, and no buffer
-        # is freed under way. The first timeout closes all connections of the group, so later waits end at once.
-        for rank, work in works:
-            try:
-                work.wait()
-            except RuntimeError as error:
-                silent.append(rank)
-                reason = reason or str(error)
-        if silent:
-            names = ", ".join(str(self.ranks[rank]) for rank in sorted(set(silent)))
-            raise TransportError(
-                f"rank {self.ranks[self.rank]}, {what}: no answer from rank(s) {names} (died, closed the connection, "
-                f"or silent for {self.timeout.total_seconds():g} s): {reason}"
-            )
+                    broken.append((rank, error))
+        # No buffer is freed under way. The first timeout closes all connections of the group, so later waits end at
+        # once.
+        self.finish(started, what, broken)
 
     def close(self) -> None:
         """Closes the connections; peers that wait for this rank get an error at once and not after the timeout."""

@@ -14,11 +14,13 @@ import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 from multiprocessing.connection import wait
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 
 import qcomm
+from qcomm import two_phase
 from qcomm.communicator import get_communicator
 
 TIMEOUT = timedelta(seconds=60)  # of the default process group: most that a rank waits for another
@@ -165,29 +167,46 @@ def assert_same_on_all_ranks(*tensors):
 
 
 class CountingGloo:
-    """Stands before a communicator's gloo connections and counts the bytes handed to them."""
+    """Stands before a communicator's gloo connections and counts the bytes handed to them, by the rank they go to.
+
+    What is received is what the others sent here: a buffer may be larger than the message.
+    """
 
     def __init__(self, gloo):
-        self.gloo, self.sent, self.received = gloo, 0, 0
+        self.gloo, self.sent_to = gloo, [0] * dist.get_world_size()
 
-    def send(self, tensors, *rest):
-        self.sent += sum(tensor.nbytes for tensor in tensors)
-        return self.gloo.send(tensors, *rest)
+    @property
+    def sent(self):
+        return sum(self.sent_to)
 
-    def recv(self, tensors, *rest):
-        self.received += sum(tensor.nbytes for tensor in tensors)
-        return self.gloo.recv(tensors, *rest)
+    def received(self):
+        """Bytes that the others sent to this rank; every rank has to ask."""
+        return sum(sent_to[dist.get_rank()] for sent_to in gathered(self.sent_to))
+
+    def send(self, tensors, target, tag):
+        self.sent_to[target] += sum(tensor.nbytes for tensor in tensors)
+        return self.gloo.send(tensors, target, tag)
+
+    def recv(self, tensors, source, tag):
+        return self.gloo.recv(tensors, source, tag)
 
 
 @contextmanager
 def counting_bytes():
-    """Counts what the default group's communicator sends and receives meanwhile."""
+    """Counts what the default group's communicator sends meanwhile."""
     transport = get_communicator(dist.group.WORLD)._transport
     counting = transport._gloo = CountingGloo(transport._gloo)
     yield counting
     transport._gloo = counting.gloo
 
 
-def die():
+@contextmanager
+def sliced(elements):
+    """Cuts buffers in slices of about so many elements a chunk."""
+    with mock.patch.object(two_phase, "SLICE_ELEMENTS", elements):
+        yield
+
+
+def die(*_):
     """Ends the process at once, as a crash would."""
     os._exit(3)

@@ -7,8 +7,10 @@ import twin
 from distributed import all_reduce, assert_same_on_all_ranks, gathered, run
 
 import qcomm
+from qcomm import two_phase
 from qcomm.layout import BucketLayout, TensorSpec
-from qcomm.two_phase import owner_grid
+from qcomm.mean_steps import owner_grid
+from qcomm.slices import cut_slices
 
 pytestmark = pytest.mark.world
 
@@ -42,7 +44,8 @@ def check_against_twin(rank, world_size, grid, kind, count, dtype, min_elements)
     inputs = [values(kind, count, seed, dtype) for seed in range(world_size)]
     wire = torch.float64 if dtype == torch.float64 else torch.float32
     layout = BucketLayout([TensorSpec("tensor", 0, count, count >= max(min_elements, 1))], world_size)
-    expected, bound = twin.mean([x.to(wire) for x in inputs], layout, grid)
+    slices = len(cut_slices(layout, two_phase.SLICE_ELEMENTS))
+    expected, bound = twin.mean([x.to(wire) for x in inputs], layout, grid, slices)
     tensor = inputs[rank].clone()
     assert all_reduce(tensor, grid, min_elements=min_elements, strategy="two_phase") is None
     message = f"{grid} {kind} {count} {dtype} min_elements={min_elements}"

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
-from qcomm import ddp_state
+from qcomm import ddp_state, two_phase
+from qcomm.slices import cut_slices
 
 pytestmark = pytest.mark.world
 
@@ -112,7 +113,7 @@ def bounds(spied, grid):
     for buckets in zip(*gathered(spied), strict=True):
         layout, dtype = buckets[0][1], buckets[0][0].dtype
         wire = [buffer.double() if dtype == torch.float64 else buffer.float() for buffer, _ in buckets]
-        _, bound = twin.mean(wire, layout, grid)
+        _, bound = twin.mean(wire, layout, grid, len(cut_slices(layout, two_phase.SLICE_ELEMENTS)))
         for tensor in layout.tensors:
             part = slice(tensor.offset, tensor.offset + tensor.numel)
             result[tensor.key] = bound[part].double() + twin.rounding([buffer[part] for buffer in wire], dtype)

@@ -200,7 +200,7 @@ def case_bytes(rank, world_size):
             backward(model, rank, step)
     stats = state.stats()
     elements = sum(p.numel() for p in model.parameters())
-    assert (stats["bytes_sent"], stats["bytes_received"]) == (counting.sent, counting.received)
+    assert (stats["bytes_sent"], stats["bytes_received"]) == (counting.sent, counting.received())
     assert stats["elements"] == 4 * elements and stats["bytes_uncompressed"] == 16 * elements
     assert stats["elements_compressed"] == 3 * sum(p.numel() for p in model.parameters() if p.numel() >= 100)
     state.reset_stats()

@@ -75,6 +75,28 @@ def test_a_rebuilt_bucket_moves_owner_residuals(world_size):
     assert_kept(ranks, before)
 
 
+def test_what_is_spent_is_forgotten_when_somebody_may_change_it():
+    feedback, chunks = ErrorFeedback(), layout(2)
+
+    def prepared():
+        feedback.adopt(chunks, 0)
+        feedback.local("a", 700)
+        feedback.owner("a", 0, 700).fill_(1.0)
+        feedback.spend("a", 0, 700)
+        assert feedback.is_spent("a", 0, 700) and not feedback.is_spent("a", 0, 64)
+
+    for change in (
+        lambda: feedback.local("a", 700),
+        lambda: feedback.take("a", 700),
+        lambda: feedback.adopt(layout(2, ("c", "a")), 0),  # the owner residual moves
+        lambda: feedback.load_state_dict(feedback.state_dict()),
+        feedback.clear,
+    ):
+        prepared()
+        change()
+        assert not feedback.is_spent("a", 0, 700)
+
+
 @given(st.integers(1, 5), st.integers(1, 5))
 @settings(max_examples=15, deadline=None)
 def test_another_number_of_ranks(old, new):

@@ -11,12 +11,24 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import TIMEOUT, all_reduce, assert_same_on_all_ranks, counting_bytes, die, gathered, run, run_alone
+from distributed import (
+    TIMEOUT,
+    all_reduce,
+    assert_same_on_all_ranks,
+    counting_bytes,
+    die,
+    gathered,
+    run,
+    run_alone,
+    sliced,
+)
 
 import qcomm
 from qcomm import communicator as communicators
-from qcomm import two_phase
+from qcomm import mean_steps
 from qcomm.communicator import get_communicator
+from qcomm.mean_steps import MeanSteps
+from qcomm.pipeline import Pipeline
 from qcomm.transport import Transport, TransportError
 
 pytestmark = pytest.mark.world
@@ -31,8 +43,9 @@ def check_works(rank, world_size, group=None):
 
 
 def failing(name, message="boom"):
-    """Makes ``two_phase.<name>`` raise on this rank."""
-    return mock.patch.object(two_phase, name, side_effect=ZeroDivisionError(message))
+    """Makes a step of ``mean_steps`` raise on this rank."""
+    owner = MeanSteps if hasattr(MeanSteps, name) else mean_steps
+    return mock.patch.object(owner, name, side_effect=ZeroDivisionError(message))
 
 
 def attempt(**options):
@@ -47,9 +60,10 @@ def attempt(**options):
 def case_faults(rank, world_size):
     check_works(rank, world_size)
     for name, phase in (
-        ("_encode_values", "compressing its values"),
+        ("begin", "compressing its values"),
+        ("encode", "compressing its values"),
         ("measure", "compressing its values"),
-        ("_reduce_chunk", "averaging its chunk"),
+        ("reduce", "averaging its chunk"),
     ):
         with failing(name) if rank == 1 else nullcontext():
             error = attempt()
@@ -57,7 +71,7 @@ def case_faults(rank, world_size):
         assert (rank == 1) == isinstance(error.__cause__, ZeroDivisionError)
         check_works(rank, world_size)
     # Two ranks at once: both are named.
-    with failing("_encode_values", f"boom {rank}") if rank != 1 else nullcontext():
+    with failing("encode", f"boom {rank}") if rank != 1 else nullcontext():
         error = attempt()
     assert (
         "rank 0 failed" in str(error)
@@ -66,14 +80,14 @@ def case_faults(rank, world_size):
         and "boom 2" in str(error)
     )
     # After the last exchange the others have their result already: they hear of it in the next collective.
-    with failing("_decode_means") if rank == 1 else nullcontext():
+    with failing("decode") if rank == 1 else nullcontext():
         error = attempt()
     assert (error is not None) == (rank == 1)
     error = attempt()
     assert "rank 1 failed while decoding the result: ZeroDivisionError: boom" in str(error)
     check_works(rank, world_size)
     # A long message arrives cut, and characters of several bytes whole.
-    with failing("_encode_values", "ü" * 100_000) if rank == 1 else nullcontext():
+    with failing("encode", "ü" * 100_000) if rank == 1 else nullcontext():
         error = attempt()
     assert "ZeroDivisionError: üü" in str(error)
     check_works(rank, world_size)
@@ -84,14 +98,14 @@ def test_a_fault_reaches_all_ranks_and_does_not_last():
 
 
 def case_damaged_packet(rank, world_size):
-    encode = two_phase.encode
+    encode = mean_steps.encode
 
     def damage(segments, **options):
         packet = encode(segments, **options)
         packet[packet.numel() // 2] ^= 0x10
         return packet
 
-    with mock.patch.object(two_phase, "encode", side_effect=damage) if rank == 0 else nullcontext():
+    with mock.patch.object(mean_steps, "encode", side_effect=damage) if rank == 0 else nullcontext():
         error = attempt()
     assert "while averaging its chunk: PacketError: packet of rank 0" in str(error), error
     check_works(rank, world_size)
@@ -102,39 +116,82 @@ def test_a_damaged_packet_is_an_error_on_all_ranks(world_size):
     run(world_size, case_damaged_packet)
 
 
-def case_impossible_size(rank, world_size):
+def case_too_large_a_packet(rank, world_size):
+    # The others' buffers hold so much and no more; gloo would end their processes.
+    nonsense = mock.patch.object(mean_steps, "encode", return_value=torch.zeros(10_000_000, dtype=torch.uint8))
+    with nonsense if rank == 1 else nullcontext():
+        error = attempt()
+    assert "rank 1 failed while compressing its values: PacketError: a packet of 10000000 bytes" in str(error), error
+    check_works(rank, world_size)
+
+
+def test_a_packet_that_is_too_large_is_not_sent():
+    run(3, case_too_large_a_packet)
+
+
+HEADERS = {  # of a message: magic, sequence, exchange, slice, condition, bytes of the packet, 0, 0
+    "magic": lambda header: [7, *header[1:]],
+    "sequence": lambda header: [header[0], header[1] - 1, *header[2:]],
+    "exchange": lambda header: [*header[:2], 2, *header[3:]],
+    "slice": lambda header: [*header[:3], header[3] + 1, *header[4:]],
+    "condition": lambda header: [*header[:4], 77, *header[5:]],
+    "no packet": lambda header: [*header[:5], 0, 0, 0],
+    "a negative size": lambda header: [*header[:5], -8, 0, 0],
+    "a large size": lambda header: [*header[:5], 1 << 40, 0, 0],
+    "a packet of one that failed": lambda header: [*header[:4], 2, *header[5:]],
+    "gave up for nothing": lambda header: [*header[:4], -1, 0, 0, 0],
+    "nothing at all": lambda header: [],
+}
+
+
+def case_impossible_header(rank, world_size, change):
     group = dist.new_group()
     check_works(rank, world_size, group)
-    # A rank that announces nonsense would make gloo abort its peers, did they not look first.
-    lie = mock.patch.object(
-        two_phase, "_encode_values", return_value=[torch.zeros(10_000_000, dtype=torch.uint8)] * world_size
-    )
-    with lie if rank == 1 else nullcontext():
+    message = Pipeline._message
+
+    def lie(self, *arguments):
+        honest = message(self, *arguments)
+        header = change(honest[:64].view(torch.int64).tolist())
+        return torch.cat(
+            [torch.tensor(header, dtype=torch.int64).view(torch.uint8), honest[64:] if header else honest[:0]]
+        )
+
+    with mock.patch.object(Pipeline, "_message", lie) if rank == 1 else nullcontext():
         error = attempt(group=group)
     assert isinstance(error, TransportError), error
-    if rank != 1:
-        assert "rank 1 announced a packet of 10000000 bytes" in str(error)
+    if rank != 1 and "gave up" not in str(error):
+        assert "rank 1 sent the header" in str(error) or "no answer" in str(error)
     error = attempt(group=group)  # the connections are gone, for good
     assert "left this group without connections" in str(error)
     check_works(rank, world_size)  # those of other groups are not
 
 
-def test_an_impossible_size_is_refused_before_it_is_received():
-    run(3, case_impossible_size)
+def case_impossible_headers(rank, world_size):
+    for change in HEADERS.values():
+        case_impossible_header(rank, world_size, change)
+
+
+def test_an_impossible_header_ends_the_connections():
+    run(3, case_impossible_headers, seconds=TIMEOUT.total_seconds() / 2)
 
 
 def case_unforeseen(rank, world_size):
     group = dist.new_group()
     check_works(rank, world_size, group)
-    # A failure where none is expected, between the headers and the packets: nobody may wait for this rank until the
-    # timeout.
+    # A failure where none is expected, with messages under way: nobody may wait for this rank until the timeout.
+    expect = Pipeline.expect
+
+    def out_of_memory(self, exchange, *arguments):
+        if exchange == 2:
+            raise MemoryError("no memory")
+        expect(self, exchange, *arguments)
+
     with (
-        mock.patch.object(two_phase.torch, "empty", side_effect=MemoryError("no memory"))
-        if rank == 1
-        else nullcontext(),
+        mock.patch.object(Pipeline, "expect", out_of_memory) if rank == 1 else nullcontext(),
         pytest.raises(MemoryError if rank == 1 else TransportError),
+        sliced(1000),
     ):
-        all_reduce(torch.zeros(5000), group=group)
+        all_reduce(torch.zeros(50_000), group=group)
     error = attempt(group=group)
     assert "an earlier collective left this group without connections" in str(error)
     check_works(rank, world_size)
@@ -144,21 +201,29 @@ def test_an_unforeseen_failure_closes_the_connections():
     run(3, case_unforeseen, seconds=TIMEOUT.total_seconds() / 2)
 
 
-def case_killed(rank, world_size, phase):
+def case_killed(rank, world_size, step, number):
     check_works(rank, world_size)
     if rank == 1:
-        mock.patch.object(two_phase, phase, side_effect=lambda *_, **__: die()).start()
-    error = attempt()
+        original = getattr(MeanSteps, step)
+
+        def die_in_a_slice(self, slice_number, *arguments):
+            return original(self, slice_number, *arguments) if slice_number != number else die()
+
+        mock.patch.object(MeanSteps, step, die_in_a_slice).start()
+    with sliced(200):  # eight slices
+        error = attempt()
     assert isinstance(error, TransportError) and "no answer from rank(s) " in str(error), error
     assert "1" in str(error).split("rank(s) ")[1].split(" (")[0]
     error = attempt()
     assert "an earlier collective left this group without connections" in str(error)
 
 
-@pytest.mark.parametrize("phase", ["_encode_values", "_reduce_chunk"])
-def test_a_killed_rank_is_an_error_on_the_others(phase):
+@pytest.mark.parametrize(
+    ("step", "number"), [("encode", 0), ("encode", 4), ("reduce", 0), ("reduce", 7), ("decode", 1)]
+)
+def test_a_killed_rank_is_an_error_on_the_others(step, number):
     # Before the timeout: the connections of a dead process are closed, which shows at once.
-    run_alone(3, case_killed, phase, dying=(1,), seconds=TIMEOUT.total_seconds() / 2)
+    run_alone(3, case_killed, step, number, dying=(1,), seconds=TIMEOUT.total_seconds() / 2)
 
 
 def case_silent(rank, world_size):
@@ -166,13 +231,13 @@ def case_silent(rank, world_size):
     check_works(rank, world_size, group)
     store = dist.distributed_c10d._get_default_store()
     if rank == 1:
-        gate, encode_values = threading.Event(), two_phase._encode_values
+        gate, encode = threading.Event(), MeanSteps.encode
 
-        def late(*args):
-            assert gate.wait(TIMEOUT.total_seconds())
-            return encode_values(*args)
+        def late(self, number):
+            assert number == 0 or gate.wait(TIMEOUT.total_seconds())
+            return encode(self, number)
 
-        with mock.patch.object(two_phase, "_encode_values", side_effect=late):
+        with mock.patch.object(MeanSteps, "encode", late), sliced(500):
             work = all_reduce(torch.randn(5000), group=group, async_op=True)
             store.wait(["gave up 0", "gave up 2"])
             gate.set()
@@ -180,7 +245,8 @@ def case_silent(rank, world_size):
             with pytest.raises(TransportError, match="no answer from rank"):
                 work.wait(TIMEOUT)
     else:
-        error = attempt(group=group)
+        with sliced(500):
+            error = attempt(group=group)
         assert isinstance(error, TransportError) and "silent for 3 s" in str(error), error
         assert "1" in str(error).split("rank(s) ")[1].split(" (")[0]
         store.set(f"gave up {rank}", "1")
@@ -257,11 +323,12 @@ def case_bytes(rank, world_size):
     with counting_bytes() as counting:
         for count in (0, 1, 33, 1024, 100_003):
             for grid in (qcomm.SigmaGrid(), qcomm.RangeGrid(c=2)):
-                work = all_reduce(torch.randn(count), grid, async_op=True)
-                work.wait()
+                with sliced(10_000):
+                    work = all_reduce(torch.randn(count), grid, async_op=True)
+                    work.wait()
                 sent += work.stats()["bytes_sent"]
                 received += work.stats()["bytes_received"]
-    assert (sent, received) == (counting.sent, counting.received) and sent > 0
+    assert (sent, received) == (counting.sent, counting.received()) and sent > 0
     assert sum(s for s, _ in gathered((sent, received))) == sum(r for _, r in gathered((sent, received)))
 
 

@@ -55,6 +55,14 @@ def test_raw_neighbours_become_one_run():
     assert layout.chunks[0].raw_runs == ((0, 30), (130, 8))
 
 
+def test_few_raw_elements_are_in_the_first_part():
+    def raw_counts(raw):
+        layout = BucketLayout(specs([(8000, True), (raw, False), (8000, True)]), 1)
+        return [part[0].raw_count for part in layout.slices(4)]
+
+    assert raw_counts(200) == [200, 0, 0, 0] and raw_counts(400) == [96, 96, 96, 112]
+
+
 def test_gather_and_scatter_are_inverse():
     layout = BucketLayout(specs([(10, False), (100, True), (7, False), (90, True)]), 3)
     buffer, copy = torch.randn(207), torch.full((207,), torch.nan)

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcomm
-from qcomm import chooser, strategies, two_phase
+from qcomm import chooser, strategies
 from qcomm.chooser import Chooser
+from qcomm.mean_steps import MeanSteps
 
 CANDIDATES = ("none", "two_phase")
 
@@ -157,8 +158,8 @@ def case_auto(rank, world_size, slow_name, winner, elements):
         for _ in range(2 * chooser.ROUNDS):
             assert error_of_auto(torch.randn(elements))[0] is None
         # A fault of one rank in between does not take the ranks out of step, at either end of a collective.
-        for name in ("_encode_values", "_decode_means"):
-            failing = mock.patch.object(two_phase, name, side_effect=ZeroDivisionError("boom"))
+        for name in ("encode", "decode"):
+            failing = mock.patch.object(MeanSteps, name, side_effect=ZeroDivisionError("boom"))
             with failing if rank == 1 else nullcontext():
                 errors = [error_of_auto(torch.randn(elements))[0] for _ in range(2)]
             assert any(errors) == (winner == "two_phase")

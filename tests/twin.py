@@ -1,11 +1,14 @@
 """The collective in one process, without a network: what two_phase_mean has to compute, bit for bit."""
 
+import math
+
 import torch
 
+from qcomm._native import GridKind
 from qcomm.codec import Segment, decompress, encode
+from qcomm.mean_steps import owner_grid
 from qcomm.quantize import Quantizer, plan
 from qcomm.statistics import measure
-from qcomm.two_phase import owner_grid
 
 
 def lossy(values, quantizer):
@@ -13,12 +16,12 @@ def lossy(values, quantizer):
     return decompress(encode([Segment(values, quantizer)])) if values.numel() else values
 
 
-def quantizer_for(values, grid):
+def quantizer_for(values, grid, code=None):
     statistics = measure(values)
-    return plan(statistics, grid, values) if statistics.finite else Quantizer.constant(torch.nan)
+    return plan(statistics, grid, values, code=code) if statistics.finite else Quantizer.constant(torch.nan)
 
 
-def mean(buffers, layout, grid):
+def mean(buffers, layout, grid, slices=1):
     """(result, bound of its error) of the flat float32 or float64 ``buffers``, one a rank. No error feedback."""
     result, bound = torch.empty_like(buffers[0]), torch.zeros_like(buffers[0])
     quantizers = [
@@ -28,15 +31,23 @@ def mean(buffers, layout, grid):
         ]
         for b in buffers
     ]
-    for chunk in layout.chunks:
-        for piece in chunk.pieces:
-            part = slice(piece.offset, piece.offset + piece.length)
-            total = sum_in_order([lossy(b[part], q[piece.tensor]) for b, q in zip(buffers, quantizers, strict=True)])
-            owner = quantizer_for(total, owner_grid(grid))
-            result[part] = lossy(total, owner)
-            bound[part] = (sum(q[piece.tensor].step for q in quantizers) / len(buffers) + owner.step) / 2
-        for offset, length in chunk.raw_runs:
-            result[offset : offset + length] = sum_in_order([b[offset : offset + length] for b in buffers])
+    codes = {}
+    for part_of_chunks in layout.slices(slices):
+        for owner, chunk in enumerate(part_of_chunks):
+            for piece in chunk.pieces:
+                part = slice(piece.offset, piece.offset + piece.length)
+                # What the owner has itself is not quantized.
+                sent = [q[piece.tensor] for q in quantizers]
+                if math.isfinite(sent[owner].p0):
+                    sent[owner] = Quantizer.raw()
+                total = sum_in_order([lossy(b[part], q) for b, q in zip(buffers, sent, strict=True)])
+                means = quantizer_for(total, owner_grid(grid), codes.get((owner, piece.tensor)))
+                if means.grid == GridKind.SIGMA:
+                    codes[owner, piece.tensor] = means.coding, means.table
+                result[part] = lossy(total, means)
+                bound[part] = (sum(q.step for q in sent) / len(buffers) + means.step) / 2
+            for offset, length in chunk.raw_runs:
+                result[offset : offset + length] = sum_in_order([b[offset : offset + length] for b in buffers])
     return result, bound
 
 

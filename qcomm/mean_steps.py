@@ -1,0 +1,266 @@
+"""What one rank computes of a two-phase mean: encode, reduce, decode, a slice at a time; no messages."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from qcomm._native import GridKind
+from qcomm.codec import Segment, decode_into, encode
+from qcomm.errors import PacketError
+from qcomm.grids import Grid, SigmaGrid
+from qcomm.layout import Chunk, Piece, gather_runs, scatter_chunk
+from qcomm.mean import MeanTask, is_zero
+from qcomm.quantize import Code, Quantizer, plan
+from qcomm.slices import Slice
+from qcomm.statistics import measure
+
+__all__ = ["MeanSteps", "owner_grid", "packet_limit"]
+
+# Most that a packet takes beyond its values: header, and for each segment its record, code lengths and a checksum, and
+# for each block, of 32 values at least, its frame. Generous: the limit only keeps nonsense from being allocated.
+PACKET_SLACK_BYTES = 1 << 12
+SEGMENT_SLACK_BYTES = 1 << 13
+VALUES_PER_SLACK_BYTE = 64
+
+
+def owner_grid(grid: Grid) -> Grid:
+    """The grid for means: no coarser than the RMS, because nothing averages its error away."""
+    return replace(grid, step=min(grid.step, 1.0)) if isinstance(grid, SigmaGrid) else grid
+
+
+def packet_limit(chunk: Chunk, dtype: torch.dtype) -> int:
+    """Most bytes a packet of ``chunk`` can have; 0 for an empty chunk, which has none."""
+    if not chunk.count:
+        return 0
+    segments = SEGMENT_SLACK_BYTES * (len(chunk.pieces) + 1)
+    return chunk.count * dtype.itemsize + chunk.count // VALUES_PER_SLACK_BYTE + segments + PACKET_SLACK_BYTES
+
+
+class MeanSteps:
+    """The steps of one collective on one rank.
+
+    A slice is encoded before it is reduced, and reduced before it is decoded; before any of it the rank begins. A
+    tensor is measured whole when the first slice needs it, which is before any part of it is overwritten.
+
+    Args:
+        task: without a fault.
+        rank: this one, owner of ``task.layout.chunks[rank]``.
+        slices: of the layout.
+
+    Attributes:
+        wire_dtype: sums need more than 16 bits, so what they are made of travels in float32, or in float64 if it is
+            float64.
+    """
+
+    def __init__(self, task: MeanTask, rank: int, slices: Sequence[Slice]) -> None:
+        self.rank = rank
+        self.wire_dtype = torch.float64 if task.buffer.dtype == torch.float64 else torch.float32
+        self._task = task
+        self._slices = slices
+        self._inv_scale = 1.0 / task.scale
+        self._values = self._scratch = task.buffer
+        self._own_pieces: dict[int, Piece] = {}  # by tensor
+        self._spent: set[int] = set()  # tensors without a local residual for the own piece
+        self._travelling: set[int] = set()  # tensors of which some part is another rank's to reduce
+        self._choices: dict[int, tuple[Quantizer, torch.Tensor | None]] = {}  # by tensor
+        self._mean_codes: dict[int, Code] = {}  # by tensor
+        self._means: dict[int, torch.Tensor | None] = {}  # by slice
+        self._packets: dict[int, list[tuple[Chunk, int]]] = {1: [], 2: []}
+
+    def begin(self) -> None:
+        """Gets ready; the residuals change hands where the layout is a new one."""
+        task, layout = self._task, self._task.agreed_layout
+        self._values = task.buffer.to(self.wire_dtype)
+        largest = max(chunk.count for part in self._slices for chunk in part)
+        self._scratch = torch.empty(largest, dtype=self.wire_dtype)
+        if task.feedback is not None:
+            task.feedback.adopt(layout, self.rank)
+        for piece in layout.chunks[self.rank].pieces:
+            self._own_pieces[piece.tensor] = piece
+            key = layout.tensors[piece.tensor].key
+            if task.feedback is None or task.feedback.is_spent(key, piece.start, piece.length):
+                self._spent.add(piece.tensor)
+        others = (chunk for owner, chunk in enumerate(layout.chunks) if owner != self.rank)
+        self._travelling = {piece.tensor for chunk in others for piece in chunk.pieces}
+
+    def encode(self, number: int) -> list[torch.Tensor | None]:
+        """This rank's values plus residuals: a packet for each owner, None where there is nothing to send."""
+        task = self._task
+        task.telemetry.mark(task.index, "encode")
+        with task.telemetry.timed("encode_seconds"):
+            packets: list[torch.Tensor | None] = []
+            for owner, chunk in enumerate(self._slices[number]):
+                segments = [] if owner == self.rank else self._segments(chunk)
+                packets.append(self._packet(1, chunk, segments, self._inv_scale))
+        return packets
+
+    def reduce(self, number: int, packets: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+        """The packet of the mean over all ranks of this rank's part; None if it owns nothing of the slice."""
+        task, chunk = self._task, self._slices[number][self.rank]
+        task.telemetry.mark(task.index, "reduce")
+        mean = self._scratch[: chunk.count]
+        with task.telemetry.timed("decode_seconds"):
+            for sender, packet in enumerate(packets):
+                if sender == self.rank:
+                    self._add_own(chunk, mean, accumulate=sender > 0)
+                elif packet is not None:
+                    self._decode(packet, mean, sender, accumulate=sender > 0)
+            mean.div_(task.agreed_layout.world_size)
+        with task.telemetry.timed("encode_seconds"):
+            self._means[number] = self._packet(2, chunk, self._mean_segments(chunk, mean), 1.0)
+        return self._means[number]
+
+    def decode(self, number: int, means: Sequence[torch.Tensor | None]) -> None:
+        """Writes the slice's means into the buffer."""
+        task = self._task
+        task.telemetry.mark(task.index, "decode")
+        with task.telemetry.timed("decode_seconds"):
+            for owner, chunk in enumerate(self._slices[number]):
+                packet = self._means.pop(number) if owner == self.rank else means[owner]
+                if packet is None:
+                    continue
+                self._packets[2].append((chunk, packet.numel()))
+                in_place = len(chunk.places) == 1 and task.buffer.dtype == self.wire_dtype
+                if in_place:
+                    offset = chunk.places[0][0]
+                    values = task.buffer[offset : offset + chunk.count]
+                else:
+                    values = self._scratch[: chunk.count]
+                self._decode(packet, values, owner, accumulate=False)
+                if task.scale != 1.0:
+                    values.mul_(task.scale)
+                if not in_place:
+                    scatter_chunk(values, chunk, task.buffer)
+
+    def finish(self) -> None:
+        """After the end: counts what was sent and decoded."""
+        feedback = self._task.feedback
+        for number, piece in self._own_pieces.items():
+            # Residuals that took no part are as they were.
+            if feedback is not None and (number in self._spent or self._choices[number][1] is not None):
+                feedback.spend(self._task.agreed_layout.tensors[number].key, piece.start, piece.length)
+        for phase, packets in self._packets.items():
+            self._task.telemetry.count_packets(
+                phase, [chunk for chunk, _ in packets], [size for _, size in packets], self.wire_dtype.itemsize
+            )
+
+    def _packet(self, phase: int, chunk: Chunk, segments: Sequence[Segment], inv_scale: float) -> torch.Tensor | None:
+        if not segments:
+            return None
+        packet = encode(segments, inv_scale=inv_scale, num_threads=self._task.num_threads)
+        limit = packet_limit(chunk, self.wire_dtype)
+        if packet.numel() > limit:
+            raise PacketError(f"a packet of {packet.numel()} bytes, where the others expect at most {limit}")
+        if phase == 1:
+            self._packets[1].append((chunk, packet.numel()))
+        return packet
+
+    def _segments(self, chunk: Chunk) -> list[Segment]:
+        """This rank's values of a chunk."""
+        segments = []
+        for piece in chunk.pieces:
+            quantizer, residual = self._choice(piece.tensor)
+            segments.append(Segment(self._part(piece), quantizer, _part_of(residual, piece)))
+        if chunk.raw_runs:
+            segments.append(Segment(gather_runs(self._values, chunk.raw_runs), Quantizer.raw()))
+        return segments
+
+    def _mean_segments(self, chunk: Chunk, mean: torch.Tensor) -> list[Segment]:
+        """The mean of a part of the own chunk, each piece measured anew, with the owner's residuals."""
+        task, segments, position = self._task, [], 0
+        for piece in chunk.pieces:
+            values = mean[position : position + piece.length]
+            position += piece.length
+            key, whole = task.agreed_layout.tensors[piece.tensor].key, self._own_pieces[piece.tensor]
+            residual = None
+            if task.feedback is not None:
+                kept = task.feedback.owner(key, whole.start, whole.length)
+                residual = kept[piece.start - whole.start :][: piece.length]
+            # Slices of a tensor are alike: one sample of them chooses the code for all.
+            quantizer, residual = self._choose(
+                values, owner_grid(task.grid), residual, 1.0, self._mean_codes.get(piece.tensor)
+            )
+            if quantizer.grid == GridKind.SIGMA:
+                self._mean_codes[piece.tensor] = quantizer.coding, quantizer.table
+            if piece.tensor not in self._travelling:
+                task.telemetry.note_quantizer(key, quantizer)
+            segments.append(Segment(values, quantizer, residual))
+        if chunk.raw_count:
+            segments.append(Segment(mean[position:], Quantizer.raw()))
+        return segments
+
+    def _add_own(self, chunk: Chunk, mean: torch.Tensor, accumulate: bool) -> None:
+        """This rank's share of the own chunk, which need not be quantized."""
+        position = 0
+        for piece in chunk.pieces:
+            quantizer, residual = self._choice(piece.tensor)
+            part = mean[position : position + piece.length]
+            position += piece.length
+            if math.isnan(quantizer.p0):
+                part.fill_(math.nan)
+                continue
+            self._add(part, self._part(piece), accumulate)
+            kept = _part_of(residual, piece)
+            if kept is not None and piece.tensor not in self._spent:
+                part.add_(kept)
+                kept.zero_()
+        if chunk.raw_runs:
+            self._add(mean[position:], gather_runs(self._values, chunk.raw_runs), accumulate)
+
+    def _add(self, total: torch.Tensor, values: torch.Tensor, accumulate: bool) -> None:
+        if accumulate:
+            total.add_(values, alpha=self._inv_scale)
+        else:
+            torch.mul(values, self._inv_scale, out=total)
+
+    def _choice(self, number: int) -> tuple[Quantizer, torch.Tensor | None]:
+        """The quantizer for a tensor of this rank, and its residual if it takes part."""
+        if number not in self._choices:
+            task, tensor = self._task, self._task.agreed_layout.tensors[number]
+            values = self._values[tensor.offset : tensor.offset + tensor.numel]
+            residual = None if task.feedback is None else task.feedback.local(tensor.key, tensor.numel)
+            # What stays here whole is not quantized.
+            grid = task.grid if number in self._travelling else None
+            self._choices[number] = self._choose(values, grid, residual, self._inv_scale)
+            quantizer = self._choices[number][0]
+            if number in self._travelling:
+                task.telemetry.note_quantizer(tensor.key, quantizer)
+            task.telemetry.add(nonfinite_tensors=math.isnan(quantizer.p0))
+        return self._choices[number]
+
+    def _choose(
+        self,
+        values: torch.Tensor,
+        grid: Grid | None,
+        residual: torch.Tensor | None,
+        inv_scale: float,
+        code: Code | None = None,
+    ) -> tuple[Quantizer, torch.Tensor | None]:
+        """The quantizer of a tensor or of a part of a mean, and its residual if it takes part."""
+        threads = self._task.num_threads
+        if residual is not None and is_zero(values):
+            # The mean of a parameter that no rank used is thrown away by DDP, which leaves its gradient None: a
+            # residual in it would be lost.
+            return Quantizer.constant(0.0), None
+        statistics = measure(values, residual if grid else None, inv_scale, num_threads=threads)
+        if not statistics.finite:
+            # Travels as a flag, becomes NaN in the sum and so on every rank.
+            return Quantizer.constant(math.nan), None
+        if grid is None:
+            return Quantizer.raw(), residual
+        return plan(statistics, grid, values, residual, inv_scale, code, threads), residual
+
+    def _part(self, piece: Piece) -> torch.Tensor:
+        return self._values[piece.offset : piece.offset + piece.length]
+
+    def _decode(self, packet: torch.Tensor, out: torch.Tensor, sender: int, accumulate: bool) -> None:
+        try:
+            decode_into(packet, out, accumulate=accumulate, num_threads=self._task.num_threads)
+        except PacketError as error:
+            raise PacketError(f"packet of rank {sender} of the group: {error}") from error
+
+
+def _part_of(residual: torch.Tensor | None, piece: Piece) -> torch.Tensor | None:
+    return None if residual is None else residual[piece.start : piece.start + piece.length]

@@ -1,0 +1,173 @@
+"""The messages of a sliced collective, under way while the rank computes.
+
+In each of two exchanges every rank sends every other exactly one message for each slice, whatever happens: a rank that
+fails, or hears that another did, goes on with messages that say so and hold nothing. So nobody waits in vain, nothing
+is left on the way for the next collective, and in the end all ranks know the same of each other.
+
+A message is a header of eight int64, ``MAGIC, sequence, exchange, slice, condition, bytes of the packet, 0, 0``, and
+the packet. It is received into a buffer that is as large as a packet of that slice can be, which is there before the
+message comes: no rank has to ask how large it is.
+"""
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import ParamSpec, TypeVar
+
+import torch
+
+from qcomm.agreement import MAGIC, Fault, Phase, raise_faults
+from qcomm.mean import attempt
+from qcomm.transport import Traffic, Transfer, Transport, TransportError
+
+__all__ = ["Pipeline"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+HEADER_WORDS = 8  # 64 bytes: the packet behind it is aligned as the codec likes it
+HEADER_BYTES = 8 * HEADER_WORDS
+# Conditions of a sender, beside the phase in which it failed.
+WELL = 0
+GIVEN_UP = -1  # some other rank failed
+CONDITIONS = frozenset([WELL, GIVEN_UP, *map(int, Phase)])
+
+
+class Pipeline:
+    """The messages of one collective. A context manager: leaving it before its end closes the connections.
+
+    Args:
+        transport: of the communicator.
+        sequence: number of the collective, counted alike on all ranks.
+
+    Attributes:
+        fault: what went wrong on this rank, if anything did.
+    """
+
+    def __init__(self, transport: Transport, sequence: int) -> None:
+        self._transport = transport
+        self._sequence = sequence
+        self._sends: list[Transfer] = []
+        self._receives: dict[tuple[int, int], list[tuple[Transfer, torch.Tensor, int]]] = {}
+        self._faults: dict[int, Phase] = {}  # that were announced, here and elsewhere
+        self._given_up = False
+        self._finished = False
+        self.fault: Fault | None = None
+        self._bytes = {kind: {"sent": 0, "received": 0} for kind in ("phase1", "phase2", "overhead")}
+
+    def __enter__(self) -> "Pipeline":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        if not self._finished:
+            under_way = self._sends + [transfer for posted in self._receives.values() for transfer, _, _ in posted]
+            self._transport.abandon(under_way)
+
+    def attempt(self, phase: Phase, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """What ``step`` returns; None where some rank failed, in this step or before it."""
+        if self._failing:
+            return None
+        result, self.fault = attempt(phase, step, *args, **kwargs)
+        return result
+
+    def expect(self, exchange: int, slice_number: int, limits: Sequence[int]) -> None:
+        """Gets ready for the messages of an exchange; ``limits``: most bytes that a packet of each rank can have."""
+        posted = self._receives[exchange, slice_number] = []
+        for source in self._transport.sources:
+            buffer = torch.empty(HEADER_BYTES + limits[source], dtype=torch.uint8)
+            buffer[:HEADER_BYTES] = 0  # memory may hold an earlier header
+            transfer = self._start(self._transport.start_receive, source, buffer, exchange, slice_number)
+            posted.append((transfer, buffer, limits[source]))
+
+    def send(self, exchange: int, slice_number: int, packets: Sequence[torch.Tensor | None]) -> None:
+        """Sends packet r, if it is not None, to each rank r; where some rank failed, that there is none."""
+        condition = WELL
+        if self.fault is not None:
+            condition = self._faults[self._transport.rank] = self.fault.phase
+        elif self._failing:
+            condition = GIVEN_UP
+        sent: torch.Tensor | None = None
+        message = self._message(exchange, slice_number, condition, None)
+        for target in self._transport.targets:
+            packet = packets[target] if condition == WELL else None
+            if packet is not sent:  # means are one packet for all
+                message, sent = self._message(exchange, slice_number, condition, packet), packet
+            self._sends.append(self._start(self._transport.start_send, target, message, exchange, slice_number))
+            self._count(exchange, message.numel() - HEADER_BYTES, "sent")
+
+    def _message(self, exchange: int, slice_number: int, condition: int, packet: torch.Tensor | None) -> torch.Tensor:
+        size = 0 if packet is None else packet.numel()
+        header = torch.tensor([MAGIC, self._sequence, exchange, slice_number, condition, size, 0, 0])
+        parts = [header.view(torch.uint8)] if packet is None else [header.view(torch.uint8), packet]
+        return torch.cat(parts)
+
+    def receive(self, exchange: int, slice_number: int) -> list[torch.Tensor | None]:
+        """The packet of each rank, None for the own one and where none is due; no packets where some rank failed."""
+        posted = self._receives.pop((exchange, slice_number))
+        what = f"waiting for slice {slice_number} of exchange {exchange}"
+        self._transport.finish([transfer for transfer, _, _ in posted], what)
+        packets: list[torch.Tensor | None] = [None] * self._transport.world_size
+        for (source, _), buffer, limit in posted:
+            header = buffer[:HEADER_BYTES].view(torch.int64).tolist()
+            size = self._check(source, header, exchange, slice_number, limit)
+            self._count(exchange, size, "received")
+            packets[source] = buffer[HEADER_BYTES : HEADER_BYTES + size] if size else None
+        return [] if self._failing else packets
+
+    def finish(self) -> None:
+        """Waits for the last messages, and raises on all ranks what went wrong on any.
+
+        Raises:
+            CollectiveError: a rank failed, and all ranks have heard of it.
+            TransportError: a peer is gone.
+        """
+        sends, self._sends = self._sends, []
+        self._transport.finish(sends, "sending the last slices")
+        # Otherwise a rank lied.
+        self._finished = bool(self._faults) or not self._given_up
+        if self._faults:
+            raise_faults(self._transport, dict(sorted(self._faults.items())), self.fault)
+        if self._given_up:
+            raise TransportError("a rank gave up without a fault of any rank")
+
+    def traffic(self) -> dict[str, Traffic]:
+        """Bytes of packets, as ``"phase1"`` and ``"phase2"``, and of their headers, as ``"overhead"``."""
+        return {kind: Traffic(amounts["sent"], amounts["received"]) for kind, amounts in self._bytes.items()}
+
+    @property
+    def _failing(self) -> bool:
+        return self.fault is not None or bool(self._faults) or self._given_up
+
+    def _start(
+        self,
+        start: Callable[[int, torch.Tensor, int], Transfer],
+        rank: int,
+        message: torch.Tensor,
+        exchange: int,
+        slice_number: int,
+    ) -> Transfer:
+        try:
+            return start(rank, message, exchange + 2 * slice_number)
+        except RuntimeError as error:
+            self._transport.finish([], f"starting slice {slice_number} of exchange {exchange}", [(rank, error)])
+            raise
+
+    def _check(self, source: int, header: Sequence[int], exchange: int, slice_number: int, limit: int) -> int:
+        """The size of the packet behind a header, which may say anything."""
+        *position, condition, size = header[:6]
+        well_formed = position == [MAGIC, self._sequence, exchange, slice_number] and condition in CONDITIONS
+        packet_is_due = limit > 0 and condition == WELL
+        if not well_formed or not 0 <= size <= limit or (size > 0) != packet_is_due:
+            # The others cannot know; giving up the connections tells them.
+            raise TransportError(
+                f"rank {self._transport.ranks[source]} sent the header {list(header)} for slice {slice_number} of "
+                f"exchange {exchange} of collective {self._sequence}, where a packet of at most {limit} bytes is due"
+            )
+        if condition == GIVEN_UP:
+            self._given_up = True
+        elif condition != WELL:
+            self._faults[source] = Phase(condition)
+        return size
+
+    def _count(self, exchange: int, packet_bytes: int, direction: str) -> None:
+        self._bytes[f"phase{exchange}"][direction] += packet_bytes
+        self._bytes["overhead"][direction] += HEADER_BYTES
