@@ -87,8 +87,9 @@ def all_reduce(
             with the group's timeout.
         async_op: return at once; the tensor must be left alone until ``wait()`` of the handle has returned.
         min_elements: smaller tensors travel as they are.
-        strategy: ``"two_phase"`` compresses, ``"none"`` is a plain all-reduce, ``"auto"`` tries both on the first calls
-            for tensors of this size and keeps the faster one, looking again from time to time.
+        strategy: ``"two_phase"`` compresses, also the mean; ``"all_gather"`` compresses values alone, for few ranks or
+            small tensors; ``"none"`` is a plain all-reduce; ``"auto"`` tries what may be fast on the first calls for
+            tensors of this size and keeps the fastest, looking again from time to time.
 
     Returns:
         None, or with ``async_op`` a handle.
@@ -124,7 +125,7 @@ def all_reduce(
         raise fault.error
     layout = BucketLayout([TensorSpec("tensor", 0, tensor.numel(), tensor.numel() >= max(min_elements, 1))], world_size)
     alone = world_size == 1 and strategy == "auto"
-    telemetry.count_bucket(layout, tensor.element_size(), exchanged=not alone)
+    telemetry.count_bucket(layout, tensor.element_size())
     if alone:
         work = AllReduceWork(completed(tensor), telemetry)
     else:

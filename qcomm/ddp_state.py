@@ -47,9 +47,10 @@ class CompressionState:
             which knows the names.
         grad_scale: what the loss was multiplied by, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. Read
             once a step. Error feedback is kept without it, so that a residual stays right when the scale changes.
-        strategy: ``"two_phase"`` compresses, ``"none"`` is a plain all-reduce, ``"auto"`` tries both for each bucket
-            during the first steps and keeps the faster one (``stats()["strategies"]`` says which), looking again from
-            time to time. Naming one makes it run also in a world of one rank, which otherwise has nothing to do.
+        strategy: ``"two_phase"`` compresses, also the means; ``"all_gather"`` compresses gradients alone, for few ranks
+            or small models; ``"none"`` is a plain all-reduce; ``"auto"`` tries what may be fast for each bucket during
+            the first steps and keeps the fastest (``stats()["strategies"]`` says which), looking again from time to
+            time. Naming one makes it run also in a world of one rank, which otherwise has nothing to do.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -129,8 +130,8 @@ class CompressionState:
             (headers that announce sizes); of an uncompressed all-reduce, which is not this library's, what a ring
             sends: 2 (W - 1) / W times the buffer;
             ``bytes_uncompressed``: of the gradients, once;
-            ``bits_per_element``: of all elements, the mean of both phases, all bytes of packets counted, also of those
-            that a rank keeps for itself;
+            ``bits_per_element``: of all elements, the mean of both phases (strategy all_gather has one), all bytes of
+            packets counted, also of those that a rank keeps for itself;
             ``bits_per_element_phase1``, ``bits_per_element_phase2`` and their mean ``bits_per_element_compressed``: the
             same for compressed parameters alone;
             ``encode_seconds``, ``decode_seconds`` and ``communication_seconds`` (waiting for slower ranks included) of
@@ -284,14 +285,14 @@ class CompressionState:
             if communicator.pending_fault is None:  # all ranks know, and leave out the rest of the step
                 self._failed_pass = number
             raise
-        self._count(task.layout, task.buffer, exchanged=True)
+        self._count(task.layout, task.buffer)
         if ready is not None:
             self.telemetry.add(wait_seconds=time.perf_counter() - ready)
         return result
 
-    def _count(self, layout: BucketLayout | None, buffer: torch.Tensor, exchanged: bool = False) -> None:
+    def _count(self, layout: BucketLayout | None, buffer: torch.Tensor) -> None:
         if layout is not None:
-            self.telemetry.count_bucket(layout, buffer.element_size(), exchanged)
+            self.telemetry.count_bucket(layout, buffer.element_size())
 
 
 def _forgotten_scale() -> float:

@@ -138,6 +138,11 @@ class BucketLayout:
         )
 
     @cached_property
+    def whole(self) -> Chunk:
+        """All chunks as one: every compressed tensor in one piece, then the raw elements."""
+        return BucketLayout(self.tensors, 1).chunks[0]
+
+    @cached_property
     def description(self) -> str:
         """One line that two ranks share only if their layouts are equal."""
         listing = "\n".join(f"{t.key} {t.offset} {t.numel} {t.compressed:d}" for t in self.tensors)

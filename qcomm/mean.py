@@ -32,7 +32,7 @@ class MeanTask:
         scale: the buffer holds values times this factor, and the result will; residuals are kept without it.
         index: number of the bucket for the timeline.
         fault: what went wrong before the task was queued; it is announced to the other ranks in place of the exchange.
-        strategy: ``"auto"``, ``"two_phase"`` or ``"none"``.
+        strategy: one of ``qcomm.strategies.STRATEGIES``.
         own_time: nanoseconds of this rank's last collective of the kind, for the headers (see :mod:`qcomm.chooser`).
     """
 

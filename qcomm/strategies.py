@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from qcomm.all_gather import all_gather_mean
 from qcomm.communicator import Communicator
 from qcomm.mean import MeanTask
 from qcomm.plain import plain_mean
@@ -14,8 +15,14 @@ from qcomm.two_phase import two_phase_mean
 __all__ = ["STRATEGIES", "average"]
 
 # The most exact first: of two that are equally fast, the chooser takes the earlier one.
-WAYS: Mapping[str, Callable[[MeanTask, Communicator], torch.Tensor]] = {"none": plain_mean, "two_phase": two_phase_mean}
+WAYS: Mapping[str, Callable[[MeanTask, Communicator], torch.Tensor]] = {
+    "none": plain_mean,
+    "all_gather": all_gather_mean,
+    "two_phase": two_phase_mean,
+}
 STRATEGIES = ("auto", *WAYS)
+# What "auto" chooses between.
+CANDIDATES = ("none", "two_phase")
 
 
 def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
@@ -34,7 +41,7 @@ def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
         return WAYS[task.strategy](task, communicator)
     chooser, layout = communicator.chooser, task.layout
     kind = (layout.elements, layout.compressed_elements, task.buffer.dtype, task.grid, task.feedback is None)
-    strategy = chooser.next(kind, tuple(WAYS))
+    strategy = chooser.next(kind, CANDIDATES)
     fields = task.fields.extended("strategy chosen", strategy)
     task = replace(task, fields=fields, own_time=chooser.own_time(kind))
     agreements, begin, own_time = communicator.agreements, time.perf_counter_ns(), 0

@@ -2,12 +2,12 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from qcomm.layout import BucketLayout
+from qcomm.layout import BucketLayout, Chunk
 from qcomm.quantize import Quantizer
 from qcomm.transport import Traffic
 
@@ -26,7 +26,8 @@ CHECKSUM_BYTES = 4
 class Counters:
     """Sums over collectives; the first group of names is what :meth:`Telemetry.stats` shows as it is.
 
-    "Phase 1" carries every rank's values to the owners of their chunks, "phase 2" the owners' means to every rank.
+    "Phase 1" carries every rank's values to the owners of their chunks, or to everyone where nobody owns a chunk;
+    "phase 2" the owners' means or sums to every rank.
     """
 
     steps: int = 0
@@ -50,9 +51,11 @@ class Counters:
     packet_bytes_phase2: int = 0
     raw_bytes_phase1: int = 0
     raw_bytes_phase2: int = 0
-    # Elements that were exchanged (those of a world of one are not), all and compressed.
-    exchanged: int = 0
-    exchanged_compressed: int = 0
+    # Elements that those packets carry, all and compressed.
+    packet_elements_phase1: int = 0
+    packet_elements_phase2: int = 0
+    packet_compressed_phase1: int = 0
+    packet_compressed_phase2: int = 0
 
 
 @dataclass
@@ -62,8 +65,9 @@ class Telemetry:
     Attributes:
         timeline: None, or a list that every event of every bucket is appended to.
         observer: None, or a function called with (bucket index, event) on the thread where it happens. Events, in
-            order: "ready" on the calling thread, then "encode", "exchange_1", "reduce", "exchange_2", "decode", "done"
-            on the worker thread, each at the beginning of what it names. It must not raise.
+            order: "ready" on the calling thread, then, as far as the strategy has them, "encode", "exchange_1",
+            "reduce", "exchange_2", ..., "decode", "done" on the worker thread, each at the beginning of what it names.
+            It must not raise.
     """
 
     timeline: list[Event] | None = None
@@ -107,30 +111,49 @@ class Telemetry:
         finally:
             self.add(**{counter: time.perf_counter() - begin})
 
-    def count_bucket(self, layout: BucketLayout, item_bytes: int, exchanged: bool) -> None:
-        """Counts a bucket that was averaged; ``exchanged`` is False in a world of one rank, where nothing travels."""
+    def count_bucket(self, layout: BucketLayout, item_bytes: int) -> None:
+        """Counts a bucket that was averaged."""
         self.add(
             buckets=1,
             elements=layout.elements,
             elements_compressed=layout.compressed_elements,
             bytes_uncompressed=layout.elements * item_bytes,
-            exchanged=layout.elements if exchanged else 0,
-            exchanged_compressed=layout.compressed_elements if exchanged else 0,
         )
 
-    def count_packets(self, phase: int, layout: BucketLayout, sizes: list[int], item_bytes: int) -> None:
-        """Counts the packets of a phase, one a chunk; ``item_bytes`` is what a raw value takes."""
+    def count_packets(
+        self,
+        phase: int,
+        layout: BucketLayout,
+        sizes: Sequence[int],
+        item_bytes: int,
+        chunks: Sequence[Chunk] | None = None,
+    ) -> None:
+        """Counts the packets of a phase.
+
+        Args:
+            phase: 1 or 2.
+            layout: of the buffer.
+            sizes: bytes of the packets.
+            item_bytes: what a raw value takes.
+            chunks: that the packets carry, by default all of the layout.
+        """
         raw = 0
-        for chunk in layout.chunks:
+        chunks = layout.chunks if chunks is None else chunks
+        for chunk in chunks:
             if chunk.raw_count:
                 raw += SEGMENT_BYTES + CHECKSUM_BYTES + -(-chunk.raw_count * item_bytes // 4) * 4
                 raw += 0 if chunk.compressed_count else PACKET_HEADER_BYTES
-        self.add(**{f"packet_bytes_phase{phase}": sum(sizes), f"raw_bytes_phase{phase}": raw})
+        elements, compressed = sum(c.count for c in chunks), sum(c.compressed_count for c in chunks)
+        self._count_phase(phase, sum(sizes), raw, elements, compressed)
 
     def count_plain(self, phase: int, layout: BucketLayout, item_bytes: int) -> None:
         """Counts an uncompressed phase, in which every element travels once."""
         raw = (layout.elements - layout.compressed_elements) * item_bytes
-        self.add(**{f"packet_bytes_phase{phase}": layout.elements * item_bytes, f"raw_bytes_phase{phase}": raw})
+        self._count_phase(phase, layout.elements * item_bytes, raw, layout.elements, layout.compressed_elements)
+
+    def _count_phase(self, phase: int, size: int, raw: int, elements: int, compressed: int) -> None:
+        amounts = {"packet_bytes": size, "raw_bytes": raw, "packet_elements": elements, "packet_compressed": compressed}
+        self.add(**{f"{name}_phase{phase}": amount for name, amount in amounts.items()})
 
     def note_strategy(self, index: int, strategy: str) -> None:
         """Remembers how bucket ``index`` was averaged last."""
@@ -148,22 +171,19 @@ class Telemetry:
             counters = replace(self._counters)
             tensors, strategies = dict(self._tensors), dict(sorted(self._strategies.items()))
         shown = [f.name for f in fields(Counters)][: [f.name for f in fields(Counters)].index("packet_bytes_phase1")]
-        compressed = [
-            _bits(counters.packet_bytes_phase1 - counters.raw_bytes_phase1, counters.exchanged_compressed),
-            _bits(counters.packet_bytes_phase2 - counters.raw_bytes_phase2, counters.exchanged_compressed),
-        ]
+        packets = counters.packet_bytes_phase1, counters.packet_bytes_phase2
+        coded = packets[0] - counters.raw_bytes_phase1, packets[1] - counters.raw_bytes_phase2
+        compressed = counters.packet_compressed_phase1, counters.packet_compressed_phase2
         return {
             **{name: getattr(counters, name) for name in shown},
             "bytes_sent": counters.bytes_sent_phase1 + counters.bytes_sent_phase2 + counters.bytes_sent_overhead,
             "bytes_received": counters.bytes_received_phase1
             + counters.bytes_received_phase2
             + counters.bytes_received_overhead,
-            "bits_per_element": _bits(
-                counters.packet_bytes_phase1 + counters.packet_bytes_phase2, 2 * counters.exchanged
-            ),
-            "bits_per_element_compressed": sum(compressed) / 2,
-            "bits_per_element_phase1": compressed[0],
-            "bits_per_element_phase2": compressed[1],
+            "bits_per_element": _bits(sum(packets), counters.packet_elements_phase1 + counters.packet_elements_phase2),
+            "bits_per_element_compressed": _bits(sum(coded), sum(compressed)),
+            "bits_per_element_phase1": _bits(coded[0], compressed[0]),
+            "bits_per_element_phase2": _bits(coded[1], compressed[1]),
             "strategies": strategies,
             "tensors": {
                 key: {

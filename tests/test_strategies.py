@@ -129,6 +129,29 @@ def test_a_plain_step_sends_what_error_feedback_kept(world_size):
     run(world_size, case_residuals_are_sent)
 
 
+def case_alternating(rank, world_size, strategies_in_turn, options):
+    """Whatever one way keeps, the others send."""
+    model = wrap()
+    state = attach(model, min_elements=100, grad_scale=4.0, **options)
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
+    for step in range(9):
+        state.strategy = "none" if step == 8 else strategies_in_turn[step % len(strategies_in_turn)]
+        got = backward(model, rank, step, scale=4.0)
+        for total, g, wanted in zip(sums, got, exact_mean(rank, world_size, step), strict=True):
+            total.add_(g.double() / 4 - wanted)
+        assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
+        if step == 7:
+            assert state.stats()["residual_norm"] > 0 and max(float(total.abs().max()) for total in sums) > 1e-3
+    assert state.stats()["residual_norm"] == 0.0
+    assert max(float(total.abs().max()) for total in sums) < 1e-4
+
+
+@pytest.mark.world
+@pytest.mark.parametrize(("world_size", "names", "options"), [(3, ("two_phase", "all_gather"), {})])
+def test_ways_hand_their_residuals_to_each_other(world_size, names, options):
+    run(world_size, case_alternating, names, options)
+
+
 def slow(name, seconds):
     """Makes a way to the mean take longer on this rank."""
     way = strategies.WAYS[name]
