@@ -88,8 +88,9 @@ def all_reduce(
         async_op: return at once; the tensor must be left alone until ``wait()`` of the handle has returned.
         min_elements: smaller tensors travel as they are.
         strategy: ``"two_phase"`` compresses, also the mean; ``"all_gather"`` compresses values alone, for few ranks or
-            small tensors; ``"none"`` is a plain all-reduce; ``"auto"`` tries what may be fast on the first calls for
-            tensors of this size and keeps the fastest, looking again from time to time.
+            small tensors; ``"exact_sum"`` rounds them to one grid of all ranks and loses nothing more; ``"none"`` is a
+            plain all-reduce; ``"auto"`` tries what may be fast on the first calls for tensors of this size and keeps
+            the fastest, looking again from time to time.
 
     Returns:
         None, or with ``async_op`` a handle.

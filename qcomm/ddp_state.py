@@ -48,9 +48,10 @@ class CompressionState:
         grad_scale: what the loss was multiplied by, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. Read
             once a step. Error feedback is kept without it, so that a residual stays right when the scale changes.
         strategy: ``"two_phase"`` compresses, also the means; ``"all_gather"`` compresses gradients alone, for few ranks
-            or small models; ``"none"`` is a plain all-reduce; ``"auto"`` tries what may be fast for each bucket during
-            the first steps and keeps the fastest (``stats()["strategies"]`` says which), looking again from time to
-            time. Naming one makes it run also in a world of one rank, which otherwise has nothing to do.
+            or small models; ``"exact_sum"`` rounds them to one grid of all ranks and loses nothing more; ``"none"`` is
+            a plain all-reduce; ``"auto"`` tries what may be fast for each bucket during the first steps and keeps the
+            fastest (``stats()["strategies"]`` says which), looking again from time to time. Naming one makes it run
+            also in a world of one rank, which otherwise has nothing to do.
 
     Raises:
         TypeError, ValueError: naming the argument.

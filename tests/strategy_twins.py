@@ -9,6 +9,8 @@ import twin
 from qcomm.agreement import HEADER_WORDS
 from qcomm.codec import Segment, encode
 from qcomm.quantize import Quantizer
+from qcomm.shared_grid import SharedGrid, lossless_quantizer, share, summarize
+from qcomm.statistics import measure
 
 HEADER_BYTES = 8 * HEADER_WORDS
 
@@ -57,4 +59,59 @@ def all_gather(buffers, layout, grid):
     return Expected(result, bound, sent, received)
 
 
-TWINS = {"all_gather": all_gather}
+def exact_sum(buffers, layout, grid):
+    """Integers, added as integers."""
+    world_size, dtype = len(buffers), buffers[0].dtype
+    result, bound = torch.empty_like(buffers[0]), torch.zeros_like(buffers[0])
+    values, total, summaries = [b.clone() for b in buffers], torch.empty_like(buffers[0]), []
+    codes = [[Quantizer.raw()] * len(layout.tensors) for _ in buffers]
+    steps = [0.0] * len(layout.tensors)
+    for number, tensor in enumerate(layout.tensors):
+        part = slice(tensor.offset, tensor.offset + tensor.numel)
+        parts = [b[part] for b in buffers]
+        shared = SharedGrid()
+        if tensor.compressed:
+            summaries.append([summarize(measure(x), grid, x, None, 1.0) for x in parts])
+            shared = share(grid, summaries[-1], tensor.numel, dtype)
+        steps[number] = step = shared.step
+        if not step:
+            total[part] = twin.sum_in_order(parts) * world_size
+            result[part] = twin.sum_in_order(parts)
+            if shared.constant is not None:
+                for code in codes:
+                    code[number] = Quantizer.constant(shared.constant)
+            continue
+        levels = [(x * torch.tensor(1.0 / step, dtype=dtype)).round().to(torch.int64) for x in parts]
+        for rank, q in enumerate(levels):
+            values[rank][part] = (q.double() * step).to(dtype)
+            codes[rank][number] = lossless_quantizer(values[rank][part], step, grid)
+        total[part] = (sum(levels).double() * step).to(dtype)
+        result[part] = total[part] / world_size
+        bound[part] = step / 2
+    summary_bytes = (
+        size([Segment(torch.tensor(summaries, dtype=torch.float64)[:, 0].flatten(), Quantizer.raw())])
+        if (summaries)
+        else 0
+    )
+    to_owner = [
+        [size(chunk_segments(v, chunk, code)) for chunk in layout.chunks] for v, code in zip(values, codes, strict=True)
+    ]
+    sums = []
+    for chunk in layout.chunks:
+        code = {}
+        for piece in chunk.pieces:
+            part, step = total[piece.offset : piece.offset + piece.length], steps[piece.tensor]
+            if step:
+                code[piece.tensor] = lossless_quantizer(part, step, grid)
+            else:
+                code[piece.tensor] = codes[0][piece.tensor]  # raw, or any constant: they are of one size
+        sums.append(size(chunk_segments(total, chunk, code)))
+    fixed = (world_size - 1) * (3 * HEADER_BYTES + summary_bytes)
+    sent = [fixed + sum(row) - row[r] + (world_size - 1) * sums[r] for r, row in enumerate(to_owner)]
+    received = [
+        fixed + sum(row[r] for row in to_owner) - to_owner[r][r] + sum(sums) - sums[r] for r in range(world_size)
+    ]
+    return Expected(result, bound, sent, received)
+
+
+TWINS = {"all_gather": all_gather, "exact_sum": exact_sum}

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.world
 
 STEPS = 6
 MIN_ELEMENTS = 200
-OPTIONS = {"two_phase": {}, "all_gather": {}}
+OPTIONS = {"two_phase": {}, "all_gather": {}, "exact_sum": {}}
 GRIDS = {"sigma": qcomm.SigmaGrid(step=1.0), "range": qcomm.RangeGrid(c=2)}
 
 
@@ -215,7 +215,7 @@ def test_coarse_grid():
 
 @pytest.mark.parametrize("grid", ["sigma", "range"])
 @pytest.mark.parametrize("mode", ["plain", "unused", "float64", "bfloat16", "tiny"])
-@pytest.mark.parametrize("strategy", ["all_gather"])
+@pytest.mark.parametrize("strategy", ["all_gather", "exact_sum"])
 def test_other_strategies(strategy, mode, grid):
     for error_feedback in (True, False):
         run(3, case_mode, mode, GRIDS[grid], error_feedback, strategy)
@@ -232,7 +232,7 @@ def case_alone(rank, world_size):
     plain = mlp()
     inputs = torch.randn(8, 48)
     plain(inputs).square().sum().backward()
-    for strategy in ("auto", "none", "all_gather", "two_phase"):
+    for strategy in ("auto", "none", "exact_sum", "all_gather", "two_phase"):
         model = DistributedDataParallel(copy.deepcopy(plain))
         model.zero_grad()
         state = attach(model, strategy=strategy)

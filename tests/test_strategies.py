@@ -147,7 +147,7 @@ def case_alternating(rank, world_size, strategies_in_turn, options):
 
 
 @pytest.mark.world
-@pytest.mark.parametrize(("world_size", "names", "options"), [(3, ("two_phase", "all_gather"), {})])
+@pytest.mark.parametrize(("world_size", "names", "options"), [(3, ("two_phase", "all_gather", "exact_sum"), {})])
 def test_ways_hand_their_residuals_to_each_other(world_size, names, options):
     run(world_size, case_alternating, names, options)
 
