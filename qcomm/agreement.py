@@ -40,6 +40,7 @@ class Phase(IntEnum):
     DECODE = 4  # decoding the means
     MEASURE = 5  # before ranks agree on a shared grid
     QUANTIZE = 6  # on that grid
+    NODE = 7  # adding the values of a node, encoding their sum
 
     def __str__(self) -> str:
         texts = {
@@ -49,6 +50,7 @@ class Phase(IntEnum):
             Phase.DECODE: "decoding the result",
             Phase.MEASURE: "measuring its values",
             Phase.QUANTIZE: "quantizing its values on the shared grid",
+            Phase.NODE: "adding and compressing its node's values",
         }
         return texts[self]
 

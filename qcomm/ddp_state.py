@@ -16,6 +16,7 @@ from qcomm.ddp_checks import check_grad_scale, check_scale
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import CollectiveError
 from qcomm.grids import Grid, SigmaGrid
+from qcomm.hierarchical import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask
 from qcomm.strategies import average
@@ -49,9 +50,13 @@ class CompressionState:
             once a step. Error feedback is kept without it, so that a residual stays right when the scale changes.
         strategy: ``"two_phase"`` compresses, also the means; ``"all_gather"`` compresses gradients alone, for few ranks
             or small models; ``"exact_sum"`` rounds them to one grid of all ranks and loses nothing more; ``"none"`` is
-            a plain all-reduce; ``"auto"`` tries what may be fast for each bucket during the first steps and keeps the
-            fastest (``stats()["strategies"]`` says which), looking again from time to time. Naming one makes it run
-            also in a world of one rank, which otherwise has nothing to do.
+            a plain all-reduce; ``"hierarchical"`` adds uncompressed gradients inside a node and compresses between
+            nodes; ``"auto"`` tries what may be fast for each bucket during the first steps and keeps the fastest
+            (``stats()["strategies"]`` says which), looking again from time to time. Naming one makes it run also in a
+            world of one rank, which otherwise has nothing to do.
+        ranks_per_node: for ``"hierarchical"``: ranks 0 to ``ranks_per_node - 1`` of the group are one node, and so on;
+            any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
+            set.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -72,10 +77,12 @@ class CompressionState:
         exclude: Sequence[str] = (),
         grad_scale: GradScale = None,
         strategy: str = "auto",
+        ranks_per_node: int | None = None,
     ) -> None:
         check_grid(grid)
         check_min_elements(min_elements)
         check_strategy(strategy)
+        check_ranks_per_node(ranks_per_node)
         if not isinstance(error_feedback, bool):
             raise TypeError(f"error_feedback must be a bool, got {type(error_feedback).__name__}")
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int):
@@ -91,6 +98,7 @@ class CompressionState:
         self.warmup_steps = warmup_steps
         self.grad_scale = grad_scale
         self.strategy = strategy
+        self.ranks_per_node = ranks_per_node
         self.telemetry = Telemetry()
         options = {
             "grid": grid.describe(),
@@ -99,6 +107,7 @@ class CompressionState:
             "warmup_steps": str(warmup_steps),
             "exclude": str(list(exclude)),
             "strategy": strategy,
+            "ranks_per_node": str(ranks_per_node),
         }
         self._table = BucketTable(options, min_elements, exclude)
         self._feedback = ErrorFeedback() if error_feedback else None
@@ -127,9 +136,9 @@ class CompressionState:
         Returns:
             ``steps``, ``buckets``, ``elements``, ``elements_compressed``;
             ``bytes_sent``, ``bytes_received``: all that was handed to sends and receives, and the same apart as
-            ``..._phase1`` (values to the owners of chunks), ``..._phase2`` (means to everyone) and ``..._overhead``
-            (headers that announce sizes); of an uncompressed all-reduce, which is not this library's, what a ring
-            sends: 2 (W - 1) / W times the buffer;
+            ``..._phase1`` (values to the owners of chunks), ``..._phase2`` (means to everyone), ``..._inside``
+            (uncompressed values inside a node) and ``..._overhead`` (headers that announce sizes); of an uncompressed
+            all-reduce, which is not this library's, what a ring sends: 2 (W - 1) / W times the buffer;
             ``bytes_uncompressed``: of the gradients, once;
             ``bits_per_element``: of all elements, the mean of both phases (strategy all_gather has one), all bytes of
             packets counted, also of those that a rank keeps for itself;
@@ -260,6 +269,9 @@ class CompressionState:
             scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
             self._scale = 1.0 if scale is None else check_scale(scale)
         layout, fields = self._table.look_up(bucket, world_size, warming_up=self._step <= self.warmup_steps)
+        node_size = resolve_ranks_per_node(self.ranks_per_node, world_size, self.strategy)
+        if self.strategy == "hierarchical":
+            fields = fields.extended("ranks per node", str(node_size))
         if self.grad_scale is not None:
             fields = fields.extended("grad_scale", repr(self._scale))
         return MeanTask(
@@ -272,6 +284,7 @@ class CompressionState:
             self._scale,
             bucket.index(),
             strategy=self.strategy,
+            ranks_per_node=node_size,
         )
 
     def _run(self, task: MeanTask, communicator: Communicator, number: int, ready: float | None) -> torch.Tensor:

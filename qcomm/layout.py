@@ -159,6 +159,13 @@ def gather_runs(buffer: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def gather_chunk(buffer: torch.Tensor, chunk: Chunk, out: torch.Tensor) -> None:
+    """Copies a chunk's elements, pieces then raw runs, from where they are in ``buffer`` into the 1-D ``out``."""
+    places = [(piece.offset, piece.length) for piece in chunk.pieces] + list(chunk.raw_runs)
+    for target, (offset, length) in zip(out.split([length for _, length in places]), places, strict=True):
+        target.copy_(buffer[offset : offset + length])
+
+
 def scatter_chunk(values: torch.Tensor, chunk: Chunk, buffer: torch.Tensor) -> None:
     """Copies a chunk's decoded ``values``, pieces then raw runs, to where they belong in ``buffer``."""
     places = [(piece.offset, piece.length) for piece in chunk.pieces] + list(chunk.raw_runs)

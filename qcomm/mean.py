@@ -33,6 +33,7 @@ class MeanTask:
         index: number of the bucket for the timeline.
         fault: what went wrong before the task was queued; it is announced to the other ranks in place of the exchange.
         strategy: one of ``qcomm.strategies.STRATEGIES``.
+        ranks_per_node: of the strategy hierarchical; a divisor of the number of ranks.
         own_time: nanoseconds of this rank's last collective of the kind, for the headers (see :mod:`qcomm.chooser`).
     """
 
@@ -46,6 +47,7 @@ class MeanTask:
     index: int = 0
     fault: Fault | None = None
     strategy: str = "two_phase"
+    ranks_per_node: int = 1
     own_time: int = 0
 
     @property

@@ -9,6 +9,7 @@ import torch
 from qcomm.all_gather import all_gather_mean
 from qcomm.communicator import Communicator
 from qcomm.exact_sum import exact_sum_mean
+from qcomm.hierarchical import hierarchical_mean
 from qcomm.mean import MeanTask
 from qcomm.plain import plain_mean
 from qcomm.two_phase import two_phase_mean
@@ -20,6 +21,7 @@ WAYS: Mapping[str, Callable[[MeanTask, Communicator], torch.Tensor]] = {
     "none": plain_mean,
     "exact_sum": exact_sum_mean,
     "all_gather": all_gather_mean,
+    "hierarchical": hierarchical_mean,
     "two_phase": two_phase_mean,
 }
 STRATEGIES = ("auto", *WAYS)

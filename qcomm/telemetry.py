@@ -16,6 +16,10 @@ __all__ = ["Counters", "Event", "Telemetry"]
 # (bucket index, what happened, seconds on time.perf_counter's clock)
 Event = tuple[int, str, float]
 
+# What bytes are for: the two phases, uncompressed values inside a node, headers that announce sizes and other small
+# things.
+TRAFFIC_KINDS = ("phase1", "phase2", "inside", "overhead")
+
 # A packet's fixed costs (docs/format.md): header and one dimension; a segment record; a checksum.
 PACKET_HEADER_BYTES = 48
 SEGMENT_BYTES = 32
@@ -37,9 +41,11 @@ class Counters:
     bytes_uncompressed: int = 0
     bytes_sent_phase1: int = 0
     bytes_sent_phase2: int = 0
+    bytes_sent_inside: int = 0
     bytes_sent_overhead: int = 0
     bytes_received_phase1: int = 0
     bytes_received_phase2: int = 0
+    bytes_received_inside: int = 0
     bytes_received_overhead: int = 0
     nonfinite_tensors: int = 0
     encode_seconds: float = 0.0
@@ -99,7 +105,7 @@ class Telemetry:
                 setattr(self._counters, name, getattr(self._counters, name) + amount)
 
     def add_traffic(self, kind: str, traffic: Traffic) -> None:
-        """Counts bytes of ``kind``: "phase1", "phase2" or "overhead" (headers that announce sizes)."""
+        """Counts bytes of ``kind``: one of TRAFFIC_KINDS."""
         self.add(**{f"bytes_sent_{kind}": traffic.sent, f"bytes_received_{kind}": traffic.received})
 
     @contextmanager
@@ -176,10 +182,8 @@ class Telemetry:
         compressed = counters.packet_compressed_phase1, counters.packet_compressed_phase2
         return {
             **{name: getattr(counters, name) for name in shown},
-            "bytes_sent": counters.bytes_sent_phase1 + counters.bytes_sent_phase2 + counters.bytes_sent_overhead,
-            "bytes_received": counters.bytes_received_phase1
-            + counters.bytes_received_phase2
-            + counters.bytes_received_overhead,
+            "bytes_sent": sum(getattr(counters, f"bytes_sent_{kind}") for kind in TRAFFIC_KINDS),
+            "bytes_received": sum(getattr(counters, f"bytes_received_{kind}") for kind in TRAFFIC_KINDS),
             "bits_per_element": _bits(sum(packets), counters.packet_elements_phase1 + counters.packet_elements_phase2),
             "bits_per_element_compressed": _bits(sum(coded), sum(compressed)),
             "bits_per_element_phase1": _bits(coded[0], compressed[0]),

@@ -43,7 +43,7 @@ def check(rank, strategy, grid, inputs, min_elements=0, **options):
     dtype, count, world_size = inputs[0].dtype, inputs[0].numel(), len(inputs)
     wire = [x.to(torch.float64 if dtype == torch.float64 else torch.float32) for x in inputs]
     layout = BucketLayout([TensorSpec("tensor", 0, count, count >= max(min_elements, 1))], world_size)
-    expected = TWINS[strategy](wire, layout, grid, **options)
+    expected = TWINS[strategy](wire, layout, grid, dtype.itemsize, **options)
     tensor = inputs[rank].clone()
     with counting_bytes() if world_size > 1 else nullcontext() as counting:
         work = qcomm.all_reduce(tensor, grid, min_elements=min_elements, strategy=strategy, async_op=True, **options)

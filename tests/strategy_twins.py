@@ -8,7 +8,7 @@ import twin
 
 from qcomm.agreement import HEADER_WORDS
 from qcomm.codec import Segment, encode
-from qcomm.quantize import Quantizer
+from qcomm.quantize import Coding, Quantizer
 from qcomm.shared_grid import SharedGrid, lossless_quantizer, share, summarize
 from qcomm.statistics import measure
 
@@ -38,7 +38,7 @@ def chunk_segments(values, chunk, quantizers):
     return segments
 
 
-def all_gather(buffers, layout, grid):
+def all_gather(buffers, layout, grid, item_bytes=0):
     world_size = len(buffers)
     result, bound = torch.empty_like(buffers[0]), torch.zeros_like(buffers[0])
     quantizers = [
@@ -59,7 +59,7 @@ def all_gather(buffers, layout, grid):
     return Expected(result, bound, sent, received)
 
 
-def exact_sum(buffers, layout, grid):
+def exact_sum(buffers, layout, grid, item_bytes=0):
     """Integers, added as integers."""
     world_size, dtype = len(buffers), buffers[0].dtype
     result, bound = torch.empty_like(buffers[0]), torch.zeros_like(buffers[0])
@@ -114,4 +114,60 @@ def exact_sum(buffers, layout, grid):
     return Expected(result, bound, sent, received)
 
 
-TWINS = {"all_gather": all_gather, "exact_sum": exact_sum}
+def hierarchical(buffers, layout, grid, item_bytes=0, ranks_per_node=1):
+    """Nodes first, chunk by chunk."""
+    world_size, dtype = len(buffers), buffers[0].dtype
+    nodes = world_size // ranks_per_node
+    result, bound = torch.empty_like(buffers[0]), torch.zeros_like(buffers[0])
+    headers = 4 * (world_size - 1) * HEADER_BYTES
+    sent, received = [headers] * world_size, [headers] * world_size
+    for rank in range(world_size):
+        local = rank % ranks_per_node
+        own = sum(chunk.count for chunk in layout.chunks[local * nodes : (local + 1) * nodes])
+        others, copies = layout.elements - own, (ranks_per_node - 1) * own
+        sent[rank] += others * dtype.itemsize + copies * item_bytes
+        received[rank] += copies * dtype.itemsize + others * item_bytes
+
+    def quantizer(values, grid):
+        found = twin.quantizer_for(values, grid)
+        return found if nodes > 1 or found.coding == Coding.CONSTANT else Quantizer.raw()
+
+    def total(parts):
+        added = parts[0].clone()
+        for part in parts[1:]:
+            added += part
+        return added
+
+    for number, chunk in enumerate(layout.chunks):
+        local, owner_node = divmod(number, nodes)
+        owner = owner_node * ranks_per_node + local
+        sums = []
+        for node in range(nodes):
+            neighbours = range(node * ranks_per_node, (node + 1) * ranks_per_node)
+            sums.append(total([buffers[rank] for rank in neighbours]))
+        places = {p.tensor: slice(p.offset, p.offset + p.length) for p in chunk.pieces}
+        first = [{t: quantizer(x[part], grid) for t, part in places.items()} for x in sums]
+        second = {}
+        for t, part in places.items():
+            mean = total([twin.lossy(x[part], q[t]) for x, q in zip(sums, first, strict=True)]) / world_size
+            second[t] = quantizer(mean, twin.owner_grid(grid))
+            result[part] = mean
+            bound[part] = (sum(q[t].step for q in first) / world_size + second[t].step) / 2
+        for offset, length in chunk.raw_runs:
+            part = slice(offset, offset + length)
+            result[part] = total([x[part] for x in sums]) / world_size
+        values = [size(chunk_segments(x, chunk, q)) for x, q in zip(sums, first, strict=True)]
+        mean = size(chunk_segments(result, chunk, second))
+        for t, part in places.items():
+            result[part] = twin.lossy(result[part], second[t])
+        for node in range(nodes):
+            if node != owner_node:
+                rank = node * ranks_per_node + local
+                sent[rank] += values[node]
+                received[owner] += values[node]
+                sent[owner] += mean
+                received[rank] += mean
+    return Expected(result, bound, sent, received)
+
+
+TWINS = {"all_gather": all_gather, "exact_sum": exact_sum, "hierarchical": hierarchical}

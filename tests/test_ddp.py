@@ -19,7 +19,7 @@ pytestmark = pytest.mark.world
 
 STEPS = 6
 MIN_ELEMENTS = 200
-OPTIONS = {"two_phase": {}, "all_gather": {}, "exact_sum": {}}
+OPTIONS = {"two_phase": {}, "all_gather": {}, "exact_sum": {}, "hierarchical": {"ranks_per_node": 2}}
 GRIDS = {"sigma": qcomm.SigmaGrid(step=1.0), "range": qcomm.RangeGrid(c=2)}
 
 
@@ -114,7 +114,8 @@ def bounds(spied, grid, strategy):
     for buckets in zip(*gathered(spied), strict=True):
         layout, dtype = buckets[0][1], buckets[0][0].dtype
         wire = [buffer.double() if dtype == torch.float64 else buffer.float() for buffer, _ in buckets]
-        bound = (twin.mean if strategy == "two_phase" else TWINS[strategy])(wire, layout, grid)[1]
+        way = twin.mean if strategy == "two_phase" else TWINS[strategy]
+        bound = way(wire, layout, grid, **OPTIONS[strategy])[1]
         for tensor in layout.tensors:
             part = slice(tensor.offset, tensor.offset + tensor.numel)
             result[tensor.key] = bound[part].double() + twin.rounding([buffer[part] for buffer in wire], dtype)
@@ -215,10 +216,10 @@ def test_coarse_grid():
 
 @pytest.mark.parametrize("grid", ["sigma", "range"])
 @pytest.mark.parametrize("mode", ["plain", "unused", "float64", "bfloat16", "tiny"])
-@pytest.mark.parametrize("strategy", ["all_gather", "exact_sum"])
-def test_other_strategies(strategy, mode, grid):
+@pytest.mark.parametrize(("world_size", "strategy"), [(3, "all_gather"), (3, "exact_sum"), (4, "hierarchical")])
+def test_other_strategies(world_size, strategy, mode, grid):
     for error_feedback in (True, False):
-        run(3, case_mode, mode, GRIDS[grid], error_feedback, strategy)
+        run(world_size, case_mode, mode, GRIDS[grid], error_feedback, strategy)
 
 
 @pytest.mark.parametrize("mode", ["plain", "unused", "tiny"])

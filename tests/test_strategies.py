@@ -147,7 +147,14 @@ def case_alternating(rank, world_size, strategies_in_turn, options):
 
 
 @pytest.mark.world
-@pytest.mark.parametrize(("world_size", "names", "options"), [(3, ("two_phase", "all_gather", "exact_sum"), {})])
+@pytest.mark.parametrize(
+    ("world_size", "names", "options"),
+    [
+        (3, ("two_phase", "all_gather", "exact_sum"), {}),
+        (4, ("two_phase", "hierarchical", "exact_sum"), {"ranks_per_node": 2}),
+        (4, ("hierarchical", "all_gather", "two_phase"), {"ranks_per_node": 4}),
+    ],
+)
 def test_ways_hand_their_residuals_to_each_other(world_size, names, options):
     run(world_size, case_alternating, names, options)
 
