@@ -149,6 +149,10 @@ def train(
             rich_help_panel=_EXCHANGE,
         ),
     ] = "two_phase",
+    ranks_per_node: Annotated[
+        int | None,
+        typer.Option(help="Of the strategy hierarchical.", show_default="the launcher's", rich_help_panel=_EXCHANGE),
+    ] = None,
     min_elements: Annotated[
         int, typer.Option(help="Smaller tensors travel uncompressed.", rich_help_panel=_EXCHANGE)
     ] = 1024,
@@ -210,6 +214,7 @@ def train(
             c=6.0 if c is None else c,
             error_feedback=error_feedback,
             strategy=strategy,
+            ranks_per_node=ranks_per_node,
             min_elements=min_elements,
             compression_warmup_steps=compression_warmup_steps,
             threads=threads,
