@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import twin
 from distributed import assert_same_on_all_ranks, counting_bytes, gathered
 from strategy_twins import TWINS
@@ -126,3 +127,13 @@ def check_faults(rank, world_size, strategy, module, steps, last, **options):
     assert "strategy: " in str(error) and f"{strategy} on rank 1" in str(error), error
     check_works(rank, world_size, strategy, **options)
     assert all(gathered(True))
+
+
+def check_lie(rank, world_size, strategy, module, name, lie, match, **options):
+    """What rank 1 sends instead of the result of ``module.name`` is refused, and every rank gets an error."""
+    group = dist.new_group()  # its connections may be gone afterwards
+    with mock.patch.object(module, name, return_value=lie) if rank == 1 else nullcontext():
+        error = error_of(strategy, group=group, **options)
+    assert isinstance(error, qcomm.CollectiveError), error
+    assert any(match in str(other) for other in gathered(str(error))), error
+    check_works(rank, world_size, strategy, **options)

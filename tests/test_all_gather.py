@@ -27,6 +27,16 @@ def test_faults_and_mismatches_reach_all_ranks(world_size):
     run(world_size, case_faults)
 
 
+def case_lies(rank, world_size):
+    for size, match in ((10_000_000, "rank 1 announced a packet of 10000000 bytes"), (100, "packet of rank 1")):
+        lie = torch.zeros(size, dtype=torch.uint8)
+        strategy_cases.check_lie(rank, world_size, "all_gather", all_gather, "_encode", lie, match)
+
+
+def test_bytes_that_are_no_packet_are_refused():
+    run(3, case_lies)
+
+
 def case_exactness(rank, world_size):
     """The owners' second quantization is what two_phase adds."""
     inputs = [strategy_cases.values("gauss", 50_000, seed) for seed in range(world_size)]

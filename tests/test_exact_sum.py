@@ -157,6 +157,19 @@ def test_faults_and_mismatches_reach_all_ranks(world_size):
     run(world_size, case_faults)
 
 
+def case_lies(rank, world_size):
+    for size, match in ((10_000_000, "rank 1 announced a packet of 10000000 bytes"), (100, "packet of rank 1")):
+        for name in ("_encode_values", "_add_chunk"):
+            part = torch.zeros(size, dtype=torch.uint8)
+            lie = part if name == "_add_chunk" else [part] * world_size
+            strategy_cases.check_lie(rank, world_size, "exact_sum", exact_sum, name, lie, match)
+
+
+@pytest.mark.world
+def test_bytes_that_are_no_packet_are_refused():
+    run(3, case_lies)
+
+
 def case_nonfinite(rank, world_size):
     for grid in (qcomm.SigmaGrid(), qcomm.RangeGrid(c=2)):
         for poison in (torch.nan, torch.inf, -torch.inf):
