@@ -7,6 +7,7 @@ from qcomm.ddp import CompressionState, attach, compression_hook
 from qcomm.entropy import estimate_entropy
 from qcomm.errors import CollectiveError, ConfigMismatchError, PacketError
 from qcomm.grids import RangeGrid, SigmaGrid
+from qcomm.launchers import init_from_environment
 
 __version__ = "0.1.0"
 
@@ -26,5 +27,6 @@ __all__ = [
     "cpu_features",
     "decompress",
     "estimate_entropy",
+    "init_from_environment",
     "inspect",
 ]

@@ -28,12 +28,19 @@ DETAIL_BYTES = 4096
 
 
 class Phase(IntEnum):
-    """What a rank was doing when it failed."""
+    """What a rank was doing when it failed.
+
+    In a header also what it has just finished. The first headers of every strategy say ENCODE, so that ranks that are
+    about to do different things find out there.
+    """
 
     PREPARE = 1  # checking the arguments, finding out the layout
     ENCODE = 2
     REDUCE = 3  # decoding the others' packets of the own chunk, encoding their mean
     DECODE = 4  # decoding the means
+    MEASURE = 5  # before ranks agree on a shared grid
+    QUANTIZE = 6  # on that grid
+    NODE = 7  # adding the values of a node, encoding their sum
 
     def __str__(self) -> str:
         texts = {
@@ -41,6 +48,9 @@ class Phase(IntEnum):
             Phase.ENCODE: "compressing its values",
             Phase.REDUCE: "averaging its chunk",
             Phase.DECODE: "decoding the result",
+            Phase.MEASURE: "measuring its values",
+            Phase.QUANTIZE: "quantizing its values on the shared grid",
+            Phase.NODE: "adding and compressing its node's values",
         }
         return texts[self]
 

@@ -46,6 +46,8 @@ From the last one: [green]qcomm train --method qcomm --resume runs/a/qcomm-k1 --
 
 Under torchrun: [green]torchrun --standalone --nproc_per_node=2 -m qcomm train --model resnet18
 --dataset cifar10 --data-dir cifar-10-batches-py --grid sigma --step 1[/green]
+
+Under mpirun: [green]mpirun -np 4 qcomm train --step 1[/green]
 """
 
 
@@ -149,6 +151,10 @@ def train(
             rich_help_panel=_EXCHANGE,
         ),
     ] = "two_phase",
+    ranks_per_node: Annotated[
+        int | None,
+        typer.Option(help="Of the strategy hierarchical.", show_default="the launcher's", rich_help_panel=_EXCHANGE),
+    ] = None,
     min_elements: Annotated[
         int, typer.Option(help="Smaller tensors travel uncompressed.", rich_help_panel=_EXCHANGE)
     ] = 1024,
@@ -156,7 +162,8 @@ def train(
         int, typer.Option(help="So many first steps travel uncompressed.", rich_help_panel=_EXCHANGE)
     ] = 0,
     ranks: Annotated[
-        int | None, typer.Option(help="Processes to start here.", show_default="2, or torchrun's", rich_help_panel=_RUN)
+        int | None,
+        typer.Option(help="Processes to start here.", show_default="2, or the launcher's", rich_help_panel=_RUN),
     ] = None,
     threads: Annotated[int, typer.Option(help="Of torch, per rank.", rich_help_panel=_RUN)] = 1,
     out: Annotated[
@@ -210,6 +217,7 @@ def train(
             c=6.0 if c is None else c,
             error_feedback=error_feedback,
             strategy=strategy,
+            ranks_per_node=ranks_per_node,
             min_elements=min_elements,
             compression_warmup_steps=compression_warmup_steps,
             threads=threads,

@@ -9,6 +9,7 @@ from qcomm._native import check_floats, check_num_threads
 from qcomm.agreement import Fault, Fields, Phase
 from qcomm.communicator import Ticket, completed, get_communicator, resolve_group
 from qcomm.grids import Grid, RangeGrid, SigmaGrid
+from qcomm.hierarchical import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.mean import MeanTask
 from qcomm.strategies import STRATEGIES, average
@@ -69,6 +70,7 @@ def all_reduce(
     async_op: bool = False,
     min_elements: int = 1024,
     strategy: str = "auto",
+    ranks_per_node: int | None = None,
     num_threads: int = 1,
 ) -> AllReduceWork | None:
     """Replaces a tensor by its mean over all ranks, exchanging compressed values. All ranks end with the same bits.
@@ -88,8 +90,14 @@ def all_reduce(
             with the group's timeout.
         async_op: return at once; the tensor must be left alone until ``wait()`` of the handle has returned.
         min_elements: smaller tensors travel as they are.
-        strategy: ``"two_phase"`` compresses, ``"none"`` is a plain all-reduce, ``"auto"`` tries both on the first calls
-            for tensors of this size and keeps the faster one, looking again from time to time.
+        strategy: ``"two_phase"`` compresses, also the mean; ``"all_gather"`` compresses values alone, for few ranks or
+            small tensors; ``"exact_sum"`` rounds them to one grid of all ranks and loses nothing more; ``"none"`` is a
+            plain all-reduce; ``"hierarchical"`` adds uncompressed values inside a node and compresses between nodes;
+            ``"auto"`` tries what may be fast on the first calls for tensors of this size and keeps the fastest, looking
+            again from time to time.
+        ranks_per_node: for ``"hierarchical"``: ranks 0 to ``ranks_per_node - 1`` of the group are one node, and so on;
+            any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
+            set.
         num_threads: most that encode and decode at once on this rank; other ranks may pass another number.
 
     Returns:
@@ -112,10 +120,12 @@ def all_reduce(
     """
     group = resolve_group(group)
     world_size = dist.get_world_size(group)
-    fault = None
+    fault, node_size = None, 1
     try:
         _check_arguments(tensor, grid, min_elements, strategy)
         check_num_threads(num_threads)
+        check_ranks_per_node(ranks_per_node)
+        node_size = resolve_ranks_per_node(ranks_per_node, world_size, strategy)
     except (TypeError, ValueError) as error:
         if world_size == 1:
             raise
@@ -139,11 +149,21 @@ def all_reduce(
                 "grid": grid.describe(),
                 "min_elements": str(min_elements),
                 "strategy": strategy,
+                "ranks_per_node": str(node_size),
                 "shape": str(list(tensor.shape)),
                 "dtype": str(tensor.dtype),
             }
         )
-        task = MeanTask(flat, layout, grid, fields, telemetry, strategy=strategy, num_threads=num_threads)
+        task = MeanTask(
+            flat,
+            layout,
+            grid,
+            fields,
+            telemetry,
+            strategy=strategy,
+            num_threads=num_threads,
+            ranks_per_node=node_size,
+        )
         work = AllReduceWork(_submit(group, task, tensor), telemetry)
     if async_op:
         return work

@@ -17,6 +17,7 @@ from qcomm.ddp_checks import check_grad_scale, check_scale
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import CollectiveError
 from qcomm.grids import Grid, SigmaGrid
+from qcomm.hierarchical import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask
 from qcomm.strategies import average
@@ -49,9 +50,15 @@ class CompressionState:
             which knows the names.
         grad_scale: what the loss was multiplied by, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. Read
             once a step. Error feedback is kept without it, so that a residual stays right when the scale changes.
-        strategy: ``"two_phase"`` compresses, ``"none"`` is a plain all-reduce, ``"auto"`` tries both for each bucket
-            during the first steps and keeps the faster one (``stats()["strategies"]`` says which), looking again from
-            time to time. Naming one makes it run also in a world of one rank, which otherwise has nothing to do.
+        strategy: ``"two_phase"`` compresses, also the means; ``"all_gather"`` compresses gradients alone, for few ranks
+            or small models; ``"exact_sum"`` rounds them to one grid of all ranks and loses nothing more; ``"none"`` is
+            a plain all-reduce; ``"hierarchical"`` adds uncompressed gradients inside a node and compresses between
+            nodes; ``"auto"`` tries what may be fast for each bucket during the first steps and keeps the fastest
+            (``stats()["strategies"]`` says which), looking again from time to time. Naming one makes it run also in a
+            world of one rank, which otherwise has nothing to do.
+        ranks_per_node: for ``"hierarchical"``: ranks 0 to ``ranks_per_node - 1`` of the group are one node, and so on;
+            any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
+            set.
         num_threads: most that encode and decode at once on this rank, beside those of backward. Results do not depend
             on it, and ranks may differ in it.
 
@@ -74,12 +81,14 @@ class CompressionState:
         exclude: Sequence[str] = (),
         grad_scale: GradScale = None,
         strategy: str = "auto",
+        ranks_per_node: int | None = None,
         num_threads: int = 1,
     ) -> None:
         check_grid(grid)
         check_min_elements(min_elements)
         check_strategy(strategy)
         check_num_threads(num_threads)
+        check_ranks_per_node(ranks_per_node)
         if not isinstance(error_feedback, bool):
             raise TypeError(f"error_feedback must be a bool, got {type(error_feedback).__name__}")
         if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int):
@@ -96,6 +105,7 @@ class CompressionState:
         self.grad_scale = grad_scale
         self.strategy = strategy
         self.num_threads = num_threads
+        self.ranks_per_node = ranks_per_node
         self.telemetry = Telemetry()
         options = {
             "grid": grid.describe(),
@@ -104,6 +114,7 @@ class CompressionState:
             "warmup_steps": str(warmup_steps),
             "exclude": str(list(exclude)),
             "strategy": strategy,
+            "ranks_per_node": str(ranks_per_node),
         }
         self._table = BucketTable(options, min_elements, exclude)
         self._feedback = ErrorFeedback() if error_feedback else None
@@ -132,12 +143,12 @@ class CompressionState:
         Returns:
             ``steps``, ``buckets``, ``elements``, ``elements_compressed``;
             ``bytes_sent``, ``bytes_received``: all that was handed to sends and receives, and the same apart as
-            ``..._phase1`` (values to the owners of chunks), ``..._phase2`` (means to everyone) and ``..._overhead``
-            (headers that announce sizes); of an uncompressed all-reduce, which is not this library's, what a ring
-            sends: 2 (W - 1) / W times the buffer;
+            ``..._phase1`` (values to the owners of chunks), ``..._phase2`` (means to everyone), ``..._inside``
+            (uncompressed values inside a node) and ``..._overhead`` (headers that announce sizes); of an uncompressed
+            all-reduce, which is not this library's, what a ring sends: 2 (W - 1) / W times the buffer;
             ``bytes_uncompressed``: of the gradients, once;
-            ``bits_per_element``: of all elements, the mean of both phases, all bytes of packets counted: of those sent
-            to owners, and of all means;
+            ``bits_per_element``: of all elements, the mean of both phases (strategy all_gather has one), all bytes of
+            packets counted: of those sent to owners, and of all means;
             ``bits_per_element_phase1``, ``bits_per_element_phase2`` and their mean ``bits_per_element_compressed``: the
             same for compressed parameters alone;
             ``encode_seconds``, ``decode_seconds`` and ``communication_seconds`` (waiting for slower ranks included) of
@@ -265,6 +276,9 @@ class CompressionState:
             scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
             self._scale = 1.0 if scale is None else check_scale(scale)
         layout, fields = self._table.look_up(bucket, world_size, warming_up=self._step <= self.warmup_steps)
+        node_size = resolve_ranks_per_node(self.ranks_per_node, world_size, self.strategy)
+        if self.strategy == "hierarchical":
+            fields = fields.extended("ranks per node", str(node_size))
         if self.grad_scale is not None:
             fields = fields.extended("grad_scale", repr(self._scale))
         return MeanTask(
@@ -278,6 +292,7 @@ class CompressionState:
             bucket.index(),
             strategy=self.strategy,
             num_threads=self.num_threads,
+            ranks_per_node=node_size,
         )
 
     def _run(self, task: MeanTask, communicator: Communicator, number: int, ready: float | None) -> torch.Tensor:

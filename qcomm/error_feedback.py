@@ -102,11 +102,17 @@ class ErrorFeedback:
         del self._local[key]
         return residual
 
-    def adopt(self, layout: BucketLayout, rank: int) -> None:
-        """Prepares for a collective with this layout: moves owner residuals whose part changed into the local ones."""
+    def adopt(self, layout: BucketLayout, chunk: int | None) -> None:
+        """Prepares for a collective with this layout: moves owner residuals whose part changed into the local ones.
+
+        Args:
+            layout: of the buffer.
+            chunk: number of the chunk whose mean this rank quantizes; None where it quantizes no mean.
+        """
         if self._world_size != layout.world_size:
             self._resize(layout.world_size)
-        parts = {layout.tensors[piece.tensor].key: (piece.start, piece.length) for piece in layout.chunks[rank].pieces}
+        pieces = () if chunk is None else layout.chunks[chunk].pieces
+        parts = {layout.tensors[piece.tensor].key: (piece.start, piece.length) for piece in pieces}
         for tensor in layout.tensors:
             known = self._owner.get(tensor.key)
             if known is not None and tensor.compressed and parts.get(tensor.key) != (known[0], known[1].numel()):

@@ -182,6 +182,11 @@ class BucketLayout:
         ]
 
     @cached_property
+    def whole(self) -> Chunk:
+        """All chunks as one: every compressed tensor in one piece, then the raw elements."""
+        return BucketLayout(self.tensors, 1).chunks[0]
+
+    @cached_property
     def description(self) -> str:
         """One line that two ranks share only if their layouts are equal."""
         listing = "\n".join(f"{t.key} {t.offset} {t.numel} {t.compressed:d}" for t in self.tensors)
@@ -196,6 +201,13 @@ def gather_runs(buffer: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.
     """Elements of ``runs`` as one 1-D tensor: a view where there is one run, otherwise a copy."""
     parts = [buffer[offset : offset + length] for offset, length in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def gather_chunk(buffer: torch.Tensor, chunk: Chunk, out: torch.Tensor) -> None:
+    """Copies a chunk's elements, pieces then raw runs, from where they are in ``buffer`` into the 1-D ``out``."""
+    places = [(piece.offset, piece.length) for piece in chunk.pieces] + list(chunk.raw_runs)
+    for target, (offset, length) in zip(out.split([length for _, length in places]), places, strict=True):
+        target.copy_(buffer[offset : offset + length])
 
 
 def scatter_chunk(values: torch.Tensor, chunk: Chunk, buffer: torch.Tensor) -> None:

@@ -32,7 +32,8 @@ class MeanTask:
         scale: the buffer holds values times this factor, and the result will; residuals are kept without it.
         index: number of the bucket for the timeline.
         fault: what went wrong before the task was queued; it is announced to the other ranks in place of the exchange.
-        strategy: ``"auto"``, ``"two_phase"`` or ``"none"``.
+        strategy: one of ``qcomm.strategies.STRATEGIES``.
+        ranks_per_node: of the strategy hierarchical; a divisor of the number of ranks.
         own_time: nanoseconds of this rank's last collective of the kind, for the headers (see :mod:`qcomm.chooser`).
         num_threads: most that encode and decode at once; need not be equal on all ranks.
     """
@@ -47,6 +48,7 @@ class MeanTask:
     index: int = 0
     fault: Fault | None = None
     strategy: str = "two_phase"
+    ranks_per_node: int = 1
     own_time: int = 0
     num_threads: int = 1
 

@@ -7,35 +7,22 @@ from dataclasses import replace
 import torch
 
 from qcomm._native import GridKind
-from qcomm.codec import Segment, decode_into, encode
+from qcomm.codec import Segment, encode
 from qcomm.errors import PacketError
 from qcomm.grids import Grid, SigmaGrid
 from qcomm.layout import Chunk, Piece, gather_runs, scatter_chunk
 from qcomm.mean import MeanTask, is_zero
+from qcomm.packets import size_limit, unpack, wire_dtype
 from qcomm.quantize import Code, Quantizer, plan
 from qcomm.slices import Slice
 from qcomm.statistics import measure
 
-__all__ = ["MeanSteps", "owner_grid", "packet_limit"]
-
-# Most that a packet takes beyond its values: header, and for each segment its record, code lengths and a checksum, and
-# for each block, of 32 values at least, its frame. Generous: the limit only keeps nonsense from being allocated.
-PACKET_SLACK_BYTES = 1 << 12
-SEGMENT_SLACK_BYTES = 1 << 13
-VALUES_PER_SLACK_BYTE = 64
+__all__ = ["MeanSteps", "owner_grid"]
 
 
 def owner_grid(grid: Grid) -> Grid:
     """The grid for means: no coarser than the RMS, because nothing averages its error away."""
     return replace(grid, step=min(grid.step, 1.0)) if isinstance(grid, SigmaGrid) else grid
-
-
-def packet_limit(chunk: Chunk, dtype: torch.dtype) -> int:
-    """Most bytes a packet of ``chunk`` can have; 0 for an empty chunk, which has none."""
-    if not chunk.count:
-        return 0
-    segments = SEGMENT_SLACK_BYTES * (len(chunk.pieces) + 1)
-    return chunk.count * dtype.itemsize + chunk.count // VALUES_PER_SLACK_BYTE + segments + PACKET_SLACK_BYTES
 
 
 class MeanSteps:
@@ -56,7 +43,7 @@ class MeanSteps:
 
     def __init__(self, task: MeanTask, rank: int, slices: Sequence[Slice]) -> None:
         self.rank = rank
-        self.wire_dtype = torch.float64 if task.buffer.dtype == torch.float64 else torch.float32
+        self.wire_dtype = wire_dtype(task)
         self._task = task
         self._slices = slices
         self._inv_scale = 1.0 / task.scale
@@ -150,7 +137,7 @@ class MeanSteps:
         if not segments:
             return None
         packet = encode(segments, inv_scale=inv_scale, num_threads=self._task.num_threads)
-        limit = packet_limit(chunk, self.wire_dtype)
+        limit = size_limit(chunk, self.wire_dtype)
         if packet.numel() > limit:
             raise PacketError(f"a packet of {packet.numel()} bytes, where the others expect at most {limit}")
         if phase == 1:
@@ -256,10 +243,7 @@ class MeanSteps:
         return self._values[piece.offset : piece.offset + piece.length]
 
     def _decode(self, packet: torch.Tensor, out: torch.Tensor, sender: int, accumulate: bool) -> None:
-        try:
-            decode_into(packet, out, accumulate=accumulate, num_threads=self._task.num_threads)
-        except PacketError as error:
-            raise PacketError(f"packet of rank {sender} of the group: {error}") from error
+        unpack(packet, out, sender, accumulate, self._task.num_threads)
 
 
 def _part_of(residual: torch.Tensor | None, piece: Piece) -> torch.Tensor | None:

@@ -6,10 +6,10 @@ import torch
 
 from qcomm import _native
 from qcomm._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer
-from qcomm.grids import Grid, RangeGrid, SigmaGrid
+from qcomm.grids import MIN_SIGMA_STEP, PAIR_BITS, Grid, RangeGrid, SigmaGrid, sigma_num_bits
 from qcomm.statistics import Statistics, measure
 
-__all__ = ["Code", "Quantizer", "dequantize", "plan", "quantize"]
+__all__ = ["Code", "Quantizer", "dequantize", "plan", "plan_step", "quantize"]
 
 MAX_CODED_BITS = 12
 
@@ -50,6 +50,22 @@ def plan(
     return quantizer if _native.is_usable(quantizer, values.dtype) else Quantizer.raw()
 
 
+def plan_step(stats: Statistics, step: float, coding: str, values: torch.Tensor) -> Quantizer:
+    """The quantizer for a sigma grid of a given step, whatever the values' own RMS is.
+
+    Args:
+        stats: of the values, which must be finite and not all 0.
+        step: absolute, positive, a float32 unless the values are float64.
+        coding: as of a SigmaGrid; pairs only where four bits suffice.
+        values: a sample of them is read.
+    """
+    k = step / stats.rms
+    bits = sigma_num_bits(max(k, MIN_SIGMA_STEP))
+    if coding == "pair" and bits != PAIR_BITS:
+        coding = "auto"
+    return _code_sigma(bits, step, k, coding, values, None, 1.0, None, 1)
+
+
 def _plan_sigma(
     stats: Statistics,
     grid: SigmaGrid,
@@ -62,19 +78,32 @@ def _plan_sigma(
     step = grid.step * stats.rms
     if values.dtype != torch.float64:
         step = float(torch.tensor(step, dtype=torch.float64).to(torch.float32))
-    bits = grid.num_bits
+    return _code_sigma(grid.num_bits, step, grid.step, grid.coding, values, residual, inv_scale, code, num_threads)
+
+
+def _code_sigma(
+    bits: int,
+    step: float,
+    k: float,
+    coding: str,
+    values: torch.Tensor,
+    residual: torch.Tensor | None,
+    inv_scale: float,
+    code: Code | None,
+    num_threads: int,
+) -> Quantizer:
     quantizer = Quantizer(GridKind.SIGMA, bits, Coding.SINGLE, NO_TABLE, 0.0, step)
-    if grid.coding == "fixed" or bits > MAX_CODED_BITS or not _native.is_usable(quantizer, values.dtype):
+    if coding == "fixed" or bits > MAX_CODED_BITS or not _native.is_usable(quantizer, values.dtype):
         return quantizer
     if code is None:
-        if grid.coding == "table":
+        if coding == "table":
             code = Coding.SINGLE, WIRE_TABLE
-        elif grid.coding == "auto":
-            code = _native.sigma_code(values, residual, inv_scale, bits, step, grid.step, num_threads)
+        elif coding == "auto":
+            code = _native.sigma_code(values, residual, inv_scale, bits, step, k, num_threads)
         else:
-            coding = Coding.PAIR if grid.coding == "pair" else Coding.SINGLE
-            table = _native.nearest_static_table(coding, bits, grid.step)
-            code = coding, (table if table != NO_TABLE else WIRE_TABLE)  # very fine steps have no built-in table
+            kind = Coding.PAIR if coding == "pair" else Coding.SINGLE
+            table = _native.nearest_static_table(kind, bits, k)
+            code = kind, (table if table != NO_TABLE else WIRE_TABLE)  # very fine steps have no built-in table
     return quantizer._replace(coding=code[0], table=code[1])
 
 

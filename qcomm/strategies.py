@@ -6,23 +6,36 @@ from dataclasses import replace
 
 import torch
 
+from qcomm.all_gather import all_gather_mean
 from qcomm.communicator import Communicator
+from qcomm.cost_model import Exchange, candidates
+from qcomm.exact_sum import exact_sum_mean
+from qcomm.hierarchical import hierarchical_mean
+from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask
 from qcomm.plain import plain_mean
 from qcomm.two_phase import two_phase_mean
 
 __all__ = ["STRATEGIES", "average"]
 
-# The most exact first: of two that are equally fast, the chooser takes the earlier one.
-WAYS: Mapping[str, Callable[[MeanTask, Communicator], torch.Tensor]] = {"none": plain_mean, "two_phase": two_phase_mean}
+WAYS: Mapping[str, Callable[[MeanTask, Communicator], torch.Tensor]] = {
+    "none": plain_mean,
+    "exact_sum": exact_sum_mean,
+    "all_gather": all_gather_mean,
+    "hierarchical": hierarchical_mean,
+    "two_phase": two_phase_mean,
+}
 STRATEGIES = ("auto", *WAYS)
+# What "auto" chooses between, the most exact first: of two that are equally fast, the chooser takes the earlier one.
+# exact_sum is never the fastest; it is for those who want what it computes.
+AUTOMATIC = ("none", "all_gather", "hierarchical", "two_phase")
 
 
 def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     """Replaces ``task.buffer`` by its mean over all ranks, as ``task.strategy`` says, and returns it.
 
-    With ``"auto"`` each way is tried a few times for every kind of buffer, then the fastest one is taken; all ranks
-    decide alike, see :mod:`qcomm.chooser`. Runs on the communicator's thread.
+    With ``"auto"`` each way that may be the fastest is tried a few times for every kind of buffer, then the fastest one
+    is taken; all ranks decide alike, see :mod:`qcomm.chooser`. Runs on the communicator's thread.
 
     Raises:
         CollectiveError, ConfigMismatchError: as :func:`qcomm.two_phase.two_phase_mean`.
@@ -33,8 +46,9 @@ def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
         task.telemetry.note_strategy(task.index, task.strategy)
         return WAYS[task.strategy](task, communicator)
     chooser, layout = communicator.chooser, task.layout
-    kind = (layout.elements, layout.compressed_elements, task.buffer.dtype, task.grid, task.feedback is None)
-    strategy = chooser.next(kind, tuple(WAYS))
+    nodes = task.ranks_per_node
+    kind = (layout.elements, layout.compressed_elements, task.buffer.dtype, task.grid, task.feedback is None, nodes)
+    strategy = chooser.next(kind, automatic_ways(layout, task.buffer.element_size(), nodes))
     fields = task.fields.extended("strategy chosen", strategy)
     task = replace(task, fields=fields, own_time=chooser.own_time(kind))
     agreements, begin, own_time = communicator.agreements, time.perf_counter_ns(), 0
@@ -46,3 +60,17 @@ def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
             chooser.finished(kind, communicator.agreed_time, own_time)
     task.telemetry.note_strategy(task.index, strategy)
     return result
+
+
+def automatic_ways(layout: BucketLayout, item_bytes: int, ranks_per_node: int) -> tuple[str, ...]:
+    """What ``"auto"`` tries for a buffer, of ``item_bytes`` an element: a pure function, equal on all ranks.
+
+    The plain all-reduce always, ``"hierarchical"`` only where there are several nodes of several ranks, and no way that
+    the cost model finds slow everywhere.
+    """
+    several = 1 < ranks_per_node < layout.world_size
+    names = tuple(name for name in AUTOMATIC if several or name != "hierarchical")
+    raw = layout.elements - layout.compressed_elements
+    exchange = Exchange(layout.elements, layout.world_size, item_bytes, ranks_per_node, raw)
+    fast = candidates(exchange, names)
+    return fast if "none" in fast else ("none", *fast)

@@ -16,6 +16,10 @@ __all__ = ["Counters", "Event", "Telemetry"]
 # (bucket index, what happened, seconds on time.perf_counter's clock)
 Event = tuple[int, str, float]
 
+# What bytes are for: the two phases, uncompressed values inside a node, headers that announce sizes and other small
+# things.
+TRAFFIC_KINDS = ("phase1", "phase2", "inside", "overhead")
+
 # A packet's fixed costs (docs/format.md): header and one dimension; a segment record; a checksum.
 PACKET_HEADER_BYTES = 48
 SEGMENT_BYTES = 32
@@ -26,7 +30,8 @@ CHECKSUM_BYTES = 4
 class Counters:
     """Sums over collectives; the first group of names is what :meth:`Telemetry.stats` shows as it is.
 
-    "Phase 1" carries every rank's values to the owners of their chunks, "phase 2" the owners' means to every rank.
+    "Phase 1" carries every rank's values to the owners of their chunks, or to everyone where nobody owns a chunk;
+    "phase 2" the owners' means or sums to every rank.
     """
 
     steps: int = 0
@@ -36,9 +41,11 @@ class Counters:
     bytes_uncompressed: int = 0
     bytes_sent_phase1: int = 0
     bytes_sent_phase2: int = 0
+    bytes_sent_inside: int = 0
     bytes_sent_overhead: int = 0
     bytes_received_phase1: int = 0
     bytes_received_phase2: int = 0
+    bytes_received_inside: int = 0
     bytes_received_overhead: int = 0
     nonfinite_tensors: int = 0
     encode_seconds: float = 0.0
@@ -65,10 +72,11 @@ class Telemetry:
     Attributes:
         timeline: None, or a list that every event of every bucket is appended to.
         observer: None, or a function called with (bucket index, event) on the thread where it happens. Events, in
-            order: "ready" on the calling thread, then "encode", "exchange_1", "reduce", "exchange_2", "decode", "done"
-            on the worker thread, each at the beginning of what it names. Of a bucket in slices all but the first and
-            the last come once for each slice, in the order of :mod:`qcomm.schedule`; "exchange_1" and "exchange_2" are
-            then the waits for a slice's messages. It must not raise.
+            order: "ready" on the calling thread, then, as far as the strategy has them, "encode", "exchange_1",
+            "reduce", "exchange_2", ..., "decode", "done" on the worker thread, each at the beginning of what it names.
+            Of a bucket in slices all but the first and the last come once for each slice, in the order of
+            :mod:`qcomm.schedule`; "exchange_1" and "exchange_2" are then the waits for a slice's messages. It must not
+            raise.
     """
 
     timeline: list[Event] | None = None
@@ -100,7 +108,7 @@ class Telemetry:
                 setattr(self._counters, name, getattr(self._counters, name) + amount)
 
     def add_traffic(self, kind: str, traffic: Traffic) -> None:
-        """Counts bytes of ``kind``: "phase1", "phase2" or "overhead" (headers that announce sizes)."""
+        """Counts bytes of ``kind``: one of TRAFFIC_KINDS."""
         self.add(**{f"bytes_sent_{kind}": traffic.sent, f"bytes_received_{kind}": traffic.received})
 
     @contextmanager
@@ -169,10 +177,8 @@ class Telemetry:
         ]
         return {
             **{name: getattr(counters, name) for name in shown},
-            "bytes_sent": counters.bytes_sent_phase1 + counters.bytes_sent_phase2 + counters.bytes_sent_overhead,
-            "bytes_received": counters.bytes_received_phase1
-            + counters.bytes_received_phase2
-            + counters.bytes_received_overhead,
+            "bytes_sent": sum(getattr(counters, f"bytes_sent_{kind}") for kind in TRAFFIC_KINDS),
+            "bytes_received": sum(getattr(counters, f"bytes_received_{kind}") for kind in TRAFFIC_KINDS),
             "bits_per_element": _mean_of_phases(bits),
             "bits_per_element_compressed": _mean_of_phases(compressed),
             "bits_per_element_phase1": compressed[0],

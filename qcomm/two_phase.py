@@ -25,7 +25,8 @@ from qcomm.agreement import Phase
 from qcomm.communicator import Communicator
 from qcomm.errors import CollectiveError
 from qcomm.mean import MeanTask
-from qcomm.mean_steps import MeanSteps, packet_limit
+from qcomm.mean_steps import MeanSteps
+from qcomm.packets import size_limit
 from qcomm.pipeline import Pipeline
 from qcomm.schedule import Step, schedule
 from qcomm.slices import SLICE_ELEMENTS, Slice, cut_slices
@@ -76,7 +77,7 @@ def _run(task: MeanTask, steps: MeanSteps, slices: tuple[Slice, ...], pipeline: 
 
     pipeline.attempt(Phase.ENCODE, steps.begin)
     for step, number in schedule(len(slices)):
-        limits = [packet_limit(chunk, steps.wire_dtype) for chunk in slices[number]]
+        limits = [size_limit(chunk, steps.wire_dtype) for chunk in slices[number]]
         if step is Step.ENCODE:
             pipeline.expect(1, number, [limits[steps.rank]] * len(limits))
             packets = pipeline.attempt(Phase.ENCODE, steps.encode, number)

@@ -62,6 +62,12 @@ def test_version():
         (["--grid", "cubic"], "--grid is 'cubic'"),
         (["--resume", "x"], "need --method"),
         (["--ranks", "0"], "--ranks is 0"),
+        (["--ranks-per-node", "0"], "--ranks-per-node is 0"),
+        (["--method", "qcomm", "--strategy", "hierarchical"], "ranks_per_node must be given"),
+        (
+            ["--method", "qcomm", "--strategy", "hierarchical", "--ranks-per-node", "3"],
+            "ranks_per_node must divide the number of ranks, 2, got 3",
+        ),
         (["--batch-size", "4096"], "1352 training images do not fill one step"),
         (["--method", "fp32", "--resume", "."], "holds no checkpoint"),
     ],
@@ -121,6 +127,18 @@ def test_trains_with_two_ranks_that_it_starts_itself(tmp_path):
     record = json.loads((tmp_path / "log" / "fp32.jsonl").read_text())
     assert record["step"] == 2
     assert record["bits_per_element"] == 32
+
+
+@pytest.mark.world
+def test_trains_on_several_nodes(tmp_path):
+    result = run(
+        *("-m", "qcomm", "train", "--method", "qcomm", "--strategy", "hierarchical", "--ranks", "4"),
+        *("--ranks-per-node", "2", "--out", "log", *TINY[:-2], "--batch-size", "16"),
+        cwd=tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    record = json.loads((tmp_path / "log" / "qcomm-k1.jsonl").read_text())
+    assert record["bits_per_element_phase1"] < 3
 
 
 @pytest.mark.world

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import twin
 from distributed import assert_same_on_all_ranks, attach, gathered, run
+from strategy_twins import TWINS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.world
 
 STEPS = 6
 MIN_ELEMENTS = 200
+OPTIONS = {"two_phase": {}, "all_gather": {}, "exact_sum": {}, "hierarchical": {"ranks_per_node": 2}}
 GRIDS = {"sigma": qcomm.SigmaGrid(step=1.0), "range": qcomm.RangeGrid(c=2)}
 
 
@@ -107,25 +109,35 @@ class Spy:
 average = ddp_state.average
 
 
-def bounds(spied, grid):
+def bounds(spied, grid, strategy):
     """name -> bound of the error of each element, from the buckets of all ranks: without residuals."""
     result = {}
     for buckets in zip(*gathered(spied), strict=True):
         layout, dtype = buckets[0][1], buckets[0][0].dtype
         wire = [buffer.double() if dtype == torch.float64 else buffer.float() for buffer, _ in buckets]
-        _, bound = twin.mean(wire, layout, grid, len(cut_slices(layout, two_phase.SLICE_ELEMENTS)))
+        if strategy == "two_phase":
+            _, bound = twin.mean(wire, layout, grid, len(cut_slices(layout, two_phase.SLICE_ELEMENTS)))
+        else:
+            _, bound = TWINS[strategy](wire, layout, grid, **OPTIONS[strategy])
         for tensor in layout.tensors:
             part = slice(tensor.offset, tensor.offset + tensor.numel)
             result[tensor.key] = bound[part].double() + twin.rounding([buffer[part] for buffer in wire], dtype)
     return result
 
 
-def case_mode(rank, world_size, mode, grid, error_feedback):
+def case_mode(rank, world_size, mode, grid, error_feedback, strategy="two_phase"):
     factory, shape, dtype, options, passes = MODES[mode]
     torch.manual_seed(0)
     plain = factory()
     model = DistributedDataParallel(copy.deepcopy(plain), bucket_cap_mb=0.002, **options)
-    state = attach(model, grid=grid, error_feedback=error_feedback, min_elements=MIN_ELEMENTS)
+    state = attach(
+        model,
+        grid=grid,
+        error_feedback=error_feedback,
+        min_elements=MIN_ELEMENTS,
+        strategy=strategy,
+        **OPTIONS[strategy],
+    )
     sums = [{name: torch.zeros(p.shape, dtype=torch.float64) for name, p in plain.named_parameters()} for _ in range(2)]
     largest = 0.0
     for step in range(STEPS):
@@ -147,7 +159,7 @@ def case_mode(rank, world_size, mode, grid, error_feedback):
         exact = {name: part.view_as(gradient) for (name, gradient), part in zip(exact.items(), parts, strict=True)}
         assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters() if parameter.grad is not None])
         if step == 0 or not error_feedback:
-            for name, bound in bounds(spy.tasks, grid).items():
+            for name, bound in bounds(spy.tasks, grid, strategy).items():
                 error = in_memory_order((averaged[name] - exact[name]).abs(), mode)
                 assert bool((error <= bound).all()), (step, name)
         for name in exact:
@@ -205,6 +217,14 @@ def test_coarse_grid():
         run(2, case_mode, "plain", qcomm.SigmaGrid(step=2.0), error_feedback)
 
 
+@pytest.mark.parametrize("grid", ["sigma", "range"])
+@pytest.mark.parametrize("mode", ["plain", "unused", "float64", "bfloat16", "tiny"])
+@pytest.mark.parametrize(("world_size", "strategy"), [(3, "all_gather"), (3, "exact_sum"), (4, "hierarchical")])
+def test_other_strategies(world_size, strategy, mode, grid):
+    for error_feedback in (True, False):
+        run(world_size, case_mode, mode, GRIDS[grid], error_feedback, strategy)
+
+
 @pytest.mark.parametrize("mode", ["plain", "unused", "tiny"])
 def test_five_ranks(mode):
     run(5, case_mode, mode, GRIDS["sigma"], True)
@@ -216,7 +236,7 @@ def case_alone(rank, world_size):
     plain = mlp()
     inputs = torch.randn(8, 48)
     plain(inputs).square().sum().backward()
-    for strategy in ("auto", "none", "two_phase"):
+    for strategy in ("auto", "none", "exact_sum", "all_gather", "two_phase"):
         model = DistributedDataParallel(copy.deepcopy(plain))
         model.zero_grad()
         state = attach(model, strategy=strategy)
@@ -224,7 +244,7 @@ def case_alone(rank, world_size):
         same = all(
             torch.equal(a, b) for a, b in zip(gradients(model.module).values(), gradients(plain).values(), strict=True)
         )
-        assert same == (strategy != "two_phase")
+        assert same == (strategy in ("auto", "none"))
         assert state.stats()["bytes_sent"] == 0 and state.stats()["steps"] == 1
         assert state.stats()["elements"] == sum(p.numel() for p in plain.parameters())
         assert (state.stats()["bits_per_element"] > 0) == (strategy != "auto")

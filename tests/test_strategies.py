@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import qcomm
 from qcomm import chooser, strategies
 from qcomm.chooser import Chooser
+from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.mean_steps import MeanSteps
 
 CANDIDATES = ("none", "two_phase")
@@ -130,17 +131,49 @@ def test_a_plain_step_sends_what_error_feedback_kept(world_size):
     run(world_size, case_residuals_are_sent)
 
 
-def slow(name, seconds):
-    """Makes a way to the mean take longer on this rank."""
-    way = strategies.WAYS[name]
+def case_alternating(rank, world_size, strategies_in_turn, options):
+    """Whatever one way keeps, the others send."""
+    model = wrap()
+    state = attach(model, min_elements=100, grad_scale=4.0, **options)
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
+    for step in range(9):
+        state.strategy = "none" if step == 8 else strategies_in_turn[step % len(strategies_in_turn)]
+        got = backward(model, rank, step, scale=4.0)
+        for total, g, wanted in zip(sums, got, exact_mean(rank, world_size, step), strict=True):
+            total.add_(g.double() / 4 - wanted)
+        assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
+        if step == 7:
+            assert state.stats()["residual_norm"] > 0 and max(float(total.abs().max()) for total in sums) > 1e-3
+    assert state.stats()["residual_norm"] == 0.0
+    assert max(float(total.abs().max()) for total in sums) < 1e-4
 
-    def slowly(task, communicator):
-        deadline = time.perf_counter() + seconds
-        while time.perf_counter() < deadline:  # busy, as a slow codec would be
-            pass
-        return way(task, communicator)
 
-    return mock.patch.dict(strategies.WAYS, {name: slowly})
+@pytest.mark.world
+@pytest.mark.parametrize(
+    ("world_size", "names", "options"),
+    [
+        (3, ("two_phase", "all_gather", "exact_sum"), {}),
+        (4, ("two_phase", "hierarchical", "exact_sum"), {"ranks_per_node": 2}),
+        (4, ("hierarchical", "all_gather", "two_phase"), {"ranks_per_node": 4}),
+    ],
+)
+def test_ways_hand_their_residuals_to_each_other(world_size, names, options):
+    run(world_size, case_alternating, names, options)
+
+
+def all_slow_but(winner, seconds):
+    """Makes all ways to the mean but one take longer on this rank."""
+
+    def slow(way):
+        def slowly(task, communicator):
+            deadline = time.perf_counter() + seconds
+            while time.perf_counter() < deadline:  # busy, as a slow codec would be
+                pass
+            return way(task, communicator)
+
+        return slowly
+
+    return mock.patch.dict(strategies.WAYS, {n: slow(way) for n, way in strategies.WAYS.items() if n != winner})
 
 
 def error_of_auto(tensor):
@@ -153,9 +186,11 @@ def error_of_auto(tensor):
     return None, work.stats()["strategies"]
 
 
-def case_auto(rank, world_size, slow_name, winner, elements):
-    with slow(slow_name, 0.03):
-        for _ in range(2 * chooser.ROUNDS):
+def case_auto(rank, world_size, winner, elements):
+    tried = strategies.automatic_ways(BucketLayout([TensorSpec("", 0, elements, True)], world_size), 4, 1)
+    assert winner in tried
+    with all_slow_but(winner, 0.03):
+        for _ in range(len(tried) * chooser.ROUNDS):
             assert error_of_auto(torch.randn(elements))[0] is None
         # A fault of one rank in between does not take the ranks out of step, at either end of a collective.
         for name in ("encode", "decode"):
@@ -169,16 +204,33 @@ def case_auto(rank, world_size, slow_name, winner, elements):
 
 
 @pytest.mark.world
-@pytest.mark.parametrize(("slow_name", "winner"), [("none", "two_phase"), ("two_phase", "none")])
-def test_auto_takes_the_faster_way(slow_name, winner):
-    run(2, case_auto, slow_name, winner, 5003 + (winner == "none"))
+@pytest.mark.parametrize(
+    ("world_size", "winner", "elements"),
+    [(2, "two_phase", 5003), (2, "none", 5004), (2, "all_gather", 5005), (3, "two_phase", 5006)],
+)
+def test_auto_takes_the_faster_way(world_size, winner, elements):
+    run(world_size, case_auto, winner, elements)
+
+
+def case_auto_with_nodes(rank, world_size):
+    work = None
+    with all_slow_but("hierarchical", 0.05):
+        for _ in range(len(strategies.AUTOMATIC) * chooser.ROUNDS + 1):
+            work = qcomm.all_reduce(torch.randn(30_011), strategy="auto", ranks_per_node=2, async_op=True)
+            work.wait()
+    assert work.stats()["strategies"] == {0: "hierarchical"}
+
+
+@pytest.mark.world
+def test_auto_considers_nodes_where_it_is_told_of_them():
+    run(4, case_auto_with_nodes)
 
 
 def case_auto_in_ddp(rank, world_size):
     model = wrap()
     state = qcomm.attach(model, min_elements=100)
-    with slow("none", 0.02):
-        for step in range(10):
+    with all_slow_but("two_phase", 0.02):
+        for step in range(14):
             backward(model, rank, step)
             assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
     ways = state.stats()["strategies"]

@@ -46,6 +46,7 @@ class TrainConfig:
         c: of the range grid, bits above the entropy.
         error_feedback: of qcomm.
         strategy: of qcomm; by default it compresses even where that is slower, so that runs can be compared.
+        ranks_per_node: of qcomm's strategy hierarchical; None for what the launcher says.
         min_elements: of qcomm; smaller tensors travel uncompressed.
         compression_warmup_steps: of qcomm; so many first steps travel uncompressed.
         threads: of torch, per rank.
@@ -84,6 +85,7 @@ class TrainConfig:
     c: float = 6.0
     error_feedback: bool = True
     strategy: str = "two_phase"
+    ranks_per_node: int | None = None
     min_elements: int = 1024
     compression_warmup_steps: int = 0
     threads: int = 1
@@ -131,6 +133,8 @@ class TrainConfig:
             raise RecipeError("--nesterov needs --momentum above 0")
         if self.train_images is not None and self.train_images < 1:
             raise RecipeError(f"--train-images is {self.train_images}; it must be at least 1")
+        if self.ranks_per_node is not None and self.ranks_per_node < 1:
+            raise RecipeError(f"--ranks-per-node is {self.ranks_per_node}; it must be at least 1")
         if self.stem_stride not in (None, 1, 2):
             raise RecipeError(f"--stem-stride is {self.stem_stride}; it must be 1 or 2")
         if self.checkpoint_every and self.out is None:

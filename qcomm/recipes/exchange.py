@@ -125,6 +125,7 @@ def attach(ddp_model: DistributedDataParallel, config: TrainConfig, scaler: torc
             grid=grid,
             error_feedback=config.error_feedback,
             strategy=config.strategy,
+            ranks_per_node=config.ranks_per_node,
             min_elements=config.min_elements,
             warmup_steps=config.compression_warmup_steps,
             grad_scale=scaler.get_scale if scaler is not None else None,

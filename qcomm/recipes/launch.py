@@ -1,6 +1,5 @@
-"""Start the ranks of a run: by torchrun when it is there, by spawning processes on this machine otherwise."""
+"""Start the ranks of a run: those that a launcher started, otherwise processes that are spawned on this machine."""
 
-import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -11,39 +10,46 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
+from qcomm.launchers import find_place, init_from_environment
 from qcomm.recipes.errors import RecipeError
 
 USER_ERROR = 2  # exit code for what the user can put right
 
 
 class _World(NamedTuple):
-    """Where the ranks meet, how many there are, and torch's threads in each."""
+    """Where the ranks meet, None for where the launcher says; how many there are, and torch's threads in each."""
 
-    rendezvous: str
+    rendezvous: str | None
     ranks: int
     threads: int
 
 
 def launched_world_size() -> int | None:
-    """The number of ranks that torchrun, or another launcher that sets RANK and WORLD_SIZE, started; else None."""
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return None
-    return int(os.environ["WORLD_SIZE"])
+    """The number of ranks that torchrun, mpirun or srun started; None without a launcher.
+
+    Raises:
+        RecipeError: the launcher's variables make no sense.
+    """
+    try:
+        place = find_place()
+    except ValueError as error:
+        raise RecipeError(f"the launcher's environment: {error}") from error
+    return None if place is None else place.world_size
 
 
 def launch(function: Callable[..., None], ranks: int | None, threads: int, *arguments: Any) -> None:
     """Call ``function(*arguments)`` on every rank with a gloo process group.
 
     Args:
-        function: importable by name; it runs in processes of its own, unless torchrun started this one or there is one
-            rank.
-        ranks: how many to spawn here; None takes what torchrun started. Spawned ranks meet in a file, so that no
+        function: importable by name; it runs in processes of its own, unless a launcher started this one or there is
+            one rank.
+        ranks: how many to spawn here; None takes what the launcher started. Spawned ranks meet in a file, so that no
             port has to be free.
         threads: of torch, per rank.
         arguments: picklable.
 
     Raises:
-        RecipeError: ``ranks`` contradicts torchrun.
+        RecipeError: ``ranks`` contradicts the launcher, or the ranks do not know where to meet.
         SystemExit: code 2, when a rank met an error of the user's; it has printed it.
         torch.multiprocessing.spawn.ProcessRaisedException: a rank failed otherwise; the others were ended.
     """
@@ -51,10 +57,10 @@ def launch(function: Callable[..., None], ranks: int | None, threads: int, *argu
     if launched is not None:
         if ranks not in (None, launched):
             raise RecipeError(f"--ranks is {ranks}, but the launcher started {launched}; leave --ranks out")
-        _run_here(int(os.environ["RANK"]), _World("env://", launched, threads), function, arguments)
+        _run_here(0, _World(None, launched, threads), function, arguments)
         return
     if ranks is None or ranks < 1:
-        raise RecipeError(f"--ranks is {ranks}; without torchrun it must be at least 1")
+        raise RecipeError(f"--ranks is {ranks}; without a launcher it must be at least 1")
     with tempfile.TemporaryDirectory(prefix="qcomm-") as folder:
         world = _World(Path(folder, "rendezvous").as_uri(), ranks, threads)
         if ranks == 1:
@@ -96,6 +102,12 @@ def _run_here(rank: int, world: _World, function: Callable[..., None], arguments
 
 def _run(rank: int, world: _World, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     torch.set_num_threads(world.threads)
-    dist.init_process_group("gloo", init_method=world.rendezvous, rank=rank, world_size=world.ranks)
+    if world.rendezvous is None:
+        try:
+            init_from_environment()
+        except RuntimeError as error:
+            raise RecipeError(str(error)) from error
+    else:
+        dist.init_process_group("gloo", init_method=world.rendezvous, rank=rank, world_size=world.ranks)
     function(*arguments)
     dist.barrier()  # no rank takes its sockets away while another still reads

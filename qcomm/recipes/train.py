@@ -20,6 +20,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
+from qcomm.hierarchical import resolve_ranks_per_node
 from qcomm.recipes import checkpoint, exchange
 from qcomm.recipes.config import TrainConfig, learning_rate
 from qcomm.recipes.datasets import Dataset, Split, augment, augmentation_generator, load_dataset
@@ -93,10 +94,16 @@ def check(config: TrainConfig, ranks: int) -> None:
     """Find before any process starts what would stop :func:`train`.
 
     Raises:
-        RecipeError: no ranks, a data set or a checkpoint that is not usable, or fewer images than one batch.
+        RecipeError: no ranks, or none that form nodes as the strategy needs; a data set or a checkpoint that is not
+            usable, or fewer images than one batch.
     """
     if ranks < 1:
         raise RecipeError(f"--ranks is {ranks}; it must be at least 1")
+    if config.method == "qcomm":
+        try:
+            resolve_ranks_per_node(config.ranks_per_node, ranks, config.strategy)
+        except ValueError as error:
+            raise RecipeError(f"--strategy is {config.strategy}: {error}") from error
     _steps_per_epoch(config, load_dataset(config.dataset, config.data_dir), ranks)
     if config.resume is not None:
         checkpoint.load(checkpoint.find(config.resume), config, 0, ranks)

@@ -1,0 +1,277 @@
+"""How long each strategy takes, from what links and codec can do: the alpha-beta model with terms for the codec.
+
+With W ranks, V bytes of values in float32 or float64, v bytes of the buffer in its own dtype, alpha the latency of one
+message, beta = 1 / bandwidth, e and d the codec's seconds a byte of uncompressed values, r its ratio, and ``x(m, w)``
+an exchange among w ranks, a header and then w - 1 rounds that together carry m bytes each way::
+
+    x(m, w)        alpha * w + beta * m                        for w > 1, otherwise 0
+    none           alpha + 2 (W - 1) alpha + 2 (W - 1) / W * v * beta
+    all_gather     e V + x((W - 1) V / r, W) + d W V
+    two_phase      e V + x(T, W) + d V + e V / W + x(T, W) + d V                 T = (W - 1) / W * V / r
+    exact_sum      x(0, W) + 2 e V + x(T, W) + d V + e V / W + x(T', W) + d V    T' with log2(W) / 2 more bits
+    hierarchical   x((a - 1) / a * V, a) + two_phase of V / a among b ranks + x((a - 1) / a * v, a)
+
+Nothing overlaps in this model, and all ranks send at once without being in each other's way. It tells ways apart that
+are far apart; which of two close ones is faster only a trial can say.
+
+R. Hockney, "The communication challenge for MPP", Parallel Computing 20, 1994; R. Thakur et al., "Optimization of
+collective communication operations in MPICH", IJHPCA 19, 2005.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PLAUSIBLE", "CodecProfile", "Exchange", "LinkProfile", "Profile", "bytes_sent", "candidates", "seconds"]
+
+FORMAT = 1
+# A way is left out if on every plausible machine another one takes less than 1 / MARGIN of its time.
+MARGIN = 1.25
+
+
+def _positive(name: str, value: object, least: float = 0.0) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not (math.isfinite(value) and value > 0.0 and value >= least):
+        raise ValueError(f"{name} must be {f'at least {least:g}' if least else 'positive'} and finite, got {value}")
+
+
+@dataclass(frozen=True)
+class LinkProfile:
+    """What carries messages between ranks.
+
+    Args:
+        gb_per_s: 10^9 bytes a second that a rank sends while it receives as many.
+        latency_us: microseconds until a message of few bytes has arrived.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+
+    gb_per_s: float
+    latency_us: float
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _positive(field.name, getattr(self, field.name))
+
+
+@dataclass(frozen=True)
+class CodecProfile:
+    """What a rank's codec does on the threads it has.
+
+    Args:
+        encode_gb_per_s, decode_gb_per_s: 10^9 bytes of uncompressed values a second.
+        ratio: bytes of uncompressed values by bytes of packets, at least 1.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+
+    encode_gb_per_s: float
+    decode_gb_per_s: float
+    ratio: float
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _positive(field.name, getattr(self, field.name), least=1.0 if field.name == "ratio" else 0.0)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A machine: its links, its codec, and, if it has nodes, the links inside them.
+
+    Example:
+        >>> profile = Profile(LinkProfile(gb_per_s=0.125, latency_us=60.0), CodecProfile(2.0, 4.0, ratio=15.0))
+        >>> exchange = Exchange(elements=6_553_600, world_size=4)
+        >>> seconds("two_phase", exchange, profile) < seconds("none", exchange, profile)
+        True
+    """
+
+    link: LinkProfile
+    codec: CodecProfile
+    inside: LinkProfile | None = None
+
+    def __post_init__(self) -> None:
+        for name, kinds in (("link", LinkProfile), ("codec", CodecProfile), ("inside", (LinkProfile, type(None)))):
+            if not isinstance(getattr(self, name), kinds):
+                raise TypeError(f"{name} must not be a {type(getattr(self, name)).__name__}")
+
+    def save(self, path: Path | str) -> None:
+        """Writes the profile as JSON."""
+        Path(path).write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: Path | str) -> "Profile":
+        """Reads what :meth:`save` wrote.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it is no such profile; the message says what is wrong.
+        """
+        try:
+            found = json.loads(Path(path).read_text())
+            if not isinstance(found, Mapping) or found.get("format") != FORMAT:
+                raise ValueError(f"it is not of format {FORMAT}")
+            inside = found.get("inside")
+            return cls(
+                LinkProfile(**_fields(found, "link")),
+                CodecProfile(**_fields(found, "codec")),
+                None if inside is None else LinkProfile(**_fields(found, "inside")),
+            )
+        except (TypeError, ValueError) as error:  # json's own errors are ValueErrors
+            raise ValueError(f"{path} is not a profile: {error}") from error
+
+
+def _fields(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(found.get(name), dict):
+        raise ValueError(f"it has no {name!r}")
+    return dict(found[name])
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What is averaged: ``elements`` of a dtype of ``item_bytes`` over ``world_size`` ranks, so many on each node.
+
+    ``raw_elements`` of them, of small tensors, are not compressed.
+    """
+
+    elements: int
+    world_size: int
+    item_bytes: int = 4
+    ranks_per_node: int = 1
+    raw_elements: int = 0
+
+    @property
+    def buffer_bytes(self) -> int:
+        """In the buffer's dtype."""
+        return self.elements * self.item_bytes
+
+    @property
+    def value_bytes(self) -> int:
+        """In the dtype that sums are made in."""
+        return self.elements * self._value_item
+
+    def packet_bytes(self, ratio: float) -> float:
+        """Of all elements, those that are compressed by ``ratio``."""
+        return self._value_item * (self.raw_elements + (self.elements - self.raw_elements) / ratio)
+
+    def sum_bytes(self, ratio: float) -> float:
+        """Packets of sums of W symbols, which have log2(W) / 2 more bits than one."""
+        bits = 8.0 * self._value_item
+        return self.packet_bytes(max(1.0, bits / (bits / ratio + math.log2(self.world_size) / 2)))
+
+    @property
+    def _value_item(self) -> int:
+        return max(self.item_bytes, 4)
+
+
+def _share(parts: int) -> float:
+    """How much of something cut in so many parts is not a rank's own."""
+    return (parts - 1) / parts
+
+
+def bytes_sent(strategy: str, exchange: Exchange, ratio: float) -> tuple[float, float]:
+    """Bytes that a rank sends on average, headers left out: (between nodes or in a flat exchange, inside a node).
+
+    Raises:
+        ValueError: the strategy is unknown.
+    """
+    world, values, buffer = exchange.world_size, exchange.value_bytes, exchange.buffer_bytes
+    packets = exchange.packet_bytes(ratio)
+    if strategy == "none":
+        return 2 * _share(world) * buffer, 0.0
+    if strategy == "all_gather":
+        return (world - 1) * packets, 0.0
+    if strategy == "two_phase":
+        return 2 * _share(world) * packets, 0.0
+    if strategy == "exact_sum":
+        return _share(world) * (packets + exchange.sum_bytes(ratio)), 0.0
+    if strategy == "hierarchical":
+        inner = exchange.ranks_per_node
+        return 2 * _share(world // inner) * packets / inner, _share(inner) * (values + buffer)
+    raise ValueError(f"strategy must be a way to a mean, got {strategy!r}")
+
+
+def seconds(strategy: str, exchange: Exchange, profile: Profile) -> float:
+    """Predicted time of one collective.
+
+    Args:
+        strategy: ``"none"``, ``"all_gather"``, ``"two_phase"``, ``"exact_sum"`` or ``"hierarchical"``.
+        exchange: what is averaged.
+        profile: where. Without ``inside`` all links are alike.
+
+    Raises:
+        ValueError: the strategy is unknown.
+    """
+    between, inside = bytes_sent(strategy, exchange, profile.codec.ratio)
+    world, inner = exchange.world_size, exchange.ranks_per_node
+    encode, decode = 1e-9 / profile.codec.encode_gb_per_s, 1e-9 / profile.codec.decode_gb_per_s
+    values, link, near = exchange.value_bytes, profile.link, profile.inside or profile.link
+    messages, codec = 0, 0.0
+    if strategy == "none":
+        messages = 1 + 2 * (world - 1) if world > 1 else 0
+    elif strategy == "all_gather":
+        messages, codec = _messages(world), encode * values + decode * world * values
+    elif strategy == "two_phase":
+        messages, codec = 2 * _messages(world), _two_phase_codec(values, world, encode, decode)
+    elif strategy == "exact_sum":
+        # Rounding to the shared grid and measuring twice take about as long as encoding.
+        messages, codec = 3 * _messages(world), encode * values + _two_phase_codec(values, world, encode, decode)
+    else:
+        messages, codec = (
+            2 * _messages(world // inner),
+            _two_phase_codec(values / inner, world // inner, encode, decode),
+        )
+    time = codec + 1e-6 * link.latency_us * messages + 1e-9 / link.gb_per_s * between
+    if strategy == "hierarchical":
+        time += 1e-6 * near.latency_us * 2 * _messages(inner) + 1e-9 / near.gb_per_s * inside
+    return time
+
+
+def _messages(ranks: int) -> int:
+    """One after another in an exchange among so many ranks: a header, and a packet in each round."""
+    return ranks if ranks > 1 else 0
+
+
+def _two_phase_codec(values: float, ranks: int, encode: float, decode: float) -> float:
+    return encode * values * (1 + 1 / ranks) + decode * values * 2
+
+
+# From 100 Mb/s to 100 Gb/s, from one switch to one campus, from a busy core to many threads, from fine grids to coarse.
+PLAUSIBLE = tuple(
+    Profile(LinkProfile(rate, latency), CodecProfile(codec, 2 * codec, ratio), near)
+    for rate, latency, codec, ratio, near in itertools.product(
+        (0.0125, 12.5), (20.0, 1000.0), (0.5, 5.0), (6.0, 28.0), (None, LinkProfile(100.0, 10.0))
+    )
+)
+
+
+@functools.lru_cache(maxsize=4096)
+def candidates(exchange: Exchange, names: Sequence[str], profiles: Sequence[Profile] = PLAUSIBLE) -> tuple[str, ...]:
+    """Those of ``names`` that may be the fastest somewhere, in their order: a pure function, equal on all ranks.
+
+    A way stays if on one of the machines it is predicted to take no more than MARGIN times as long as the fastest.
+
+    Args:
+        exchange: what is averaged.
+        names: of strategies, as a tuple.
+        profiles: machines to think of, as a tuple; one of them, where it was measured.
+
+    Example:
+        >>> ways = "none", "all_gather", "two_phase"
+        >>> candidates(Exchange(10_000, 4), ways), candidates(Exchange(10_000_000, 32), ways)
+        (('none', 'all_gather', 'two_phase'), ('none', 'two_phase'))
+    """
+    kept = set()
+    for profile in profiles:
+        times = {name: seconds(name, exchange, profile) for name in names}
+        limit = MARGIN * min(times.values())
+        kept |= {name for name, time in times.items() if time <= limit}
+    return tuple(name for name in names if name in kept)

@@ -1,0 +1,227 @@
+"""The mean of quantized values without any further loss: one grid for all ranks, integers summed exactly.
+
+1. every rank measures its tensors and tells all others (extremes, sum of squares, bits: 32 bytes a tensor);
+2. all compute the same grid for each tensor from that (:mod:`qcomm.shared_grid`), every rank rounds its values to it
+   once, compresses them chunk by chunk, and sends each chunk to its owner;
+3. the owner adds the W packets, which is a sum of integers, and sends it to every rank, compressed without loss;
+4. every rank decodes the W packets of sums and divides by W.
+
+So the result is the mean of the ranks' quantized values, rounded once: it does not depend on the order or the chunks in
+which they are added, and there is no second quantization::
+
+    |result - mean|       <= step / 2 and rounding, step the shared grid's       two_phase: mean_i(s_i)/2 + t/2
+    bytes a rank sends    its packets but its own + (W - 1) * (its sums' packet + its summary + 3 headers)
+
+On the wire both values and sums are ordinary packets. A sum of W symbols has an alphabet W times as large, and about
+``log2(W) / 2`` bits more entropy than one of them, in a code that is chosen by its own spread: a built-in table for the
+sum's ratio of step to RMS, the packet's own table, or plain symbols above 12 bits; what lies outside the alphabet
+escapes with its exact value. Integers of a fixed width would take 16 bits or more for what takes 2 to 4.
+
+Uncompressed tensors, and those whose values reach too far for exact sums, are added in rank order as they are.
+
+Error feedback keeps ``e = u - Q(u)`` of each rank. There are no means to quantize, so what an owner kept of them
+goes into its next values: ``sum_t result_t = sum_t mean(g_t) - mean_i(e_i)``.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from qcomm.agreement import Fault, Phase
+from qcomm.codec import Segment
+from qcomm.communicator import Communicator
+from qcomm.layout import scatter_chunk
+from qcomm.mean import MeanTask, attempt, is_zero
+from qcomm.packets import (
+    Measured,
+    exchange,
+    no_bytes,
+    pack,
+    pack_chunk,
+    raise_later,
+    size_limit,
+    unpack,
+    wire_dtype,
+)
+from qcomm.quantize import Quantizer
+from qcomm.shared_grid import RECORD_FIELDS, SharedGrid, Summary, lossless_quantizer, share, summarize
+from qcomm.statistics import measure
+
+__all__ = ["exact_sum_mean"]
+
+SUMMARY_SLACK_BYTES = 1 << 8  # what a packet has besides its values
+
+
+class _Own(NamedTuple):
+    """This rank's values in the wire's dtype and, for each compressed tensor that takes part, its residual."""
+
+    values: torch.Tensor
+    residuals: dict[int, torch.Tensor]
+
+
+def exact_sum_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
+    """Replaces ``task.buffer`` by its mean over all ranks and returns it. Runs on the communicator's thread.
+
+    Raises:
+        CollectiveError, ConfigMismatchError: as :func:`qcomm.two_phase.two_phase_mean`.
+    """
+    communicator.begin()
+    rank, world_size = communicator.rank, communicator.world_size
+    fault: Fault | None = communicator.pending_fault or task.fault
+    own, summary, limit = None, no_bytes(), 0
+    if fault is None:
+        numbers = _compressed(task)
+        limit = 8 * RECORD_FIELDS * len(numbers) + SUMMARY_SLACK_BYTES if numbers else 0
+        measured, fault = attempt(Phase.MEASURE, _measure, task)
+        if measured is not None:
+            own, summary = measured
+    summaries = exchange(
+        task,
+        communicator,
+        1,
+        Phase.ENCODE,
+        "overhead",
+        None if own is None else [summary] * world_size,
+        [limit] * world_size,
+        fault,
+    )
+
+    grids, fault = attempt(Phase.MEASURE, _share, task, summaries)
+    values: list[torch.Tensor] | None = None
+    if own is not None and grids is not None:
+        # Ranks that computed different grids would add what does not belong together.
+        digest = hashlib.sha256(repr(grids).encode()).hexdigest()[:16]
+        task = replace(task, fields=task.fields.extended("shared grids", digest))
+        values, fault = attempt(Phase.QUANTIZE, _encode_values, task, own, grids)
+    layout, dtype = task.agreed_layout, wire_dtype(task)
+    limits = [size_limit(layout.chunks[rank], dtype)] * world_size
+    contributions = exchange(task, communicator, 2, Phase.QUANTIZE, "phase1", values, limits, fault)
+
+    total, fault = attempt(Phase.REDUCE, _add_chunk, task, rank, grids or [], contributions)
+    limits = [size_limit(chunk, dtype) for chunk in layout.chunks]
+    outgoing = None if total is None else [total] * world_size
+    totals = exchange(task, communicator, 3, Phase.REDUCE, "phase2", outgoing, limits, fault)
+
+    _, fault = attempt(Phase.DECODE, _decode_means, task, totals)
+    if fault is not None:
+        raise_later(communicator, fault)
+    for phase, packets in enumerate((values or [], totals), 1):
+        task.telemetry.count_packets(phase, layout.chunks, [packet.numel() for packet in packets], dtype.itemsize)
+    task.telemetry.mark(task.index, "done")
+    return task.buffer
+
+
+def _compressed(task: MeanTask) -> list[int]:
+    return [number for number, tensor in enumerate(task.agreed_layout.tensors) if tensor.compressed]
+
+
+def _measure(task: MeanTask) -> tuple[_Own, torch.Tensor]:
+    """This rank's values, and the packet that tells the others about them."""
+    task.telemetry.mark(task.index, "encode")
+    layout, feedback, inv_scale = task.agreed_layout, task.feedback, 1.0 / task.scale
+    with task.telemetry.timed("encode_seconds"):
+        if feedback is not None:
+            feedback.adopt(layout, None)
+        own = _Own(task.buffer.to(wire_dtype(task)), {})
+        records = []
+        for number in _compressed(task):
+            tensor = layout.tensors[number]
+            values = own.values[tensor.offset : tensor.offset + tensor.numel]
+            residual = None if feedback is None else feedback.local(tensor.key, tensor.numel)
+            if residual is not None and is_zero(values):  # DDP may throw the mean away, and with it a residual
+                residual = None
+            elif residual is not None:
+                own.residuals[number] = residual
+            statistics = measure(values, residual, inv_scale)
+            task.telemetry.add(nonfinite_tensors=not statistics.finite)
+            records.append(summarize(statistics, task.grid, values, residual, inv_scale))
+        record = torch.tensor(records, dtype=torch.float64).flatten()
+        return own, pack([Segment(record, Quantizer.raw())]) if records else no_bytes()
+
+
+def _share(task: MeanTask, packets: Sequence[torch.Tensor]) -> list[SharedGrid]:
+    """The grids of all tensors, the same on every rank; those that are not compressed have none."""
+    layout, numbers = task.agreed_layout, _compressed(task)
+    records = torch.empty(len(packets), len(numbers), RECORD_FIELDS, dtype=torch.float64)
+    for sender, packet in enumerate(packets):
+        unpack(packet, records[sender].view(-1), sender)
+    grids = [SharedGrid()] * len(layout.tensors)
+    for column, number in enumerate(numbers):
+        summaries = [Summary(*record) for record in records[:, column].tolist()]
+        grids[number] = share(task.grid, summaries, layout.tensors[number].numel, wire_dtype(task))
+    return grids
+
+
+def _encode_values(task: MeanTask, own: _Own, grids: Sequence[SharedGrid]) -> list[torch.Tensor]:
+    """This rank's values on the shared grids, one packet a chunk; what rounding loses becomes the residual."""
+    layout = task.agreed_layout
+    with task.telemetry.timed("encode_seconds"):
+        if task.scale != 1.0:
+            own.values.mul_(1.0 / task.scale)
+        measured = [Measured(Quantizer.raw(), None)] * len(layout.tensors)
+        for number in _compressed(task):
+            tensor, grid, residual = layout.tensors[number], grids[number], own.residuals.get(number)
+            values = own.values[tensor.offset : tensor.offset + tensor.numel]
+            quantizer = _quantize(task, values, residual, grid)
+            task.telemetry.note_quantizer(tensor.key, quantizer)
+            measured[number] = Measured(quantizer, None)
+        return [pack_chunk(own.values, chunk, measured, 1.0, task.num_threads) for chunk in layout.chunks]
+
+
+def _quantize(task: MeanTask, values: torch.Tensor, residual: torch.Tensor | None, grid: SharedGrid) -> Quantizer:
+    """Adds the residual to ``values`` and rounds them, both in place, and says how they go into a packet."""
+    if grid.constant is not None and math.isnan(grid.constant):
+        return Quantizer.constant(math.nan)
+    if residual is not None:
+        values.add_(residual)
+    if not grid.step:
+        if residual is not None:
+            residual.zero_()
+        return Quantizer.raw() if grid.constant is None else Quantizer.constant(grid.constant)
+    rounded = grid.round(values)
+    if residual is not None:
+        residual.copy_(values.sub_(rounded))
+    values.copy_(rounded)
+    return lossless_quantizer(values, grid.step, task.grid)
+
+
+def _add_chunk(task: MeanTask, rank: int, grids: Sequence[SharedGrid], packets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The packet of the sum over all ranks of this rank's chunk."""
+    task.telemetry.mark(task.index, "reduce")
+    chunk = task.agreed_layout.chunks[rank]
+    total = torch.empty(chunk.count, dtype=wire_dtype(task))
+    with task.telemetry.timed("decode_seconds"):
+        for sender, packet in enumerate(packets):
+            unpack(packet, total, sender, accumulate=sender > 0, num_threads=task.num_threads)
+    with task.telemetry.timed("encode_seconds"):
+        segments, position = [], 0
+        for piece in chunk.pieces:
+            sums, grid = total[position : position + piece.length], grids[piece.tensor]
+            quantizer = Quantizer.raw()
+            if grid.step:
+                quantizer = lossless_quantizer(sums, grid.step, task.grid)
+            elif grid.constant is not None:
+                quantizer = Quantizer.constant(float(sums[0]))
+            segments.append(Segment(sums, quantizer))
+            position += piece.length
+        if chunk.raw_count:
+            segments.append(Segment(total[position:], Quantizer.raw()))
+        return pack(segments, num_threads=task.num_threads)
+
+
+def _decode_means(task: MeanTask, packets: Sequence[torch.Tensor]) -> None:
+    """Divides every chunk's sum by the number of ranks and writes it into the buffer."""
+    task.telemetry.mark(task.index, "decode")
+    layout = task.agreed_layout
+    with task.telemetry.timed("decode_seconds"):
+        for owner, (chunk, packet) in enumerate(zip(layout.chunks, packets, strict=True)):
+            values = torch.empty(chunk.count, dtype=wire_dtype(task))
+            unpack(packet, values, owner, num_threads=task.num_threads)
+            values.div_(layout.world_size)
+            if task.scale != 1.0:
+                values.mul_(task.scale)
+            scatter_chunk(values, chunk, task.buffer)

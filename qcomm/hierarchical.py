@@ -1,0 +1,323 @@
+"""The mean in two levels: uncompressed inside a node, compressed between nodes.
+
+There are ``a`` ranks a node and ``b`` nodes, W = a * b: rank ``n * a + l`` is number l of node n. The buffer is cut in
+a slices and each slice in b chunks::
+
+    slice     | 0                     | 1                     |        a = 2, b = 3
+    chunk     | 0     | 1     | 2     | 3     | 4     | 5     |
+    owner     | 0     | 2     | 4     | 1     | 3     | 5     |        chunk l * b + n belongs to rank n * a + l
+
+1. inside each node a reduce-scatter of the values as they are: rank l of a node gets the node's sum of slice l;
+2. between the ranks of the same number l on all nodes :mod:`qcomm.two_phase`'s exchange of slice l: the sums compressed
+   to the owners of the chunks, the means compressed back;
+3. inside each node an all-gather of the decoded slices, in the buffer's dtype.
+
+All ranks end with the same bits: the slices with number l are decoded from the same packets on every node. A node is
+whatever shares a fast link; any two factors of W do, which makes it a torus of a x b.
+
+Per rank, with n elements of v bytes in float32 or float64 and of d bytes in the buffer's dtype, P the packets of its
+slice and M those of the slice's means::
+
+    bytes inside the node      (a - 1) / a * n * (v + d)
+    bytes between nodes        (b - 1) / b * (P + M): about 1 / a of what two_phase sends over the same links
+    headers                    4 to each of the W - 1 other ranks
+    |result - mean|            <= sum_n(s_n) / (2 W) + t / 2 and rounding
+
+with s_n the step of node n's sum for a part of a tensor, and t the owner's. Where gradients are independent, s_n is
+sqrt(a) times a rank's step, and the first term so many times smaller than in two_phase. On a single node nothing is
+compressed.
+
+There are no groups of ranks with connections of their own: all messages travel over the communicator's, and before
+each step all W ranks tell each other whether all is well. So a fault anywhere is raised everywhere.
+
+Error feedback: a rank keeps what quantizing its node's sum of its slice has lost, and what quantizing its own chunk's
+mean has; residuals of other slices, from other strategies, travel uncompressed inside the node and are gone then.
+``sum_t result_t = sum_t mean(g_t) - (mean_i(e_i) + o)`` as everywhere. A value that is not finite makes its tensor's
+part in one chunk NaN on all ranks, and not all of the tensor.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from qcomm._native import Coding
+from qcomm.agreement import Fault, Phase
+from qcomm.codec import Segment
+from qcomm.communicator import Communicator
+from qcomm.errors import PacketError
+from qcomm.grids import Grid
+from qcomm.layout import Chunk, Piece, gather_chunk, scatter_chunk
+from qcomm.mean import MeanTask, attempt, is_zero
+from qcomm.mean_steps import owner_grid
+from qcomm.packets import Measured, choose, exchange, no_bytes, pack, raise_later, size_limit, unpack, wire_dtype
+from qcomm.quantize import Quantizer
+from qcomm.statistics import measure
+
+__all__ = ["check_ranks_per_node", "hierarchical_mean", "resolve_ranks_per_node"]
+
+T = TypeVar("T")
+
+
+def check_ranks_per_node(ranks_per_node: object) -> None:
+    """Raises unless ``ranks_per_node`` is None or a positive int."""
+    if ranks_per_node is None:
+        return
+    if isinstance(ranks_per_node, bool) or not isinstance(ranks_per_node, int):
+        raise TypeError(f"ranks_per_node must be an int or None, got {type(ranks_per_node).__name__}")
+    if ranks_per_node < 1:
+        raise ValueError(f"ranks_per_node must be at least 1, got {ranks_per_node}")
+
+
+def resolve_ranks_per_node(ranks_per_node: int | None, world_size: int, strategy: str) -> int:
+    """How many ranks form a node: what was given, otherwise, for ``"hierarchical"``, the launcher's LOCAL_WORLD_SIZE.
+
+    Raises:
+        ValueError: it does not divide the number of ranks, or is not to be found.
+
+    Example:
+        >>> resolve_ranks_per_node(2, 6, "hierarchical"), resolve_ranks_per_node(None, 6, "two_phase")
+        (2, 1)
+    """
+    source = "ranks_per_node"
+    if ranks_per_node is None:
+        if strategy != "hierarchical":
+            return 1
+        source, text = "LOCAL_WORLD_SIZE, and so ranks_per_node,", os.environ.get("LOCAL_WORLD_SIZE", "")
+        if not text.isdecimal() or int(text) < 1:
+            raise ValueError(
+                "ranks_per_node must be given for strategy 'hierarchical', because the launcher did not set "
+                f"LOCAL_WORLD_SIZE (it is {text!r})"
+            )
+        ranks_per_node = int(text)
+    if world_size % ranks_per_node:
+        raise ValueError(f"{source} must divide the number of ranks, {world_size}, got {ranks_per_node}")
+    return ranks_per_node
+
+
+class _Place(NamedTuple):
+    """Where a rank is: number ``local`` of ``ranks_per_node`` on node number ``node`` of ``nodes``."""
+
+    node: int
+    nodes: int
+    local: int
+    ranks_per_node: int
+
+    @classmethod
+    def of(cls, rank: int, world_size: int, ranks_per_node: int) -> "_Place":
+        return cls(rank // ranks_per_node, world_size // ranks_per_node, rank % ranks_per_node, ranks_per_node)
+
+    @property
+    def neighbours(self) -> list[int]:
+        """Ranks of the same node, own one included, by their number."""
+        return [self.node * self.ranks_per_node + local for local in range(self.ranks_per_node)]
+
+    @property
+    def row(self) -> list[int]:
+        """Ranks of the same number on all nodes, own one included, by node."""
+        return [node * self.ranks_per_node + self.local for node in range(self.nodes)]
+
+    def slice_of(self, task: MeanTask, local: int) -> Sequence[Chunk]:
+        """The chunks of slice number ``local``, by node."""
+        return task.agreed_layout.chunks[local * self.nodes : (local + 1) * self.nodes]
+
+    @property
+    def own_chunk(self) -> int:
+        """Number of the chunk whose mean this rank makes."""
+        return self.local * self.nodes + self.node
+
+
+def hierarchical_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
+    """Replaces ``task.buffer`` by its mean over all ranks and returns it. Runs on the communicator's thread.
+
+    Raises:
+        CollectiveError, ConfigMismatchError: as :func:`qcomm.two_phase.two_phase_mean`.
+    """
+    communicator.begin()
+    world_size, dtype, item_bytes = communicator.world_size, wire_dtype(task), task.buffer.element_size()
+    fault: Fault | None = communicator.pending_fault or task.fault
+    place, parts, limits = _Place(0, world_size, 0, 1), None, None
+    if fault is None:
+        place = _Place.of(communicator.rank, world_size, task.ranks_per_node)
+        own = _elements(place.slice_of(task, place.local))
+        limits = _spread(place.neighbours, [own * dtype.itemsize] * place.ranks_per_node, world_size, 0)
+        parts, fault = attempt(Phase.PREPARE, _split, task, place)
+    outgoing = None if parts is None else _spread(place.neighbours, parts, world_size, no_bytes())
+    received = exchange(task, communicator, 1, Phase.ENCODE, "inside", outgoing, limits, fault)
+
+    chunks = place.slice_of(task, place.local)
+    sizes = [size_limit(chunk, dtype) for chunk in chunks]
+    values, fault = attempt(Phase.NODE, _encode_sums, task, place, [received[rank] for rank in place.neighbours])
+    outgoing = None if values is None else _spread(place.row, values, world_size, no_bytes())
+    limits = _spread(place.row, [sizes[place.node]] * place.nodes, world_size, 0)
+    received = exchange(task, communicator, 2, Phase.NODE, "phase1", outgoing, limits, fault)
+
+    mean, fault = attempt(Phase.REDUCE, _reduce_chunk, task, place, [received[rank] for rank in place.row])
+    outgoing = None if mean is None else _spread(place.row, [mean] * place.nodes, world_size, no_bytes())
+    limits = _spread(place.row, sizes, world_size, 0)
+    received = exchange(task, communicator, 3, Phase.REDUCE, "phase2", outgoing, limits, fault)
+    means = [received[rank] for rank in place.row]
+
+    decoded, fault = attempt(Phase.DECODE, _decode_slice, task, place, means)
+    outgoing = (
+        None if decoded is None else _spread(place.neighbours, [decoded] * place.ranks_per_node, world_size, no_bytes())
+    )
+    slices = [_elements(place.slice_of(task, local)) * item_bytes for local in range(place.ranks_per_node)]
+    limits = _spread(place.neighbours, slices, world_size, 0)
+    received = exchange(task, communicator, 4, Phase.DECODE, "inside", outgoing, limits, fault)
+
+    _, fault = attempt(Phase.DECODE, _join, task, place, [received[rank] for rank in place.neighbours])
+    if fault is not None:
+        raise_later(communicator, fault)
+    for phase, packets in enumerate((values or [], means), 1):
+        packed = [packet.numel() for packet in packets]
+        task.telemetry.count_packets(phase, chunks, packed, dtype.itemsize)
+    task.telemetry.mark(task.index, "done")
+    return task.buffer
+
+
+def _split(task: MeanTask, place: _Place) -> list[torch.Tensor]:
+    """This rank's values without the scale, as bytes: one part for each slice, the own one included.
+
+    To the slices of others it adds all that error feedback keeps of them.
+    """
+    task.telemetry.mark(task.index, "encode")
+    layout, feedback, dtype = task.agreed_layout, task.feedback, wire_dtype(task)
+    values = task.buffer.to(dtype)
+    if task.scale != 1.0:
+        values = values * (1.0 / task.scale)
+    kept: list[torch.Tensor | None] = [None] * len(layout.tensors)
+    if feedback is not None:
+        feedback.adopt(layout, place.own_chunk)
+        for number, tensor in enumerate(layout.tensors):
+            if tensor.compressed and feedback.keeps(tensor.key):
+                kept[number] = feedback.local(tensor.key, tensor.numel)
+    parts = []
+    for local in range(place.ranks_per_node):
+        chunks = place.slice_of(task, local)
+        part = torch.empty(_elements(chunks), dtype=dtype)
+        for chunk, into in zip(chunks, part.split([chunk.count for chunk in chunks]), strict=True):
+            gather_chunk(values, chunk, into)
+        for piece, into in _pieces(chunks, part):
+            residual = kept[piece.tensor]
+            if local == place.local or residual is None:
+                continue
+            rest = residual[piece.start : piece.start + piece.length]
+            tensor = layout.tensors[piece.tensor]
+            if rest.any() and _takes_part(values[tensor.offset : tensor.offset + tensor.numel]):
+                into.add_(rest)
+                rest.zero_()
+        parts.append(part.view(torch.uint8))
+    return parts
+
+
+def _takes_part(values: torch.Tensor) -> bool:
+    """Whether the mean of a tensor is going to be used, as far as this rank can see."""
+    return not is_zero(values) and measure(values).finite
+
+
+def _encode_sums(task: MeanTask, place: _Place, received: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The node's sums of this rank's slice, one packet a chunk. Each part of a tensor in a chunk has its own grid."""
+    chunks, dtype = place.slice_of(task, place.local), wire_dtype(task)
+    with task.telemetry.timed("encode_seconds"):
+        total = torch.empty(_elements(chunks), dtype=dtype)
+        for number, (rank, message) in enumerate(zip(place.neighbours, received, strict=True)):
+            values = _values(message, dtype, total.numel(), rank)
+            if number == 0:
+                total.copy_(values)
+            else:
+                total.add_(values)
+        return [
+            _pack(task, place, chunk, values, task.grid, owner=False)
+            for chunk, values in zip(chunks, total.split([chunk.count for chunk in chunks]), strict=True)
+        ]
+
+
+def _reduce_chunk(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The packet of the mean over all ranks of this rank's chunk."""
+    task.telemetry.mark(task.index, "reduce")
+    layout = task.agreed_layout
+    chunk = layout.chunks[place.own_chunk]
+    mean = torch.empty(chunk.count, dtype=wire_dtype(task))
+    with task.telemetry.timed("decode_seconds"):
+        for number, (rank, packet) in enumerate(zip(place.row, packets, strict=True)):
+            unpack(packet, mean, rank, accumulate=number > 0, num_threads=task.num_threads)
+        mean.div_(layout.world_size)
+    with task.telemetry.timed("encode_seconds"):
+        return _pack(task, place, chunk, mean, owner_grid(task.grid), owner=True)
+
+
+def _pack(task: MeanTask, place: _Place, chunk: Chunk, values: torch.Tensor, grid: Grid, owner: bool) -> torch.Tensor:
+    """The packet of a chunk's ``values``, which lie as in a packet, with the residuals of sums or of means."""
+    layout, feedback, segments = task.agreed_layout, task.feedback, []
+    for piece, part in _pieces([chunk], values):
+        tensor, residual = layout.tensors[piece.tensor], None
+        if feedback is not None and owner:
+            residual = feedback.owner(tensor.key, piece.start, piece.length)
+        elif feedback is not None:
+            residual = feedback.local(tensor.key, tensor.numel)[piece.start : piece.start + piece.length]
+        measured = choose(part, grid, residual, 1.0, task.num_threads)
+        if place.nodes == 1 and measured.quantizer.coding != Coding.CONSTANT:
+            measured = Measured(Quantizer.raw(), residual)  # there is no slow link to save bytes on
+        if not owner:
+            task.telemetry.note_quantizer(tensor.key, measured.quantizer)
+            task.telemetry.add(nonfinite_tensors=measured.quantizer.p0 != measured.quantizer.p0)
+        segments.append(Segment(part, *measured))
+    if chunk.raw_count:
+        segments.append(Segment(values[chunk.compressed_count :], Quantizer.raw()))
+    return pack(segments, num_threads=task.num_threads)
+
+
+def _decode_slice(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The means of this rank's slice in the buffer's dtype, as bytes."""
+    task.telemetry.mark(task.index, "decode")
+    chunks = place.slice_of(task, place.local)
+    with task.telemetry.timed("decode_seconds"):
+        means = torch.empty(_elements(chunks), dtype=wire_dtype(task))
+        parts = means.split([chunk.count for chunk in chunks])
+        for rank, packet, part in zip(place.row, packets, parts, strict=True):
+            unpack(packet, part, rank, num_threads=task.num_threads)
+        if task.scale != 1.0:
+            means.mul_(task.scale)
+        return means.to(task.buffer.dtype).view(torch.uint8)
+
+
+def _join(task: MeanTask, place: _Place, received: Sequence[torch.Tensor]) -> None:
+    """Writes all slices into the buffer."""
+    for local, (rank, message) in enumerate(zip(place.neighbours, received, strict=True)):
+        chunks = place.slice_of(task, local)
+        values = _values(message, task.buffer.dtype, _elements(chunks), rank)
+        for chunk, part in zip(chunks, values.split([chunk.count for chunk in chunks]), strict=True):
+            scatter_chunk(part, chunk, task.buffer)
+
+
+def _elements(chunks: Sequence[Chunk]) -> int:
+    return sum(chunk.count for chunk in chunks)
+
+
+def _pieces(chunks: Sequence[Chunk], values: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
+    """Each piece of ``chunks`` with its part of ``values``, which lie as in packets, one after another."""
+    position = 0
+    for chunk in chunks:
+        for piece in chunk.pieces:
+            yield piece, values[position : position + piece.length]
+            position += piece.length
+        position += chunk.raw_count
+
+
+def _spread(ranks: Sequence[int], items: Sequence[T], world_size: int, nothing: T) -> list[T]:
+    """One item for each rank of the group: those of ``ranks``, and ``nothing`` for all others."""
+    spread = [nothing] * world_size
+    for rank, item in zip(ranks, items, strict=True):
+        spread[rank] = item
+    return spread
+
+
+def _values(message: torch.Tensor, dtype: torch.dtype, count: int, sender: int) -> torch.Tensor:
+    """The values in an uncompressed message."""
+    if message.numel() != count * dtype.itemsize:
+        raise PacketError(
+            f"values of rank {sender} of the group: {message.numel()} bytes instead of {count * dtype.itemsize}"
+        )
+    return message.view(dtype)

@@ -1,0 +1,168 @@
+"""Packets of a collective: chunks of a buffer to bytes and back, their exchange, and how large they can be."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+import torch
+
+from qcomm.agreement import Fault, Phase
+from qcomm.codec import Segment, decode_into, encode
+from qcomm.communicator import Communicator
+from qcomm.errors import CollectiveError, PacketError
+from qcomm.grids import Grid
+from qcomm.layout import Chunk, gather_runs
+from qcomm.mean import MeanTask, is_zero
+from qcomm.quantize import Quantizer, plan
+from qcomm.statistics import measure
+
+__all__ = [
+    "Measured",
+    "choose",
+    "exchange",
+    "measure_tensors",
+    "no_bytes",
+    "pack",
+    "pack_chunk",
+    "raise_later",
+    "size_limit",
+    "unpack",
+    "wire_dtype",
+]
+
+# Most that a packet takes beyond its values: header, and for each segment its record, code lengths and a checksum, and
+# for each block, of 32 values at least, its frame. Generous: the limit only keeps nonsense from being allocated.
+PACKET_SLACK_BYTES = 1 << 12
+SEGMENT_SLACK_BYTES = 1 << 13
+VALUES_PER_SLACK_BYTE = 64
+
+
+class Measured(NamedTuple):
+    """A tensor's grid on this rank, and its residual if it takes part: 1-D float32, of the whole tensor."""
+
+    quantizer: Quantizer
+    residual: torch.Tensor | None
+
+
+def wire_dtype(task: MeanTask) -> torch.dtype:
+    """Sums need more than 16 bits, so what they are made of travels in float32, or in float64 if it is float64."""
+    return torch.float64 if task.buffer.dtype == torch.float64 else torch.float32
+
+
+def choose(
+    values: torch.Tensor, grid: Grid, residual: torch.Tensor | None, inv_scale: float, num_threads: int = 1
+) -> Measured:
+    """The quantizer of a tensor or a part of one, and its residual if it takes part."""
+    if residual is not None and is_zero(values):
+        # The mean of a parameter that no rank used is thrown away by DDP, which leaves its gradient None: a residual in
+        # it would be lost.
+        return Measured(Quantizer.constant(0.0), None)
+    statistics = measure(values, residual, inv_scale, num_threads=num_threads)
+    if not statistics.finite:
+        # Travels as a flag, becomes NaN in the sum and so on every rank.
+        return Measured(Quantizer.constant(math.nan), None)
+    return Measured(plan(statistics, grid, values, residual, inv_scale, num_threads=num_threads), residual)
+
+
+def measure_tensors(task: MeanTask, values: torch.Tensor) -> list[Measured]:
+    """Each tensor of the layout measured whole; those that are not compressed get a raw quantizer."""
+    measured = []
+    for tensor in task.agreed_layout.tensors:
+        found = Measured(Quantizer.raw(), None)
+        if tensor.compressed:
+            residual = None if task.feedback is None else task.feedback.local(tensor.key, tensor.numel)
+            whole = values[tensor.offset : tensor.offset + tensor.numel]
+            found = choose(whole, task.grid, residual, 1.0 / task.scale, task.num_threads)
+            task.telemetry.note_quantizer(tensor.key, found.quantizer)
+            task.telemetry.add(nonfinite_tensors=math.isnan(found.quantizer.p0))
+        measured.append(found)
+    return measured
+
+
+def pack_chunk(
+    values: torch.Tensor, chunk: Chunk, measured: Sequence[Measured], inv_scale: float, num_threads: int = 1
+) -> torch.Tensor:
+    """The packet of a chunk of the flat ``values``, each tensor as it was measured. Residuals are replaced."""
+    segments = []
+    for piece in chunk.pieces:
+        quantizer, residual = measured[piece.tensor]
+        part = None if residual is None else residual[piece.start : piece.start + piece.length]
+        segments.append(Segment(values[piece.offset : piece.offset + piece.length], quantizer, part))
+    if chunk.raw_runs:
+        segments.append(Segment(gather_runs(values, chunk.raw_runs), Quantizer.raw()))
+    return pack(segments, inv_scale, num_threads)
+
+
+def pack(segments: Sequence[Segment], inv_scale: float = 1.0, num_threads: int = 1) -> torch.Tensor:
+    """A packet, or no bytes for no segments."""
+    return encode(segments, inv_scale=inv_scale, num_threads=num_threads) if segments else no_bytes()
+
+
+def no_bytes() -> torch.Tensor:
+    """What is sent where nothing is sent."""
+    return torch.empty(0, dtype=torch.uint8)
+
+
+def unpack(
+    packet: torch.Tensor, out: torch.Tensor, sender: int, accumulate: bool = False, num_threads: int = 1
+) -> None:
+    """Decodes a packet into ``out``, or adds it; a damaged one is an error that names its sender."""
+    if not out.numel():
+        return
+    try:
+        decode_into(packet, out, accumulate=accumulate, num_threads=num_threads)
+    except PacketError as error:
+        raise PacketError(f"packet of rank {sender} of the group: {error}") from error
+
+
+def size_limit(chunk: Chunk, dtype: torch.dtype) -> int:
+    """Most bytes a packet of ``chunk`` can have; 0 for an empty chunk, which has none."""
+    if not chunk.count:
+        return 0
+    segments = SEGMENT_SLACK_BYTES * (len(chunk.pieces) + 1)
+    return chunk.count * dtype.itemsize + chunk.count // VALUES_PER_SLACK_BYTE + segments + PACKET_SLACK_BYTES
+
+
+def exchange(
+    task: MeanTask,
+    communicator: Communicator,
+    number: int,
+    phase: Phase,
+    kind: str,
+    packets: Sequence[torch.Tensor] | None,
+    limits: Sequence[int] | None,
+    fault: Fault | None,
+) -> list[torch.Tensor]:
+    """Sends packet r to each rank r and returns what each rank sent here; raises on all ranks if any has a fault.
+
+    Args:
+        task, communicator: of the collective.
+        number: of the exchange within the collective, from 1.
+        phase: that every rank has just finished.
+        kind: what the bytes count as: "phase1", "phase2", "inside" or "overhead".
+        packets: W of them, of no bytes where nothing goes to a rank; None with a fault.
+        limits: most bytes that each rank can send here, 0 where it sends nothing; None with a fault.
+        fault: what went wrong on this rank, if anything did.
+    """
+    task.telemetry.mark(task.index, f"exchange_{number}")
+    own, world_size = communicator.rank, communicator.world_size
+    packets = packets or [no_bytes()] * world_size
+    limits = limits or [0] * world_size
+    with task.telemetry.timed("communication_seconds"):
+        sizes, overhead = communicator.agree(
+            phase, task.fields, [packet.numel() for packet in packets], limits, fault, task.own_time
+        )
+        incoming = [
+            torch.empty(size, dtype=torch.uint8) if rank != own else packets[own] for rank, size in enumerate(sizes)
+        ]
+        traffic = communicator.exchange(packets, incoming, phase)
+    task.telemetry.add_traffic("overhead", overhead)
+    task.telemetry.add_traffic(kind, traffic)
+    return incoming
+
+
+def raise_later(communicator: Communicator, fault: Fault) -> NoReturn:
+    """Raises a fault after the last exchange here, and on the other ranks in the next collective."""
+    communicator.announce_later(fault)
+    text = f"this rank failed while {fault.phase}: {fault.error}; the others are told in the next collective"
+    raise CollectiveError(text) from fault.error

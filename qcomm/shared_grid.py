@@ -1,0 +1,141 @@
+"""One grid for a tensor on all ranks, on which sums of quantized values are exact.
+
+The levels are the multiples of one step, which all ranks compute from the statistics of all. The step is rounded down
+to few significant bits, eight where nothing else asks for fewer::
+
+    step      = m * 2^e                      m < 2^8
+    value     = q * step                     one float32, for |q| < 2^16
+    sum       = (q_1 + ... + q_W) * step     one float32, for |q_1 + ... + q_W| < 2^16
+
+So the float32 additions of the codec's decoder are additions of integers: no rounding, whatever the order. Where values
+reach further the step gets fewer bits, down to a power of two, and where that does not suffice (values of 2^22 / W
+steps) the tensor is not quantized at all. float64 has 53 bits in place of 24.
+
+A packet then carries values and sums without loss, on the grids that the format has: sigma segments for a SigmaGrid,
+whose alphabet is centred at zero and whose escapes carry exact values, range segments for a RangeGrid.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from qcomm import _native
+from qcomm._native import NO_TABLE, Coding, GridKind, Quantizer
+from qcomm.grids import Grid, RangeGrid, SigmaGrid
+from qcomm.quantize import MAX_CODED_BITS, plan_step
+from qcomm.statistics import Statistics, measure
+
+__all__ = ["RECORD_FIELDS", "SharedGrid", "Summary", "lossless_quantizer", "share", "summarize"]
+
+STEP_BITS = 8  # a step is at most 1/128 finer than was asked for
+MAX_RANGE_BITS = 16
+
+
+class Summary(NamedTuple):
+    """What a rank tells of a tensor: extremes, NaN where it is not finite, sum of squares, bits on a range grid."""
+
+    minimum: float
+    maximum: float
+    sum_squares: float
+    num_bits: float
+
+
+RECORD_FIELDS = len(Summary._fields)
+
+
+class SharedGrid(NamedTuple):
+    """What all ranks do with a tensor: they quantize it to multiples of ``step``.
+
+    Where ``step`` is 0 they send ``constant``, which is NaN if some rank's tensor is not finite; where that is None
+    they send the values as they are.
+    """
+
+    step: float = 0.0
+    constant: float | None = None
+
+    def round(self, values: torch.Tensor) -> torch.Tensor:
+        """The nearest multiples of the step: ``|error| <= step / 2`` and rounding.
+
+        Example:
+            >>> SharedGrid(step=0.5).round(torch.tensor([0.3, -1.1]))
+            tensor([ 0.5000, -1.0000])
+        """
+        return values.mul(1.0 / self.step).round_().mul_(self.step)
+
+
+def summarize(
+    statistics: Statistics, grid: Grid, values: torch.Tensor, residual: torch.Tensor | None, inv_scale: float
+) -> Summary:
+    """What the other ranks need to know of ``u = values * inv_scale + residual``."""
+    if not statistics.finite:
+        return Summary(math.nan, math.nan, math.nan, 0.0)
+    lo, hi = statistics.minimum, statistics.maximum
+    bits = 0
+    if isinstance(grid, RangeGrid) and lo < hi and math.isfinite(hi - lo):
+        bits = grid.num_bits or grid.bits_for(
+            _native.entropy(
+                values, residual, inv_scale, lo, hi, grid.entropy_bits, grid.sample_fraction, grid.seed, num_threads=1
+            )
+        )
+    return Summary(lo, hi, statistics.sum_squares, bits)
+
+
+def share(grid: Grid, summaries: Sequence[Summary], count: int, dtype: torch.dtype) -> SharedGrid:
+    """The grid that follows from the summaries of all ranks, in rank order, for a tensor of ``count`` elements.
+
+    A SigmaGrid's step is relative to the RMS over all ranks. Of a RangeGrid the largest number of bits that a rank
+    asks for is taken, and its levels spread over the range of all ranks. All arithmetic is that of float64.
+
+    Example:
+        >>> ranks = [Summary(-1.0, 1.0, 3.0, 0.0), Summary(-2.0, 0.5, 5.0, 0.0)]
+        >>> share(SigmaGrid(step=2.0), ranks, 2, torch.float32)
+        SharedGrid(step=2.828125, constant=None)
+    """
+    lo, hi = min(s.minimum for s in summaries), max(s.maximum for s in summaries)
+    if any(math.isnan(s.minimum) for s in summaries):  # which min and max may miss
+        return SharedGrid(constant=math.nan)
+    if lo == hi:
+        return SharedGrid(constant=lo)
+    if isinstance(grid, SigmaGrid):
+        wanted = grid.step * math.sqrt(sum(s.sum_squares for s in summaries) / (len(summaries) * count))
+    else:
+        # A peer's number is a number of bits only after this.
+        bits = int(min(max(s.num_bits for s in summaries), MAX_RANGE_BITS)) or (grid.num_bits or 1)
+        wanted = (hi - lo) / (2**bits - (grid.reconstruction == "endpoint"))
+    if not 0.0 < wanted < math.inf:
+        return SharedGrid()
+    digits = round(-math.log2(torch.finfo(dtype).eps)) + 1
+    for step_bits in range(STEP_BITS, 0, -1):
+        step = _round_down(wanted, step_bits)
+        # One more than the largest level: rounding may go up.
+        if step and len(summaries) * (max(-lo, hi) / step + 1.0) < 2.0 ** (digits - step_bits):
+            on_grid = Quantizer(GridKind.SIGMA, 4, Coding.SINGLE, NO_TABLE, 0.0, step)
+            return SharedGrid(step) if _native.is_usable(on_grid, dtype) else SharedGrid()
+    return SharedGrid()
+
+
+def lossless_quantizer(values: torch.Tensor, step: float, grid: Grid) -> Quantizer:
+    """How multiples of ``step``, values or sums of them, go into a packet without loss, in the code that suits them."""
+    statistics = measure(values)
+    if not statistics.finite:  # a sum has overflown
+        return Quantizer.constant(math.nan)
+    if statistics.minimum == statistics.maximum:
+        return Quantizer.constant(statistics.minimum)
+    if isinstance(grid, SigmaGrid):
+        quantizer = plan_step(statistics, step, grid.coding, values)
+    else:
+        lo = statistics.minimum
+        bits = round((statistics.maximum - lo) / step).bit_length()
+        if bits > MAX_RANGE_BITS:
+            return Quantizer.raw()
+        coding = Coding.SINGLE if bits <= MAX_CODED_BITS else Coding.FIXED
+        quantizer = Quantizer(GridKind.RANGE_ENDPOINT, bits, coding, _native.WIRE_TABLE, lo, lo + step * (2**bits - 1))
+    return quantizer if _native.is_usable(quantizer, values.dtype) else Quantizer.raw()
+
+
+def _round_down(value: float, bits: int) -> float:
+    """``value``, positive, cut to so many significant bits."""
+    mantissa, exponent = math.frexp(value)
+    return math.ldexp(math.floor(math.ldexp(mantissa, bits)), exponent - bits)

@@ -1,0 +1,165 @@
+"""hierarchical: plain inside a node, compressed between nodes, on every grid of a x b ranks."""
+
+import os
+from contextlib import nullcontext
+from unittest import mock
+
+import pytest
+import strategy_cases
+import torch
+import torch.distributed as dist
+from ddp_model import backward, error_of, wrap
+from distributed import TIMEOUT, assert_same_on_all_ranks, die, gathered, run, run_alone
+
+import qcomm
+from qcomm import hierarchical
+from qcomm.transport import TransportError
+
+pytestmark = pytest.mark.world
+
+
+@pytest.mark.parametrize(
+    ("world_size", "ranks_per_node"), [(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (5, 5), (6, 2), (6, 3)]
+)
+def test_equals_twin_within_the_bound_for_the_bytes_of_the_formula(world_size, ranks_per_node):
+    # Every grid where there are nodes of several ranks, the two kinds elsewhere.
+    for grid in strategy_cases.GRIDS if world_size == 4 else strategy_cases.GRIDS[::3]:
+        run(world_size, strategy_cases.case_kinds, "hierarchical", grid, {"ranks_per_node": ranks_per_node})
+
+
+def case_bytes_between_nodes(rank, world_size):
+    """Over the links between nodes goes half of what two_phase sends there."""
+    x = torch.randn(200_000, generator=torch.Generator().manual_seed(rank))
+    stats = {}
+    for strategy in ("two_phase", "hierarchical"):
+        work = qcomm.all_reduce(x.clone(), strategy=strategy, ranks_per_node=2, async_op=True)
+        work.wait()
+        stats[strategy] = work.stats()
+    # Of W - 1 = 3 peers of a flat exchange two are on the other node.
+    flat = (stats["two_phase"]["bytes_sent_phase1"] + stats["two_phase"]["bytes_sent_phase2"]) * 2 / 3
+    ours = stats["hierarchical"]["bytes_sent_phase1"] + stats["hierarchical"]["bytes_sent_phase2"]
+    assert 0.47 < ours / flat < 0.53
+    assert stats["hierarchical"]["bytes_sent_inside"] == 200_000 // 2 * 8
+    assert stats["hierarchical"]["bits_per_element"] == pytest.approx(stats["two_phase"]["bits_per_element"], rel=0.05)
+
+
+def test_a_flat_exchange_sends_twice_as_much_between_nodes_of_two():
+    run(4, case_bytes_between_nodes)
+
+
+def case_one_node(rank, world_size):
+    inputs = [strategy_cases.values("heavy", 5000, seed) for seed in range(world_size)]
+    tensor = inputs[rank].clone()
+    qcomm.all_reduce(tensor, strategy="hierarchical", ranks_per_node=world_size)
+    total = inputs[0].clone()
+    for x in inputs[1:]:
+        total += x
+    assert torch.equal(tensor, total / world_size)
+
+
+def test_on_one_node_nothing_is_lost():
+    run(3, case_one_node)
+
+
+def case_faults(rank, world_size):
+    steps = {
+        "_split": "preparing the exchange",
+        "_encode_sums": "adding and compressing its node's values",
+        "choose": "adding and compressing its node's values",
+        "_reduce_chunk": "averaging its chunk",
+        "_decode_slice": "decoding the result",
+    }
+    strategy_cases.check_faults(rank, world_size, "hierarchical", hierarchical, steps, last="_join", ranks_per_node=2)
+    error = strategy_cases.error_of("hierarchical", ranks_per_node=1 if rank == 1 else 2)
+    assert isinstance(error, qcomm.ConfigMismatchError), error
+    assert "ranks_per_node: 2 on ranks 0 2 3, 1 on rank 1" in str(error), error
+    strategy_cases.check_works(rank, world_size, "hierarchical", ranks_per_node=2)
+
+
+def test_faults_and_mismatches_reach_all_ranks():
+    run(4, case_faults)
+
+
+def case_lies(rank, world_size):
+    def lie(name, size, match):
+        parts = [torch.zeros(size, dtype=torch.uint8)] * 2
+        strategy_cases.check_lie(rank, world_size, "hierarchical", hierarchical, name, parts, match, ranks_per_node=2)
+
+    lie("_split", 100, "values of rank 1 of the group: 100 bytes instead of")
+    lie("_split", 10**7, "rank 1 announced a packet of 10000000 bytes")
+    lie("_encode_sums", 100, "packet of rank 1 of the group")
+    # In the last exchange a lie concerns the own node alone; the other one learns of it in the next collective.
+    group, parts = dist.new_group(), torch.zeros(10**7, dtype=torch.uint8)
+    with mock.patch.object(hierarchical, "_decode_slice", return_value=parts) if rank == 1 else nullcontext():
+        error = strategy_cases.error_of("hierarchical", group=group, ranks_per_node=2)
+    if rank == 0:
+        assert isinstance(error, TransportError) and "rank 1 announced a packet of 10000000 bytes" in str(error), error
+    assert (error is None) == (rank > 1)
+    error = strategy_cases.error_of("hierarchical", group=group, ranks_per_node=2)
+    assert isinstance(error, qcomm.CollectiveError), error
+
+
+def test_bytes_that_make_no_sense_are_refused():
+    run(4, case_lies)
+
+
+def case_killed(rank, world_size, step):
+    strategy_cases.check_works(rank, world_size, "hierarchical", ranks_per_node=2)
+    if rank == 1:
+        mock.patch.object(hierarchical, step, side_effect=lambda *_: die()).start()
+    error = strategy_cases.error_of("hierarchical", ranks_per_node=2)
+    assert isinstance(error, TransportError) and "no answer from rank(s) " in str(error), error
+
+
+@pytest.mark.parametrize("step", ["_encode_sums", "_decode_slice"])
+def test_a_killed_rank_is_an_error_on_the_others(step):
+    run_alone(4, case_killed, step, dying=(1,), seconds=TIMEOUT.total_seconds() / 2)
+
+
+def case_nonfinite(rank, world_size):
+    for poison in (torch.nan, torch.inf, -torch.inf):
+        tensor = strategy_cases.values("gauss", 5000, rank)
+        if rank == world_size - 1:
+            tensor[4321] = poison
+        qcomm.all_reduce(tensor, strategy="hierarchical", ranks_per_node=2)
+        assert bool(tensor[4321].isnan()) and 0 < int(tensor.isfinite().sum()) < 5000
+        assert_same_on_all_ranks(tensor)
+
+
+def test_a_nonfinite_value_reaches_all_ranks():
+    run(4, case_nonfinite)
+
+
+def case_arguments(rank, world_size):
+    tensor = torch.randn(5000)
+    for given, error, match in (
+        (0, ValueError, "ranks_per_node must be at least 1, got 0"),
+        (2.0, TypeError, "ranks_per_node must be an int or None, got float"),
+        (4, ValueError, "ranks_per_node must divide the number of ranks, 6, got 4"),
+    ):
+        with pytest.raises(error, match=match):
+            qcomm.all_reduce(tensor, strategy="hierarchical", ranks_per_node=given)
+    with pytest.raises(ValueError, match="ranks_per_node must be at least 1, got 0"):
+        qcomm.CompressionState(ranks_per_node=0)
+    with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="3"):
+        ours, theirs = tensor.clone(), tensor.clone()
+        qcomm.all_reduce(ours, strategy="hierarchical")
+        qcomm.all_reduce(theirs, strategy="hierarchical", ranks_per_node=3)
+        assert torch.equal(ours, theirs)
+    for text in ("", "many", "0", "5"):
+        with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=text), pytest.raises(ValueError, match="LOCAL_WORLD_SIZE"):
+            qcomm.all_reduce(tensor, strategy="hierarchical")
+    # In DDP a number that does not fit is an error of every rank at the end of backward.
+    model = wrap()
+    qcomm.attach(model, strategy="hierarchical", ranks_per_node=4)
+    assert "ranks_per_node must divide the number of ranks, 6, got 4" in str(error_of(model, rank))
+    model = wrap()
+    state = qcomm.attach(model, strategy="hierarchical", ranks_per_node=3, min_elements=100)
+    backward(model, rank)
+    assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
+    ways = state.stats()["strategies"]
+    assert gathered(ways) == [ways] * world_size and set(ways.values()) == {"hierarchical"}
+
+
+def test_ranks_per_node():
+    run(6, case_arguments)
