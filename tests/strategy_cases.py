@@ -58,7 +58,7 @@ def check(rank, strategy, grid, inputs, min_elements=0, **options):
     stats = work.stats()
     assert (stats["bytes_sent"], stats["bytes_received"]) == (expected.sent[rank], expected.received[rank]), message
     if counting is not None:
-        assert (counting.sent, counting.received) == (expected.sent[rank], expected.received[rank]), message
+        assert (counting.sent, counting.received()) == (expected.sent[rank], expected.received[rank]), message
     assert stats["strategies"] == {0: strategy}
     return tensor
 

@@ -21,7 +21,7 @@ def test_every_way_has_a_cost():
 
 
 def case_bytes(rank, world_size, ranks_per_node, dtype):
-    """Predicted from the ratio of the first phase alone; means of quantized values cost up to 6 % less."""
+    """Predicted from the ratio of the first phase alone; means cost up to 6 % less or more."""
     x = torch.randn(400_000, generator=torch.Generator().manual_seed(rank)).to(dtype)
     exchange = Exchange(x.numel(), world_size, x.element_size(), ranks_per_node)
     for strategy in NAMES:
@@ -29,7 +29,8 @@ def case_bytes(rank, world_size, ranks_per_node, dtype):
         work = qcomm.all_reduce(x.clone(), strategy=strategy, async_op=True, **options)
         work.wait()
         stats = work.stats()
-        ratio = 8 * exchange.value_bytes / x.numel() / stats["bits_per_element_phase1"] if strategy != "none" else 1.0
+        bits = stats["bits_per_element_phase1"] or stats["bits_per_element_phase2"]  # alone a rank sends no values
+        ratio = 8 * exchange.value_bytes / x.numel() / bits if strategy != "none" else 1.0
         sent = stats["bytes_sent_phase1"] + stats["bytes_sent_phase2"], stats["bytes_sent_inside"]
         assert sent == pytest.approx(bytes_sent(strategy, exchange, ratio), rel=0.08), strategy
 

@@ -118,7 +118,7 @@ def bounds(spied, grid, strategy):
         if strategy == "two_phase":
             _, bound = twin.mean(wire, layout, grid, len(cut_slices(layout, two_phase.SLICE_ELEMENTS)))
         else:
-            _, bound = TWINS[strategy](wire, layout, grid, **OPTIONS[strategy])
+            bound = TWINS[strategy](wire, layout, grid, **OPTIONS[strategy])[1]
         for tensor in layout.tensors:
             part = slice(tensor.offset, tensor.offset + tensor.numel)
             result[tensor.key] = bound[part].double() + twin.rounding([buffer[part] for buffer in wire], dtype)
