@@ -5,32 +5,20 @@ Counted by callgrind, so that other work on the machine does not matter. After a
 """
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
+from native_build import BUILD, ROOT, build, skip_unless_built
 
 import qcomm
 
-ROOT = Path(__file__).resolve().parent.parent
 BASELINE = ROOT / "tests" / "native" / "instructions.json"
-# Where setup.py builds; the target takes the very objects that are in the module.
-BUILD = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
 GROWTH = 1.10
 
 Counts = dict[str, dict[str, int]]  # version -> stage -> instructions
-
-
-def build() -> Path:
-    path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
-    command = ["cmake", "--build", str(BUILD), "--target", "count_instructions"]
-    subprocess.run(command, check=True, env={**os.environ, "PATH": path}, stdout=subprocess.DEVNULL)
-    return BUILD / "count_instructions"
 
 
 def compiler() -> str:
@@ -64,11 +52,10 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> Counts:
     for tool in ("valgrind", "callgrind_annotate"):
         if shutil.which(tool) is None:
             pytest.skip(f"{tool} is not installed (Debian: apt-get install valgrind)")
-    if not (BUILD / "build.ninja").is_file():
-        pytest.skip(f"qcomm was not built in this checkout: there is no {BUILD.name} in build")
+    skip_unless_built()
     if "avx2" not in qcomm.cpu_features():
         pytest.skip("this processor has no AVX2")
-    return count(build(), tmp_path_factory.mktemp("callgrind"))
+    return count(build("count_instructions"), tmp_path_factory.mktemp("callgrind"))
 
 
 def test_vector_code_does_not_need_more_instructions_than_it_did(counts: Counts) -> None:
@@ -94,7 +81,7 @@ def test_no_stage_needs_more_instructions_than_it_did(counts: Counts) -> None:
 
 if __name__ == "__main__":
     document = json.loads(BASELINE.read_text()) if BASELINE.is_file() else {"absolute": {}}
-    new = count(build(), BUILD)
+    new = count(build("count_instructions"), BUILD)
     document["ratios"] = {stage: round(ratio, 4) for stage, ratio in ratios(new).items()}
     document["absolute"][compiler()] = new
     BASELINE.write_text(json.dumps(document, indent=1) + "\n")

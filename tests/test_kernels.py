@@ -1,11 +1,14 @@
 """Every version of the inner loops writes and reads the same bytes."""
 
+import subprocess
+
 import pytest
 import torch
 from data import BLOCK, DISTRIBUTIONS, DTYPES, gaussian, laplace, student_t3
 from golden_cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_build import build, skip_unless_built
 
 import qcomm
 from qcomm import _native
@@ -45,6 +48,12 @@ def test_golden_packets(version: str) -> None:
             decoded = qcomm.decompress(packet)
             with _native.using_cpu_feature("scalar"):
                 assert decoded.view(torch.uint8).equal(qcomm.decompress(packet).view(torch.uint8)), name
+
+
+def test_lanes_agree_for_any_code_and_any_words() -> None:
+    skip_unless_built()
+    result = subprocess.run([build("compare_lanes"), "4000", "1"], check=False, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("version", VECTOR_VERSIONS)
