@@ -24,6 +24,7 @@ constexpr std::uint8_t kTableOnWire = 0;
 constexpr std::uint8_t kNoTable = 255;
 
 enum class Grid : std::uint8_t { kNone = 0, kRangeCenter = 1, kRangeEndpoint = 2, kSigma = 3 };
+// 5 is reserved for rANS: its 32-bit states and 16-bit words fit the same blocks.
 enum class Coding : std::uint8_t { kRaw = 0, kConstant = 1, kFixed = 2, kSingle = 3, kPair = 4 };
 enum class BlockMode : std::uint8_t { kConstant = 0, kFixed = 1, kCoded = 2, kRaw = 3 };
 
