@@ -11,11 +11,10 @@ from qcomm.codec import Segment, encode
 from qcomm.errors import PacketError
 from qcomm.grids import Grid, SigmaGrid
 from qcomm.layout import Chunk, Piece, gather_runs, scatter_chunk
-from qcomm.mean import MeanTask, is_zero
-from qcomm.packets import size_limit, unpack, wire_dtype
-from qcomm.quantize import Code, Quantizer, plan
+from qcomm.mean import MeanTask
+from qcomm.packets import Measured, choose, chunk_segments, size_limit, unpack, wire_dtype
+from qcomm.quantize import Code, Quantizer
 from qcomm.slices import Slice
-from qcomm.statistics import measure
 
 __all__ = ["MeanSteps", "owner_grid"]
 
@@ -51,7 +50,7 @@ class MeanSteps:
         self._own_pieces: dict[int, Piece] = {}  # by tensor
         self._spent: set[int] = set()  # tensors without a local residual for the own piece
         self._travelling: set[int] = set()  # tensors of which some part is another rank's to reduce
-        self._choices: dict[int, tuple[Quantizer, torch.Tensor | None]] = {}  # by tensor
+        self._choices: dict[int, Measured] = {}  # by tensor
         self._mean_codes: dict[int, Code] = {}  # by tensor
         self._means: dict[int, torch.Tensor | None] = {}  # by slice
         self._packets: dict[int, list[tuple[Chunk, int]]] = {1: [], 2: []}
@@ -146,13 +145,9 @@ class MeanSteps:
 
     def _segments(self, chunk: Chunk) -> list[Segment]:
         """This rank's values of a chunk."""
-        segments = []
         for piece in chunk.pieces:
-            quantizer, residual = self._choice(piece.tensor)
-            segments.append(Segment(self._part(piece), quantizer, _part_of(residual, piece)))
-        if chunk.raw_runs:
-            segments.append(Segment(gather_runs(self._values, chunk.raw_runs), Quantizer.raw()))
-        return segments
+            self._choice(piece.tensor)
+        return chunk_segments(self._values, chunk, self._choices)
 
     def _mean_segments(self, chunk: Chunk, mean: torch.Tensor) -> list[Segment]:
         """The mean of a part of the own chunk, each piece measured anew, with the owner's residuals."""
@@ -166,9 +161,8 @@ class MeanSteps:
                 kept = task.feedback.owner(key, whole.start, whole.length)
                 residual = kept[piece.start - whole.start :][: piece.length]
             # Slices of a tensor are alike: one sample of them chooses the code for all.
-            quantizer, residual = self._choose(
-                values, owner_grid(task.grid), residual, 1.0, self._mean_codes.get(piece.tensor)
-            )
+            code = self._mean_codes.get(piece.tensor)
+            quantizer, residual = choose(values, owner_grid(task.grid), residual, 1.0, task.num_threads, code)
             if quantizer.grid == GridKind.SIGMA:
                 self._mean_codes[piece.tensor] = quantizer.coding, quantizer.table
             if piece.tensor not in self._travelling:
@@ -189,8 +183,8 @@ class MeanSteps:
                 part.fill_(math.nan)
                 continue
             self._add(part, self._part(piece), accumulate)
-            kept = _part_of(residual, piece)
-            if kept is not None and piece.tensor not in self._spent:
+            if residual is not None and piece.tensor not in self._spent:
+                kept = residual[piece.start : piece.start + piece.length]
                 part.add_(kept)
                 kept.zero_()
         if chunk.raw_runs:
@@ -202,7 +196,7 @@ class MeanSteps:
         else:
             torch.mul(values, self._inv_scale, out=total)
 
-    def _choice(self, number: int) -> tuple[Quantizer, torch.Tensor | None]:
+    def _choice(self, number: int) -> Measured:
         """The quantizer for a tensor of this rank, and its residual if it takes part."""
         if number not in self._choices:
             task, tensor = self._task, self._task.agreed_layout.tensors[number]
@@ -210,41 +204,15 @@ class MeanSteps:
             residual = None if task.feedback is None else task.feedback.local(tensor.key, tensor.numel)
             # What stays here whole is not quantized.
             grid = task.grid if number in self._travelling else None
-            self._choices[number] = self._choose(values, grid, residual, self._inv_scale)
+            self._choices[number] = choose(values, grid, residual, self._inv_scale, task.num_threads)
             quantizer = self._choices[number][0]
             if number in self._travelling:
                 task.telemetry.note_quantizer(tensor.key, quantizer)
             task.telemetry.add(nonfinite_tensors=math.isnan(quantizer.p0))
         return self._choices[number]
 
-    def _choose(
-        self,
-        values: torch.Tensor,
-        grid: Grid | None,
-        residual: torch.Tensor | None,
-        inv_scale: float,
-        code: Code | None = None,
-    ) -> tuple[Quantizer, torch.Tensor | None]:
-        """The quantizer of a tensor or of a part of a mean, and its residual if it takes part."""
-        threads = self._task.num_threads
-        if residual is not None and is_zero(values):
-            # The mean of a parameter that no rank used is thrown away by DDP, which leaves its gradient None: a
-            # residual in it would be lost.
-            return Quantizer.constant(0.0), None
-        statistics = measure(values, residual if grid else None, inv_scale, num_threads=threads)
-        if not statistics.finite:
-            # Travels as a flag, becomes NaN in the sum and so on every rank.
-            return Quantizer.constant(math.nan), None
-        if grid is None:
-            return Quantizer.raw(), residual
-        return plan(statistics, grid, values, residual, inv_scale, code, threads), residual
-
     def _part(self, piece: Piece) -> torch.Tensor:
         return self._values[piece.offset : piece.offset + piece.length]
 
     def _decode(self, packet: torch.Tensor, out: torch.Tensor, sender: int, accumulate: bool) -> None:
         unpack(packet, out, sender, accumulate, self._task.num_threads)
-
-
-def _part_of(residual: torch.Tensor | None, piece: Piece) -> torch.Tensor | None:
-    return None if residual is None else residual[piece.start : piece.start + piece.length]

@@ -1,7 +1,7 @@
 """Packets of a collective: chunks of a buffer to bytes and back, their exchange, and how large they can be."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
@@ -13,12 +13,13 @@ from qcomm.errors import CollectiveError, PacketError
 from qcomm.grids import Grid
 from qcomm.layout import Chunk, gather_runs
 from qcomm.mean import MeanTask, is_zero
-from qcomm.quantize import Quantizer, plan
+from qcomm.quantize import Code, Quantizer, plan
 from qcomm.statistics import measure
 
 __all__ = [
     "Measured",
     "choose",
+    "chunk_segments",
     "exchange",
     "measure_tensors",
     "no_bytes",
@@ -50,18 +51,28 @@ def wire_dtype(task: MeanTask) -> torch.dtype:
 
 
 def choose(
-    values: torch.Tensor, grid: Grid, residual: torch.Tensor | None, inv_scale: float, num_threads: int = 1
+    values: torch.Tensor,
+    grid: Grid | None,
+    residual: torch.Tensor | None,
+    inv_scale: float,
+    num_threads: int = 1,
+    code: Code | None = None,
 ) -> Measured:
-    """The quantizer of a tensor or a part of one, and its residual if it takes part."""
+    """The quantizer of a tensor or a part of one, raw without a grid, and its residual if it takes part.
+
+    ``code``: of an earlier choice for a tensor like this one, see :func:`qcomm.quantize.plan`.
+    """
     if residual is not None and is_zero(values):
         # The mean of a parameter that no rank used is thrown away by DDP, which leaves its gradient None: a residual in
         # it would be lost.
         return Measured(Quantizer.constant(0.0), None)
-    statistics = measure(values, residual, inv_scale, num_threads=num_threads)
+    statistics = measure(values, residual if grid else None, inv_scale, num_threads=num_threads)
     if not statistics.finite:
         # Travels as a flag, becomes NaN in the sum and so on every rank.
         return Measured(Quantizer.constant(math.nan), None)
-    return Measured(plan(statistics, grid, values, residual, inv_scale, num_threads=num_threads), residual)
+    if grid is None:
+        return Measured(Quantizer.raw(), residual)
+    return Measured(plan(statistics, grid, values, residual, inv_scale, code, num_threads), residual)
 
 
 def measure_tensors(task: MeanTask, values: torch.Tensor) -> list[Measured]:
@@ -83,6 +94,13 @@ def pack_chunk(
     values: torch.Tensor, chunk: Chunk, measured: Sequence[Measured], inv_scale: float, num_threads: int = 1
 ) -> torch.Tensor:
     """The packet of a chunk of the flat ``values``, each tensor as it was measured. Residuals are replaced."""
+    return pack(chunk_segments(values, chunk, measured), inv_scale, num_threads)
+
+
+def chunk_segments(
+    values: torch.Tensor, chunk: Chunk, measured: Sequence[Measured] | Mapping[int, Measured]
+) -> list[Segment]:
+    """What a chunk of the flat ``values`` is coded from: its pieces as their tensors were measured, then the rest."""
     segments = []
     for piece in chunk.pieces:
         quantizer, residual = measured[piece.tensor]
@@ -90,7 +108,7 @@ def pack_chunk(
         segments.append(Segment(values[piece.offset : piece.offset + piece.length], quantizer, part))
     if chunk.raw_runs:
         segments.append(Segment(gather_runs(values, chunk.raw_runs), Quantizer.raw()))
-    return pack(segments, inv_scale, num_threads)
+    return segments
 
 
 def pack(segments: Sequence[Segment], inv_scale: float = 1.0, num_threads: int = 1) -> torch.Tensor:

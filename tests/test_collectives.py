@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 import twin
 from distributed import all_reduce, assert_same_on_all_ranks, gathered, run
+from strategy_cases import COUNTS, GRIDS, KINDS, values
 
 import qcomm
 from qcomm import two_phase
@@ -14,30 +15,7 @@ from qcomm.slices import cut_slices
 
 pytestmark = pytest.mark.world
 
-GRIDS = [
-    qcomm.SigmaGrid(step=1.0),
-    qcomm.SigmaGrid(step=2.0),
-    qcomm.SigmaGrid(step=0.05),
-    qcomm.RangeGrid(c=2),
-    qcomm.RangeGrid("paper"),
-]
 WORLDS = [1, 2, 3, 5]
-
-
-def values(kind, count, seed, dtype=torch.float32):
-    """Test data of one rank."""
-    generator = torch.Generator().manual_seed(1000 + seed)
-    x = torch.randn(count, generator=generator, dtype=torch.float64) * (1 + seed)
-    if kind == "heavy":
-        x = x / (0.05 + torch.rand(count, generator=generator, dtype=torch.float64))
-    elif kind == "constant":
-        x = torch.full((count,), 0.25 + seed, dtype=torch.float64)
-    elif kind == "spike":
-        x = torch.zeros(count, dtype=torch.float64)
-        x[count // 2 : count // 2 + 1] = 3.0 + seed
-    elif kind == "zero on rank 0" and seed == 0:
-        x = torch.zeros(count, dtype=torch.float64)
-    return x.to(dtype)
 
 
 def check_against_twin(rank, world_size, grid, kind, count, dtype, min_elements):
@@ -57,10 +35,10 @@ def check_against_twin(rank, world_size, grid, kind, count, dtype, min_elements)
 
 
 def case_twin(rank, world_size, grid):
-    for count in (0, 1, 2, 3, 31, 32, 33, 64, 1023, 4097, 100_003):
+    for count in COUNTS:
         check_against_twin(rank, world_size, grid, "gauss", count, torch.float32, min_elements=0)
     check_against_twin(rank, world_size, grid, "gauss", 1023, torch.float32, min_elements=1024)
-    for kind in ("heavy", "constant", "spike", "zero on rank 0"):
+    for kind in KINDS[1:]:
         check_against_twin(rank, world_size, grid, kind, 5000, torch.float32, min_elements=0)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
         check_against_twin(rank, world_size, grid, "gauss", 5000, dtype, min_elements=0)
