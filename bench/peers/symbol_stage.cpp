@@ -3,13 +3,15 @@
 // encode_packet and decode_packet run as they are. Only the inner loops that they call for values are others: quantize
 // and quantize_counted copy symbols that were made before, decode_lanes and dequantize copy symbols out. So histogram,
 // code lengths, tables, blocks, fallbacks, checksums and the packet's layout are those of the library, and one copy of
-// the symbols is timed on top of them. Up to 8 bits they are bytes on the outside, as other coders have them. A value
-// is only ever looked at to find out which one it is.
+// the symbols is timed on top of them; AVX-512, which has a value's arithmetic inside the decoder, has the copy there.
+// Up to 8 bits they are bytes on the outside, as other coders have them. A value is only ever looked at to find out
+// which one it is.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <utility>
 
+#include "decode_to_bytes.h"
 #include "kernels.h"
 #include "qcomm/packet.h"
 
@@ -46,15 +48,21 @@ SymbolScan copy_in(const void* u, DType, int n, const Quantizer& q, std::uint16_
     return {0, false};
 }
 
-void copy_in_counted(const void* u, DType, int n, const Quantizer& q, std::uint16_t* symbols, CodewordCounts* counts) {
-    copy_symbols(u, n, q, symbols);
+void copy_in_counted(const Values& values, std::int64_t begin, int n, const Quantizer& q, std::uint16_t* symbols,
+                     CodewordCounts* counts, float*) {
+    copy_symbols(static_cast<const float*>(values.data) + begin, n, q, symbols);
     counts->add(symbols, n);
+}
+
+// Where the byte of a value is.
+std::uint8_t* decoded_at(const void* value) {
+    return static_cast<std::uint8_t*>(stage.decoded) + (static_cast<const float*>(value) - stage.values);
 }
 
 void copy_out(const std::uint16_t* symbols, int n, const Quantizer& q, DType, void* out, bool) {
     const std::ptrdiff_t at = static_cast<const float*>(out) - stage.values;
     if (q.num_bits <= 8) {
-        copy(symbols, n, static_cast<std::uint8_t*>(stage.decoded) + at);
+        copy(symbols, n, decoded_at(out));
     } else {
         copy(symbols, n, static_cast<std::uint16_t*>(stage.decoded) + at);
     }
@@ -62,6 +70,12 @@ void copy_out(const std::uint16_t* symbols, int n, const Quantizer& q, DType, vo
 
 void decode_and_copy_out(CodedBlock* blocks, int count, const LaneDecoding& how) {
     void* values[2];
+#ifdef QCOMM_X86_KERNELS
+    if (stage.decode_lanes == kAvx512Kernels.decode_lanes && how.quantizer.num_bits <= 8) {
+        for (int i = 0; i < count; ++i) blocks[i].values = decoded_at(blocks[i].values);
+        return decode_to_bytes_avx512(blocks, count, how);
+    }
+#endif
     for (int i = 0; i < count; ++i) values[i] = std::exchange(blocks[i].values, nullptr);
     stage.decode_lanes(blocks, count, how);
     for (int i = 0; i < count; ++i)

@@ -11,12 +11,6 @@ namespace {
 
 constexpr std::int64_t kInfoBytes = sizeof(std::uint32_t);
 
-SymbolScan scan_symbols(const std::uint16_t* symbols, int n, const Quantizer& q) {
-    const int escape = escape_of(q);
-    return {escape < 0 ? 0 : static_cast<int>(std::count(symbols, symbols + n, escape)),
-            std::all_of(symbols + 1, symbols + n, [&](std::uint16_t s) { return s == symbols[0]; })};
-}
-
 }  // namespace
 
 BlockWriter::BlockWriter(const EncodeOptions& options)
@@ -44,9 +38,9 @@ void BlockWriter::write(const SegmentInput& in, const Quantizer& q, const Encode
     sizes.clear();
     checksums.clear();
     const std::int64_t per_block = values_per_block(q.coding, options_.steps);
-    // A range segment with a table may yet fall back to fixed width, which needs u again: its residual is written
-    // when that is settled.
-    const bool settled = known == nullptr || !is_range(q.grid);
+    // Symbols that were quantized before need values only for escapes, which range grids do not have. Nor are their
+    // blocks ever raw: fixed width is shorter.
+    const bool with_values = known == nullptr || !is_range(q.grid);
     for (std::int64_t i = first; i < last; ++i) {
         const std::int64_t begin = i * per_block;
         const int n = static_cast<int>(std::min(per_block, in.values.count - begin));
@@ -56,13 +50,13 @@ void BlockWriter::write(const SegmentInput& in, const Quantizer& q, const Encode
         // In runs that stay in the first-level cache from the values to the new residual.
         for (int at = 0; at < n; at += kRun) {
             const int m = std::min(kRun, n - at);
-            float* const residual = in.residual_out != nullptr && settled ? in.residual_out + begin + at : nullptr;
+            float* const residual = in.residual_out != nullptr && with_values ? in.residual_out + begin + at : nullptr;
             SymbolScan part{0, true};
             if (known == nullptr && residual != nullptr) {
                 part = kernels_.quantize_residual(in.values, begin + at, m, q, scratch(at), quantized + at, residual);
             } else {
-                const void* u = load_block(kernels_, in.values, begin + at, m, scratch(at));
-                part = known != nullptr ? scan_symbols(symbols + at, m, q)
+                const void* u = with_values ? load_block(kernels_, in.values, begin + at, m, scratch(at)) : nullptr;
+                part = known != nullptr ? kernels_.scan(symbols + at, m, q)
                                         : kernels_.quantize(u, options_.dtype, m, q, quantized + at);
                 if (residual != nullptr) kernels_.update_residual(u, options_.dtype, symbols + at, m, q, residual);
             }
@@ -71,8 +65,7 @@ void BlockWriter::write(const SegmentInput& in, const Quantizer& q, const Encode
         }
         const void* u = in_place(in.values, begin);
         const BlockMode mode = write_block(u != nullptr ? u : scratch(0), symbols, n, scan, q, table);
-        if (mode == BlockMode::kRaw && in.residual_out != nullptr && settled)
-            std::fill_n(in.residual_out + begin, n, 0.0f);
+        if (mode == BlockMode::kRaw && in.residual_out != nullptr) std::fill_n(in.residual_out + begin, n, 0.0f);
     }
 }
 

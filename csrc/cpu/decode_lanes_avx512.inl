@@ -5,12 +5,12 @@ struct Decoded {
     __m512i symbol, spare;
 };
 
-// By rank (see RankTable). The window's first 6 bits tell the length of a codeword of at most 6 bits; the others are
-// told apart by comparisons. Then the rank is looked up, in registers where it is one of the first kRanks.
-template <int kParts, int kLongest, bool kHasAll>
+// By rank (see RankTable). The window's first 7 bits tell the length of a codeword of at most 7 bits; the others are
+// told apart by comparisons. Then the rank is looked up, in registers where the table has it.
+template <class Table, int kLongest, bool kHasAll>
 class RankedCode {
 public:
-    static constexpr int kRanks = RegisterTable<kParts>::kSize;
+    static constexpr int kRanks = Table::kSize;
 
     explicit RankedCode(const RankTable& ranks)
         : frequent_(ranks.symbols.data()), spare_(spare_of_first_bits(ranks).of), symbols_(ranks.symbols.data()) {
@@ -39,7 +39,7 @@ public:
     }
 
 private:
-    static constexpr int kFirstBits = 6, kComparisons = kLongest - kFirstBits - 1;
+    static constexpr int kFirstBits = 7, kComparisons = kLongest - kFirstBits - 1;
 
     struct FirstBits {
         std::uint16_t of[1 << kFirstBits];
@@ -57,17 +57,29 @@ private:
         return spare;
     }
 
-    RegisterTable<kParts> frequent_;
-    RegisterTable<kSmall> spare_;
+    Table frequent_;
+    ByteTable<1> spare_;
     const std::uint16_t* symbols_;
     __m512i offset_;
     __m512i last_window_[kComparisons];
 };
 
 constexpr int kShort = 12, kLong = kMaxCodeLength;  // kLongest
-using SmallCode = RankedCode<kSmall, kShort, true>;
-using LargeCode = RankedCode<kLarge, kShort, true>;
-using AnyCode = RankedCode<kLarge, kLong, false>;
+using SmallCode = RankedCode<ByteTable<1>, kShort, true>;
+using LargeCode = RankedCode<ByteTable<2>, kShort, true>;
+using AnyCode = RankedCode<RegisterTable<kLarge>, kLong, false>;
+
+// Calls f(code) with the fastest one for a code; `symbol_bits`: of a symbol, or of two that are coded together.
+template <class F>
+void with_code(const RankTable& ranks, int symbol_bits, F f) {
+    if (ranks.longest > kShort || ranks.count > LargeCode::kRanks || symbol_bits > 8) {
+        f(AnyCode(ranks));
+    } else if (ranks.count > SmallCode::kRanks) {
+        f(LargeCode(ranks));
+    } else {
+        f(SmallCode(ranks));
+    }
+}
 
 // One block's decoder, its lanes in registers.
 template <bool kPairs, class Sink>
@@ -170,8 +182,7 @@ struct Decoder {
 };
 
 template <bool kPairs, class Code, class MakeSink>
-void decode(CodedBlock* blocks, int count, const DecodeTable& table, MakeSink make_sink) {
-    const Code code(table.ranks);
+void decode(CodedBlock* blocks, int count, const DecodeTable& table, const Code& code, MakeSink make_sink) {
     using Sink = decltype(make_sink(blocks[0]));
     Decoder<kPairs, Sink> decoders[2];
     for (int i = 0; i < count; ++i) blocks[i].whole = decoders[i].begin(blocks[i], make_sink(blocks[i]));
@@ -193,48 +204,41 @@ void decode(CodedBlock* blocks, int count, const DecodeTable& table, MakeSink ma
 }
 
 template <bool kPairs, class Code, class Values>
-void decode_values(CodedBlock* blocks, int count, const LaneDecoding& how, const Values& values) {
+void decode_values(CodedBlock* blocks, int count, const LaneDecoding& how, const Code& code, const Values& values) {
     if (how.accumulate) {
-        decode<kPairs, Code>(blocks, count, *how.table, [&](const CodedBlock& block) {
+        decode<kPairs>(blocks, count, *how.table, code, [&](const CodedBlock& block) {
             return FloatSink<Values, true>{&values, &how, static_cast<float*>(block.values)};
         });
     } else {
-        decode<kPairs, Code>(blocks, count, *how.table, [&](const CodedBlock& block) {
+        decode<kPairs>(blocks, count, *how.table, code, [&](const CodedBlock& block) {
             return FloatSink<Values, false>{&values, &how, static_cast<float*>(block.values)};
         });
     }
 }
 
 template <bool kPairs, class Code>
-void decode_as(CodedBlock* blocks, int count, const LaneDecoding& how) {
+void decode_with(CodedBlock* blocks, int count, const LaneDecoding& how, const Code& code) {
     if (how.dtype != DType::kFloat32 || blocks[0].values == nullptr) {
-        decode<kPairs, Code>(blocks, count, *how.table, [](const CodedBlock&) { return NoSink{}; });
+        decode<kPairs>(blocks, count, *how.table, code, [](const CodedBlock&) { return NoSink{}; });
         for (int i = 0; i < count; ++i) dequantize_block(blocks[i], how);
         return;
     }
     if constexpr (!kPairs) {  // range grids have no pairs
         const RangeQuantizer grid = range_quantizer(how.quantizer);
         if (is_range(how.quantizer.grid)) {
-            if constexpr (Code::kRanks <= TabledValues::kMaxSymbols) {
+            if constexpr (std::is_same_v<Code, SmallCode>) {
                 if (1 << how.quantizer.num_bits <= TabledValues::kMaxSymbols)
-                    return decode_values<kPairs, Code>(blocks, count, how, TabledValues(grid));
+                    return decode_values<kPairs>(blocks, count, how, code, TabledValues(grid));
             }
-            return decode_values<kPairs, Code>(blocks, count, how, RangeValues(grid));
+            return decode_values<kPairs>(blocks, count, how, code, RangeValues(grid));
         }
     }
-    decode_values<kPairs, Code>(blocks, count, how,
-                                SigmaValues(sigma_quantizer<Traits<DType::kFloat32>>(how.quantizer)));
-}
-
-template <bool kPairs>
-void decode_as(CodedBlock* blocks, int count, const LaneDecoding& how) {
-    const RankTable& ranks = how.table->ranks;
-    if (ranks.longest > kShort || ranks.count > LargeCode::kRanks)
-        return decode_as<kPairs, AnyCode>(blocks, count, how);
-    if (ranks.count > SmallCode::kRanks) return decode_as<kPairs, LargeCode>(blocks, count, how);
-    return decode_as<kPairs, SmallCode>(blocks, count, how);
+    decode_values<kPairs>(blocks, count, how, code,
+                          SigmaValues(sigma_quantizer<Traits<DType::kFloat32>>(how.quantizer)));
 }
 
 void decode_lanes(CodedBlock* blocks, int count, const LaneDecoding& how) {
-    how.pairs ? decode_as<true>(blocks, count, how) : decode_as<false>(blocks, count, how);
+    with_code(how.table->ranks, how.pairs ? 2 * kPairBits : how.quantizer.num_bits, [&](const auto& code) {
+        how.pairs ? decode_with<true>(blocks, count, how, code) : decode_with<false>(blocks, count, how, code);
+    });
 }

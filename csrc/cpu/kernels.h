@@ -63,9 +63,12 @@ struct Kernels {
     BlockStatistics (*measure)(const Values& values, std::int64_t begin, int n);
     // Symbols of n >= 1 values.
     SymbolScan (*quantize)(const void* u, DType dtype, int n, const Quantizer& quantizer, std::uint16_t* symbols);
-    // The same, counting codewords, without a scan.
-    void (*quantize_counted)(const void* u, DType dtype, int n, const Quantizer& quantizer, std::uint16_t* symbols,
-                             CodewordCounts* counts);
+    // What quantize returns, of n >= 1 symbols that there are already.
+    SymbolScan (*scan)(const std::uint16_t* symbols, int n, const Quantizer& quantizer);
+    // load and quantize in one pass, counting codewords, without a scan. With a `residual` update_residual as well; it
+    // may be values.residual + begin.
+    void (*quantize_counted)(const Values& values, std::int64_t begin, int n, const Quantizer& quantizer,
+                             std::uint16_t* symbols, CodewordCounts* counts, float* residual);
     // load, quantize and update_residual in one pass. `residual` may be values.residual + begin.
     SymbolScan (*quantize_residual)(const Values& values, std::int64_t begin, int n, const Quantizer& quantizer,
                                     void* u, std::uint16_t* symbols, float* residual);

@@ -198,6 +198,7 @@ const Kernels kAvx2Kernels = {
     avx2::load,
     avx2::measure,
     avx2::quantize,
+    avx2::scan,
     avx2::quantize_counted,
     avx2::quantize_residual,
     avx2::update_residual,

@@ -5,6 +5,14 @@ constexpr std::uint32_t kWordBits = 16;
 constexpr std::uint32_t kEmitBits =
     2 * kWordBits;  // a codeword that would bring a lane to 32 bits makes it write a word first
 
+// All bits or none. The compiler cannot see that there are only two values, so it makes no branch of them, which would
+// be mispredicted.
+QCOMM_INLINE std::uint32_t mask_of(bool condition) {
+    std::uint32_t mask = 0u - static_cast<std::uint32_t>(condition);
+    __asm__("" : "+r"(mask));
+    return mask;
+}
+
 struct EncodeLanes {
     std::uint32_t bits[kLanes];
     std::uint32_t count[kLanes];
@@ -22,29 +30,35 @@ QCOMM_INLINE std::uint32_t codeword(const std::uint16_t* symbols, int n, bool pa
     return entries[symbols[2 * t] | second << kPairBits];
 }
 
-// Pushes one step's codewords, lane 31 first.
-inline void push_step(EncodeLanes& lanes, const std::uint32_t* codewords, int live) {
+// Before a first word is written every lane is raised to 16 bits: those that are full can then give one.
+inline void start_if_full(EncodeLanes& lanes, const std::uint32_t* codewords, int live) {
     bool full = false;
-    for (int j = 0; j < live; ++j) {
-        lanes.missing |= codewords[j] == 0;
-        full |= lanes.count[j] + (codewords[j] >> 16) >= kEmitBits;
-    }
-    if (full && !lanes.started) {
-        lanes.started = true;
-        for (int j = 0; j < kLanes; ++j) lanes.count[j] = lanes.count[j] < kWordBits ? kWordBits : lanes.count[j];
-    }
+    for (int j = 0; j < live; ++j) full |= lanes.count[j] + (codewords[j] >> 16) >= kEmitBits;
+    if (!full) return;
+    lanes.started = true;
+    for (int j = 0; j < kLanes; ++j) lanes.count[j] = lanes.count[j] < kWordBits ? kWordBits : lanes.count[j];
+}
+
+// Pushes one step's codewords, lane 31 first.
+QCOMM_INLINE void push_step(EncodeLanes& lanes, const std::uint32_t* codewords, int live) {
+    if (!lanes.started) start_if_full(lanes, codewords, live);
+    bool missing = false;
+    std::uint16_t* words = lanes.words;
     for (int j = live - 1; j >= 0; --j) {
         const std::uint32_t code = codewords[j] & 0xFFFFu, length = codewords[j] >> 16;
         std::uint32_t x = lanes.bits[j], c = lanes.count[j];
-        // The word is stored every time and kept only where the lane is full: no branch to mispredict.
-        const bool emit = c + length >= kEmitBits;
-        lanes.words[-1] = static_cast<std::uint16_t>(x >> ((c - kWordBits) & 31u));
-        lanes.words -= emit;
-        c -= emit ? kWordBits : 0u;
+        missing |= codewords[j] == 0;
+        // The word is stored every time and kept only where the lane is full.
+        const std::uint32_t full = mask_of(c + length >= kEmitBits);
+        words[-1] = static_cast<std::uint16_t>(x >> ((c - kWordBits) & 31u));
+        words -= full & 1u;
+        c -= full & kWordBits;
         x &= (1u << c) - 1u;
         lanes.bits[j] = x << length | code;
         lanes.count[j] = c + length;
     }
+    lanes.words = words;
+    lanes.missing |= missing;
 }
 
 inline void begin_lanes(EncodeLanes& lanes, std::uint16_t* words_end) {
@@ -54,8 +68,8 @@ inline void begin_lanes(EncodeLanes& lanes, std::uint16_t* words_end) {
 }
 
 // One step through the scalar path.
-inline void encode_step(EncodeLanes& lanes, const std::uint16_t* symbols, int n, bool pairs,
-                        const std::uint32_t* entries, int step, int live) {
+QCOMM_INLINE void encode_step(EncodeLanes& lanes, const std::uint16_t* symbols, int n, bool pairs,
+                              const std::uint32_t* entries, int step, int live) {
     std::uint32_t codewords[kLanes];
     for (int j = 0; j < live; ++j) codewords[j] = codeword(symbols, n, pairs, entries, step * kLanes + j);
     push_step(lanes, codewords, live);
@@ -95,35 +109,49 @@ inline bool begin_lanes(DecodeLanes& lanes, const CodedBlock& block) {
     return true;
 }
 
-inline void decode_step(DecodeLanes& lanes, const std::uint16_t* entries, std::uint32_t mask, int live,
-                        std::uint16_t* symbols) {
+// kChecked: there may be fewer words left than lanes ask for.
+template <bool kChecked>
+QCOMM_INLINE void decode_step(DecodeLanes& lanes, const std::uint16_t* entries, std::uint32_t mask, int live,
+                              std::uint16_t* symbols) {
+    const std::uint8_t* words = lanes.words;
+    std::int64_t left = lanes.left;
+    std::int32_t least = lanes.least;
     for (int j = 0; j < live; ++j) {
-        const std::uint32_t entry = entries[lanes.bits[j] & mask];
+        std::uint32_t x = lanes.bits[j];
+        const std::uint32_t entry = entries[x & mask];
         symbols[j] = static_cast<std::uint16_t>(entry & 0xFFFu);
-        lanes.bits[j] >>= entry >> 12;
-        lanes.count[j] -= static_cast<std::int32_t>(entry >> 12);
-        lanes.least = lanes.count[j] < lanes.least ? lanes.count[j] : lanes.least;
-    }
-    for (int j = 0; j < live && lanes.left > 0; ++j) {
-        if (lanes.count[j] >= static_cast<std::int32_t>(kWordBits)) continue;
-        std::uint16_t word;
-        __builtin_memcpy(&word, lanes.words, sizeof(word));
+        x >>= entry >> 12;
+        std::int32_t c = lanes.count[j] - static_cast<std::int32_t>(entry >> 12);
+        least = c < least ? c : least;
+        // A word is read every time and taken only where one is needed.
+        const std::uint32_t taken = mask_of(c < static_cast<std::int32_t>(kWordBits) && (!kChecked || left > 0));
+        std::uint16_t word = 0;
+        if (!kChecked || left > 0) __builtin_memcpy(&word, words, sizeof(word));
         // Only damaged input has a negative count; its result is thrown away, but the shift must stay defined.
-        lanes.bits[j] |= static_cast<std::uint32_t>(word) << (lanes.count[j] & 31);
-        lanes.count[j] += static_cast<std::int32_t>(kWordBits);
-        lanes.words += sizeof(word);
-        --lanes.left;
+        lanes.bits[j] = x | (static_cast<std::uint32_t>(word) << (c & 31) & taken);
+        lanes.count[j] = c + static_cast<std::int32_t>(kWordBits & taken);
+        words += sizeof(word) & taken;
+        left -= taken & 1u;
     }
+    lanes.words = words;
+    lanes.left = left;
+    lanes.least = least;
 }
 
 // From symbol `begin`, with which a step begins, to the last.
 inline void decode_rest(DecodeLanes& lanes, const CodedBlock& block, bool pairs, const DecodeTable& table, int begin) {
+    const std::uint16_t* entries = table.entries.data();
     const int per_codeword = pairs ? 2 : 1;
     for (; begin < block.count; begin += per_codeword * kLanes) {
         const int codewords = (block.count - begin + per_codeword - 1) / per_codeword;
-        const int live = codewords < kLanes ? codewords : kLanes;
         std::uint16_t decoded[kLanes];
-        decode_step(lanes, table.entries.data(), table.mask, live, pairs ? decoded : block.symbols + begin);
+        std::uint16_t* const symbols = pairs ? decoded : block.symbols + begin;
+        const int live = codewords < kLanes ? codewords : kLanes;
+        if (live == kLanes && lanes.left >= kLanes) {
+            decode_step<false>(lanes, entries, table.mask, kLanes, symbols);
+        } else {
+            decode_step<true>(lanes, entries, table.mask, live, symbols);
+        }
         if (pairs) split_pairs(decoded, live, block.symbols + begin);
     }
 }

@@ -34,6 +34,20 @@ void load(const Values& values, std::int64_t begin, int n, void* u) {
     });
 }
 
+// Whether squares of T, and sums of a block of them, neither overflow nor round in float64: they are finite where the
+// values are, and a fused addition changes nothing.
+template <class T>
+constexpr bool kHasWideSquares = sizeof(T) < sizeof(double);
+
+template <class T>
+QCOMM_INLINE double add_square(double sum, T x) {
+    const auto wide = static_cast<double>(x);
+#ifdef __FMA__
+    if (kHasWideSquares<T>) return __builtin_fma(wide, wide, sum);
+#endif
+    return sum + wide * wide;
+}
+
 template <class T>
 struct LaneStatistics {
     T low[kLanes], high[kLanes], poison[kLanes];  // poison: x * 0 is NaN for every non-finite x
@@ -50,8 +64,8 @@ BlockStatistics fold(LaneStatistics<T>& lanes) {
             lanes.squares[j] += lanes.squares[j + d];
         }
     }
-    return {static_cast<double>(lanes.low[0]), static_cast<double>(lanes.high[0]), lanes.squares[0],
-            lanes.poison[0] == T(0)};
+    const bool finite = lanes.poison[0] == T(0) && (kHasWideSquares<T> ? __builtin_isfinite(lanes.squares[0]) : true);
+    return {static_cast<double>(lanes.low[0]), static_cast<double>(lanes.high[0]), lanes.squares[0], finite};
 }
 
 // Lanes hold independent accumulators, so vectorising reorders no addition.
@@ -69,8 +83,8 @@ QCOMM_INLINE BlockStatistics measure_values(const Value& value, int n) {
             const T x = value(begin + j);
             lanes.low[j] = x < lanes.low[j] ? x : lanes.low[j];
             lanes.high[j] = x > lanes.high[j] ? x : lanes.high[j];
-            lanes.poison[j] += x * T(0);
-            lanes.squares[j] += static_cast<double>(x) * static_cast<double>(x);
+            if (!kHasWideSquares<T>) lanes.poison[j] += x * T(0);
+            lanes.squares[j] = add_square(lanes.squares[j], x);
         }
     };
     int i = 0;
@@ -108,25 +122,33 @@ SymbolScan quantize(const void* u, DType dtype, int n, const Quantizer& quantize
     return scan(symbols, n, quantizer);
 }
 
+// Symbols and residuals of values [begin, begin + n) of a run; calls keep(i, u) for each. Residuals may be written
+// where they were read: each value's own.
+template <class Tr, class Grid, class Value, class Keep>
+QCOMM_INLINE void quantize_row(const Grid& grid, const Value& value, int escape, int begin, int n,
+                               std::uint16_t* symbols, float* residual, const Keep& keep) {
+    QCOMM_INDEPENDENT
+    for (int i = begin; i < begin + n; ++i) {
+        const typename Tr::Arithmetic x = value(i);
+        const std::uint32_t symbol = grid(x);
+        const auto lost = static_cast<float>(x - Tr::widen(Tr::narrow(grid.decode(symbol))));
+        keep(i, x);
+        symbols[i] = static_cast<std::uint16_t>(symbol);
+        residual[i] = static_cast<int>(symbol) == escape ? 0.0f : lost;
+    }
+}
+
 SymbolScan quantize_residual(const Values& values, std::int64_t begin, int n, const Quantizer& quantizer, void* u,
                              std::uint16_t* symbols, float* residual) {
     dispatch(values.dtype, [&](auto traits) {
         using Tr = decltype(traits);
+        using T = typename Tr::Arithmetic;
         auto* const loaded = as_arithmetic<Tr>(u);
         const int escape = escape_of(quantizer);
         with_grid<Tr>(quantizer, [&](const auto& grid) {
             const auto copy = grid;
             with_values<Tr>(values, begin, [&](const auto& value) {
-                // A residual may be written where it was read: each value's own.
-                QCOMM_INDEPENDENT
-                for (int i = 0; i < n; ++i) {
-                    const typename Tr::Arithmetic x = value(i);
-                    const std::uint32_t symbol = copy(x);
-                    const auto lost = static_cast<float>(x - Tr::widen(Tr::narrow(copy.decode(symbol))));
-                    loaded[i] = x;
-                    symbols[i] = static_cast<std::uint16_t>(symbol);
-                    residual[i] = static_cast<int>(symbol) == escape ? 0.0f : lost;
-                }
+                quantize_row<Tr>(copy, value, escape, 0, n, symbols, residual, [=](int i, T x) { loaded[i] = x; });
             });
         });
     });
@@ -135,23 +157,42 @@ SymbolScan quantize_residual(const Values& values, std::int64_t begin, int n, co
 
 // The arithmetic of the next values and the increments of earlier ones run side by side. Symbols that were stored only
 // just now are left for later: the processor would wait for them.
-void quantize_counted(const void* u, DType dtype, int n, const Quantizer& quantizer, std::uint16_t* symbols,
-                      CodewordCounts* counts) {
+template <class Quantize>
+QCOMM_INLINE void count_behind(const Quantize& quantize_batch, int n, const std::uint16_t* symbols,
+                               CodewordCounts* counts) {
     constexpr int kBatch = 32, kLag = 4 * kBatch;
-    dispatch(dtype, [&](auto traits) {
+    int done = 0, counted = 0;
+    for (; done + kBatch <= n; done += kBatch) {
+        quantize_batch(done, kBatch);
+        if (done - counted < kLag) continue;
+        counts->add(symbols + counted, kBatch);
+        counted += kBatch;
+    }
+    quantize_batch(done, n - done);
+    counts->add(symbols + counted, n - counted);
+}
+
+void quantize_counted(const Values& values, std::int64_t begin, int n, const Quantizer& quantizer,
+                      std::uint16_t* symbols, CodewordCounts* counts, float* residual) {
+    dispatch(values.dtype, [&](auto traits) {
         using Tr = decltype(traits);
-        const auto* values = as_arithmetic<Tr>(u);
+        const int escape = escape_of(quantizer);
         with_grid<Tr>(quantizer, [&](const auto& grid) {
             const auto copy = grid;  // which stores cannot be taken to change
-            int done = 0, counted = 0;
-            for (; done + kBatch <= n; done += kBatch) {
-                for (int i = 0; i < kBatch; ++i) symbols[done + i] = static_cast<std::uint16_t>(copy(values[done + i]));
-                if (done - counted < kLag) continue;
-                counts->add(symbols + counted, kBatch);
-                counted += kBatch;
-            }
-            for (; done < n; ++done) symbols[done] = static_cast<std::uint16_t>(copy(values[done]));
-            counts->add(symbols + counted, n - counted);
+            with_values<Tr>(values, begin, [&](const auto& value) {
+                if (residual == nullptr) {
+                    const auto batch = [&](int at, int count) __attribute__((always_inline)) {
+                        for (int i = at; i < at + count; ++i) symbols[i] = static_cast<std::uint16_t>(copy(value(i)));
+                    };
+                    count_behind(batch, n, symbols, counts);
+                } else {
+                    const auto batch = [&](int at, int count) __attribute__((always_inline)) {
+                        quantize_row<Tr>(copy, value, escape, at, count, symbols, residual,
+                                         [](int, typename Tr::Arithmetic) {});
+                    };
+                    count_behind(batch, n, symbols, counts);
+                }
+            });
         });
     });
 }
@@ -181,19 +222,40 @@ QCOMM_INLINE void dequantize_row(const Grid& grid, int escape, const std::uint16
     }
 }
 
+#ifndef __FMA__
+// Without an instruction for it a fused multiply-add is a call: an alphabet's values are computed once a block.
+class TabledGrid {
+public:
+    static constexpr int kMaxBits = 10;
+
+    TabledGrid(const RangeQuantizer& grid, int num_bits) {
+        for (std::uint32_t s = 0; s < 1u << num_bits; ++s) values_[s] = grid.decode(s);
+    }
+    QCOMM_INLINE double decode(std::uint32_t symbol) const { return values_[symbol & ((1u << kMaxBits) - 1u)]; }
+
+private:
+    double values_[1 << kMaxBits];
+};
+#endif
+
 void dequantize(const std::uint16_t* symbols, int n, const Quantizer& quantizer, DType dtype, void* out,
                 bool accumulate) {
     const int escape = escape_of(quantizer);
     dispatch(dtype, [&](auto traits) {
         using Tr = decltype(traits);
         auto* values = static_cast<typename Tr::Storage*>(out);
-        with_grid<Tr>(quantizer, [&](const auto& grid) {
+        const auto dequantize_with = [&](const auto& grid) {
             if (accumulate) {
                 dequantize_row<Tr, true>(grid, escape, symbols, n, values);
             } else {
                 dequantize_row<Tr, false>(grid, escape, symbols, n, values);
             }
-        });
+        };
+#ifndef __FMA__
+        if (is_range(quantizer.grid) && quantizer.num_bits <= TabledGrid::kMaxBits && n >> quantizer.num_bits > 1)
+            return dequantize_with(TabledGrid(range_quantizer(quantizer), quantizer.num_bits));
+#endif
+        with_grid<Tr>(quantizer, dequantize_with);
     });
 }
 

@@ -43,6 +43,7 @@ const Kernels kScalarKernels = {
     scalar::load,
     scalar::measure,
     scalar::quantize,
+    scalar::scan,
     scalar::quantize_counted,
     scalar::quantize_residual,
     scalar::update_residual,

@@ -1,36 +1,17 @@
 // Packets, writing. A segment is encoded behind the space that the largest possible metadata takes; when all sizes are
 // known the payload moves down to where it belongs: by nothing, unless a segment fell back to another coding or one
 // behind the first has a table.
-#include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstring>
-#include <memory>
 
-#include "block_writer.h"
-#include "codeword_counts.h"
-#include "kernels.h"
-#include "qcomm/block.h"
 #include "qcomm/checksum.h"
 #include "qcomm/packet.h"
-#include "qcomm/parallel.h"
-#include "qcomm/sigma_code.h"
+#include "segment_encoder.h"
 
 namespace qcomm {
 namespace {
 
 constexpr std::uint64_t kMaxPayloadBytes = std::uint64_t{4} << 32;  // block ends count 4-byte units in 32 bits
-
-SegmentRecord make_record(std::int64_t count, const Quantizer& q) {
-    return {static_cast<std::uint64_t>(count), q.grid, q.num_bits, q.coding, q.table, 0, q.p0, q.p1};
-}
-
-Quantizer raw_quantizer() { return {}; }
-
-std::int64_t max_lengths_bytes(const Quantizer& q) {
-    // The dearest list alternates used and unused symbols: three nibbles for two.
-    return is_block_coded(q.coding) && q.table == kTableOnWire ? align4(alphabet_size(q.coding, q.num_bits)) : 0;
-}
 
 std::int64_t max_payload_bytes(std::int64_t count, const Quantizer& q, DType dtype, int steps) {
     const SegmentRecord record = make_record(count, q);
@@ -94,244 +75,8 @@ Status check_segment(const SegmentInput& segment, DType dtype, std::int64_t inde
     return fits ? Status{} : bad_argument("no static table of this number fits the coding and num_bits", index);
 }
 
-class Encoder {
-public:
-    Encoder(const EncodeOptions& options, std::uint8_t* payload)
-        : options_(options), kernels_(kernels()), payload_(payload) {}
-
-    template <class Tr>
-    void encode(Tr, const SegmentInput& in) {
-        const Mark start = mark();
-        Quantizer q = in.quantizer;
-        if (in.values.count == 0) q = {Grid::kNone, 0, Coding::kConstant, kTableOnWire, 0.0, 0.0};
-        switch (q.coding) {
-            case Coding::kRaw:
-                write_raw<Tr>(in);
-                break;
-            case Coding::kConstant:
-                write_constant<Tr>(in, q.p0);
-                break;
-            case Coding::kFixed:
-            case Coding::kSingle:
-            case Coding::kPair:
-                q = write_symbols(in, q);
-                break;
-        }
-        const std::int64_t raw_cost = align4(in.values.count * item_bytes(options_.dtype)) + checksum_bytes(1);
-        if (q.grid != Grid::kNone && in.residual_out == nullptr && cost_since(start) >= raw_cost) {
-            rewind(start);
-            write_raw<Tr>(in);
-            q = raw_quantizer();
-        }
-        records.push_back(make_record(in.values.count, q));
-    }
-
-    std::vector<SegmentRecord> records;
-    std::vector<std::uint8_t> lengths;
-    std::vector<std::uint32_t> block_ends, checksums;
-    std::int64_t payload_bytes = 0;
-    const std::uint8_t* payload() const { return payload_; }
-
-private:
-    struct Mark {
-        std::size_t lengths, block_ends, checksums;
-        std::int64_t payload;
-    };
-    Mark mark() const { return {lengths.size(), block_ends.size(), checksums.size(), payload_bytes}; }
-    void rewind(const Mark& m) {
-        lengths.resize(m.lengths);
-        block_ends.resize(m.block_ends);
-        checksums.resize(m.checksums);
-        payload_bytes = m.payload;
-    }
-    std::int64_t checksum_bytes(std::int64_t n) const { return options_.checksums ? 4 * n : 0; }
-    std::int64_t cost_since(const Mark& m) const {
-        return static_cast<std::int64_t>(lengths.size() - m.lengths) +
-               4 * static_cast<std::int64_t>(block_ends.size() - m.block_ends) +
-               checksum_bytes(static_cast<std::int64_t>(checksums.size() - m.checksums)) + payload_bytes - m.payload;
-    }
-    std::uint8_t* cursor() const { return payload_ + payload_bytes; }
-
-    // Pads what was written at the cursor to 4 bytes, and moves the cursor behind it.
-    std::int64_t advance(std::int64_t bytes) {
-        const std::int64_t padded = align4(bytes);
-        std::memset(cursor() + bytes, 0, static_cast<std::size_t>(padded - bytes));
-        payload_bytes += padded;
-        return padded;
-    }
-    void finish_pieces(std::int64_t bytes) {
-        const std::uint8_t* begin = cursor();
-        checksums.push_back(options_.checksums ? checksum_pieces(begin, align4(bytes), options_.threads) : 0u);
-        advance(bytes);
-    }
-
-    template <class Tr>
-    void write_raw(const SegmentInput& in) {
-        const Reader<Tr> reader(in.values);
-        const std::int64_t bytes = in.values.count * item_bytes(options_.dtype);
-        std::uint8_t* const out = cursor();
-        std::memset(out + bytes, 0, static_cast<std::size_t>(align4(bytes) - bytes));
-        parallel_for_values(in.values.count, options_.threads, [&](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t i = begin; i < end; ++i) {
-                const typename Tr::Storage stored = in.values.is_adjusted()
-                                                        ? Tr::narrow(reader[i])
-                                                        : static_cast<const typename Tr::Storage*>(in.values.data)[i];
-                std::memcpy(out + i * static_cast<std::int64_t>(sizeof(stored)), &stored, sizeof(stored));
-                if (in.residual_out != nullptr) in.residual_out[i] = 0.0f;
-            }
-        });
-        finish_pieces(bytes);
-    }
-
-    template <class Tr>
-    void write_constant(const SegmentInput& in, double value) {
-        if (in.residual_out == nullptr || !std::isfinite(value)) return;
-        const Reader<Tr> reader(in.values);
-        parallel_for_values(in.values.count, options_.threads, [&](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t i = begin; i < end; ++i)
-                in.residual_out[i] = static_cast<float>(reader[i] - static_cast<typename Tr::Arithmetic>(value));
-        });
-    }
-
-    void write_fixed(const std::uint16_t* symbols, std::int64_t count, int num_bits) {
-        const std::int64_t bytes = packed_bytes(count, num_bits);
-        std::uint8_t* const out = cursor();
-        std::memset(out + bytes, 0, static_cast<std::size_t>(align4(bytes) - bytes));
-        const std::int64_t runs = ceil_div(count, kRun);  // each fills whole bytes
-        parallel_for(runs, run_parts(count), [&](int, std::int64_t first, std::int64_t last) {
-            const std::int64_t begin = first * kRun, n = std::min(last * kRun, count) - begin;
-            pack_bits(symbols + begin, n, num_bits, out + packed_bytes(begin, num_bits));
-        });
-        finish_pieces(bytes);
-    }
-
-    // Quantizes, codes and writes a segment; returns the quantizer as it finally is (its coding or table may have
-    // changed).
-    Quantizer write_symbols(const SegmentInput& in, Quantizer q) {
-        if (is_block_coded(q.coding) && q.table != kTableOnWire) {
-            const StaticCode* code = find_static_code(q.table);
-            write_blocks(in, q, code != nullptr ? &code->encode : nullptr, nullptr);
-            return q;
-        }
-        // A table of its own needs the histogram first: all symbols are kept, the values are quantized once.
-        // Left uninitialised: clearing them would cost a tenth of the time.
-        const std::unique_ptr<std::uint16_t[]> symbols(new std::uint16_t[static_cast<std::size_t>(in.values.count)]);
-        if (q.coding == Coding::kFixed) {
-            for_each_run(in.values, [&](int, const void* u, std::int64_t begin, int n) {
-                kernels_.quantize(u, options_.dtype, n, q, symbols.get() + begin);
-            });
-        } else {
-            q = write_with_own_table(in, q, symbols.get());
-        }
-        if (q.coding == Coding::kFixed) write_fixed(symbols.get(), in.values.count, q.num_bits);
-        if (is_range(q.grid) && in.residual_out != nullptr) {
-            for_each_run(in.values, [&](int, const void* u, std::int64_t begin, int n) {
-                kernels_.update_residual(u, options_.dtype, symbols.get() + begin, n, q, in.residual_out + begin);
-            });
-        }
-        return q;
-    }
-
-    // Quantizes a segment to `symbols` and writes it with a table of its own, if that pays.
-    Quantizer write_with_own_table(const SegmentInput& in, Quantizer q, std::uint16_t* symbols) {
-        const Mark start = mark();
-        const int size = alphabet_size(q.coding, q.num_bits);
-        std::vector<CodewordCounts> counted(static_cast<std::size_t>(run_parts(in.values.count)), CodewordCounts(q));
-        for_each_run(in.values, [&](int part, const void* u, std::int64_t begin, int n) {
-            kernels_.quantize_counted(u, options_.dtype, n, q, symbols + begin,
-                                      &counted[static_cast<std::size_t>(part)]);
-        });
-        std::vector<std::uint64_t> counts(static_cast<std::size_t>(size));
-        for (CodewordCounts& part : counted) part.add_to(&counts);
-        std::vector<std::uint8_t> own(static_cast<std::size_t>(size));
-        code_lengths(counts.data(), size, length_limit(q.coding, q.num_bits), own.data());
-        EncodeTable table;
-        std::vector<std::uint8_t> list;
-        if (is_complete(own.data(), size)) list = pack_lengths(own.data(), size);
-        if (list.empty() || (q.grid == Grid::kSigma && !table_pays(counts, own, list.size(), in.values.count, q))) {
-            q.table = kNoTable;  // one symbol only, or too few values
-        } else {
-            table = EncodeTable(own.data(), size);
-            lengths.insert(lengths.end(), list.begin(), list.end());
-        }
-        // Nothing has been written yet, so the space that the list does not need can be given up before, not after.
-        if (payload_bytes == 0)
-            payload_ -=
-                max_lengths_bytes(in.quantizer) - static_cast<std::int64_t>(q.table == kNoTable ? 0 : list.size());
-        write_blocks(in, q, table.empty() ? nullptr : &table, symbols);
-        if (is_range(q.grid) &&
-            cost_since(start) >= align4(packed_bytes(in.values.count, q.num_bits)) + checksum_bytes(1)) {
-            rewind(start);
-            q.coding = Coding::kFixed;
-            q.table = kTableOnWire;
-        }
-        return q;
-    }
-
-    bool table_pays(const std::vector<std::uint64_t>& counts, const std::vector<std::uint8_t>& own,
-                    std::size_t list_bytes, std::int64_t count, const Quantizer& q) const {
-        std::uint64_t bits = 0;
-        for (std::size_t s = 0; s < counts.size(); ++s) bits += counts[s] * own[s];
-        return sigma_table_pays(bits, static_cast<std::int64_t>(list_bytes),
-                                blocks_in(make_record(count, q), options_.steps), packed_bytes(count, q.num_bits));
-    }
-
-    // Calls f(part, u, begin, n) for runs of values, in run_parts() parts.
-    template <class F>
-    void for_each_run(const Values& values, F f) {
-        const std::int64_t runs = ceil_div(values.count, kRun);
-        parallel_for(runs, run_parts(values.count), [&](int part, std::int64_t first, std::int64_t last) {
-            for (std::int64_t begin = first * kRun; begin < std::min(last * kRun, values.count); begin += kRun) {
-                const int n = static_cast<int>(std::min<std::int64_t>(kRun, values.count - begin));
-                f(part, load_block(kernels_, values, begin, n, writer(part).scratch(0)), begin, n);
-            }
-        });
-    }
-    int run_parts(std::int64_t count) { return parts_of(ceil_div(count, kRun), kRun); }
-
-    // Writes the blocks of a segment, in parts whose first bytes are as far apart as they can come to need, and then
-    // moves the parts together. `known`: see BlockWriter.
-    void write_blocks(const SegmentInput& in, const Quantizer& q, const EncodeTable* table,
-                      const std::uint16_t* known) {
-        const std::int64_t per_block = values_per_block(q.coding, options_.steps);
-        const std::int64_t blocks = ceil_div(in.values.count, per_block);
-        const int parts = parts_of(blocks, per_block);
-        const auto room_before = [&](std::int64_t block) {
-            return max_block_bytes(block * per_block, block, options_.dtype);
-        };
-        for (int part = 0; part < parts; ++part) writer(part).reserve(ceil_div(blocks, parts));
-        parallel_for(blocks, parts, [&](int part, std::int64_t first, std::int64_t last) {
-            writer(part).write(in, q, table, known, first, last, cursor() + room_before(first));
-        });
-        std::uint8_t* const base = cursor();
-        for (int part = 0; part < parts; ++part) {
-            const BlockWriter& written = writer(part);
-            const std::int64_t first = blocks * part / parts;
-            std::memmove(cursor(), base + room_before(first), static_cast<std::size_t>(written.bytes));
-            for (const std::uint32_t size : written.sizes) {
-                payload_bytes += 4 * std::int64_t{size};
-                block_ends.push_back(static_cast<std::uint32_t>(payload_bytes / 4));
-            }
-            checksums.insert(checksums.end(), written.checksums.begin(), written.checksums.end());
-        }
-    }
-
-    // How many threads `count` units of `values` values each are worth; there is a writer for each.
-    int parts_of(std::int64_t count, std::int64_t values) {
-        const int parts = part_count(count, ceil_div(kValuesPerThread, values), options_.threads);
-        while (static_cast<int>(writers_.size()) < parts) writers_.push_back(std::make_unique<BlockWriter>(options_));
-        return parts;
-    }
-    BlockWriter& writer(int part) { return *writers_[static_cast<std::size_t>(part)]; }
-
-    const EncodeOptions& options_;
-    const Kernels& kernels_;
-    std::uint8_t* payload_;
-    std::vector<std::unique_ptr<BlockWriter>> writers_;  // one a thread
-};
-
-void write_metadata(const Encoder& encoder, const EncodeOptions& options, std::int64_t payload_at, std::int64_t total,
-                    std::uint8_t* out) {
+void write_metadata(const SegmentEncoder& encoder, const EncodeOptions& options, std::int64_t payload_at,
+                    std::int64_t total, std::uint8_t* out) {
     std::uint64_t elements = 0;
     for (const SegmentRecord& record : encoder.records) elements += record.count;
     PacketHeader header{};
@@ -392,7 +137,7 @@ Status encode_packet(const std::vector<SegmentInput>& segments, const EncodeOpti
     if (capacity < bound) return no_space("the destination is smaller than encode_bound", bound);
 
     const std::int64_t provisional = metadata_bytes(segments, options, sum_max_lengths(segments));
-    Encoder encoder(options, out + provisional);
+    SegmentEncoder encoder(options, out + provisional);
     for (const SegmentInput& segment : segments) {
         dispatch(options.dtype, [&](auto traits) { encoder.encode(traits, segment); });
     }

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "qcomm/format.h"
 #include "qcomm/values.h"
@@ -74,7 +75,9 @@ public:
           radius_(sigma_radius(num_bits)),
           escape_(static_cast<std::uint32_t>(escape_symbol(num_bits))),
           limit_(static_cast<std::int32_t>(
-              __builtin_fmax(0.0, __builtin_fmin(radius_, __builtin_floor(max_value / static_cast<double>(step_)))))) {}
+              __builtin_fmax(0.0, __builtin_fmin(radius_, __builtin_floor(max_value / static_cast<double>(step_)))))),
+          lowest_(bit_cast<Bits>(kMagic) - static_cast<Bits>(limit_)),
+          shift_(static_cast<std::uint32_t>(radius_ - limit_)) {}
 
     // Both are positive normal numbers.
     QCOMM_INLINE bool usable() const {
@@ -82,14 +85,10 @@ public:
     }
 
     QCOMM_INLINE std::uint32_t operator()(T x) const {
-        // Adding 1.5 * 2^(mantissa bits) rounds to the nearest even integer; the clamp keeps q where that is exact and
-        // far outside every alphabet.
-        T q = x * inv_;
-        q = q < T(-kFar) ? T(-kFar) : q;
-        q = q > T(kFar) ? T(kFar) : q;
-        const auto level = static_cast<std::int32_t>((q + kMagic) - kMagic);
-        const bool inside = level <= limit_ && level >= -limit_;
-        return inside ? static_cast<std::uint32_t>(level + radius_) : escape_;
+        // Adding 1.5 * 2^(mantissa bits) rounds to the nearest even integer, which the sum's bits count from those of
+        // the constant. A value that is too large for that, or not finite, has bits far outside the levels.
+        const Bits above = bit_cast<Bits>(x * inv_ + kMagic) - lowest_;
+        return above <= 2u * static_cast<Bits>(limit_) ? static_cast<std::uint32_t>(above) + shift_ : escape_;
     }
     QCOMM_INLINE T decode(std::uint32_t symbol) const {
         return static_cast<T>(static_cast<std::int32_t>(symbol) - radius_) * step_;
@@ -103,13 +102,15 @@ public:
 
 private:
     static constexpr T kSmallest = std::numeric_limits<T>::min(), kLargest = std::numeric_limits<T>::max();
-    static constexpr std::int32_t kFar = 65536;
+    using Bits = std::conditional_t<sizeof(T) == sizeof(std::uint32_t), std::uint32_t, std::uint64_t>;
     static constexpr T kMagic = T(1.5) * static_cast<T>(std::int64_t{1} << (std::numeric_limits<T>::digits - 1));
 
     T step_, inv_;
     std::int32_t radius_;
     std::uint32_t escape_;
     std::int32_t limit_;
+    Bits lowest_;          // of the sum for the lowest level
+    std::uint32_t shift_;  // the lowest level's symbol
 };
 
 template <class Tr>
