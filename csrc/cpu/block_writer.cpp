@@ -11,6 +11,13 @@ namespace {
 
 constexpr std::int64_t kInfoBytes = sizeof(std::uint32_t);
 
+// What the next block is made of, if it is a whole one.
+Ahead ahead_of(const SegmentInput& in, std::int64_t begin, std::int64_t count) {
+    if (begin + count > in.values.count) return {};
+    const auto* data = static_cast<const std::uint8_t*>(in.values.data) + begin * item_bytes(in.values.dtype);
+    return {data, in.values.residual != nullptr ? in.values.residual + begin : nullptr};
+}
+
 }  // namespace
 
 BlockWriter::BlockWriter(const EncodeOptions& options)
@@ -64,18 +71,19 @@ void BlockWriter::write(const SegmentInput& in, const Quantizer& q, const Encode
             scan.constant &= part.constant && symbols[at] == symbols[0];
         }
         const void* u = in_place(in.values, begin);
-        const BlockMode mode = write_block(u != nullptr ? u : scratch(0), symbols, n, scan, q, table);
+        const Ahead ahead = known == nullptr ? ahead_of(in, begin + per_block, per_block) : Ahead{};
+        const BlockMode mode = write_block(u != nullptr ? u : scratch(0), symbols, n, scan, q, table, ahead);
         if (mode == BlockMode::kRaw && in.residual_out != nullptr) std::fill_n(in.residual_out + begin, n, 0.0f);
     }
 }
 
 BlockMode BlockWriter::write_block(const void* u, const std::uint16_t* symbols, int n, const SymbolScan& scan,
-                                   const Quantizer& q, const EncodeTable* table) {
+                                   const Quantizer& q, const EncodeTable* table, const Ahead& ahead) {
     const bool constant = scan.constant && symbols[0] != escape_of(q);
     const bool too_many = 16 * std::int64_t{scan.escapes} > n;
     int words = -1;
     if (!constant && !too_many && table != nullptr) {
-        words = kernels_.encode_lanes(symbols, n, q.coding == Coding::kPair, *table, start_, words_end());
+        words = kernels_.encode_lanes(symbols, n, q.coding == Coding::kPair, *table, ahead, start_, words_end());
     }
     const std::int64_t item = item_bytes(options_.dtype);
     const std::int64_t escape_bytes = scan.escapes * (item + 2);

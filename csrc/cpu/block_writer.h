@@ -38,7 +38,7 @@ public:
 
 private:
     BlockMode write_block(const void* u, const std::uint16_t* symbols, int n, const SymbolScan& scan,
-                          const Quantizer& q, const EncodeTable* table);
+                          const Quantizer& q, const EncodeTable* table, const Ahead& ahead);
     std::uint8_t* put_values(const void* u, int n, std::uint8_t* at) const;
     std::uint8_t* put_escapes(const void* u, const std::uint16_t* symbols, int n, int escapes, int escape,
                               std::uint8_t* at) const;

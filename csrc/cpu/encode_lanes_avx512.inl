@@ -53,7 +53,7 @@ QCOMM_INLINE __m512i alphabet_index(const std::uint16_t* symbols) {
 }
 
 template <bool kPairs, class Code>
-int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, std::uint32_t* start,
+int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, const Ahead& ahead, std::uint32_t* start,
            std::uint16_t* words_end) {
     EncodeLanes lanes;
     begin_lanes(lanes, words_end);
@@ -74,6 +74,7 @@ int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, std::u
     std::uint16_t* words = lanes.words;
     bool started = lanes.started;
     for (; step >= 0; --step) {
+        fetch(ahead, step, kLanes * (kPairs ? 2 : 1));
         const Codewords next = code[alphabet_index<kPairs>(symbols + step * kLanes * (kPairs ? 2 : 1))];
         shortest = _mm512_min_epu16(shortest, next.length);
         __m512i sum = _mm512_add_epi16(held, next.length);
@@ -106,17 +107,17 @@ int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, std::u
 }
 
 template <bool kPairs>
-int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, std::uint32_t* start,
+int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, const Ahead& ahead, std::uint32_t* start,
            std::uint16_t* words_end) {
     const bool has_all = table.narrow.has_all && table.entries.size() <= NarrowTable::kSymbols;
-    if (!has_all) return encode<kPairs, NarrowCode<kLarge, false>>(symbols, n, table, start, words_end);
+    if (!has_all) return encode<kPairs, NarrowCode<kLarge, false>>(symbols, n, table, ahead, start, words_end);
     if (table.entries.size() <= RegisterTable<kSmall>::kSize)
-        return encode<kPairs, NarrowCode<kSmall, true>>(symbols, n, table, start, words_end);
-    return encode<kPairs, NarrowCode<kLarge, true>>(symbols, n, table, start, words_end);
+        return encode<kPairs, NarrowCode<kSmall, true>>(symbols, n, table, ahead, start, words_end);
+    return encode<kPairs, NarrowCode<kLarge, true>>(symbols, n, table, ahead, start, words_end);
 }
 
-int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const EncodeTable& table, std::uint32_t* start,
-                 std::uint16_t* words_end) {
-    return pairs ? encode<true>(symbols, n, table, start, words_end)
-                 : encode<false>(symbols, n, table, start, words_end);
+int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const EncodeTable& table, const Ahead& ahead,
+                 std::uint32_t* start, std::uint16_t* words_end) {
+    return pairs ? encode<true>(symbols, n, table, ahead, start, words_end)
+                 : encode<false>(symbols, n, table, ahead, start, words_end);
 }

@@ -49,6 +49,13 @@ struct LaneDecoding {
     bool accumulate;  // values are added to what is there
 };
 
+// What will be read next, brought into the second-level cache while memory is idle: up to 4 bytes a symbol from each
+// address that is not null. Addresses are never read otherwise.
+struct Ahead {
+    const void* values = nullptr;
+    const void* residual = nullptr;
+};
+
 inline int escape_of(const Quantizer& q) { return q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1; }
 
 constexpr int kWordsSlack = 32;  // words in front of encode_lanes' output that a vector store may overwrite
@@ -81,8 +88,8 @@ struct Kernels {
 
     // Codes n symbols, one or two a codeword: see block.h. Words end at `words_end` and grow downwards. Returns their
     // number, or -1 when a symbol has no codeword.
-    int (*encode_lanes)(const std::uint16_t* symbols, int n, bool pairs, const EncodeTable& table, std::uint32_t* start,
-                        std::uint16_t* words_end);
+    int (*encode_lanes)(const std::uint16_t* symbols, int n, bool pairs, const EncodeTable& table, const Ahead& ahead,
+                        std::uint32_t* start, std::uint16_t* words_end);
     // Decodes one or two blocks. Two at a time keep a vector unit busy while lookups are under way.
     void (*decode_lanes)(CodedBlock* blocks, int count, const LaneDecoding& how);
 

@@ -72,7 +72,7 @@ QCOMM_INLINE __m256i codewords8(const std::uint16_t* symbols, const std::uint32_
 }
 
 template <bool kPairs>
-int encode(const std::uint16_t* symbols, int n, const std::uint32_t* entries, std::uint32_t* start,
+int encode(const std::uint16_t* symbols, int n, const std::uint32_t* entries, const Ahead& ahead, std::uint32_t* start,
            std::uint16_t* words_end) {
     EncodeLanes lanes;
     begin_lanes(lanes, words_end);
@@ -90,6 +90,7 @@ int encode(const std::uint16_t* symbols, int n, const std::uint32_t* entries, st
     std::uint16_t* words = lanes.words;
     bool started = lanes.started;
     for (; step >= 0; --step) {
+        fetch(ahead, step, kLanes * (kPairs ? 2 : 1));
         __m256i e[kGroups], full[kGroups], any = zero;
         for (int g = 0; g < kGroups; ++g) {
             e[g] = codewords8<kPairs>(symbols + (step * kLanes + g * kWidth) * (kPairs ? 2 : 1), entries);
@@ -121,11 +122,11 @@ int encode(const std::uint16_t* symbols, int n, const std::uint32_t* entries, st
     return finish_lanes(lanes, start, words_end);
 }
 
-int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const EncodeTable& table, std::uint32_t* start,
-                 std::uint16_t* words_end) {
+int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const EncodeTable& table, const Ahead& ahead,
+                 std::uint32_t* start, std::uint16_t* words_end) {
     const std::uint32_t* entries = table.entries.data();
-    return pairs ? encode<true>(symbols, n, entries, start, words_end)
-                 : encode<false>(symbols, n, entries, start, words_end);
+    return pairs ? encode<true>(symbols, n, entries, ahead, start, words_end)
+                 : encode<false>(symbols, n, entries, ahead, start, words_end);
 }
 
 // The symbols of 8 codewords.

@@ -67,6 +67,16 @@ inline void begin_lanes(EncodeLanes& lanes, std::uint16_t* words_end) {
     lanes.words = words_end;
 }
 
+// 4 bytes for each of `symbols` symbols of step `step`.
+QCOMM_INLINE void fetch(const Ahead& ahead, int step, int symbols) {
+    constexpr int kLine = 64;
+    for (const void* from : {ahead.values, ahead.residual}) {
+        if (from == nullptr) continue;
+        const char* const at = static_cast<const char*>(from) + std::int64_t{4} * symbols * step;
+        for (int i = 0; i < 4 * symbols; i += kLine) __builtin_prefetch(at + i, 0, 2);
+    }
+}
+
 // One step through the scalar path.
 QCOMM_INLINE void encode_step(EncodeLanes& lanes, const std::uint16_t* symbols, int n, bool pairs,
                               const std::uint32_t* entries, int step, int live) {

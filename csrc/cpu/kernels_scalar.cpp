@@ -11,8 +11,8 @@ namespace {
 #include "kernels_lanes.inl"
 #include "kernels_loops.inl"
 
-int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const EncodeTable& table, std::uint32_t* start,
-                 std::uint16_t* words_end) {
+int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const EncodeTable& table, const Ahead&,
+                 std::uint32_t* start, std::uint16_t* words_end) {
     const std::uint32_t* entries = table.entries.data();
     EncodeLanes lanes;
     begin_lanes(lanes, words_end);
