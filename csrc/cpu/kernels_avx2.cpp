@@ -1,5 +1,5 @@
-// AVX2: a step is 32 lanes in four registers. Permutations by small tables stand in for the compress and expand that
-// AVX-512 has.
+// AVX2: a step is 32 lanes, in two registers of words or in four. Permutations by small tables stand in for the
+// compress and expand that AVX-512 has.
 #include <immintrin.h>
 
 #include <cstddef>
@@ -19,17 +19,13 @@ constexpr int kGroups = kLanes / kWidth;
 
 // For each mask of 8 lanes, a permutation of the lanes in 8 bytes.
 struct Permutations {
-    std::uint64_t compress[256];  // lanes of the mask to the end, in order; the rest is undefined
-    std::uint64_t expand[256];    // lane j of the mask takes element number popcount(mask below j)
+    std::uint64_t expand[256];  // lane j of the mask takes element number popcount(mask below j)
 
-    constexpr Permutations() : compress(), expand() {
+    constexpr Permutations() : expand() {
         for (int mask = 0; mask < 256; ++mask) {
-            int members = 0;
-            for (int j = 0; j < kWidth; ++j) members += mask >> j & 1;
-            int at = kWidth - members, rank = 0;
+            int rank = 0;
             for (int j = 0; j < kWidth; ++j) {
                 if ((mask >> j & 1) == 0) continue;
-                compress[mask] |= static_cast<std::uint64_t>(j) << (8 * at++);
                 expand[mask] |= static_cast<std::uint64_t>(rank++) << (8 * j);
             }
         }
@@ -61,73 +57,7 @@ QCOMM_INLINE __m128i narrow16(__m256i lanes) {
     return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
 }
 
-// EncodeTable entries of 8 codewords that begin at `symbols`.
-template <bool kPairs>
-QCOMM_INLINE __m256i codewords8(const std::uint16_t* symbols, const std::uint32_t* entries) {
-    if (!kPairs)
-        return gather<4>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(symbols))), entries);
-    const __m256i two = load256(symbols);  // first | second << 16 becomes first | second << 4
-    return gather<4>(
-        _mm256_or_si256(_mm256_and_si256(two, _mm256_set1_epi32(15)), _mm256_srli_epi32(two, 16 - kPairBits)), entries);
-}
-
-template <bool kPairs>
-int encode(const std::uint16_t* symbols, int n, const std::uint32_t* entries, const Ahead& ahead, std::uint32_t* start,
-           std::uint16_t* words_end) {
-    EncodeLanes lanes;
-    begin_lanes(lanes, words_end);
-    const int full_codewords = kPairs ? n / 2 : n, count = kPairs ? (n + 1) / 2 : n;
-    int step = (count - 1) / kLanes;
-    for (; step >= 0 && (step + 1) * kLanes > full_codewords; --step) {
-        encode_step(lanes, symbols, n, kPairs, entries, step,
-                    count - step * kLanes < kLanes ? count - step * kLanes : kLanes);
-    }
-
-    const __m256i one = _mm256_set1_epi32(1), word = _mm256_set1_epi32(kWordBits), low = _mm256_set1_epi32(0xFFFF);
-    const __m256i emit = _mm256_set1_epi32(kEmitBits - 1), zero = _mm256_setzero_si256();
-    __m256i x[kGroups], c[kGroups], missing = zero;
-    for (int g = 0; g < kGroups; ++g) x[g] = load256(lanes.bits + kWidth * g), c[g] = load256(lanes.count + kWidth * g);
-    std::uint16_t* words = lanes.words;
-    bool started = lanes.started;
-    for (; step >= 0; --step) {
-        fetch(ahead, step, kLanes * (kPairs ? 2 : 1));
-        __m256i e[kGroups], full[kGroups], any = zero;
-        for (int g = 0; g < kGroups; ++g) {
-            e[g] = codewords8<kPairs>(symbols + (step * kLanes + g * kWidth) * (kPairs ? 2 : 1), entries);
-            missing = _mm256_or_si256(missing, _mm256_cmpeq_epi32(e[g], zero));
-            full[g] = _mm256_cmpgt_epi32(_mm256_add_epi32(c[g], _mm256_srli_epi32(e[g], 16)), emit);
-            any = _mm256_or_si256(any, full[g]);
-        }
-        if (__builtin_expect(!started && lane_mask(any) != 0, 0)) {
-            started = true;  // raising a lane to 16 bits makes no other lane full: codewords have at most 15
-            for (int g = 0; g < kGroups; ++g) c[g] = _mm256_max_epi32(c[g], word);
-        }
-        for (int g = kGroups - 1; g >= 0; --g) {
-            const unsigned m = lane_mask(full[g]);
-            const __m256i w = _mm256_and_si256(_mm256_srlv_epi32(x[g], _mm256_sub_epi32(c[g], word)), low);
-            const __m256i packed = _mm256_permutevar8x32_epi32(w, permutation(kPermutations.compress[m]));
-            // All 8 are stored: those that do not count lie in front, where the next store goes.
-            _mm_storeu_si128(reinterpret_cast<__m128i*>(words - kWidth), narrow16(packed));
-            words -= __builtin_popcount(m);
-            c[g] = _mm256_sub_epi32(c[g], _mm256_and_si256(full[g], word));
-            x[g] = _mm256_and_si256(x[g], _mm256_sub_epi32(_mm256_sllv_epi32(one, c[g]), one));
-            const __m256i length = _mm256_srli_epi32(e[g], 16);
-            x[g] = _mm256_or_si256(_mm256_sllv_epi32(x[g], length), _mm256_and_si256(e[g], low));
-            c[g] = _mm256_add_epi32(c[g], length);
-        }
-    }
-    for (int g = 0; g < kGroups; ++g) store256(lanes.bits + kWidth * g, x[g]), store256(lanes.count + kWidth * g, c[g]);
-    lanes.words = words;
-    lanes.missing |= lane_mask(missing) != 0;
-    return finish_lanes(lanes, start, words_end);
-}
-
-int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const EncodeTable& table, const Ahead& ahead,
-                 std::uint32_t* start, std::uint16_t* words_end) {
-    const std::uint32_t* entries = table.entries.data();
-    return pairs ? encode<true>(symbols, n, entries, ahead, start, words_end)
-                 : encode<false>(symbols, n, entries, ahead, start, words_end);
-}
+#include "encode_lanes_avx2.inl"
 
 // The symbols of 8 codewords.
 template <bool kPairs>
