@@ -203,15 +203,26 @@ class WeightExchange:
         )
 
     def _run(self, task: MeanTask, communicator: Communicator) -> torch.Tensor:
-        agreements = communicator.agreements
+        self._agree(task, communicator)
         try:
             return average(task, communicator)
-        except Exception as error:
-            # Either residuals were spent on values that nobody got, or anchors differ. What all ranks see, all forget;
-            # a rank that fails alone, after its last message, differs from the others at the next averaging.
-            if communicator.agreements > agreements or isinstance(error, ConfigMismatchError):
-                self.reset()
+        except Exception:
+            # Residuals were spent on values that nobody got. A rank that fails alone, after its last message, differs
+            # from the others at the next averaging.
+            self.reset()
             raise
+
+    def _agree(self, task: MeanTask, communicator: Communicator) -> None:
+        """Raises on every rank what is wrong on one, before residuals are touched, as some strategies do early."""
+        communicator.begin()
+        nothing = [0] * communicator.world_size
+        fault = communicator.pending_fault or task.fault
+        try:
+            _, traffic = communicator.agree(Phase.ENCODE, task.fields, nothing, nothing, fault, 0)
+        except ConfigMismatchError:
+            self.reset()  # on all ranks: if anchors differ, nobody can tell which is right
+            raise
+        self._telemetry.add_traffic("overhead", traffic)
 
     def _move_anchor(self, entries: Sequence[_Entry], layout: BucketLayout) -> None:
         """The weights as they are now, the same on all ranks."""

@@ -564,6 +564,25 @@ def case_failures(rank, world_size):
 def test_failures_are_told_to_all_and_change_no_weight():
     run(2, case_failures)
     run(3, case_failures)
+    run(2, case_residuals_stay)
+
+
+def case_residuals_stay(rank, world_size):
+    """Where a rank has NaN, the others keep what they have, also with a strategy that encodes first."""
+    model, compressed = network(), averager(strategy="all_gather")
+    for step in range(3):
+        move(model, rank, step)
+        compressed.average_parameters(model.parameters())
+    before = copy.deepcopy(compressed.state_dict()["exchanges"][0])
+    move(model, rank, 3)
+    if rank == 1:
+        model[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(qcomm.CollectiveError, match="rank 1 failed while preparing"):
+        compressed.average_parameters(model.parameters())
+    after = compressed.state_dict()["exchanges"][0]
+    assert after["identity"] == before["identity"]
+    for name, residual in before["error_feedback"]["local"].items():
+        assert torch.equal(residual, after["error_feedback"]["local"][name]) and bool(residual.any())
 
 
 def case_options_differ(rank, world_size):
