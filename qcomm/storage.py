@@ -32,9 +32,9 @@ def save(
 ) -> None:
     """Writes a state dict to a file, its weights compressed. The file appears whole or not at all.
 
-    Compressed are floating-point tensors of at least ``min_elements`` elements. With ``RangeGrid`` of N bits, which is
-    6 to 10, a weight is off by at most ``(max - min) / (2**N - 1) / 2`` of its tensor, and rounding; the file has
-    about a quarter of the bytes. With ``SigmaGrid`` it is half a step. Everything else is stored exactly: integers,
+    Compressed are floating-point tensors of at least ``min_elements`` elements. With ``RangeGrid`` a weight takes N
+    bits or fewer, N = 6 to 10 by the tensor's entropy, and is off by at most ``(max - min) / (2**N - 1) / 2`` of its
+    tensor, and rounding. With ``SigmaGrid`` it is half a step. Everything else is stored exactly: integers,
     booleans, complex and small tensors, non-finite tensors, numbers and strings.
 
     Args:
