@@ -139,8 +139,8 @@ class CompressedModelAverager(_CompressedAverager):
         process_group: by default the default group. A rank that is not in it averages nothing.
         **options: the same on all ranks, ``num_threads`` excepted:
 
-            ``exchange``: ``"difference"``, or ``"weights"``: the weights themselves, as in the paper, which cost 6 to 8
-            bits and lose up to half a level each time.
+            ``exchange``: ``"difference"``, or ``"weights"``: the weights themselves, as in the paper, which cost 6 to
+            10 bits and lose up to half a level each time, and half a level of the mean.
             ``grid``: how finely; by default ``SigmaGrid(step=1.0)`` for differences, ``RangeGrid()`` for weights.
             ``error_feedback``: keep what quantization lost of a difference for the next one: 4 bytes a parameter. By
             default with differences; not possible with weights.
@@ -197,6 +197,15 @@ class HierarchicalCompressedModelAverager(_CompressedAverager):
 
     Raises:
         TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> import tempfile, torch
+        >>> dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
+        >>> averager = HierarchicalCompressedModelAverager({4: 1})
+        >>> averager.average_parameters(torch.nn.Linear(64, 64).parameters())
+        >>> averager.step
+        1
+        >>> dist.destroy_process_group()
     """
 
     def __init__(
