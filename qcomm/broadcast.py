@@ -76,6 +76,8 @@ def broadcast_parameters(
         check_grid(grid)
         check_min_elements(min_elements)
         check_num_threads(num_threads)
+        if not _is(lossless, bool):
+            raise TypeError(f"lossless must be a bool, got {type(lossless).__name__}")
         tensors = _tensors(module_or_params)
         fields = _fields(tensors, src, grid, min_elements, lossless)
         if dist.get_rank() == src:
@@ -95,6 +97,11 @@ def broadcast_parameters(
     with torch.no_grad():
         for name, tensor in tensors:
             tensor.copy_(restored[name])
+
+
+def _is(value: object, kind: type) -> bool:
+    # Annotations say what a caller should pass; ``save`` takes patterns under the same name.
+    return isinstance(value, kind)
 
 
 def _tensors(module_or_params: torch.nn.Module | Params) -> Tensors:

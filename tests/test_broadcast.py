@@ -124,6 +124,7 @@ def case_failures(rank, world_size):
     fails(qcomm.CollectiveError, "rank 1 failed while preparing.*must be a dense tensor", sparse if odd else layer)
     fails(qcomm.CollectiveError, "rank 1 failed while preparing.*params must be an iterable", None if odd else layer)
     fails(qcomm.CollectiveError, "rank 1 failed.*TypeError: grid must be", grid=3 if odd else qcomm.RangeGrid())
+    fails(qcomm.CollectiveError, "rank 1 failed.*lossless must be a bool", lossless=["*"] if odd else True)
     for source in (0, 1):
         fails(
             qcomm.ConfigMismatchError,
