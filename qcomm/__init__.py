@@ -1,6 +1,8 @@
 """Compressed gradient communication for PyTorch: quantization by entropy, Huffman coding, a DDP communication hook."""
 
 from qcomm._native import cpu_features
+from qcomm.averager import CompressedModelAverager, HierarchicalCompressedModelAverager
+from qcomm.broadcast import broadcast_parameters
 from qcomm.codec import PacketInfo, SegmentInfo, compress, decompress, inspect
 from qcomm.collectives import all_reduce
 from qcomm.ddp import CompressionState, attach, compression_hook
@@ -8,13 +10,16 @@ from qcomm.entropy import estimate_entropy
 from qcomm.errors import CollectiveError, ConfigMismatchError, PacketError
 from qcomm.grids import RangeGrid, SigmaGrid
 from qcomm.launchers import init_from_environment
+from qcomm.storage import load, save
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CollectiveError",
+    "CompressedModelAverager",
     "CompressionState",
     "ConfigMismatchError",
+    "HierarchicalCompressedModelAverager",
     "PacketError",
     "PacketInfo",
     "RangeGrid",
@@ -22,6 +27,7 @@ __all__ = [
     "SigmaGrid",
     "all_reduce",
     "attach",
+    "broadcast_parameters",
     "compress",
     "compression_hook",
     "cpu_features",
@@ -29,4 +35,6 @@ __all__ = [
     "estimate_entropy",
     "init_from_environment",
     "inspect",
+    "load",
+    "save",
 ]

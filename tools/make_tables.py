@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md",)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "averaging.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -87,7 +87,39 @@ def allreduce() -> str:
     return markdown(["link", "method", "ms", "p10 … p90", "x fp32", "x bf16", "MB sent a rank"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"train": train, "accuracy": accuracy, "allreduce": allreduce}
+def averaging() -> str:
+    """``bench/bench_averaging.py``: mean over seeds, the paired difference from fp32, and bytes."""
+    rows = []
+    for row in read("averaging.json")["summary"]:
+        difference = interval = fewer = ""
+        if "difference" in row:
+            difference, fewer = f"{row['difference']:+.2f}", f"{row['bytes_ratio']:.1f}"
+            interval = f"{row['interval'][0]:+.2f} … {row['interval'][1]:+.2f}"
+        accuracy, bits = f"{100 * row['test_accuracy']:.2f} %", f"{row['bits_per_element_compressed']:.2f}"
+        rows.append(
+            [
+                row["method"],
+                str(row["seeds"]),
+                accuracy,
+                difference,
+                interval,
+                bits,
+                f"{row['bytes_sent'] / 1e6:.1f}",
+                fewer,
+            ]
+        )
+    return markdown(
+        ["method", "seeds", "mean accuracy", "minus fp32", "95 % interval", "bits", "MB sent a rank", "times fewer"],
+        rows,
+    )
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "train": train,
+    "accuracy": accuracy,
+    "allreduce": allreduce,
+    "averaging": averaging,
+}
 
 
 def main() -> int:

@@ -1,0 +1,261 @@
+"""Model averagers for local SGD: every few steps the ranks' weights are replaced by their mean, exchanged compressed.
+
+Instead of ``PeriodicModelAverager`` and ``HierarchicalModelAverager`` of
+``torch.distributed.algorithms.model_averaging``, by themselves or within ``PostLocalSGDOptimizer``. Unlike those, they
+write into the parameters' own memory, and average every parameter, whether or not it has a gradient on this rank.
+
+S. U. Stich, "Local SGD Converges Fast and Communicates Little", ICLR 2019; T. Lin et al., "Don't Use Large
+Mini-Batches, Use Local SGD", ICLR 2020; in levels: J. Wang et al., "Demystifying Why Local Aggregation Helps", AAAI
+2022.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
+
+from qcomm.communicator import resolve_group
+from qcomm.exchange_options import ExchangeOptions
+from qcomm.parameters import Params
+from qcomm.telemetry import Telemetry
+from qcomm.weight_exchange import WeightExchange
+
+__all__ = ["CompressedModelAverager", "HierarchicalCompressedModelAverager"]
+
+FORMAT = 1
+
+
+class _CompressedAverager(ModelAverager):
+    """What both averagers do: count steps, exchange when one is due, remember."""
+
+    def __init__(self, warmup_steps: int, process_group: dist.ProcessGroup | None, options: Mapping[str, Any]) -> None:
+        self._options = ExchangeOptions(**options)
+        if _is_member(process_group):
+            resolve_group(process_group)
+        super().__init__(process_group)
+        self.warmup_steps = _checked_int("warmup_steps", warmup_steps, 0)
+        self._telemetry = Telemetry()
+        self._exchanges: list[WeightExchange] = []
+
+    def average_parameters(self, params: Params) -> None:
+        """Counts a step, and averages the parameters in place if an averaging is due.
+
+        A collective at every step at which one is due: each rank calls this once a step of its training loop, also
+        where GradScaler skipped the optimizer's step. All parameters take part, those without a gradient too.
+
+        Args:
+            params: ``model.parameters()``, ``model.named_parameters()`` or ``optimizer.param_groups``: the same on all
+                ranks and at all steps. Named ones make better error messages.
+
+        Raises:
+            CollectiveError: on all ranks that average: a parameter holds NaN or infinity, cannot be averaged, or an
+                exchange failed; the message names the rank, and the parameter. The step is counted, no weight has
+                changed.
+            ConfigMismatchError: on all of them: options, parameters, steps or anchors differ, the message says which.
+        """
+        try:
+            due = self._due()
+            if due is not None and _is_member(self.process_group):
+                self._exchanges[due].average(params, self.step)
+                # What is common to all of these ranks is common to the groups inside it.
+                for smaller in self._exchanges[:due]:
+                    smaller.adopt(self._exchanges[due])
+        finally:
+            self.step += 1
+
+    def _due(self) -> int | None:
+        """Number of the exchange to run at this step."""
+        raise NotImplementedError
+
+    def reset(self) -> None:
+        """Forgets anchors and residuals, so that the next averaging is uncompressed; all ranks call it, or none."""
+        for exchange in self._exchanges:
+            exchange.reset()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of this rank, named as in ``CompressionState.stats``; ``steps`` are averagings."""
+        norms = [exchange.residual_norm() for exchange in self._exchanges]
+        return {**self._telemetry.stats(), "residual_norm": sum(norm * norm for norm in norms) ** 0.5}
+
+    def reset_stats(self) -> None:
+        """Sets the counters to zero."""
+        self._telemetry.reset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this rank needs to go on: step, last common weights, residuals. Every rank has to save its own.
+
+        ``PostLocalSGDOptimizer.state_dict`` holds the step alone: an averager that goes on from it averages once
+        uncompressed, without the residuals.
+        """
+        return {
+            "format": FORMAT,
+            "step": self.step,
+            "exchanges": [exchange.state_dict() for exchange in self._exchanges],
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Goes on from what ``state_dict`` returned on this rank; the number of ranks may have changed.
+
+        Args:
+            state_dict: this rank's. When W ranks go on as fewer, W', rank r passes a list of those of ranks r, r + W',
+                r + 2W', ... or, losing part of the residuals, its own alone. A rank that is new passes rank 0's with
+                ``"error_feedback"`` set to None in each of ``"exchanges"``.
+
+        Raises:
+            ValueError: of another format, damaged, or not of one run; nothing has changed then.
+        """
+        saved = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
+        if not saved or any(not isinstance(part, Mapping) or part.get("format") != FORMAT for part in saved):
+            raise ValueError(f"state_dict must be of format {FORMAT}, as state_dict() of an averager returns it")
+        steps = {part.get("step") for part in saved}
+        if len(steps) > 1 or not all(isinstance(step, int) and step >= 0 for step in steps):
+            raise ValueError(f"state_dict must be of one step on all ranks, got {sorted(steps, key=str)}")
+        exchanges = [part.get("exchanges") for part in saved]
+        if any(not isinstance(part, list) or len(part) != len(self._exchanges) for part in exchanges):
+            raise ValueError(f"state_dict must hold {len(self._exchanges)} exchanges, as this averager has")
+        by_level = list(zip(*exchanges, strict=True))
+        fresh = [WeightExchange(None, self._options, self._telemetry) for _ in self._exchanges]
+        for trial, parts in zip(fresh, by_level, strict=True):
+            trial.load_state_dict(parts)  # raises before anything has changed
+        for exchange, parts in zip(self._exchanges, by_level, strict=True):
+            exchange.load_state_dict(parts)
+        self.step = saved[0]["step"]
+
+
+class CompressedModelAverager(_CompressedAverager):
+    """Averages a model over all ranks every ``period`` steps. All ranks end with the same bits.
+
+    Ranks send how far each parameter moved since the last averaging, at about 2 bits a value, with error feedback; the
+    weights they had in common then are kept on every rank. The first averaging has no such weights and is uncompressed:
+    ranks may begin with different ones, and all have the mean of them afterwards.
+
+    Args:
+        period: steps between averagings: one is due at step ``warmup_steps`` and every ``period`` steps later, counted
+            from 0, as in torch's ``PeriodicModelAverager``.
+        warmup_steps: steps at the beginning without averaging, during which DDP averages gradients.
+        process_group: by default the default group. A rank that is not in it averages nothing.
+        **options: the same on all ranks, ``num_threads`` excepted:
+
+            ``exchange``: ``"difference"``, or ``"weights"``: the weights themselves, as in the paper, which cost 6 to
+            10 bits and lose up to half a level each time, and half a level of the mean.
+            ``grid``: how finely; by default ``SigmaGrid(step=1.0)`` for differences, ``RangeGrid()`` for weights.
+            ``error_feedback``: keep what quantization lost of a difference for the next one: 4 bytes a parameter. By
+            default with differences; not possible with weights.
+            ``min_elements``: smaller parameters travel uncompressed; 1024 by default.
+            ``buffers_of``: a module whose floating-point buffers, such as BatchNorm's statistics, are averaged with the
+            parameters, uncompressed and in fp32. By default buffers are left alone, as torch's averagers do.
+            ``strategy``, ``ranks_per_node``, ``num_threads``: as in :func:`qcomm.all_reduce`.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+        RuntimeError: torch.distributed is not initialised.
+
+    Example:
+        >>> import tempfile, torch
+        >>> dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
+        >>> model = torch.nn.Linear(64, 64)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> averager = CompressedModelAverager(period=4, strategy="two_phase")
+        >>> for _ in range(8):
+        ...     model(torch.randn(8, 64)).square().mean().backward()
+        ...     optimizer.step()
+        ...     averager.average_parameters(model.parameters())
+        >>> averager.step, averager.stats()["steps"]
+        (8, 2)
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(
+        self, period: int, warmup_steps: int = 0, process_group: dist.ProcessGroup | None = None, **options: Any
+    ) -> None:
+        self.period = _checked_int("period", period, 1)
+        super().__init__(warmup_steps, process_group, options)
+        self._exchanges = [WeightExchange(process_group, self._options, self._telemetry)]
+
+    def _due(self) -> int | None:
+        past = self.step - self.warmup_steps
+        return 0 if past >= 0 and past % self.period == 0 else None
+
+
+class HierarchicalCompressedModelAverager(_CompressedAverager):
+    """Averages often within small groups of ranks and rarely over all of them.
+
+    At a step that several periods divide, the largest of them averages. Each level keeps its own residuals, and all of
+    them the weights that they last had in common.
+
+    Args:
+        period_group_size_dict: period -> number of ranks in a group, both ascending; the last group is all of
+            ``process_group``. ``OrderedDict([(2, 2), (8, 4)])`` averages pairs every 2 steps, and all 4 ranks every 8.
+            Groups are neighbouring ranks. Making them is a collective.
+        warmup_steps: steps at the beginning without averaging. Steps are counted from 0 and not from the end of these,
+            as in torch's ``HierarchicalModelAverager``.
+        process_group: by default the default group.
+        **options: of :class:`CompressedModelAverager`.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+
+    Example:
+        >>> import tempfile, torch
+        >>> dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
+        >>> averager = HierarchicalCompressedModelAverager({4: 1})
+        >>> averager.average_parameters(torch.nn.Linear(64, 64).parameters())
+        >>> averager.step
+        1
+        >>> dist.destroy_process_group()
+    """
+
+    def __init__(
+        self,
+        period_group_size_dict: Mapping[int, int],
+        warmup_steps: int = 0,
+        process_group: dist.ProcessGroup | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(warmup_steps, process_group, options)
+        world_size = dist.get_world_size(self.process_group)
+        _check_levels(period_group_size_dict, world_size)
+        self.period_process_group_dict: OrderedDict[int, dist.ProcessGroup] = OrderedDict()
+        for index, (period, size) in enumerate(period_group_size_dict.items()):
+            whole = size == world_size
+            group = self.process_group if whole else dist.new_subgroups(size, self.process_group)[0]
+            self.period_process_group_dict[period] = group
+            self._exchanges.append(WeightExchange(group, self._options, self._telemetry, index))
+
+    def _due(self) -> int | None:
+        if self.step < self.warmup_steps:
+            return None
+        periods = list(self.period_process_group_dict)
+        return next((level for level in reversed(range(len(periods))) if self.step % periods[level] == 0), None)
+
+
+def _is_member(group: object) -> bool:
+    """Whether this process belongs to a group that ``dist.new_group`` returned."""
+    return group is not dist.GroupMember.NON_GROUP_MEMBER
+
+
+def _checked_int(name: str, value: object, smallest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < smallest:
+        raise ValueError(f"{name} must be >= {smallest}, got {value}")
+    return value
+
+
+def _check_levels(levels: object, world_size: int) -> None:
+    if not isinstance(levels, Mapping) or not levels:
+        raise TypeError(f"period_group_size_dict must be a dictionary of period to group size, got {levels!r}")
+    for name, values in (("periods", list(levels)), ("group sizes", list(levels.values()))):
+        for value in values:
+            _checked_int(f"period_group_size_dict: each of the {name}", value, 1)
+        if any(a >= b for a, b in pairwise(values)):
+            raise ValueError(f"period_group_size_dict must have ascending {name}, got {values}")
+    sizes = list(levels.values())
+    if sizes[-1] != world_size or any(larger % size for size, larger in pairwise(sizes)):
+        raise ValueError(
+            f"period_group_size_dict must have group sizes that divide each other, the last one {world_size}, the "
+            f"ranks of process_group, got {sizes}"
+        )

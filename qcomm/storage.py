@@ -1,0 +1,111 @@
+"""``save`` and ``load``: state dicts in files, compressed, and safe to read from anybody."""
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qcomm._native import check_num_threads
+from qcomm.collectives import check_grid, check_min_elements
+from qcomm.errors import PacketError
+from qcomm.grids import Grid, RangeGrid
+from qcomm.state_packets import pack_state, unpack_state
+
+__all__ = ["SENSITIVE", "load", "save"]
+
+# Non-negative values that others are divided by, or by the root of: a uniform grid would round the small ones to the
+# minimum, and what is divided by them would explode. BatchNorm; Adam, AdamW, AMSGrad; RMSprop, Adadelta; Adagrad.
+SENSITIVE = ("*running_var", "*exp_avg_sq", "*square_avg", "*acc_delta", "*.sum")
+
+
+def save(
+    state_dict: Mapping[str, Any],
+    path: str | os.PathLike[str],
+    grid: Grid = RangeGrid(),
+    *,
+    min_elements: int = 1024,
+    lossless: Sequence[str] = SENSITIVE,
+    num_threads: int = 1,
+) -> None:
+    """Writes a state dict to a file, its weights compressed. The file appears whole or not at all.
+
+    Compressed are floating-point tensors of at least ``min_elements`` elements. With ``RangeGrid`` a weight takes N
+    bits or fewer, N = 6 to 10 by the tensor's entropy, and is off by at most ``(max - min) / (2**N - 1) / 2`` of its
+    tensor, and rounding. With ``SigmaGrid`` it is half a step. Everything else is stored exactly: integers,
+    booleans, complex and small tensors, non-finite tensors, numbers and strings.
+
+    Args:
+        state_dict: of a model, an optimizer, or a dictionary of those: dictionaries, lists and tuples of tensors,
+            strings, finite and other floats, 64-bit integers, booleans and None; keys are strings or integers. An
+            ``OrderedDict`` comes back as a dict, a parameter as a tensor. Tensors that share their memory do so again.
+        path: of the file; one that is there is replaced.
+        grid: how finely.
+        min_elements: smaller tensors are stored as they are.
+        lossless: patterns (``fnmatch``) of tensors that are stored as they are, matched with the keys joined by dots,
+            such as ``state.0.exp_avg_sq``. The default is ``qcomm.storage.SENSITIVE``: variances and second moments,
+            which others are divided by.
+        num_threads: most that compress a tensor at once.
+
+    Raises:
+        TypeError, ValueError: naming the argument, or the path of what cannot be stored.
+        OSError: the file cannot be written; what was there is as it was.
+
+    Example:
+        >>> import tempfile
+        >>> folder = tempfile.mkdtemp()
+        >>> model = torch.nn.Linear(100, 100)
+        >>> save(model.state_dict(), f"{folder}/model.qcomm")
+        >>> restored = load(f"{folder}/model.qcomm")
+        >>> bool((restored["weight"] - model.weight).abs().max() < 0.001), torch.equal(restored["bias"], model.bias)
+        (True, True)
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(f"state_dict must be a dictionary, got {type(state_dict).__name__}")
+    check_grid(grid)
+    check_min_elements(min_elements)
+    check_num_threads(num_threads)
+    if isinstance(lossless, str) or not all(isinstance(pattern, str) for pattern in lossless):
+        raise TypeError(f"lossless must be a sequence of patterns, such as ['*.bias'], got {lossless!r}")
+    packed = pack_state(state_dict, grid, min_elements, lossless, num_threads)
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    file = temporary.open("xb")
+    try:
+        with file:
+            file.write(packed.numpy().data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:  # Ctrl-C too must not leave it behind
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | os.PathLike[str], *, max_bytes: int | None = None, num_threads: int = 1) -> dict[str, Any]:
+    """Reads what ``save`` wrote; the file may come from anybody, as nothing in it is executed.
+
+    Args:
+        path: of the file.
+        max_bytes: most bytes that its tensors may take together in memory. A file from a stranger should have such a
+            limit: a tensor of equal values takes no room in a file, however large it is.
+        num_threads: most that decode a tensor at once.
+
+    Returns:
+        The state dict, its tensors on the CPU.
+
+    Raises:
+        PacketError: the file is truncated, damaged, or something else than ``save`` writes; the message has its path.
+        OSError: it cannot be read.
+    """
+    data = bytearray(Path(path).read_bytes())
+    packed = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    try:
+        state = unpack_state(packed, max_bytes, num_threads)
+        if not isinstance(state, dict):
+            raise PacketError("it holds no dictionary")
+    except PacketError as error:
+        raise PacketError(f"{os.fspath(path)}: {error}") from error
+    return state

@@ -1,0 +1,295 @@
+"""The mean of a model's weights over the ranks of one group, exchanged as differences or as they are.
+
+Weights that were averaged before are the same on all ranks: the *anchor* a. Since then rank i moved by w_i - a, which
+is small, symmetric about zero and as compressible as a gradient. With residuals e_i::
+
+    u_i = w_i - a + e_i        sent: Q(u_i)        e_i <- u_i - Q(u_i)
+    a  <- a + mean_i(Q(u_i))   w_i <- a
+
+so that over time ``a`` moves by the exact mean of all movements but for what is still kept. Without an anchor, at
+first, weights travel uncompressed; they are the same afterwards whatever they were before.
+
+Anchors have to be equal bit for bit on all ranks. Nobody compares them: each exchange makes a new *identity* of the old
+one, all ranks compare identities before an exchange, and two ranks with the same identity went through the same
+exchanges.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qcomm.agreement import Fault, Fields, Phase
+from qcomm.communicator import Communicator, get_communicator, resolve_group
+from qcomm.error_feedback import ErrorFeedback
+from qcomm.errors import ConfigMismatchError
+from qcomm.exchange_options import ExchangeOptions
+from qcomm.hierarchical import resolve_ranks_per_node
+from qcomm.layout import BucketLayout, TensorSpec
+from qcomm.mean import MeanTask
+from qcomm.parameters import Params, check_averageable, described, floating_buffers, named_tensors
+from qcomm.statistics import measure
+from qcomm.strategies import average
+from qcomm.telemetry import Telemetry
+
+__all__ = ["WeightExchange"]
+
+NO_ANCHOR = "none yet"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A tensor that takes part: ``anchor`` is what its difference is taken to, None for its values as they are."""
+
+    spec: TensorSpec
+    tensor: torch.Tensor
+    anchor: torch.Tensor | None
+    is_buffer: bool
+
+
+class WeightExchange:
+    """Averages weights within one process group, and remembers their anchor and residuals.
+
+    Args:
+        group: of the ranks that average; None for the default group.
+        options: equal on all ranks, ``num_threads`` excepted.
+        telemetry: counts what happens.
+        index: number of this exchange in the telemetry.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, options: ExchangeOptions, telemetry: Telemetry, index: int = 0
+    ) -> None:
+        self._group = group
+        self._options = options
+        self._telemetry = telemetry
+        self._index = index
+        self._anchor: dict[str, torch.Tensor] = {}
+        self._identity = NO_ANCHOR
+        self._feedback = ErrorFeedback() if options.uses_feedback else None
+
+    def average(self, params: Params, step: int) -> None:
+        """Replaces parameters, and the buffers of ``options.buffers_of``, by their means over the group, in place.
+
+        Args:
+            params: see :func:`qcomm.parameters.named_tensors`.
+            step: has to be the same on all ranks.
+
+        Raises:
+            CollectiveError: on all ranks: one has parameters that cannot be averaged, or failed. No weight has changed;
+                where the exchange had begun, the anchor is forgotten.
+            ConfigMismatchError: options, step, parameters or anchors differ between ranks. No weight has changed, the
+                anchor is forgotten.
+        """
+        options = self._options
+        group = resolve_group(self._group)
+        world_size = dist.get_world_size(group)
+        if world_size == 1 and options.strategy == "auto":
+            return
+        communicator = get_communicator(group)
+        entries: list[_Entry] = []
+        try:
+            entries = self._entries(params)
+            task = self._task(entries, step, world_size)
+        except Exception as error:  # noqa: BLE001 - any: the other ranks are already waiting for this one
+            fault = Fault(Phase.PREPARE, error)
+            task = MeanTask(torch.empty(0), None, options.chosen_grid, Fields({}), self._telemetry, fault=fault)
+        ticket = communicator.submit(lambda: self._run(task, communicator))
+        with self._telemetry.timed("wait_seconds"):
+            flat = ticket.result()
+        with torch.no_grad():
+            for entry in entries:
+                _apply(entry, flat)
+        self._count(entries, task)
+        if options.exchange == "difference":
+            self._move_anchor(entries, task.agreed_layout)
+
+    def adopt(self, other: "WeightExchange") -> None:
+        """Takes over the anchor of an exchange that has just ended on all ranks of this group, and of more."""
+        if other._anchor:  # without one, as in a world of one rank, there is nothing to be common
+            self._anchor, self._identity = dict(other._anchor), other._identity
+
+    def reset(self) -> None:
+        """Forgets anchor and residuals: the next averaging exchanges the weights uncompressed."""
+        self._anchor, self._identity = {}, NO_ANCHOR
+        if self._feedback is not None:
+            self._feedback.clear()
+
+    def residual_norm(self) -> float:
+        """Euclidean norm of what this rank still has to send."""
+        return self._feedback.norm() if self._feedback is not None else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Anchor, its identity, and this rank's residuals."""
+        return {
+            "identity": self._identity,
+            "anchor": dict(self._anchor),  # anchors are replaced and never written to
+            "error_feedback": self._feedback.state_dict() if self._feedback is not None else None,
+        }
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Goes on from one or several ranks' states; several add up their residuals.
+
+        Raises:
+            ValueError: damaged, or not of one run; nothing has changed then.
+        """
+        for state in states:
+            _check_saved(state)
+        identities = {state["identity"] for state in states}
+        if len(identities) > 1:
+            raise ValueError(f"state_dict must be of one run and step, got anchors {sorted(identities)}")
+        residuals = [state["error_feedback"] for state in states if state["error_feedback"] is not None]
+        if self._feedback is not None:
+            if residuals:
+                self._feedback.load_state_dict(residuals)
+            else:
+                self._feedback.clear()
+        self._identity = states[0]["identity"]
+        self._anchor = {name: tensor.detach().clone() for name, tensor in states[0]["anchor"].items()}
+
+    def _entries(self, params: Params) -> list[_Entry]:
+        """What is averaged, checked, with its place in the flat buffer."""
+        parameters = named_tensors(params)
+        module = self._options.buffers_of
+        buffers = [] if module is None else [(f"buffer {name}", buffer) for name, buffer in floating_buffers(module)]
+        entries, offset, smallest = [], 0, max(self._options.min_elements, 1)
+        for number, (name, tensor) in enumerate([*parameters, *buffers]):
+            check_averageable(name, tensor)
+            is_buffer, anchor = number >= len(parameters), self._anchor.get(name)
+            if anchor is not None and anchor.shape != tensor.shape:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(tensor.shape)} and had {tuple(anchor.shape)} when it was averaged "
+                    "last: another model? Call reset() on every rank to begin anew"
+                )
+            comparable = self._options.exchange == "weights" or anchor is not None
+            compressed = comparable and not is_buffer and tensor.numel() >= smallest
+            spec = TensorSpec(name, offset, tensor.numel(), compressed)
+            entries.append(_Entry(spec, tensor, None if is_buffer else anchor, is_buffer))
+            offset += tensor.numel()
+        return entries
+
+    def _task(self, entries: Sequence[_Entry], step: int, world_size: int) -> MeanTask:
+        options = self._options
+        node_size = resolve_ranks_per_node(options.ranks_per_node, world_size, options.strategy)
+        layout = BucketLayout([entry.spec for entry in entries], world_size)
+        listing = described([(entry.spec.key, entry.tensor) for entry in entries])
+        fields = {
+            "operation": "model averaging",
+            "exchange": options.exchange,
+            "grid": options.chosen_grid.describe(),
+            "error_feedback": str(options.uses_feedback),
+            "min_elements": str(options.min_elements),
+            "strategy": options.strategy,
+            "ranks_per_node": str(node_size),
+            "step": str(step),
+            "anchor": self._identity,
+            "layout": layout.description,
+            "parameters": listing,
+        }
+        return MeanTask(
+            _flatten(entries),
+            layout,
+            options.chosen_grid,
+            Fields(fields),
+            self._telemetry,
+            self._feedback,
+            index=self._index,
+            strategy=options.strategy,
+            num_threads=options.num_threads,
+            ranks_per_node=node_size,
+        )
+
+    def _run(self, task: MeanTask, communicator: Communicator) -> torch.Tensor:
+        self._agree(task, communicator)
+        try:
+            return average(task, communicator)
+        except Exception:
+            # Residuals were spent on values that nobody got. A rank that fails alone, after its last message, differs
+            # from the others at the next averaging.
+            self.reset()
+            raise
+
+    def _agree(self, task: MeanTask, communicator: Communicator) -> None:
+        """Raises on every rank what is wrong on one, before residuals are touched, as some strategies do early."""
+        communicator.begin()
+        nothing = [0] * communicator.world_size
+        fault = communicator.pending_fault or task.fault
+        try:
+            _, traffic = communicator.agree(Phase.ENCODE, task.fields, nothing, nothing, fault, 0)
+        except ConfigMismatchError:
+            self.reset()  # on all ranks: if anchors differ, nobody can tell which is right
+            raise
+        self._telemetry.add_traffic("overhead", traffic)
+
+    def _move_anchor(self, entries: Sequence[_Entry], layout: BucketLayout) -> None:
+        """The weights as they are now, the same on all ranks."""
+        digest = hashlib.sha256(f"{self._identity} {layout.description}".encode())
+        for entry in entries:
+            if entry.is_buffer:
+                continue
+            copy = entry.tensor.detach().clone()
+            self._anchor[entry.spec.key] = copy
+            if self._identity == NO_ANCHOR:
+                digest.update(copy.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._identity = digest.hexdigest()[:16]
+
+    def _count(self, entries: Sequence[_Entry], task: MeanTask) -> None:
+        self._telemetry.add(steps=1)
+        # What the tensors take, and not the buffer, which holds 16-bit values in 32 bits.
+        self._telemetry.count_bucket(task.agreed_layout, 0)
+        self._telemetry.add(bytes_uncompressed=sum(entry.tensor.nbytes for entry in entries))
+
+
+def _flatten(entries: Sequence[_Entry]) -> torch.Tensor:
+    """Values or differences in row-major order, whatever the tensors' layout; float64 if one of them is.
+
+    Raises:
+        FloatingPointError: naming the tensor with a value that is not finite. Buffers may hold infinities, as masks do.
+    """
+    wide = any(entry.tensor.dtype == torch.float64 for entry in entries)
+    flat = torch.empty(sum(entry.spec.numel for entry in entries), dtype=torch.float64 if wide else torch.float32)
+    with torch.no_grad():
+        for entry in entries:
+            part = _part(entry, flat)
+            part.copy_(entry.tensor)
+            if entry.anchor is not None:
+                part.sub_(entry.anchor)
+    if not measure(flat).finite:
+        for entry in entries:
+            _check_finite(entry, _part(entry, flat))
+    return flat
+
+
+def _check_finite(entry: _Entry, part: torch.Tensor) -> None:
+    bad = part.isnan() if entry.is_buffer else ~part.isfinite()
+    if count := int(bad.sum()):
+        raise FloatingPointError(
+            f"{entry.spec.key!r} has {count} of {part.numel()} values that are not finite, or too far from those of "
+            "the last averaging"
+        )
+
+
+def _part(entry: _Entry, flat: torch.Tensor) -> torch.Tensor:
+    spec = entry.spec
+    return flat[spec.offset : spec.offset + spec.numel].view(entry.tensor.shape)
+
+
+def _apply(entry: _Entry, flat: torch.Tensor) -> None:
+    """Writes a mean into its tensor: every rank rounds the same bits in the same way."""
+    mean = _part(entry, flat)
+    if entry.anchor is not None:
+        mean.add_(entry.anchor)
+    entry.tensor.copy_(mean)
+
+
+def _check_saved(state: Mapping[str, Any]) -> None:
+    if not isinstance(state, Mapping) or not {"identity", "anchor", "error_feedback"} <= set(state):
+        raise ValueError("state_dict is damaged: an exchange needs identity, anchor and error_feedback")
+    anchor = state["anchor"]
+    if not isinstance(anchor, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in anchor.values()):
+        raise ValueError("state_dict is damaged: anchor must hold the tensors of the last common weights by name")
+    if not isinstance(state["identity"], str) or (state["identity"] == NO_ANCHOR) != (not anchor):
+        raise ValueError("state_dict is damaged: the anchor's identity does not fit the anchor")

@@ -1,0 +1,636 @@
+"""The averagers between real processes: equal bits, the exact mean but for what is kept, and what goes wrong."""
+
+import copy
+from collections import OrderedDict
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import assert_same_on_all_ranks, counting_bytes, gathered, run
+from torch import nn
+from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
+
+import qcomm
+from qcomm.mean_steps import MeanSteps
+
+pytestmark = pytest.mark.world
+
+
+def network(dtype=torch.float32):
+    """Two large matrices and small tensors; the same on all ranks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 48), nn.BatchNorm1d(48), nn.Tanh(), nn.Linear(48, 48))
+    return model.to(dtype)
+
+
+def averager(period=1, warmup_steps=0, **options):
+    options.setdefault("strategy", "two_phase")
+    return qcomm.CompressedModelAverager(period, warmup_steps, **options)
+
+
+def post_local_sgd(model, compressed, **options):
+    from torch.distributed.optim import PostLocalSGDOptimizer  # compiles TorchScript when it is imported
+
+    return PostLocalSGDOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.05, **options), compressed)
+
+
+def move(model, rank, step, size=0.01):
+    """What local training does to the weights: something else on each rank."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((size * noise).to(parameter.dtype))
+
+
+def train(model, optimizer, rank, steps, after=lambda step: None):
+    for step in range(steps):
+        optimizer.zero_grad()
+        x = torch.randn(16, 48, generator=torch.Generator().manual_seed(100 * step + rank))
+        (model(x) - x).square().mean().backward()
+        optimizer.step()
+        after(step)
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().double().reshape(-1) for tensor in tensors])
+
+
+def exact_mean(tensors):
+    return torch.stack(gathered(flat(tensors))).mean(dim=0)
+
+
+CASES = {
+    "differences": {},
+    "differences k=2": {"grid": qcomm.SigmaGrid(step=2.0)},
+    "differences k=1/8": {"grid": qcomm.SigmaGrid(step=0.125)},
+    "differences on a range": {"grid": qcomm.RangeGrid(c=2)},
+    "no feedback": {"error_feedback": False},
+    "weights": {"exchange": "weights"},
+    "weights as in the paper": {"exchange": "weights", "grid": qcomm.RangeGrid("paper")},
+    "all_gather": {"strategy": "all_gather"},
+    "exact_sum": {"strategy": "exact_sum"},
+    "auto": {"strategy": "auto"},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float16": {"dtype": torch.float16},
+    "float64": {"dtype": torch.float64},
+}
+
+
+# Movements have an RMS of 0.01 and reach 0.04. What is off are the old and the new residuals, of values and of means,
+# each within half a step: 2 * step and some margin, as the RMS of a movement and a residual is larger. Weights lie
+# within 0.2 and have 7 bits or more; they are quantized twice.
+BOUNDS = {
+    "differences k=2": 0.05,
+    "differences k=1/8": 0.003,
+    "differences on a range": 0.01,
+    "weights": 0.4 / 2**7,
+    "weights as in the paper": 0.4 / 2**7,
+}
+
+
+def case_equal_and_near(rank, world_size, name):
+    options = dict(CASES[name])
+    dtype = options.pop("dtype", torch.float32)
+    model = network(dtype)
+    compressed = averager(**options)
+    move(model, rank, 0)
+    for step in range(1, 5):
+        wanted, addresses = exact_mean(model.parameters()), [p.data_ptr() for p in model.parameters()]
+        before = flat(model.parameters())
+        compressed.average_parameters(model.parameters())
+        assert_same_on_all_ranks(*model.parameters())
+        assert addresses == [p.data_ptr() for p in model.parameters()]
+        error = float((flat(model.parameters()) - wanted).abs().max())
+        if world_size == 1 and compressed._options.strategy == "auto":
+            assert torch.equal(flat(model.parameters()), before)
+        elif step == 1 and compressed._options.exchange == "difference":
+            # Nothing was common yet: uncompressed, rounded once to the parameters' dtype.
+            assert error <= 2 * torch.finfo(dtype).eps
+        else:
+            assert error <= BOUNDS.get(name, 0.025) + 2 * torch.finfo(dtype).eps, (name, step, error)
+        move(model, rank, step)
+    assert compressed.step == 4
+    return compressed.stats()["steps"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ranks_are_equal_and_near_the_mean(world_size):
+    names = CASES if world_size == 2 else ["differences", "differences k=1/8", "weights", "all_gather", "auto"]
+    for name in names:
+        steps = run(world_size, case_equal_and_near, name)
+        assert steps == [0 if world_size == 1 and name == "auto" else 4] * world_size
+
+
+def case_nothing_is_lost(rank, world_size):
+    """With feedback the sum of all means is that of all movements but for the residuals that are left."""
+    model = network()
+    compressed = averager(min_elements=100)
+    compressed.average_parameters(model.named_parameters())
+    begin, moved = flat(model.parameters()), 0
+    for step in range(12):
+        anchor = flat(model.parameters())
+        move(model, rank, step)
+        moved = moved + exact_mean([flat(model.parameters()) - anchor])
+        compressed.average_parameters(model.named_parameters())
+    state = compressed.state_dict()["exchanges"][0]["error_feedback"]
+    left = {name: torch.zeros(p.numel(), dtype=torch.float64) for name, p in model.named_parameters()}
+    for of_rank in gathered(state):
+        for name, residual in of_rank["local"].items():
+            left[name] += residual.double() / world_size
+        for name, (start, residual) in of_rank["owner"].items():
+            left[name][start : start + residual.numel()] += residual.double()
+    kept = torch.cat(list(left.values()))
+    assert float(kept.abs().max()) > 0.003
+    torch.testing.assert_close(flat(model.parameters()) - begin + kept, moved, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_nothing_is_lost(world_size):
+    run(world_size, case_nothing_is_lost)
+
+
+def case_bytes(rank, world_size):
+    model = nn.Linear(300, 300)
+    compressed = averager(4)
+    compressed.average_parameters(model.parameters())
+    uncompressed = compressed.stats()
+    compressed.reset_stats()
+    with counting_bytes() as counting:
+        for step in range(1, 13):
+            move(model, rank, step)
+            compressed.average_parameters(model.parameters())
+    stats, received = compressed.stats(), counting.received()
+    assert (stats["bytes_sent"], stats["bytes_received"]) == (counting.sent, received)
+    assert (stats["steps"], stats["bytes_uncompressed"]) == (3, 3 * 4 * 90_300)
+    assert 0 < stats["bits_per_element_compressed"] < 2.4 and stats["residual_norm"] > 0
+    assert uncompressed["bytes_sent"] > 12 * stats["bytes_sent"] / 3
+
+
+def test_bytes_are_those_that_were_sent():
+    run(2, case_bytes)
+
+
+def case_like_torch(rank, world_size):
+    """Both are due at the same steps, and uncompressed both give the same weights but for rounding."""
+    for warmup, period in ((0, 3), (4, 2)):
+        models = network(), network()
+        mine = averager(period, warmup, min_elements=10**9)
+        theirs = PeriodicModelAverager(period, warmup)
+        for step in range(9):
+            for model, one in zip(models, (mine, theirs), strict=True):
+                move(model, rank, step)
+                for parameter in model.parameters():
+                    parameter.grad = torch.zeros_like(parameter)
+                one.average_parameters(model.parameters())
+            torch.testing.assert_close(flat(models[0].parameters()), flat(models[1].parameters()), rtol=0, atol=1e-6)
+        assert mine.step == theirs.step == 9
+
+
+def case_post_local_sgd(rank, world_size):
+    model = network()
+    compressed = averager(4, warmup_steps=2, buffers_of=model)
+    assert isinstance(compressed, torch.distributed.algorithms.model_averaging.averagers.ModelAverager)
+    optimizer = post_local_sgd(model, compressed, momentum=0.9)
+    equal = []
+
+    def compare(step):
+        others = gathered(flat([*model.parameters(), model[1].running_mean, model[1].running_var]))
+        equal.append(all(torch.equal(other, others[0]) for other in others))
+
+    train(model, optimizer, rank, 14, compare)
+    # The average is taken after the step, so weights are equal where one was due.
+    assert equal == [step >= 2 and (step - 2) % 4 == 0 for step in range(14)]
+    assert optimizer.state_dict()["step"] == compressed.step == 14
+    # Named parameters keep their names through the optimizer's groups.
+    assert set(compressed.stats()["tensors"]) == {"0.weight", "3.weight"}
+
+
+def test_instead_of_torchs_averager():
+    run(2, case_like_torch)
+    run(2, case_post_local_sgd)
+
+
+def case_missing_gradients(rank, world_size):
+    """torch's averager leaves parameters without a gradient out, on this rank only."""
+    model = nn.ModuleList(nn.Linear(48, 48) for _ in range(3))
+    compressed = averager()
+    for step in range(4):
+        model.zero_grad(set_to_none=True)
+        used = model[(rank + step) % 2]
+        used(torch.randn(4, 48)).square().sum().backward()
+        with torch.no_grad():
+            for parameter in used.parameters():
+                parameter.sub_(0.01 * parameter.grad)
+        compressed.average_parameters(model.parameters())
+        assert_same_on_all_ranks(*model.parameters())
+    model.zero_grad(set_to_none=True)  # none at all
+    move(model, rank, 7)
+    compressed.average_parameters(model.parameters())
+    assert_same_on_all_ranks(*model.parameters())
+
+
+def case_skipped_steps(rank, world_size):
+    """One rank's gradient overflows, its GradScaler skips the step: the loop's averaging goes on."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    compressed, skipped = averager(2), 0
+    for step in range(8):
+        optimizer.zero_grad()
+        loss = model(torch.randn(16, 48)).square().mean()
+        scaler.scale(loss * (float("inf") if rank == 1 and step in (2, 3, 6) else 1.0)).backward()
+        before = flat(model.parameters())
+        scaler.step(optimizer)
+        skipped += bool(torch.equal(before, flat(model.parameters())))
+        scaler.update()
+        compressed.average_parameters(model.parameters())
+        if step % 2 == 0:
+            assert_same_on_all_ranks(*model.parameters())
+    assert skipped == (3 if rank == 1 else 0) and bool(flat(model.parameters()).isfinite().all())
+
+
+def case_skipped_within_the_optimizer(rank, world_size):
+    """There a skipped step is not counted either: averagings meet by their number, a step later on that rank."""
+    model = network()
+    compressed = averager(2)
+    optimizer = post_local_sgd(model, compressed)
+    while compressed.step < 7:
+        if rank == 1 and compressed.step == 3 and not hasattr(compressed, "skipped"):
+            compressed.skipped = True
+            continue
+        optimizer.zero_grad()
+        model(torch.randn(16, 48)).square().mean().backward()
+        optimizer.step()
+        if compressed.step % 2 == 1:
+            assert_same_on_all_ranks(*model.parameters())
+
+
+def test_ranks_that_skip_steps_or_lack_gradients():
+    run(3, case_missing_gradients)
+    run(2, case_skipped_steps)
+    run(2, case_skipped_within_the_optimizer)
+
+
+def case_layout(rank, world_size):
+    torch.manual_seed(0)
+    model = nn.Conv2d(16, 24, 3)
+    other = copy.deepcopy(model)
+    model = model.to(memory_format=torch.channels_last)
+    strides, pointer = model.weight.stride(), model.weight.data_ptr()
+    one, two = averager(), averager()
+    for step in range(4):
+        move(model, rank, step)
+        move(other, rank, step)
+        one.average_parameters(model.parameters())
+        two.average_parameters(other.parameters())
+        # Row-major in the packets whatever the layout in memory, so the values are the same, too.
+        assert torch.equal(model.weight, other.weight)
+    assert model.weight.stride() == strides != other.weight.stride() and model.weight.data_ptr() == pointer
+    assert_same_on_all_ranks(model.weight)
+
+
+def case_mixed(rank, world_size):
+    """Dtypes side by side, scalars, empty tensors, a frozen layer; parameters that come later."""
+    torch.manual_seed(rank)
+    parameters = [
+        nn.Parameter(torch.randn(60, 50, dtype=dtype))
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    ]
+    parameters += [nn.Parameter(torch.randn(())), nn.Parameter(torch.empty(0, 4))]
+    parameters.append(nn.Parameter(torch.randn(40, 40), requires_grad=False))
+    compressed = averager()
+    groups = [{"params": parameters[:3]}, {"params": parameters[3:]}]
+    for step in range(3):
+        wanted = exact_mean(parameters)
+        compressed.average_parameters(groups)
+        assert_same_on_all_ranks(*parameters)
+        if step == 0:
+            assert float((flat(parameters) - wanted).abs().max()) < 0.02
+        with torch.no_grad():
+            for parameter in parameters:
+                parameter.add_(0.001 * torch.randn(parameter.shape).to(parameter.dtype))
+    new = nn.Parameter(torch.randn(50, 50))
+    wanted = exact_mean([new])
+    compressed.average_parameters([*groups, {"params": [new]}])
+    assert float((flat([new]) - wanted).abs().max()) < 1e-6  # uncompressed, as it has no anchor
+    assert_same_on_all_ranks(*parameters, new)
+    # Weights that did not move stay as they are, whatever residuals wait.
+    before = flat([*parameters, new])
+    compressed.average_parameters([*groups, {"params": [new]}])
+    assert torch.equal(before, flat([*parameters, new]))
+
+
+def case_buffers(rank, world_size):
+    model = network()
+    model.register_buffer("mask", torch.full((3,), float("-inf")))
+    model.register_buffer("steps", torch.tensor(rank))
+    alone = copy.deepcopy(model)
+    for one in (model, alone):
+        one(torch.randn(32, 48) + rank)
+    wanted = exact_mean([model[1].running_mean, model[1].running_var])
+    averager(buffers_of=model).average_parameters(model.parameters())
+    averager().average_parameters(alone.parameters())
+    found = flat([model[1].running_mean, model[1].running_var])
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+    assert_same_on_all_ranks(model[1].running_mean, model[1].running_var)
+    assert len(set(gathered(float(alone[1].running_mean[0])))) == world_size  # left alone
+    assert bool((model.mask == float("-inf")).all()) and int(model.steps) == rank
+    for tensor in (model[1].running_var, model[3].weight):
+        if rank == 1:
+            tensor.data.view(-1)[3] = float("nan")
+    fresh, before = averager(buffers_of=model), flat(model.parameters())
+    with pytest.raises(qcomm.CollectiveError, match=r"rank 1 failed while preparing.*'3.weight' has 1 of 2304 values"):
+        fresh.average_parameters(model.named_parameters())
+    model[3].weight.data.nan_to_num_()
+    with pytest.raises(qcomm.CollectiveError, match=r"rank 1 failed.*'buffer 1.running_var' has 1 of 48 values"):
+        fresh.average_parameters(model.named_parameters())
+    assert fresh.step == 2 and (rank == 1 or torch.equal(before, flat(model.parameters())))
+
+
+def test_layouts_dtypes_and_buffers():
+    run(2, case_layout)
+    run(2, case_mixed)
+    run(2, case_buffers)
+
+
+def case_resume(rank, world_size, options):
+    """From a checkpoint in the middle, bit for bit what would have been; without it, something else."""
+
+    def begin():
+        return network(), averager(2, **options)
+
+    model, compressed = begin()
+    for step in range(5):
+        move(model, rank, step)
+        compressed.average_parameters(model.parameters())
+    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(compressed.state_dict())
+    results = []
+    for saved in (None, state, {**state, "exchanges": [dict(state["exchanges"][0], error_feedback=None)]}):
+        one, its_averager = (model, compressed) if saved is None else begin()
+        if saved is not None:
+            one.load_state_dict(weights)
+            its_averager.load_state_dict(saved)
+        for step in range(5, 10):
+            move(one, rank, step)
+            its_averager.average_parameters(one.parameters())
+        assert its_averager.step == 10
+        results.append(flat(one.parameters()))
+    assert torch.equal(results[0], results[1])
+    # The residuals were part of it.
+    assert torch.equal(results[0], results[2]) == (options.get("error_feedback") is False)
+
+
+def case_anchors_differ(rank, world_size):
+    model, compressed = network(), averager()
+    for step in range(3):
+        move(model, rank, step)
+        compressed.average_parameters(model.parameters())
+    state = compressed.state_dict()
+    move(model, rank, 3)
+    compressed.average_parameters(model.parameters())
+    other = averager()
+    if rank == 0:  # the others forgot theirs
+        other.load_state_dict(state)
+    other.step = 3
+    before = flat(model.parameters())
+    with pytest.raises(qcomm.ConfigMismatchError, match=r"anchor: [0-9a-f]{16} on rank 0, none yet on ranks 1 2"):
+        other.average_parameters(model.parameters())
+    assert torch.equal(before, flat(model.parameters()))
+    # All have heard of it, and begin anew.
+    move(model, rank, 4)
+    wanted = exact_mean(model.parameters())
+    other.average_parameters(model.parameters())
+    assert float((flat(model.parameters()) - wanted).abs().max()) < 1e-6
+
+
+def test_checkpoints():
+    for options in ({}, {"error_feedback": False}, {"strategy": "all_gather"}):
+        run(2, case_resume, options)
+    run(3, case_anchors_differ)
+
+
+def case_other_world(rank, world_size, states):
+    """Two ranks go on from what three left: the anchor is theirs, residuals are added up."""
+    if states is None:
+        model, compressed = network(), averager()
+        for step in range(3):
+            move(model, rank, step)
+            compressed.average_parameters(model.parameters())
+        return model.state_dict(), compressed.state_dict()
+    model, compressed = network(), averager()
+    model.load_state_dict(states[rank][0])
+    compressed.load_state_dict([states[0][1], states[2][1]] if rank == 0 else states[1][1])
+    for step in range(3, 6):
+        wanted = exact_mean(model.parameters())
+        move(model, rank, step)
+        compressed.average_parameters(model.parameters())
+        assert_same_on_all_ranks(*model.parameters())
+        assert float((flat(model.parameters()) - wanted).abs().max()) < 0.1
+    assert compressed.stats()["bits_per_element_compressed"] < 3
+    return None
+
+
+def test_another_number_of_ranks():
+    run(2, case_other_world, run(3, case_other_world, None))
+
+
+def case_hierarchical(rank, world_size):
+    model = network()
+    levels = OrderedDict([(2, 2), (4, 4)])
+    compressed = qcomm.HierarchicalCompressedModelAverager(levels, warmup_steps=1, strategy="two_phase")
+    distinct = []
+    for step in range(13):
+        move(model, rank, step)
+        compressed.average_parameters(model.parameters())
+        weights = gathered(flat(model.parameters()))
+        assert step % 2 or step < 1 or (torch.equal(weights[0], weights[1]) and torch.equal(weights[2], weights[3]))
+        distinct.append(len({bytes(w.numpy().tobytes()) for w in weights}))
+    assert distinct == [4, 4, 2, 4, 1, 4, 2, 4, 1, 4, 2, 4, 1]
+    assert compressed.stats()["steps"] == 6
+    # The first of each group was uncompressed: what all had in common, pairs had too.
+    pair, whole = (exchange["identity"] for exchange in compressed.state_dict()["exchanges"])
+    assert pair == whole != "none yet"
+    continued = qcomm.HierarchicalCompressedModelAverager(levels, warmup_steps=1, strategy="two_phase")
+    continued.load_state_dict(compressed.state_dict())
+    twin = copy.deepcopy(model)
+    for step in range(13, 17):
+        for one, its_averager in ((model, compressed), (twin, continued)):
+            move(one, rank, step)
+            its_averager.average_parameters(one.parameters())
+        assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
+    for bad, error, match in (
+        ({}, TypeError, "must be a dictionary of period to group size"),
+        ({4: 2, 2: 4}, ValueError, "must have ascending periods"),
+        ({2: 4, 4: 4}, ValueError, "must have ascending group sizes"),
+        ({2: 3, 4: 4}, ValueError, "group sizes that divide each other, the last one 4"),
+        ({2: 2}, ValueError, "the last one 4"),
+        ({0: 2, 4: 4}, ValueError, "each of the periods must be >= 1, got 0"),
+    ):
+        with pytest.raises(error, match=match):
+            qcomm.HierarchicalCompressedModelAverager(bad)
+
+
+def case_subgroup(rank, world_size):
+    """A group of some ranks; the others call it, too, and nothing happens to them."""
+    group = dist.new_group([0, 2])
+    model = network()
+    move(model, rank, 0)
+    before = flat(model.parameters())
+    compressed = averager(process_group=group)
+    compressed.average_parameters(model.parameters())
+    weights = gathered(flat(model.parameters()))
+    assert torch.equal(weights[0], weights[2]) and not torch.equal(weights[0], weights[1])
+    assert (rank in (0, 2)) != torch.equal(before, flat(model.parameters())) and compressed.step == 1
+    dist.barrier()
+    if rank in (0, 2):
+        dist.destroy_process_group(group)
+
+
+def test_groups_of_ranks():
+    run(4, case_hierarchical)
+    run(4, case_subgroup)
+
+
+def failing(method):
+    return mock.patch.object(MeanSteps, method, side_effect=ZeroDivisionError("boom"))
+
+
+def case_failures(rank, world_size):
+    model, compressed = network(), averager()
+
+    def fails(error, match, params=None):
+        before = flat(model.parameters())
+        with pytest.raises(error, match=match):
+            compressed.average_parameters(model.named_parameters() if params is None else params)
+        assert torch.equal(before, flat(model.parameters()).nan_to_num(nan=7.0)) or rank == 1
+
+    def works(uncompressed):
+        move(model, rank, 0)
+        wanted = exact_mean(model.parameters())
+        compressed.average_parameters(model.named_parameters())
+        assert_same_on_all_ranks(*model.parameters())
+        assert (float((flat(model.parameters()) - wanted).abs().max()) < 1e-6) == uncompressed
+
+    works(uncompressed=True)
+    works(uncompressed=False)
+    state = compressed.state_dict()
+    # Before anything is sent: weights, anchor and residuals stay.
+    value = model[0].weight.data[1, 1].clone()
+    for bad in (float("nan"), float("inf")):
+        if rank == 1:
+            model[0].weight.data[1, 1] = bad
+        fails(qcomm.CollectiveError, r"rank 1 failed while preparing.*'0.weight' has 1 of 2304 values that are not")
+    model[0].weight.data[1, 1] = value
+    odd = rank == 1
+    fails(qcomm.CollectiveError, "rank 1 failed.*TypeError: params must be an iterable", 7 if odd else None)
+    fails(qcomm.CollectiveError, "rank 1 failed.*params must hold at least one", iter([]) if odd else None)
+    fails(qcomm.CollectiveError, "rank 1 failed.*number 0 is a int", [3] if odd else None)
+    complex_ = [("x", nn.Parameter(torch.ones(3, dtype=torch.complex64)))]
+    fails(qcomm.CollectiveError, "rank 1 failed.*'x' must be float32.*view it as real", complex_ if odd else None)
+    twice = [("x", nn.Parameter(torch.ones(3))), ("x", nn.Parameter(torch.ones(3)))]
+    fails(qcomm.CollectiveError, "rank 1 failed.*got 'x' twice", twice if odd else None)
+    reshaped = [("0.weight", nn.Parameter(torch.ones(3, 3)))]
+    fails(qcomm.CollectiveError, r"rank 1 failed.*has shape \(3, 3\) and had \(48, 48\)", reshaped if odd else None)
+    after = compressed.state_dict()
+    assert after["exchanges"][0]["identity"] == state["exchanges"][0]["identity"]
+    works(uncompressed=False)
+    # What differs is named, and forgotten by all.
+    fewer = [("0.weight", model[0].weight)]
+    fails(qcomm.ConfigMismatchError, r"layout: 6 tensors.* on ranks? 0.*parameters: 0.weight", fewer if odd else None)
+    works(uncompressed=True)
+    compressed.step += odd
+    fails(qcomm.ConfigMismatchError, r"step: \d+ on ranks? ")
+    compressed.step -= odd
+    works(uncompressed=True)
+    # In the middle of an exchange: told to all in the same one, and all begin anew.
+    for method in ("encode", "reduce"):
+        works(uncompressed=False)
+        with failing(method) if odd else mock.MagicMock():
+            fails(qcomm.CollectiveError, "rank 1 failed while .*ZeroDivisionError: boom")
+        works(uncompressed=True)
+    # On one rank alone, after its last message: the others hear of it in the next one.
+    with failing("decode") if odd else mock.MagicMock():
+        if odd:
+            fails(qcomm.CollectiveError, "boom; the others are told in the next collective")
+        else:
+            compressed.average_parameters(model.named_parameters())
+    fails(qcomm.CollectiveError, "rank 1 failed while decoding")
+    fails(qcomm.ConfigMismatchError, "anchor: .* none yet on rank 1")
+    works(uncompressed=True)
+
+
+def test_failures_are_told_to_all_and_change_no_weight():
+    run(2, case_failures)
+    run(3, case_failures)
+    run(2, case_residuals_stay)
+
+
+def case_residuals_stay(rank, world_size):
+    """Where a rank has NaN, the others keep what they have, also with a strategy that encodes first."""
+    model, compressed = network(), averager(strategy="all_gather")
+    for step in range(3):
+        move(model, rank, step)
+        compressed.average_parameters(model.parameters())
+    before = copy.deepcopy(compressed.state_dict()["exchanges"][0])
+    move(model, rank, 3)
+    if rank == 1:
+        model[0].weight.data[0, 0] = float("nan")
+    with pytest.raises(qcomm.CollectiveError, match="rank 1 failed while preparing"):
+        compressed.average_parameters(model.parameters())
+    after = compressed.state_dict()["exchanges"][0]
+    assert after["identity"] == before["identity"]
+    for name, residual in before["error_feedback"]["local"].items():
+        assert torch.equal(residual, after["error_feedback"]["local"][name]) and bool(residual.any())
+
+
+def case_options_differ(rank, world_size):
+    odd = rank == 1
+    for options, field in (
+        ({"grid": qcomm.SigmaGrid(2.0 if odd else 1.0)}, "grid: SigmaGrid"),
+        ({"exchange": "weights" if odd else "difference"}, "exchange: difference on rank 0, weights on rank 1"),
+        ({"error_feedback": not odd}, "error_feedback: True on rank 0, False on rank 1"),
+        ({"min_elements": 10 + odd}, "min_elements: 10 on rank 0"),
+        ({"strategy": "all_gather" if odd else "two_phase"}, "strategy: two_phase on rank 0"),
+    ):
+        with pytest.raises(qcomm.ConfigMismatchError, match=field):
+            averager(**options).average_parameters(network().parameters())
+    averager().average_parameters(network().parameters())
+
+
+def case_bad_arguments(rank, world_size):
+    for arguments, options, error, match in (
+        ((0,), {}, ValueError, "period must be >= 1, got 0"),
+        ((2.5,), {}, TypeError, "period must be an int, got float"),
+        ((1, -1), {}, ValueError, "warmup_steps must be >= 0, got -1"),
+        ((1,), {"exchange": "deltas"}, ValueError, "exchange must be one of"),
+        ((1,), {"exchange": "weights", "error_feedback": True}, ValueError, "error_feedback must not be True"),
+        ((1,), {"error_feedback": 1}, TypeError, "error_feedback must be a bool"),
+        ((1,), {"grid": "sigma"}, TypeError, "grid must be"),
+        ((1,), {"buffers_of": []}, TypeError, "buffers_of must be a torch.nn.Module"),
+        ((1,), {"steps": 2}, TypeError, "unexpected keyword argument 'steps'"),
+    ):
+        with pytest.raises(error, match=match):
+            qcomm.CompressedModelAverager(*arguments, **options)
+    one = averager()
+    good = one.state_dict()
+    for state, match in (
+        ({}, "must be of format 1"),
+        ([], "must be of format 1"),
+        ({**good, "step": -1}, "must be of one step"),
+        ([good, {**good, "step": 3}], r"must be of one step on all ranks, got \[0, 3\]"),
+        ({**good, "exchanges": []}, "must hold 1 exchanges"),
+        ({**good, "exchanges": [{}]}, "needs identity, anchor and error_feedback"),
+        ({**good, "exchanges": [{**good["exchanges"][0], "anchor": {"x": 3}}]}, "last common weights"),
+        ({**good, "exchanges": [{**good["exchanges"][0], "identity": "abc"}]}, "does not fit the anchor"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            one.load_state_dict(state)
+
+
+def test_what_is_refused():
+    run(2, case_options_differ)
+    run(2, case_bad_arguments)
+    with pytest.raises(RuntimeError, match=r"torch.distributed is not initialised"):
+        qcomm.CompressedModelAverager(1)
