@@ -1,4 +1,4 @@
-"""The command line: ``qcomm train``, ``qcomm plan`` and ``qcomm inspect``. It is entered by way of ``qcomm.__main__``."""
+"""The command line: ``qcomm train``, ``plan`` and ``inspect``. It is entered by way of ``qcomm.__main__``."""
 
 import dataclasses
 from pathlib import Path

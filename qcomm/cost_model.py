@@ -261,7 +261,7 @@ def _two_phase_codec(values: float, ranks: int, encode: float, decode: float) ->
 
 @dataclass(frozen=True)
 class TwoPhase:
-    """What each slice of a ``two_phase`` mean takes, in seconds: three steps of the rank, an exchange after each of two.
+    """What each slice of a ``two_phase`` mean takes, in seconds: steps of the rank, an exchange after each of two.
 
     Example:
         >>> TwoPhase(slices=1, latency=0.0, encode=1.0, exchange=3.0, reduce=1.0, decode=2.0).seconds()

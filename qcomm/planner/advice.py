@@ -121,7 +121,9 @@ def verdict(request: Request, methods: Sequence[Method], same_fabric: bool = Fal
         if gain.low < 1:
             text += "; not certain, so measure before relying on it"
     else:
-        text = f"at {here}: leave it off ({gain.factor:.2f} times the speed of {base.name} with k={step}, likely {bars}); {end}"
+        text = (
+            f"at {here}: leave it off ({gain.factor:.2f}x of {base.name}'s speed with k={step}, likely {bars}); {end}"
+        )
     other = FAST if pays else SLOW
     if (pays and request.network_gb_per_s < other) or (not pays and request.network_gb_per_s > other):
         there = speedup(at_bandwidth(request, other, same_fabric), best, base, bars=False).factor

@@ -32,6 +32,7 @@ from qcomm.planner.sweeps import SWEEPS, heat_map, sweep
 __all__ = ["plan"]
 
 USER_ERROR = 2
+LEAST_WIDTH = 100
 METHODS = "fp32,bf16,powersgd-2,qcomm-1,qcomm-2"
 
 _MODEL, _CLUSTER, _EXCHANGE, _OUTPUT = "Model", "Cluster", "Gradient exchange", "Output"
@@ -156,13 +157,10 @@ def plan(
         chosen = [method_named(name.strip()) for name in methods.split(",")]
         measured = None if profile is None else _read_profile(profile)
         link, between = _network(network, fabric, measured)
-        changes = {"latency_us": latency_us, "congestion": congestion}
-        for name, value in changes.items():
-            if value is not None and not 0 <= value < 1e6:
-                raise PlanError(f"{name} is {value}; it must be at least 0")
-        between = dataclasses.replace(
-            between, **{k: max(v, 1e-3) if k == "latency_us" else v for k, v in changes.items() if v is not None}
-        )
+        if latency_us is not None:
+            between = dataclasses.replace(between, latency_us=latency_us)
+        if congestion is not None:
+            between = dataclasses.replace(between, congestion=congestion)
         profile_of_model = built_in(model, sequence)
         if samples is not None:
             if samples < 1:
@@ -193,7 +191,8 @@ def plan(
 def _run(
     request: Request, methods: list[Method], axis: str | None, same_fabric: bool, out: Path | None, trace: Path | None
 ) -> None:
-    console = Console()
+    # Narrower than this a table is torn; a file or a pipe has no width of its own.
+    console = Console(width=max(Console().width, LEAST_WIDTH))
     points = [("", request)] if axis is None else sweep(request, axis, same_fabric)
     rows = [(label, [predict(at, method) for method in methods]) for label, at in points]
     print_table(console, request, rows)

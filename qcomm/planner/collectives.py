@@ -4,8 +4,8 @@ N GPUs on n nodes, g = N / n of them each; S bytes a GPU; B and alpha of a node'
 node. All of a node's GPUs share its link::
 
     ring          2 (N - 1) / N * S / min(B, b) + 2 ((N - n) a + n alpha)       one ring through all nodes
-    tree          2 S / B + 2 ceil(log2 n) alpha + 2 (g - 1) a                  double binary tree of nodes, chains inside
-    hierarchical  2 (g - 1) (S / (g b) + a) + all-reduce of S / g among nodes by the g GPUs at once
+    tree          2 S / min(B, b) + 2 ceil(log2 n) alpha + 2 (g - 1) a          double binary tree, chains inside
+    hierarchical  2 (g - 1) (S / (g b) + a) + all-reduce of S / g among nodes, by all g GPUs at once
     torus         hierarchical with rings both ways on a grid of x times N / x GPUs
     all_gather    (N - 1) S / min(B, b) + (N - n) a + n alpha                   ring
 

@@ -129,6 +129,9 @@ class Fabric:
         latency_us: of one hop.
         congestion: for each doubling of the nodes, this fraction of the time is added: flows that share a link of the
             switches, and switches further apart.
+
+    Raises:
+        PlanError: a number cannot be.
     """
 
     name: str
@@ -136,6 +139,12 @@ class Fabric:
     most_gb_per_s: float
     latency_us: float
     congestion: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.latency_us < 1e6:
+            raise PlanError(f"latency_us is {self.latency_us}; it must be positive, such as 14 for RDMA or 50 for TCP")
+        if not 0 <= self.congestion < 10:
+            raise PlanError(f"congestion is {self.congestion}; it must be at least 0, such as 0.02")
 
     def link(self, gb_per_s: float, nodes: int, efficiency: float | None = None) -> LinkProfile:
         """Of one node among so many, all of which send."""
@@ -190,8 +199,8 @@ def parse_bandwidth(text: str, name: str = "network") -> float:
         PlanError: it is no rate, or not a positive one; the message says how to write one.
 
     Example:
-        >>> parse_bandwidth("100Gbps"), parse_bandwidth("1gbit"), parse_bandwidth("400 Gb/s"), parse_bandwidth("12.5GB/s")
-        (12.5, 0.125, 50.0, 12.5)
+        >>> parse_bandwidth("100Gbps"), parse_bandwidth("1gbit"), parse_bandwidth("12.5 GB/s")
+        (12.5, 0.125, 12.5)
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kKmMgGtT])\s*([a-zA-Z/]+)\s*", text)
     unit = None if found is None else _BYTES.get(found[3], _UNITS.get(found[3].lower() if found[3][0] != "B" else ""))

@@ -16,7 +16,7 @@ from qcomm.planner.plan import Prediction, Request
 
 __all__ = ["assumptions", "document", "print_estimate", "print_table"]
 
-TB, GB = 1e12, 1e9
+GB = 1e9
 Rows = Sequence[tuple[str, Sequence[Prediction]]]
 
 
@@ -29,8 +29,8 @@ def assumptions(request: Request) -> list[str]:
     codec, found = request.codec, []
     if codec.assumed:
         found.append(
-            f"ASSUMED, not measured: qcomm codes {codec.encode_gb_per_s:g} GB/s of fp32 gradients on each GPU. Its kernels "
-            "have never run on one, and it has no NCCL path; set --codec-gbps to what you believe."
+            f"ASSUMED, not measured: qcomm codes {codec.encode_gb_per_s:g} GB/s of fp32 gradients on each GPU. Its "
+            "kernels have never run on one, and it has no NCCL path; set --codec-gbps to what you believe."
         )
     elif not codec.on_gpu:
         found.append("The codec is the profile's, on the CPU; copies between GPU and CPU are not counted.")
@@ -45,48 +45,46 @@ def assumptions(request: Request) -> list[str]:
 def print_table(console: Console, request: Request, rows: Rows) -> None:
     """One line a method and point."""
     model, cluster = request.model, request.cluster
-    table = Table(box=box.SIMPLE_HEAD, title=f"{model.name}, {model.parameters / 1e6:.1f} M parameters, batch "
-                  f"{request.batch} a GPU, {request.gpus} GPUs on {cluster.nodes} nodes, "
-                  f"{bandwidth_text(request.network_gb_per_s)} a node ({request.fabric.name})", title_justify="left")  # fmt: skip
+    place = f"{request.gpus} GPUs on {cluster.nodes} nodes, {bandwidth_text(request.network_gb_per_s)} a node"
+    title = f"{model.name}, {model.parameters / 1e6:.1f} M parameters, batch {request.batch} a GPU, {place}"
+    table = Table(
+        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"{title} ({request.fabric.name})", title_justify="left"
+    )
     several = len(rows) > 1
     if several:
-        table.add_column("point", justify="right")
-    table.add_column("method")
-    for name in (
-        "step ms",
-        "likely",
-        f"{model.sample}/s",
-        "efficiency",
-        "exposed ms",
-        "link busy ms",
-        "hidden",
-        "codec ms",
-    ):
-        table.add_column(name, justify="right")
+        table.add_column("point", no_wrap=True)
+    table.add_column("method", no_wrap=True)
+    for name in ("step ms", "likely", f"{model.sample}/s", "efficiency", "exposed ms", "link ms", "hidden", "codec ms"):
+        table.add_column(name, justify="right", no_wrap=True)
     for label, predictions in rows:
         for number, p in enumerate(predictions):
             cells = [label if number == 0 else ""] if several else []
             cells += [p.method, _milliseconds(p.seconds), f"{_milliseconds(p.low)} … {_milliseconds(p.high)}"]
             cells += [f"{p.samples_per_second:.0f}", f"{p.efficiency:.1%}", _milliseconds(p.exposed)]
             cells += [_milliseconds(p.link), f"{p.overlap:.0%}", _milliseconds(p.codec)]
-            table.add_row(*cells, end_section=several and number == len(predictions) - 1)
+            table.add_row(*cells)
     console.print(table)
 
 
 def print_estimate(console: Console, request: Request, found: Estimate, samples_per_second: float) -> None:
     """What moves, whatever the method."""
     model = request.model
-    table = Table(box=box.SIMPLE_HEAD, title="What moves, each GPU, fp32 gradients in a ring", title_justify="left")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        title="What moves, each GPU, fp32 gradients in a ring",
+        title_justify="left",
+    )
     table.add_column("")
     for name in ("data values", "data bytes", "gradient values", "gradient bytes", "gradients / data", "in bytes"):
         table.add_column(name, justify="right")
-    ratios = [f"{found.values_ratio:.3g}", f"{found.bytes_ratio:.3g}"]
-    table.add_row("a step", f"{found.data_values_per_step:.3g}", f"{found.data_bytes_per_step / GB:.3g} GB",
-                  f"{found.gradient_values_per_step:.3g}", f"{found.gradient_bytes_per_step / GB:.3g} GB", *ratios)  # fmt: skip
+    rows = [("a step", 1.0)]
     if found.steps_per_epoch:
-        table.add_row(f"an epoch, {found.steps_per_epoch:.0f} steps", f"{found.data_values_per_epoch:.3g}",
-                      f"{found.data_bytes_per_epoch / GB:.3g} GB", f"{found.gradient_values_per_epoch:.3g}",
-                      f"{found.gradient_bytes_per_epoch / GB:.3g} GB", *ratios)  # fmt: skip
+        rows.append((f"an epoch, {found.steps_per_epoch:.0f} steps", found.steps_per_epoch))
+    for label, steps in rows:
+        data = f"{steps * found.data_values_per_step:.3g}", f"{steps * found.data_bytes_per_step / GB:.3g} GB"
+        sent = f"{steps * found.gradient_values_per_step:.3g}", f"{steps * found.gradient_bytes_per_step / GB:.3g} GB"
+        table.add_row(label, *data, *sent, f"{found.values_ratio:.3g}", f"{found.bytes_ratio:.3g}")
     console.print(table)
     storage = samples_per_second * model.sample_bytes
     console.print(

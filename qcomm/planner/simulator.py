@@ -30,7 +30,6 @@ __all__ = ["Job", "Span", "Step", "chrome_trace", "mean_step", "simulate", "slow
 
 # NCCL's kernels hold about a tenth of the GPU's processors while they run.
 LINK_SHARE = 0.1
-_MEASURES = ("seconds", "exposed", "link", "link_after", "codec")
 # Quantiles of the slowest rank's luck that are simulated.
 DRAWS = 5
 
@@ -203,8 +202,13 @@ def slowest_factors(ranks: int, jitter: float, draws: int = DRAWS) -> list[float
 
 def mean_step(steps: Sequence[Step]) -> Step:
     """The mean of several, without spans."""
-    means = {name: fmean(getattr(step, name) for step in steps) for name in _MEASURES}
-    return Step(**means)
+    return Step(
+        seconds=fmean(step.seconds for step in steps),
+        exposed=fmean(step.exposed for step in steps),
+        link=fmean(step.link for step in steps),
+        link_after=fmean(step.link_after for step in steps),
+        codec=fmean(step.codec for step in steps),
+    )
 
 
 def chrome_trace(step: Step) -> str:
