@@ -47,6 +47,8 @@ def bandwidth_text(gb_per_s: float) -> str:
         ('100 Gb/s', '100 Mb/s', '37.9 Gb/s')
     """
     gigabits = 8 * gb_per_s
+    if gigabits >= 1000:
+        return f"{gigabits / 1000:.3g} Tb/s"
     return f"{gigabits:.3g} Gb/s" if gigabits >= 1 else f"{1000 * gigabits:.3g} Mb/s"
 
 
@@ -56,15 +58,15 @@ def at_bandwidth(request: Request, gb_per_s: float, same_fabric: bool) -> Reques
     return replace(request, network_gb_per_s=gb_per_s, fabric=fabric)
 
 
-def break_even(request: Request, method: Method, base: Method) -> float | None:
-    """The bandwidth in GB/s above which ``method`` is never faster than ``base``; the fabric stays the same.
+def break_even(request: Request, method: Method, base: Method, same_fabric: bool = False) -> float | None:
+    """The bandwidth in GB/s above which ``method`` is never faster than ``base``.
 
     Returns:
         None if it is never faster, infinity if it still is at 1.6 Tb/s.
     """
 
     def faster(gb_per_s: float) -> bool:
-        return speedup(replace(request, network_gb_per_s=gb_per_s), method, base, bars=False).factor > 1.0
+        return speedup(at_bandwidth(request, gb_per_s, same_fabric), method, base, bars=False).factor > 1.0
 
     if request.gpus <= request.gpus_per_node:
         return None  # no network is used
@@ -103,7 +105,7 @@ def verdict(request: Request, methods: Sequence[Method], same_fabric: bool = Fal
     base = min(plain, key=lambda method: 1 / speedup(request, method, plain[0], bars=False).factor)
     gains = [speedup(request, method, base, bars=False).factor for method in coded]
     best = next(method for method, gain in zip(coded, gains, strict=True) if gain * WORTH >= max(gains))
-    gain, limit = speedup(request, best, base), break_even(request, best, base)
+    gain, limit = speedup(request, best, base), break_even(request, best, base, same_fabric)
     here, step = bandwidth_text(request.network_gb_per_s), best.name.removeprefix("qcomm-")
     if request.gpus <= request.gpus_per_node:
         text = f"on {request.gpus} GPU{'s' * (request.gpus > 1)} of one node leave it off: no network is used"
@@ -121,9 +123,7 @@ def verdict(request: Request, methods: Sequence[Method], same_fabric: bool = Fal
         if gain.low < 1:
             text += "; not certain, so measure before relying on it"
     else:
-        text = (
-            f"at {here}: leave it off ({gain.factor:.2f}x of {base.name}'s speed with k={step}, likely {bars}); {end}"
-        )
+        text = f"at {here}: leave it off ({gain.factor:.2f}x {base.name}'s speed with k={step}, likely {bars}); {end}"
     other = FAST if pays else SLOW
     if (pays and request.network_gb_per_s < other) or (not pays and request.network_gb_per_s > other):
         there = speedup(at_bandwidth(request, other, same_fabric), best, base, bars=False).factor

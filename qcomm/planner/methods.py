@@ -3,8 +3,8 @@
 A bucket's work is a list of chains, one a slice; a chain is steps that follow each other. ``fp32`` and ``bf16`` (or
 fp16, which costs the same) are NCCL's all-reduce; PowerSGD is torch's hook: two all-reduces of factors between
 products with the gradient matrices. qcomm compresses between nodes, after an uncompressed reduce-scatter inside each
-(``hierarchical``), or between all GPUs (``two_phase``), whichever the cost model finds faster; like that library with
-``strategy`` named and not ``auto``, it compresses where it had better not.
+(``hierarchical``), or between all GPUs (``two_phase``), whichever the cost model finds faster; like the
+library with a ``strategy`` that is not ``auto``, it compresses where it had better not, except on a single node.
 """
 
 from collections.abc import Callable, Sequence
@@ -137,18 +137,16 @@ def _powersgd(rank: int) -> Callable[[Sequence[ParameterTensor], Setting], list[
 def _qcomm(step: float) -> Callable[[Sequence[ParameterTensor], Setting], list[Chain]]:
     def chains(bucket: Sequence[ParameterTensor], setting: Setting) -> list[Chain]:
         cluster = setting.cluster
-        if cluster.gpus == 1:
-            return []
+        if cluster.nodes == 1:  # nothing crosses a network
+            return _fp32(bucket, setting)
         elements = _elements(bucket)
         raw = sum(tensor.elements for tensor in bucket if tensor.elements < MIN_ELEMENTS)
         # A node's GPUs all send at once.
-        link = cluster.inside
-        if cluster.nodes > 1:
-            link = LinkProfile(cluster.between.gb_per_s / cluster.local, cluster.between.latency_us)
+        link = LinkProfile(cluster.between.gb_per_s / cluster.local, cluster.between.latency_us)
         profile = Profile(link, setting.codec.profile(step), cluster.inside)
         exchange = Exchange(elements, cluster.gpus, VALUE_BYTES, cluster.local, raw)
         flat = collective_seconds("two_phase", exchange, profile)
-        if 1 < cluster.local < cluster.gpus and collective_seconds("hierarchical", exchange, profile) < flat:
+        if cluster.local > 1 and collective_seconds("hierarchical", exchange, profile) < flat:
             return [_hierarchical(exchange, profile)]
         return _slices(two_phase_steps(exchange, profile))
 

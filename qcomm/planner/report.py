@@ -42,19 +42,21 @@ def assumptions(request: Request) -> list[str]:
     return found
 
 
+def _table(title: str) -> Table:
+    return Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
+
+
 def print_table(console: Console, request: Request, rows: Rows) -> None:
     """One line a method and point."""
     model, cluster = request.model, request.cluster
     place = f"{request.gpus} GPUs on {cluster.nodes} nodes, {bandwidth_text(request.network_gb_per_s)} a node"
     title = f"{model.name}, {model.parameters / 1e6:.1f} M parameters, batch {request.batch} a GPU, {place}"
-    table = Table(
-        box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"{title} ({request.fabric.name})", title_justify="left"
-    )
+    table = _table(f"{title} ({request.fabric.name})")
     several = len(rows) > 1
     if several:
         table.add_column("point", no_wrap=True)
     table.add_column("method", no_wrap=True)
-    for name in ("step ms", "likely", f"{model.sample}/s", "efficiency", "exposed ms", "link ms", "hidden", "codec ms"):
+    for name in ("step ms", "likely", f"{model.sample}/s", "effic.", "exposed", "link ms", "hidden", "codec"):
         table.add_column(name, justify="right", no_wrap=True)
     for label, predictions in rows:
         for number, p in enumerate(predictions):
@@ -69,14 +71,9 @@ def print_table(console: Console, request: Request, rows: Rows) -> None:
 def print_estimate(console: Console, request: Request, found: Estimate, samples_per_second: float) -> None:
     """What moves, whatever the method."""
     model = request.model
-    table = Table(
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        title="What moves, each GPU, fp32 gradients in a ring",
-        title_justify="left",
-    )
+    table = _table("What moves, each GPU, fp32 gradients in a ring")
     table.add_column("")
-    for name in ("data values", "data bytes", "gradient values", "gradient bytes", "gradients / data", "in bytes"):
+    for name in ("data values", "bytes", "gradients", "their bytes", "to data", "in bytes"):
         table.add_column(name, justify="right")
     rows = [("a step", 1.0)]
     if found.steps_per_epoch:
