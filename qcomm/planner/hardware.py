@@ -16,6 +16,7 @@ H100 and H200: the A100's times the ratio of memory bandwidths, for transformers
 ratio of tensor-core peaks. Their uncertainty says so.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -204,7 +205,7 @@ def parse_bandwidth(text: str, name: str = "network") -> float:
     """
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kKmMgGtT])\s*([a-zA-Z/]+)\s*", text)
     unit = None if found is None else _BYTES.get(found[3], _UNITS.get(found[3].lower() if found[3][0] != "B" else ""))
-    if found is None or unit is None:
+    if found is None or unit is None or not math.isfinite(float(found[1])):
         raise PlanError(f"{name} is {text!r}; write a rate with its unit, such as 100Gbps, 25Gb/s, 100mbit or 12.5GB/s")
     value = float(found[1]) * _PREFIXES[found[2].lower()] * unit
     if value <= 0:

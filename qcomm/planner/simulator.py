@@ -74,7 +74,7 @@ class Step:
     @property
     def overlap(self) -> float:
         """Share of the link's time that backward hides, 1 where there is none."""
-        return 1 - self.link_after / self.link if self.link > 0 else 1.0
+        return max(0.0, 1 - self.link_after / self.link) if self.link > 0 else 1.0
 
 
 def simulate(
