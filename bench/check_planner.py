@@ -11,6 +11,8 @@ Nothing is fitted to the measured times. A prediction is made of
 - the bytes that each method sent, counted by the bench;
 - the codec and the casts, timed here with as many ranks at once as take part, without a network: CPU seconds of the
   slowest rank, because that is what a collective waits for, times ranks over cores where there are more ranks;
+- what else a rank's threads do in a compressed collective, CPU seconds of the whole process over loopback less those of
+  the codec: making, copying, sending and receiving messages. It is shared out over the codec's steps;
 - latency: a collective of one value over loopback, by the number of messages that follow each other in it.
 
 CPU seconds are used so that other work on the machine is not taken for the codec; that of the bench's own time shows up
@@ -114,6 +116,18 @@ def codec_timer(values: torch.Tensor, specs: Sequence[TensorSpec], method: str) 
     return time_once
 
 
+def process_timer(average: Callable[[torch.Tensor], int], values: torch.Tensor) -> Callable[[], Timings]:
+    """Times all that a rank's threads do in a collective over loopback."""
+    buffer = values.clone()
+
+    def time_once() -> Timings:
+        begin = time.process_time()
+        average(buffer)
+        return {"process": time.process_time() - begin}
+
+    return time_once
+
+
 def cast_timer(values: torch.Tensor, dtype: torch.dtype) -> Callable[[], Timings]:
     """Times what torch's hooks do around an all-reduce."""
     buffer = values.clone()
@@ -151,7 +165,8 @@ def measure_rank(mib: float, rounds: int) -> dict[str, Timings]:
         found[method] |= slowest(latency_timer(plain(dtype), 2 * (world - 1)), rounds)
     tiny = [TensorSpec("tiny", 0, 1, False)]
     for method in STEPS:
-        found[method] = slowest(codec_timer(values, specs, method), rounds)
+                found[method] = slowest(codec_timer(values, specs, method), rounds)
+        found[method] |= slowest(process_timer(compressed(GRIDS[method], specs, False, 1, []), values), rounds)
         # A header, and a message in each exchange.
         found[method] |= slowest(latency_timer(compressed(GRIDS[method], tiny, False, 1, []), 2 * world), rounds)
     return found
@@ -184,9 +199,12 @@ def predict(row: dict[str, Any], timings: Timings) -> float:
     if row["method"] in DTYPES:
         return ring(cluster, elements * DTYPES[row["method"]].itemsize) + sharing * timings["cast"]
     step, values, share = STEPS[row["method"]], 4 * elements, (world - 1) / world
+        # Half of the rest with what is encoded, half with what is decoded.
+    rest = max(0.0, timings["process"] - timings["encode"] - timings["reduce"] - timings["decode"]) / 2
+    encode, decode = timings["encode"] / share + rest, timings["decode"] + rest / (1 + share)
     codec = Codec(
-        1e-9 * share * values / timings["encode"] / sharing,
-        1e-9 * values / timings["decode"] / sharing,
+        1e-9 * values / encode / sharing,
+        1e-9 * values / decode / sharing,
         on_gpu=False,
         assumed=False,
         ratio=2 * share * values / row["bytes_sent"] * RATIOS[1.0] / RATIOS[step],

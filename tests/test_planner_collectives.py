@@ -1,5 +1,6 @@
 """Collectives of the planner against closed forms, and the simulator against schedules that can be told by hand."""
 
+import itertools
 import json
 import math
 
@@ -105,7 +106,7 @@ def test_bandwidths_are_read_as_written():
     ):  # fmt: skip
         assert parse_bandwidth(text) == pytest.approx(expected), text
     for text in ("", "100", "fast", "Gbps", "-1Gbps", "1 Gx", "nanGbps", "1GBit", "1e400Gbps"):
-        with pytest.raises(PlanError, match="network is .*; write a rate with its unit, such as 100Gbps"):
+        with pytest.raises(PlanError, match=r"network is .*; write a rate with its unit, such as 100Gbps"):
             parse_bandwidth(text)
     with pytest.raises(PlanError, match="must be above zero, such as 100Gbps"):
         parse_bandwidth("0Gbps")
@@ -199,7 +200,7 @@ def test_a_step_ends_and_nothing_is_lost(ready, chain, shares, factor):
     assert 0 <= step.overlap <= 1 + 1e-9
     for lane in ("codec", "link"):
         spans = sorted((s.begin, s.end) for s in step.spans if s.lane == lane)
-        assert all(a[1] <= b[0] + 1e-9 for a, b in zip(spans, spans[1:], strict=False))  # one at a time
+        assert all(a[1] <= b[0] + 1e-9 for a, b in itertools.pairwise(spans))  # one at a time
 
 
 def test_a_trace_shows_the_step():

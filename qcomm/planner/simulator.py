@@ -189,7 +189,7 @@ def slowest_factors(ranks: int, jitter: float, draws: int = DRAWS) -> list[float
 
     Example:
         >>> [round(factor, 3) for factor in slowest_factors(1024, 0.01, draws=3)]
-        [1.028, 1.032, 1.038]
+        [1.029, 1.032, 1.036]
     """
     if not 0 <= jitter <= 0.5:
         raise PlanError(f"straggler is {jitter}; it must be in 0..0.5, such as 0.01 for a deviation of 1 %")
