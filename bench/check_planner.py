@@ -4,6 +4,8 @@
     python bench/check_planner.py --json bench/results/planner_check.json
     python bench/check_planner.py --allreduce other.json --rounds 21
 
+The JSON also has what others published (qcomm/planner/published.py) beside what is predicted for it.
+
 Nothing is fitted to the measured times. A prediction is made of
 
 - the link: tc's rate; 1448 bytes of values in each frame of 1514, an acknowledgement of 66 bytes for two of them the
@@ -39,10 +41,12 @@ from qcomm.cost_model import LinkProfile
 from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.mean import MeanTask
 from qcomm.mean_steps import MeanSteps
+from qcomm.planner import plan
 from qcomm.planner.collectives import Cluster, ring
 from qcomm.planner.compute import ComputeTimes
 from qcomm.planner.methods import RATIOS, Codec, Setting, method_named
 from qcomm.planner.profiles import ParameterTensor
+from qcomm.planner.published import PUBLISHED, Point
 from qcomm.planner.simulator import Job, simulate
 from qcomm.schedule import Step, schedule
 from qcomm.slices import SLICE_ELEMENTS, cut_slices
@@ -231,7 +235,15 @@ def check(document: dict[str, Any], rounds: int) -> dict[str, Any]:
                 points.append({**kept, "predicted": predicted, "error": predicted / row["seconds"] - 1})
     within = sum(abs(point["error"]) <= TOLERANCE for point in points) / len(points)
     worst = max(points, key=lambda point: abs(point["error"]))
-    return {"inputs": inputs, "points": points, "within_15_percent": within, "worst": worst}
+    found = {"inputs": inputs, "points": points, "within_15_percent": within, "worst": worst}
+    return found | {"published": [examined(point) for point in PUBLISHED]}
+
+
+def examined(point: Point) -> dict[str, Any]:
+    """A published figure and its prediction."""
+    value = getattr(plan.predict(point.request, method_named(point.method)), point.measure)
+    kept = {name: getattr(point, name) for name in ("name", "source", "measure", "published")}
+    return {**kept, "gpus": point.request.gpus, "predicted": value, "error": value / point.published - 1}
 
 
 def show(found: dict[str, Any]) -> None:

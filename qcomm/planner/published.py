@@ -2,20 +2,18 @@
 
 Model, batch, GPUs, nodes and network are the sources', and in one case the rate of one GPU is; nothing is fitted. The
 rates of presets are from other runs than these but for BERT-base with one GPU. What a source leaves open is said beside
-the request. docs/planner.md has the table of ``python -m qcomm.planner.published``.
+the request. docs/planner.md has predictions beside it.
 """
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from qcomm.planner.hardware import FABRICS, GPUS, inside_link
-from qcomm.planner.methods import method_named
 from qcomm.planner.models import built_in
-from qcomm.planner.plan import Request, predict
+from qcomm.planner.plan import Request
 from qcomm.planner.schedulers import Ddp, Horovod
 
-__all__ = ["PUBLISHED", "Point", "table"]
+__all__ = ["PUBLISHED", "Point"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,8 @@ _ONE_BIT = Request(
 _HOROVOD = Request(
     built_in("resnet101"), 64, 16, 4, 25 / 8, gpu=_P100, scheduler=Horovod(cycle_ms=5.0, fusion_mib=64.0)
 )
-# 6 V100 a node, two rails of InfiniBand of 100 Gb/s; NVLink of 50 GB/s and X-bus inside a node, of which a ring is taken
-# to get 40. The abstract says neither batch nor framework.
+# 6 V100 a node, two rails of InfiniBand of 100 Gb/s; NVLink of 50 GB/s and X-bus inside a node, of which a ring is
+# taken to get 40. The abstract says neither batch nor framework.
 _SUMMIT = Request(
     built_in("resnet50"), 128, 6144, 6, 25.0, gpu=_V100, inside=inside_link("40GB/s"), scheduler=Horovod()
 )
@@ -116,24 +114,3 @@ PUBLISHED: tuple[Point, ...] = (
         0.1, measure="efficiency",
     ),
 )  # fmt: skip
-
-
-def table() -> str:
-    """Published and predicted figures as Markdown."""
-    lines = [
-        "| experiment | GPUs | published | predicted | off | source |",
-        "| --- | ---: | ---: | ---: | ---: | --- |",
-    ]
-    for point in PUBLISHED:
-        value = getattr(predict(point.request, method_named(point.method)), point.measure)
-        whole = point.measure == "efficiency"
-        figures = [
-            f"{100 * x:.0f} %" if whole else f"{x:.4g}" if x < 1000 else f"{x:.0f}" for x in (point.published, value)
-        ]
-        off = f"{100 * (value / point.published - 1):+.1f} %"
-        lines.append(f"| {point.name} | {point.request.gpus} | {' | '.join(figures)} | {off} | {point.source} |")
-    return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    sys.stdout.write(table())
