@@ -11,11 +11,12 @@ an exchange among w ranks, a header and then w - 1 rounds that together carry m 
                    e U, beta T, d U + e V / W, beta T, d V          U = (W - 1) / W * V, T = U / r, each over slices;
                    a slice arrives alpha * W after the link has carried it
     exact_sum      x(0, W) + 2 e V + x(T, W) + d V + e V / W + x(T', W) + d V    T' with log2(W) / 2 more bits
-    hierarchical   x((a - 1) / a * V, a) + the steps of two_phase for V / a among b ranks + x((a - 1) / a * v, a)
+    hierarchical   x((a - 1) / a * V, a) + (e + 2 d) V / a + e V / W + 2 x(T'', b) + x((a - 1) / a * v, a)
+                                                                                 T'' = (b - 1) / b * V / a / r
 
-A rank's own part of the buffer is not encoded in two_phase, whose codec works while the link carries other slices;
-nothing else overlaps in this model, and all ranks send at once without being in each other's way. It tells ways apart
-that are far apart; which of two close ones is faster only a trial can say.
+In two_phase a rank does not encode its own part of the buffer, and codec and link work at the same time; nothing else
+overlaps in this model, and all ranks send at once without being in each other's way. It tells ways apart that are far
+apart; which of two close ones is faster only a trial can say.
 
 R. Hockney, "The communication challenge for MPP", Parallel Computing 20, 1994; R. Thakur et al., "Optimization of
 collective communication operations in MPICH", IJHPCA 19, 2005.
@@ -243,7 +244,7 @@ def seconds(strategy: str, exchange: Exchange, profile: Profile) -> float:
         messages, codec = 3 * _messages(world), encode * values * (2 + 1 / world) + 2 * decode * values
     else:
         messages = 2 * _messages(world // inner)
-        codec = _two_phase_codec(values / inner, world // inner, encode, decode)
+        codec = encode * values * (1 / inner + 1 / world) + 2 * decode * values / inner
     time = codec + 1e-6 * link.latency_us * messages + 1e-9 / link.gb_per_s * between
     if strategy == "hierarchical":
         time += 1e-6 * near.latency_us * 2 * _messages(inner) + 1e-9 / near.gb_per_s * inside
@@ -253,10 +254,6 @@ def seconds(strategy: str, exchange: Exchange, profile: Profile) -> float:
 def _messages(ranks: int) -> int:
     """One after another in an exchange among so many ranks: a header, and a packet in each round."""
     return ranks if ranks > 1 else 0
-
-
-def _two_phase_codec(values: float, ranks: int, encode: float, decode: float) -> float:
-    return encode * values + decode * values * (1 + _share(ranks))
 
 
 @dataclass(frozen=True)

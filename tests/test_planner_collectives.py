@@ -276,6 +276,10 @@ def test_on_nodes_only_what_crosses_them_is_compressed():
     assert labels[0] == "reduce-scatter" and labels[-1] == "all-gather"
     between = sum(work.seconds for work in chain if work.label in ("packets", "means"))
     assert between == pytest.approx(2 * 3 / 4 * 4096 * 1024 * 2.14 / 8 / 10e9)
+    # In one piece it takes what the cost model says.
+    profile = Profile(LinkProfile(10.0 / 8, 20.0), codec.profile(1.0), FAST)
+    exact = seconds("hierarchical", Exchange(4096 * 1024, 32, ranks_per_node=8), profile)
+    assert sum(work.seconds for work in chain) == pytest.approx(exact)
     one = method_named("qcomm-1").chains(bucket, Setting(cluster(8, 8), codec, 900.0))
     assert [work.label for work in one[0]] == ["all-reduce"]
     assert not math.isnan(one[0][0].seconds)

@@ -8,10 +8,10 @@ library with a ``strategy`` that is not ``auto``, it compresses where it had bet
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from qcomm.cost_model import CodecProfile, Exchange, LinkProfile, Profile, TwoPhase, two_phase_steps
+from qcomm.cost_model import CodecProfile, Exchange, LinkProfile, Profile, TwoPhase, bytes_sent, two_phase_steps
 from qcomm.cost_model import seconds as collective_seconds
 from qcomm.planner.collectives import Cluster, all_reduce
 from qcomm.planner.errors import PlanError
@@ -167,22 +167,21 @@ def _slices(steps: TwoPhase) -> list[Chain]:
 
 
 def _hierarchical(exchange: Exchange, profile: Profile) -> Chain:
-    """In one piece, as the library does it; the nodes' exchange is that of two_phase for a node's share."""
-    inner = exchange.ranks_per_node
-    part = replace(
-        exchange,
-        elements=exchange.elements // inner,
-        raw_elements=exchange.raw_elements // inner,
-        world_size=exchange.world_size // inner,
-        ranks_per_node=1,
+    """In one piece, as the library does it: each GPU codes its share of the node's sum, its own chunk included."""
+    inner, world = exchange.ranks_per_node, exchange.world_size
+    between, inside = bytes_sent("hierarchical", exchange, profile.codec.ratio)
+    encode, decode = 1e-9 / profile.codec.encode_gb_per_s, 1e-9 / profile.codec.decode_gb_per_s
+    near, share = profile.inside or profile.link, exchange.value_bytes / inner
+    steps = TwoPhase(
+        slices=1,
+        latency=1e-6 * profile.link.latency_us * (world // inner),
+        encode=encode * share,
+        exchange=between / 2 / (1e9 * profile.link.gb_per_s),
+        reduce=decode * share + encode * exchange.value_bytes / world,
+        decode=decode * share,
     )
-    steps = two_phase_steps(part, profile)
-    whole = TwoPhase(
-        1, steps.latency, *(steps.slices * time for time in (steps.encode, steps.exchange, steps.reduce, steps.decode))
-    )
-    near = profile.inside or profile.link
-    inside = (inner - 1) / inner * exchange.value_bytes / (1e9 * near.gb_per_s) + 1e-6 * near.latency_us * inner
-    return (Work("link", inside, "reduce-scatter"), *_slices(whole)[0], Work("link", inside, "all-gather"))
+    step = inside / 2 / (1e9 * near.gb_per_s) + 1e-6 * near.latency_us * inner
+    return (Work("link", step, "reduce-scatter"), *_slices(steps)[0], Work("link", step, "all-gather"))
 
 
 def method_named(name: str) -> Method:
