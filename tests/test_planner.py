@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -117,7 +118,6 @@ def test_an_uncertain_codec_makes_longer_bars():
 
 
 def test_a_measured_module_can_be_planned():
-    torch = pytest.importorskip("torch")
     model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 256))
     found = profile(model, torch.randn(64, 256), repeats=1)
     request = Request(
