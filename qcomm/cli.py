@@ -1,4 +1,4 @@
-"""The command line: ``qcomm train`` and ``qcomm inspect``. It is entered by way of ``qcomm.__main__``."""
+"""The command line: ``qcomm train``, ``plan`` and ``inspect``. It is entered by way of ``qcomm.__main__``."""
 
 import dataclasses
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 import typer
 
 import qcomm
+from qcomm.planner.cli import plan
 from qcomm.recipes.compare import comparison_configs, run_all
 from qcomm.recipes.config import AMP_MODES, GRIDS, METHODS, TrainConfig
 from qcomm.recipes.datasets import DATASET_NAMES
@@ -231,6 +232,9 @@ def train(
         launch(run_all, ranks, threads, [config] if single else comparison_configs(config))
     except RecipeError as error:
         _fail(str(error))
+
+
+app.command()(plan)
 
 
 @app.command()

@@ -7,12 +7,16 @@ an exchange among w ranks, a header and then w - 1 rounds that together carry m 
     x(m, w)        alpha * w + beta * m                        for w > 1, otherwise 0
     none           alpha + 2 (W - 1) alpha + 2 (W - 1) / W * v * beta
     all_gather     e V + x((W - 1) V / r, W) + d W V
-    two_phase      e V + x(T, W) + d V + e V / W + x(T, W) + d V                 T = (W - 1) / W * V / r
+    two_phase      in the order of qcomm.schedule, for each of the slices that qcomm.slices cuts:
+                   e U, beta T, d U + e V / W, beta T, d V          U = (W - 1) / W * V, T = U / r, each over slices;
+                   a slice arrives alpha * W after the link has carried it
     exact_sum      x(0, W) + 2 e V + x(T, W) + d V + e V / W + x(T', W) + d V    T' with log2(W) / 2 more bits
-    hierarchical   x((a - 1) / a * V, a) + two_phase of V / a among b ranks + x((a - 1) / a * v, a)
+    hierarchical   x((a - 1) / a * V, a) + (e + 2 d) V / a + e V / W + 2 x(T'', b) + x((a - 1) / a * v, a)
+                                                                                 T'' = (b - 1) / b * V / a / r
 
-Nothing overlaps in this model, and all ranks send at once without being in each other's way. It tells ways apart that
-are far apart; which of two close ones is faster only a trial can say.
+In two_phase a rank does not encode its own part of the buffer, and codec and link work at the same time; nothing else
+overlaps in this model, and all ranks send at once without being in each other's way. It tells ways apart that are far
+apart; which of two close ones is faster only a trial can say.
 
 R. Hockney, "The communication challenge for MPP", Parallel Computing 20, 1994; R. Thakur et al., "Optimization of
 collective communication operations in MPICH", IJHPCA 19, 2005.
@@ -28,7 +32,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PLAUSIBLE", "CodecProfile", "Exchange", "LinkProfile", "Profile", "bytes_sent", "candidates", "seconds"]
+from qcomm.schedule import Step, schedule
+from qcomm.slices import MOST_SLICES, SLICE_ELEMENTS
+
+__all__ = [
+    "PLAUSIBLE",
+    "CodecProfile",
+    "Exchange",
+    "LinkProfile",
+    "Profile",
+    "TwoPhase",
+    "bytes_sent",
+    "candidates",
+    "seconds",
+    "two_phase_steps",
+]
 
 FORMAT = 1
 # A way is left out if on every plausible machine another one takes less than 1 / MARGIN of its time.
@@ -220,15 +238,13 @@ def seconds(strategy: str, exchange: Exchange, profile: Profile) -> float:
     elif strategy == "all_gather":
         messages, codec = _messages(world), encode * values + decode * world * values
     elif strategy == "two_phase":
-        messages, codec = 2 * _messages(world), _two_phase_codec(values, world, encode, decode)
+        return two_phase_steps(exchange, profile).seconds()
     elif strategy == "exact_sum":
         # Rounding to the shared grid and measuring twice take about as long as encoding.
-        messages, codec = 3 * _messages(world), encode * values + _two_phase_codec(values, world, encode, decode)
+        messages, codec = 3 * _messages(world), encode * values * (2 + 1 / world) + 2 * decode * values
     else:
-        messages, codec = (
-            2 * _messages(world // inner),
-            _two_phase_codec(values / inner, world // inner, encode, decode),
-        )
+        messages = 2 * _messages(world // inner)
+        codec = encode * values * (1 / inner + 1 / world) + 2 * decode * values / inner
     time = codec + 1e-6 * link.latency_us * messages + 1e-9 / link.gb_per_s * between
     if strategy == "hierarchical":
         time += 1e-6 * near.latency_us * 2 * _messages(inner) + 1e-9 / near.gb_per_s * inside
@@ -240,8 +256,56 @@ def _messages(ranks: int) -> int:
     return ranks if ranks > 1 else 0
 
 
-def _two_phase_codec(values: float, ranks: int, encode: float, decode: float) -> float:
-    return encode * values * (1 + 1 / ranks) + decode * values * 2
+@dataclass(frozen=True)
+class TwoPhase:
+    """What each slice of a ``two_phase`` mean takes, in seconds: steps of the rank, an exchange after each of two.
+
+    Example:
+        >>> TwoPhase(slices=1, latency=0.0, encode=1.0, exchange=3.0, reduce=1.0, decode=2.0).seconds()
+        10.0
+        >>> TwoPhase(slices=4, latency=0.0, encode=0.25, exchange=0.75, reduce=0.25, decode=0.5).seconds()
+        6.75
+    """
+
+    slices: int
+    latency: float
+    encode: float
+    exchange: float
+    reduce: float
+    decode: float
+
+    def seconds(self) -> float:
+        """Of all slices: a rank does its steps in the order of the schedule, the link carries one slice at a time."""
+        rank = link = 0.0
+        arrived: dict[tuple[Step, int], float] = {}
+        for step, number in schedule(self.slices):
+            if step is Step.ENCODE:
+                rank += self.encode
+            elif step is Step.REDUCE:
+                rank = max(rank, arrived[Step.ENCODE, number]) + self.reduce
+            else:
+                rank = max(rank, arrived[Step.REDUCE, number]) + self.decode
+                continue
+            link = max(link, rank) + self.exchange
+            arrived[step, number] = link + self.latency
+        return rank
+
+
+def two_phase_steps(exchange: Exchange, profile: Profile) -> TwoPhase:
+    """The steps of ``two_phase``, whose slices are those that the library cuts."""
+    world, values = exchange.world_size, exchange.value_bytes
+    encode, decode = 1e-9 / profile.codec.encode_gb_per_s, 1e-9 / profile.codec.decode_gb_per_s
+    slices = max(1, min(MOST_SLICES, exchange.elements // (SLICE_ELEMENTS * world)))
+    between, _ = bytes_sent("two_phase", exchange, profile.codec.ratio)
+    carried = 1e-9 / profile.link.gb_per_s * between / 2 / slices
+    return TwoPhase(
+        slices,
+        latency=1e-6 * profile.link.latency_us * _messages(world),
+        encode=encode * values * _share(world) / slices,
+        exchange=carried,
+        reduce=(decode * _share(world) + encode / world) * values / slices,
+        decode=decode * values / slices,
+    )
 
 
 # From 100 Mb/s to 100 Gb/s, from one switch to one campus, from a busy core to many threads, from fine grids to coarse.

@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "averaging.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -114,11 +114,39 @@ def averaging() -> str:
     )
 
 
+def planner_check() -> str:
+    """``bench/check_planner.py``: what the planner says of the all-reduces that were measured."""
+    rows = []
+    for point in read("planner_check.json")["points"]:
+        rate = {"100mbit": "100 Mb/s", "1gbit": "1 Gb/s"}.get(point["rate"], point["rate"])
+        times = f"{1e3 * point['seconds']:.0f}", f"{1e3 * point['p10']:.0f} … {1e3 * point['p90']:.0f}"
+        place = f"{rate}, {point['world_size']} ranks"
+        rows.append(
+            [place, point["method"], *times, f"{1e3 * point['predicted']:.0f}", f"{100 * point['error']:+.1f} %"]
+        )
+    return markdown(["link", "method", "measured ms", "p10 … p90", "predicted ms", "off"], rows)
+
+
+def published() -> str:
+    """``bench/check_planner.py``: what the planner says of what others measured."""
+    rows = []
+    for point in read("planner_check.json")["published"]:
+        figures = point["published"], point["predicted"]
+        if point["measure"] == "efficiency":
+            shown = [f"{100 * figure:.0f} %" for figure in figures]
+        else:
+            shown = [f"{figure:.0f}/s" for figure in figures]
+        rows.append([point["name"], str(point["gpus"]), *shown, f"{100 * point['error']:+.1f} %", point["source"]])
+    return markdown(["experiment", "GPUs", "published", "predicted", "off", "source"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "train": train,
     "accuracy": accuracy,
     "allreduce": allreduce,
     "averaging": averaging,
+    "planner_check": planner_check,
+    "published": published,
 }
 
 

@@ -1,0 +1,159 @@
+"""How long collectives take on a cluster of nodes, in the alpha-beta model.
+
+N GPUs on n nodes, g = N / n of them each; S bytes a GPU; B and alpha of a node's link, b and a of the links inside a
+node. All of a node's GPUs share its link::
+
+    ring          2 (N - 1) / N * S / min(B, b) + 2 ((N - n) a + n alpha)       one ring through all nodes
+    tree          2 S / min(B, b) + 2 ceil(log2 n) alpha + 2 (g - 1) a          double binary tree, chains inside
+    hierarchical  2 (g - 1) (S / (g b) + a) + all-reduce of S / g among nodes, by all g GPUs at once
+    torus         hierarchical with rings both ways on a grid of x times N / x GPUs
+    all_gather    (N - 1) S / min(B, b) + (N - n) a + n alpha                   ring
+
+NCCL takes the faster of ring and tree. Y. Ueno and R. Yokota, "Exhaustive study of hierarchical allreduce patterns",
+CCGRID 2019; H. Mikami et al., "Massively distributed SGD: ImageNet/ResNet-50 training in a flash", arXiv:1811.05233
+(torus); P. Sanders et al., "Two-tree algorithms for full bandwidth broadcast, reduction and scan", Parallel Computing
+35, 2009.
+"""
+
+import math
+from dataclasses import dataclass
+
+from qcomm.cost_model import LinkProfile
+from qcomm.planner.errors import PlanError
+
+__all__ = ["Cluster", "all_gather", "all_reduce", "hierarchical", "ring", "torus", "tree"]
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs and their links.
+
+    Args:
+        gpus: at least 1.
+        gpus_per_node: what a full node has. With fewer GPUs than that there is one node; otherwise nodes are full.
+        between: of a whole node, its GPUs together.
+        inside: of each GPU, to the others of its node.
+
+    Raises:
+        PlanError: numbers that are no cluster.
+
+    Example:
+        >>> cluster = Cluster(16, 8, LinkProfile(12.5, 10.0), LinkProfile(120.0, 3.4))
+        >>> cluster.nodes, all_reduce(cluster, 0)
+        (2, 0.0)
+    """
+
+    gpus: int
+    gpus_per_node: int
+    between: LinkProfile
+    inside: LinkProfile
+
+    def __post_init__(self) -> None:
+        for name in ("gpus", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise PlanError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            below = self.gpus // self.gpus_per_node * self.gpus_per_node
+            raise PlanError(
+                f"gpus is {self.gpus}, which {self.gpus_per_node} GPUs a node do not divide; "
+                f"{below} or {below + self.gpus_per_node} would be whole nodes"
+            )
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes."""
+        return max(1, self.gpus // self.gpus_per_node)
+
+    @property
+    def local(self) -> int:
+        """GPUs on each node."""
+        return self.gpus // self.nodes
+
+
+def _hops(cluster: Cluster) -> float:
+    """Seconds of latency once around the ring, which crosses every node's link once."""
+    if cluster.nodes == 1:
+        return cluster.gpus * 1e-6 * cluster.inside.latency_us
+    away, near = cluster.nodes, cluster.gpus - cluster.nodes
+    return 1e-6 * (away * cluster.between.latency_us + near * cluster.inside.latency_us)
+
+
+def _slowest(cluster: Cluster) -> float:
+    """Bytes a second of the slowest link of a ring."""
+    rates = [cluster.inside.gb_per_s] if cluster.local > 1 else []
+    rates += [cluster.between.gb_per_s] if cluster.nodes > 1 else []
+    return 1e9 * min(rates)
+
+
+def ring(cluster: Cluster, size: float) -> float:
+    """Seconds of an all-reduce of ``size`` bytes in one ring."""
+    if cluster.gpus == 1 or size == 0:
+        return 0.0
+    share = (cluster.gpus - 1) / cluster.gpus
+    return 2 * share * size / _slowest(cluster) + 2 * share * _hops(cluster)
+
+
+def tree(cluster: Cluster, size: float) -> float:
+    """Seconds of an all-reduce of ``size`` bytes in a double binary tree of nodes."""
+    if cluster.gpus == 1 or size == 0:
+        return 0.0
+    levels = math.ceil(math.log2(cluster.nodes))
+    near = (cluster.local - 1) * cluster.inside.latency_us
+    return 2 * size / _slowest(cluster) + 2e-6 * (levels * cluster.between.latency_us + near)
+
+
+def _grid(size: float, columns: int, inner: LinkProfile, rows: int, outer: LinkProfile) -> float:
+    """Seconds of an all-reduce on a grid: along rows of ``columns``, then a part of it along columns."""
+    time = 0.0
+    if columns > 1:
+        time += 2 * (columns - 1) * (size / columns / (1e9 * inner.gb_per_s) + 1e-6 * inner.latency_us)
+    if rows > 1:
+        part = size / columns / rows
+        time += 2 * (rows - 1) * (part / (1e9 * outer.gb_per_s) + 1e-6 * outer.latency_us)
+    return time
+
+
+def hierarchical(cluster: Cluster, size: float) -> float:
+    """Seconds of an all-reduce inside nodes, then between them, then inside again; between them as NCCL would."""
+    if cluster.gpus == 1 or size == 0:
+        return 0.0
+    near = _grid(size, cluster.local, cluster.inside, 1, cluster.between)
+    if cluster.nodes == 1:
+        return near
+    # The g GPUs of a node each exchange S / g at once: the node's link carries what one GPU with all of it would.
+    nodes = Cluster(cluster.nodes, 1, cluster.between, cluster.inside)
+    return near + min(ring(nodes, size), tree(nodes, size))
+
+
+def torus(cluster: Cluster, size: float, columns: int | None = None) -> float:
+    """Seconds of an all-reduce on a grid of ``columns`` times the rest, by rings; a row is a node by default.
+
+    Raises:
+        PlanError: the columns do not divide the GPUs, or rows are neither whole nodes nor parts of one.
+    """
+    x = cluster.local if columns is None else columns
+    if x < 1 or cluster.gpus % x or (x % cluster.local and cluster.local % x):
+        raise PlanError(
+            f"columns is {x}; it must divide {cluster.gpus} GPUs and be a part or multiple of {cluster.local}"
+        )
+    if cluster.gpus == 1 or size == 0:
+        return 0.0
+    # Of a node's GPUs those in different columns share its link; a row of several nodes crosses it once.
+    sharing = min(x, cluster.local)
+    shared = LinkProfile(cluster.between.gb_per_s / sharing, cluster.between.latency_us)
+    row = cluster.inside if x <= cluster.local else cluster.between
+    column = shared if cluster.nodes > 1 else cluster.inside
+    return _grid(size, x, row, cluster.gpus // x, column)
+
+
+def all_gather(cluster: Cluster, size: float) -> float:
+    """Seconds until every GPU has the ``size`` bytes of every other, in a ring."""
+    if cluster.gpus == 1 or size == 0:
+        return 0.0
+    share = (cluster.gpus - 1) / cluster.gpus
+    return (cluster.gpus - 1) * size / _slowest(cluster) + share * _hops(cluster)
+
+
+def all_reduce(cluster: Cluster, size: float) -> float:
+    """Seconds of NCCL's all-reduce of ``size`` bytes."""
+    return min(ring(cluster, size), tree(cluster, size))

@@ -1,0 +1,228 @@
+"""GPUs and links: what they reach in training, and where the figures are from.
+
+A rate is a whole training step's: three times the forward operations of a batch over the time of a step on one GPU,
+optimizer and input pipeline included, at a batch that fills the GPU. Sources, all for one GPU of several in a server:
+
+resnet       images/s of ResNet-50: NVIDIA DeepLearningExamples, PyTorch/Classification/ConvNets/resnet50v1.5,
+             container 21.03 (V100: DGX-1 16 GB; A100: DGX A100 80 GB, where fp32 is TF32); P100: TensorFlow's benchmark
+             page of 2017.
+vgg          resnet's rate times VGG_FP32 (cuDNN's Winograd convolutions; from the P100's 154 images/s of VGG16) or, on
+             tensor cores, VGG_TENSOR (from an RTX 3090's 455 images/s of VGG16 against 1182 of ResNet-50 in fp16).
+transformer  V100: BERT-base of Oneflow-Inc/DLPerf, NVIDIADeepLearningExamples/PyTorch/BERT, batch 48 and 96; A100:
+             BERT-large, NVIDIA DeepLearningExamples, PyTorch/LanguageModeling/BERT, container 21.11, length 128.
+
+Nothing measured was at hand for the other entries. T4: the V100's rates times those of inference in the README above.
+H100 and H200: the A100's times the ratio of memory bandwidths, for transformers the geometric mean of that and of the
+ratio of tensor-core peaks. Their uncertainty says so.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qcomm.cost_model import LinkProfile
+from qcomm.planner.errors import PlanError
+
+__all__ = [
+    "FABRICS",
+    "GPUS",
+    "INSIDE",
+    "Fabric",
+    "Gpu",
+    "default_fabric",
+    "gpu_named",
+    "inside_link",
+    "parse_bandwidth",
+]
+
+PRECISIONS = ("fp32", "amp")
+VGG_FP32, VGG_TENSOR = 2.66, 1.46
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a GPU reaches.
+
+    Args:
+        name: for tables.
+        rates: 10^12 operations a second of a training step, by (family of the model, precision).
+        memory_gb_per_s: 10^9 bytes a second.
+        inside: key of ``INSIDE`` for its usual link in a node.
+        uncertainty: of the rates, as a fraction.
+    """
+
+    name: str
+    rates: Mapping[tuple[str, str], float]
+    memory_gb_per_s: float
+    inside: str
+    uncertainty: float
+
+    def flops_per_second(self, family: str, precision: str) -> float:
+        """Of a training step.
+
+        Raises:
+            PlanError: the precision is unknown, or this GPU has nothing to gain from it.
+        """
+        if precision not in PRECISIONS:
+            raise PlanError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
+        if (family, precision) not in self.rates:
+            raise PlanError(f"precision is {precision!r}, but {self.name} has no tensor cores; use fp32")
+        return 1e12 * self.rates[family, precision]
+
+
+def _rates(
+    resnet: tuple[float, ...], transformer: tuple[float, ...], vgg: tuple[float, ...]
+) -> dict[tuple[str, str], float]:
+    """By family and precision, from (fp32, amp); VGG as a factor of ResNet."""
+    rates = {}
+    for number, precision in enumerate(PRECISIONS[: len(resnet)]):
+        rates["resnet", precision] = resnet[number]
+        rates["vgg", precision] = resnet[number] * vgg[number]
+        rates["transformer", precision] = transformer[number]
+    return rates
+
+
+_A100 = (23.0, 60.6), (76.2, 139.5)  # 938 and 2470 images/s; 317 and 580 sequences/s
+
+
+def _as_a100(memory: float, tensor: float) -> dict[tuple[str, str], float]:
+    """The A100's rates times ratios of peaks."""
+    wide = (memory * tensor) ** 0.5
+    resnet, transformer = _A100
+    return _rates(tuple(memory * r for r in resnet), tuple(wide * r for r in transformer), (VGG_TENSOR, VGG_TENSOR))
+
+
+GPUS: Mapping[str, Gpu] = {
+    gpu.name: gpu
+    for gpu in (
+        # 219 images/s; BERT by the ratio of fp32 peaks to the V100.
+        Gpu("p100", _rates((5.37,), (5.7,), (VGG_FP32,)), 732.0, "pcie", 0.15),
+        # 367 and 1200 images/s; 121.9 and 462 sequences/s.
+        Gpu("v100", _rates((9.01, 29.4), (8.5, 32.3), (VGG_FP32, VGG_TENSOR)), 900.0, "nvlink2", 0.1),
+        # 428 of 1261 and 1198 of 3382 images/s of inference.
+        Gpu("t4", _rates((3.06, 10.4), (2.9, 11.4), (VGG_FP32, VGG_TENSOR)), 320.0, "pcie", 0.3),
+        Gpu("a100", _rates(*_A100, (VGG_TENSOR, VGG_TENSOR)), 2039.0, "nvlink3", 0.1),
+        Gpu("h100", _as_a100(3350 / 2039, 989 / 312), 3350.0, "nvlink4", 0.3),
+        Gpu("h200", _as_a100(4800 / 2039, 989 / 312), 4800.0, "nvlink4", 0.3),
+    )
+}
+
+# Between the GPUs of a node: GB/s that nccl-tests calls bus bandwidth, of all GPUs at once, typical of DGX-1V, DGX A100
+# and DGX H100, and of PCIe 3.0 x16 through a switch; latency of a hop from NCCL's own model (src/graph/tuning.cc, ring,
+# protocol Simple).
+INSIDE: Mapping[str, LinkProfile] = {
+    "pcie": LinkProfile(10.0, 5.7),
+    "nvlink2": LinkProfile(120.0, 3.4),
+    "nvlink3": LinkProfile(230.0, 3.4),
+    "nvlink4": LinkProfile(360.0, 3.4),
+}
+
+
+@dataclass(frozen=True)
+class Fabric:
+    """What a network makes of its nominal rate.
+
+    Args:
+        name: for tables.
+        efficiency: share of the nominal rate that carries gradients.
+        most_gb_per_s: what hosts can drive, whatever the rate.
+        latency_us: of one hop.
+        congestion: for each doubling of the nodes, this fraction of the time is added: flows that share a link of the
+            switches, and switches further apart.
+
+    Raises:
+        PlanError: a number cannot be.
+    """
+
+    name: str
+    efficiency: float
+    most_gb_per_s: float
+    latency_us: float
+    congestion: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.latency_us < 1e6:
+            raise PlanError(f"latency_us is {self.latency_us}; it must be positive, such as 14 for RDMA or 50 for TCP")
+        if not 0 <= self.congestion < 10:
+            raise PlanError(f"congestion is {self.congestion}; it must be at least 0, such as 0.02")
+
+    def link(self, gb_per_s: float, nodes: int, efficiency: float | None = None) -> LinkProfile:
+        """Of one node among so many, all of which send."""
+        share = self.efficiency if efficiency is None else efficiency
+        doublings = max(0, nodes - 1).bit_length()
+        return LinkProfile(
+            min(gb_per_s * share, self.most_gb_per_s) / (1 + self.congestion * doublings), self.latency_us
+        )
+
+
+FABRICS: Mapping[str, Fabric] = {
+    fabric.name: fabric
+    for fabric in (
+        # 1448 bytes of values in the 1538 that a full Ethernet frame takes, and acknowledgements the other way. Zhang
+        # et al., "Is network the bottleneck of distributed training?" (NetAI 2020): sockets carry at most 32 Gb/s.
+        Fabric("tcp", 0.92, 4.0, 50.0, 0.02),
+        # InfiniBand or RoCE with GPUDirect; NCCL's model has 14 us for a hop.
+        Fabric("rdma", 0.9, 1e6, 14.0, 0.02),
+        # One switch that is in nobody's way, and the rate is what values get: for effective bandwidths.
+        Fabric("exact", 1.0, 1e6, 50.0, 0.0),
+    )
+}
+
+
+def default_fabric(gb_per_s: float) -> str:
+    """Slow networks are mostly Ethernet with TCP, fast ones RDMA: "tcp" below 40 Gb/s, otherwise "rdma"."""
+    return "tcp" if gb_per_s < 5.0 else "rdma"
+
+
+def gpu_named(name: str) -> Gpu:
+    """One of ``GPUS``.
+
+    Raises:
+        PlanError: there is no such preset.
+    """
+    if name.lower() not in GPUS:
+        raise PlanError(
+            f"gpu is {name!r}; it must be one of {', '.join(GPUS)}, or give --samples-per-second of one GPU of yours"
+        )
+    return GPUS[name.lower()]
+
+
+_UNITS = {"bit": 0.125, "bps": 0.125, "b": 0.125, "b/s": 0.125, "bit/s": 0.125}
+_BYTES = {"Bps": 1.0, "B": 1.0, "B/s": 1.0}
+_PREFIXES = {"k": 1e-6, "m": 1e-3, "g": 1.0, "t": 1e3}
+
+
+def parse_bandwidth(text: str, name: str = "network") -> float:
+    """GB/s from a rate as people write it: a small b is bits, a large B is bytes.
+
+    Raises:
+        PlanError: it is no rate, or not a positive one; the message says how to write one.
+
+    Example:
+        >>> parse_bandwidth("100Gbps"), parse_bandwidth("1gbit"), parse_bandwidth("12.5 GB/s")
+        (12.5, 0.125, 12.5)
+    """
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kKmMgGtT])\s*([a-zA-Z/]+)\s*", text)
+    unit = None if found is None else _BYTES.get(found[3], _UNITS.get(found[3].lower() if found[3][0] != "B" else ""))
+    if found is None or unit is None or not math.isfinite(float(found[1])):
+        raise PlanError(f"{name} is {text!r}; write a rate with its unit, such as 100Gbps, 25Gb/s, 100mbit or 12.5GB/s")
+    value = float(found[1]) * _PREFIXES[found[2].lower()] * unit
+    if value <= 0:
+        raise PlanError(
+            f"{name} is {text!r}; it must be above zero, such as 100Gbps: without a link nothing is exchanged"
+        )
+    return value
+
+
+def inside_link(text: str) -> LinkProfile:
+    """A key of ``INSIDE``, or a rate, whose latency is then NVLink's.
+
+    Raises:
+        PlanError: it is neither.
+    """
+    if text in INSIDE:
+        return INSIDE[text]
+    if not re.search(r"\d\s*[kKmMgGtT]", text) or text.startswith("nvlink"):
+        raise PlanError(f"inside is {text!r}; it must be one of {', '.join(INSIDE)}, or a rate such as 40GB/s")
+    return LinkProfile(parse_bandwidth(text, "inside"), INSIDE["nvlink2"].latency_us)

@@ -1,0 +1,211 @@
+"""What each way to exchange gradients asks of codec and link for a bucket.
+
+A bucket's work is a list of chains, one a slice; a chain is steps that follow each other. ``fp32`` and ``bf16`` (or
+fp16, which costs the same) are NCCL's all-reduce; PowerSGD is torch's hook: two all-reduces of factors between
+products with the gradient matrices. qcomm compresses between nodes, after an uncompressed reduce-scatter inside each
+(``hierarchical``), or between all GPUs (``two_phase``), whichever the cost model finds faster; like the
+library with a ``strategy`` that is not ``auto``, it compresses where it had better not, except on a single node.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from qcomm.cost_model import CodecProfile, Exchange, LinkProfile, Profile, TwoPhase, bytes_sent, two_phase_steps
+from qcomm.cost_model import seconds as collective_seconds
+from qcomm.planner.collectives import Cluster, all_reduce
+from qcomm.planner.errors import PlanError
+from qcomm.planner.profiles import ParameterTensor
+
+__all__ = ["RATIOS", "Chain", "Codec", "Method", "Setting", "Work", "method_named"]
+
+# Compression of gradients in tensors of at least MIN_ELEMENTS values, both phases together, all headers counted:
+# bench/results/train_digits.json, ResNet-20: 2.14 and 1.70 bits a value.
+RATIOS = {1.0: 32 / 2.14, 2.0: 32 / 1.70}
+MIN_ELEMENTS = 1024  # smaller tensors travel uncompressed
+VALUE_BYTES = 4
+
+# PowerSGD's kernels for one matrix: copies, two products and their back, the error, and for each rank the steps of an
+# orthogonalisation; each waits for the one before it.
+POWERSGD_KERNELS, POWERSGD_KERNELS_PER_RANK = 25, 12
+KERNEL_SECONDS = 10e-6
+POWERSGD_PASSES = 8  # over the gradient: reading it thrice, error feedback, writing the result
+MOST_RANK = 128
+POWERSGD_LEAST_RATIO = 2  # torch's min_compression_rate: other tensors are not compressed
+
+
+class Work(NamedTuple):
+    """A step: ``resource`` is "codec", "link", or "wait" for latency that keeps nothing busy."""
+
+    resource: str
+    seconds: float
+    label: str
+
+
+Chain = tuple[Work, ...]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """qcomm's codec.
+
+    Args:
+        encode_gb_per_s, decode_gb_per_s: 10^9 bytes of uncompressed values a second on each GPU's codec.
+        on_gpu: whether it takes the time from backward, as a GPU's does here: its kernels are taken to fill the GPU.
+        assumed: whether nobody has measured it.
+        ratio: as measured with a step of one standard deviation; that of ``RATIOS`` by default.
+    """
+
+    encode_gb_per_s: float
+    decode_gb_per_s: float
+    on_gpu: bool
+    assumed: bool
+    ratio: float = RATIOS[1.0]
+
+    def profile(self, step: float) -> CodecProfile:
+        """For a grid of so many standard deviations a step, as the cost model wants it."""
+        ratio = max(1.0, self.ratio * RATIOS[step] / RATIOS[1.0])
+        return CodecProfile(self.encode_gb_per_s, self.decode_gb_per_s, ratio)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where gradients are exchanged."""
+
+    cluster: Cluster
+    codec: Codec
+    memory_gb_per_s: float
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to exchange gradients.
+
+    Args:
+        name: as in ``--methods``.
+        compresses: whether it is qcomm or another lossy codec: what a verdict is about.
+        chains: of a bucket in a setting.
+    """
+
+    name: str
+    compresses: bool
+    chains: Callable[[Sequence[ParameterTensor], Setting], list[Chain]]
+
+
+def _elements(bucket: Sequence[ParameterTensor]) -> int:
+    return sum(tensor.elements for tensor in bucket)
+
+
+def _fp32(bucket: Sequence[ParameterTensor], setting: Setting) -> list[Chain]:
+    return [(Work("link", all_reduce(setting.cluster, VALUE_BYTES * _elements(bucket)), "all-reduce"),)]
+
+
+def _half(bucket: Sequence[ParameterTensor], setting: Setting) -> list[Chain]:
+    elements = _elements(bucket)
+    cast = elements * (VALUE_BYTES + 2) / (1e9 * setting.memory_gb_per_s)
+    send = Work("link", all_reduce(setting.cluster, 2 * elements), "all-reduce")
+    return [(Work("codec", cast, "cast"), send, Work("codec", cast, "cast back"))]
+
+
+def _powersgd(rank: int) -> Callable[[Sequence[ParameterTensor], Setting], list[Chain]]:
+    def chains(bucket: Sequence[ParameterTensor], setting: Setting) -> list[Chain]:
+        left = right = matrices = whole = compressed = 0
+        for tensor in bucket:
+            rows = tensor.shape[0] if tensor.shape else 1
+            columns = tensor.elements // max(rows, 1)
+            if len(tensor.shape) > 1 and (rows + columns) * rank * POWERSGD_LEAST_RATIO < tensor.elements:
+                left, right, matrices = left + rows * rank, right + columns * rank, matrices + 1
+                compressed += tensor.elements
+            else:
+                whole += tensor.elements
+        launches = matrices * (POWERSGD_KERNELS + POWERSGD_KERNELS_PER_RANK * rank) * KERNEL_SECONDS
+        passes = POWERSGD_PASSES * VALUE_BYTES * compressed / (1e9 * setting.memory_gb_per_s)
+        third = (launches + passes) / 3
+        return [
+            (
+                Work("codec", third, "first factor"),
+                Work("link", all_reduce(setting.cluster, VALUE_BYTES * (whole + left)), "all-reduce"),
+                Work("codec", third, "second factor"),
+                Work("link", all_reduce(setting.cluster, VALUE_BYTES * right), "all-reduce"),
+                Work("codec", third, "product"),
+            )
+        ]
+
+    return chains
+
+
+def _qcomm(step: float) -> Callable[[Sequence[ParameterTensor], Setting], list[Chain]]:
+    def chains(bucket: Sequence[ParameterTensor], setting: Setting) -> list[Chain]:
+        cluster = setting.cluster
+        if cluster.nodes == 1:  # nothing crosses a network
+            return _fp32(bucket, setting)
+        elements = _elements(bucket)
+        raw = sum(tensor.elements for tensor in bucket if tensor.elements < MIN_ELEMENTS)
+        # A node's GPUs all send at once.
+        link = LinkProfile(cluster.between.gb_per_s / cluster.local, cluster.between.latency_us)
+        profile = Profile(link, setting.codec.profile(step), cluster.inside)
+        exchange = Exchange(elements, cluster.gpus, VALUE_BYTES, cluster.local, raw)
+        flat = collective_seconds("two_phase", exchange, profile)
+        if cluster.local > 1 and collective_seconds("hierarchical", exchange, profile) < flat:
+            return [_hierarchical(exchange, profile)]
+        return _slices(two_phase_steps(exchange, profile))
+
+    return chains
+
+
+def _slices(steps: TwoPhase) -> list[Chain]:
+    chain = (
+        Work("codec", steps.encode, "encode"),
+        Work("link", steps.exchange, "packets"),
+        Work("wait", steps.latency, "latency"),
+        Work("codec", steps.reduce, "reduce"),
+        Work("link", steps.exchange, "means"),
+        Work("wait", steps.latency, "latency"),
+        Work("codec", steps.decode, "decode"),
+    )
+    return [chain] * steps.slices
+
+
+def _hierarchical(exchange: Exchange, profile: Profile) -> Chain:
+    """In one piece, as the library does it: each GPU codes its share of the node's sum, its own chunk included."""
+    inner, world = exchange.ranks_per_node, exchange.world_size
+    between, inside = bytes_sent("hierarchical", exchange, profile.codec.ratio)
+    encode, decode = 1e-9 / profile.codec.encode_gb_per_s, 1e-9 / profile.codec.decode_gb_per_s
+    near, share = profile.inside or profile.link, exchange.value_bytes / inner
+    steps = TwoPhase(
+        slices=1,
+        latency=1e-6 * profile.link.latency_us * (world // inner),
+        encode=encode * share,
+        exchange=between / 2 / (1e9 * profile.link.gb_per_s),
+        reduce=decode * share + encode * exchange.value_bytes / world,
+        decode=decode * share,
+    )
+    step = inside / 2 / (1e9 * near.gb_per_s) + 1e-6 * near.latency_us * inner
+    return (Work("link", step, "reduce-scatter"), *_slices(steps)[0], Work("link", step, "all-gather"))
+
+
+def method_named(name: str) -> Method:
+    """A method by the name that ``--methods`` has for it.
+
+    Args:
+        name: "fp32", "fp16", "bf16", "powersgd-R" with a rank R, "qcomm-K" with K 1 or 2 (standard deviations a step).
+
+    Raises:
+        PlanError: there is no such method.
+
+    Example:
+        >>> method_named("qcomm-1").compresses, method_named("bf16").compresses
+        (True, False)
+    """
+    if name == "fp32":
+        return Method(name, False, _fp32)
+    if name in ("fp16", "bf16"):
+        return Method(name, False, _half)
+    kind, _, number = name.partition("-")
+    if kind == "powersgd" and number.isdecimal() and 1 <= int(number) <= MOST_RANK:
+        return Method(name, True, _powersgd(int(number)))
+    if kind == "qcomm" and number in {f"{step:g}" for step in RATIOS}:
+        return Method(name, True, _qcomm(float(number)))
+    raise PlanError(
+        f"method is {name!r}; it must be fp32, fp16, bf16, powersgd-1 to powersgd-{MOST_RANK}, qcomm-1 or qcomm-2"
+    )

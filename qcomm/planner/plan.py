@@ -1,0 +1,260 @@
+"""Predictions with error bars, and what they say: does compression pay here?"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from qcomm.cost_model import LinkProfile
+from qcomm.planner.collectives import Cluster
+from qcomm.planner.compute import ComputeTimes, compute_times
+from qcomm.planner.errors import PlanError
+from qcomm.planner.hardware import FABRICS, INSIDE, Fabric, Gpu
+from qcomm.planner.methods import Codec, Method, Setting
+from qcomm.planner.profiles import ModelProfile
+from qcomm.planner.schedulers import Ddp, Scheduler
+from qcomm.planner.simulator import DRAWS, Job, Step, mean_step, simulate, slowest_factors
+
+__all__ = [
+    "ASSUMED_CODEC",
+    "MOST_GPUS",
+    "Prediction",
+    "Request",
+    "Speedup",
+    "predict",
+    "simulated",
+    "speedup",
+    "trace_step",
+    "variations",
+]
+
+MOST_GPUS = 65_536
+# dietGPU codes at 250 GB/s and more on an A100, entropy coding alone; a tenth of that until somebody has measured it.
+ASSUMED_CODEC = Codec(25.0, 25.0, on_gpu=True, assumed=True)
+JITTER = 0.01
+
+# How far inputs may be off, as factors.
+NETWORK_FACTOR, LATENCY_FACTOR, JITTER_FACTOR = 1.1, 2.0, 2.0
+MEASURED_FACTOR = 1.03  # of a step that was measured where it is planned for
+CODEC_FACTOR, ASSUMED_CODEC_FACTOR = 1.2, 4.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked about: a model on GPUs behind a network.
+
+    Args:
+        model: profile.
+        batch: samples a GPU and step.
+        gpus, gpus_per_node: of the cluster, at most ``MOST_GPUS``.
+        network_gb_per_s: nominal rate of a node, 10^9 bytes a second each way.
+        gpu: preset; None with a measured profile or rate.
+        precision: "fp32" or "amp", of computing; gradients are fp32 unless a method says otherwise.
+        fabric: what the network makes of its rate.
+        efficiency: instead of the fabric's.
+        inside: links of a node; the GPU's usual ones by default.
+        scheduler: DDP's buckets or Horovod's cycles.
+        codec: of qcomm.
+        jitter: standard deviation of a rank's computing time, as a fraction.
+        samples_per_second: of one GPU that is alone, if measured.
+
+    Raises:
+        PlanError: naming what cannot be, and what could.
+
+    Example:
+        >>> from qcomm.planner.hardware import GPUS
+        >>> from qcomm.planner.methods import method_named
+        >>> from qcomm.planner.models import built_in
+        >>> request = Request(built_in("resnet50"), 32, 64, 4, network_gb_per_s=1.25, gpu=GPUS["v100"])
+        >>> speedup(request, method_named("qcomm-1"), method_named("bf16")).factor > 1.2
+        True
+    """
+
+    model: ModelProfile
+    batch: int
+    gpus: int
+    gpus_per_node: int
+    network_gb_per_s: float
+    gpu: Gpu | None = None
+    precision: str = "fp32"
+    fabric: Fabric = FABRICS["rdma"]
+    efficiency: float | None = None
+    inside: LinkProfile | None = None
+    scheduler: Scheduler = field(default_factory=Ddp)
+    codec: Codec = ASSUMED_CODEC
+    jitter: float = JITTER
+    samples_per_second: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.gpus <= MOST_GPUS:
+            raise PlanError(f"gpus is {self.gpus}; it must be in 1..{MOST_GPUS}")
+        if not (math.isfinite(self.network_gb_per_s) and self.network_gb_per_s > 0):
+            raise PlanError(
+                f"network_gb_per_s is {self.network_gb_per_s}; it must be positive, such as 12.5 for 100 Gb/s"
+            )
+        if self.efficiency is not None and not 0 < self.efficiency <= 1:
+            raise PlanError(f"efficiency is {self.efficiency}; it must be above 0 and at most 1, the share of the rate")
+
+    @property
+    def cluster(self) -> Cluster:
+        """With the links that gradients see."""
+        inside = self.inside or INSIDE["pcie" if self.gpu is None else self.gpu.inside]
+        nodes = max(1, self.gpus // max(1, self.gpus_per_node))
+        between = self.fabric.link(self.network_gb_per_s, nodes, self.efficiency)
+        return Cluster(self.gpus, self.gpus_per_node, between, inside)
+
+    @property
+    def times(self) -> ComputeTimes:
+        """Of one GPU."""
+        return compute_times(self.model, self.batch, self.gpu, self.precision, self.samples_per_second)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A method's step; seconds are means over the slowest rank's luck.
+
+    Args:
+        method: its name.
+        gpus: how many.
+        seconds, low, high: of a step, and between which it is likely.
+        samples_per_second: of all GPUs.
+        efficiency, efficiency_low, efficiency_high: against as many GPUs that wait for nobody.
+        exposed: seconds after backward until the last gradient is there.
+        overlap: share of the link's time that backward hides.
+        link, codec: seconds in which they are busy.
+    """
+
+    method: str
+    gpus: int
+    seconds: float
+    low: float
+    high: float
+    samples_per_second: float
+    efficiency: float
+    efficiency_low: float
+    efficiency_high: float
+    exposed: float
+    overlap: float
+    link: float
+    codec: float
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """How many times faster a method is than another, and between which bounds that likely is."""
+
+    factor: float
+    low: float
+    high: float
+
+
+def jobs(request: Request, method: Method) -> list[Job]:
+    """A step's buckets and their work."""
+    memory = 900.0 if request.gpu is None else request.gpu.memory_gb_per_s  # a V100's
+    setting = Setting(request.cluster, request.codec, memory)
+    found = []
+    for bucket in request.scheduler.buckets(request.model, request.times, request.gpus):
+        chains = method.chains(bucket.tensors, setting) if request.gpus > 1 else []
+        found.append(Job(bucket.ready, bucket.delay if request.gpus > 1 else 0.0, chains))
+    return found
+
+
+def simulated(request: Request, method: Method, draws: int = DRAWS) -> Step:
+    """The mean step over ``draws`` quantiles of the slowest rank's luck."""
+    work, share = jobs(request, method), _codec_share(request, method)
+    factors = slowest_factors(request.gpus, request.jitter, draws)
+    return mean_step([simulate(request.times, work, factor=factor, codec_share=share) for factor in factors])
+
+
+def trace_step(request: Request, method: Method) -> Step:
+    """One step of the rank with median luck among the slowest, with its spans."""
+    factor = slowest_factors(request.gpus, request.jitter, draws=1)[0]
+    return simulate(request.times, jobs(request, method), factor=factor, codec_share=_codec_share(request, method))
+
+
+def _codec_share(request: Request, method: Method) -> float:
+    """PowerSGD and casts run on the GPU wherever qcomm's codec does."""
+    return 0.0 if method.name.startswith("qcomm") and not request.codec.on_gpu else 1.0
+
+
+def _scaled_network(request: Request, rate: float, latency: float) -> Request:
+    fabric = replace(
+        request.fabric,
+        most_gb_per_s=request.fabric.most_gb_per_s * rate,
+        latency_us=request.fabric.latency_us * latency,
+    )
+    return replace(request, network_gb_per_s=request.network_gb_per_s * rate, fabric=fabric)
+
+
+def _scaled_compute(request: Request, factor: float) -> Request:
+    return replace(request, samples_per_second=factor * request.batch / request.times.step)
+
+
+def _scaled_codec(request: Request, factor: float) -> Request:
+    codec = request.codec
+    return replace(
+        request,
+        codec=replace(
+            codec, encode_gb_per_s=factor * codec.encode_gb_per_s, decode_gb_per_s=factor * codec.decode_gb_per_s
+        ),
+    )
+
+
+def variations(request: Request) -> Iterator[tuple[str, Request]]:
+    """The request with one input at a time off by what it may be off, to both sides."""
+    measured = request.samples_per_second is not None or request.model.measured_batch > 0
+    compute = MEASURED_FACTOR if measured or request.gpu is None else 1 + request.gpu.uncertainty
+    codec = ASSUMED_CODEC_FACTOR if request.codec.assumed else CODEC_FACTOR
+    changes: tuple[tuple[str, float, Callable[[Request, float], Request]], ...] = (
+        ("compute", compute, _scaled_compute),
+        ("network", NETWORK_FACTOR, lambda r, f: _scaled_network(r, f, 1.0)),
+        ("latency", LATENCY_FACTOR, lambda r, f: _scaled_network(r, 1.0, f)),
+        ("straggler", JITTER_FACTOR, lambda r, f: replace(r, jitter=min(0.5, r.jitter * f))),
+        ("codec", codec, _scaled_codec),
+    )
+    for name, factor, change in changes:
+        yield name, change(request, factor)
+        yield name, change(request, 1 / factor)
+
+
+def _bounds(value: float, others: Sequence[float]) -> tuple[float, float]:
+    """Deviations of independent inputs add up as squares; of the two of an input each counts on its own side."""
+    below = math.sqrt(sum(min(0.0, other - value) ** 2 for other in others))
+    above = math.sqrt(sum(max(0.0, other - value) ** 2 for other in others))
+    return max(0.0, value - below), value + above
+
+
+def predict(request: Request, method: Method) -> Prediction:
+    """A method's step, with error bars from what its inputs may be off by."""
+    step = simulated(request, method)
+    alone = request.times.step
+    others = [(other.times.step, simulated(other, method, draws=1).seconds) for _, other in variations(request)]
+    low, high = _bounds(step.seconds, [seconds for _, seconds in others])
+    efficiency = alone / step.seconds
+    worst, best = _bounds(efficiency, [single / seconds for single, seconds in others])
+    samples = request.batch * request.gpus
+    return Prediction(
+        method.name,
+        request.gpus,
+        step.seconds,
+        low,
+        high,
+        samples / step.seconds,
+        efficiency,
+        worst,
+        min(best, 1.0),
+        step.exposed,
+        step.overlap,
+        step.link,
+        step.codec,
+    )
+
+
+def speedup(request: Request, method: Method, base: Method, bars: bool = True) -> Speedup:
+    """How many times faster ``method`` is than ``base``; both are subject to the same errors of the inputs."""
+
+    def factor(at: Request) -> float:
+        return simulated(at, base, draws=1).seconds / simulated(at, method, draws=1).seconds
+
+    value = factor(request)
+    low, high = _bounds(value, [factor(other) for _, other in variations(request)]) if bars else (value, value)
+    return Speedup(value, low, high)

@@ -1,0 +1,70 @@
+"""The planner's figures, by matplotlib."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from qcomm.planner.advice import bandwidth_text
+from qcomm.planner.plan import Prediction
+from qcomm.planner.sweeps import HeatMap
+
+__all__ = ["plot_efficiency", "plot_heat_map"]
+
+DPI = 130
+LEAST_FACTOR, MOST_FACTOR = 0.5, 4.0  # where the map's colours end
+
+
+def plot_efficiency(rows: Sequence[Sequence[Prediction]], title: str, path: Path) -> None:
+    """Scaling efficiency of each method over the number of GPUs, and between which bounds it likely is.
+
+    Args:
+        rows: one for each number of GPUs, all of the same methods.
+        title: above the axes.
+        path: of the PNG.
+    """
+    figure = Figure(figsize=(8, 5), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    gpus = [row[0].gpus for row in rows]
+    for number, first in enumerate(rows[0]):
+        points = [row[number] for row in rows]
+        (line,) = axes.plot(gpus, [100 * p.efficiency for p in points], marker="o", markersize=4, label=first.method)
+        bounds = [100 * p.efficiency_low for p in points], [100 * p.efficiency_high for p in points]
+        axes.fill_between(gpus, *bounds, color=line.get_color(), alpha=0.12, linewidth=0)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(gpus, [str(count) for count in gpus])
+    axes.minorticks_off()
+    axes.set_ylim(0, 105)
+    axes.set_xlabel("GPUs")
+    axes.set_ylabel("scaling efficiency, %")
+    axes.set_title(title, fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower left", fontsize=9)
+    figure.savefig(path)
+
+
+def plot_heat_map(heat: HeatMap, title: str, path: Path) -> None:
+    """How many times faster a method is than another, over bandwidth and number of GPUs.
+
+    Args:
+        heat: the factors.
+        title: above the axes.
+        path: of the PNG.
+    """
+    figure = Figure(figsize=(8, 5.5), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    norm = TwoSlopeNorm(1.0, LEAST_FACTOR, MOST_FACTOR)
+    image = axes.imshow(heat.factors, cmap="RdBu", norm=norm, aspect="auto", origin="lower")
+    for i, row in enumerate(heat.factors):
+        for j, factor in enumerate(row):
+            dark = factor > 0.75 * MOST_FACTOR or factor < (1 + LEAST_FACTOR) / 2
+            axes.text(j, i, f"{factor:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    axes.set_xticks(range(len(heat.gpus)), [str(count) for count in heat.gpus])
+    axes.set_yticks(range(len(heat.bandwidths)), [bandwidth_text(rate) for rate in heat.bandwidths])
+    axes.set_xlabel("GPUs")
+    axes.set_ylabel("network, each node")
+    axes.set_title(title, fontsize=10)
+    bar = figure.colorbar(image, extend="both", ticks=[LEAST_FACTOR, 0.75, 1, 2, 3, MOST_FACTOR])
+    bar.set_label(f"speed of {heat.method} over {heat.base}")
+    figure.savefig(path)

@@ -1,0 +1,225 @@
+"""One training step as a discrete-event simulation.
+
+Three things go on at once: backward, the codec, and the link. Backward makes gradients; a full bucket's chains of work
+queue for codec and link, which each do one thing at a time, first come, first served::
+
+    backward  ████████████████░░████████████░░██████████        slower while others use the GPU
+    codec             ▒▒      ▒▒  ▒▒      ▒▒         ▒▒
+    link                ▓▓▓▓▓▓▓▓▓▓  ▓▓▓▓▓▓▓▓  ▓▓▓▓▓▓▓▓▓▓▓▓
+                                                    |----|      exposed
+
+Ranks are alike but for chance. A collective waits for the slowest, so the step is that of the slowest of N ranks, whose
+computing time is the largest of N draws from a normal distribution; the mean over its quantiles is reported.
+"""
+
+import heapq
+import itertools
+import json
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist, fmean
+from typing import NamedTuple
+
+from qcomm.planner.compute import ComputeTimes
+from qcomm.planner.errors import PlanError
+from qcomm.planner.methods import Chain, Work
+
+__all__ = ["Job", "Span", "Step", "chrome_trace", "mean_step", "simulate", "slowest_factors"]
+
+# NCCL's kernels hold about a tenth of the GPU's processors while they run.
+LINK_SHARE = 0.1
+# Quantiles of the slowest rank's luck that are simulated.
+DRAWS = 5
+
+
+class Job(NamedTuple):
+    """A bucket's work: its chains may begin after ``ready`` seconds of backward and ``delay`` more."""
+
+    ready: float
+    delay: float
+    chains: Sequence[Chain]
+
+
+class Span(NamedTuple):
+    """Something that went on, for a trace; seconds from the beginning of the step."""
+
+    lane: str
+    label: str
+    begin: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step took, in seconds.
+
+    Args:
+        seconds: all of it.
+        exposed: of it, after backward until the last gradient is there.
+        link: in which the link was busy.
+        link_after: of that, after backward.
+        codec: in which the codec was busy.
+        spans: what went on; empty in a mean.
+    """
+
+    seconds: float
+    exposed: float
+    link: float
+    link_after: float
+    codec: float
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def overlap(self) -> float:
+        """Share of the link's time that backward hides, 1 where there is none."""
+        return max(0.0, 1 - self.link_after / self.link) if self.link > 0 else 1.0
+
+
+def simulate(
+    times: ComputeTimes,
+    jobs: Sequence[Job],
+    *,
+    factor: float = 1.0,
+    codec_share: float = 1.0,
+    link_share: float = LINK_SHARE,
+) -> Step:
+    """One step of a rank whose computing takes ``factor`` times as long.
+
+    Args:
+        times: of computing.
+        jobs: in the order in which they become ready.
+        factor: of the slowest rank.
+        codec_share: of the GPU, which a busy codec takes from backward; 0 for one that runs elsewhere.
+        link_share: likewise, of a busy link.
+
+    Example:
+        >>> times = ComputeTimes(forward=1.0, ready=(1.0, 2.0))
+        >>> send = (Work("link", 1.5, "all-reduce"),)
+        >>> simulate(times, [Job(1.0, 0.0, [send]), Job(2.0, 0.0, [send])], link_share=0.0).seconds
+        5.0
+    """
+    run = _Run(times.forward * factor, times.backward * factor, codec_share, link_share)
+    return run.all([Job(job.ready * factor, job.delay, job.chains) for job in jobs])
+
+
+class _Run:
+    """The state of a simulated step."""
+
+    def __init__(self, forward: float, backward: float, codec_share: float, link_share: float) -> None:
+        self.forward, self.backward = forward, backward
+        self.shares = {"codec": codec_share, "link": link_share}
+        self.now, self.progress, self.backward_end = forward, 0.0, math.inf
+        self.queues: dict[str, deque[tuple[Chain, int]]] = {"codec": deque(), "link": deque()}
+        self.working = {"codec": False, "link": False}
+        self.busy = {"codec": 0.0, "link": 0.0}
+        self.events: list[tuple[float, int, Chain, int]] = []
+        self.order = itertools.count()
+        self.spans = [Span("backward", "forward", 0.0, forward)]
+
+    def all(self, jobs: Sequence[Job]) -> Step:
+        coming = deque(jobs)
+        while True:
+            rate = max(0.0, 1 - sum(self.shares[name] for name, working in self.working.items() if working))
+            # Jobs that wait for the end of backward may be a rounding error behind it.
+            goal = min(coming[0].ready, self.backward) if coming else self.backward
+            left = max(0.0, goal - self.progress)
+            ready = self.now + left / rate if rate > 0 else (self.now if left == 0 else math.inf)
+            if self.backward_end < math.inf and not coming:
+                ready = math.inf
+            event = self.events[0][0] if self.events else math.inf
+            if ready == event == math.inf:
+                break
+            if ready <= event:
+                self.now, self.progress = ready, goal
+                if self.progress >= self.backward and self.backward_end == math.inf:
+                    self.backward_end = self.now
+                if coming and self.progress >= min(coming[0].ready, self.backward):
+                    job = coming.popleft()
+                    for chain in job.chains:
+                        delay = (Work("wait", job.delay, "agree"), *chain) if job.delay > 0 else chain
+                        self.begin(delay, 0)
+            else:
+                self.progress += rate * (event - self.now)
+                self.now, _, chain, at = heapq.heappop(self.events)
+                if chain[at].resource in self.working:
+                    self.working[chain[at].resource] = False
+                    self.serve(chain[at].resource)
+                self.begin(chain, at + 1)
+        self.spans.append(Span("backward", "backward", self.forward, self.backward_end))
+        end, waited = max(self.now, self.backward_end), self.backward_end
+        after = sum(
+            span.end - max(span.begin, waited) for span in self.spans if span.lane == "link" and span.end > waited
+        )
+        return Step(end, end - waited, self.busy["link"], after, self.busy["codec"], tuple(self.spans))
+
+    def begin(self, chain: Chain, at: int) -> None:
+        """Queues a step of a chain, if there is one."""
+        if at == len(chain):
+            return
+        if chain[at].resource == "wait":
+            heapq.heappush(self.events, (self.now + chain[at].seconds, next(self.order), chain, at))
+            return
+        self.queues[chain[at].resource].append((chain, at))
+        self.serve(chain[at].resource)
+
+    def serve(self, resource: str) -> None:
+        """Starts the next step in a queue, if nothing is under way."""
+        if self.working[resource] or not self.queues[resource]:
+            return
+        chain, at = self.queues[resource].popleft()
+        self.working[resource] = True
+        self.busy[resource] += chain[at].seconds
+        end = self.now + chain[at].seconds
+        self.spans.append(Span(resource, chain[at].label, self.now, end))
+        heapq.heappush(self.events, (end, next(self.order), chain, at))
+
+
+def slowest_factors(ranks: int, jitter: float, draws: int = DRAWS) -> list[float]:
+    """Equally likely values of the slowest rank's computing time, as a factor of the mean rank's.
+
+    Args:
+        ranks: how many draws the largest is of.
+        jitter: standard deviation of a rank's time, as a fraction of it.
+        draws: how many values.
+
+    Raises:
+        PlanError: the jitter is not in [0, 0.5].
+
+    Example:
+        >>> [round(factor, 3) for factor in slowest_factors(1024, 0.01, draws=3)]
+        [1.029, 1.032, 1.036]
+    """
+    if not 0 <= jitter <= 0.5:
+        raise PlanError(f"straggler is {jitter}; it must be in 0..0.5, such as 0.01 for a deviation of 1 %")
+    if jitter == 0:
+        return [1.0]
+    normal = NormalDist()
+    # The largest of N is below x with the N-th power of one's probability.
+    return [max(0.1, 1 + jitter * normal.inv_cdf(((i + 0.5) / draws) ** (1 / ranks))) for i in range(draws)]
+
+
+def mean_step(steps: Sequence[Step]) -> Step:
+    """The mean of several, without spans."""
+    return Step(
+        seconds=fmean(step.seconds for step in steps),
+        exposed=fmean(step.exposed for step in steps),
+        link=fmean(step.link for step in steps),
+        link_after=fmean(step.link_after for step in steps),
+        codec=fmean(step.codec for step in steps),
+    )
+
+
+def chrome_trace(step: Step) -> str:
+    """The spans of a step as JSON for chrome://tracing or Perfetto: one process, a thread a lane, microseconds."""
+    lanes = {lane: number for number, lane in enumerate(("backward", "codec", "link"))}
+    events: list[dict[str, object]] = [
+        {"ph": "M", "pid": 0, "tid": number, "name": "thread_name", "args": {"name": lane}}
+        for lane, number in lanes.items()
+    ]
+    for lane, label, begin, end in sorted(step.spans, key=lambda span: span.begin):
+        events.append(
+            {"ph": "X", "pid": 0, "tid": lanes[lane], "name": label, "ts": 1e6 * begin, "dur": 1e6 * (end - begin)}
+        )
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
