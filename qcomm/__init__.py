@@ -8,6 +8,7 @@ from qcomm.entropy import estimate_entropy
 from qcomm.errors import CollectiveError, ConfigMismatchError, PacketError
 from qcomm.grids import RangeGrid, SigmaGrid
 from qcomm.launchers import init_from_environment
+from qcomm.mpi_group import MpiGroup
 
 __version__ = "0.1.0"
 
@@ -15,6 +16,7 @@ __all__ = [
     "CollectiveError",
     "CompressionState",
     "ConfigMismatchError",
+    "MpiGroup",
     "PacketError",
     "PacketInfo",
     "RangeGrid",

@@ -3,11 +3,10 @@
 from datetime import timedelta
 
 import torch
-import torch.distributed as dist
 
 from qcomm._native import check_floats, check_num_threads
 from qcomm.agreement import Fault, Fields, Phase
-from qcomm.communicator import Ticket, completed, get_communicator, resolve_group
+from qcomm.communicator import Group, Ticket, completed, get_communicator, get_world_size, resolve_group
 from qcomm.grids import Grid, RangeGrid, SigmaGrid
 from qcomm.hierarchical import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.layout import BucketLayout, TensorSpec
@@ -66,7 +65,7 @@ class AllReduceWork:
 def all_reduce(
     tensor: torch.Tensor,
     grid: Grid = SigmaGrid(step=1.0),
-    group: dist.ProcessGroup | None = None,
+    group: Group | None = None,
     async_op: bool = False,
     min_elements: int = 1024,
     strategy: str = "auto",
@@ -86,8 +85,8 @@ def all_reduce(
             only its own element).
         grid: how finely values are quantized: each rank's to its own RMS or range, then the mean once more, with
             ``step`` at most 1.
-        group: by default the default group. Its backend does not matter: the traffic has gloo connections of its own,
-            with the group's timeout.
+        group: by default the default process group. Its backend does not matter: the traffic has gloo connections of
+            its own, with the group's timeout. A :class:`qcomm.MpiGroup` has it travel over MPI.
         async_op: return at once; the tensor must be left alone until ``wait()`` of the handle has returned.
         min_elements: smaller tensors travel as they are.
         strategy: ``"two_phase"`` compresses, also the mean; ``"all_gather"`` compresses values alone, for few ranks or
@@ -119,7 +118,7 @@ def all_reduce(
         >>> dist.destroy_process_group()
     """
     group = resolve_group(group)
-    world_size = dist.get_world_size(group)
+    world_size = get_world_size(group)
     fault, node_size = None, 1
     try:
         _check_arguments(tensor, grid, min_elements, strategy)
@@ -172,7 +171,7 @@ def all_reduce(
     return None
 
 
-def _submit(group: dist.ProcessGroup, task: MeanTask, tensor: torch.Tensor | None) -> Ticket[torch.Tensor]:
+def _submit(group: Group, task: MeanTask, tensor: torch.Tensor | None) -> Ticket[torch.Tensor]:
     communicator = get_communicator(group)
 
     def job() -> torch.Tensor:

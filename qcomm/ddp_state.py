@@ -11,7 +11,15 @@ import torch.distributed as dist
 from qcomm._native import check_num_threads
 from qcomm.agreement import Fault, Fields, Phase
 from qcomm.collectives import check_grid, check_min_elements, check_strategy
-from qcomm.communicator import Communicator, completed, failed, get_communicator, resolve_group
+from qcomm.communicator import (
+    Communicator,
+    Group,
+    completed,
+    failed,
+    get_communicator,
+    get_world_size,
+    resolve_group,
+)
 from qcomm.ddp_buckets import BucketTable
 from qcomm.ddp_checks import check_grad_scale, check_scale
 from qcomm.error_feedback import ErrorFeedback
@@ -40,6 +48,7 @@ class CompressionState:
 
     Args:
         process_group: the group to average over; by default the model's with :func:`attach`, otherwise the default one.
+            A :class:`qcomm.MpiGroup` has the gradients travel over MPI.
         grid: how finely gradients are quantized, ``SigmaGrid`` or ``RangeGrid``. Means are quantized once more, with
             ``step`` at most 1.
         error_feedback: keep what quantization lost and add it to the next gradient: 4 bytes a parameter, and 4 / W for
@@ -73,7 +82,7 @@ class CompressionState:
 
     def __init__(
         self,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group | None = None,
         grid: Grid = SigmaGrid(step=1.0),
         error_feedback: bool = True,
         min_elements: int = 1024,
@@ -99,7 +108,7 @@ class CompressionState:
             raise TypeError(f"exclude must be a sequence of patterns, such as ['*.bias'], got {exclude!r}")
         check_grad_scale(grad_scale)
         self.given_group = process_group
-        self._model_group: dist.ProcessGroup | None = None
+        self._model_group: Group | None = None
         self.grid = grid
         self.warmup_steps = warmup_steps
         self.grad_scale = grad_scale
@@ -128,7 +137,7 @@ class CompressionState:
         self._error: Exception | None = None
 
     @property
-    def process_group(self) -> dist.ProcessGroup | None:
+    def process_group(self) -> Group | None:
         """The group that was given, otherwise the model's; None before :func:`attach`: the default one."""
         return self.given_group or self._model_group
 
@@ -226,7 +235,7 @@ class CompressionState:
         kept = self.grad_scale if fixed else _forgotten_scale
         return {**self.__dict__, "grad_scale": kept, "given_group": None, "_model_group": None, "_error": None}
 
-    def bind(self, model: torch.nn.Module, process_group: dist.ProcessGroup) -> None:
+    def bind(self, model: torch.nn.Module, process_group: Group) -> None:
         """Learns the names of a model's parameters and its process group.
 
         Raises:
@@ -241,7 +250,7 @@ class CompressionState:
         buffer = bucket.buffer()
         try:
             group = resolve_group(self.process_group)
-            world_size = dist.get_world_size(group)
+            world_size = get_world_size(group)
             alone = world_size == 1 and self.strategy == "auto"
             communicator = None if alone else get_communicator(group)
         except (RuntimeError, ValueError) as error:
