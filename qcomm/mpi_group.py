@@ -18,8 +18,8 @@ class MpiGroup:
 
     A collective: every rank of the communicator makes one, at the same point of the program, as with
     ``torch.distributed.new_group``. ``torch.distributed`` is not needed for ``qcomm.all_reduce``; DDP itself still
-    needs its process group, of as many ranks in the same order. Results are the same bits as over gloo. Tensors are on the
-    CPU; a CUDA-aware MPI is of no use, because there are no collectives on CUDA tensors yet.
+    needs its process group, of as many ranks in the same order. Results are the same bits as over gloo. Tensors are on
+    the CPU; a CUDA-aware MPI is of no use, because there are no collectives on CUDA tensors yet.
 
     MPI has to be initialised for several threads, as mpi4py does unless told otherwise, because a thread of qcomm's own
     sends and receives. The communicator is duplicated, so that messages never meet those of the program. Do not fork
@@ -98,7 +98,8 @@ class MpiGroup:
     def close(self) -> None:
         """Ends the group after the collectives under way and frees its communicator.
 
-        Every rank should; the second time nothing happens. It also happens when the object is deleted, and at the end of the process, before MPI is finalized.
+        Every rank should; the second time nothing happens. It also happens when the object is deleted, and at the end
+        of the process, before MPI is finalized.
         """
         self._is_closed = True
         for closer in self._closers:

@@ -63,7 +63,7 @@ def case_faults(rank, world_size):
     for name, phase in (
         ("begin", "compressing its values"),
         ("encode", "compressing its values"),
-        ("measure", "compressing its values"),
+        ("choose", "compressing its values"),
         ("reduce", "averaging its chunk"),
     ):
         with failing(name) if rank == 1 else nullcontext():
