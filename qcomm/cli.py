@@ -1,4 +1,4 @@
-"""The command line: ``qcomm train`` and ``qcomm inspect``. It is entered by way of ``qcomm.__main__``."""
+"""The command line: ``qcomm train``, ``bench`` and ``inspect``. It is entered by way of ``qcomm.__main__``."""
 
 import dataclasses
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 import typer
 
 import qcomm
+from qcomm.bench_cli import bench
 from qcomm.recipes.compare import comparison_configs, run_all
 from qcomm.recipes.config import AMP_MODES, GRIDS, METHODS, TrainConfig
 from qcomm.recipes.datasets import DATASET_NAMES
@@ -77,6 +78,9 @@ def _root(
     ] = False,
 ) -> None:
     """Options of qcomm itself; they act in their callbacks."""
+
+
+app.command(help=bench.__doc__)(bench)
 
 
 @app.command(help=_TRAIN_HELP)

@@ -1,15 +1,18 @@
 """``all_reduce``: the mean of a tensor over all ranks, with compressed traffic."""
 
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
 from qcomm._native import check_floats, check_num_threads
 from qcomm.agreement import Fault, Fields, Phase
 from qcomm.communicator import Group, Ticket, completed, get_communicator, get_world_size, resolve_group
+from qcomm.cost_model import Profile
 from qcomm.grids import Grid, RangeGrid, SigmaGrid
 from qcomm.hierarchical import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.layout import BucketLayout, TensorSpec
+from qcomm.machine import describe, resolve_profile
 from qcomm.mean import MeanTask
 from qcomm.strategies import STRATEGIES, average
 from qcomm.telemetry import Telemetry
@@ -71,6 +74,7 @@ def all_reduce(
     strategy: str = "auto",
     ranks_per_node: int | None = None,
     num_threads: int = 1,
+    profile: Profile | Path | str | None = None,
 ) -> AllReduceWork | None:
     """Replaces a tensor by its mean over all ranks, exchanging compressed values. All ranks end with the same bits.
 
@@ -98,12 +102,15 @@ def all_reduce(
             any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
             set.
         num_threads: most that encode and decode at once on this rank; other ranks may pass another number.
+        profile: for ``"auto"``: the machine as ``qcomm bench --save-profile`` measured it, or that file, which is read
+            at each call. Only what may be fast there is tried, and the plain all-reduce. Equal on all ranks.
 
     Returns:
         None, or with ``async_op`` a handle.
 
     Raises:
         TypeError, ValueError: naming the argument. The other ranks get a CollectiveError.
+        OSError: the profile cannot be read. Likewise.
         CollectiveError: a rank failed, or does not answer within the group's timeout.
         ConfigMismatchError: arguments differ between ranks.
 
@@ -119,13 +126,14 @@ def all_reduce(
     """
     group = resolve_group(group)
     world_size = get_world_size(group)
-    fault, node_size = None, 1
+    fault, node_size, machine = None, 1, None
     try:
         _check_arguments(tensor, grid, min_elements, strategy)
         check_num_threads(num_threads)
         check_ranks_per_node(ranks_per_node)
         node_size = resolve_ranks_per_node(ranks_per_node, world_size, strategy)
-    except (TypeError, ValueError) as error:
+        machine = resolve_profile(profile, strategy)
+    except (TypeError, ValueError, OSError) as error:
         if world_size == 1:
             raise
         fault = Fault(Phase.PREPARE, error)
@@ -149,6 +157,7 @@ def all_reduce(
                 "min_elements": str(min_elements),
                 "strategy": strategy,
                 "ranks_per_node": str(node_size),
+                "profile": describe(machine),
                 "shape": str(list(tensor.shape)),
                 "dtype": str(tensor.dtype),
             }
@@ -162,6 +171,7 @@ def all_reduce(
             strategy=strategy,
             num_threads=num_threads,
             ranks_per_node=node_size,
+            profile=machine,
         )
         work = AllReduceWork(_submit(group, task, tensor), telemetry)
     if async_op:

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from qcomm.communicator import (
     get_world_size,
     resolve_group,
 )
+from qcomm.cost_model import Profile
 from qcomm.ddp_buckets import BucketTable
 from qcomm.ddp_checks import check_grad_scale, check_scale
 from qcomm.error_feedback import ErrorFeedback
@@ -27,6 +29,7 @@ from qcomm.errors import CollectiveError
 from qcomm.grids import Grid, SigmaGrid
 from qcomm.hierarchical import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.layout import BucketLayout
+from qcomm.machine import describe, resolve_profile
 from qcomm.mean import MeanTask
 from qcomm.strategies import average
 from qcomm.telemetry import Telemetry
@@ -70,9 +73,12 @@ class CompressionState:
             set.
         num_threads: most that encode and decode at once on this rank, beside those of backward. Results do not depend
             on it, and ranks may differ in it.
+        profile: for ``"auto"``: the machine as ``qcomm bench --save-profile`` measured it, or that file. Only what may
+            be fast there is tried, and the plain all-reduce.
 
     Raises:
         TypeError, ValueError: naming the argument.
+        OSError: the profile cannot be read.
 
     Example:
         >>> state = CompressionState(grid=SigmaGrid(step=2.0), exclude=["*.bias"])
@@ -92,6 +98,7 @@ class CompressionState:
         strategy: str = "auto",
         ranks_per_node: int | None = None,
         num_threads: int = 1,
+        profile: Profile | Path | str | None = None,
     ) -> None:
         check_grid(grid)
         check_min_elements(min_elements)
@@ -115,6 +122,7 @@ class CompressionState:
         self.strategy = strategy
         self.num_threads = num_threads
         self.ranks_per_node = ranks_per_node
+        self.profile = resolve_profile(profile, strategy)
         self.telemetry = Telemetry()
         options = {
             "grid": grid.describe(),
@@ -124,6 +132,7 @@ class CompressionState:
             "exclude": str(list(exclude)),
             "strategy": strategy,
             "ranks_per_node": str(ranks_per_node),
+            "profile": describe(self.profile),
         }
         self._table = BucketTable(options, min_elements, exclude)
         self._feedback = ErrorFeedback() if error_feedback else None
@@ -302,6 +311,7 @@ class CompressionState:
             strategy=self.strategy,
             num_threads=self.num_threads,
             ranks_per_node=node_size,
+            profile=self.profile,
         )
 
     def _run(self, task: MeanTask, communicator: Communicator, number: int, ready: float | None) -> torch.Tensor:
