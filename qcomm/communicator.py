@@ -15,7 +15,7 @@ from typing import Generic, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from qcomm.agreement import Fault, Fields, Phase, agree
+from qcomm.agreement import Agreement, Fault, Fields, Phase
 from qcomm.chooser import Chooser
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.gloo_transport import GlooTransport
@@ -174,9 +174,25 @@ class Communicator:
         fault: Fault | None,
         own_time: int,
     ) -> tuple[list[int], Traffic]:
-        """:func:`qcomm.agreement.agree` for this job."""
+        """What :meth:`qcomm.agreement.Agreement.finish` says of this job: sizes to come, bytes of the headers."""
+        return self.finish_agreement(self.begin_agreement(phase, fields, sizes, limits, fault, own_time), phase)
+
+    def begin_agreement(
+        self,
+        phase: Phase,
+        fields: Fields,
+        sizes: Sequence[int],
+        limits: Sequence[int],
+        fault: Fault | None,
+        own_time: int,
+    ) -> Agreement:
+        """Sends this rank's headers; until :meth:`finish_agreement`, which has to follow, the job may compute."""
         self._pending_fault = None
-        incoming, time, traffic = agree(self._transport, self._sequence, phase, fields, sizes, limits, fault, own_time)
+        return Agreement(self._transport, self._sequence, phase, fields, sizes, limits, fault, own_time)
+
+    def finish_agreement(self, agreement: Agreement, phase: Phase) -> tuple[list[int], Traffic]:
+        """The second half of :meth:`agree`."""
+        incoming, time, traffic = agreement.finish()
         if phase == Phase.ENCODE:
             self.agreements += 1
             self.agreed_time = time

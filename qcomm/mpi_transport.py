@@ -99,6 +99,11 @@ class _Message:
 
     def give_up(self) -> None:
         """Stops receiving; what cannot be stopped keeps its memory."""
+        try:
+            if self.is_done():
+                return
+        except RuntimeError:  # it failed, and so it is over
+            return
         if self._receiving:
             self._requests[0].Cancel()
             if poll_until(self._requests[0].Test, GRACE_SECONDS):

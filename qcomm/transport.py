@@ -14,7 +14,7 @@ import torch
 
 from qcomm.errors import CollectiveError
 
-__all__ = ["Traffic", "Transfer", "Transport", "TransportError"]
+__all__ = ["Exchange", "Traffic", "Transfer", "Transport", "TransportError"]
 
 
 class TransportError(CollectiveError):
@@ -26,6 +26,14 @@ class Transfer(NamedTuple):
 
     rank: int
     work: Any  # the transport's own: neither torch's stubs nor mpi4py know a type for both
+
+
+class Exchange(NamedTuple):
+    """Messages of one exchange under way, to be finished by :meth:`Transport.finish_exchange`."""
+
+    incoming: list[torch.Tensor]
+    transfers: list[Transfer]
+    broken: list[tuple[int, RuntimeError]]
 
 
 class Traffic(NamedTuple):
@@ -122,10 +130,26 @@ class Transport(ABC):
         Raises:
             TransportError: naming the ranks that did not answer.
         """
+        return self.finish_exchange(self.start_exchange(outgoing), what)
+
+    def start_exchange(self, outgoing: Sequence[torch.Tensor]) -> Exchange:
+        """Begins :meth:`exchange_small`; this rank may compute before it calls :meth:`finish_exchange`, which it must.
+
+        Raises:
+            TransportError: this rank has closed its connections.
+        """
         incoming = [torch.empty_like(message) for message in outgoing]
         incoming[self.rank] = outgoing[self.rank]
-        self.transfer(incoming, outgoing, self.peers, self.peers, what)
-        return incoming
+        return Exchange(incoming, *self._start_all(incoming, outgoing, self.peers, self.peers))
+
+    def finish_exchange(self, exchange: Exchange, what: str) -> list[torch.Tensor]:
+        """What each rank sent here, own message included.
+
+        Raises:
+            TransportError: naming the ranks that did not answer.
+        """
+        self.finish(exchange.transfers, what, exchange.broken)
+        return exchange.incoming
 
     def exchange_in_rounds(
         self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], what: str
@@ -158,8 +182,19 @@ class Transport(ABC):
         Raises:
             TransportError: naming the ranks that did not answer.
         """
+        started, broken = self._start_all(incoming, outgoing, sources, targets)
+        # No buffer is freed under way.
+        self.finish(started, what, broken)
+
+    def _start_all(
+        self,
+        incoming: Sequence[torch.Tensor],
+        outgoing: Sequence[torch.Tensor],
+        sources: Sequence[int],
+        targets: Sequence[int],
+    ) -> tuple[list[Transfer], list[tuple[int, RuntimeError]]]:
         if not sources and not targets:
-            return
+            return [], []
         if self.is_closed:
             raise self._closed()
         started: list[Transfer] = []
@@ -174,8 +209,7 @@ class Transport(ABC):
                     started.append(start(rank, messages[rank], 0))
                 except RuntimeError as error:
                     broken.append((rank, error))
-        # No buffer is freed under way.
-        self.finish(started, what, broken)
+        return started, broken
 
     def finish(self, transfers: Sequence[Transfer], what: str, broken: Sequence[tuple[int, RuntimeError]] = ()) -> None:
         """Waits for all of ``transfers``, also after a failure of some: what has arrived is told from what is missing.

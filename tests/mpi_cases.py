@@ -209,7 +209,7 @@ def faults():
 
 def silent():
     """A rank that does not come is an error after the timeout, in a collective and in making a group."""
-    group = qcomm.MpiGroup(timeout=timedelta(seconds=2))
+    group = qcomm.MpiGroup(timeout=timedelta(seconds=3))
     check_works(group)
     if RANK == 1:
         gate, encode = threading.Event(), MeanSteps.encode
@@ -226,7 +226,7 @@ def silent():
         assert "no answer from rank(s)" in message, message
     else:
         error = error_of(group)
-        assert isinstance(error, TransportError) and "silent for 2 s" in str(error) and " 1" in str(error), error
+        assert isinstance(error, TransportError) and "silent for 3 s" in str(error) and " 1" in str(error), error
         WORLD.Barrier()
     group.close()
     if RANK != 1:

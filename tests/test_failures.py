@@ -25,7 +25,7 @@ from distributed import (
 
 import qcomm
 from qcomm import communicator as communicators
-from qcomm import mean_steps
+from qcomm import mean_steps, plain
 from qcomm.communicator import get_communicator
 from qcomm.gloo_transport import GlooTransport
 from qcomm.mean_steps import MeanSteps
@@ -195,6 +195,14 @@ def case_unforeseen(rank, world_size):
         all_reduce(torch.zeros(50_000), group=group)
     error = attempt(group=group)
     assert "an earlier collective left this group without connections" in str(error)
+    # What a plain mean computes while its headers travel can no longer be announced.
+    group = dist.new_group()
+    check_works(rank, world_size, group)
+    with (
+        mock.patch.object(plain, "_divide", side_effect=MemoryError("no memory")) if rank == 1 else nullcontext(),
+        pytest.raises(MemoryError if rank == 1 else TransportError),
+    ):
+        all_reduce(torch.zeros(50_000), group=group, strategy="none")
     check_works(rank, world_size)
 
 
