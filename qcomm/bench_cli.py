@@ -1,4 +1,4 @@
-"""``qcomm bench``: measures codec and link, prints a table, and writes the profile that plans and ``auto`` read."""
+"""``qcomm bench``: measures codec and link, prints a table, and writes the profile by which ``auto`` chooses."""
 
 import pickle
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from qcomm.recipes.errors import RecipeError
 from qcomm.recipes.launch import USER_ERROR, launch, launched_world_size
 from qcomm.transport import Transport
 
-__all__ = ["bench"]
+__all__ = ["BENCH_HELP", "bench"]
 
 SYNTHETIC = ("gauss", "laplace")
 GRIDS = ("sigma", "range")
 MIB = 1 << 20
 
-_HELP = """Measure this machine: the codec, and with several ranks the links between them.
+BENCH_HELP = """Measure this machine: the codec, and with several ranks the links between them.
 
 All ranks work at once, as in training. Without a launcher --ranks starts so many processes here; then the link is
 this machine's loopback.
@@ -74,7 +74,7 @@ def bench(
     mpi: Annotated[bool, typer.Option("--mpi", help="Measure the link over MPI; under mpirun.")] = False,
     repeats: Annotated[int, typer.Option(help="Of each measurement; medians count.")] = 20,
     save_profile: Annotated[
-        Path | None, typer.Option(help="Write the profile, for --profile of qcomm plan and profile= of attach.")
+        Path | None, typer.Option(help="Write the profile, which attach and all_reduce read: profile=FILE.")
     ] = None,
 ) -> None:
     """Check what can be checked without ranks, and launch."""
@@ -108,9 +108,6 @@ def bench(
         launch(_run, ranks if launched is not None else size, 1, arguments)
     except RecipeError as error:
         _fail(str(error))
-
-
-bench.__doc__ = _HELP
 
 
 def _start_mpi() -> None:

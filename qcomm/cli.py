@@ -8,7 +8,7 @@ import torch
 import typer
 
 import qcomm
-from qcomm.bench_cli import bench
+from qcomm.bench_cli import BENCH_HELP, bench
 from qcomm.recipes.compare import comparison_configs, run_all
 from qcomm.recipes.config import AMP_MODES, GRIDS, METHODS, TrainConfig
 from qcomm.recipes.datasets import DATASET_NAMES
@@ -80,7 +80,7 @@ def _root(
     """Options of qcomm itself; they act in their callbacks."""
 
 
-app.command(help=bench.__doc__)(bench)
+app.command(help=BENCH_HELP)(bench)
 
 
 @app.command(help=_TRAIN_HELP)
