@@ -10,6 +10,7 @@ from qcomm.entropy import estimate_entropy
 from qcomm.errors import CollectiveError, ConfigMismatchError, PacketError
 from qcomm.grids import RangeGrid, SigmaGrid
 from qcomm.launchers import init_from_environment
+from qcomm.mpi_group import MpiGroup
 from qcomm.storage import load, save
 
 __version__ = "0.1.0"
@@ -20,6 +21,7 @@ __all__ = [
     "CompressionState",
     "ConfigMismatchError",
     "HierarchicalCompressedModelAverager",
+    "MpiGroup",
     "PacketError",
     "PacketInfo",
     "RangeGrid",

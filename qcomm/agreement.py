@@ -17,9 +17,9 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from qcomm.errors import CollectiveError, ConfigMismatchError
-from qcomm.transport import Traffic, Transport, TransportError
+from qcomm.transport import Exchange, Traffic, Transport, TransportError
 
-__all__ = ["Fault", "Fields", "Phase", "agree", "raise_faults"]
+__all__ = ["Agreement", "Fault", "Fields", "Phase", "raise_faults"]
 
 MAGIC = 0x71636F6D6D02  # "qcomm" and the version of this protocol
 HEADER_WORDS = 7
@@ -84,17 +84,10 @@ class Fields:
         return Fields({**self.values, name: value})
 
 
-def agree(
-    transport: Transport,
-    sequence: int,
-    phase: Phase,
-    fields: Fields,
-    sizes: Sequence[int],
-    limits: Sequence[int],
-    fault: Fault | None,
-    own_time: int = 0,
-) -> tuple[list[int], int, Traffic]:
-    """Exchanges headers; returns if all ranks are well and agree, and raises on every rank if not.
+class Agreement:
+    """Headers of one exchange under way; :meth:`finish` says whether all ranks are well and agree.
+
+    What a rank computes in between hides their latency. It must be nothing that needs the agreement.
 
     Args:
         transport: of the communicator.
@@ -106,42 +99,65 @@ def agree(
         fault: what went wrong on this rank, if anything did.
         own_time: nanoseconds that something took on this rank.
 
-    Returns:
-        (bytes of each rank's packet for this one, the smallest time of all ranks, bytes of the headers).
-
     Raises:
-        CollectiveError: some rank has a fault.
-        TransportError: a peer is gone, or what it says is impossible.
-        ConfigMismatchError: naming the fields that differ.
+        TransportError: the connections of this rank are closed.
     """
-    headers = [
-        torch.tensor([MAGIC, sequence, phase, fault.phase if fault else 0, fields.fingerprint, size, own_time])
-        for size in sizes
-    ]
-    received = [header.tolist() for header in transport.exchange_small(headers, f"after {phase}")]
-    if any(header[0] != MAGIC for header in received):
-        raise ConfigMismatchError(
-            f"ranks run incompatible versions of qcomm: {_by_value([hex(h[0]) for h in received], transport)}"
-        )
-    if any(header[1:3] != received[0][1:3] for header in received):
-        raise TransportError(
-            "ranks are in different collectives (number, phase): "
-            + _by_value([str(header[1:3]) for header in received], transport)
-        )
-    faults = {rank: Phase(header[3]) for rank, header in enumerate(received) if header[3]}
-    if faults:
-        raise_faults(transport, faults, fault)
-    if any(header[4] != received[0][4] for header in received):
-        _raise_mismatch(transport, fields)
-    incoming = [header[5] for header in received]
-    for rank, (size, limit) in enumerate(zip(incoming, limits, strict=True)):
-        if not (0 <= size <= limit and (size > 0) == (limit > 0)):
-            # The others cannot know; giving up the connections tells them.
-            raise TransportError(
-                f"rank {transport.ranks[rank]} announced a packet of {size} bytes, at most {limit} are possible here"
+
+    def __init__(
+        self,
+        transport: Transport,
+        sequence: int,
+        phase: Phase,
+        fields: Fields,
+        sizes: Sequence[int],
+        limits: Sequence[int],
+        fault: Fault | None,
+        own_time: int = 0,
+    ) -> None:
+        self._transport, self._phase, self._fields, self._limits, self._fault = transport, phase, fields, limits, fault
+        code = fault.phase if fault else 0
+        headers = [torch.tensor([MAGIC, sequence, phase, code, fields.fingerprint, size, own_time]) for size in sizes]
+        self._under_way: list[Exchange] = [transport.start_exchange(headers)]
+
+    def finish(self) -> tuple[list[int], int, Traffic]:
+        """Waits for all headers; returns if all ranks are well and agree, and raises on every rank if not.
+
+        Returns:
+            (bytes of each rank's packet for this one, the smallest time of all ranks, bytes of the headers).
+
+        Raises:
+            CollectiveError: some rank has a fault.
+            TransportError: a peer is gone, or what it says is impossible.
+            ConfigMismatchError: naming the fields that differ.
+        """
+        transport = self._transport
+        # Whoever keeps a transfer, as the traceback of a later error does, keeps gloo's connections open.
+        messages = transport.finish_exchange(self._under_way.pop(), f"after {self._phase}")
+        received = [header.tolist() for header in messages]
+        if any(header[0] != MAGIC for header in received):
+            raise ConfigMismatchError(
+                f"ranks run incompatible versions of qcomm: {_by_value([hex(h[0]) for h in received], transport)}"
             )
-    traffic = HEADER_WORDS * 8 * (transport.world_size - 1)
-    return incoming, min(header[6] for header in received), Traffic(traffic, traffic)
+        if any(header[1:3] != received[0][1:3] for header in received):
+            raise TransportError(
+                "ranks are in different collectives (number, phase): "
+                + _by_value([str(header[1:3]) for header in received], transport)
+            )
+        faults = {rank: Phase(header[3]) for rank, header in enumerate(received) if header[3]}
+        if faults:
+            raise_faults(transport, faults, self._fault)
+        if any(header[4] != received[0][4] for header in received):
+            _raise_mismatch(transport, self._fields)
+        incoming = [header[5] for header in received]
+        for rank, (size, limit) in enumerate(zip(incoming, self._limits, strict=True)):
+            if not (0 <= size <= limit and (size > 0) == (limit > 0)):
+                # The others cannot know; giving up the connections tells them.
+                raise TransportError(
+                    f"rank {transport.ranks[rank]} announced a packet of {size} bytes, at most {limit} are possible "
+                    "here"
+                )
+        traffic = HEADER_WORDS * 8 * (transport.world_size - 1)
+        return incoming, min(header[6] for header in received), Traffic(traffic, traffic)
 
 
 def raise_faults(transport: Transport, faults: Mapping[int, Phase], own: Fault | None) -> NoReturn:

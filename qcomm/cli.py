@@ -1,4 +1,4 @@
-"""The command line: ``qcomm train``, ``plan`` and ``inspect``. It is entered by way of ``qcomm.__main__``."""
+"""The command line: ``qcomm train``, ``bench``, ``plan`` and ``inspect``. It is entered by way of ``qcomm.__main__``."""
 
 import dataclasses
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 import typer
 
 import qcomm
+from qcomm.bench_cli import BENCH_HELP, bench
 from qcomm.planner.cli import plan
 from qcomm.recipes.compare import comparison_configs, run_all
 from qcomm.recipes.config import AMP_MODES, GRIDS, METHODS, TrainConfig
@@ -78,6 +79,9 @@ def _root(
     ] = False,
 ) -> None:
     """Options of qcomm itself; they act in their callbacks."""
+
+
+app.command(help=BENCH_HELP)(bench)
 
 
 @app.command(help=_TRAIN_HELP)

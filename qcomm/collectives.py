@@ -1,16 +1,18 @@
 """``all_reduce``: the mean of a tensor over all ranks, with compressed traffic."""
 
 from datetime import timedelta
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from qcomm._native import check_floats, check_num_threads
 from qcomm.agreement import Fault, Fields, Phase
-from qcomm.communicator import Ticket, completed, get_communicator, resolve_group
+from qcomm.communicator import Group, Ticket, completed, get_communicator, get_world_size, resolve_group
+from qcomm.cost_model import Profile
 from qcomm.grids import Grid, RangeGrid, SigmaGrid
 from qcomm.hierarchical import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.layout import BucketLayout, TensorSpec
+from qcomm.machine import describe, resolve_profile
 from qcomm.mean import MeanTask
 from qcomm.strategies import STRATEGIES, average
 from qcomm.telemetry import Telemetry
@@ -66,12 +68,13 @@ class AllReduceWork:
 def all_reduce(
     tensor: torch.Tensor,
     grid: Grid = SigmaGrid(step=1.0),
-    group: dist.ProcessGroup | None = None,
+    group: Group | None = None,
     async_op: bool = False,
     min_elements: int = 1024,
     strategy: str = "auto",
     ranks_per_node: int | None = None,
     num_threads: int = 1,
+    profile: Profile | Path | str | None = None,
 ) -> AllReduceWork | None:
     """Replaces a tensor by its mean over all ranks, exchanging compressed values. All ranks end with the same bits.
 
@@ -86,8 +89,8 @@ def all_reduce(
             only its own element).
         grid: how finely values are quantized: each rank's to its own RMS or range, then the mean once more, with
             ``step`` at most 1.
-        group: by default the default group. Its backend does not matter: the traffic has gloo connections of its own,
-            with the group's timeout.
+        group: by default the default process group. Its backend does not matter: the traffic has gloo connections of
+            its own, with the group's timeout. A :class:`qcomm.MpiGroup` has it travel over MPI.
         async_op: return at once; the tensor must be left alone until ``wait()`` of the handle has returned.
         min_elements: smaller tensors travel as they are.
         strategy: ``"two_phase"`` compresses, also the mean; ``"all_gather"`` compresses values alone, for few ranks or
@@ -99,12 +102,15 @@ def all_reduce(
             any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
             set.
         num_threads: most that encode and decode at once on this rank; other ranks may pass another number.
+        profile: for ``"auto"``: the machine as ``qcomm bench --save-profile`` measured it, or that file, which is read
+            at each call. Only what may be fast there is tried, and the plain all-reduce. Equal on all ranks.
 
     Returns:
         None, or with ``async_op`` a handle.
 
     Raises:
         TypeError, ValueError: naming the argument. The other ranks get a CollectiveError.
+        OSError: the profile cannot be read. Likewise.
         CollectiveError: a rank failed, or does not answer within the group's timeout.
         ConfigMismatchError: arguments differ between ranks.
 
@@ -119,14 +125,15 @@ def all_reduce(
         >>> dist.destroy_process_group()
     """
     group = resolve_group(group)
-    world_size = dist.get_world_size(group)
-    fault, node_size = None, 1
+    world_size = get_world_size(group)
+    fault, node_size, machine = None, 1, None
     try:
         _check_arguments(tensor, grid, min_elements, strategy)
         check_num_threads(num_threads)
         check_ranks_per_node(ranks_per_node)
         node_size = resolve_ranks_per_node(ranks_per_node, world_size, strategy)
-    except (TypeError, ValueError) as error:
+        machine = resolve_profile(profile, strategy)
+    except (TypeError, ValueError, OSError) as error:
         if world_size == 1:
             raise
         fault = Fault(Phase.PREPARE, error)
@@ -150,6 +157,7 @@ def all_reduce(
                 "min_elements": str(min_elements),
                 "strategy": strategy,
                 "ranks_per_node": str(node_size),
+                "profile": describe(machine),
                 "shape": str(list(tensor.shape)),
                 "dtype": str(tensor.dtype),
             }
@@ -163,6 +171,7 @@ def all_reduce(
             strategy=strategy,
             num_threads=num_threads,
             ranks_per_node=node_size,
+            profile=machine,
         )
         work = AllReduceWork(_submit(group, task, tensor), telemetry)
     if async_op:
@@ -172,7 +181,7 @@ def all_reduce(
     return None
 
 
-def _submit(group: dist.ProcessGroup, task: MeanTask, tensor: torch.Tensor | None) -> Ticket[torch.Tensor]:
+def _submit(group: Group, task: MeanTask, tensor: torch.Tensor | None) -> Ticket[torch.Tensor]:
     communicator = get_communicator(group)
 
     def job() -> torch.Tensor:

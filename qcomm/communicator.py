@@ -1,4 +1,4 @@
-"""A worker thread for each process group that runs compressed collectives one after another.
+"""A worker thread for each group that runs compressed collectives one after another.
 
 Collectives of several phases cannot be chained by callbacks: gloo has two threads for them, and what callbacks start
 has no common order on all ranks. So the training thread hands jobs to a queue, and the worker runs them to their end,
@@ -15,15 +15,27 @@ from typing import Generic, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from qcomm.agreement import Fault, Fields, Phase, agree
+from qcomm.agreement import Agreement, Fault, Fields, Phase
 from qcomm.chooser import Chooser
 from qcomm.errors import CollectiveError, ConfigMismatchError
+from qcomm.gloo_transport import GlooTransport
+from qcomm.mpi_group import MpiGroup
 from qcomm.pipeline import Pipeline
 from qcomm.transport import Traffic, Transport, TransportError
 
-__all__ = ["Communicator", "Ticket", "completed", "failed", "get_communicator"]
+__all__ = [
+    "Communicator",
+    "Group",
+    "Ticket",
+    "completed",
+    "failed",
+    "get_communicator",
+    "get_world_size",
+    "resolve_group",
+]
 
 T = TypeVar("T")
+Group = dist.ProcessGroup | MpiGroup
 CLOSE_SECONDS = 5.0
 
 
@@ -103,7 +115,7 @@ class Communicator:
     """Runs jobs in order on a thread with connections of its own; :func:`get_communicator` shares one for each group.
 
     Args:
-        group: making a communicator is a collective of this group.
+        transport: carries its messages, and nobody else's; it is closed with the communicator.
 
     Attributes:
         chooser: knows which strategy is fastest here.
@@ -111,8 +123,8 @@ class Communicator:
         agreed_time: the smallest ``own_time`` of all ranks in the last agreement.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self._transport = Transport(group)
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
         self._sequence = 0
         self.chooser = Chooser()
         self.agreements = 0
@@ -142,7 +154,7 @@ class Communicator:
             if not self._closed:
                 self._jobs.put(cast(tuple[Callable[[], object], Ticket[object]], (job, ticket)))
                 return ticket
-        return failed(CollectiveError("the communicator is closed: its process group was destroyed"))
+        return failed(CollectiveError("the communicator is closed: its group was destroyed"))
 
     @property
     def pending_fault(self) -> Fault | None:
@@ -162,9 +174,25 @@ class Communicator:
         fault: Fault | None,
         own_time: int,
     ) -> tuple[list[int], Traffic]:
-        """:func:`qcomm.agreement.agree` for this job."""
+        """What :meth:`qcomm.agreement.Agreement.finish` says of this job: sizes to come, bytes of the headers."""
+        return self.finish_agreement(self.begin_agreement(phase, fields, sizes, limits, fault, own_time), phase)
+
+    def begin_agreement(
+        self,
+        phase: Phase,
+        fields: Fields,
+        sizes: Sequence[int],
+        limits: Sequence[int],
+        fault: Fault | None,
+        own_time: int,
+    ) -> Agreement:
+        """Sends this rank's headers; until :meth:`finish_agreement`, which has to follow, the job may compute."""
         self._pending_fault = None
-        incoming, time, traffic = agree(self._transport, self._sequence, phase, fields, sizes, limits, fault, own_time)
+        return Agreement(self._transport, self._sequence, phase, fields, sizes, limits, fault, own_time)
+
+    def finish_agreement(self, agreement: Agreement, phase: Phase) -> tuple[list[int], Traffic]:
+        """The second half of :meth:`agree`."""
+        incoming, time, traffic = agreement.finish()
         if phase == Phase.ENCODE:
             self.agreements += 1
             self.agreed_time = time
@@ -229,17 +257,23 @@ def _is_agreed(error: Exception) -> bool:
     return isinstance(error, (CollectiveError, ConfigMismatchError)) and not isinstance(error, TransportError)
 
 
-_communicators: "weakref.WeakKeyDictionary[dist.ProcessGroup, Communicator]" = weakref.WeakKeyDictionary()
+_communicators: "weakref.WeakKeyDictionary[Group, Communicator]" = weakref.WeakKeyDictionary()
 _communicators_lock = threading.Lock()
 
 
-def resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+def resolve_group(group: Group | None) -> Group:
     """``group`` or the default group, after checking that this process belongs to it.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
         ValueError: this process is not a member, or the group was destroyed.
     """
+    if isinstance(group, MpiGroup):
+        if group.is_closed:
+            raise ValueError("group is closed; make a new MpiGroup")
+        return group
+    if type(group).__module__.startswith("mpi4py"):
+        raise ValueError(f"group must be wrapped, once and on all ranks: qcomm.MpiGroup(comm), got {group!r}")
     if not dist.is_initialized():
         raise RuntimeError("torch.distributed is not initialised: call torch.distributed.init_process_group first")
     if group is None:
@@ -251,8 +285,13 @@ def resolve_group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
     return group
 
 
-def get_communicator(group: dist.ProcessGroup) -> Communicator:
-    """The communicator of a process group, made at the first call.
+def get_world_size(group: Group) -> int:
+    """Number of ranks in a group."""
+    return group.size if isinstance(group, MpiGroup) else dist.get_world_size(group)
+
+
+def get_communicator(group: Group) -> Communicator:
+    """The communicator of a group, made at the first call.
 
     Making it is a collective, which all ranks of the group reach in the same order. It ends with its group, or with the
     process.
@@ -262,13 +301,17 @@ def get_communicator(group: dist.ProcessGroup) -> Communicator:
             _communicators.pop(known).close()
         communicator = _communicators.get(group)
         if communicator is None:
-            communicator = Communicator(group)
+            communicator = Communicator(group.transport if isinstance(group, MpiGroup) else GlooTransport(group))
             _communicators[group] = communicator
             weakref.finalize(group, communicator.close)
+            if isinstance(group, MpiGroup):
+                group.before_close(communicator.close)
         return communicator
 
 
-def _is_registered(group: dist.ProcessGroup) -> bool:
+def _is_registered(group: Group) -> bool:
+    if isinstance(group, MpiGroup):
+        return not group.is_closed
     try:
         return len(dist.get_process_group_ranks(group)) > 0
     except (KeyError, ValueError, RuntimeError):

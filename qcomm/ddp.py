@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from qcomm.communicator import failed, get_communicator, resolve_group
+from qcomm.communicator import Group, failed, get_communicator, get_world_size, resolve_group
 from qcomm.ddp_checks import check_grad_scale, check_model
 from qcomm.ddp_state import CompressionState
+from qcomm.mpi_group import MpiGroup
 
 __all__ = ["CompressionState", "attach", "compression_hook"]
 
@@ -92,12 +93,25 @@ def attach(
     elif "grad_scale" in options:
         check_grad_scale(options["grad_scale"])
     group = resolve_group(state.given_group or ddp_model.process_group)
-    members, expected = dist.get_process_group_ranks(group), dist.get_process_group_ranks(ddp_model.process_group)
-    if members != expected:
-        raise ValueError(f"process_group must have the model's ranks {expected}, got ranks {members}")
+    _check_same_ranks(group, ddp_model.process_group)
     state.bind(ddp_model.module, group)
-    if len(members) > 1 or state.strategy != "auto":
+    if get_world_size(group) > 1 or state.strategy != "auto":
         get_communicator(group)
     state.grad_scale = options.get("grad_scale", state.grad_scale)
     ddp_model.register_comm_hook(state, compression_hook)
     return state
+
+
+def _check_same_ranks(group: Group, model_group: dist.ProcessGroup) -> None:
+    """Raises ValueError unless both groups have the same ranks in the same order."""
+    if isinstance(group, MpiGroup):
+        mine = f"rank {group.rank} of {group.size}"
+        expected = f"rank {dist.get_rank(model_group)} of {dist.get_world_size(model_group)}"
+        if mine != expected:
+            raise ValueError(
+                f"process_group must have the model's ranks: this is its {mine}, and the model's {expected}"
+            )
+        return
+    members, wanted = dist.get_process_group_ranks(group), dist.get_process_group_ranks(model_group)
+    if members != wanted:
+        raise ValueError(f"process_group must have the model's ranks {wanted}, got ranks {members}")

@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,16 @@ import torch.distributed as dist
 from qcomm._native import check_num_threads
 from qcomm.agreement import Fault, Fields, Phase
 from qcomm.collectives import check_grid, check_min_elements, check_strategy
-from qcomm.communicator import Communicator, completed, failed, get_communicator, resolve_group
+from qcomm.communicator import (
+    Communicator,
+    Group,
+    completed,
+    failed,
+    get_communicator,
+    get_world_size,
+    resolve_group,
+)
+from qcomm.cost_model import Profile
 from qcomm.ddp_buckets import BucketTable
 from qcomm.ddp_checks import check_grad_scale, check_scale
 from qcomm.error_feedback import ErrorFeedback
@@ -19,6 +29,7 @@ from qcomm.errors import CollectiveError
 from qcomm.grids import Grid, SigmaGrid
 from qcomm.hierarchical import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.layout import BucketLayout
+from qcomm.machine import describe, resolve_profile
 from qcomm.mean import MeanTask
 from qcomm.strategies import average
 from qcomm.telemetry import Telemetry
@@ -40,6 +51,7 @@ class CompressionState:
 
     Args:
         process_group: the group to average over; by default the model's with :func:`attach`, otherwise the default one.
+            A :class:`qcomm.MpiGroup` has the gradients travel over MPI.
         grid: how finely gradients are quantized, ``SigmaGrid`` or ``RangeGrid``. Means are quantized once more, with
             ``step`` at most 1.
         error_feedback: keep what quantization lost and add it to the next gradient: 4 bytes a parameter, and 4 / W for
@@ -61,9 +73,12 @@ class CompressionState:
             set.
         num_threads: most that encode and decode at once on this rank, beside those of backward. Results do not depend
             on it, and ranks may differ in it.
+        profile: for ``"auto"``: the machine as ``qcomm bench --save-profile`` measured it, or that file. Only what may
+            be fast there is tried, and the plain all-reduce.
 
     Raises:
         TypeError, ValueError: naming the argument.
+        OSError: the profile cannot be read.
 
     Example:
         >>> state = CompressionState(grid=SigmaGrid(step=2.0), exclude=["*.bias"])
@@ -73,7 +88,7 @@ class CompressionState:
 
     def __init__(
         self,
-        process_group: dist.ProcessGroup | None = None,
+        process_group: Group | None = None,
         grid: Grid = SigmaGrid(step=1.0),
         error_feedback: bool = True,
         min_elements: int = 1024,
@@ -83,6 +98,7 @@ class CompressionState:
         strategy: str = "auto",
         ranks_per_node: int | None = None,
         num_threads: int = 1,
+        profile: Profile | Path | str | None = None,
     ) -> None:
         check_grid(grid)
         check_min_elements(min_elements)
@@ -99,13 +115,14 @@ class CompressionState:
             raise TypeError(f"exclude must be a sequence of patterns, such as ['*.bias'], got {exclude!r}")
         check_grad_scale(grad_scale)
         self.given_group = process_group
-        self._model_group: dist.ProcessGroup | None = None
+        self._model_group: Group | None = None
         self.grid = grid
         self.warmup_steps = warmup_steps
         self.grad_scale = grad_scale
         self.strategy = strategy
         self.num_threads = num_threads
         self.ranks_per_node = ranks_per_node
+        self.profile = resolve_profile(profile, strategy)
         self.telemetry = Telemetry()
         options = {
             "grid": grid.describe(),
@@ -115,6 +132,7 @@ class CompressionState:
             "exclude": str(list(exclude)),
             "strategy": strategy,
             "ranks_per_node": str(ranks_per_node),
+            "profile": describe(self.profile),
         }
         self._table = BucketTable(options, min_elements, exclude)
         self._feedback = ErrorFeedback() if error_feedback else None
@@ -128,7 +146,7 @@ class CompressionState:
         self._error: Exception | None = None
 
     @property
-    def process_group(self) -> dist.ProcessGroup | None:
+    def process_group(self) -> Group | None:
         """The group that was given, otherwise the model's; None before :func:`attach`: the default one."""
         return self.given_group or self._model_group
 
@@ -226,7 +244,7 @@ class CompressionState:
         kept = self.grad_scale if fixed else _forgotten_scale
         return {**self.__dict__, "grad_scale": kept, "given_group": None, "_model_group": None, "_error": None}
 
-    def bind(self, model: torch.nn.Module, process_group: dist.ProcessGroup) -> None:
+    def bind(self, model: torch.nn.Module, process_group: Group) -> None:
         """Learns the names of a model's parameters and its process group.
 
         Raises:
@@ -241,7 +259,7 @@ class CompressionState:
         buffer = bucket.buffer()
         try:
             group = resolve_group(self.process_group)
-            world_size = dist.get_world_size(group)
+            world_size = get_world_size(group)
             alone = world_size == 1 and self.strategy == "auto"
             communicator = None if alone else get_communicator(group)
         except (RuntimeError, ValueError) as error:
@@ -293,6 +311,7 @@ class CompressionState:
             strategy=self.strategy,
             num_threads=self.num_threads,
             ranks_per_node=node_size,
+            profile=self.profile,
         )
 
     def _run(self, task: MeanTask, communicator: Communicator, number: int, ready: float | None) -> torch.Tensor:

@@ -7,6 +7,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from qcomm.agreement import Fault, Fields, Phase
+from qcomm.cost_model import Profile
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.grids import Grid
 from qcomm.layout import BucketLayout
@@ -34,6 +35,7 @@ class MeanTask:
         fault: what went wrong before the task was queued; it is announced to the other ranks in place of the exchange.
         strategy: one of ``qcomm.strategies.STRATEGIES``.
         ranks_per_node: of the strategy hierarchical; a divisor of the number of ranks.
+        profile: the machine, by which the strategy auto leaves out what cannot be fast on it; None for any machine.
         own_time: nanoseconds of this rank's last collective of the kind, for the headers (see :mod:`qcomm.chooser`).
         num_threads: most that encode and decode at once; need not be equal on all ranks.
     """
@@ -49,6 +51,7 @@ class MeanTask:
     fault: Fault | None = None
     strategy: str = "two_phase"
     ranks_per_node: int = 1
+    profile: Profile | None = None
     own_time: int = 0
     num_threads: int = 1
 

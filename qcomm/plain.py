@@ -23,11 +23,17 @@ def plain_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     communicator.begin()
     fault = communicator.pending_fault or task.fault
     if fault is None:
-        _, fault = attempt(Phase.ENCODE, _prepare, task, communicator.rank)
+        _, fault = attempt(Phase.ENCODE, _add_residuals, task, communicator.rank)
     nothing = [0] * communicator.world_size
+    agreement = communicator.begin_agreement(Phase.ENCODE, task.fields, nothing, nothing, fault, task.own_time)
+    late = None
+    if fault is None:  # the headers travel meanwhile; where some rank has a fault the values are lost anyway
+        _, late = attempt(Phase.ENCODE, _divide, task)
     task.telemetry.mark(task.index, "exchange_1")
     with task.telemetry.timed("communication_seconds"):
-        _, overhead = communicator.agree(Phase.ENCODE, task.fields, nothing, nothing, fault, task.own_time)
+        _, overhead = communicator.finish_agreement(agreement, Phase.ENCODE)
+        if late is not None:  # the others are on their way into the sum, and see it from the connections
+            raise late.error
         communicator.sum(task.buffer)
     task.telemetry.add_traffic("overhead", overhead)
     # Of a ring, which is what gloo runs; each of its two phases carries every element once.
@@ -39,8 +45,8 @@ def plain_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     return task.buffer
 
 
-def _prepare(task: MeanTask, rank: int) -> None:
-    """This rank's share of the mean."""
+def _add_residuals(task: MeanTask, rank: int) -> None:
+    """Adds what other ways have kept of the buffer's parameters."""
     task.telemetry.mark(task.index, "encode")
     layout, feedback = task.agreed_layout, task.feedback
     with task.telemetry.timed("encode_seconds"):
@@ -53,4 +59,9 @@ def _prepare(task: MeanTask, rank: int) -> None:
                 # A step that is not finite is thrown away, and so is the mean of a parameter that no rank used.
                 if not is_zero(values) and measure(values, num_threads=task.num_threads).finite:
                     values.add_(feedback.take(tensor.key, tensor.numel), alpha=task.scale)
-        task.buffer.div_(layout.world_size)
+
+
+def _divide(task: MeanTask) -> None:
+    """Makes the values this rank's share of the mean."""
+    with task.telemetry.timed("encode_seconds"):
+        task.buffer.div_(task.agreed_layout.world_size)

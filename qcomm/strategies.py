@@ -8,7 +8,7 @@ import torch
 
 from qcomm.all_gather import all_gather_mean
 from qcomm.communicator import Communicator
-from qcomm.cost_model import Exchange, candidates
+from qcomm.cost_model import PLAUSIBLE, Exchange, Profile, candidates
 from qcomm.exact_sum import exact_sum_mean
 from qcomm.hierarchical import hierarchical_mean
 from qcomm.layout import BucketLayout
@@ -47,8 +47,9 @@ def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
         return WAYS[task.strategy](task, communicator)
     chooser, layout = communicator.chooser, task.layout
     nodes = task.ranks_per_node
-    kind = (layout.elements, layout.compressed_elements, task.buffer.dtype, task.grid, task.feedback is None, nodes)
-    strategy = chooser.next(kind, automatic_ways(layout, task.buffer.element_size(), nodes))
+    values = layout.elements, layout.compressed_elements, task.buffer.dtype
+    kind = (*values, task.grid, task.feedback is None, nodes, task.profile)
+    strategy = chooser.next(kind, automatic_ways(layout, task.buffer.element_size(), nodes, task.profile))
     fields = task.fields.extended("strategy chosen", strategy)
     task = replace(task, fields=fields, own_time=chooser.own_time(kind))
     agreements, begin, own_time = communicator.agreements, time.perf_counter_ns(), 0
@@ -62,15 +63,17 @@ def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     return result
 
 
-def automatic_ways(layout: BucketLayout, item_bytes: int, ranks_per_node: int) -> tuple[str, ...]:
+def automatic_ways(
+    layout: BucketLayout, item_bytes: int, ranks_per_node: int, profile: Profile | None = None
+) -> tuple[str, ...]:
     """What ``"auto"`` tries for a buffer, of ``item_bytes`` an element: a pure function, equal on all ranks.
 
     The plain all-reduce always, ``"hierarchical"`` only where there are several nodes of several ranks, and no way that
-    the cost model finds slow everywhere.
+    the cost model finds slow: on the machine of ``profile``, or without one everywhere.
     """
     several = 1 < ranks_per_node < layout.world_size
     names = tuple(name for name in AUTOMATIC if several or name != "hierarchical")
     raw = layout.elements - layout.compressed_elements
     exchange = Exchange(layout.elements, layout.world_size, item_bytes, ranks_per_node, raw)
-    fast = candidates(exchange, names)
+    fast = candidates(exchange, names, PLAUSIBLE if profile is None else (profile,))
     return fast if "none" in fast else ("none", *fast)

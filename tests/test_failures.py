@@ -25,11 +25,12 @@ from distributed import (
 
 import qcomm
 from qcomm import communicator as communicators
-from qcomm import mean_steps
+from qcomm import mean_steps, plain
 from qcomm.communicator import get_communicator
+from qcomm.gloo_transport import GlooTransport
 from qcomm.mean_steps import MeanSteps
 from qcomm.pipeline import Pipeline
-from qcomm.transport import Transport, TransportError
+from qcomm.transport import TransportError
 
 pytestmark = pytest.mark.world
 
@@ -62,7 +63,7 @@ def case_faults(rank, world_size):
     for name, phase in (
         ("begin", "compressing its values"),
         ("encode", "compressing its values"),
-        ("measure", "compressing its values"),
+        ("choose", "compressing its values"),
         ("reduce", "averaging its chunk"),
     ):
         with failing(name) if rank == 1 else nullcontext():
@@ -194,6 +195,14 @@ def case_unforeseen(rank, world_size):
         all_reduce(torch.zeros(50_000), group=group)
     error = attempt(group=group)
     assert "an earlier collective left this group without connections" in str(error)
+    # What a plain mean computes while its headers travel can no longer be announced.
+    group = dist.new_group()
+    check_works(rank, world_size, group)
+    with (
+        mock.patch.object(plain, "_divide", side_effect=MemoryError("no memory")) if rank == 1 else nullcontext(),
+        pytest.raises(MemoryError if rank == 1 else TransportError),
+    ):
+        all_reduce(torch.zeros(50_000), group=group, strategy="none")
     check_works(rank, world_size)
 
 
@@ -279,7 +288,7 @@ def case_groups(rank, world_size):
     check_works(rank, world_size)
     # Connections made again on the store of a group that itself stays.
     for _ in range(3):
-        transport = Transport(dist.group.WORLD)
+        transport = GlooTransport(dist.group.WORLD)
         answers = transport.exchange_small([torch.tensor([rank])] * world_size, "testing")
         assert torch.cat(answers).tolist() == [0, 1, 2]
         transport.close()

@@ -1,16 +1,13 @@
 """Processes that mpirun, srun or torchrun started find each other; real ones, with MPICH where it is installed."""
 
-import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from mpirun import environment, find_mpirun
 
-import qcomm
 from qcomm import launchers
 from qcomm.launchers import Place, find_place
 
@@ -114,14 +111,6 @@ dist.destroy_process_group()
 """
 
 
-def environment(**variables):
-    """This process's without any launcher's, able to import the package."""
-    known = {name for names in launchers.LAUNCHERS.values() for name in names} | {"MASTER_ADDR", "MASTER_PORT"}
-    kept = {name: value for name, value in os.environ.items() if name not in known}
-    source = os.pathsep.join([str(Path(qcomm.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": source, **variables}
-
-
 def free_port():
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -198,22 +187,7 @@ def test_without_a_launcher_or_a_way_to_meet_it_says_what_to_do():
 
 @pytest.fixture
 def mpirun():
-    """A command that starts ranks, of the MPI that mpi4py uses."""
-    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
-    beside = Path(sys.executable).with_name("mpirun")
-    found = str(beside) if beside.exists() else shutil.which("mpirun")
-    if found is None:
-        pytest.skip("no mpirun: pip install mpich")
-    version = subprocess.run([found, "--version"], capture_output=True, text=True, check=True).stdout
-    extra = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"] if "Open MPI" in version else []
-
-    def start(size, *arguments, cwd=None, **variables):
-        command = [found, *extra, "-np", str(size), sys.executable, *arguments]
-        return subprocess.run(
-            command, cwd=cwd, env=environment(**variables), capture_output=True, text=True, timeout=150, check=False
-        )
-
-    return start
+    return find_mpirun()
 
 
 @pytest.mark.world

@@ -1,0 +1,136 @@
+"""Messages between the ranks of a process group, over gloo connections of qcomm's own.
+
+A communicator must not share connections with anyone: collectives of one gloo group have to be issued in the same order
+on all ranks, and those of a worker thread and of the training thread have no common order. The connections are made
+directly on the group's store and not with ``torch.distributed.new_group(use_local_synchronization=True)``, because that
+derives the new group's name from the number of groups a process belongs to: ranks that differ in it wait for each other
+until the timeout, and so do all ranks when a group is destroyed and made again.
+"""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import ProcessGroupGloo, default_pg_timeout
+
+from qcomm.transport import Transfer, Transport, TransportError
+
+__all__ = ["GlooTransport"]
+
+# Of a message that nobody sends; two_phase's tags begin at 1.
+ABANDON_TAG = 1 << 30
+ABANDON_TIMEOUT = timedelta(milliseconds=1)
+
+
+class GlooTransport(Transport):
+    """The transport of a process group. gloo aborts the process when a message is larger than its buffer.
+
+    Args:
+        group: any process group this process belongs to, whatever its backend.
+
+    Raises:
+        TransportError: a rank did not take part within the timeout.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__(dist.get_process_group_ranks(group), dist.get_rank(group), _group_timeout(group))
+        self._gloo: Any = None  # a ProcessGroupGloo; torch's stubs do not know its send and recv
+        if self.world_size > 1:
+            self._gloo = self._connect(group)
+
+    def _connect(self, group: dist.ProcessGroup) -> ProcessGroupGloo:
+        store = _group_store(group)
+        # A name that was never used on this store before, or a rank might find the addresses of connections that are
+        # gone. Each rank counts its own communicators in the store itself: all make them in the same order, and the
+        # store outlives a group that is made anew on it.
+        generation = store.add(f"qcomm/{self.rank}", 1)
+        try:
+            return ProcessGroupGloo(
+                dist.PrefixStore(f"qcomm/{generation}", store), self.rank, self.world_size, self.timeout
+            )
+        except RuntimeError as error:
+            raise TransportError(
+                f"rank {self.ranks[self.rank]} could not connect to the other ranks of {list(self.ranks)}; every rank "
+                f"of the group has to call attach or its first all_reduce at the same point: {error}"
+            ) from error
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the connections are gone; alone a rank never has any."""
+        return self._gloo is None
+
+    def start_send(self, target: int, message: torch.Tensor, tag: int) -> Transfer:
+        """See :meth:`Transport.start_send`."""
+        return self._start(target, message, tag, "send")
+
+    def start_receive(self, source: int, buffer: torch.Tensor, tag: int) -> Transfer:
+        """See :meth:`Transport.start_receive`."""
+        return self._start(source, buffer, tag, "recv")
+
+    def _start(self, rank: int, message: torch.Tensor, tag: int, operation: str) -> Transfer:
+        if self._gloo is None:
+            raise self._closed()
+        return Transfer(rank, getattr(self._gloo, operation)([message], rank, tag))
+
+    def _wait(self, transfers: Sequence[Transfer]) -> list[tuple[int, RuntimeError]]:
+        # The first timeout closes all connections of the group, so later waits end at once.
+        failures = []
+        for rank, work in transfers:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                failures.append((rank, error))
+        return failures
+
+    def abandon(self, transfers: Sequence[Transfer]) -> None:
+        """Closes the connections and waits for what is under way, so that nobody writes to its memory any more."""
+        if self._gloo is None:
+            return
+        # gloo keeps connections open as long as anybody holds one of their transfers, but closes them when a wait times
+        # out. It does not tell this to a transfer whose bytes were just flowing, so nobody may wait for that one long.
+        for peer in self.peers:
+            try:
+                self._gloo.recv([torch.empty(1)], peer, ABANDON_TAG).wait(ABANDON_TIMEOUT)
+            except RuntimeError:  # the timeout, or the connection to this peer is broken already
+                continue
+        for _, work in transfers:
+            try:
+                work.wait(ABANDON_TIMEOUT)
+            except RuntimeError:  # its connection was closed
+                continue
+
+    def sum(self, buffer: torch.Tensor, what: str) -> None:
+        """See :meth:`Transport.sum`: gloo's own all-reduce."""
+        if self.world_size == 1:
+            return
+        if self._gloo is None:
+            raise self._closed()
+        try:
+            self._gloo.allreduce([buffer]).wait()
+        except RuntimeError as error:
+            raise TransportError(
+                f"rank {self.ranks[self.rank]}, {what}: no answer from some rank of {list(self.ranks)} (died, closed "
+                f"the connection, or silent for {self.timeout.total_seconds():g} s): {error}"
+            ) from error
+
+    def close(self) -> None:
+        """See :meth:`Transport.close`."""
+        self._gloo = None
+
+
+def _group_timeout(group: dist.ProcessGroup) -> timedelta:
+    """The timeout a group was made with; there is no public way to ask for it."""
+    for device in getattr(group, "_device_types", []):
+        options = getattr(group._get_backend(device), "options", None)
+        timeout = getattr(options, "_timeout", None)
+        if isinstance(timeout, timedelta):
+            return timeout
+    return default_pg_timeout
+
+
+def _group_store(group: dist.ProcessGroup) -> dist.Store:
+    if hasattr(group, "get_group_store"):
+        return group.get_group_store()
+    return dist.distributed_c10d._get_process_group_store(group)  # torch before ProcessGroup had the method

@@ -1,0 +1,155 @@
+"""What codec and links of this machine do, measured: the :class:`qcomm.cost_model.Profile` of ``qcomm bench``.
+
+Measured is what the collectives run: the codec with its choice of a code and with error feedback, messages in pairwise
+rounds through the transport that the gradients take, all ranks at once. So ranks that share a machine's cores or its
+network card are measured sharing them. Each result is checked before it is timed.
+"""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import astuple
+from pathlib import Path
+
+import torch
+
+from qcomm.codec import Segment
+from qcomm.cost_model import CodecProfile, LinkProfile, Profile
+from qcomm.errors import CollectiveError
+from qcomm.grids import Grid
+from qcomm.packets import choose, pack, unpack
+from qcomm.transport import Transport
+
+__all__ = ["describe", "measure_codec", "measure_link", "resolve_profile", "slowest"]
+
+LATENCY_REPEATS = 50
+
+
+def resolve_profile(profile: Profile | Path | str | None, strategy: str) -> Profile | None:
+    """The profile that a user named, read from its file if need be.
+
+    Raises:
+        TypeError: it is none, and no path.
+        ValueError: the file holds none, or no choice is to be made with it.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> resolve_profile(None, "auto") is None
+        True
+    """
+    if profile is None:
+        return None
+    if strategy != "auto":
+        raise ValueError(f"profile must be given with strategy 'auto', which chooses by it, got strategy {strategy!r}")
+    if isinstance(profile, (str, Path)):
+        return Profile.load(profile)
+    if not isinstance(profile, Profile):
+        raise TypeError(f"profile must be a qcomm.cost_model.Profile or its file, got {type(profile).__name__}")
+    return profile
+
+
+def describe(profile: Profile | None) -> str:
+    """A profile as text, for the comparison between ranks: equal if and only if the profiles are.
+
+    Example:
+        >>> describe(Profile(LinkProfile(0.125, 60.0), CodecProfile(2.0, 4.0, 15.0)))
+        'link 0.125 GB/s 60.0 us, codec 2.0 4.0 GB/s 15.0 x'
+    """
+    if profile is None:
+        return "None"
+    text = "link {!r} GB/s {!r} us, codec {!r} {!r} GB/s {!r} x".format(*astuple(profile.link), *astuple(profile.codec))
+    if profile.inside is not None:
+        text += ", inside {!r} GB/s {!r} us".format(*astuple(profile.inside))
+    return text
+
+
+def measure_codec(values: torch.Tensor, grid: Grid, num_threads: int = 1, repeats: int = 20) -> CodecProfile:
+    """Encodes and decodes ``values`` as a collective does, error feedback included; medians.
+
+    Args:
+        values: 1-D float32, of at least one element.
+        grid: how finely they are quantized.
+        num_threads: most that work at once.
+        repeats: at least 1.
+
+    Raises:
+        CollectiveError: what was decoded is not what was encoded.
+
+    Example:
+        >>> from qcomm.grids import SigmaGrid
+        >>> measure_codec(torch.randn(10_000), SigmaGrid(1.0), repeats=3).ratio > 10
+        True
+    """
+    residual, decoded, packet = torch.zeros_like(values), torch.empty_like(values), torch.empty(0)
+    encode_seconds, decode_seconds = [], []
+    for _ in range(repeats + 1):
+        residual.zero_()
+        begin = time.perf_counter()
+        measured = choose(values, grid, residual, 1.0, num_threads)
+        packet = pack([Segment(values, *measured)], num_threads=num_threads)
+        encoded = time.perf_counter()
+        unpack(packet, decoded, 0, num_threads=num_threads)
+        decode_seconds.append(time.perf_counter() - encoded)
+        encode_seconds.append(encoded - begin)
+    # What was decoded and what was kept are the values.
+    wrong = float((decoded + residual - values).abs().max())
+    if not wrong <= 1e-6 * float(values.abs().max()) or float(residual.norm()) > float(values.norm()):
+        raise CollectiveError(f"the codec is wrong: decoded values and residuals differ from the values by {wrong:g}")
+    gigabytes = values.nbytes * 1e-9
+    return CodecProfile(
+        gigabytes / statistics.median(encode_seconds[1:]),  # the first one touched the memory
+        gigabytes / statistics.median(decode_seconds[1:]),
+        max(1.0, values.nbytes / packet.numel()),
+    )
+
+
+def measure_link(transport: Transport, members: Sequence[int], message_bytes: int, repeats: int = 10) -> LinkProfile:
+    """Exchanges messages among some ranks, in the pairwise rounds of a collective; medians of this rank.
+
+    Args:
+        transport: of the group. All its ranks call this, each with those that it exchanges with.
+        members: at least two ranks, this one among them; every one of them passes the same.
+        message_bytes: to each of the others.
+        repeats: at least 1.
+
+    Raises:
+        TransportError: a rank is gone.
+        CollectiveError: a message arrived with other bytes.
+    """
+    own, count = members.index(transport.rank), len(members)
+    rounds = [(members[(own + d) % count], members[(own - d) % count]) for d in range(1, count)]
+
+    def exchange(nbytes: int) -> float:
+        outgoing = [torch.full((nbytes,), transport.rank % 256, dtype=torch.uint8)] * transport.world_size
+        incoming = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(transport.world_size)]
+        ready = [torch.zeros(1)] * transport.world_size
+        transport.exchange_small(ready, "beginning a measurement")
+        begin = time.perf_counter()
+        for target, source in rounds:
+            transport.transfer(incoming, outgoing, [source], [target], "measuring the link")
+        seconds = time.perf_counter() - begin
+        if any(not bool((incoming[source] == source % 256).all()) for _, source in rounds):
+            raise CollectiveError("the link is wrong: a message arrived with other bytes than were sent")
+        return seconds
+
+    latency = statistics.median([exchange(1) for _ in range(LATENCY_REPEATS)]) / len(rounds)
+    exchange(message_bytes)  # buffers and windows grow
+    seconds = statistics.median([exchange(message_bytes) for _ in range(repeats)]) / len(rounds)
+    # On a fast link few bytes may take as long as many; a tenth is left for the bytes themselves.
+    return LinkProfile(message_bytes * 1e-9 / max(seconds - latency, 0.1 * seconds), latency * 1e6)
+
+
+def slowest(transport: Transport, profile: Profile) -> Profile:
+    """What every rank of the group can do, the same on all: the lowest rates, the longest latencies, the mean ratio."""
+    inside = profile.inside
+    own = torch.tensor(
+        [*astuple(profile.link), *astuple(profile.codec), *(astuple(inside) if inside else (1.0, 1.0))],
+        dtype=torch.float64,
+    )
+    every = torch.stack(transport.exchange_small([own] * transport.world_size, "comparing measurements"))
+    least, most = every.amin(0).tolist(), every.amax(0).tolist()
+    return Profile(
+        LinkProfile(least[0], most[1]),
+        CodecProfile(least[2], least[3], float(every[:, 4].mean())),
+        LinkProfile(least[5], most[6]) if inside else None,
+    )

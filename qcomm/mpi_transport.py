@@ -1,0 +1,231 @@
+"""Messages between the ranks of an MPI communicator.
+
+All are nonblocking point-to-point messages of bytes, in the same pairwise rounds as over gloo. MPI waits for ever, or
+not at all: :func:`poll_until` therefore tests again and again, ever more seldom. MPI also has no connections
+that break. A rank that leaves says so by a *farewell*, an empty message which all others are ready for from the
+beginning, so that nobody waits until the timeout for a rank that failed. What dies without a farewell is the launcher's
+to notice: mpirun ends the job.
+
+A receive can be cancelled and a send cannot. Memory of a send that nobody took is kept until the process ends.
+"""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from qcomm.ring import ring_sum
+from qcomm.transport import Transfer, Transport
+
+__all__ = ["MpiTransport", "poll_until"]
+
+# A count is an int in MPI, so larger messages go in pieces; a power of two keeps them aligned.
+PIECE_BYTES = 1 << 30
+FAREWELL_TAG = 32767  # the largest that every MPI has
+# What a rank sent before its farewell may be a little later than the farewell.
+GRACE_SECONDS = 1.0
+LEAVE_SECONDS = 2.0
+
+SPIN_SECONDS = 1e-3
+LONGEST_PAUSE = 1e-3
+
+# Sends that nobody took, with their memory, which MPI may still read.
+_kept: list[object] = []
+
+
+def poll_until(is_done: Callable[[], bool], seconds: float) -> bool:
+    """Calls ``is_done``, which moves MPI's messages on, until it returns True; False if it has not after ``seconds``.
+
+    There is no event to wait for instead: MPI_Wait has no timeout, and a rank that never comes must become an error.
+    Between two calls the processor is yielded at first, then the thread sleeps for a twentieth of the time that it has
+    waited, at most a millisecond: late by 5 %, and idle on long waits.
+    """
+    begin = time.monotonic()
+    while not is_done():
+        waited = time.monotonic() - begin
+        if waited > seconds:
+            return False
+        time.sleep(0.0 if waited < SPIN_SECONDS else min(waited / 20, LONGEST_PAUSE))
+    return True
+
+
+class _Message:
+    """A message under way, in pieces of PIECE_BYTES and a shorter one, perhaps empty, which tells that it is the last.
+
+    Args:
+        mpi: the module ``mpi4py.MPI``.
+        start: ``Isend`` or ``Irecv`` of a communicator.
+        tensor: contiguous; kept alive, because MPI reads or writes its memory.
+        rank, tag: of the message.
+        receiving: pieces are asked for one after another, since their number is not known.
+    """
+
+    def __init__(
+        self, mpi: Any, start: Callable[..., Any], tensor: torch.Tensor, rank: int, tag: int, receiving: bool
+    ) -> None:
+        self._mpi, self._start, self._tensor = mpi, start, tensor
+        self._rank, self._tag, self._receiving = rank, tag, receiving
+        self._status = mpi.Status()
+        self._position = 0
+        self._requests = [self._start_piece()]
+        while not receiving and self._position + PIECE_BYTES <= tensor.nbytes:
+            self._position += PIECE_BYTES
+            self._requests.append(self._start_piece())
+
+    def _start_piece(self) -> Any:
+        size = min(PIECE_BYTES, self._tensor.nbytes - self._position)
+        # numpy has no bfloat16, and a tensor no buffer interface.
+        memory = self._mpi.buffer.fromaddress(self._tensor.data_ptr() + self._position, size) if size else bytearray()
+        return self._start([memory, self._mpi.BYTE], self._rank, self._tag)
+
+    def is_done(self) -> bool:
+        """Whether all of it has been sent or received.
+
+        Raises:
+            RuntimeError: MPI's, as for a message larger than its buffer.
+        """
+        if not self._receiving:
+            return bool(self._mpi.Request.Testall(self._requests))
+        while self._requests[0].Test(self._status):
+            if self._status.Get_count(self._mpi.BYTE) < PIECE_BYTES:
+                return True
+            self._position += PIECE_BYTES
+            self._requests[0] = self._start_piece()
+        return False
+
+    def give_up(self) -> None:
+        """Stops receiving; what cannot be stopped keeps its memory."""
+        try:
+            if self.is_done():
+                return
+        except RuntimeError:  # it failed, and so it is over
+            return
+        if self._receiving:
+            self._requests[0].Cancel()
+            if poll_until(self._requests[0].Test, GRACE_SECONDS):
+                return
+        _kept.append(self)
+
+
+class MpiTransport(Transport):
+    """The transport of an MPI communicator that nobody else uses; closing it frees that.
+
+    Args:
+        mpi: the module ``mpi4py.MPI``.
+        comm: a duplicate made for this transport, whose errors are returned and not fatal.
+        ranks: names of its ranks for error messages.
+        timeout: most that this rank waits for a message.
+    """
+
+    def __init__(self, mpi: Any, comm: Any, ranks: Sequence[int], timeout: timedelta) -> None:
+        super().__init__(ranks, comm.Get_rank(), timeout)
+        self._mpi, self._comm = mpi, comm
+        self._process = os.getpid()
+        self._closing, self._testing = threading.Lock(), threading.Lock()
+        self._is_closed = False
+        self._failed = False
+        self._farewells = {peer: comm.Irecv([bytearray(), mpi.BYTE], peer, FAREWELL_TAG) for peer in self.peers}
+        self._departed: set[int] = set()
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether this rank has left."""
+        return self._is_closed
+
+    def start_send(self, target: int, message: torch.Tensor, tag: int) -> Transfer:
+        """See :meth:`Transport.start_send`."""
+        return self._start(self._comm.Isend, target, message, tag, receiving=False)
+
+    def start_receive(self, source: int, buffer: torch.Tensor, tag: int) -> Transfer:
+        """See :meth:`Transport.start_receive`."""
+        return self._start(self._comm.Irecv, source, buffer, tag, receiving=True)
+
+    def _start(
+        self, start: Callable[..., Any], rank: int, message: torch.Tensor, tag: int, receiving: bool
+    ) -> Transfer:
+        if self._is_closed:
+            raise self._closed()
+        return Transfer(rank, _Message(self._mpi, start, message, rank, tag, receiving))
+
+    def _wait(self, transfers: Sequence[Transfer]) -> list[tuple[int, RuntimeError]]:
+        pending, failures = list(transfers), []
+        gone_since: float | None = None
+
+        def move() -> bool:
+            """Whether there is nothing left to wait for, or no use in it."""
+            nonlocal gone_since
+            for transfer in list(pending):
+                try:
+                    done = transfer.work.is_done()
+                except RuntimeError as error:  # MPI's own exceptions
+                    failures.append((transfer.rank, error))
+                    done = True
+                if done:
+                    pending.remove(transfer)
+            if not pending or self._is_closed:
+                return True
+            if gone_since is None and not self._note_departures().isdisjoint(rank for rank, _ in pending):
+                gone_since = time.monotonic()
+            return gone_since is not None and time.monotonic() - gone_since > GRACE_SECONDS
+
+        poll_until(move, self.timeout.total_seconds())
+        for _, message in pending:
+            message.give_up()
+        left = [rank for rank, _ in pending if rank in self._departed]
+        if left:  # whoever else is missing may only be waiting for them
+            failures += [(rank, RuntimeError("it left the group")) for rank in left]
+        elif pending:
+            reason = "this rank closed the group" if self._is_closed else "nothing came in time"
+            failures += [(rank, RuntimeError(reason)) for rank, _ in pending]
+        self._failed |= bool(failures)
+        return failures
+
+    def _note_departures(self) -> set[int]:
+        with self._testing:  # a request must not be tested by two threads at once
+            for peer, farewell in self._farewells.items():
+                if peer not in self._departed and farewell.Test():
+                    self._departed.add(peer)
+        return self._departed
+
+    def abandon(self, transfers: Sequence[Transfer]) -> None:
+        """Leaves the group; nothing is received any more."""
+        self._failed = True
+        for _, message in transfers:
+            message.give_up()
+        self.close()
+
+    def sum(self, buffer: torch.Tensor, what: str) -> None:
+        """See :meth:`Transport.sum`: a ring, whose messages can be given up, unlike a collective of MPI's."""
+        if self._is_closed:
+            raise self._closed()
+        ring_sum(self, buffer, what)
+
+    def close(self) -> None:
+        """Says farewell; where all ranks do so in good order the communicator is freed, otherwise MPI's end ends it.
+
+        May be called from any thread, and more than once.
+        """
+        with self._closing:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        # A child that was forked has no part in its parent's MPI.
+        if self._mpi.Is_finalized() or os.getpid() != self._process:
+            return
+        sends = [self._comm.Isend([bytearray(), self._mpi.BYTE], peer, FAREWELL_TAG) for peer in self.peers]
+
+        def all_left() -> bool:
+            return bool(self._mpi.Request.Testall(sends)) and len(self._note_departures()) == len(self.peers)
+
+        # Freeing is a collective, for which nobody may wait for long.
+        if not self._failed and poll_until(all_left, LEAVE_SECONDS):
+            self._comm.Free()
+            return
+        with self._testing:
+            for peer in set(self.peers) - self._departed:
+                self._farewells[peer].Cancel()
+                poll_until(self._farewells[peer].Test, GRACE_SECONDS)

@@ -1,0 +1,91 @@
+"""qcomm over MPI: the bits of gloo, the same errors, no rank that waits in vain. mpi_cases.py has what ranks do."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mpirun import environment, find_mpirun
+
+CASES = str(Path(__file__).with_name("mpi_cases.py"))
+HERE = str(Path(__file__).parent)
+
+
+def mpirun(size, *cases):
+    ended = find_mpirun()(size, CASES, *cases, PYTHONPATH=environment()["PYTHONPATH"] + f":{HERE}")
+    return ended.returncode, ended.stdout + ended.stderr
+
+
+def python(program):
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    return subprocess.run(
+        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.world
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_the_same_bits_as_over_gloo(size):
+    code, output = mpirun(size, "same_as_gloo")
+    assert code == 0, output
+
+
+@pytest.mark.world
+def test_without_torch_distributed_and_what_happens_to_faults_and_silent_ranks():
+    # One launch for all three: each costs seconds.
+    code, output = mpirun(3, "alone", "faults", "silent")
+    assert code == 0 and output.count("is well") == 3, output
+
+
+@pytest.mark.world
+def test_one_rank_and_what_is_refused():
+    code, output = mpirun(1, "alone_in_the_world")
+    assert code == 0, output
+
+
+@pytest.mark.world
+def test_a_rank_that_leaves_is_an_error_on_the_others_and_fails_the_job():
+    code, output = mpirun(3, "leaves")
+    assert code != 0 and "rank 1 has had enough" in output, output
+    # The launcher may be the first to notice, and then ends the others.
+    assert output.count("is well") == 2 or "TERMINATION" in output, output
+
+
+@pytest.mark.world
+def test_a_rank_that_dies_ends_the_job():
+    code, output = mpirun(3, "killed")
+    assert code != 0 and "has ended" not in output, output
+
+
+LACKING = """
+import sys
+import qcomm
+
+def refusal():
+    try:
+        qcomm.MpiGroup()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+sys.modules["mpi4py"] = None
+print(refusal())
+del sys.modules["mpi4py"]
+import mpi4py
+mpi4py.rc.initialize = False
+print(refusal())
+from mpi4py import MPI
+MPI.Init_thread(MPI.THREAD_FUNNELED)
+print(refusal())
+"""
+
+
+def test_what_mpi_lacks_is_named():
+    find_mpirun()
+    ended = python(LACKING)
+    assert ended.returncode == 0, ended.stderr
+    missing, uninitialised, threads = ended.stdout.splitlines()
+    assert "pip install 'qcomm[mpi]'" in missing
+    assert "MPI is not initialised" in uninitialised and "Init_thread" in uninitialised
+    assert "MPI provides MPI_THREAD_FUNNELED, and MpiGroup needs MPI_THREAD_MULTIPLE" in threads
+    assert "mpi4py.rc.thread_level" in threads
