@@ -75,15 +75,20 @@ def check(name: str, method: Method, values: torch.Tensor, mean: torch.Tensor) -
     allowed = allowed_error(name, method, values, mean.to(values.dtype))
     buffer = values.clone()
     sent = method(buffer)
-    error = (buffer.double() - mean).abs()
-    first = buffer.clone()
+    error = float((buffer.double() - mean).norm() / mean.norm())
+    return sent, error, count_wrong(buffer, mean, allowed), allowed is not None
+
+
+def count_wrong(result: torch.Tensor, mean: torch.Tensor, allowed: torch.Tensor | None) -> int:
+    """Elements of all ranks' results that differ from rank 0's, are not finite or are off by more than ``allowed``."""
+    first = result.clone()
     dist.broadcast(first, 0)
-    bad = (buffer != first) | ~buffer.isfinite()
+    bad = (result != first) | ~result.isfinite()
     if allowed is not None:
-        bad |= error > allowed
+        bad |= (result.double() - mean).abs() > allowed
     wrong = bad.sum()
     dist.all_reduce(wrong)
-    return sent, float(error.norm() / mean.norm()), int(wrong), allowed is not None
+    return int(wrong)
 
 
 def show_timeline(name: str, timeline: Sequence[Event]) -> None:

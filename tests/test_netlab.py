@@ -107,7 +107,7 @@ def test_what_cannot_be_is_refused(netlab):
     with pytest.raises(ValueError, match=r"hosts must be in 1..250, got 0"):
         netlab.Netlab(0)
     before = namespaces()
-    with pytest.raises(netlab.NetlabError, match="tc .*nonsense"), netlab.Netlab(1, "nonsense"):
+    with pytest.raises(netlab.NetlabError, match=r"tc .*nonsense"), netlab.Netlab(1, "nonsense"):
         pass
     assert not {name for name in namespaces() - before if name.startswith("ql")}
 
