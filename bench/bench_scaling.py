@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from allreduce_pairs import SETTLING
 from netlab import UNAVAILABLE, NetlabError
 from ranks import LOOPBACK, RanksError, about, run_ranks, start_rank, write
 from step_trace import RecordedStep, save_trace, trace_events
@@ -36,7 +37,6 @@ from qcomm.recipes.datasets import load_dataset
 from qcomm.recipes.models import MODEL_NAMES
 
 WARM_UP = 3  # steps before any is counted: DDP rebuilds its buckets after the first
-AUTO_WARM_UP = 14  # of "qcomm auto", which tries its ways first
 TRACED = 3  # last steps of a trace
 SMALL = Task("resnet20", batch=4, stem_stride=2, amp=False)
 
@@ -72,7 +72,7 @@ def measure(task: Task, methods: Sequence[str], steps: int, group: dist.ProcessG
     trainers = {method: Trainer(task, method, group, data) for method in methods}
     images = trainers[methods[0]].batch()
     for method, trainer in trainers.items():
-        for _ in range(AUTO_WARM_UP if method == "qcomm auto" else WARM_UP):
+        for _ in range(SETTLING if method == "qcomm auto" else WARM_UP):
             trainer.step(*images)
     times: dict[str, list[StepTimes]] = {method: [] for method in methods}
     for _ in range(steps):

@@ -3,8 +3,8 @@
     python bench/plots.py [--results bench/results] [--out bench/results/plots] [NAME ...]
 
 NAME is a function's below: allreduce_sizes, allreduce_speedup, bitrate, scaling, time_to_accuracy. A file that is not
-there is left out, and said so. Colours stand for methods and are the same in every plot; bars and bands from the 10th to
-the 90th percentile are spread over repeats, not uncertainty of the median.
+there is left out, and said so. Colours stand for methods and are the same in every plot; bars and bands from the 10th
+to the 90th percentile are spread over repeats, not uncertainty of the median.
 """
 
 import argparse

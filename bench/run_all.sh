@@ -7,7 +7,7 @@
 #   sizes     3    64 KiB to 256 MiB: 1 Gb/s, 2 hosts
 #   pairs     2    auto against fp32 and bf16 without a limit, 2 and 4 ranks
 #   step      2    a ResNet-18 step over 100 Mb/s, 2 hosts, and its trace
-#   scaling   3    weak and strong, 1 to 4 ranks of this machine, torchrun and mpirun
+#   scaling   4    weak and strong, 1 to 4 ranks of this machine, torchrun and mpirun
 #   bitrate   2    bits by layer over a training run
 #   accuracy  8    time to 90 % over 100 Mb/s, 2 hosts
 #   plots     0    PNGs, and the README's tables
