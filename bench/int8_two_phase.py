@@ -17,8 +17,7 @@ class Int8:
 
     def __init__(self, elements: int) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        blocks = -(-elements // (BLOCK * self.world_size))
-        self.chunk_blocks = blocks
+        self.chunk_blocks = -(-elements // (BLOCK * self.world_size))
 
     def __call__(self, buffer: torch.Tensor) -> int:
         """The mean, and the bytes that this rank sent."""
@@ -43,9 +42,8 @@ class Int8:
         step = padded.abs().amax(1, keepdim=True) / 127
         largest = padded.abs().amax(1, keepdim=True)
         dist.all_reduce(step)
-        dist.all_reduce(
-            largest
-        )  # the mean's largest magnitude is at most the mean of the largest, plus the first error
+        dist.all_reduce(largest)
+        # The mean's largest magnitude is at most the mean of the largest, and the first error.
         first = step / self.world_size / 2
         second = (largest / self.world_size + first) / 127 / 2
         return (first + second).expand_as(padded).reshape(-1)[: values.numel()]
@@ -68,9 +66,6 @@ class Int8:
         incoming[self.rank] = outgoing[self.rank]
         for distance in range(1, self.world_size):
             target, source = (self.rank + distance) % self.world_size, (self.rank - distance) % self.world_size
-            receiving = dist.irecv(incoming[source], source)
-            sending = dist.isend(outgoing[target].contiguous(), target)
-            if receiving is not None and sending is not None:
-                receiving.wait()
-                sending.wait()
+            for work in (dist.irecv(incoming[source], source), dist.isend(outgoing[target], target)):
+                work.wait()
         return incoming, (self.world_size - 1) * outgoing[0].nbytes

@@ -76,7 +76,7 @@ def test_runs_under_the_launcher(ranks, tmp_path, launcher, world_size):
         env=environment(**ranks.QUIET),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr

@@ -149,6 +149,14 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+def table(name: str) -> str:
+    """A table, or that there is none yet."""
+    try:
+        return TABLES[name]()
+    except FileNotFoundError as error:
+        return f"Not measured yet: there is no {Path(error.filename).name}.\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
@@ -156,7 +164,7 @@ def main() -> int:
     stale = []
     for page in PAGES:
         text = page.read_text()
-        filled = MARKED.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", text)
+        filled = MARKED.sub(lambda match: f"{match[1]}{table(match[2])}{match[3]}", text)
         if filled != text:
             stale.append(page.name)
             if not check:
