@@ -56,6 +56,8 @@ def check_available() -> None:
 class Netlab:
     """``hosts`` namespaces on a bridge. A context manager; leaving it ends what runs on the hosts and removes them.
 
+    A signal that ends the program leaves them, unless it called :func:`end_cleanly`.
+
     Args:
         hosts: 1 to 250.
         rate: as tc writes it, e.g. "100mbit"; None for no limit.
@@ -184,6 +186,12 @@ def end(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
+def end_cleanly() -> None:
+    """Lets signals that end a program leave its context managers first; called on its main thread."""
+    for number in ENDING:
+        signal.signal(number, end_once)
+
+
 def end_once(number: int, _: object) -> NoReturn:
     """Ends like an exception, so that the hosts are removed, which no further signal stops."""
     for other in ENDING:
@@ -201,8 +209,7 @@ def main() -> int:
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
         parser.error("no command: put it after --")
-    for number in ENDING:
-        signal.signal(number, end_once)
+    end_cleanly()
     try:
         with Netlab(arguments.hosts, arguments.rate) as lab:
             return lab.run(command, arguments.timeout)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from netlab import Netlab
+from netlab import Netlab, end_cleanly
 
 import qcomm
 from qcomm.launchers import LAUNCHERS, find_place
@@ -99,6 +99,7 @@ def run_ranks(
             ).returncode
         else:
             quiet = [f"{name}={value}" for name, value in QUIET.items()]
+            end_cleanly()
             with Netlab(world_size, rate) as lab:
                 status = lab.run(["env", *quiet, *program], timeout, stdout=output)
         output.seek(0)

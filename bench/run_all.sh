@@ -8,7 +8,7 @@
 #   pairs     2    auto against fp32 and bf16 without a limit, 2 and 4 ranks
 #   step      2    a ResNet-18 step over 100 Mb/s, 2 hosts, and its trace
 #   scaling   4    weak and strong, 1 to 4 ranks of this machine, torchrun and mpirun
-#   bitrate   2    bits by layer over a training run
+#   bitrate   1    bits by layer over a training run
 #   accuracy  8    time to 90 % over 100 Mb/s, 2 hosts
 #   plots     0    PNGs, and the README's tables
 set -euo pipefail
@@ -40,7 +40,7 @@ step() {
             --json $results/step.json ;;
         scaling) run bench_scaling.py --launchers torchrun mpirun --worlds 4 --stem-stride 2 --steps 8 \
             --json $results/scaling.json ;;
-        bitrate) run bench_bitrate.py --json $results/bitrate.json ;;
+        bitrate) run bench_bitrate.py --steps 66 --every 3 --json $results/bitrate.json ;;
         accuracy) run bench_time_to_accuracy.py --json $results/time_to_accuracy.json ;;
         plots) run plots.py && "$python" tools/make_tables.py ;;
         *) sed -n '2,14p' "$0" >&2; exit 2 ;;

@@ -83,6 +83,17 @@ def test_a_second_signal_does_not_stop_the_removal(netlab):
     ends_clean(process, places, processes, 128 + signal.SIGINT)
 
 
+def test_a_signal_to_a_bench_leaves_nothing(netlab, tmp_path):
+    script = tmp_path / "waits.py"
+    script.write_text(f"import subprocess\nsubprocess.run(['sh', '-c', {WAIT!r}])\n")
+    program = f"import sys; sys.path.insert(0, {str(BENCH)!r}); import ranks\n"
+    program += f"ranks.run_ranks({str(script)!r}, [], 2, '1gbit')"
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True)
+    places, processes = told(process, 2)
+    process.send_signal(signal.SIGTERM)
+    ends_clean(process, places, processes, 128 + signal.SIGTERM)
+
+
 def test_a_timeout_leaves_nothing(netlab):
     process = start("--hosts", "2", "--timeout", "5", "--", "sh", "-c", WAIT)
     places, processes = told(process, 2)
