@@ -6,6 +6,7 @@
 #   TORCH_INDEX  a further index for torch. On Linux, PyPI's torch brings the CUDA libraries (several GB);
 #                TORCH_INDEX=https://download.pytorch.org/whl/cpu has the small build for the CPU.
 #   VENV         where the environment goes.
+#   STEPS        what `make results` measures: names of bench/run_all.sh; everything without it.
 #   SECONDS      how long `make fuzz` runs each target.
 #   QCOMM_CUDA   AUTO, ON or OFF; CMAKE_ARGS: further arguments for CMake. Both count when something is built:
 #                after changing one of them, `make clean`.
@@ -23,7 +24,7 @@ BUILT := $(VENV)/.built-stamp
 SOURCES := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help build train test lint fuzz cuda-check bench-ci clean distclean
+.PHONY: help build train test lint fuzz cuda-check bench-ci results clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -51,6 +52,9 @@ bench-ci: $(BUILT)  ## run the microbenchmarks, results in build/bench-ci.json (
 	$(BIN)/python -m pytest bench/test_micro.py --benchmark-only --benchmark-json=build/bench-ci.json \
 		--benchmark-group-by=func --benchmark-columns=min,median,iqr,rounds
 
+results: $(BUILT)  ## measure what the README shows of networks again; as root, on an idle machine (about 25 minutes)
+	PYTHON=$(BIN)/python bench/run_all.sh $(STEPS)
+
 clean:  ## remove what was built; the environment stays
 	rm -rf build dist *.egg-info qcomm/_C*.so qcomm/_cuda*.so $(BUILT) .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
 
@@ -58,7 +62,7 @@ distclean: clean  ## remove the environment, too
 	rm -rf $(VENV)
 
 # Threads that spin while they wait starve each other when ranks share cores.
-train test bench-ci: export OMP_WAIT_POLICY = passive
+train test bench-ci results: export OMP_WAIT_POLICY = passive
 test bench-ci: export OMP_NUM_THREADS = 1
 
 # --force-reinstall: the environment needs these tools of its own even where $(PYTHON) has others.

@@ -6,6 +6,8 @@
 Every host has one interface, eth0, whose rate is limited in both directions, as a network card's is. A command finds
 RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT and GLOO_SOCKET_IFNAME. Exit status:
 the first that is not 0 on any host, the others are ended then; 77 where there are no network namespaces or no rights.
+The hosts are removed whatever ends the command or netlab, except SIGKILL to netlab itself: `ip netns` then lists
+namespaces that begin with "ql".
 """
 
 import argparse
@@ -19,10 +21,12 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import NoReturn
 
 UNAVAILABLE = 77  # what test drivers take for "skipped"
 SUBNET = "10.213.77"
 PORT = 29400
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Bytes that may pass at once. Below a few packets at the rate's timer tick a link does not reach its rate.
 BURST = {"100mbit": "64kb", "1gbit": "256kb", "10gbit": "1mb"}
 
@@ -51,6 +55,8 @@ def check_available() -> None:
 
 class Netlab:
     """``hosts`` namespaces on a bridge. A context manager; leaving it ends what runs on the hosts and removes them.
+
+    A signal that ends the program leaves them, unless it called :func:`end_cleanly`.
 
     Args:
         hosts: 1 to 250.
@@ -180,6 +186,19 @@ def end(process: "subprocess.Popen[bytes]") -> None:
         process.wait()
 
 
+def end_cleanly() -> None:
+    """Lets signals that end a program leave its context managers first; called on its main thread."""
+    for number in ENDING:
+        signal.signal(number, end_once)
+
+
+def end_once(number: int, _: object) -> NoReturn:
+    """Ends like an exception, so that the hosts are removed, which no further signal stops."""
+    for other in ENDING:
+        signal.signal(other, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=2)
@@ -190,8 +209,7 @@ def main() -> int:
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     if not command:
         parser.error("no command: put it after --")
-    # Ends like an exception, so that the hosts are removed.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    end_cleanly()
     try:
         with Netlab(arguments.hosts, arguments.rate) as lab:
             return lab.run(command, arguments.timeout)

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 __all__ = ["Chooser"]
 
 ROUNDS = 3  # of trials; the fastest one counts, so the first may be slow for reasons of its own
+# Collectives after the first choice until all ways are tried again: fresh connections and memory slow the first trials
+# down, some ways more than others, and what was found then would keep a way from being tried for good.
+WARM_UP = 20
 RECHECK = 200  # collectives of a kind between two looks at the clock
 RECENT = 5  # of them, the last ones are looked at
 # A rival is tried again when what was chosen takes more than this fraction of the rival's best time.
@@ -31,6 +34,7 @@ class _Kind:
     last: str = ""  # the strategy whose time comes with the next header
     own_time: int = 0
     since_decision: int = 0
+    warm: bool = False  # whether what is known of the ways is not from the first trials
 
     def fastest(self, strategy: str) -> int:
         return min(self.times.get(strategy) or (0,))
@@ -46,6 +50,12 @@ class _Kind:
 
     def look_again(self) -> None:
         self.since_decision = 0
+        if not self.warm:
+            self.warm = True
+            self.times.clear()
+            self.trials.extend(list(self.candidates) * ROUNDS)
+            self.chosen = ""
+            return
         now = self.fastest(self.chosen)
         rivals = [s for s in self.candidates if s != self.chosen and WORTH_A_TRIAL * self.fastest(s) < now]
         if rivals:
@@ -108,5 +118,5 @@ class Chooser:
             kind.times.setdefault(kind.last, deque(maxlen=RECENT)).append(agreed_time)
         kind.last, kind.own_time = (kind.trials.popleft() if kind.trials else kind.chosen), own_time
         kind.since_decision += 1
-        if kind.chosen and kind.since_decision >= RECHECK:
+        if kind.chosen and kind.since_decision >= (RECHECK if kind.warm else WARM_UP):
             kind.look_again()

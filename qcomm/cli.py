@@ -1,4 +1,4 @@
-"""The command line: ``qcomm train``, ``bench``, ``plan`` and ``inspect``. It is entered by way of ``qcomm.__main__``."""
+"""The command line: ``qcomm train``, ``bench``, ``plan`` and ``inspect``, entered by way of ``qcomm.__main__``."""
 
 import dataclasses
 from pathlib import Path

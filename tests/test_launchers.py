@@ -1,6 +1,8 @@
 """Processes that mpirun, srun or torchrun started find each other; real ones, with MPICH where it is installed."""
 
+import os
 import re
+import select
 import socket
 import subprocess
 import sys
@@ -214,6 +216,48 @@ def test_a_rank_that_fails_ends_the_launch_with_an_error(mpirun, way):
     assert ended.returncode != 0
     # The launcher may be the first to notice, and then ends the others.
     assert "no answer from rank(s) 1" in ended.stderr or "TERMINATION" in ended.stdout + ended.stderr
+
+
+IN_THE_MIDDLE = """
+import os
+from unittest import mock
+import torch
+import qcomm
+from qcomm import two_phase
+from qcomm.mean_steps import MeanSteps
+place = qcomm.init_from_environment()
+print(f"process {os.getpid()}", flush=True)
+qcomm.all_reduce(torch.ones(3000), strategy="two_phase")
+if place.rank == 1:
+    reduce = MeanSteps.reduce
+    def die(self, number, packets):
+        return reduce(self, number, packets) if number < 2 else os.kill(os.getpid(), 9)
+    mock.patch.object(MeanSteps, "reduce", die).start()
+mock.patch.object(two_phase, "SLICE_ELEMENTS", 200).start()
+qcomm.all_reduce(torch.ones(3000), strategy="two_phase")
+print("went on")
+"""
+
+
+def is_gone(process, seconds):
+    """Whether a process has ended, waiting for it no longer than so many seconds."""
+    try:
+        descriptor = os.pidfd_open(process)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], seconds)[0])
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.world
+def test_a_rank_killed_in_the_middle_of_an_all_reduce_leaves_no_process(mpirun):
+    ended = mpirun(3, "-c", IN_THE_MIDDLE)
+    assert ended.returncode != 0 and "went on" not in ended.stdout
+    processes = [int(number) for number in re.findall(r"process (\d+)", ended.stdout)]
+    assert len(processes) == 3, ended.stdout
+    assert all(is_gone(process, 20) for process in processes)
 
 
 @pytest.mark.world

@@ -9,6 +9,7 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a 
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -71,20 +72,28 @@ def accuracy() -> str:
     )
 
 
+RATES = {"100mbit": "100 Mb/s", "1gbit": "1 Gb/s", "none": "loopback"}
+ALLREDUCE_METHODS = ("fp32", "bf16", "powersgd r=2", "int8", "qcomm k=1", "qcomm k=2")
+
+
+def measured_on(document: Any) -> str:
+    """How busy the machine was already, which the other columns cannot tell."""
+    return f"\nLoad average before the run: {document['load'][0]:.1f} on {document['cores']} cores.\n"
+
+
 def allreduce() -> str:
     """``bench/bench_allreduce.py``: milliseconds of one bucket, and how many times faster than fp32 and bf16."""
-    rows = []
-    for row in read("allreduce.json")["rows"]:
-        if row["method"] not in ("fp32", "bf16", "qcomm k=1", "qcomm k=2"):
+    document, rows = read("allreduce.json"), []
+    for row in document["rows"]:
+        if row["method"] not in ALLREDUCE_METHODS:
             continue
-        rate = {"100mbit": "100 Mb/s", "1gbit": "1 Gb/s"}.get(row["rate"], row["rate"])
         spread = f"{1e3 * row['p10']:.0f} … {1e3 * row['p90']:.0f}"
         ratios = f"{row['ratio_to_fp32']:.1f}", f"{row['ratio_to_bf16']:.1f}"
-        place = f"{rate}, {row['world_size']} ranks"
-        rows.append(
-            [place, row["method"], f"{1e3 * row['seconds']:.0f}", spread, *ratios, f"{row['bytes_sent'] / 1e6:.2f}"]
-        )
-    return markdown(["link", "method", "ms", "p10 … p90", "x fp32", "x bf16", "MB sent a rank"], rows)
+        place = f"{RATES.get(row['rate'], row['rate'])}, {row['world_size']} ranks"
+        sent, error = f"{row['bytes_sent'] / 1e6:.2f}", f"{100 * row['relative_error']:.2g} %"
+        rows.append([place, row["method"], f"{1e3 * row['seconds']:.0f}", spread, *ratios, sent, error])
+    headings = ["link", "method", "ms", "p10 … p90", "x fp32", "x bf16", "MB sent a rank", "error"]
+    return markdown(headings, rows) + measured_on(document)
 
 
 def averaging() -> str:
@@ -118,9 +127,8 @@ def planner_check() -> str:
     """``bench/check_planner.py``: what the planner says of the all-reduces that were measured."""
     rows = []
     for point in read("planner_check.json")["points"]:
-        rate = {"100mbit": "100 Mb/s", "1gbit": "1 Gb/s"}.get(point["rate"], point["rate"])
         times = f"{1e3 * point['seconds']:.0f}", f"{1e3 * point['p10']:.0f} … {1e3 * point['p90']:.0f}"
-        place = f"{rate}, {point['world_size']} ranks"
+        place = f"{RATES.get(point['rate'], point['rate'])}, {point['world_size']} ranks"
         rows.append(
             [place, point["method"], *times, f"{1e3 * point['predicted']:.0f}", f"{100 * point['error']:+.1f} %"]
         )
@@ -140,6 +148,49 @@ def published() -> str:
     return markdown(["experiment", "GPUs", "published", "predicted", "off", "source"], rows)
 
 
+def pairs() -> str:
+    """``bench/bench_allreduce.py --pairs``: is ``auto`` slower than doing nothing where nothing limits the network?"""
+    document, rows = read("allreduce_pairs.json"), []
+    for row in document["rows"]:
+        interval = f"{row['lower']:.2f} … {row['upper']:.2f}"
+        place = f"{row['world_size']} ranks, {row['mib']:g} MiB"
+        times = f"{1e3 * row['seconds']:.1f}", f"{1e3 * row['seconds_base']:.1f}"
+        rows.append([place, row["base"], row["chosen"], *times, f"{row['geometric_mean']:.2f}", interval])
+    headings = ["loopback", "against", "auto chose", "ms", "ms against", "times as fast", "95 % interval"]
+    return markdown(headings, rows) + measured_on(document)
+
+
+def step() -> str:
+    """``bench/bench_scaling.py --rates 100mbit``: a training step over a slow link."""
+    document, rows = read("step.json"), []
+    for row in document["rows"]:
+        if row["ranks"] == 1:
+            continue
+        spread = f"{1e3 * row['p10']:.0f} … {1e3 * row['p90']:.0f}"
+        compared = f"{row['ratio_to_fp32']:.1f}", f"{row['efficiency']:.2f}"
+        exposed = f"{1e3 * row['exposed_seconds']:.0f}"
+        speed = f"{row['images_per_second']:.1f}"
+        rows.append([row["method"], f"{1e3 * row['seconds']:.0f}", spread, exposed, speed, *compared])
+    headings = ["exchange", "ms a step", "p10 … p90", "exposed ms", "images/s", "x fp32", "E(2)"]
+    return markdown(headings, rows) + measured_on(document)
+
+
+def time_to_accuracy() -> str:
+    """``bench/bench_time_to_accuracy.py``: seconds of training to the target, the median over seeds."""
+    document = read("time_to_accuracy.json")
+    runs, rows = document["runs"], []
+    for method in dict.fromkeys(run["method"] for run in runs):
+        of_method = [run for run in runs if run["method"] == method]
+        reached = sum(run["reached"] for run in of_method)
+        middle = statistics.median(run["seconds"] for run in of_method)
+        seconds = f"{middle:.0f}" if reached == len(of_method) else f"> {middle:.0f}"
+        a_step = statistics.median(1e3 * run["seconds"] / run["steps"] for run in of_method)
+        steps = f"{statistics.median(run['steps'] for run in of_method):.0f}"
+        rows.append([method, seconds, steps, f"{a_step:.0f}", f"{reached} of {len(of_method)}"])
+    headings = ["exchange", f"s to {document['target']:.0%}", "steps", "ms a step", "seeds that reached it"]
+    return markdown(headings, rows) + measured_on(document)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "train": train,
     "accuracy": accuracy,
@@ -147,7 +198,18 @@ TABLES: dict[str, Callable[[], str]] = {
     "averaging": averaging,
     "planner_check": planner_check,
     "published": published,
+    "pairs": pairs,
+    "step": step,
+    "time_to_accuracy": time_to_accuracy,
 }
+
+
+def table(name: str) -> str:
+    """A table, or that there is none yet."""
+    try:
+        return TABLES[name]()
+    except FileNotFoundError as error:
+        return f"Not measured yet: there is no {Path(error.filename).name}.\n"
 
 
 def main() -> int:
@@ -157,7 +219,7 @@ def main() -> int:
     stale = []
     for page in PAGES:
         text = page.read_text()
-        filled = MARKED.sub(lambda match: f"{match[1]}{TABLES[match[2]]()}{match[3]}", text)
+        filled = MARKED.sub(lambda match: f"{match[1]}{table(match[2])}{match[3]}", text)
         if filled != text:
             stale.append(page.name)
             if not check:

@@ -1,0 +1,217 @@
+"""The ways to average one bucket that bench_allreduce compares, and how far off each may be.
+
+A method averages a flat fp32 buffer in place and returns the bytes that this rank sent: of qcomm and of int8 those
+handed to the transport, of torch's own all-reduces, and so of PowerSGD's, those of a ring.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from gradient_data import Bucket
+from int8_two_phase import Int8
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+
+import qcomm
+from qcomm.agreement import Fields
+from qcomm.communicator import get_communicator
+from qcomm.error_feedback import ErrorFeedback
+from qcomm.grids import Grid, SigmaGrid
+from qcomm.hierarchical import resolve_ranks_per_node
+from qcomm.layout import BucketLayout
+from qcomm.mean import MeanTask
+from qcomm.mean_steps import owner_grid
+from qcomm.quantize import plan
+from qcomm.slices import SLICE_ELEMENTS, cut_slices
+from qcomm.statistics import measure
+from qcomm.strategies import average
+from qcomm.telemetry import Event, Telemetry
+
+Method = Callable[[torch.Tensor], int]
+
+GRIDS: dict[str, Grid] = {
+    "qcomm k=0.5": qcomm.SigmaGrid(0.5),
+    "qcomm k=1": qcomm.SigmaGrid(1.0),
+    "qcomm k=2": qcomm.SigmaGrid(2.0),
+    "qcomm range c=6": qcomm.RangeGrid(c=6.0),
+}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+POWER_RANKS = (1, 2, 4)
+
+
+def ring_bytes(buffer_bytes: int) -> int:
+    """What a rank of a ring sends in an all-reduce."""
+    world_size = dist.get_world_size()
+    return 2 * (world_size - 1) * buffer_bytes // world_size
+
+
+def plain(dtype: torch.dtype) -> Method:
+    """Torch's own all-reduce, in ``dtype``, as its compression hooks do it."""
+
+    def mean(buffer: torch.Tensor) -> int:
+        sent = buffer.to(dtype)
+        sent.div_(dist.get_world_size())
+        dist.all_reduce(sent)
+        if sent is not buffer:
+            buffer.copy_(sent)
+        return ring_bytes(sent.nbytes)
+
+    return mean
+
+
+@dataclass
+class _HookBucket:
+    """What powerSGD_hook asks of DDP's GradBucket, which Python cannot make."""
+
+    values: torch.Tensor
+    parts: list[torch.Tensor]
+
+    def buffer(self) -> torch.Tensor:
+        return self.values
+
+    def gradients(self) -> list[torch.Tensor]:
+        return self.parts
+
+    def index(self) -> int:
+        return 0
+
+    def is_last(self) -> bool:
+        return True
+
+
+def power_sgd(rank: int, bucket: Bucket, error_feedback: bool) -> Method:
+    """Torch's powerSGD_hook on the layers' own shapes, past its first steps, which do not compress."""
+    state = PowerSGDState(
+        None, rank, start_powerSGD_iter=2, use_error_feedback=error_feedback, warm_start=True, min_compression_rate=2
+    )
+    state.iter = state.start_powerSGD_iter
+
+    def mean(buffer: torch.Tensor) -> int:
+        before = state.total_numel_after_compression
+        views = [
+            buffer[spec.offset : spec.offset + spec.numel].view(shape)
+            for spec, shape in zip(bucket.specs, bucket.shapes, strict=True)
+        ]
+        powerSGD_hook(state, _HookBucket(buffer, views)).wait()  # type: ignore[arg-type]  # stands in for a GradBucket
+        return ring_bytes(4 * (state.total_numel_after_compression - before))
+
+    return mean
+
+
+@dataclass
+class Compressed:
+    """What the hook does for one bucket, on one grid.
+
+    Attributes:
+        timeline: of the last call.
+        chosen: the strategy of the last call.
+    """
+
+    grid: Grid
+    bucket: Bucket
+    strategy: str = "two_phase"
+    error_feedback: bool = False
+    num_threads: int = 1
+    timeline: list[Event] = field(default_factory=list)
+    chosen: str = ""
+
+    def __post_init__(self) -> None:
+        self._communicator = get_communicator(dist.distributed_c10d._get_default_group())
+        self._layout = BucketLayout(self.bucket.specs, dist.get_world_size())
+        self._feedback = ErrorFeedback() if self.error_feedback else None
+        self._nodes = resolve_ranks_per_node(None, dist.get_world_size(), self.strategy)
+
+    def __call__(self, buffer: torch.Tensor) -> int:
+        """The mean, and the bytes that this rank sent."""
+        self.timeline.clear()
+        telemetry = Telemetry(self.timeline)
+        task = MeanTask(
+            buffer,
+            self._layout,
+            self.grid,
+            Fields({}),
+            telemetry,
+            self._feedback,
+            strategy=self.strategy,
+            num_threads=self.num_threads,
+            ranks_per_node=self._nodes,
+        )
+        self._communicator.submit(lambda: average(task, self._communicator)).wait()
+        stats = telemetry.stats()
+        self.chosen = stats["strategies"][0]
+        return int(stats["bytes_sent"])
+
+    def bound(self, values: torch.Tensor, mean: torch.Tensor) -> torch.Tensor | None:
+        """Most that each element of the first result may be off, rounding left out.
+
+        Of two_phase: half of the ranks' mean step, and half of the owner's, who measures each part of the mean as it
+        arrived. That part's RMS and range are at most those of the exact mean and of the first error together. The
+        bound holds for all_gather and none, too; exact_sum and hierarchical have others, which tests check: None.
+        """
+        if self.strategy in {"exact_sum", "hierarchical"}:
+            return None
+        steps = torch.zeros(len(self._layout.tensors), dtype=torch.float64)
+        for number, spec in enumerate(self._layout.tensors):
+            tensor = values[spec.offset : spec.offset + spec.numel]
+            if spec.compressed:
+                steps[number] = plan(measure(tensor), self.grid, tensor).step
+        dist.all_reduce(steps)
+        first = (steps / dist.get_world_size() / 2).tolist()
+        bound = torch.zeros_like(values)
+        for part in cut_slices(self._layout, SLICE_ELEMENTS):
+            for piece in (piece for chunk in part for piece in chunk.pieces):
+                place = slice(piece.offset, piece.offset + piece.length)
+                bound[place] = first[piece.tensor] + self._owner_step(mean[place], first[piece.tensor]) / 2
+        return bound
+
+    def _owner_step(self, mean: torch.Tensor, error: float) -> float:
+        """Most that the step can be for values within ``error`` of ``mean``."""
+        grid = owner_grid(self.grid)
+        if isinstance(grid, SigmaGrid):
+            return grid.step * (float(mean.double().square().mean().sqrt()) + error)
+        return (float(mean.max() - mean.min()) + 2 * error) / (2 ** grid.bits_for(0.0) - 1)
+
+
+def timed(method: Method, values: torch.Tensor) -> float:
+    """Seconds of one call on a copy of ``values``: of the slowest rank, all ranks beginning together."""
+    buffer = values.clone()
+    dist.barrier()
+    begin = time.perf_counter()
+    method(buffer)
+    seconds = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return float(seconds)
+
+
+def make_methods(bucket: Bucket, strategies: list[str], error_feedback: bool, num_threads: int) -> dict[str, Method]:
+    """All of them, by the names that the results have; "qcomm k=1" is two_phase, others name their strategy."""
+    methods: dict[str, Method] = {name: plain(dtype) for name, dtype in DTYPES.items()}
+    for rank in POWER_RANKS:
+        methods[f"powersgd r={rank}"] = power_sgd(rank, bucket, error_feedback)
+    methods["int8"] = Int8(bucket.values.numel())
+    for strategy in strategies:
+        for name, grid in GRIDS.items():
+            label = name if strategy == "two_phase" else f"{name} {strategy}"
+            methods[label] = Compressed(grid, bucket, strategy, error_feedback, num_threads)
+    return methods
+
+
+def allowed_error(name: str, method: Method, values: torch.Tensor, mean: torch.Tensor) -> torch.Tensor | None:
+    """Most that each element may differ from the exact mean, rounding counted; None where there is no bound.
+
+    A collective. PowerSGD has none: a matrix of low rank may be off by anything.
+    """
+    world_size, largest = dist.get_world_size(), values.abs().max()
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    found = None
+    if name in DTYPES:
+        # Each value is divided, then every addition rounds; 16-bit floats also lose what is below the smallest normal.
+        limits = torch.finfo(DTYPES[name])
+        return torch.full_like(values, (world_size + 1) * limits.eps * (float(largest) + limits.smallest_normal))
+    if isinstance(method, Int8):
+        found = method.bound(values)
+    elif isinstance(method, Compressed):
+        found = method.bound(values, mean)
+    return None if found is None else found + largest * (10 + world_size) * torch.finfo(values.dtype).eps

@@ -1,0 +1,92 @@
+"""Buckets of real gradients: ResNet-18 after some steps on digits, every rank's from its own images."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from qcomm.layout import TensorSpec
+from qcomm.recipes.datasets import load_dataset
+from qcomm.recipes.models import build_model
+
+MIN_ELEMENTS = 1024  # as of the hook: smaller tensors travel uncompressed
+STEPS, BATCH = 20, 16
+
+
+class Bucket(NamedTuple):
+    """Flat values, where the tensors are, and each tensor's own shape."""
+
+    values: torch.Tensor
+    specs: list[TensorSpec]
+    shapes: list[torch.Size]
+
+
+def gradients(ranks: Sequence[int]) -> list[list[torch.Tensor]]:
+    """For each rank ResNet-18's gradients, last layer first. Weights are the same on all ranks, images are not."""
+    torch.manual_seed(0)
+    data = load_dataset("digits")
+    model = build_model("resnet18", in_channels=1, num_classes=10)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    order = torch.randperm(len(data.train.labels), generator=torch.Generator().manual_seed(1))
+
+    def backward(first: int) -> None:
+        chosen = order[first : first + BATCH]
+        optimizer.zero_grad()
+        functional.cross_entropy(model(data.normalise(data.train.images[chosen])), data.train.labels[chosen]).backward()
+
+    for step in range(STEPS):
+        backward(BATCH * step)
+        optimizer.step()
+    found = []
+    for rank in ranks:
+        backward(BATCH * (STEPS + rank))
+        found.append([p.grad for p in reversed(list(model.parameters())) if p.grad is not None])
+    return found
+
+
+def save(folder: Path, world_size: int) -> None:
+    """Makes the gradients of all ranks once, for :func:`load`."""
+    for rank, parts in enumerate(gradients(range(world_size))):
+        torch.save(parts, folder / f"{rank}.pt")
+
+
+def load(folder: Path | None, rank: int) -> list[torch.Tensor]:
+    """A rank's gradients, from where :func:`save` put them or made here."""
+    if folder is None:
+        return gradients([rank])[0]
+    parts: list[torch.Tensor] = torch.load(folder / f"{rank}.pt", weights_only=True)
+    return parts
+
+
+def bucket(parts: Sequence[torch.Tensor], elements: int) -> Bucket:
+    """The first ``elements`` values of tensors, which are repeated where they have fewer.
+
+    The last tensor is cut after a whole row, so that it still has the shape of a layer, and what then is left to fill
+    is a tensor of one dimension.
+
+    Example:
+        >>> bucket([torch.zeros(4, 3), torch.zeros(5)], 25).shapes
+        [torch.Size([4, 3]), torch.Size([5]), torch.Size([2, 3]), torch.Size([2])]
+    """
+    values, specs, shapes, offset = torch.empty(elements), [], [], 0
+    while offset < elements:
+        for part in parts:
+            position = 0
+            for shape in _fitting(part.shape, elements - offset):
+                count = math.prod(shape)
+                values[offset : offset + count] = part.reshape(-1)[position : position + count]
+                specs.append(TensorSpec(f"tensor {len(specs)}", offset, count, count >= MIN_ELEMENTS))
+                shapes.append(torch.Size(shape))
+                offset, position = offset + count, position + count
+    return Bucket(values, specs, shapes)
+
+
+def _fitting(shape: Sequence[int], elements: int) -> list[Sequence[int]]:
+    """The shapes of what fits of a tensor in so many elements."""
+    if math.prod(shape) <= elements:
+        return [shape]
+    rows, rest = divmod(elements, math.prod(shape[1:]))
+    return [found for found in ((rows, *shape[1:]), (rest,)) if math.prod(found)]

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Measures again what the README shows of networks, with plots and tables: bench/run_all.sh [STEP ...], or make results.
+# As root on Linux, for the limited links; on an otherwise idle machine, because ranks and hosts share its cores.
+# Interpreter: PYTHON, otherwise .venv's, otherwise python3. Without STEP all of them, with minutes on two idle cores:
+#   allreduce 4    all methods on 25 MiB: 100 Mb/s and 1 Gb/s, 2 and 4 hosts
+#   feedback  1    the same with error feedback, 1 Gb/s, 2 hosts
+#   sizes     3    64 KiB to 256 MiB: 1 Gb/s, 2 hosts
+#   pairs     2    auto against fp32 and bf16 without a limit, 2 and 4 ranks
+#   step      2    a ResNet-18 step over 100 Mb/s, 2 hosts, and its trace
+#   scaling   4    weak and strong, 1 to 4 ranks of this machine, torchrun and mpirun
+#   bitrate   1    bits by layer over a training run
+#   accuracy  8    time to 90 % over 100 Mb/s, 2 hosts
+#   plots     0    PNGs, and the README's tables
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+python=${PYTHON:-.venv/bin/python}
+[ -x "$python" ] || python=$(command -v "$python" || command -v python3)
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+results=bench/results
+steps=("${@:-all}")
+[ "${steps[*]}" != all ] || steps=(allreduce feedback sizes pairs step scaling bitrate accuracy plots)
+
+run() {
+    echo "run_all: bench/$*"
+    "$python" "bench/$@"
+}
+
+step() {
+    case "$1" in
+        allreduce) run bench_allreduce.py --repeats 5 --json $results/allreduce.json ;;
+        feedback) run bench_allreduce.py --repeats 7 --error-feedback --rates 1gbit --worlds 2 \
+            --json $results/allreduce_feedback.json ;;
+        sizes) run bench_allreduce.py --repeats 5 --rates 1gbit --worlds 2 --sizes 64K 256K 1M 4M 25M 64M 256M \
+            --json $results/allreduce_sizes.json ;;
+        pairs) run bench_allreduce.py --pairs 60 --rates none --worlds 2 4 --sizes 1M 25M \
+            --json $results/allreduce_pairs.json ;;
+        step) run bench_scaling.py --rates 100mbit --worlds 2 --modes weak --steps 6 \
+            --methods fp32 bf16 "powersgd r=2" "qcomm k=2" "qcomm k=1" --trace $results/step_trace.json \
+            --json $results/step.json ;;
+        scaling) run bench_scaling.py --launchers torchrun mpirun --worlds 4 --stem-stride 2 --steps 8 \
+            --json $results/scaling.json ;;
+        bitrate) run bench_bitrate.py --steps 66 --every 3 --json $results/bitrate.json ;;
+        accuracy) run bench_time_to_accuracy.py --json $results/time_to_accuracy.json ;;
+        plots) run plots.py && "$python" tools/make_tables.py ;;
+        *) sed -n '2,14p' "$0" >&2; exit 2 ;;
+    esac
+}
+
+for name in "${steps[@]}"; do
+    step "$name"
+done
