@@ -1,4 +1,4 @@
-"""The command line: ``qcomm train`` and ``qcomm inspect``. It is entered by way of ``qcomm.__main__``."""
+"""The command line: ``qcomm train``, ``paper`` and ``inspect``. It is entered by way of ``qcomm.__main__``."""
 
 import dataclasses
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch
 import typer
 
 import qcomm
+from qcomm.paper.cli import app as paper_app
 from qcomm.recipes.compare import comparison_configs, run_all
 from qcomm.recipes.config import AMP_MODES, GRIDS, METHODS, TrainConfig
 from qcomm.recipes.datasets import DATASET_NAMES
@@ -25,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(paper_app)
 
 _TRAIN_HELP = """Train a residual network by data parallelism, with compressed gradients.
 
