@@ -115,7 +115,11 @@ def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
 def draw(document: Document) -> "Figure":
     """At the left the shrinkage, at the right each arm's difference from float32."""
     figure, [[left, *right]] = plots.figure(
-        1, 1 + len(FLOORS), f"Noise or decay? ({document['settings']['dataset']})", 4.0, 3.4
+        1,
+        1 + len(FLOORS),
+        f"Noise or decay? ({document['settings']['dataset']}; dots: differences of equal seeds)",
+        4.0,
+        3.4,
     )
     for row in document["summary"]:
         if row["table"] == "shrinkage":
@@ -137,7 +141,7 @@ def draw(document: Document) -> "Figure":
         panel.set_xticks(range(len(ARMS)), [arm.replace(" ", "\n") for arm in ARMS])
         panel.set_xlim(-0.6, len(ARMS) - 0.4)
         panel.set_title(f"c = {floor}, M = 4", fontsize=10)
-        panel.set_ylabel("test accuracy minus float32, same seed, points")
+        panel.set_ylabel("test accuracy minus float32, points")
     return figure
 
 

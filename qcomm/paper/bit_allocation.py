@@ -115,8 +115,9 @@ def draw(document: Document) -> "Figure":
     panels[0][0].set_ylabel("test accuracy at the best epoch, %")
     panels[1][0].set_ylabel("epochs to the best validation accuracy")
     for panel in panels[1]:
-        panel.set_xlabel("ceiling:floor, bits; diamonds: mean ± deviation")
-    panels[0][0].legend(fontsize=8)
+        panel.set_xlabel("ceiling:floor, bits; dots: runs, diamonds: mean ± deviation")
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", fontsize=8)
     return figure
 
 

@@ -26,15 +26,15 @@ def _exchange(floor: int) -> Exchange:
 
 def paper_table_bits(run: Run) -> float:
     """Bits per weight of the table of 2**N floats a layer that the paper sends, mean over the epochs."""
-    layers: list[list[float]] = run["history"]["layer_raw_bits"]
-    return statistics.fmean(sum(FLOAT_BITS * 2**bits for bits in epoch) / sum(WEIGHT_COUNTS) for epoch in layers)
+    tables = [sum(FLOAT_BITS * 2.0 ** float(bits) for bits in epoch) for epoch in run["history"]["layer_raw_bits"]]
+    return statistics.fmean(tables) / sum(WEIGHT_COUNTS)
 
 
 def identity_error(run: Run) -> float:
     """Largest distance of layer 1's Huffman rate from H + N - M, over the epochs. It holds where weights are smooth."""
     history = run["history"]
     return max(
-        abs(float(huffman[0]) - (entropy[0] + raw[0] - ENTROPY_BITS))
+        abs(float(huffman[0] - (entropy[0] + raw[0] - ENTROPY_BITS)))
         for huffman, entropy, raw in zip(
             history["layer_huffman_bits"], history["entropy"], history["layer_raw_bits"], strict=True
         )
@@ -122,7 +122,7 @@ def draw(document: Document) -> "Figure":
                 plots.curve(panel, [history[key] for history in histories], f"c = {floor}: {name}", colour, style)
             panel.axhline(PAPER[floor][1] or 0.0, color=colour, linestyle="-.", linewidth=0.9)
         panel.set_title(f"{init} initialisation", fontsize=10)
-        panel.set_xlabel("epoch")
+        plots.name_epochs(panel)
         panel.set_ylim(bottom=0)
     panels[0].set_ylabel("bits per parameter")
     panels[0].annotate("the paper's means after Huffman: 3.55, 3.78", (1, PAPER[5][1] or 0.0), (1, 2.9), fontsize=8)

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -32,6 +31,22 @@ _NETWORK, _RUNS = "Network and data", "Runs"
 
 def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _reproduce(experiment: Experiment, base: Settings, runs: int, in_processes: bool) -> list[str]:
+    """The command line with everything written out that the result depends on."""
+    options = {
+        "--dataset": base.dataset,
+        "--train-images": base.train_images,
+        "--epochs": base.epochs,
+        "--workers": base.workers,
+        "--batch-size": base.batch_size,
+        "--lr": base.learning_rate,
+        "--runs": runs,
+        "--seed": base.seed,
+    }
+    given = [str(word) for option, value in options.items() if value is not None for word in (option, value)]
+    return ["qcomm", "paper", experiment.name, *given, *(["--processes"] if in_processes else [])]
 
 
 def _command(experiment: Experiment) -> Callable[..., None]:
@@ -81,7 +96,7 @@ def _command(experiment: Experiment) -> Callable[..., None]:
                 batch_size=batch_size,
                 learning_rate=lr,
             )
-            command = ["qcomm", *sys.argv[1:]]
+            command = _reproduce(experiment, base, runs, processes)
             default_jobs = max(1, _usable_cores() // (workers if processes else 1))
             document = perform(
                 experiment,
@@ -97,7 +112,7 @@ def _command(experiment: Experiment) -> Callable[..., None]:
             raise typer.Exit(USER_ERROR) from None
         for claim in document["claims"]:
             typer.echo(f"{claim['quantity']}: paper says {claim['paper']} / here {claim['here']}")
-        typer.echo(f"Results: {out / dataset / experiment.name}.json and .png; {shlex.join(command)}")
+        typer.echo(f"Results: {out / dataset / experiment.name}.json and .png. To repeat: {shlex.join(command)}")
 
     run.__doc__ = experiment.help
     return run

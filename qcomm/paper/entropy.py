@@ -103,7 +103,7 @@ def draw(document: Document) -> "Figure":
                 panel.set_title(f"{1 << bits} bins", fontsize=10)
         panels[row][0].set_ylabel(f"{init} initialisation\nH, bits")
     for panel in panels[-1]:
-        panel.set_xlabel("epoch")
+        plots.name_epochs(panel)
     handles = [Line2D([], [], color=plots.COLOURS[k], label=name) for k, name in enumerate(LAYER_NAMES)]
     handles += [
         Line2D([], [], color="black", linestyle=style, label=f"sample of {fraction:.0%}")

@@ -97,7 +97,7 @@ def draw(document: Document) -> "Figure":
                 plots.curve(panels[row][column], series, name, plots.COLOURS[layer])
         panels[0][column].set_title(f"{init} initialisation", fontsize=10)
         panels[0][column].set_yscale("log")
-        panels[1][column].set_xlabel("epoch")
+        plots.name_epochs(panels[1][column])
     panels[0][0].set_ylabel("RMS of a batch's gradient")
     panels[1][0].set_ylabel("entropy H of 16 bins, bits")
     panels[0][0].legend(fontsize=8)

@@ -133,7 +133,8 @@ def draw(document: Document) -> "Figure":
     panels[0].set_ylabel("ratio, bytes before / after")
     for number, state in enumerate(STATES):
         panels[0].plot([], [], "D", color=plots.COLOURS[number], label=f"{state} weights")
-    panels[0].legend(fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 

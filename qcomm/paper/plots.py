@@ -60,10 +60,10 @@ def curve(panel: "Axes", series: Sequence[Sequence[float]], label: str | None, c
 
 
 def points(panel: "Axes", position: float, values: Sequence[float], colour: str) -> None:
-    """Every run as a dot, and their mean with a bar of one standard deviation on either side."""
-    panel.plot([position] * len(values), values, "o", color=colour, alpha=0.35, markersize=4, markeredgewidth=0)
+    """Every run as a dot; beside them their mean, with a bar of one standard deviation on either side."""
+    panel.plot([position + 0.1] * len(values), values, "o", color=colour, alpha=0.4, markersize=4.5, markeredgewidth=0)
     panel.errorbar(
-        position, statistics.fmean(values), deviation(values), fmt="D", color=colour, capsize=5, markersize=5
+        position - 0.05, statistics.fmean(values), deviation(values), fmt="D", color=colour, capsize=4, markersize=5
     )
 
 
@@ -72,6 +72,14 @@ def baseline(panel: "Axes", values: Sequence[float], label: str) -> None:
     mean, around = statistics.fmean(values), deviation(values)
     panel.axhline(mean, color=BASELINE_COLOUR, linestyle="--", linewidth=1.2, label=label)
     panel.axhspan(mean - around, mean + around, color=BASELINE_COLOUR, alpha=0.15, linewidth=0)
+
+
+def name_epochs(panel: "Axes") -> None:
+    """An axis of epochs, which are whole."""
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+    panel.set_xlabel("epoch")
 
 
 def save(drawn: "Figure", path: Path) -> None:

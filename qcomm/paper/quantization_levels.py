@@ -61,13 +61,20 @@ def draw(document: Document) -> "Figure":
     arms = [(str(bits), select(runs, _fixed(bits))) for bits in BITS]
     values = [[best_accuracy(run) for run in chosen] for _, chosen in arms]
     positions = list(range(len(arms)))
-    panel.boxplot(values, positions=positions, widths=0.5, medianprops={"color": "black"}, showfliers=False)
+    panel.boxplot(
+        values,
+        positions=[position - 0.2 for position in positions],
+        widths=0.22,
+        medianprops={"color": "black"},
+        showfliers=False,
+    )
     for position, accuracies in zip(positions, values, strict=True):
-        plots.points(panel, position, accuracies, plots.COLOURS[0])
+        plots.points(panel, position + 0.12, accuracies, plots.COLOURS[0])
     floats = [best_accuracy(run) for run in select(runs, FLOAT)]
     plots.baseline(panel, floats, f"float32, mean ± deviation of {len(floats)} runs")
     panel.set_xticks(positions, [label for label, _ in arms])
-    panel.set_xlabel("bits N per weight, fixed; boxes: quartiles, diamonds: mean ± deviation")
+    panel.set_xlim(-0.6, len(arms) - 0.4)
+    panel.set_xlabel("bits N per weight, fixed; boxes: quartiles, dots: runs, diamonds: mean ± deviation")
     panel.set_ylabel("test accuracy at the best epoch, %")
     panel.legend(loc="lower right", fontsize=8)
     return figure

@@ -73,7 +73,7 @@ def _run_parallel(
                     future.result()
                     report.done(futures[future])
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # an error or Ctrl-C: runs that have begun are finished
+            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C: runs that have begun are finished
             raise
 
 

@@ -1,6 +1,5 @@
 """Everything that one run of an experiment is determined by."""
 
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ DATASETS = ("mnist", "fashion-mnist", "digits")
 INITS = ("uniform", "gaussian", "small")
 KINDS = ("float", "grid", "decay", "noise")
 MAX_CEILING = 16
+_MAX_LEARNING_RATE = 3.4e38
 
 
 @dataclass(frozen=True)
@@ -114,8 +114,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RecipeError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise RecipeError(f"--lr is {self.learning_rate}; it must be finite and positive")
+        if not 0 < self.learning_rate <= _MAX_LEARNING_RATE:  # NaN is not
+            raise RecipeError(f"--lr is {self.learning_rate}; it must be positive and a float32 number")
 
     @property
     def slug(self) -> str:
