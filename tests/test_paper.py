@@ -16,7 +16,7 @@ from qcomm import RangeGrid
 from qcomm.paper import lossless, lzw
 from qcomm.paper.ablation import shrinkage
 from qcomm.paper.data import Vectors, load
-from qcomm.paper.evaluation import best_accuracy, convergence_epoch, paired, select, spread
+from qcomm.paper.evaluation import best_accuracy, convergence_epoch, epochs_to_level, paired, select, spread
 from qcomm.paper.exchange import contraction, layer_rates, mean, parcel_bits, receive, send
 from qcomm.paper.network import (
     BIAS_COUNT,
@@ -331,6 +331,12 @@ class TestEvaluation:
         run = record(0, [0.5, 0.8, 0.7, 0.8])
         assert convergence_epoch(run) == 2
         assert best_accuracy(run) == pytest.approx(70.0)
+
+    def test_epochs_to_a_level_are_counted_beside_the_baseline(self):
+        baseline = [record(0, [0.5, 0.8]), record(1, [0.5, 0.6])]
+        assert epochs_to_level(record(0, [0.7, 0.793, 0.9]), baseline) == 2
+        assert epochs_to_level(record(1, [0.7, 0.793, 0.9]), baseline) == 1
+        assert epochs_to_level(record(0, [0.7, 0.7]), baseline) == 3  # never
 
     def test_differences_are_of_equal_seeds(self):
         baseline = [record(seed, [0.5 + seed / 10]) for seed in (0, 1, 2)]

@@ -12,7 +12,9 @@ import qcomm
 from qcomm.cli import app
 from qcomm.paper import runs as runs_module
 from qcomm.paper.cli import EXPERIMENTS
+from qcomm.paper.exchange import gather, send
 from qcomm.paper.experiment import redraw
+from qcomm.paper.network import initial
 from qcomm.paper.results import DOCUMENT_FIELDS, Cells, write_atomically
 from qcomm.paper.runs import run_missing
 from qcomm.paper.settings import Exchange, Settings
@@ -53,6 +55,19 @@ def test_workers_in_processes_end_with_the_weights_of_workers_in_one(exchange):
         assert all(torch.equal(torch.from_numpy(a), b) for a, b in zip(weights, expected, strict=True))
         for name in ("test_accuracy", "raw_bits", "huffman_bits", "packet_bits", "train_loss"):
             assert history[name] == alone.history[name]
+
+
+def gather_from_a_liar(rank, world_size, size):
+    parcel = send(initial("small", torch.Generator()), Exchange(), torch.Generator())
+    if rank == 1:
+        parcel[2] = torch.empty(size, dtype=torch.uint8)
+    with pytest.raises(RecipeError, match="rank 1 announces parts of"):
+        gather(parcel)
+
+
+@pytest.mark.world
+def test_sizes_that_no_parcel_has_are_refused_on_all_ranks():
+    distributed.run(2, gather_from_a_liar, 4_000_000)
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,13 @@ import json
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md",)
+PAGES = (ROOT / "README.md", ROOT / "docs" / "paper.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -87,7 +88,21 @@ def allreduce() -> str:
     return markdown(["link", "method", "ms", "p10 … p90", "x fp32", "x bf16", "MB sent a rank"], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"train": train, "accuracy": accuracy, "allreduce": allreduce}
+def paper(experiment: str) -> str:
+    """``qcomm paper``: what the paper says about a quantity, and what was found."""
+    document = read(f"paper/{experiment}.json")
+    seeds = len({run["seed"] for run in document["runs"]})
+    rows = [[claim["quantity"], claim["paper"], claim["here"]] for claim in document["claims"]]
+    return markdown([f"{experiment}, {seeds} seeds", "paper", "here"], rows)
+
+
+PAPER = ("quantization-levels", "gradient-rms", "entropy", "bit-allocation", "bit-rate", "lossless", "ablation")
+TABLES: dict[str, Callable[[], str]] = {
+    "train": train,
+    "accuracy": accuracy,
+    "allreduce": allreduce,
+    **{f"paper_{name.replace('-', '_')}": partial(paper, name) for name in PAPER},
+}
 
 
 def main() -> int:

@@ -22,6 +22,17 @@ def convergence_epoch(run: Run) -> int:
     return int(accuracies.index(max(accuracies))) + 1
 
 
+def epochs_to_level(run: Run, baseline: Sequence[Run], share: float = 0.99) -> float:
+    """The first epoch whose validation accuracy is ``share`` of the best of the baseline's run of the same seed.
+
+    One more than there are epochs where none is. Unlike the peak it does not depend on when a run was ended.
+    """
+    reference = next(other for other in baseline if other["seed"] == run["seed"])
+    level = share * max(reference["history"]["validation_accuracy"])
+    accuracies = run["history"]["validation_accuracy"]
+    return float(next((epoch for epoch, value in enumerate(accuracies, 1) if value >= level), len(accuracies) + 1))
+
+
 def best_accuracy(run: Run) -> float:
     """Test accuracy in percent, after the epoch of the highest validation accuracy."""
     return float(100 * run["history"]["test_accuracy"][convergence_epoch(run) - 1])

@@ -17,9 +17,11 @@ from qcomm.huffman import code_lengths
 from qcomm.paper.network import BIAS_COUNT, LAYERS, SIZES, WEIGHT_COUNTS, Layer, Network
 from qcomm.paper.settings import Exchange
 from qcomm.quantize import MAX_CODED_BITS, plan
+from qcomm.recipes.errors import RecipeError
 from qcomm.statistics import measure
 
 FLOAT_BITS = 32
+_PACKET_MARGIN = 128  # bytes that a packet may take beyond the tensor
 
 Parcel = list[Tensor]  # what a worker sends: bytes of each layer's weights, then those of all biases
 
@@ -82,10 +84,20 @@ def mean(parcels: list[Parcel], exchange: Exchange) -> Network:
 
 
 def gather(parcel: Parcel) -> list[Parcel]:
-    """Every rank's parcel, on all ranks of the present process group."""
+    """Every rank's parcel, on all ranks of the present process group.
+
+    Raises:
+        RecipeError: a rank announces sizes that no parcel has; on all ranks.
+    """
     own = torch.tensor([part.numel() for part in parcel])
     sizes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, own)
+    most = torch.tensor([FLOAT_BITS // 8 * count for count in (*WEIGHT_COUNTS, BIAS_COUNT)]) + _PACKET_MARGIN
+    for rank, size in enumerate(sizes):
+        if bool((size < 0).any()) or bool((size > most).any()):
+            raise RecipeError(
+                f"rank {rank} announces parts of {size.tolist()} bytes; at most {most.tolist()} are possible"
+            )
     longest = max(int(size.sum()) for size in sizes)
     padded = torch.zeros(longest, dtype=torch.uint8)
     padded[: int(own.sum())] = torch.cat(parcel)
