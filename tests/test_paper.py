@@ -154,6 +154,12 @@ class TestExchange:
             assert torch.equal(weight, (decoded[0][k].weight + decoded[1][k].weight + decoded[2][k].weight) / 3)
             assert torch.equal(bias, (networks[0][k].bias + networks[1][k].bias + networks[2][k].bias) / 3)
 
+    def test_the_mean_leaves_what_was_sent_alone(self):
+        network = random_network()
+        before = clone(network)
+        mean([send(network, Exchange(), generator()), send(random_network(1), Exchange(), generator())], Exchange())
+        assert all(torch.equal(a.weight, b.weight) for a, b in zip(network, before, strict=True))
+
     def test_rates_are_of_the_bytes_sent(self):
         parcel = send(random_network(), PAPER, generator())
         rates = layer_rates(parcel, PAPER)
@@ -237,6 +243,9 @@ class TestTraining:
         found = probe(weight, generator())
         for row, bits in zip(found, PROBE_BITS, strict=True):
             assert row[PROBE_FRACTIONS.index(1.0)] == pytest.approx(qcomm.estimate_entropy(weight, bits, 1.0), abs=1e-3)
+
+    def test_constant_weights_have_no_entropy(self):
+        assert probe(torch.ones(50, 10), generator()) == [[0.0] * len(PROBE_FRACTIONS)] * len(PROBE_BITS)
 
     def test_three_percent_of_the_last_layer_is_too_few(self):
         found = probe(random_network()[2].weight, generator())[PROBE_BITS.index(4)]

@@ -93,7 +93,7 @@ def paper(experiment: str) -> str:
     document = read(f"paper/{experiment}.json")
     seeds = len({run["seed"] for run in document["runs"]})
     rows = [[claim["quantity"], claim["paper"], claim["here"]] for claim in document["claims"]]
-    return markdown([f"{experiment}, {seeds} seeds", "paper", "here"], rows)
+    return markdown([f"{document['settings']['dataset']}, {seeds} seeds", "paper", "here"], rows)
 
 
 PAPER = ("quantization-levels", "gradient-rms", "entropy", "bit-allocation", "bit-rate", "lossless", "ablation")

@@ -25,7 +25,7 @@ def convergence_epoch(run: Run) -> int:
 def epochs_to_level(run: Run, baseline: Sequence[Run], share: float = 0.99) -> float:
     """The first epoch whose validation accuracy is ``share`` of the best of the baseline's run of the same seed.
 
-    One more than there are epochs where none is. Unlike the peak it does not depend on when a run was ended.
+    One more than there are epochs where none is. Unlike the peak, it is not at the end of a run that still improves.
     """
     reference = next(other for other in baseline if other["seed"] == run["seed"])
     level = share * max(reference["history"]["validation_accuracy"])

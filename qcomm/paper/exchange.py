@@ -64,10 +64,10 @@ def _send_weight(weight: Tensor, exchange: Exchange, generator: torch.Generator)
 
 
 def receive(parcel: Parcel, exchange: Exchange) -> Network:
-    """The network that a parcel describes."""
+    """The network that a parcel describes, in memory of its own."""
     weights = []
     for k, sent in enumerate(parcel[:-1]):
-        weight = qcomm.decompress(sent) if exchange.kind == "grid" else sent.view(torch.float32)
+        weight = qcomm.decompress(sent) if exchange.kind == "grid" else sent.view(torch.float32).clone()
         weights.append(weight.view(SIZES[k + 1], SIZES[k]))
     biases = parcel[-1].view(torch.float32).split(SIZES[1:])
     return [Layer(weight, bias.clone()) for weight, bias in zip(weights, biases, strict=True)]

@@ -188,6 +188,8 @@ def probe(weight: Tensor, generator: torch.Generator) -> list[list[float]]:
     """
     flat = weight.flatten().double()
     low, high = flat.min(), flat.max()
+    if low == high:
+        return [[0.0] * len(PROBE_FRACTIONS)] * len(PROBE_BITS)
     order = torch.randperm(flat.numel(), generator=generator)
     finest = 1 << max(PROBE_BITS)
     symbols = ((flat - low) * (finest / (high - low))).floor().clamp_(max=finest - 1).long()[order]
