@@ -1,4 +1,4 @@
-"""The command line: ``qcomm train``, ``bench``, ``plan`` and ``inspect``, entered by way of ``qcomm.__main__``."""
+"""The command line: ``qcomm train``, ``bench``, ``plan``, ``paper`` and ``inspect``; :mod:`qcomm.__main__` enters it."""
 
 import dataclasses
 from pathlib import Path
@@ -9,6 +9,7 @@ import typer
 
 import qcomm
 from qcomm.bench_cli import BENCH_HELP, bench
+from qcomm.paper.cli import app as paper_app
 from qcomm.planner.cli import plan
 from qcomm.recipes.compare import comparison_configs, run_all
 from qcomm.recipes.config import AMP_MODES, GRIDS, METHODS, TrainConfig
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+app.add_typer(paper_app)
 
 _TRAIN_HELP = """Train a residual network by data parallelism, with compressed gradients.
 

@@ -12,6 +12,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,15 @@ def time_to_accuracy() -> str:
     return markdown(headings, rows) + measured_on(document)
 
 
+def paper(experiment: str) -> str:
+    """``qcomm paper``: what the paper says about a quantity, and what was found."""
+    document = read(f"paper/{experiment}.json")
+    seeds = len({run["seed"] for run in document["runs"]})
+    rows = [[claim["quantity"], claim["paper"], claim["here"]] for claim in document["claims"]]
+    return markdown([f"{document['settings']['dataset']}, {seeds} seeds", "paper", "here"], rows)
+
+
+PAPER = ("quantization-levels", "gradient-rms", "entropy", "bit-allocation", "bit-rate", "lossless", "ablation")
 TABLES: dict[str, Callable[[], str]] = {
     "train": train,
     "accuracy": accuracy,
@@ -201,6 +211,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pairs": pairs,
     "step": step,
     "time_to_accuracy": time_to_accuracy,
+    **{f"paper_{name.replace('-', '_')}": partial(paper, name) for name in PAPER},
 }
 
 

@@ -1,0 +1,150 @@
+"""Exchange of weights at the end of an epoch: what each worker sends, and the mean that all continue from.
+
+The workers' parcels are decoded in the order of the workers, added in fp32 and divided by their number, so that workers
+in processes of their own and workers in one process end with the same bits.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import qcomm
+from qcomm import _native
+from qcomm.huffman import code_lengths
+from qcomm.paper.network import BIAS_COUNT, LAYERS, SIZES, WEIGHT_COUNTS, Layer, Network
+from qcomm.paper.settings import Exchange
+from qcomm.quantize import MAX_CODED_BITS, plan
+from qcomm.recipes.errors import RecipeError
+from qcomm.statistics import measure
+
+FLOAT_BITS = 32
+_PACKET_MARGIN = 128  # bytes that a packet may take beyond the tensor
+
+Parcel = list[Tensor]  # what a worker sends: bytes of each layer's weights, then those of all biases
+
+
+class LayerRate(NamedTuple):
+    """Bits per weight of one layer in one parcel.
+
+    Attributes:
+        raw: N, what a symbol takes without a code.
+        huffman: of the codewords alone, as the paper counts.
+        packet: of all bytes that were sent, headers and code lengths included.
+        symbol_entropy: of the symbols' histogram, the least that coding them one by one can take.
+    """
+
+    raw: float
+    huffman: float
+    packet: float
+    symbol_entropy: float
+
+
+def send(network: Network, exchange: Exchange, generator: torch.Generator) -> Parcel:
+    """What a worker sends of its network. The noise is the only thing that ``generator`` is for."""
+    parcel = [_send_weight(weight, exchange, generator) for weight, _ in network]
+    parcel.append(_to_bytes(torch.cat([bias for _, bias in network])))
+    return parcel
+
+
+def _send_weight(weight: Tensor, exchange: Exchange, generator: torch.Generator) -> Tensor:
+    if exchange.kind == "grid":
+        return qcomm.compress(weight, exchange.grid)
+    if exchange.kind == "float":
+        return _to_bytes(weight)
+    quantizer = plan(measure(weight), exchange.grid, weight)
+    if quantizer.step == 0.0:  # constant weights have no bins
+        return _to_bytes(weight)
+    if exchange.kind == "decay":
+        middle = (quantizer.p0 + quantizer.p1) / 2
+        return _to_bytes(middle + (weight - middle) * (1 - 2.0**-quantizer.num_bits))
+    return _to_bytes(weight + (torch.rand(weight.shape, generator=generator) - 0.5) * quantizer.step)
+
+
+def receive(parcel: Parcel, exchange: Exchange) -> Network:
+    """The network that a parcel describes, in memory of its own."""
+    weights = []
+    for k, sent in enumerate(parcel[:-1]):
+        weight = qcomm.decompress(sent) if exchange.kind == "grid" else sent.view(torch.float32).clone()
+        weights.append(weight.view(SIZES[k + 1], SIZES[k]))
+    biases = parcel[-1].view(torch.float32).split(SIZES[1:])
+    return [Layer(weight, bias.clone()) for weight, bias in zip(weights, biases, strict=True)]
+
+
+def mean(parcels: list[Parcel], exchange: Exchange) -> Network:
+    """The mean of the networks in ``parcels``."""
+    total = receive(parcels[0], exchange)
+    for parcel in parcels[1:]:
+        for (weight, bias), (other_weight, other_bias) in zip(total, receive(parcel, exchange), strict=True):
+            weight.add_(other_weight)
+            bias.add_(other_bias)
+    return [Layer(weight.div_(len(parcels)), bias.div_(len(parcels))) for weight, bias in total]
+
+
+def gather(parcel: Parcel) -> list[Parcel]:
+    """Every rank's parcel, on all ranks of the present process group.
+
+    Raises:
+        RecipeError: a rank announces sizes that no parcel has; on all ranks.
+    """
+    own = torch.tensor([part.numel() for part in parcel])
+    sizes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, own)
+    most = torch.tensor([FLOAT_BITS // 8 * count for count in (*WEIGHT_COUNTS, BIAS_COUNT)]) + _PACKET_MARGIN
+    for rank, size in enumerate(sizes):
+        if bool((size < 0).any()) or bool((size > most).any()):
+            raise RecipeError(
+                f"rank {rank} announces parts of {size.tolist()} bytes; at most {most.tolist()} are possible"
+            )
+    longest = max(int(size.sum()) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8)
+    padded[: int(own.sum())] = torch.cat(parcel)
+    received = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(received, padded)
+    # Cloned, so that each part starts on a boundary that it can be viewed as floats from.
+    return [
+        [part.clone() for part in flat[: int(size.sum())].split(size.tolist())]
+        for flat, size in zip(received, sizes, strict=True)
+    ]
+
+
+def layer_rates(parcel: Parcel, exchange: Exchange) -> list[LayerRate]:
+    """What each layer's weights cost in a parcel; floats cost 32 bits in every account."""
+    if exchange.kind != "grid":
+        return [LayerRate(FLOAT_BITS, FLOAT_BITS, FLOAT_BITS, math.nan)] * LAYERS
+    return [_layer_rate(packet, count) for packet, count in zip(parcel, WEIGHT_COUNTS, strict=False)]
+
+
+def _layer_rate(packet: Tensor, count: int) -> LayerRate:
+    info = qcomm.inspect(packet)
+    huffman = float(info.num_bits)
+    if info.coding in ("single", "fixed") and info.num_bits <= MAX_CODED_BITS:
+        counts = _native.count_symbols(packet, 0)[: 1 << info.num_bits]
+        huffman = int((counts * code_lengths(counts)).sum()) / count
+    return LayerRate(info.num_bits, huffman, info.bits_per_element, info.entropy_bits)
+
+
+def parcel_bits(parcel: Parcel) -> float:
+    """Bits per parameter, biases among them, of everything that a worker sends."""
+    return 8 * sum(part.numel() for part in parcel) / (sum(WEIGHT_COUNTS) + BIAS_COUNT)
+
+
+def contraction(before: Tensor, after: Tensor) -> float:
+    """By what share ``after`` is nearer to the middle of ``before``'s range than ``before``: 0 for no change.
+
+    The slope of the regression of one on the other, subtracted from 1.
+
+    Example:
+        >>> contraction(torch.tensor([-1.0, 1.0]), torch.tensor([-0.5, 0.5]))
+        0.5
+    """
+    middle = (before.min() + before.max()) / 2
+    centered = (before - middle).double()
+    energy = float(centered.square().sum())
+    return 1 - float((centered * (after - middle)).sum()) / energy if energy else 0.0
+
+
+def _to_bytes(values: Tensor) -> Tensor:
+    return values.detach().contiguous().view(-1).view(torch.uint8)
