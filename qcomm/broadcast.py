@@ -10,7 +10,7 @@ import torch.distributed as dist
 from qcomm._native import check_num_threads
 from qcomm.agreement import Fault, Fields, Phase
 from qcomm.collectives import check_grid, check_min_elements
-from qcomm.communicator import Communicator, get_communicator, resolve_group
+from qcomm.communicator import Communicator, get_communicator, get_ranks, resolve_group
 from qcomm.errors import PacketError
 from qcomm.grids import Grid, RangeGrid
 from qcomm.mean import attempt
@@ -64,7 +64,7 @@ def broadcast_parameters(
         >>> dist.destroy_process_group()
     """
     group = resolve_group(process_group)
-    ranks = dist.get_process_group_ranks(group)
+    ranks = get_ranks(group)
     if src not in ranks:
         raise ValueError(f"src must be one of the group's ranks {ranks}, got {src!r}")
     if len(ranks) == 1:
@@ -80,7 +80,7 @@ def broadcast_parameters(
             raise TypeError(f"lossless must be a bool, got {type(lossless).__name__}")
         tensors = _tensors(module_or_params)
         fields = _fields(tensors, src, grid, min_elements, lossless)
-        if dist.get_rank() == src:
+        if ranks[communicator.rank] == src:
             kept = ("*",) if lossless else (f"{BUFFER}*",)
             packed = pack_state(dict(tensors), grid, min_elements, kept, num_threads)
     except Exception as error:  # noqa: BLE001 - any: the other ranks are already waiting for this one

@@ -1,4 +1,4 @@
-"""The command line: ``qcomm train``, ``bench``, ``plan``, ``paper`` and ``inspect``; :mod:`qcomm.__main__` enters it."""
+"""The command line: ``qcomm train``, ``bench``, ``plan``, ``paper``, ``inspect``. :mod:`qcomm.__main__` enters it."""
 
 import dataclasses
 from pathlib import Path

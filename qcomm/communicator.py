@@ -30,6 +30,7 @@ __all__ = [
     "completed",
     "failed",
     "get_communicator",
+    "get_ranks",
     "get_world_size",
     "resolve_group",
 ]
@@ -288,6 +289,11 @@ def resolve_group(group: Group | None) -> Group:
 def get_world_size(group: Group) -> int:
     """Number of ranks in a group."""
     return group.size if isinstance(group, MpiGroup) else dist.get_world_size(group)
+
+
+def get_ranks(group: Group) -> list[int]:
+    """The group's ranks by their numbers in the whole job."""
+    return list(group.transport.ranks) if isinstance(group, MpiGroup) else dist.get_process_group_ranks(group)
 
 
 def get_communicator(group: Group) -> Communicator:

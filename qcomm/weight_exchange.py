@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from qcomm.agreement import Fault, Fields, Phase
-from qcomm.communicator import Communicator, get_communicator, resolve_group
+from qcomm.communicator import Communicator, get_communicator, get_world_size, resolve_group
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import ConfigMismatchError
 from qcomm.exchange_options import ExchangeOptions
@@ -86,7 +86,7 @@ class WeightExchange:
         """
         options = self._options
         group = resolve_group(self._group)
-        world_size = dist.get_world_size(group)
+        world_size = get_world_size(group)
         if world_size == 1 and options.strategy == "auto":
             return
         communicator = get_communicator(group)
