@@ -1,64 +1,19 @@
-"""The averagers between real processes: equal bits, the exact mean but for what is kept, and what goes wrong."""
+"""The averagers between real processes: equal bits, the exact mean but for what is kept."""
 
 import copy
 from collections import OrderedDict
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from averager_model import averager, exact_mean, flat, move, network, post_local_sgd, train
 from distributed import assert_same_on_all_ranks, counting_bytes, gathered, run
 from torch import nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
 import qcomm
-from qcomm.mean_steps import MeanSteps
 
 pytestmark = pytest.mark.world
-
-
-def network(dtype=torch.float32):
-    """Two large matrices and small tensors; the same on all ranks."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(48, 48), nn.BatchNorm1d(48), nn.Tanh(), nn.Linear(48, 48))
-    return model.to(dtype)
-
-
-def averager(period=1, warmup_steps=0, **options):
-    options.setdefault("strategy", "two_phase")
-    return qcomm.CompressedModelAverager(period, warmup_steps, **options)
-
-
-def post_local_sgd(model, compressed, **options):
-    from torch.distributed.optim import PostLocalSGDOptimizer  # compiles TorchScript when it is imported
-
-    return PostLocalSGDOptimizer(torch.optim.SGD(model.named_parameters(), lr=0.05, **options), compressed)
-
-
-def move(model, rank, step, size=0.01):
-    """What local training does to the weights: something else on each rank."""
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_((size * noise).to(parameter.dtype))
-
-
-def train(model, optimizer, rank, steps, after=lambda step: None):
-    for step in range(steps):
-        optimizer.zero_grad()
-        x = torch.randn(16, 48, generator=torch.Generator().manual_seed(100 * step + rank))
-        (model(x) - x).square().mean().backward()
-        optimizer.step()
-        after(step)
-
-
-def flat(tensors):
-    return torch.cat([tensor.detach().double().reshape(-1) for tensor in tensors])
-
-
-def exact_mean(tensors):
-    return torch.stack(gathered(flat(tensors))).mean(dim=0)
 
 
 CASES = {
@@ -355,87 +310,6 @@ def test_layouts_dtypes_and_buffers():
     run(2, case_buffers)
 
 
-def case_resume(rank, world_size, options):
-    """From a checkpoint in the middle, bit for bit what would have been; without it, something else."""
-
-    def begin():
-        return network(), averager(2, **options)
-
-    model, compressed = begin()
-    for step in range(5):
-        move(model, rank, step)
-        compressed.average_parameters(model.parameters())
-    weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(compressed.state_dict())
-    results = []
-    for saved in (None, state, {**state, "exchanges": [dict(state["exchanges"][0], error_feedback=None)]}):
-        one, its_averager = (model, compressed) if saved is None else begin()
-        if saved is not None:
-            one.load_state_dict(weights)
-            its_averager.load_state_dict(saved)
-        for step in range(5, 10):
-            move(one, rank, step)
-            its_averager.average_parameters(one.parameters())
-        assert its_averager.step == 10
-        results.append(flat(one.parameters()))
-    assert torch.equal(results[0], results[1])
-    # The residuals were part of it.
-    assert torch.equal(results[0], results[2]) == (options.get("error_feedback") is False)
-
-
-def case_anchors_differ(rank, world_size):
-    model, compressed = network(), averager()
-    for step in range(3):
-        move(model, rank, step)
-        compressed.average_parameters(model.parameters())
-    state = compressed.state_dict()
-    move(model, rank, 3)
-    compressed.average_parameters(model.parameters())
-    other = averager()
-    if rank == 0:  # the others forgot theirs
-        other.load_state_dict(state)
-    other.step = 3
-    before = flat(model.parameters())
-    with pytest.raises(qcomm.ConfigMismatchError, match=r"anchor: [0-9a-f]{16} on rank 0, none yet on ranks 1 2"):
-        other.average_parameters(model.parameters())
-    assert torch.equal(before, flat(model.parameters()))
-    # All have heard of it, and begin anew.
-    move(model, rank, 4)
-    wanted = exact_mean(model.parameters())
-    other.average_parameters(model.parameters())
-    assert float((flat(model.parameters()) - wanted).abs().max()) < 1e-6
-
-
-def test_checkpoints():
-    for options in ({}, {"error_feedback": False}, {"strategy": "all_gather"}):
-        run(2, case_resume, options)
-    run(3, case_anchors_differ)
-
-
-def case_other_world(rank, world_size, states):
-    """Two ranks go on from what three left: the anchor is theirs, residuals are added up."""
-    if states is None:
-        model, compressed = network(), averager()
-        for step in range(3):
-            move(model, rank, step)
-            compressed.average_parameters(model.parameters())
-        return model.state_dict(), compressed.state_dict()
-    model, compressed = network(), averager()
-    model.load_state_dict(states[rank][0])
-    compressed.load_state_dict([states[0][1], states[2][1]] if rank == 0 else states[1][1])
-    for step in range(3, 6):
-        wanted = exact_mean(model.parameters())
-        move(model, rank, step)
-        compressed.average_parameters(model.parameters())
-        assert_same_on_all_ranks(*model.parameters())
-        assert float((flat(model.parameters()) - wanted).abs().max()) < 0.1
-    assert compressed.stats()["bits_per_element_compressed"] < 3
-    return None
-
-
-def test_another_number_of_ranks():
-    run(2, case_other_world, run(3, case_other_world, None))
-
-
 def case_hierarchical(rank, world_size):
     model = network()
     levels = OrderedDict([(2, 2), (4, 4)])
@@ -491,146 +365,3 @@ def case_subgroup(rank, world_size):
 def test_groups_of_ranks():
     run(4, case_hierarchical)
     run(4, case_subgroup)
-
-
-def failing(method):
-    return mock.patch.object(MeanSteps, method, side_effect=ZeroDivisionError("boom"))
-
-
-def case_failures(rank, world_size):
-    model, compressed = network(), averager()
-
-    def fails(error, match, params=None):
-        before = flat(model.parameters())
-        with pytest.raises(error, match=match):
-            compressed.average_parameters(model.named_parameters() if params is None else params)
-        assert torch.equal(before, flat(model.parameters()).nan_to_num(nan=7.0)) or rank == 1
-
-    def works(uncompressed):
-        move(model, rank, 0)
-        wanted = exact_mean(model.parameters())
-        compressed.average_parameters(model.named_parameters())
-        assert_same_on_all_ranks(*model.parameters())
-        assert (float((flat(model.parameters()) - wanted).abs().max()) < 1e-6) == uncompressed
-
-    works(uncompressed=True)
-    works(uncompressed=False)
-    state = compressed.state_dict()
-    # Before anything is sent: weights, anchor and residuals stay.
-    value = model[0].weight.data[1, 1].clone()
-    for bad in (float("nan"), float("inf")):
-        if rank == 1:
-            model[0].weight.data[1, 1] = bad
-        fails(qcomm.CollectiveError, r"rank 1 failed while preparing.*'0.weight' has 1 of 2304 values that are not")
-    model[0].weight.data[1, 1] = value
-    odd = rank == 1
-    fails(qcomm.CollectiveError, "rank 1 failed.*TypeError: params must be an iterable", 7 if odd else None)
-    fails(qcomm.CollectiveError, "rank 1 failed.*params must hold at least one", iter([]) if odd else None)
-    fails(qcomm.CollectiveError, "rank 1 failed.*number 0 is a int", [3] if odd else None)
-    complex_ = [("x", nn.Parameter(torch.ones(3, dtype=torch.complex64)))]
-    fails(qcomm.CollectiveError, "rank 1 failed.*'x' must be float32.*view it as real", complex_ if odd else None)
-    twice = [("x", nn.Parameter(torch.ones(3))), ("x", nn.Parameter(torch.ones(3)))]
-    fails(qcomm.CollectiveError, "rank 1 failed.*got 'x' twice", twice if odd else None)
-    reshaped = [("0.weight", nn.Parameter(torch.ones(3, 3)))]
-    fails(qcomm.CollectiveError, r"rank 1 failed.*has shape \(3, 3\) and had \(48, 48\)", reshaped if odd else None)
-    after = compressed.state_dict()
-    assert after["exchanges"][0]["identity"] == state["exchanges"][0]["identity"]
-    works(uncompressed=False)
-    # What differs is named, and forgotten by all.
-    fewer = [("0.weight", model[0].weight)]
-    fails(qcomm.ConfigMismatchError, r"layout: 6 tensors.* on ranks? 0.*parameters: 0.weight", fewer if odd else None)
-    works(uncompressed=True)
-    compressed.step += odd
-    fails(qcomm.ConfigMismatchError, r"step: \d+ on ranks? ")
-    compressed.step -= odd
-    works(uncompressed=True)
-    # In the middle of an exchange: told to all in the same one, and all begin anew.
-    for method in ("encode", "reduce"):
-        works(uncompressed=False)
-        with failing(method) if odd else mock.MagicMock():
-            fails(qcomm.CollectiveError, "rank 1 failed while .*ZeroDivisionError: boom")
-        works(uncompressed=True)
-    # On one rank alone, after its last message: the others hear of it in the next one.
-    with failing("decode") if odd else mock.MagicMock():
-        if odd:
-            fails(qcomm.CollectiveError, "boom; the others are told in the next collective")
-        else:
-            compressed.average_parameters(model.named_parameters())
-    fails(qcomm.CollectiveError, "rank 1 failed while decoding")
-    fails(qcomm.ConfigMismatchError, "anchor: .* none yet on rank 1")
-    works(uncompressed=True)
-
-
-def test_failures_are_told_to_all_and_change_no_weight():
-    run(2, case_failures)
-    run(3, case_failures)
-    run(2, case_residuals_stay)
-
-
-def case_residuals_stay(rank, world_size):
-    """Where a rank has NaN, the others keep what they have, also with a strategy that encodes first."""
-    model, compressed = network(), averager(strategy="all_gather")
-    for step in range(3):
-        move(model, rank, step)
-        compressed.average_parameters(model.parameters())
-    before = copy.deepcopy(compressed.state_dict()["exchanges"][0])
-    move(model, rank, 3)
-    if rank == 1:
-        model[0].weight.data[0, 0] = float("nan")
-    with pytest.raises(qcomm.CollectiveError, match="rank 1 failed while preparing"):
-        compressed.average_parameters(model.parameters())
-    after = compressed.state_dict()["exchanges"][0]
-    assert after["identity"] == before["identity"]
-    for name, residual in before["error_feedback"]["local"].items():
-        assert torch.equal(residual, after["error_feedback"]["local"][name]) and bool(residual.any())
-
-
-def case_options_differ(rank, world_size):
-    odd = rank == 1
-    for options, field in (
-        ({"grid": qcomm.SigmaGrid(2.0 if odd else 1.0)}, "grid: SigmaGrid"),
-        ({"exchange": "weights" if odd else "difference"}, "exchange: difference on rank 0, weights on rank 1"),
-        ({"error_feedback": not odd}, "error_feedback: True on rank 0, False on rank 1"),
-        ({"min_elements": 10 + odd}, "min_elements: 10 on rank 0"),
-        ({"strategy": "all_gather" if odd else "two_phase"}, "strategy: two_phase on rank 0"),
-    ):
-        with pytest.raises(qcomm.ConfigMismatchError, match=field):
-            averager(**options).average_parameters(network().parameters())
-    averager().average_parameters(network().parameters())
-
-
-def case_bad_arguments(rank, world_size):
-    for arguments, options, error, match in (
-        ((0,), {}, ValueError, "period must be >= 1, got 0"),
-        ((2.5,), {}, TypeError, "period must be an int, got float"),
-        ((1, -1), {}, ValueError, "warmup_steps must be >= 0, got -1"),
-        ((1,), {"exchange": "deltas"}, ValueError, "exchange must be one of"),
-        ((1,), {"exchange": "weights", "error_feedback": True}, ValueError, "error_feedback must not be True"),
-        ((1,), {"error_feedback": 1}, TypeError, "error_feedback must be a bool"),
-        ((1,), {"grid": "sigma"}, TypeError, "grid must be"),
-        ((1,), {"buffers_of": []}, TypeError, "buffers_of must be a torch.nn.Module"),
-        ((1,), {"steps": 2}, TypeError, "unexpected keyword argument 'steps'"),
-    ):
-        with pytest.raises(error, match=match):
-            qcomm.CompressedModelAverager(*arguments, **options)
-    one = averager()
-    good = one.state_dict()
-    for state, match in (
-        ({}, "must be of format 1"),
-        ([], "must be of format 1"),
-        ({**good, "step": -1}, "must be of one step"),
-        ([good, {**good, "step": 3}], r"must be of one step on all ranks, got \[0, 3\]"),
-        ({**good, "exchanges": []}, "must hold 1 exchanges"),
-        ({**good, "exchanges": [{}]}, "needs identity, anchor and error_feedback"),
-        ({**good, "exchanges": [{**good["exchanges"][0], "anchor": {"x": 3}}]}, "last common weights"),
-        ({**good, "exchanges": [{**good["exchanges"][0], "identity": "abc"}]}, "does not fit the anchor"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            one.load_state_dict(state)
-
-
-def test_what_is_refused():
-    run(2, case_options_differ)
-    run(2, case_bad_arguments)
-    with pytest.raises(RuntimeError, match=r"torch.distributed is not initialised"):
-        qcomm.CompressedModelAverager(1)
