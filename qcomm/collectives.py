@@ -5,9 +5,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from qcomm import _device
 from qcomm._native import check_floats, check_num_threads
 from qcomm.agreement import Fault, Fields, Phase
 from qcomm.communicator import Ticket, completed, get_communicator, resolve_group
+from qcomm.ddp_device import device_future
+from qcomm.device_mean import DeviceMean, check_device_strategy, check_group
 from qcomm.grids import Grid, RangeGrid, SigmaGrid
 from qcomm.hierarchical import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.layout import BucketLayout, TensorSpec
@@ -123,10 +126,14 @@ def all_reduce(
     fault, node_size = None, 1
     try:
         _check_arguments(tensor, grid, min_elements, strategy)
+        if _device.is_on_device(tensor):
+            check_device_strategy(strategy)
+            check_group(group, tensor.device)
+            _device.core()
         check_num_threads(num_threads)
         check_ranks_per_node(ranks_per_node)
         node_size = resolve_ranks_per_node(ranks_per_node, world_size, strategy)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         if world_size == 1:
             raise
         fault = Fault(Phase.PREPARE, error)
@@ -152,6 +159,7 @@ def all_reduce(
                 "ranks_per_node": str(node_size),
                 "shape": str(list(tensor.shape)),
                 "dtype": str(tensor.dtype),
+                "device": tensor.device.type,
             }
         )
         task = MeanTask(
@@ -164,12 +172,30 @@ def all_reduce(
             num_threads=num_threads,
             ranks_per_node=node_size,
         )
-        work = AllReduceWork(_submit(group, task, tensor), telemetry)
+        if _device.is_on_device(tensor):
+            work = _on_device(group, task, tensor)
+        else:
+            work = AllReduceWork(_submit(group, task, tensor), telemetry)
     if async_op:
         return work
     with telemetry.timed("wait_seconds"):
         work.wait()
     return None
+
+
+def _on_device(group: dist.ProcessGroup, task: MeanTask, tensor: torch.Tensor) -> AllReduceWork:
+    """On the tensor's current stream. The host waits for the sizes of packets, so nothing is left to wait for."""
+    mean = DeviceMean(group, get_communicator(group), task.telemetry)
+    with torch.no_grad(), torch.cuda.device_of(tensor):
+        if task.strategy == "none":
+            mean.plain(task)
+        else:
+            mean.average(task)
+            mean.flush()
+        if task.buffer.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(task.buffer.view(tensor.shape))
+    task.telemetry.note_strategy(task.index, "none" if task.strategy == "none" else "two_phase")
+    return AllReduceWork(completed(tensor, device_future(tensor)), task.telemetry)
 
 
 def _submit(group: dist.ProcessGroup, task: MeanTask, tensor: torch.Tensor | None) -> Ticket[torch.Tensor]:
@@ -190,7 +216,7 @@ def _check_arguments(tensor: object, grid: object, min_elements: object, strateg
     check_grid(grid)
     check_min_elements(min_elements)
     check_strategy(strategy)
-    checked = check_floats("tensor", tensor)
+    checked = check_floats("tensor", tensor, devices=("cpu", "cuda"))
     if checked.is_inference():
         raise ValueError(
             "tensor must not be an inference tensor, as another thread writes to it; clone it outside inference mode"

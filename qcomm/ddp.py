@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qcomm.communicator import failed, get_communicator, resolve_group
 from qcomm.ddp_checks import check_grad_scale, check_model
 from qcomm.ddp_state import CompressionState
+from qcomm.device_mean import check_device_strategy, check_group
 
 __all__ = ["CompressionState", "attach", "compression_hook"]
 
@@ -95,6 +96,11 @@ def attach(
     members, expected = dist.get_process_group_ranks(group), dist.get_process_group_ranks(ddp_model.process_group)
     if members != expected:
         raise ValueError(f"process_group must have the model's ranks {expected}, got ranks {members}")
+    devices = {parameter.device for parameter in ddp_model.module.parameters() if parameter.requires_grad}
+    for device in devices:
+        if device.type == "cuda":
+            check_device_strategy(state.strategy)
+            check_group(group, device)
     state.bind(ddp_model.module, group)
     if len(members) > 1 or state.strategy != "auto":
         get_communicator(group)

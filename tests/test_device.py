@@ -3,14 +3,13 @@
 What this cannot show is left to a machine with a GPU: streams, devices, and the GPU itself.
 """
 
-import importlib.util
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from emulated_core import emulated_core
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,10 +17,6 @@ import qcomm
 from qcomm import RangeGrid, SigmaGrid, _device
 from qcomm.codec import Segment, encode
 from qcomm.quantize import Quantizer
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
-
-import emulation_build as emulation
 
 GRIDS = [
     SigmaGrid(1.0),
@@ -45,23 +40,9 @@ real_core = _device.core
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    pybind11 = pytest.importorskip("pybind11", reason="the emulated core is a pybind11 module")
-    if emulation.compiler() is None:
-        pytest.skip("there is no C++ compiler")
-    kept = emulation.ROOT / "build"
-    folder = kept / "cuda_emulation" if kept.is_dir() else tmp_path_factory.mktemp("cuda_emulation")
-    path = emulation.build_module(folder, [sysconfig.get_paths()["include"], pybind11.get_include()])
-    spec = importlib.util.spec_from_file_location("emulated._cuda", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_device, "core", lambda: module)
-        _device._codes.cache_clear()
+def emulated(emulated_path: Path) -> Iterator[None]:
+    with emulated_core(emulated_path):
         yield
-    _device._codes.cache_clear()
 
 
 def check(values: torch.Tensor, grid: qcomm.SigmaGrid | qcomm.RangeGrid, checksum: bool, steps: int) -> torch.Tensor:
