@@ -23,6 +23,7 @@ MAX_ELEMENTS = 1 << 42
 HEADER = struct.Struct("<IBBBBIIQQHHI")  # docs/format.md
 RECORD_BYTES = 32
 MAGIC = 0x4D4D4351
+MASK = 0xFFFFFFFF
 
 # cuda.h, Fault
 FAULTS = (
@@ -131,6 +132,29 @@ def compress(values: torch.Tensor, grid: Grid, checksum: bool, block_steps: int)
             blob.data_ptr(), static_codes(device).data_ptr(), workspace.data_ptr(), size.data_ptr(), stream(device)
         )
         return out[: int(size.item())].clone()  # the buffer is as large as the worst case
+
+
+def extremes(values: torch.Tensor) -> tuple[float, float, bool]:
+    """Minimum, maximum, and whether all values are finite; zeros of an empty tensor. Waits for the device."""
+    if not values.numel():
+        return 0.0, 0.0, True
+    low, high = values.aminmax()
+    low, high, finite = torch.stack([low.double(), high.double(), torch.isfinite(values).all().double()]).tolist()
+    return low + 0.0, high + 0.0, bool(finite)  # -0.0 becomes 0.0
+
+
+def sample(values: torch.Tensor, fraction: float, seed: int) -> torch.Tensor:
+    """The values that ``sample_index`` of csrc/include/qcomm/entropy.h takes, in their order, 1-D on their device."""
+    count = values.numel()
+    size = min(count, max(1024, math.ceil(fraction * count)))
+    stride, number = count // size, torch.arange(size, device=values.device)
+    h = (number + seed) & MASK
+    h ^= h >> 16
+    h = h * 0x7FEB352D & MASK
+    h ^= h >> 15
+    h = h * 0x846CA68B & MASK
+    h ^= h >> 16
+    return values.reshape(-1)[number * stride + (h * stride >> 32)]
 
 
 class _Expected(NamedTuple):

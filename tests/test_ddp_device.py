@@ -24,7 +24,12 @@ def case_emulated_mode(rank, world_size, path, *arguments):
 
 @pytest.mark.parametrize(
     ("mode", "grid", "error_feedback"),
-    [("plain", "sigma", False), ("unused", "sigma", True), ("mixed dtypes", "range", True), ("bfloat16", "sigma", True)],
+    [
+        ("plain", "sigma", False),
+        ("unused", "sigma", True),
+        ("mixed dtypes", "range", True),
+        ("bfloat16", "sigma", True),
+    ],
 )
 def test_mode(emulated_path, mode, grid, error_feedback):
     run(2, case_emulated_mode, str(emulated_path), mode, GRIDS[grid], error_feedback)

@@ -6,6 +6,7 @@ What this cannot show is left to a machine with a GPU: streams, devices, and the
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -105,6 +106,21 @@ def test_a_packet_at_an_odd_address() -> None:
     packet = check(torch.randn(500), SigmaGrid(1.0), True, 8)
     shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), packet])[1:]
     assert torch.equal(_device.decompress(shifted), qcomm.decompress(packet))
+
+
+@pytest.mark.usefixtures("emulated")
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 9000), st.integers(1, 12), st.sampled_from([0.03, 0.5, 1.0]), st.integers(0, 2**32 - 1))
+def test_the_entropy_is_that_of_the_cpu(n: int, num_bits: int, fraction: float, seed: int) -> None:
+    values = torch.randn(n, generator=torch.Generator().manual_seed(seed % 1000)) ** 3
+    for tensor in (values, values.to(torch.bfloat16).double(), torch.zeros(n)):
+        expected = qcomm.estimate_entropy(tensor, num_bits, fraction, seed=seed)
+        with mock.patch.object(_device, "is_on_device", return_value=True):
+            assert qcomm.estimate_entropy(tensor, num_bits, fraction, seed=seed) == expected
+            if n:
+                tensor[n // 2] = float("inf")
+                with pytest.raises(ValueError, match="finite"):
+                    qcomm.estimate_entropy(tensor, num_bits, fraction, seed=seed)
 
 
 def test_a_build_without_kernels_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
