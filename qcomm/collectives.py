@@ -84,20 +84,21 @@ def all_reduce(
     feedback: what quantization loses is lost.
 
     Args:
-        tensor: any shape and strides, on the CPU, float32, float16, bfloat16 or float64. A parameter may be passed;
+        tensor: any shape and strides, on the CPU or a CUDA device (where this waits for the device, and ``async_op``
+            leaves nothing to wait for), float32, float16, bfloat16 or float64. A parameter may be passed;
             autograd does not see the change. A non-finite value makes the whole result NaN on every rank (uncompressed:
             only its own element).
         grid: how finely values are quantized: each rank's to its own RMS or range, then the mean once more, with
             ``step`` at most 1.
-        group: by default the default group. Its backend does not matter: the traffic has gloo connections of its own,
-            with the group's timeout.
+        group: by default the default group. Its backend does not matter for tensors on the CPU: the traffic has gloo
+            connections of its own, with the group's timeout. CUDA tensors need NCCL.
         async_op: return at once; the tensor must be left alone until ``wait()`` of the handle has returned.
         min_elements: smaller tensors travel as they are.
         strategy: ``"two_phase"`` compresses, also the mean; ``"all_gather"`` compresses values alone, for few ranks or
             small tensors; ``"exact_sum"`` rounds them to one grid of all ranks and loses nothing more; ``"none"`` is a
             plain all-reduce; ``"hierarchical"`` adds uncompressed values inside a node and compresses between nodes;
             ``"auto"`` tries what may be fast on the first calls for tensors of this size and keeps the fastest, looking
-            again from time to time.
+            again from time to time. CUDA tensors have ``"two_phase"``, which ``"auto"`` is there, and ``"none"``.
         ranks_per_node: for ``"hierarchical"``: ranks 0 to ``ranks_per_node - 1`` of the group are one node, and so on;
             any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
             set.

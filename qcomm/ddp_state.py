@@ -52,13 +52,14 @@ class CompressionState:
         exclude: patterns (``fnmatch``) of the names of parameters that travel uncompressed. Needs :func:`attach`,
             which knows the names.
         grad_scale: what the loss was multiplied by, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. Read
-            once a step. Error feedback is kept without it, so that a residual stays right when the scale changes.
+            once a step, a tensor on a CUDA device without waiting for it. Error feedback is kept without it, so that a residual stays right when the scale changes.
         strategy: ``"two_phase"`` compresses, also the means; ``"all_gather"`` compresses gradients alone, for few ranks
             or small models; ``"exact_sum"`` rounds them to one grid of all ranks and loses nothing more; ``"none"`` is
             a plain all-reduce; ``"hierarchical"`` adds uncompressed gradients inside a node and compresses between
             nodes; ``"auto"`` tries what may be fast for each bucket during the first steps and keeps the fastest
             (``stats()["strategies"]`` says which), looking again from time to time. Naming one makes it run also in a
-            world of one rank, which otherwise has nothing to do.
+            world of one rank, which otherwise has nothing to do. On a CUDA device there are ``"two_phase"``, which
+            ``"auto"`` is there, and ``"none"``; see "On a GPU" in docs/guide.md.
         ranks_per_node: for ``"hierarchical"``: ranks 0 to ``ranks_per_node - 1`` of the group are one node, and so on;
             any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
             set.
