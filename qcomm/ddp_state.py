@@ -52,7 +52,8 @@ class CompressionState:
         exclude: patterns (``fnmatch``) of the names of parameters that travel uncompressed. Needs :func:`attach`,
             which knows the names.
         grad_scale: what the loss was multiplied by, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. Read
-            once a step, a tensor on a CUDA device without waiting for it. Error feedback is kept without it, so that a residual stays right when the scale changes.
+            once a step, a tensor on a CUDA device without waiting for it. Error feedback is kept without it, so that a
+            residual stays right when the scale changes.
         strategy: ``"two_phase"`` compresses, also the means; ``"all_gather"`` compresses gradients alone, for few ranks
             or small models; ``"exact_sum"`` rounds them to one grid of all ranks and loses nothing more; ``"none"`` is
             a plain all-reduce; ``"hierarchical"`` adds uncompressed gradients inside a node and compresses between

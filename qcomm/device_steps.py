@@ -1,7 +1,7 @@
 """What one rank computes of a two-phase mean on a device: encode, reduce, decode; no messages, and no waiting.
 
 The same values as :mod:`qcomm.mean_steps` computes on the CPU, bit for bit, in one slice. Everything that kernels are
-told is found out when the object is made; afterwards a collective is some twenty launches whatever the bucket holds.
+told is found out when the object is made; afterwards a collective is the same few launches, whatever the bucket holds.
 """
 
 from collections.abc import Sequence
