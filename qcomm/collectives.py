@@ -8,9 +8,10 @@ import torch.distributed as dist
 from qcomm import _device
 from qcomm._native import check_floats, check_num_threads
 from qcomm.agreement import Fault, Fields, Phase
-from qcomm.communicator import Ticket, completed, get_communicator, resolve_group
+from qcomm.communicator import Ticket, completed, failed, get_communicator, resolve_group
 from qcomm.ddp_device import device_future
 from qcomm.device_mean import DeviceMean, check_device_strategy, check_group
+from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.grids import Grid, RangeGrid, SigmaGrid
 from qcomm.hierarchical import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.layout import BucketLayout, TensorSpec
@@ -188,11 +189,14 @@ def _on_device(group: dist.ProcessGroup, task: MeanTask, tensor: torch.Tensor) -
     """On the tensor's current stream. The host waits for the sizes of packets, so nothing is left to wait for."""
     mean = DeviceMean(group, get_communicator(group), task.telemetry)
     with torch.no_grad(), torch.cuda.device_of(tensor):
-        if task.strategy == "none":
-            mean.plain(task)
-        else:
-            mean.average(task)
-            mean.flush()
+        try:
+            if task.strategy == "none":
+                mean.plain(task)
+            else:
+                mean.average(task)
+                mean.flush()
+        except (CollectiveError, ConfigMismatchError) as error:
+            return AllReduceWork(failed(error), task.telemetry)
         if task.buffer.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(task.buffer.view(tensor.shape))
     task.telemetry.note_strategy(task.index, "none" if task.strategy == "none" else "two_phase")

@@ -75,6 +75,10 @@ class DeviceHook:
             task.telemetry.mark(task.index, "launched")
             return device_future(task.buffer)
 
+    def serves(self, group: dist.ProcessGroup) -> bool:
+        """Whether this is the group it was made for."""
+        return self._mean.serves(group)
+
     def fail(self, number: int) -> None:
         """Leaves out the rest of a step that failed on all ranks."""
         self._failed_pass = number

@@ -280,7 +280,9 @@ class CompressionState:
         self, task: MeanTask, group: dist.ProcessGroup, communicator: Communicator
     ) -> torch.futures.Future[torch.Tensor]:
         try:
-            if self._device_hook is None:
+            if self._device_hook is None or not self._device_hook.serves(group):
+                if self._device_hook is not None:
+                    self._device_hook.flush()
                 self._device_hook = DeviceHook(group, communicator, self.telemetry, task.buffer.device)
             self.telemetry.note_strategy(task.index, "none" if task.strategy == "none" else "two_phase")
             future = self._device_hook.reduce(task, self._scale, self._pass)

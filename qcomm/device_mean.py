@@ -148,6 +148,10 @@ class DeviceMean:
             self._telemetry.add_traffic(f"phase{phase}", Traffic(ring, ring))
             self._telemetry.count_plain(phase, layout, buffer.element_size())
 
+    def serves(self, group: dist.ProcessGroup) -> bool:
+        """Whether this is the group it was made for."""
+        return self._group() is group
+
     def flush(self) -> None:
         """Adds what the device has counted to the telemetry. Waits for the device."""
         for bucket in self._buckets.values():
@@ -249,8 +253,8 @@ class DeviceMean:
                 max(nominal_bytes(grid, chunk, item) for chunk in chunks) for grid in (task.grid, owner_grid(task.grid))
             ]
             bucket.fixed = Slots(
-                max(slot_bytes(sizes.values, bucket.bounds.values), slot_bytes(nominal[0], bucket.bounds.values)),
-                max(slot_bytes(sizes.means, bucket.bounds.means), slot_bytes(nominal[1], bucket.bounds.means)),
+                min(bucket.bounds.values, max(slot_bytes(sizes.values, bucket.bounds.values), nominal[0])),
+                min(bucket.bounds.means, max(slot_bytes(sizes.means, bucket.bounds.means), nominal[1])),
             )
         if not exact:
             self._end(bucket)

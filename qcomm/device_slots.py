@@ -5,7 +5,7 @@ A slot's capacity is a property of the bucket, equal on all ranks and changed by
 ::
 
     collective   0                    1 ... 49   50                      51 ... 99   100
-    capacities   any packet fits      nominal    nominal                 nominal     as agreed at 50
+    capacities   any packet fits      nominal    nominal                 nominal     as agreed after 50
     agreement    fields, by message              largest of all ranks                read: it arrived long ago
 
 Where blocks can be dropped, which is where a sigma grid has error feedback, a capacity is what packets have needed and
@@ -22,11 +22,12 @@ from qcomm.layout import Chunk
 __all__ = ["PERIOD", "Slots", "adjusted", "is_fixed", "nominal_bytes", "slot_bytes"]
 
 PERIOD = 50  # collectives of a bucket between two agreements
-MARGIN = 1.25
-SLACK_BYTES = 1024
+# What exceeds a slot is sent later and not lost, while every byte of it travels whether or not it is used.
+MARGIN = 1.125
+SLACK_BYTES = 256
 ALIGNMENT = 16
 # A slot is kept as long as packets fill it between these parts.
-LEAST_FILLED, MOST_FILLED = 0.5, 0.95
+LEAST_FILLED, MOST_FILLED = 0.75, 0.97
 # docs/format.md: header and one dimension; a segment record and a checksum; start windows and the rest of a block.
 PACKET_BYTES, SEGMENT_BYTES, BLOCK_BYTES, LEAST_BLOCK_VALUES = 48, 36, 80, 8192
 
@@ -54,7 +55,7 @@ def slot_bytes(largest: int, bound: int) -> int:
 
     Example:
         >>> slot_bytes(1000, 10_000)
-        2288
+        1392
     """
     return min(_align(int(largest * MARGIN) + SLACK_BYTES), _align(bound))
 
@@ -63,7 +64,7 @@ def adjusted(capacity: int, largest: int, bound: int) -> int:
     """The next capacity: the old one unless packets have filled it nearly or only to a small part.
 
     Example:
-        >>> adjusted(2288, 1100, 10_000) == 2288, adjusted(2288, 2280, 10_000) > 2288
+        >>> adjusted(1392, 1100, 10_000) == 1392, adjusted(1392, 1390, 10_000) > 1392
         (True, True)
     """
     filled = largest / capacity
@@ -71,7 +72,7 @@ def adjusted(capacity: int, largest: int, bound: int) -> int:
 
 
 def nominal_bytes(grid: Grid, chunk: Chunk, item_bytes: int) -> int:
-    """What a packet of ``chunk`` may take by the grid alone.
+    """What a packet of ``chunk`` may take by the grid alone, in whole units of a slot.
 
     A sigma grid: as a Gaussian's, which of all distributions of one RMS has the largest entropy. A range grid: all that
     a packet can take, for it is never larger than fixed-width symbols.
@@ -79,15 +80,15 @@ def nominal_bytes(grid: Grid, chunk: Chunk, item_bytes: int) -> int:
     Example:
         >>> chunk = Chunk((), ((0, 100),))
         >>> nominal_bytes(RangeGrid(), chunk, 4)
-        484
+        496
     """
     segments = len(chunk.pieces) + bool(chunk.raw_count)
     size = PACKET_BYTES + SEGMENT_BYTES * segments + chunk.raw_count * item_bytes
     if isinstance(grid, RangeGrid):
         bits = grid.num_bits or grid.bits_for(float(grid.entropy_bits))
-        return size + sum(-(-piece.length * bits // 32) * 4 for piece in chunk.pieces)
+        return _align(size + sum(-(-piece.length * bits // 32) * 4 for piece in chunk.pieces))
     blocks = len(chunk.pieces) + chunk.compressed_count // LEAST_BLOCK_VALUES
-    return size + math.ceil(chunk.compressed_count * gaussian_bits(grid) / 8) + BLOCK_BYTES * blocks
+    return _align(size + math.ceil(chunk.compressed_count * gaussian_bits(grid) / 8) + BLOCK_BYTES * blocks)
 
 
 def gaussian_bits(grid: SigmaGrid) -> float:

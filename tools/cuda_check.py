@@ -146,6 +146,7 @@ INSTANCES = {
     "residual": _instances("update_range_residuals", "EncodeTables", (", false", ", true")),
     "read_packets": _instances("read_packets", "DecodeTables", ("",)),
     "decode": _instances("decode_packets", "DecodeTables, int", ("",)),
+    "runs": _instances("copy_runs", "const RunTask*, int, double, const double*, const unsigned*", ("",)),
 }
 
 

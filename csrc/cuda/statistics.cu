@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, 1) measure_tensors(EncodeTables e, T
     }
     if (threadIdx.x != 0) return;
     Statistics s;
-    bool absent = tensor.zero_keeps_residual;
+    bool absent = tensor.zero_keeps_residual && !tensor.as_it_is;
     if (values > 0) {
         const TileStatistics all = level[0];
         // + 0.0 turns -0.0 into 0.0: which zero a minimum finds depends on the order of the comparisons.
