@@ -64,8 +64,10 @@ export work python
 
 has() { "$python" -c "import $1" 2>/dev/null; }
 # shellcheck disable=SC2329 # stages run it
-tests() { "$python" -m pytest -q -p no:cacheprovider "$@"; }
+tests() { "$python" -m pytest -q -p no:cacheprovider -c "$work/pytest.ini" --rootdir . "$@"; }
 export -f tests
+# Not the project's own settings, which ask for a recent pytest.
+printf '[pytest]\nmarkers =\n    gpu\n    slow\n    world\n' >"$work/pytest.ini"
 
 stage build 180 "" bash -c build
 if ! "$python" -c 'from qcomm import _device; _device.core()' >"$work/import.log" 2>&1; then
@@ -86,8 +88,8 @@ fi
 for tool in memcheck racecheck; do
     if command -v compute-sanitizer >/dev/null; then
         stage "$tool" 50 "a short selection" bash -c \
-            "compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \"$python\" -m pytest -q -p no:cacheprovider \
-            tests/test_gpu.py -k 'bytes_of_the_cpu and float32 and (0.9 or paper) or damaged'"
+            "compute-sanitizer --tool $tool --error-exitcode 9 --target-processes all \"$python\" -m pytest -q \
+            -c $work/pytest.ini --rootdir . tests/test_gpu.py -k 'bytes_of_the_cpu and float32 and (0.9 or paper) or damaged'"
     else
         skip "$tool" "compute-sanitizer is not installed"
     fi
