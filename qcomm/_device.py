@@ -23,6 +23,7 @@ MAX_ELEMENTS = 1 << 42
 HEADER = struct.Struct("<IBBBBIIQQHHI")  # docs/format.md
 RECORD_BYTES = 32
 MAGIC = 0x4D4D4351
+MASK = 0xFFFFFFFF
 
 # cuda.h, Fault
 FAULTS = (
@@ -51,22 +52,37 @@ def core() -> ModuleType:
         ) from error
 
 
+def is_on_device(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's mean is computed by kernels, in device memory.
+
+    Example:
+        >>> is_on_device(torch.zeros(3))
+        False
+    """
+    return tensor.is_cuda
+
+
 @lru_cache(maxsize=64)
-def _codes(device: torch.device) -> torch.Tensor:
-    """The static codes on a device."""
+def static_codes(device: torch.device) -> torch.Tensor:
+    """The static codes on a device. They are there when this returns, for whatever stream."""
     return torch.frombuffer(bytearray(core().static_tables()), dtype=torch.uint8).to(device)
 
 
-def _stream(device: torch.device) -> int:
+def stream(device: torch.device) -> int:
+    """The current stream's address."""
     # The emulated core of the tests works on the host's memory, where there are no streams.
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def _on_device(blob: bytes, device: torch.device) -> torch.Tensor:
-    return torch.frombuffer(bytearray(blob), dtype=torch.uint8).to(device)
+def on_device(blob: bytes, device: torch.device) -> torch.Tensor:
+    """A copy of ``blob`` on a device. Does not wait for it: the host's copy is in pinned memory."""
+    if not blob:
+        return torch.empty(0, dtype=torch.uint8, device=device)
+    host = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-class _Request(NamedTuple):
+class Request(NamedTuple):
     """A grid as the kernels are told: (grid, num_bits, coding, table), k, and what a sample decides."""
 
     quantizer: tuple[int, int, int, int]
@@ -74,7 +90,8 @@ class _Request(NamedTuple):
     rule: tuple[float, int, float, int, int, bool]
 
 
-def _request(grid: Grid) -> _Request:
+def request(grid: Grid) -> Request:
+    """A grid in the kernels' terms."""
     if isinstance(grid, SigmaGrid):
         bits, coding, table = grid.num_bits, Coding.SINGLE, NO_TABLE
         if bits <= MAX_CODED_BITS and grid.coding == "table":
@@ -84,20 +101,20 @@ def _request(grid: Grid) -> _Request:
             table = _native.nearest_static_table(coding, bits, grid.step)
             table = table if table != NO_TABLE else WIRE_TABLE  # very fine steps have no built-in table
         choose = grid.coding == "auto" and bits <= MAX_CODED_BITS
-        return _Request((GridKind.SIGMA, bits, coding, table), grid.step, (6.0, 4, 0.03, 16, 0, choose))
+        return Request((GridKind.SIGMA, bits, coding, table), grid.step, (6.0, 4, 0.03, 16, 0, choose))
     if isinstance(grid, RangeGrid):
         kind = GridKind.RANGE_CENTER if grid.reconstruction == "center" else GridKind.RANGE_ENDPOINT
         bits = grid.num_bits or 0  # 0: the sample decides
         coding = Coding.SINGLE if bits <= MAX_CODED_BITS else Coding.FIXED
         rule = (grid.c, grid.entropy_bits, grid.sample_fraction, grid.max_bits, grid.seed, False)
-        return _Request((kind, bits, coding, WIRE_TABLE), 1.0, rule)
+        return Request((kind, bits, coding, WIRE_TABLE), 1.0, rule)
     raise TypeError(f"grid must be a SigmaGrid or a RangeGrid, got {type(grid).__name__}")
 
 
 def compress(values: torch.Tensor, grid: Grid, checksum: bool, block_steps: int) -> torch.Tensor:
     """The packet of a contiguous tensor, on its device. Waits for the device: the packet's size is known only there."""
-    request, device = _request(grid), values.device
-    tensor = (values.data_ptr(), 0, 0, values.numel(), request.quantizer, request.k, request.rule, False)
+    device, (quantizer, k, rule) = values.device, request(grid)
+    tensor = (values.data_ptr(), 0, 0, values.numel(), quantizer, k, rule, (False, False, False))
     segment = (0, 0, values.numel(), 0)
     shape = list(values.shape)
     with torch.cuda.device_of(values):
@@ -108,11 +125,36 @@ def compress(values: torch.Tensor, grid: Grid, checksum: bool, block_steps: int)
 
         out = torch.empty(plan(0, 0).bound(0), dtype=torch.uint8, device=device)
         whole = plan(out.data_ptr(), out.numel())
-        blob = _on_device(whole.blob(), device)
+        blob = on_device(whole.blob(), device)
         workspace = torch.empty(whole.workspace_bytes(), dtype=torch.uint8, device=device)
         size = torch.zeros(1, dtype=torch.int64, device=device)
-        whole.encode(blob.data_ptr(), _codes(device).data_ptr(), workspace.data_ptr(), size.data_ptr(), _stream(device))
+        whole.encode(
+            blob.data_ptr(), static_codes(device).data_ptr(), workspace.data_ptr(), size.data_ptr(), stream(device)
+        )
         return out[: int(size.item())].clone()  # the buffer is as large as the worst case
+
+
+def extremes(values: torch.Tensor) -> tuple[float, float, bool]:
+    """Minimum, maximum, and whether all values are finite; zeros of an empty tensor. Waits for the device."""
+    if not values.numel():
+        return 0.0, 0.0, True
+    low, high = values.aminmax()
+    low, high, finite = torch.stack([low.double(), high.double(), torch.isfinite(values).all().double()]).tolist()
+    return low + 0.0, high + 0.0, bool(finite)  # -0.0 becomes 0.0
+
+
+def sample(values: torch.Tensor, fraction: float, seed: int) -> torch.Tensor:
+    """The values that ``sample_index`` of csrc/include/qcomm/entropy.h takes, in their order, 1-D on their device."""
+    count = values.numel()
+    size = min(count, max(1024, math.ceil(fraction * count)))
+    stride, number = count // size, torch.arange(size, device=values.device)
+    h = (number + seed) & MASK
+    h ^= h >> 16
+    h = h * 0x7FEB352D & MASK
+    h ^= h >> 15
+    h = h * 0x846CA68B & MASK
+    h ^= h >> 16
+    return values.reshape(-1)[number * stride + (h * stride >> 32)]
 
 
 class _Expected(NamedTuple):
@@ -168,11 +210,11 @@ def decompress(packet: torch.Tensor) -> torch.Tensor:
             raise PacketError(f"no memory for the tensor of shape {expected.shape} that the packet claims") from error
         task = (packet.data_ptr(), packet.numel(), out.data_ptr(), expected.elements, True)
         plan = core().DecodePlan(expected.dtype, expected.steps, expected.segments, [task], expected.own_code_bits)
-        blob = _on_device(plan.blob(), device)
+        blob = on_device(plan.blob(), device)
         workspace = torch.empty(plan.workspace_bytes(), dtype=torch.uint8, device=device)
         fault = torch.zeros(1, dtype=torch.int32, device=device)
         plan.decode(
-            blob.data_ptr(), _codes(device).data_ptr(), workspace.data_ptr(), fault.data_ptr(), False, _stream(device)
+            blob.data_ptr(), static_codes(device).data_ptr(), workspace.data_ptr(), fault.data_ptr(), stream(device)
         )
         found = int(fault.item())
     if found != 0:

@@ -99,7 +99,8 @@ def _check_device(name: str, tensor: torch.Tensor, devices: tuple[str, ...]) -> 
         return
     if devices == ("cpu",):
         raise ValueError(
-            f"{name} must be on the CPU, got device {tensor.device}; only compress and decompress take more"
+            f"{name} must be on the CPU, got device {tensor.device}; only compress, decompress, inspect, "
+            "estimate_entropy, all_reduce and the hook take more"
         )
     raise ValueError(f"{name} must be on the CPU or a CUDA device, got device {tensor.device}")
 

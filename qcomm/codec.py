@@ -240,6 +240,9 @@ class PacketInfo:
 def inspect(packet: torch.Tensor) -> PacketInfo:
     """Describes a packet; the payload is decoded to symbols to find their entropy.
 
+    Args:
+        packet: 1-D uint8, on the CPU, or on a CUDA device, from which it is copied.
+
     Raises:
         PacketError: the bytes are not a whole, undamaged packet of this version.
 
@@ -248,7 +251,7 @@ def inspect(packet: torch.Tensor) -> PacketInfo:
         >>> info.grid, info.num_bits, info.total_bytes == info.header_bytes + info.payload_bytes
         ('sigma', 4, True)
     """
-    packet = _native.check_packet(packet)
+    packet = _native.check_packet(packet, devices=("cpu", "cuda")).cpu()
     parsed = _native.parse(packet)
     segments = tuple(_describe(packet, i, *record, dtype=parsed.dtype) for i, record in enumerate(parsed.records))
     total, count = packet.numel(), math.prod(parsed.shape)

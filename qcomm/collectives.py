@@ -5,10 +5,14 @@ from pathlib import Path
 
 import torch
 
+from qcomm import _device
 from qcomm._native import check_floats, check_num_threads
 from qcomm.agreement import Fault, Fields, Phase
-from qcomm.communicator import Group, Ticket, completed, get_communicator, get_world_size, resolve_group
+from qcomm.communicator import Group, Ticket, completed, failed, get_communicator, get_world_size, resolve_group
 from qcomm.cost_model import Profile
+from qcomm.ddp_device import device_future
+from qcomm.device_mean import DeviceMean, check_device_strategy, check_group
+from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.grids import Grid, RangeGrid, SigmaGrid
 from qcomm.hierarchical import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.layout import BucketLayout, TensorSpec
@@ -84,20 +88,22 @@ def all_reduce(
     feedback: what quantization loses is lost.
 
     Args:
-        tensor: any shape and strides, on the CPU, float32, float16, bfloat16 or float64. A parameter may be passed;
+        tensor: any shape and strides, on the CPU or a CUDA device (where this waits for the device, and ``async_op``
+            leaves nothing to wait for), float32, float16, bfloat16 or float64. A parameter may be passed;
             autograd does not see the change. A non-finite value makes the whole result NaN on every rank (uncompressed:
             only its own element).
         grid: how finely values are quantized: each rank's to its own RMS or range, then the mean once more, with
             ``step`` at most 1.
-        group: by default the default process group. Its backend does not matter: the traffic has gloo connections of
-            its own, with the group's timeout. A :class:`qcomm.MpiGroup` has it travel over MPI.
+        group: by default the default process group. Its backend does not matter for tensors on the CPU: the traffic has
+            gloo connections of its own, with the group's timeout. A :class:`qcomm.MpiGroup` has it travel over MPI.
+            CUDA tensors need NCCL.
         async_op: return at once; the tensor must be left alone until ``wait()`` of the handle has returned.
         min_elements: smaller tensors travel as they are.
         strategy: ``"two_phase"`` compresses, also the mean; ``"all_gather"`` compresses values alone, for few ranks or
             small tensors; ``"exact_sum"`` rounds them to one grid of all ranks and loses nothing more; ``"none"`` is a
             plain all-reduce; ``"hierarchical"`` adds uncompressed values inside a node and compresses between nodes;
             ``"auto"`` tries what may be fast on the first calls for tensors of this size and keeps the fastest, looking
-            again from time to time.
+            again from time to time. CUDA tensors have ``"two_phase"``, which ``"auto"`` is there, and ``"none"``.
         ranks_per_node: for ``"hierarchical"``: ranks 0 to ``ranks_per_node - 1`` of the group are one node, and so on;
             any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
             set.
@@ -129,11 +135,15 @@ def all_reduce(
     fault, node_size, machine = None, 1, None
     try:
         _check_arguments(tensor, grid, min_elements, strategy)
+        if _device.is_on_device(tensor):
+            check_device_strategy(strategy)
+            check_group(group, tensor.device)
+            _device.core()
         check_num_threads(num_threads)
         check_ranks_per_node(ranks_per_node)
         node_size = resolve_ranks_per_node(ranks_per_node, world_size, strategy)
         machine = resolve_profile(profile, strategy)
-    except (TypeError, ValueError, OSError) as error:
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
         if world_size == 1:
             raise
         fault = Fault(Phase.PREPARE, error)
@@ -160,6 +170,7 @@ def all_reduce(
                 "profile": describe(machine),
                 "shape": str(list(tensor.shape)),
                 "dtype": str(tensor.dtype),
+                "device": tensor.device.type,
             }
         )
         task = MeanTask(
@@ -173,12 +184,33 @@ def all_reduce(
             ranks_per_node=node_size,
             profile=machine,
         )
-        work = AllReduceWork(_submit(group, task, tensor), telemetry)
+        if _device.is_on_device(tensor):
+            work = _on_device(group, task, tensor)
+        else:
+            work = AllReduceWork(_submit(group, task, tensor), telemetry)
     if async_op:
         return work
     with telemetry.timed("wait_seconds"):
         work.wait()
     return None
+
+
+def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceWork:
+    """On the tensor's current stream. The host waits for the sizes of packets, so nothing is left to wait for."""
+    mean = DeviceMean(check_group(group, tensor.device), get_communicator(group), task.telemetry)
+    with torch.no_grad(), torch.cuda.device_of(tensor):
+        try:
+            if task.strategy == "none":
+                mean.plain(task)
+            else:
+                mean.average(task)
+                mean.flush()
+        except (CollectiveError, ConfigMismatchError) as error:
+            return AllReduceWork(failed(error), task.telemetry)
+        if task.buffer.data_ptr() != tensor.data_ptr():
+            tensor.detach().copy_(task.buffer.view(tensor.shape))
+    task.telemetry.note_strategy(task.index, "none" if task.strategy == "none" else "two_phase")
+    return AllReduceWork(completed(tensor, device_future(tensor)), task.telemetry)
 
 
 def _submit(group: Group, task: MeanTask, tensor: torch.Tensor | None) -> Ticket[torch.Tensor]:
@@ -199,7 +231,7 @@ def _check_arguments(tensor: object, grid: object, min_elements: object, strateg
     check_grid(grid)
     check_min_elements(min_elements)
     check_strategy(strategy)
-    checked = check_floats("tensor", tensor)
+    checked = check_floats("tensor", tensor, devices=("cpu", "cuda"))
     if checked.is_inference():
         raise ValueError(
             "tensor must not be an inference tensor, as another thread writes to it; clone it outside inference mode"

@@ -98,10 +98,12 @@ class Ticket(Generic[T]):
         self._signal.set_result(None)
 
 
-def completed(result: T) -> Ticket[T]:
-    """The ticket of a job that had nothing to do."""
+def completed(result: T, future: torch.futures.Future[T] | None = None) -> Ticket[T]:
+    """The ticket of a job that had nothing to do, or has done it; ``future``: of a result on a device."""
     ticket: Ticket[T] = Ticket()
     ticket.complete(result, None)
+    if future is not None:
+        ticket.future = future
     return ticket
 
 

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qcomm.communicator import Group, failed, get_communicator, get_world_size, resolve_group
 from qcomm.ddp_checks import check_grad_scale, check_model
 from qcomm.ddp_state import CompressionState
+from qcomm.device_mean import check_device_strategy, check_group
 from qcomm.mpi_group import MpiGroup
 
 __all__ = ["CompressionState", "attach", "compression_hook"]
@@ -94,6 +95,11 @@ def attach(
         check_grad_scale(options["grad_scale"])
     group = resolve_group(state.given_group or ddp_model.process_group)
     _check_same_ranks(group, ddp_model.process_group)
+    devices = {parameter.device for parameter in ddp_model.module.parameters() if parameter.requires_grad}
+    for device in devices:
+        if device.type == "cuda":
+            check_device_strategy(state.strategy)
+            check_group(group, device)
     state.bind(ddp_model.module, group)
     if get_world_size(group) > 1 or state.strategy != "auto":
         get_communicator(group)

@@ -81,7 +81,7 @@ class BucketTable:
                 f"DDP's parameters of bucket {bucket.index()} do not fit its gradients; make a new DDP model"
             )
         keys = [self._key(parameter) for parameter in parameters]
-        signature = (bucket.index(), world_size, buffer.dtype, warming_up, *keys, *shapes)
+        signature = (bucket.index(), world_size, buffer.dtype, buffer.device, warming_up, *keys, *shapes)
         if signature not in self._layouts:
             specs, offset = [], 0
             for key, shape in zip(keys, shapes, strict=True):
@@ -95,6 +95,7 @@ class BucketTable:
                 **self._options,
                 "bucket": str(bucket.index()),
                 "dtype": str(buffer.dtype),
+                "device": buffer.device.type,
                 "in warm-up": str(warming_up),
                 "layout": layout.description,
             }
@@ -131,5 +132,5 @@ def _check_buffer(buffer: torch.Tensor, parameters: Sequence[torch.Tensor]) -> N
         )
     if buffer.dtype not in DTYPE_NUMBERS:
         raise TypeError(f"gradients must be float32, float16, bfloat16 or float64, got {buffer.dtype}")
-    if buffer.device.type != "cpu":
-        raise ValueError(f"gradients must be on the CPU in this build, got device {buffer.device}")
+    if buffer.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"gradients must be on the CPU or a CUDA device, got device {buffer.device}")

@@ -3,6 +3,7 @@
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from qcomm import _device
 from qcomm._native import DTYPE_NUMBERS
 
 __all__ = ["check_model", "check_scale"]
@@ -62,10 +63,10 @@ def _check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
         raise TypeError(
             f"parameter {name!r} is {parameter.dtype}; float32, float16, bfloat16 and float64 are supported"
         )
-    if parameter.device.type != "cpu":
-        raise ValueError(
-            f"parameter {name!r} is on {parameter.device}; this build exchanges gradients of models on the CPU"
-        )
+    if parameter.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"parameter {name!r} must be on the CPU or a CUDA device, got {parameter.device}")
+    if parameter.is_cuda:
+        _device.core()
     if hasattr(parameter, "_in_backward_optimizers"):
         raise ValueError(
             f"parameter {name!r} has an optimizer that runs in backward, for which DDP needs the hook itself"

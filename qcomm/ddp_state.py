@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from qcomm import _device
 from qcomm._native import check_num_threads
 from qcomm.agreement import Fault, Fields, Phase
 from qcomm.collectives import check_grid, check_min_elements, check_strategy
 from qcomm.communicator import (
     Communicator,
     Group,
-    completed,
     failed,
     get_communicator,
     get_world_size,
@@ -24,8 +24,10 @@ from qcomm.communicator import (
 from qcomm.cost_model import Profile
 from qcomm.ddp_buckets import BucketTable
 from qcomm.ddp_checks import check_grad_scale, check_scale
+from qcomm.ddp_device import DeviceHook, device_future
+from qcomm.device_mean import Scale, check_device_strategy
 from qcomm.error_feedback import ErrorFeedback
-from qcomm.errors import CollectiveError
+from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.grids import Grid, SigmaGrid
 from qcomm.hierarchical import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.layout import BucketLayout
@@ -61,13 +63,15 @@ class CompressionState:
         exclude: patterns (``fnmatch``) of the names of parameters that travel uncompressed. Needs :func:`attach`,
             which knows the names.
         grad_scale: what the loss was multiplied by, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. Read
-            once a step. Error feedback is kept without it, so that a residual stays right when the scale changes.
+            once a step, a tensor on a CUDA device without waiting for it. Error feedback is kept without it, so that a
+            residual stays right when the scale changes.
         strategy: ``"two_phase"`` compresses, also the means; ``"all_gather"`` compresses gradients alone, for few ranks
             or small models; ``"exact_sum"`` rounds them to one grid of all ranks and loses nothing more; ``"none"`` is
             a plain all-reduce; ``"hierarchical"`` adds uncompressed gradients inside a node and compresses between
             nodes; ``"auto"`` tries what may be fast for each bucket during the first steps and keeps the fastest
             (``stats()["strategies"]`` says which), looking again from time to time. Naming one makes it run also in a
-            world of one rank, which otherwise has nothing to do.
+            world of one rank, which otherwise has nothing to do. On a CUDA device there are ``"two_phase"``, which
+            ``"auto"`` is there, and ``"none"``; see "On a GPU" in docs/guide.md.
         ranks_per_node: for ``"hierarchical"``: ranks 0 to ``ranks_per_node - 1`` of the group are one node, and so on;
             any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
             set.
@@ -142,8 +146,9 @@ class CompressionState:
         # still be in the queue while the step that a checkpoint goes on with has the same number.
         self._pass = 0
         self._failed_pass = 0
-        self._scale = 1.0
+        self._scale: Scale = 1.0
         self._error: Exception | None = None
+        self._device_hook: DeviceHook | None = None
 
     @property
     def process_group(self) -> Group | None:
@@ -172,15 +177,22 @@ class CompressionState:
             ``encode_seconds``, ``decode_seconds`` and ``communication_seconds`` (waiting for slower ranks included) of
             the worker thread; ``wait_seconds``, from the last bucket's gradient to its mean;
             ``nonfinite_tensors``: how often one held NaN or infinity;
+            ``dropped_values``: how many were sent as zeros because a slot was full, and are kept in the residuals (on a
+            CUDA device only, where bytes sent and received are those of whole slots, seconds are not measured, and this
+            call waits for the device);
             ``strategies``: for each bucket how it was averaged last;
             ``tensors``: for each compressed parameter the last ``grid``, ``coding``, ``num_bits`` and ``step``;
             ``residual_norm``: of what is still to be sent.
         """
+        if self._device_hook is not None:
+            self._device_hook.flush()
         residual_norm = self._feedback.norm() if self._feedback is not None else 0.0
         return {**self.telemetry.stats(), "residual_norm": residual_norm}
 
     def reset_stats(self) -> None:
         """Sets the counters to zero; error feedback and the number of steps stay."""
+        if self._device_hook is not None:
+            self._device_hook.flush()
         self.telemetry.reset()
 
     def exception(self) -> Exception | None:
@@ -242,7 +254,8 @@ class CompressionState:
         )
         fixed = self.grad_scale is None or isinstance(self.grad_scale, (int, float))
         kept = self.grad_scale if fixed else _forgotten_scale
-        return {**self.__dict__, "grad_scale": kept, "given_group": None, "_model_group": None, "_error": None}
+        forgotten = dict.fromkeys(("given_group", "_model_group", "_error", "_device_hook"))
+        return {**self.__dict__, **forgotten, "grad_scale": kept, "_scale": 1.0}
 
     def bind(self, model: torch.nn.Module, process_group: Group) -> None:
         """Learns the names of a model's parameters and its process group.
@@ -268,15 +281,34 @@ class CompressionState:
             task = self._task(bucket, world_size)
         except Exception as error:  # noqa: BLE001 - any: the other ranks are already waiting for this bucket
             fault = Fault(Phase.PREPARE, error)
-            task = MeanTask(buffer, None, self.grid, Fields({}), self.telemetry, fault=fault)
+            task = MeanTask(buffer, None, self.grid, Fields({}), self.telemetry, index=bucket.index(), fault=fault)
         if communicator is None:
             if task.fault is not None:
                 return self._failed(task.fault.error)
             self._count(task.layout, buffer)
-            return completed(buffer).future
+            return device_future(buffer)
+        if _device.is_on_device(buffer):
+            return self._reduce_on_device(task, group, communicator)
         ready = time.perf_counter() if bucket.is_last() else None
         number = self._pass
         return communicator.submit(lambda: self._run(task, communicator, number, ready)).future
+
+    def _reduce_on_device(
+        self, task: MeanTask, group: Group, communicator: Communicator
+    ) -> torch.futures.Future[torch.Tensor]:
+        try:
+            if self._device_hook is None or not self._device_hook.serves(group):
+                if self._device_hook is not None:
+                    self._device_hook.flush()
+                self._device_hook = DeviceHook(group, communicator, self.telemetry, task.buffer.device)
+            self.telemetry.note_strategy(task.index, "none" if task.strategy == "none" else "two_phase")
+            future = self._device_hook.reduce(task, self._scale, self._pass)
+        except Exception as error:  # noqa: BLE001 - any: DDP could not go on after it, so the Future raises it
+            if self._device_hook is not None and isinstance(error, (CollectiveError, ConfigMismatchError)):
+                self._device_hook.fail(self._pass)  # all ranks know
+            return self._failed(error)
+        self._count(task.layout, task.buffer)
+        return future
 
     def _failed(self, error: Exception) -> torch.futures.Future[torch.Tensor]:
         self._error = error
@@ -292,13 +324,20 @@ class CompressionState:
             self._pass += 1
             self.telemetry.add(steps=1)
             scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
-            self._scale = 1.0 if scale is None else check_scale(scale)
+            # The value of a tensor on the device stays there: to look at it would be to wait.
+            if isinstance(scale, torch.Tensor) and scale.numel() == 1 and scale.is_cuda:
+                self._scale = scale
+            else:
+                self._scale = 1.0 if scale is None else check_scale(scale)
+        if _device.is_on_device(bucket.buffer()):
+            check_device_strategy(self.strategy)
         layout, fields = self._table.look_up(bucket, world_size, warming_up=self._step <= self.warmup_steps)
         node_size = resolve_ranks_per_node(self.ranks_per_node, world_size, self.strategy)
         if self.strategy == "hierarchical":
             fields = fields.extended("ranks per node", str(node_size))
         if self.grad_scale is not None:
-            fields = fields.extended("grad_scale", repr(self._scale))
+            on_device = isinstance(self._scale, torch.Tensor)
+            fields = fields.extended("grad_scale", "on the device" if on_device else repr(self._scale))
         return MeanTask(
             bucket.buffer(),
             layout,
@@ -306,7 +345,7 @@ class CompressionState:
             fields,
             self.telemetry,
             self._feedback,
-            self._scale,
+            self._scale if isinstance(self._scale, float) else 1.0,
             bucket.index(),
             strategy=self.strategy,
             num_threads=self.num_threads,

@@ -2,7 +2,7 @@
 
 import torch
 
-from qcomm import _native
+from qcomm import _device, _native
 from qcomm.grids import RangeGrid
 from qcomm.statistics import measure
 
@@ -17,7 +17,8 @@ def estimate_entropy(tensor: torch.Tensor, num_bits: int = 4, sample_fraction: f
     device finds the same number. 0 for a constant or empty tensor.
 
     Args:
-        tensor: any shape, float32, float16, bfloat16 or float64, finite.
+        tensor: any shape, float32, float16, bfloat16 or float64, finite, on the CPU or a CUDA device, for which this
+            waits.
         num_bits: 1..12.
         sample_fraction: in (0, 1].
         seed: which values are sampled.
@@ -32,7 +33,13 @@ def estimate_entropy(tensor: torch.Tensor, num_bits: int = 4, sample_fraction: f
         4.0
     """
     RangeGrid(entropy_bits=num_bits, sample_fraction=sample_fraction, seed=seed)  # checks the arguments
-    values = _native.check_floats("tensor", tensor).detach().contiguous()
+    values = _native.check_floats("tensor", tensor, devices=("cpu", "cuda")).detach().contiguous()
+    if _device.is_on_device(values):
+        lo, hi, finite = _device.extremes(values)
+        if finite and lo < hi:
+            sample = _device.sample(values, sample_fraction, seed).cpu()
+            return _native.entropy(sample, None, 1.0, lo, hi, num_bits, 1.0, 0, 1)
+        values = values.reshape(-1)[:1].cpu() if finite else torch.tensor([torch.nan])
     stats = measure(values)
     if not stats.finite:
         raise ValueError("tensor must be finite: NaN or infinity has no place in a histogram")

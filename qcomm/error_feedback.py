@@ -18,6 +18,7 @@ from qcomm.layout import BucketLayout
 __all__ = ["ErrorFeedback"]
 
 FORMAT = 1
+CPU = torch.device("cpu")
 
 
 class ErrorFeedback:
@@ -48,8 +49,8 @@ class ErrorFeedback:
         self._world_size: int | None = None
         self._spent: dict[str, tuple[int, int]] = {}  # parameter -> (first element, how many): known to be zero
 
-    def local(self, key: str, numel: int) -> torch.Tensor:
-        """The rank's own residual of a parameter: 1-D float32, zeros at first; to be changed in place.
+    def local(self, key: str, numel: int, device: torch.device = CPU) -> torch.Tensor:
+        """The rank's own residual of a parameter: 1-D float32, zeros at first, on ``device``; to be changed in place.
 
         Raises:
             ValueError: the residual that is known has another size: the checkpoint is of another model.
@@ -57,18 +58,22 @@ class ErrorFeedback:
         self._spent.pop(key, None)  # the caller may change it
         residual = self._local.get(key)
         if residual is None:
-            residual = self._local[key] = torch.zeros(numel)
+            residual = self._local[key] = torch.zeros(numel, device=device)
+        elif residual.device != device:  # a checkpoint's
+            residual = self._local[key] = residual.to(device)
         if residual.numel() != numel:
             raise ValueError(
                 f"residual of {key!r} has {residual.numel()} elements, the parameter {numel}: another model?"
             )
         return residual
 
-    def owner(self, key: str, start: int, length: int) -> torch.Tensor:
+    def owner(self, key: str, start: int, length: int, device: torch.device = CPU) -> torch.Tensor:
         """The owner residual of elements [start, start + length) of a parameter, in the layout adopted last."""
         known = self._owner.get(key)
         if known is None:
-            known = self._owner[key] = start, torch.zeros(length)
+            known = self._owner[key] = start, torch.zeros(length, device=device)
+        elif known[1].device != device:
+            known = self._owner[key] = known[0], known[1].to(device)
         if known[0] != start or known[1].numel() != length:
             raise ValueError(
                 f"owner residual of {key!r} begins at {known[0]} and has {known[1].numel()} elements, "
@@ -91,14 +96,14 @@ class ErrorFeedback:
         """Whether anything of a parameter is still to be sent."""
         return key in self._local
 
-    def take(self, key: str, numel: int) -> torch.Tensor:
+    def take(self, key: str, numel: int, device: torch.device = CPU) -> torch.Tensor:
         """All that this rank keeps of a parameter, 1-D float32, for a collective that sends it whole; zero from now on.
 
         The share of an owner is not averaged over ranks, so it counts W times.
         """
         if key in self._owner:
             self._move_to_local(key)
-        residual = self.local(key, numel)
+        residual = self.local(key, numel, device)
         del self._local[key]
         return residual
 
@@ -121,7 +126,8 @@ class ErrorFeedback:
     def _move_to_local(self, key: str) -> None:
         start, residual = self._owner.pop(key)
         self._spent.pop(key, None)
-        self._local[key][start : start + residual.numel()].add_(residual, alpha=float(self._world_size or 1))
+        local = self._local[key]
+        local[start : start + residual.numel()].add_(residual.to(local.device), alpha=float(self._world_size or 1))
 
     def _resize(self, world_size: int) -> None:
         if self._world_size is not None:
@@ -134,7 +140,10 @@ class ErrorFeedback:
     def norm(self) -> float:
         """Euclidean norm of the local residuals: how much is still to be sent."""
         squares = [residual.double().square().sum() for residual in self._local.values()]
-        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        if not squares:
+            return 0.0
+        # Of a checkpoint that was just loaded, some may not have reached their device.
+        return float(torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt())
 
     def clear(self) -> None:
         """Forgets all residuals."""
@@ -189,7 +198,7 @@ class ErrorFeedback:
                     part._move_to_local(key)
             for part in parts[1:]:
                 for key, residual in part._local.items():
-                    merged.local(key, residual.numel()).add_(residual)
+                    merged.local(key, residual.numel(), residual.device).add_(residual)
         self._spent.clear()
         self._local, self._owner, self._world_size = merged._local, merged._owner, merged._world_size
 

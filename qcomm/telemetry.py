@@ -48,6 +48,7 @@ class Counters:
     bytes_received_inside: int = 0
     bytes_received_overhead: int = 0
     nonfinite_tensors: int = 0
+    dropped_values: int = 0
     encode_seconds: float = 0.0
     decode_seconds: float = 0.0
     communication_seconds: float = 0.0
@@ -75,8 +76,8 @@ class Telemetry:
             order: "ready" on the calling thread, then, as far as the strategy has them, "encode", "exchange_1",
             "reduce", "exchange_2", ..., "decode", "done" on the worker thread, each at the beginning of what it names.
             Of a bucket in slices all but the first and the last come once for each slice, in the order of
-            :mod:`qcomm.schedule`; "exchange_1" and "exchange_2" are then the waits for a slice's messages. It must not
-            raise.
+            :mod:`qcomm.schedule`; "exchange_1" and "exchange_2" are then the waits for a slice's messages. On
+            a device there are "ready", "launch" and "launched", on the calling thread. It must not raise.
     """
 
     timeline: list[Event] | None = None

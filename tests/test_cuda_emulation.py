@@ -49,6 +49,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("codec", [RANDOM]),
         ("own", [RANDOM]),
         ("capacity", [REVERSE]),
+        ("mean", [FORWARD, RANDOM]),
         ("bucket", [FORWARD, REVERSE, RANDOM]),
         ("damage", [FORWARD, "3"]),
         ("large", [REVERSE]),

@@ -3,14 +3,14 @@
 What this cannot show is left to a machine with a GPU: streams, devices, and the GPU itself.
 """
 
-import importlib.util
 import sys
-import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from emulated_core import emulated_core
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,10 +18,6 @@ import qcomm
 from qcomm import RangeGrid, SigmaGrid, _device
 from qcomm.codec import Segment, encode
 from qcomm.quantize import Quantizer
-
-sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
-
-import emulation_build as emulation
 
 GRIDS = [
     SigmaGrid(1.0),
@@ -45,23 +41,9 @@ real_core = _device.core
 
 
 @pytest.fixture(scope="module")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    pybind11 = pytest.importorskip("pybind11", reason="the emulated core is a pybind11 module")
-    if emulation.compiler() is None:
-        pytest.skip("there is no C++ compiler")
-    kept = emulation.ROOT / "build"
-    folder = kept / "cuda_emulation" if kept.is_dir() else tmp_path_factory.mktemp("cuda_emulation")
-    path = emulation.build_module(folder, [sysconfig.get_paths()["include"], pybind11.get_include()])
-    spec = importlib.util.spec_from_file_location("emulated._cuda", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_device, "core", lambda: module)
-        _device._codes.cache_clear()
+def emulated(emulated_path: Path) -> Iterator[None]:
+    with emulated_core(emulated_path):
         yield
-    _device._codes.cache_clear()
 
 
 def check(values: torch.Tensor, grid: qcomm.SigmaGrid | qcomm.RangeGrid, checksum: bool, steps: int) -> torch.Tensor:
@@ -124,6 +106,21 @@ def test_a_packet_at_an_odd_address() -> None:
     packet = check(torch.randn(500), SigmaGrid(1.0), True, 8)
     shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), packet])[1:]
     assert torch.equal(_device.decompress(shifted), qcomm.decompress(packet))
+
+
+@pytest.mark.usefixtures("emulated")
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.integers(0, 9000), st.integers(1, 12), st.sampled_from([0.03, 0.5, 1.0]), st.integers(0, 2**32 - 1))
+def test_the_entropy_is_that_of_the_cpu(n: int, num_bits: int, fraction: float, seed: int) -> None:
+    values = torch.randn(n, generator=torch.Generator().manual_seed(seed % 1000)) ** 3
+    for tensor in (values, values.to(torch.bfloat16).double(), torch.zeros(n)):
+        expected = qcomm.estimate_entropy(tensor, num_bits, fraction, seed=seed)
+        with mock.patch.object(_device, "is_on_device", return_value=True):
+            assert qcomm.estimate_entropy(tensor, num_bits, fraction, seed=seed) == expected
+            if n:
+                tensor[n // 2] = float("inf")
+                with pytest.raises(ValueError, match="finite"):
+                    qcomm.estimate_entropy(tensor, num_bits, fraction, seed=seed)
 
 
 def test_a_build_without_kernels_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:

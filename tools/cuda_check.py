@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc/cuda"
 KERNELS = ("statistics", "sample", "histogram", "code_lengths", "encode", "layout", "payload", "residual",
-           "read_packets", "decode_tables", "decode")  # fmt: skip
+           "read_packets", "decode_tables", "decode", "account", "runs")  # fmt: skip
 HOST = ("encode_plan", "decode_plan")
 ARCHITECTURES = (75, 80, 90)
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc/include'}"]
@@ -56,7 +56,7 @@ def kernel_name(mangled: str) -> str:
     """``encode_blocks<float32, adjusted>`` of a kernel's mangled name."""
     found = re.search(r"\d(measure_tensors|sample_tensors|count_segments|make_codes|encode_blocks|layout_packets|"
                       r"write_payload|update_range_residuals|read_packets|check_pieces|make_decode_tables|"
-                      r"decode_packets|sum_packets)(.*)",
+                      r"decode_packets|sum_packets|count_encoding|copy_runs|add_runs)(.*)",
                       mangled)  # fmt: skip
     if found is None:
         return mangled
@@ -146,6 +146,7 @@ INSTANCES = {
     "residual": _instances("update_range_residuals", "EncodeTables", (", false", ", true")),
     "read_packets": _instances("read_packets", "DecodeTables", ("",)),
     "decode": _instances("decode_packets", "DecodeTables, int", ("",)),
+    "runs": _instances("copy_runs", "const RunTask*, int, double, const double*, const unsigned*", ("",)),
 }
 
 

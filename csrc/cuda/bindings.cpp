@@ -36,17 +36,20 @@ py::bytes to_bytes(const void* data, std::size_t size) { return {static_cast<con
 using QuantizerTuple = std::tuple<int, int, int, int>;
 // c, entropy_bits, fraction, max_bits, seed, choose_code
 using RuleTuple = std::tuple<double, int, double, int, std::uint32_t, bool>;
-// values, residual, inv_scale, count, quantizer, k, rule, nonfinite_is_constant
-using TensorTuple = std::tuple<Address, Address, Address, std::int64_t, QuantizerTuple, double, RuleTuple, bool>;
+// values, residual, inv_scale, count, quantizer, k, rule, (nonfinite_is_constant, as_it_is, zero_keeps_residual)
+using TensorTuple = std::tuple<Address, Address, Address, std::int64_t, QuantizerTuple, double, RuleTuple,
+                               std::tuple<bool, bool, bool>>;
 // tensor, offset, count, residual_out
 using SegmentTuple = std::tuple<std::int32_t, std::int64_t, std::int64_t, Address>;
 // segments, dims, out, capacity
 using PacketTuple = std::tuple<std::int32_t, std::vector<std::int64_t>, Address, std::int64_t>;
 // packet, bytes, out, elements, exact
 using TaskTuple = std::tuple<Address, std::int64_t, Address, std::int64_t, bool>;
+// from, to, count, first_fault, faults, tensor, residual
+using RunTuple = std::tuple<Address, Address, std::int64_t, std::int32_t, std::int32_t, std::int32_t, Address>;
 
 cuda::Tensor make_tensor(const TensorTuple& t) {
-    const auto& [values, residual, inv_scale, count, q, k, rule, nonfinite_is_constant] = t;
+    const auto& [values, residual, inv_scale, count, q, k, rule, flags] = t;
     const auto& [c, entropy_bits, fraction, max_bits, seed, choose_code] = rule;
     const Quantizer quantizer{static_cast<Grid>(std::get<0>(q)),
                               static_cast<std::uint8_t>(std::get<1>(q)),
@@ -61,7 +64,9 @@ cuda::Tensor make_tensor(const TensorTuple& t) {
             quantizer,
             k,
             {c, entropy_bits, fraction, max_bits, seed, choose_code},
-            nonfinite_is_constant};
+            std::get<0>(flags),
+            std::get<1>(flags),
+            std::get<2>(flags)};
 }
 
 cuda::EncodePlan make_encode_plan(int dtype, int steps, bool checksums, const std::vector<TensorTuple>& tensors,
@@ -94,6 +99,13 @@ void encode(const cuda::EncodePlan& plan, Address blob, Address codes, Address w
     raise_if_error(status);
 }
 
+void count(const cuda::EncodePlan& plan, Address blob, Address workspace, Address total_bytes, Address account,
+           Address stream) {
+    raise_if_error(plan.count(pointer<const void>(blob), pointer<void>(workspace),
+                              pointer<const std::int64_t>(total_bytes), pointer<cuda::Account>(account),
+                              pointer<void>(stream)));
+}
+
 cuda::DecodePlan make_decode_plan(int dtype, int steps, int max_segments, const std::vector<TaskTuple>& tasks,
                                   int own_code_bits) {
     std::vector<cuda::DecodeTask> made;
@@ -104,17 +116,50 @@ cuda::DecodePlan make_decode_plan(int dtype, int steps, int max_segments, const 
     return plan;
 }
 
-void decode(const cuda::DecodePlan& plan, Address blob, Address codes, Address workspace, Address faults, bool sum,
+void decode(const cuda::DecodePlan& plan, Address blob, Address codes, Address workspace, Address faults,
             Address stream) {
     Status status;
     {
         py::gil_scoped_release nogil;
         const auto* const tables = pointer<const cuda::StaticTables>(codes);
-        const auto run = sum ? &cuda::DecodePlan::decode_sum : &cuda::DecodePlan::decode;
-        status = (plan.*run)(pointer<const void>(blob), tables, pointer<void>(workspace), pointer<unsigned>(faults),
+        status = plan.decode(pointer<const void>(blob), tables, pointer<void>(workspace), pointer<unsigned>(faults),
                              pointer<void>(stream));
     }
     raise_if_error(status);
+}
+
+void decode_sum(const cuda::DecodePlan& plan, Address blob, Address codes, Address workspace, Address faults, bool add,
+                Address stream) {
+    Status status;
+    {
+        py::gil_scoped_release nogil;
+        const auto* const tables = pointer<const cuda::StaticTables>(codes);
+        status = plan.decode_sum(pointer<const void>(blob), tables, pointer<void>(workspace), pointer<unsigned>(faults),
+                                 pointer<void>(stream), add);
+    }
+    raise_if_error(status);
+}
+
+cuda::RunPlan make_run_plan(int to, const std::vector<RunTuple>& runs) {
+    std::vector<cuda::Run> made;
+    for (const auto& [from, target, count, first_fault, faults, tensor, residual] : runs)
+        made.push_back({pointer<const void>(from), pointer<void>(target), count, first_fault, faults, tensor,
+                        pointer<float>(residual)});
+    cuda::RunPlan plan(static_cast<DType>(to), made);
+    raise_if_error(plan.status());
+    return plan;
+}
+
+void copy_runs(const cuda::RunPlan& plan, Address blob, double divisor, Address factor, Address faults,
+               Address stream) {
+    raise_if_error(plan.copy(pointer<const void>(blob), divisor, pointer<const double>(factor),
+                             pointer<const unsigned>(faults), pointer<void>(stream)));
+}
+
+void add_own(const cuda::RunPlan& plan, Address blob, const cuda::EncodePlan& measured, Address workspace,
+             Address inv_scale, bool add, Address stream) {
+    raise_if_error(plan.add_own(pointer<const void>(blob), measured, pointer<void>(workspace),
+                                pointer<const double>(inv_scale), add, pointer<void>(stream)));
 }
 
 py::bytes static_tables() {
@@ -133,10 +178,21 @@ PYBIND11_MODULE(_cuda, m) {
         .def("blob", [](const cuda::EncodePlan& p) { return to_bytes(p.blob().data(), p.blob().size()); })
         .def("workspace_bytes", &cuda::EncodePlan::workspace_bytes)
         .def("bound", &cuda::EncodePlan::bound)
-        .def("encode", &encode);
+        .def("quantizers",
+             [](const cuda::EncodePlan& p, Address workspace) {
+                 return reinterpret_cast<Address>(p.quantizers(pointer<void>(workspace)));
+             })
+        .def("encode", &encode)
+        .def("count", &count);
     py::class_<cuda::DecodePlan>(m, "DecodePlan")
         .def(py::init(&make_decode_plan))
         .def("blob", [](const cuda::DecodePlan& p) { return to_bytes(p.blob().data(), p.blob().size()); })
         .def("workspace_bytes", &cuda::DecodePlan::workspace_bytes)
-        .def("decode", &decode);
+        .def("decode", &decode)
+        .def("decode_sum", &decode_sum);
+    py::class_<cuda::RunPlan>(m, "RunPlan")
+        .def(py::init(&make_run_plan))
+        .def("blob", [](const cuda::RunPlan& p) { return to_bytes(p.blob().data(), p.blob().size()); })
+        .def("copy", &copy_runs)
+        .def("add_own", &add_own);
 }

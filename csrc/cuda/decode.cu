@@ -199,9 +199,9 @@ private:
     int block_values_;
 };
 
-// Packets first, first + 1, ..., one a warp: their sum over a tile, added to `out` unless they are the first ones.
+// Packets first, first + 1, ..., one a warp: their sum over a tile, with `add` added to `out`.
 template <class Tr>
-__global__ void __launch_bounds__(kMaxSumPackets* kWarpLanes, 1) sum_packets(DecodeTables d, int first) {
+__global__ void __launch_bounds__(kMaxSumPackets* kWarpLanes, 1) sum_packets(DecodeTables d, int first, bool add) {
     DYNAMIC_SHARED(SumShared<Tr>, shared);
     constexpr int kChunk = SumShared<Tr>::kChunk;
     const int packets = static_cast<int>(blockDim.x) / kWarpLanes, number = first + warp_number();
@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kMaxSumPackets* kWarpLanes, 1) sum_packets(Dec
         if (__syncthreads_or(!good)) return;
         for (int i = static_cast<int>(threadIdx.x); i < m; i += static_cast<int>(blockDim.x)) {
             auto sum = shared->chunk[0][i];
-            if (first > 0) sum = out[at + i] + sum;
+            if (add) sum = out[at + i] + sum;
             for (int p = 1; p < packets; ++p) sum += shared->chunk[p][i];
             out[at + i] = sum;
         }
@@ -248,13 +248,14 @@ void launch_decode(const DecodeTables& d, std::int64_t tile_count, void* stream)
     });
 }
 
-void launch_sum(const DecodeTables& d, std::int64_t tile_count, void* stream) {
+void launch_sum(const DecodeTables& d, std::int64_t tile_count, bool add, void* stream) {
     const auto launch = [&](auto traits) {
         using Tr = decltype(traits);
         for (int first = 0; first < d.packet_count; first += kMaxSumPackets) {
             const int packets = d.packet_count - first < kMaxSumPackets ? d.packet_count - first : kMaxSumPackets;
             launch_kernel(sum_packets<Tr>, static_cast<unsigned>(tile_count),
-                          static_cast<unsigned>(packets * kWarpLanes), sizeof(SumShared<Tr>), stream, d, first);
+                          static_cast<unsigned>(packets * kWarpLanes), sizeof(SumShared<Tr>), stream, d, first,
+                          add || first > 0);
         }
     };
     d.dtype == DType::kFloat64 ? launch(Traits<DType::kFloat64>{}) : launch(Traits<DType::kFloat32>{});

@@ -107,12 +107,12 @@ Status DecodePlan::decode(const void* blob, const StaticTables* codes, void* wor
 }
 
 Status DecodePlan::decode_sum(const void* blob, const StaticTables* codes, void* workspace, unsigned* faults,
-                              void* stream) const {
+                              void* stream, bool add) const {
     QCOMM_RETURN_IF_ERROR(status_);
     if (item_bytes(dtype_) < 4) return bad_argument("a sum needs float32 or float64 packets");
     const DecodeTables d = tables(blob, codes, workspace, faults);
     prepare(d, stream);
-    launch_sum(d, sum_tiles_, stream);
+    launch_sum(d, sum_tiles_, add, stream);
     return launch_status();
 }
 

@@ -42,6 +42,7 @@ Status check_tensor(const Tensor& tensor, DType dtype, std::int64_t index) {
         return bad_argument("a residual or a scale needs float32 or float64 values: 16 bits cannot carry them exactly",
                             index);
     }
+    if (tensor.as_it_is && q.coding != Coding::kRaw) return bad_argument("a tensor that is not measured is raw", index);
     if (q.coding == Coding::kRaw) return {};
     if (is_range(q.grid)) return check_range(tensor, index);
     if (q.grid != Grid::kSigma || q.num_bits < 2 || q.num_bits > 16 || !is_block_coded(q.coding))
@@ -191,6 +192,8 @@ enum EncodePlan::Place : int {
     kSegments,
     kPackets,
     kDropped,
+    kWanted,
+    kAbsent,
     kCounters,
     kSlots,
     kListBytes,
@@ -215,7 +218,6 @@ EncodePlan::EncodePlan(DType dtype, int steps, bool checksums, const std::vector
 Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<Segment>& segments,
                          const std::vector<Packet>& packets) {
     if (steps_ < 1 || steps_ > kMaxSteps) return bad_argument("steps must be 1..512", steps_);
-    if (packets.empty()) return bad_argument("there must be at least one packet");
     const std::int64_t item = item_bytes(dtype_);
 
     std::vector<TensorTask> tensor_tasks;
@@ -223,8 +225,8 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
         QCOMM_RETURN_IF_ERROR(check_tensor(t, dtype_, static_cast<std::int64_t>(tensor_tasks.size())));
         const SampleTask sample = make_sample(t, bins_);
         tensor_tasks.push_back({t.values, t.residual, t.inv_scale, t.count, tiles_, t.k, make_wanted(t),
-                                t.nonfinite_is_constant, sample_tiles_, sample});
-        tiles_ += statistics_tiles(t.count);
+                                t.nonfinite_is_constant, t.as_it_is, t.zero_keeps_residual, sample_tiles_, sample});
+        tiles_ += statistics_tiles(measured_count(tensor_tasks.back()));
         bins_ += sample.bins;
         sample_tiles_ += ceil_div(t.quantizer.grid == Grid::kSigma ? 2 * sample.count : sample.count, kSampleTile);
         const bool has_code = is_block_coded(t.quantizer.coding) && t.quantizer.table != kNoTable;
@@ -315,6 +317,8 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
     reserve(kSegments, static_cast<std::int64_t>(sizeof(SegmentState)) * segment_count_);
     reserve(kPackets, static_cast<std::int64_t>(sizeof(PacketState)) * packet_count_);
     reserve(kDropped, 8 * std::int64_t{packet_count_});
+    reserve(kWanted, 8 * std::int64_t{packet_count_});
+    reserve(kAbsent, tensor_count_);
     reserve(kCounters, 4 * (std::int64_t{2} * tensor_count_ + packet_count_));
     reserve(kSlots, slots);
     reserve(kListBytes, 4 * std::int64_t{segment_count_});
@@ -349,6 +353,8 @@ EncodeTables EncodePlan::tables(const void* blob, const StaticTables* codes, voi
     e.segment_states = at<SegmentState>(workspace, workspace_at_[kSegments]);
     e.packet_states = at<PacketState>(workspace, workspace_at_[kPackets]);
     e.dropped = dropped_values(workspace);
+    e.wanted_bytes = at<std::int64_t>(workspace, workspace_at_[kWanted]);
+    e.absent = absent(workspace);
     e.counters = at<unsigned>(workspace, workspace_at_[kCounters]);
     e.slots = at<std::uint8_t>(workspace, workspace_at_[kSlots]);
     e.list_bytes = at<int>(workspace, workspace_at_[kListBytes]);
@@ -369,6 +375,7 @@ Quantizer* EncodePlan::quantizers(void* workspace) const {
 std::int64_t* EncodePlan::dropped_values(void* workspace) const {
     return at<std::int64_t>(workspace, workspace_at_[kDropped]);
 }
+std::uint8_t* EncodePlan::absent(void* workspace) const { return at<std::uint8_t>(workspace, workspace_at_[kAbsent]); }
 
 Status EncodePlan::measure(const void* blob, const StaticTables* codes, void* workspace, void* stream) const {
     QCOMM_RETURN_IF_ERROR(status_);
@@ -396,6 +403,13 @@ Status EncodePlan::encode(const void* blob, const StaticTables* codes, void* wor
     launch_layout(e, total_bytes, stream);
     launch_payload(e, adjusted_, units_ / kEncodeWarps, stream);
     if (range_residuals_) launch_range_residuals(e, adjusted_, units_ / kEncodeWarps, stream);
+    return launch_status();
+}
+
+Status EncodePlan::count(const void* blob, void* workspace, const std::int64_t* total_bytes, Account* account,
+                         void* stream) const {
+    QCOMM_RETURN_IF_ERROR(status_);
+    launch_count(tables(blob, nullptr, workspace), total_bytes, account, stream);
     return launch_status();
 }
 

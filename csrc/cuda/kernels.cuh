@@ -15,10 +15,14 @@ constexpr int kStatisticsThreads = 256;
 constexpr std::int64_t kStatisticsTile = 32768;
 struct TileStatistics {
     double minimum, maximum, sum_squares;
-    unsigned finite;
+    unsigned finite, nonzero;  // nonzero: of the values, without their residual
 };
 constexpr std::int64_t statistics_tiles(std::int64_t count) {
     return count == 0 ? 1 : ceil_div(count, kStatisticsTile);
+}
+// How many of its values are looked at.
+QCOMM_HOST_DEVICE constexpr std::int64_t measured_count(const TensorTask& tensor) {
+    return tensor.as_it_is ? 0 : tensor.count;
 }
 void launch_measure(const EncodeTables& e, bool adjusted, TileStatistics* tiles, std::int64_t tile_count, void* stream);
 
@@ -49,13 +53,23 @@ void launch_payload(const EncodeTables& e, bool adjusted, std::int64_t tiles, vo
 // residual.cu: those of segments on range grids, after launch_payload.
 void launch_range_residuals(const EncodeTables& e, bool adjusted, std::int64_t tiles, void* stream);
 
+// account.cu: sums over encodings.
+void launch_count(const EncodeTables& e, const std::int64_t* total_bytes, Account* account, void* stream);
+
+// runs.cu: runs of values copied or added, by tiles of kRunTile values of one run.
+constexpr std::int64_t kRunTile = 4096;
+struct RunTask {
+    Run run;
+    std::int64_t first_tile;
+};
+
 // read_packets.cu: metadata and plain segments are checked; decode_tables.cu: codes of segments' own; decode.cu:
 // values, with tile_count blocks a packet or a sum.
 struct DecodeTables;
 void launch_read_packets(const DecodeTables& d, std::int64_t piece_tiles, void* stream);
 void launch_decode_tables(const DecodeTables& d, void* stream);
 void launch_decode(const DecodeTables& d, std::int64_t tile_count, void* stream);
-void launch_sum(const DecodeTables& d, std::int64_t tile_count, void* stream);
+void launch_sum(const DecodeTables& d, std::int64_t tile_count, bool add, void* stream);
 
 // Calls f(Traits<dtype>{}, bool_constant<adjusted>{}). 16-bit packets cannot carry adjusted values.
 template <class F>

@@ -198,6 +198,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     Sizes sizes = place_segments(e, packet, item, shared);
     PacketState state = place_parts(packet, sizes, e.checksums);
     std::int64_t dropped = 0;
+    if (threadIdx.x == 0) e.wanted_bytes[blockIdx.x] = state.payload + sizes.payload;
     if (!state.fits && packet.may_drop) {
         const std::int64_t excess = ceil_div(state.payload + sizes.payload - packet.capacity, 4);
         dropped = drop_blocks(e, packet, excess, shared);

@@ -172,7 +172,7 @@ struct Unit {
     // Of every units-th row of 32 values.
     __device__ void lose_constant(std::int64_t unit) const {
         const double value = state.quantizer.p0;
-        if (segment.residual_out == nullptr || !__builtin_isfinite(value)) return;
+        if (segment.residual_out == nullptr || !__builtin_isfinite(value) || e.absent[segment.tensor] != 0) return;
 #pragma unroll 1  // otherwise the turns are counted first, by a division
         for (std::int64_t i = unit * kWarpLanes + lane_number(); i < segment.count; i += segment.units * kWarpLanes)
             segment.residual_out[i] = static_cast<float>(u[i] - static_cast<typename Tr::Arithmetic>(value));
@@ -181,7 +181,9 @@ struct Unit {
     // Of a packet that cannot be written: nothing of its values is sent, and what is finite is kept.
     __device__ void keep_everything(std::int64_t unit) const {
         const Quantizer& q = state.quantizer;
-        if (segment.residual_out == nullptr || (q.coding == Coding::kConstant && !__builtin_isfinite(q.p0))) return;
+        if (segment.residual_out == nullptr || (q.coding == Coding::kConstant && !__builtin_isfinite(q.p0)) ||
+            e.absent[segment.tensor] != 0)
+            return;
 #pragma unroll 1
         for (std::int64_t i = unit * kWarpLanes + lane_number(); i < segment.count; i += segment.units * kWarpLanes) {
             const auto x = static_cast<float>(u[i]);

@@ -27,6 +27,9 @@ public:
         return residual_ != nullptr ? u + static_cast<T>(residual_[i]) : u;
     }
 
+    // Without scale and residual.
+    __device__ __forceinline__ T value(std::int64_t i) const { return Tr::widen(values_[i]); }
+
     // As it is stored in a packet.
     __device__ __forceinline__ typename Tr::Storage stored(std::int64_t i) const {
         if constexpr (kAdjusted) return Tr::narrow((*this)[i]);

@@ -36,6 +36,7 @@ __device__ __forceinline__ void combine(TileStatistics& left, const TileStatisti
     left.maximum = right.maximum > left.maximum ? right.maximum : left.maximum;
     left.sum_squares += right.sum_squares;
     left.finite &= right.finite;
+    left.nonzero |= right.nonzero;
 }
 
 // Neighbours are combined until one is left, in partial[0]. Ends with a barrier.
@@ -54,21 +55,24 @@ __device__ TileStatistics measure_block(const Source<Tr, kAdjusted>& u, std::int
     using T = typename Tr::Arithmetic;
     T low = std::numeric_limits<T>::infinity(), high = -low, poison = 0;  // x * 0 is NaN for every non-finite x
     double squares = 0.0;
+    bool nonzero = false;
 #pragma unroll 8
     for (int i = lane_number(); i < n; i += kWarpLanes) {
         const T x = u[begin + i];
         low = x < low ? x : low;
         high = x > high ? x : high;
         poison += x * T(0);
+        nonzero |= u.value(begin + i) != T(0);
         const double wide = static_cast<double>(x);
         // The product of two float32 is exact in float64, so there the fused form is the same number.
         squares = sizeof(T) == sizeof(float) ? __builtin_fma(wide, wide, squares) : squares + wide * wide;
     }
-    TileStatistics result{static_cast<double>(low), static_cast<double>(high), squares, poison == T(0)};
+    TileStatistics result{static_cast<double>(low), static_cast<double>(high), squares, poison == T(0), nonzero};
     for (unsigned d = kWarpLanes / 2; d > 0; d /= 2) {
         const TileStatistics other{
             __shfl_down_sync(kAllLanes, result.minimum, d), __shfl_down_sync(kAllLanes, result.maximum, d),
-            __shfl_down_sync(kAllLanes, result.sum_squares, d), __shfl_down_sync(kAllLanes, result.finite, d)};
+            __shfl_down_sync(kAllLanes, result.sum_squares, d), __shfl_down_sync(kAllLanes, result.finite, d),
+            __shfl_down_sync(kAllLanes, result.nonzero, d)};
         combine(result, other);
     }
     return result;
@@ -84,6 +88,7 @@ __device__ Quantizer choose_quantizer(const TensorTask& tensor, const Statistics
         q.p0 = std::numeric_limits<double>::quiet_NaN();
         return q;
     }
+    if (tensor.as_it_is) return q;
     if (s.minimum == s.maximum) {
         q.coding = Coding::kConstant;
         q.p0 = s.minimum;
@@ -112,17 +117,17 @@ __global__ void __launch_bounds__(kThreads, 1) measure_tensors(EncodeTables e, T
     const int t = find_task(e.tensors, e.tensor_count, blockIdx.x, &TensorTask::first_tile);
     const TensorTask tensor = e.tensors[t];
     const std::int64_t begin = (static_cast<std::int64_t>(blockIdx.x) - tensor.first_tile) * kStatisticsTile;
-    const std::int64_t rest = tensor.count - begin;
+    const std::int64_t values = measured_count(tensor), rest = values - begin;
     const int present = rest >= kStatisticsTile ? kWarps : static_cast<int>(ceil_div(rest, kSumBlock));
     if (warp_number() < present) {
         const std::int64_t at = begin + warp_number() * kSumBlock;
-        const int n = static_cast<int>(tensor.count - at < kSumBlock ? tensor.count - at : kSumBlock);
+        const int n = static_cast<int>(values - at < kSumBlock ? values - at : kSumBlock);
         const TileStatistics result = measure_block(Source<Tr, kAdjusted>(tensor), at, n);
         if (lane_number() == 0) shared->partial[warp_number()] = result;
     }
     fold_pairwise(shared->partial, present);
     if (threadIdx.x == 0 && present > 0) tiles[blockIdx.x] = shared->partial[0];
-    const std::int64_t count = statistics_tiles(tensor.count);
+    const std::int64_t count = statistics_tiles(values);
     if (!is_last_block(&e.counters[t], static_cast<unsigned>(count))) return;
 
     TileStatistics* const level = tiles + tensor.first_tile;
@@ -137,16 +142,20 @@ __global__ void __launch_bounds__(kThreads, 1) measure_tensors(EncodeTables e, T
     }
     if (threadIdx.x != 0) return;
     Statistics s;
-    if (tensor.count > 0) {
+    bool absent = tensor.zero_keeps_residual && !tensor.as_it_is;
+    if (values > 0) {
         const TileStatistics all = level[0];
         // + 0.0 turns -0.0 into 0.0: which zero a minimum finds depends on the order of the comparisons.
         s.minimum = all.minimum + 0.0;
         s.maximum = all.maximum + 0.0;
         s.sum_squares = all.sum_squares;
         s.finite = all.finite != 0;
+        absent &= all.nonzero == 0;
     }
     e.statistics[t] = s;
-    e.quantizers[t] = choose_quantizer<Tr>(tensor, s);
+    e.absent[t] = absent;
+    e.quantizers[t] =
+        absent ? Quantizer{Grid::kNone, 0, Coding::kConstant, kTableOnWire, 0.0, 0.0} : choose_quantizer<Tr>(tensor, s);
 }
 
 }  // namespace

@@ -39,7 +39,7 @@ struct TensorTask {
     std::int64_t first_tile;  // of measure_tensors, among those of all tensors
     double k;                 // sigma: the step in units of the RMS
     Quantizer wanted;         // what it is if it is neither constant nor raw; sigma: p1 is yet to be measured
-    bool nonfinite_is_constant;
+    bool nonfinite_is_constant, as_it_is, zero_keeps_residual;
     std::int64_t first_sample_tile;  // of sample_tensors
     SampleTask sample;
 };
@@ -134,8 +134,10 @@ struct EncodeTables {
     std::uint32_t* piece_sums;  // checksums of the pieces of raw segments, by unit
     SegmentState* segment_states;
     PacketState* packet_states;
-    std::int64_t* dropped;  // values, by packet
-    unsigned* counters;     // zeroed: two a tensor, then one a packet
+    std::int64_t* dropped;       // values, by packet
+    std::int64_t* wanted_bytes;  // of the packets before blocks were dropped
+    std::uint8_t* absent;        // by tensor: it is zero throughout, and its residual takes no part
+    unsigned* counters;          // zeroed: two a tensor, then one a packet
     std::uint8_t* slots;
 
     // Of codes that segments have of their own, by SegmentTask::first_codeword, but for the first.

@@ -55,7 +55,7 @@ def build_module(folder: Path, includes: Sequence[str]) -> Path:
     """``qcomm._cuda`` over the emulation, whose device memory is the host's; ``includes``: of Python and pybind11."""
     sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/cuda/bindings.cpp"]
     sources += [path for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if "avx" not in path.name]
-    flags = ["-O0", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
+    flags = ["-O1", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
     jobs = [(path, folder / "module" / f"{path.name}.o", flags) for path in sources]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_compile, jobs))

@@ -258,6 +258,7 @@ int main(int argc, char** argv) {
         if (group == "damage") qcomm::test::damage_group();
         if (group == "capacity") qcomm::test::capacity_group();
         if (group == "large") qcomm::test::large_group();
+        if (group == "mean") qcomm::test::mean_group();
         if (group == "race") qcomm::test::race_group();
         if (group == "emulator") qcomm::test::emulator_group();
         if (group == "histogram") qcomm::test::histogram_group();

@@ -70,6 +70,9 @@ void emulator_group();
 // Does what hangs or is undefined on a GPU; the emulation must end the program.
 void misuse(const std::string& which);
 
+// What a mean on a device needs besides packets.
+void mean_group();
+
 // Of fill_static_tables().
 const cuda::StaticTables* codes();
 

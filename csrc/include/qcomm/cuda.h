@@ -58,6 +58,9 @@ struct Tensor {
     double k = 1.0;
     SampleRule sample;
     bool nonfinite_is_constant = false;  // a tensor with a non-finite value becomes a constant NaN instead of raw
+    bool as_it_is = false;               // not measured: raw whatever the values are
+    // Where all values are 0, the residual notwithstanding, the tensor is a constant 0 and the residual stays as it is.
+    bool zero_keeps_residual = false;
 };
 
 // Values [offset, offset + count) of tensor number `tensor`.
@@ -75,6 +78,15 @@ struct Packet {
     std::int64_t capacity = 0;
 };
 
+// Sums over encodings, for whoever reads them seldom.
+struct Account {
+    std::int64_t packet_bytes = 0;
+    std::int64_t largest_packet = 0;  // the most bytes that a packet needed to hold all its values
+    std::int64_t dropped_values = 0;
+    std::int64_t unsent_packets = 0;  // their capacity did not suffice, although blocks were dropped
+    std::int64_t nonfinite_tensors = 0;
+};
+
 // What is encoded again and again: the tensors of a bucket, cut into segments, gathered in packets. Device memory is
 // needed for blob() (a copy of it; it holds the pointers above) and for a workspace.
 class EncodePlan {
@@ -90,7 +102,7 @@ public:
         return bounds_[static_cast<std::size_t>(packet)];
     }  // a capacity for any values
 
-    // Statistics and quantizers of the tensors, into the workspace.
+    // Statistics and quantizers of the tensors, into the workspace. There may be no packets, if there are no segments.
     Status measure(const void* blob, const StaticTables* codes, void* workspace, void* stream) const;
     // The packets, with what measure() has found. total_bytes[packet] receives its size. Where a capacity is below
     // bound() and too small, blocks of sigma segments with a residual are replaced by zeros, from the packet's end on,
@@ -98,12 +110,17 @@ public:
     // the packet is written, and the residuals keep all of u.
     Status encode(const void* blob, const StaticTables* codes, void* workspace, std::int64_t* total_bytes,
                   void* stream) const;
+    // Adds to `account`, one in device memory, what encode() has come to.
+    Status count(const void* blob, void* workspace, const std::int64_t* total_bytes, Account* account,
+                 void* stream) const;
 
     // Where measure() leaves its results: [tensors].
     Statistics* statistics(void* workspace) const;
     Quantizer* quantizers(void* workspace) const;
     // Where encode() leaves how many values were replaced by zeros: [packets].
     std::int64_t* dropped_values(void* workspace) const;
+    // Where measure() leaves whether the residual takes no part, because all values are 0: [tensors].
+    std::uint8_t* absent(void* workspace) const;
 
 private:
     enum Place : int;  // in the workspace
@@ -120,7 +137,7 @@ private:
     std::int64_t tiles_ = 0, sample_tiles_ = 0, bins_ = 0;
     std::int64_t encode_tiles_ = 0, histogram_tiles_ = 0, codewords_ = 0, units_ = 0, blocks_ = 0;
     std::int64_t segments_at_ = 0, packets_at_ = 0, dims_at_ = 0, own_segments_at_ = 0;  // byte offsets in the blob
-    std::int64_t workspace_at_[17] = {}, workspace_bytes_ = 0;
+    std::int64_t workspace_at_[19] = {}, workspace_bytes_ = 0;
     std::vector<std::uint8_t> blob_;
     std::vector<std::int64_t> bounds_;
 };
@@ -162,10 +179,10 @@ public:
 
     // Each packet to its own `out`. faults[packet] receives a Fault; after one the contents of `out` are unspecified.
     Status decode(const void* blob, const StaticTables* codes, void* workspace, unsigned* faults, void* stream) const;
-    // The sum of the packets' values, in their order, to the first task's `out`; all have its number of elements and
-    // its segments. float32 and float64 only.
-    Status decode_sum(const void* blob, const StaticTables* codes, void* workspace, unsigned* faults,
-                      void* stream) const;
+    // The sum of the packets' values, in their order, to the first task's `out`, or, with `add`, added to what is there
+    // already; all have its number of elements and its segments. float32 and float64 only.
+    Status decode_sum(const void* blob, const StaticTables* codes, void* workspace, unsigned* faults, void* stream,
+                      bool add = false) const;
 
 private:
     enum Place : int;  // in the workspace
@@ -177,6 +194,44 @@ private:
     int steps_, max_segments_, packet_count_, own_code_bits_;
     std::int64_t tiles_ = 0, sum_tiles_ = 0, piece_tiles_ = 0;  // at most, of one packet
     std::int64_t workspace_at_[6] = {}, workspace_bytes_ = 0;
+    std::vector<std::uint8_t> blob_;
+};
+
+// `count` neighbouring values that RunPlan copies or adds. Both pointers are aligned to their types.
+struct Run {
+    const void* from = nullptr;
+    void* to = nullptr;
+    std::int64_t count = 0;
+    std::int32_t first_fault = 0, faults = 0;  // copy(): of the packets that the values come from
+    std::int32_t tensor = -1;                  // add_own(): its number in the EncodePlan; -1: of no tensor there
+    float* residual = nullptr;                 // add_own(): `count` numbers, or null
+};
+
+// Many runs of values in one launch.
+class RunPlan {
+public:
+    // `from` is float32 or, where `to` is, float64.
+    RunPlan(DType to, const std::vector<Run>& runs);
+
+    const Status& status() const { return status_; }
+    const std::vector<std::uint8_t>& blob() const {
+        return blob_;
+    }  // host memory; a copy of it on the device is needed
+
+    // to = from / divisor * factor, in the arithmetic of `from`; NaN where one of the run's faults is not 0. `factor`,
+    // in device memory, may be null for 1, and `faults` may be null for none. A run's `to` may be its `from`.
+    Status copy(const void* blob, double divisor, const double* factor, const unsigned* faults, void* stream) const;
+    // to = from * inv_scale, or, with `add`, to += from * inv_scale; then to += residual, and residual = 0. `to` is NaN
+    // where `measured`, whose workspace this is, has found a tensor with a non-finite value; residuals stay there, and
+    // those of tensors whose values are all 0. float32 and float64 only.
+    Status add_own(const void* blob, const EncodePlan& measured, void* workspace, const double* inv_scale, bool add,
+                   void* stream) const;
+
+private:
+    Status status_;
+    DType dtype_;
+    std::int32_t run_count_;
+    std::int64_t tiles_ = 0;
     std::vector<std::uint8_t> blob_;
 };
 

@@ -1,0 +1,97 @@
+"""The hook's buckets on a device: on a stream of their own, while backward goes on, with a Future that knows of it."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from qcomm.communicator import Communicator, Group, failed
+from qcomm.device_mean import DeviceMean, Scale, check_group
+from qcomm.errors import CollectiveError
+from qcomm.mean import MeanTask
+from qcomm.telemetry import Telemetry
+
+__all__ = ["DeviceHook", "device_future"]
+
+
+def device_future(result: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+    """A completed Future of what the current stream of the tensor's device is about to compute.
+
+    Whoever waits for it makes their own stream wait. A Future that does not know its devices would record no event.
+
+    Example:
+        >>> device_future(torch.ones(2)).wait()
+        tensor([1., 1.])
+    """
+    devices: list[int | str | torch.device] | None = [result.device] if result.is_cuda else None
+    future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
+    future.set_result(result)
+    return future
+
+
+class DeviceHook:
+    """Averages the buckets of one model and one device, in the order in which backward fills them.
+
+    Args:
+        group, communicator, telemetry: as of :class:`DeviceMean`.
+        device: of all buckets.
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        communicator: Communicator | None,
+        telemetry: Telemetry,
+        device: torch.device,
+    ) -> None:
+        self._mean = DeviceMean(check_group(group, device), communicator, telemetry)
+        self._telemetry = telemetry
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._failed_pass = 0
+
+    def reduce(self, task: MeanTask, scale: Scale, number: int) -> torch.futures.Future[torch.Tensor]:
+        """Starts averaging a bucket; the host waits only as DeviceMean does. Errors are raised by the Future.
+
+        Args:
+            task: of the bucket.
+            scale: the gradients' factor: a number, or a tensor of one element on the device.
+            number: of the step. After a failure the rest of the step is not exchanged.
+        """
+        if task.buffer.device != self._device:
+            text = f"gradients must be on {self._device} like those before, got device {task.buffer.device}"
+            return failed(ValueError(text)).future
+        if number == self._failed_pass:
+            text = f"bucket {task.index} was not exchanged, because an earlier one of this step failed"
+            return failed(CollectiveError(text)).future
+        with torch.no_grad(), self._beside():
+            task.telemetry.mark(task.index, "launch")
+            if self._stream is not None:
+                task.buffer.record_stream(self._stream)
+            average = self._mean.plain if task.strategy == "none" else self._mean.average
+            average(task, scale)
+            task.telemetry.mark(task.index, "launched")
+            return device_future(task.buffer)
+
+    def serves(self, group: Group) -> bool:
+        """Whether this is the group it was made for."""
+        return self._mean.serves(group)
+
+    def fail(self, number: int) -> None:
+        """Leaves out the rest of a step that failed on all ranks."""
+        self._failed_pass = number
+
+    def flush(self) -> None:
+        """Adds what the device has counted to the telemetry. Waits for it."""
+        with torch.no_grad(), self._beside():
+            self._mean.flush()
+
+    @contextmanager
+    def _beside(self) -> Iterator[None]:
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.device(self._device):
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(self._stream):
+                yield

@@ -1,0 +1,353 @@
+"""The two-phase mean of tensors that are on a device, exchanged by the group's own collectives (NCCL).
+
+::
+
+    stream   gather, measure, encode | all_to_all | add, divide, encode | all_gather | decode, scatter
+    host     launches all of it and goes on
+
+The host waits for the device only where a bucket is new, to learn how large its packets are; afterwards packets travel
+in slots of a fixed size, see :mod:`qcomm.device_slots`. Where packets have no useful bound (a sigma grid without error
+feedback) it waits in every collective. New buckets, and collectives that wait anyway, begin with the headers of
+:mod:`qcomm.agreement`, over gloo connections of the communicator: ranks that are configured differently, and faults,
+are told there. Later a rank that fails sends slots without packets: the others get NaN, and the error at the next
+agreement.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from qcomm import _device
+from qcomm.agreement import Phase
+from qcomm.communicator import Communicator, Group
+from qcomm.device_slots import PERIOD, Slots, adjusted, is_fixed, nominal_bytes, slot_bytes
+from qcomm.device_steps import Accounts, DeviceSteps, packet_bounds
+from qcomm.errors import CollectiveError
+from qcomm.grids import RangeGrid
+from qcomm.mean import MeanTask, attempt
+from qcomm.mean_steps import owner_grid
+from qcomm.mpi_group import MpiGroup
+from qcomm.packets import wire_dtype
+from qcomm.telemetry import Telemetry
+from qcomm.transport import Traffic
+
+__all__ = ["DEVICE_STRATEGIES", "DeviceMean", "check_device_strategy", "check_group"]
+
+# "auto" compresses: nothing is tried and timed, because that would have to wait for the device.
+DEVICE_STRATEGIES = ("auto", "two_phase", "none")
+
+# Later versions of torch have another name for it.
+ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+
+Scale = float | torch.Tensor
+
+
+def check_device_strategy(strategy: str) -> None:
+    """Raises ValueError for a strategy that only tensors on the CPU have.
+
+    Example:
+        >>> check_device_strategy("exact_sum")
+        Traceback (most recent call last):
+            ...
+        ValueError: strategy must be one of ('auto', 'two_phase', 'none') for CUDA tensors, got 'exact_sum'
+    """
+    if strategy not in DEVICE_STRATEGIES:
+        raise ValueError(f"strategy must be one of {DEVICE_STRATEGIES} for CUDA tensors, got {strategy!r}")
+
+
+def check_group(group: Group, device: torch.device) -> dist.ProcessGroup:
+    """``group``, if it runs collectives on a device without waiting for it; otherwise raises ValueError."""
+    if isinstance(group, MpiGroup):
+        raise ValueError(f"group must be a process group with the backend nccl for CUDA tensors, got {group!r}")
+    backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
+    if device.type == "cuda" and backends.get("cuda") != "nccl":
+        raise ValueError(
+            f"group must have the backend nccl for CUDA tensors, got {backends.get('cuda')!r}: "
+            "init_process_group('nccl'), or 'cpu:gloo,cuda:nccl' for tensors on both"
+        )
+    return group
+
+
+@dataclass
+class _Bucket:
+    """What is remembered of a bucket: its layout, its steps, its capacities."""
+
+    key: object
+    bounds: Slots
+    accounts: Accounts
+    fixed: Slots | None = None  # capacities; None until the first collective has ended
+    places: tuple[object, ...] = ()
+    steps: DeviceSteps | None = None
+    collectives: int = 0
+    arriving: tuple[torch.Tensor, Any] | None = None  # what was agreed, on its way to the host, and its event
+
+
+class DeviceMean:
+    """Averages buckets over a group, on the current stream of the buckets' device, which stays the same.
+
+    Args:
+        group: every rank makes one and averages the same buckets in the same order.
+        communicator: of the group, for the headers; None in a world of one rank.
+        telemetry: counts what happens; what the device counts is added by :meth:`flush`.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, communicator: Communicator | None, telemetry: Telemetry) -> None:
+        self._group = weakref.ref(group)  # or the group's communicator would never be closed
+        self._communicator = communicator
+        self._telemetry = telemetry
+        self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
+        self._buckets: dict[int, _Bucket] = {}
+        self._plain: dict[int, object] = {}  # keys of the buckets that plain() has seen
+        self._factors: torch.Tensor | None = None
+
+    def average(self, task: MeanTask, scale: Scale = 1.0) -> None:
+        """Replaces ``task.buffer`` by its mean over all ranks.
+
+        Args:
+            task: its ``scale`` is not looked at.
+            scale: the buffer holds values times this: a number, or a tensor of one element on the device.
+
+        Raises:
+            CollectiveError, ConfigMismatchError: on all ranks, where the host waits; else see the module.
+        """
+        known = self._buckets.get(task.index)
+        if known is not None:
+            self._adjust(known, task)
+        bucket: _Bucket | None = None
+        if task.fault is None:
+            bucket, fault = attempt(Phase.PREPARE, self._prepare, task, scale)
+            task.fault = fault
+        if task.fault is None and bucket is not None:
+            if bucket.fixed is None:
+                self._agree(task)
+            self._run(bucket, task)
+            return
+        if known is not None and known.fixed is not None:
+            self._take_part(known, task.buffer.device)
+        else:
+            self._agree(task)
+        raise CollectiveError("preparing the exchange failed") if task.fault is None else task.fault.error
+
+    def plain(self, task: MeanTask, scale: Scale = 1.0) -> None:
+        """The mean without compression: the group's own all-reduce, with what error feedback still keeps."""
+        if task.fault is not None:
+            self._agree(task)
+            raise task.fault.error
+        key = task.layout, task.buffer.dtype
+        if self._plain.get(task.index) != key:
+            self._agree(task)
+            self._plain[task.index] = key
+        layout, buffer, feedback = task.agreed_layout, task.buffer, task.feedback
+        for tensor in layout.tensors:
+            if feedback is not None and tensor.compressed and feedback.keeps(tensor.key):
+                kept = feedback.take(tensor.key, tensor.numel, buffer.device)
+                buffer[tensor.offset : tensor.offset + tensor.numel].add_(kept * scale)
+        buffer.div_(self._world_size)
+        dist.all_reduce(buffer, group=self._alive())
+        ring = buffer.nbytes * (self._world_size - 1) // self._world_size
+        for phase in (1, 2):
+            self._telemetry.add_traffic(f"phase{phase}", Traffic(ring, ring))
+            self._telemetry.count_plain(phase, layout, buffer.element_size())
+
+    def serves(self, group: Group) -> bool:
+        """Whether this is the group it was made for."""
+        return self._group() is group
+
+    def flush(self) -> None:
+        """Adds what the device has counted to the telemetry. Waits for the device."""
+        for bucket in self._buckets.values():
+            if bucket.steps is None:
+                continue
+            values, means, mean_bytes = bucket.accounts.take()
+            self._telemetry.add(
+                packet_bytes_phase1=values["packet_bytes"],
+                packet_bytes_phase2=mean_bytes,
+                dropped_values=values["dropped_values"] + means["dropped_values"],
+                nonfinite_tensors=values["nonfinite_tensors"],
+            )
+            for key, quantizer in bucket.steps.quantizers().items():
+                self._telemetry.note_quantizer(key, quantizer)
+
+    def _alive(self) -> dist.ProcessGroup:
+        group = self._group()
+        if group is None:
+            raise CollectiveError("the process group was destroyed")
+        return group
+
+    def _look_up(self, task: MeanTask) -> _Bucket:
+        grid, layout, device = task.grid, task.agreed_layout, task.buffer.device
+        key = layout, task.buffer.dtype, device
+        bucket = self._buckets.get(task.index)
+        if bucket is None or bucket.key != key:
+            if bucket is not None:
+                self.flush()  # its counters go with it
+            bounds = packet_bounds(layout, grid, wire_dtype(task), device)
+            bucket = self._buckets[task.index] = _Bucket(key, bounds, Accounts(device))
+        return bucket
+
+    def _agree(self, task: MeanTask) -> None:
+        """The headers of a collective: raises on every rank if one has a fault or is configured differently."""
+        if self._communicator is None:
+            return
+        communicator, nothing = self._communicator, [0] * self._world_size
+        fields = task.fields.extended("exchange", "slots on the device")
+
+        def job() -> None:
+            communicator.begin()
+            fault = communicator.pending_fault or task.fault
+            _, overhead = communicator.agree(Phase.ENCODE, fields, nothing, nothing, fault, 0)
+            self._telemetry.add_traffic("overhead", overhead)
+
+        communicator.submit(job).wait()
+
+    def _set_scale(self, scale: Scale, task: MeanTask) -> None:
+        if isinstance(scale, float) and scale == 1.0:
+            self._factors = None
+            return
+        if self._factors is None:
+            self._factors = torch.empty(2, dtype=torch.float64, device=task.buffer.device)
+        if isinstance(scale, torch.Tensor):
+            self._factors[1].copy_(scale.reshape(()))
+            torch.reciprocal(self._factors[1], out=self._factors[0])
+        else:
+            self._factors[0].fill_(1.0 / scale)
+            self._factors[1].fill_(scale)
+
+    def _prepare(self, task: MeanTask, scale: Scale) -> _Bucket:
+        """The bucket, with new plans where the kernels' tables would hold addresses or capacities of before."""
+        bucket = self._look_up(task)
+        self._set_scale(scale, task)
+        if task.feedback is not None:
+            task.feedback.adopt(task.agreed_layout, self._rank)
+        slots = bucket.fixed or bucket.bounds
+        places = (
+            slots,
+            task.buffer.data_ptr(),
+            None if self._factors is None else self._factors.data_ptr(),
+            *DeviceSteps.residuals(task, self._rank),
+        )
+        if bucket.places != places:
+            bucket.steps = DeviceSteps(task, self._rank, slots, self._factors, bucket.accounts)
+            bucket.places = places
+        return bucket
+
+    def _run(self, bucket: _Bucket, task: MeanTask) -> None:
+        steps, chunks = bucket.steps, task.agreed_layout.chunks
+        if steps is None:
+            raise RuntimeError("_prepare makes the steps")
+        fixed = is_fixed(task.grid, task.feedback is not None)
+        exact = bucket.fixed is None
+        sizes = steps.slots
+        steps.encode()
+        if exact:
+            sizes = Slots(self._largest(steps, 1, bucket.bounds.values), 0)
+        self._exchange_values(steps, sizes.values)
+        steps.reduce()
+        if exact:
+            sizes = Slots(sizes.values, self._largest(steps, 2, bucket.bounds.means))
+        self._exchange_means(steps, sizes.means)
+        steps.decode()
+        self._count(task, sizes)
+        if exact and fixed:
+            item = wire_dtype(task).itemsize
+            nominal = [
+                max(nominal_bytes(grid, chunk, item) for chunk in chunks) for grid in (task.grid, owner_grid(task.grid))
+            ]
+            bucket.fixed = Slots(
+                min(bucket.bounds.values, max(slot_bytes(sizes.values, bucket.bounds.values), nominal[0])),
+                min(bucket.bounds.means, max(slot_bytes(sizes.means, bucket.bounds.means), nominal[1])),
+            )
+        if not exact:
+            self._end(bucket)
+
+    def _end(self, bucket: _Bucket) -> None:
+        """Counts a collective of fixed slots. Every rank comes here, whether or not it had values."""
+        bucket.collectives += 1
+        if bucket.collectives % PERIOD == 0:
+            self._send_agreement(bucket)
+
+    def _take_part(self, bucket: _Bucket, device: torch.device) -> None:
+        """In a collective for which this rank has no values: its slots hold no packets, which is a fault to all."""
+        if bucket.fixed is None:
+            raise RuntimeError("a bucket without fixed slots begins with headers")
+        world_size = self._world_size
+        if world_size > 1:
+            values = torch.zeros(2, world_size * bucket.fixed.values, dtype=torch.uint8, device=device)
+            dist.all_to_all_single(values[0], values[1], group=self._alive())
+        means = torch.zeros(world_size + 1, bucket.fixed.means, dtype=torch.uint8, device=device)
+        ALL_GATHER(means[1:].view(-1), means[0], group=self._alive())
+        self._end(bucket)
+
+    def _largest(self, steps: DeviceSteps, phase: int, bound: int) -> int:
+        """The most bytes of any rank's packets of the last phase, in whole slots. Waits for the device."""
+        largest = steps.largest(phase)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._alive())
+        return min(bound, max(16, -(-int(largest.item()) // 16) * 16))
+
+    def _exchange_values(self, steps: DeviceSteps, size: int) -> None:
+        if self._world_size == 1:
+            return
+        whole = size == steps.slots.values
+        outgoing = steps.outgoing if whole else steps.outgoing[:, :size].contiguous()
+        incoming = steps.incoming if whole else torch.empty_like(outgoing)
+        dist.all_to_all_single(incoming.view(-1), outgoing.view(-1), group=self._alive())
+        if not whole:
+            steps.incoming[:, :size].copy_(incoming)
+
+    def _exchange_means(self, steps: DeviceSteps, size: int) -> None:
+        whole = size == steps.slots.means
+        means = steps.means if whole else torch.empty_like(steps.means[:, :size])
+        ALL_GATHER(means.view(-1), steps.mean[:size], group=self._alive())
+        if not whole:
+            steps.means[:, :size].copy_(means)
+
+    def _count(self, task: MeanTask, sizes: Slots) -> None:
+        """What crossed the network: whole slots. What packets take of them is counted on the device."""
+        layout, others = task.agreed_layout, self._world_size - 1
+        for phase, size in ((1, sizes.values), (2, sizes.means)):
+            self._telemetry.add_traffic(f"phase{phase}", Traffic(others * size, others * size))
+        item = wire_dtype(task).itemsize
+        sent = [chunk for owner, chunk in enumerate(layout.chunks) if owner != self._rank and chunk.count]
+        self._telemetry.count_packets(1, sent, [], item)
+        self._telemetry.count_packets(2, [chunk for chunk in layout.chunks if chunk.count], [], item)
+
+    def _send_agreement(self, bucket: _Bucket) -> None:
+        """The largest packets and the worst fault of all ranks, on their way to the host."""
+        accounts = bucket.accounts.for_agreement()
+        if accounts[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # a graph keeps its capacities
+        found = torch.stack(list(accounts))
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._alive())
+        for count in accounts:
+            count.zero_()
+        if not found.is_cuda:
+            bucket.arriving = found, None
+            return
+        host = torch.empty(3, dtype=torch.int64, pin_memory=True)
+        host.copy_(found, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        bucket.arriving = host, event
+
+    def _adjust(self, bucket: _Bucket, task: MeanTask) -> None:
+        """New capacities, or the error, that all ranks agreed on PERIOD collectives ago."""
+        if bucket.arriving is None or bucket.fixed is None or bucket.collectives % PERIOD != PERIOD - 1:
+            return
+        host, event = bucket.arriving
+        bucket.arriving = None
+        if event is not None:
+            event.synchronize()  # it has been there for long
+        values, means, fault = host.tolist()
+        if fault:
+            raise CollectiveError(
+                f"bucket {task.index}: a rank failed, or packets were damaged or did not fit, in the last "
+                f"{2 * PERIOD} steps ({_device.FAULTS[fault]}); their means are NaN"
+            )
+        if not isinstance(task.grid, RangeGrid):
+            bucket.fixed = Slots(
+                adjusted(bucket.fixed.values, values, bucket.bounds.values),
+                adjusted(bucket.fixed.means, means, bucket.bounds.means),
+            )

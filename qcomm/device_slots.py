@@ -1,0 +1,105 @@
+"""How much room packets get on a device: slots of one size, so that nobody waits to learn the sizes of packets.
+
+A slot's capacity is a property of the bucket, equal on all ranks and changed by all at the same collective:
+
+::
+
+    collective   0                    1 ... 49   50                      51 ... 99   100
+    capacities   any packet fits      nominal    nominal                 nominal     as agreed after 50
+    agreement    fields, by message              largest of all ranks                read: it arrived long ago
+
+Where blocks can be dropped, which is where a sigma grid has error feedback, a capacity is what packets have needed and
+a margin; what does not fit stays in the residual. A range grid's packets have a bound, which is their capacity. A sigma
+grid's have none that would save anything, so without error feedback the ranks agree on a size each time, and wait.
+"""
+
+import math
+from dataclasses import dataclass
+
+from qcomm.grids import Grid, RangeGrid, SigmaGrid
+from qcomm.layout import Chunk
+
+__all__ = ["PERIOD", "Slots", "adjusted", "is_fixed", "nominal_bytes", "slot_bytes"]
+
+PERIOD = 50  # collectives of a bucket between two agreements
+# What exceeds a slot is sent later and not lost, while every byte of it travels whether or not it is used.
+MARGIN = 1.125
+SLACK_BYTES = 256
+ALIGNMENT = 16
+# A slot is kept as long as packets fill it between these parts.
+LEAST_FILLED, MOST_FILLED = 0.75, 0.97
+# docs/format.md: header and one dimension; a segment record and a checksum; start windows and the rest of a block.
+PACKET_BYTES, SEGMENT_BYTES, BLOCK_BYTES, LEAST_BLOCK_VALUES = 48, 36, 80, 8192
+
+
+@dataclass(frozen=True)
+class Slots:
+    """Capacities in bytes: of each rank's packet for an owner, and of an owner's mean."""
+
+    values: int
+    means: int
+
+
+def is_fixed(grid: Grid, error_feedback: bool) -> bool:
+    """Whether capacities can be known before a packet is encoded.
+
+    Example:
+        >>> is_fixed(SigmaGrid(1.0), error_feedback=False)
+        False
+    """
+    return error_feedback or isinstance(grid, RangeGrid)
+
+
+def slot_bytes(largest: int, bound: int) -> int:
+    """Capacity where packets have needed up to ``largest`` bytes and none can need more than ``bound``.
+
+    Example:
+        >>> slot_bytes(1000, 10_000)
+        1392
+    """
+    return min(_align(int(largest * MARGIN) + SLACK_BYTES), _align(bound))
+
+
+def adjusted(capacity: int, largest: int, bound: int) -> int:
+    """The next capacity: the old one unless packets have filled it nearly or only to a small part.
+
+    Example:
+        >>> adjusted(1392, 1100, 10_000) == 1392, adjusted(1392, 1390, 10_000) > 1392
+        (True, True)
+    """
+    filled = largest / capacity
+    return capacity if LEAST_FILLED <= filled <= MOST_FILLED else slot_bytes(largest, bound)
+
+
+def nominal_bytes(grid: Grid, chunk: Chunk, item_bytes: int) -> int:
+    """What a packet of ``chunk`` may take by the grid alone, in whole units of a slot.
+
+    A sigma grid: as a Gaussian's, which of all distributions of one RMS has the largest entropy. A range grid: all that
+    a packet can take, for it is never larger than fixed-width symbols.
+
+    Example:
+        >>> chunk = Chunk((), ((0, 100),))
+        >>> nominal_bytes(RangeGrid(), chunk, 4)
+        496
+    """
+    segments = len(chunk.pieces) + bool(chunk.raw_count)
+    size = PACKET_BYTES + SEGMENT_BYTES * segments + chunk.raw_count * item_bytes
+    if isinstance(grid, RangeGrid):
+        bits = grid.num_bits or grid.bits_for(float(grid.entropy_bits))
+        return _align(size + sum(-(-piece.length * bits // 32) * 4 for piece in chunk.pieces))
+    blocks = len(chunk.pieces) + chunk.compressed_count // LEAST_BLOCK_VALUES
+    return _align(size + math.ceil(chunk.compressed_count * gaussian_bits(grid) / 8) + BLOCK_BYTES * blocks)
+
+
+def gaussian_bits(grid: SigmaGrid) -> float:
+    """Bits of a Gaussian value on a sigma grid: log2(sqrt(2 pi e) / k), and no less than Huffman codes of pairs take.
+
+    Example:
+        >>> round(gaussian_bits(SigmaGrid(1.0)), 2)
+        2.05
+    """
+    return max(math.log2(math.sqrt(2 * math.pi * math.e) / grid.step), 0.6)
+
+
+def _align(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,322 @@
+"""What one rank computes of a two-phase mean on a device: encode, reduce, decode; no messages, and no waiting.
+
+The same values as :mod:`qcomm.mean_steps` computes on the CPU, bit for bit, in one slice. Everything that kernels are
+told is found out when the object is made; afterwards a collective is the same few launches, whatever the bucket holds.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from qcomm.codec import default_block_steps
+from qcomm.device_plans import (
+    ACCOUNT,
+    QUANTIZER_BYTES,
+    Decoder,
+    DeviceTensor,
+    Encoder,
+    RunCopier,
+    address,
+    own_code_bits,
+    read_quantizers,
+)
+from qcomm.device_slots import Slots
+from qcomm.grids import Grid
+from qcomm.layout import BucketLayout, Chunk
+from qcomm.mean import MeanTask
+from qcomm.mean_steps import owner_grid
+from qcomm.packets import wire_dtype
+from qcomm.quantize import Quantizer
+
+__all__ = ["Accounts", "DeviceSteps", "packet_bounds"]
+
+LARGEST = ACCOUNT.index("largest_packet")
+TOTAL_BYTES_AT = 24  # in a packet's header: docs/format.md
+
+
+def packet_bounds(layout: BucketLayout, grid: Grid, dtype: torch.dtype, device: torch.device) -> Slots:
+    """Bytes that suffice for any packet of a phase, whatever the values: equal on all ranks."""
+    sizes = []
+    for phase_grid in (grid, owner_grid(grid)):
+        tensors = [DeviceTensor(0, tensor.numel, phase_grid) for tensor in layout.tensors]
+        segments, packets = [], []
+        for chunk in layout.chunks:
+            if not chunk.count:
+                continue
+            segments += [(piece.tensor, 0, piece.length, 0) for piece in chunk.pieces]
+            if chunk.raw_count:
+                segments.append((len(tensors), 0, chunk.raw_count, 0))
+                tensors.append(DeviceTensor(0, chunk.raw_count, measured=False))
+            packets.append((_segment_count(chunk), 0, 0))
+        sizes.append(Encoder(dtype, _block_steps(layout), tensors, segments, packets, device).bound())
+    return Slots(-(-sizes[0] // 16) * 16, -(-sizes[1] // 16) * 16)
+
+
+class Accounts:
+    """What a device counts of a bucket until somebody reads it.
+
+    Attributes:
+        values, means: int64, see ``ACCOUNT``: of the packets of values and of the own mean.
+        mean_bytes: int64 0-dim, of the packets of all means.
+        faults: int64 0-dim, the largest Fault (csrc/include/qcomm/cuda.h).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(len(ACCOUNT), dtype=torch.int64, device=device)
+        self.means = torch.zeros_like(self.values)
+        self.mean_bytes, self.faults = torch.zeros_like(self.values[0]), torch.zeros_like(self.values[0])
+
+    def for_agreement(self) -> tuple[torch.Tensor, ...]:
+        """Views of what ranks tell each other: the largest packets of both phases, the fault. To be cleared then."""
+        return self.values[LARGEST], self.means[LARGEST], self.faults
+
+    def take(self) -> tuple[dict[str, int], dict[str, int], int]:
+        """The accounts of values and of means by name, and ``mean_bytes``, as numbers, which are counted anew.
+
+        Waits for the device. What is for the agreement stays.
+        """
+        found = self.values.tolist(), self.means.tolist(), int(self.mean_bytes)
+        for account in (self.values, self.means):
+            account[:LARGEST].zero_()
+            account[LARGEST + 1 :].zero_()
+        self.mean_bytes.zero_()
+        return dict(zip(ACCOUNT, found[0], strict=True)), dict(zip(ACCOUNT, found[1], strict=True)), found[2]
+
+
+class DeviceSteps:
+    """The steps of one bucket on one rank.
+
+    Args:
+        task: its layout, grid, feedback and the address of its buffer are kept.
+        rank: this one, owner of ``task.layout.chunks[rank]``.
+        slots: capacities.
+        factors: None, or two float64 on the device: the inverse of the gradient scale, and the scale.
+        accounts: counted in.
+
+    Attributes:
+        outgoing, incoming: uint8 [W, capacity]: this rank's packet for each owner, each rank's packet for this owner.
+        mean: uint8 [capacity]: the packet of this owner's mean; ``means``: uint8 [W, capacity], those of all.
+    """
+
+    def __init__(
+        self, task: MeanTask, rank: int, slots: Slots, factors: torch.Tensor | None, accounts: "Accounts"
+    ) -> None:
+        self.slots, self._rank, self._task_dtype = slots, rank, task.buffer.dtype
+        self._layout, self._grid, self._feedback = task.agreed_layout, task.grid, task.feedback
+        self._buffer, self._factors, self._accounts = task.buffer, factors, accounts
+        self._dtype, self._device = wire_dtype(task), task.buffer.device
+        self._steps = _block_steps(self._layout)
+        self._chunk = self._layout.chunks[rank]
+        world_size = self._layout.world_size
+        self.outgoing = self._bytes(world_size, slots.values)
+        self.incoming = self._bytes(world_size, slots.values)
+        self.mean, self.means = self._bytes(slots.means), self._bytes(world_size, slots.means)
+        self._values = self._buffer if self._buffer.dtype == self._dtype else self._floats(self._layout.elements)
+        self._mean = self._floats(self._chunk.count)
+        others = (chunk for owner, chunk in enumerate(self._layout.chunks) if owner != rank)
+        self._travelling = {piece.tensor for chunk in others for piece in chunk.pieces}
+        self._make_encoder()
+        self._make_reducer()
+        self._make_decoder()
+
+    @staticmethod
+    def residuals(task: MeanTask, rank: int) -> tuple[int, ...]:
+        """Addresses of the residuals that the steps use: new ones need new steps."""
+        feedback, layout, device = task.feedback, task.agreed_layout, task.buffer.device
+        if feedback is None:
+            return ()
+        tensors = [tensor for tensor in layout.tensors if tensor.compressed]
+        local = [feedback.local(tensor.key, tensor.numel, device).data_ptr() for tensor in tensors]
+        pieces = layout.chunks[rank].pieces
+        owned = [feedback.owner(layout.tensors[p.tensor].key, p.start, p.length, device).data_ptr() for p in pieces]
+        return *local, *owned
+
+    def encode(self) -> None:
+        """This rank's values plus residuals: a packet for each other owner, in ``outgoing``."""
+        if self._values is not self._buffer:
+            self._values.copy_(self._buffer)
+        self._clear(self.outgoing)
+        self._gather.copy()
+        self._workspace = self._encoder.run(self._accounts.values, self._value_quantizers)
+
+    def reduce(self) -> None:
+        """The mean over all ranks of the own chunk, from ``incoming``; its packet in ``mean``."""
+        if self._before is not None:
+            self._before.decode_sum(address(self._value_faults), add=False)
+        inv_scale = address(self._factors)
+        self._encoder.add_own(self._workspace, self._own, inv_scale, add=self._before is not None)
+        del self._workspace
+        if self._after is not None:
+            self._after.decode_sum(address(self._value_faults, self._first_after), add=True)
+        self._divide.copy(float(self._layout.world_size), faults=address(self._value_faults))
+        self._note(self._value_faults)
+        self._clear(self.mean)
+        if self._mean_encoder is not None:
+            self._mean_encoder.run(self._accounts.means, self._mean_quantizers)
+
+    def decode(self) -> None:
+        """Writes ``means`` into the buffer; NaN in the place of a chunk whose packet is damaged."""
+        self._decoder.decode(address(self._mean_faults))
+        factor = 0 if self._factors is None else address(self._factors, 1)
+        self._scatter.copy(factor=factor, faults=address(self._mean_faults))
+        sizes = self.means.view(torch.int64)[:, TOTAL_BYTES_AT // 8]
+        self._accounts.mean_bytes += sizes.clamp(0, self.slots.means).sum()  # a damaged packet may claim any size
+        self._note(self._mean_faults)
+
+    def largest(self, phase: int) -> torch.Tensor:
+        """int64 [1]: the most bytes of this rank's packets in the last collective."""
+        encoder = self._encoder if phase == 1 else self._mean_encoder
+        return self._integers(1) if encoder is None else encoder.sizes.max().abs().reshape(1)
+
+    def quantizers(self) -> dict[str, Quantizer]:
+        """How each compressed tensor was quantized last: of what travelled the values, else the mean."""
+        compressed = [number for number, tensor in enumerate(self._layout.tensors) if tensor.compressed]
+        values = dict(zip(compressed, read_quantizers(self._value_quantizers), strict=False))
+        means = zip(self._chunk.pieces, read_quantizers(self._mean_quantizers), strict=False)
+        found = {piece.tensor: quantizer for piece, quantizer in means}
+        found |= {number: quantizer for number, quantizer in values.items() if number in self._travelling}
+        return {self._layout.tensors[number].key: quantizer for number, quantizer in found.items()}
+
+    def _make_encoder(self) -> None:
+        item, layout, feedback = self._dtype.itemsize, self._layout, self._feedback
+        inv_scale, keeps_zero = address(self._factors), feedback is not None
+        tensors: list[DeviceTensor] = []
+        numbers: dict[int, int] = {}  # of the compressed tensors, among those that are measured
+        for number, tensor in enumerate(layout.tensors):
+            if not tensor.compressed:
+                continue
+            numbers[number] = len(tensors)
+            travels = number in self._travelling  # what stays here whole is not quantized
+            residual = self._local(number) if travels else 0
+            grid, at = self._grid if travels else None, address(self._values, tensor.offset)
+            tensors.append(DeviceTensor(at, tensor.numel, grid, residual, inv_scale, keeps_zero=keeps_zero))
+        others = [chunk for owner, chunk in enumerate(layout.chunks) if owner != self._rank]
+        self._raw = self._floats(sum(chunk.raw_count for chunk in others))
+        self._value_quantizers = self._bytes(QUANTIZER_BYTES * (len(tensors) + sum(bool(c.raw_count) for c in others)))
+        segments: list[tuple[int, int, int, int]] = []
+        packets, gather, raw = [], [], 0
+        for owner, chunk in enumerate(layout.chunks):
+            if owner == self._rank or not chunk.count:
+                continue
+            for piece in chunk.pieces:
+                residual = 0 if feedback is None else self._local(piece.tensor, piece.start)
+                segments.append((numbers[piece.tensor], piece.start, piece.length, residual))
+            if chunk.raw_count:
+                segments.append((len(tensors), 0, chunk.raw_count, 0))
+                tensors.append(
+                    DeviceTensor(address(self._raw, raw), chunk.raw_count, inv_scale=inv_scale, measured=False)
+                )
+            for offset, length in chunk.raw_runs:
+                gather.append((address(self._values, offset), address(self._raw, raw), length, 0, 0, -1, 0))
+                raw += length
+            packets.append((_segment_count(chunk), address(self.outgoing[owner]), self.slots.values))
+        self._gather = RunCopier(self._dtype, gather, self._device)
+        self._encoder = Encoder(self._dtype, self._steps, tensors, segments, packets, self._device)
+        own, position = [], 0
+        for piece in self._chunk.pieces:
+            residual = 0 if feedback is None else self._local(piece.tensor, piece.start)
+            source, target = address(self._values, piece.offset), self._mean.data_ptr() + position * item
+            own.append((source, target, piece.length, 0, 0, numbers[piece.tensor], residual))
+            position += piece.length
+        for offset, length in self._chunk.raw_runs:
+            target = self._mean.data_ptr() + position * item
+            own.append((address(self._values, offset), target, length, 0, 0, -1, 0))
+            position += length
+        self._own = RunCopier(self._dtype, own, self._device)
+
+    def _make_reducer(self) -> None:
+        """The sum of the packets before and of those after the own values, in rank order; then the mean's packet."""
+        chunk, bits = self._chunk, own_code_bits(self._grid)
+        senders = [rank for rank in range(self._layout.world_size) if rank != self._rank and chunk.count]
+        self._value_faults = self._fault_words(len(senders))
+        self._first_after = sum(rank < self._rank for rank in senders)
+        self._before = self._adder([rank for rank in senders if rank < self._rank], bits)
+        self._after = self._adder([rank for rank in senders if rank > self._rank], bits)
+        whole = (self._mean.data_ptr(), self._mean.data_ptr(), chunk.count, 0, len(senders), -1, 0)
+        self._divide = RunCopier(self._dtype, [whole], self._device)
+        tensors: list[DeviceTensor] = []
+        segments, position = [], 0
+        grid, keeps_zero = owner_grid(self._grid), self._feedback is not None
+        for number, piece in enumerate(chunk.pieces):
+            key, residual = self._layout.tensors[piece.tensor].key, 0
+            if self._feedback is not None:
+                residual = address(self._feedback.owner(key, piece.start, piece.length, self._device))
+            at = address(self._mean, position)
+            tensors.append(DeviceTensor(at, piece.length, grid, residual, keeps_zero=keeps_zero))
+            segments.append((number, 0, piece.length, residual))
+            position += piece.length
+        if chunk.raw_count:
+            segments.append((len(tensors), 0, chunk.raw_count, 0))
+            tensors.append(DeviceTensor(address(self._mean, position), chunk.raw_count, measured=False))
+        self._mean_quantizers = self._bytes(QUANTIZER_BYTES * len(tensors))
+        self._mean_encoder: Encoder | None = None
+        if chunk.count:
+            packet = (len(segments), address(self.mean), self.slots.means)
+            self._mean_encoder = Encoder(self._dtype, self._steps, tensors, segments, [packet], self._device)
+
+    def _adder(self, senders: Sequence[int], bits: int) -> Decoder | None:
+        if not senders:
+            return None
+        tasks = [
+            (address(self.incoming[rank]), self.slots.values, self._mean.data_ptr(), self._chunk.count)
+            for rank in senders
+        ]
+        return Decoder(self._dtype, self._steps, _segment_count(self._chunk), tasks, bits, self._device)
+
+    def _make_decoder(self) -> None:
+        """Chunks whose elements lie together are decoded where they belong, the others by way of a scratch."""
+        present = [(owner, chunk) for owner, chunk in enumerate(self._layout.chunks) if chunk.count]
+        in_place = [
+            len(chunk.places) == 1 and self._buffer.dtype == self._dtype and self._factors is None
+            for _, chunk in present
+        ]
+        scattered = sum(chunk.count for (_, chunk), here in zip(present, in_place, strict=True) if not here)
+        self._scratch = self._floats(scattered)
+        self._mean_faults = self._fault_words(len(present))
+        tasks, runs, position = [], [], 0
+        for number, ((owner, chunk), here) in enumerate(zip(present, in_place, strict=True)):
+            source = address(self._buffer, chunk.places[0][0]) if here else address(self._scratch, position)
+            tasks.append((address(self.means[owner]), self.slots.means, source, chunk.count))
+            for offset, length in chunk.places:
+                runs.append((source, address(self._buffer, offset), length, number, 1, -1, 0))
+                source += length * self._dtype.itemsize
+            position += 0 if here else chunk.count
+        segments = max((_segment_count(chunk) for _, chunk in present), default=1)
+        bits = own_code_bits(owner_grid(self._grid))
+        self._decoder = Decoder(self._dtype, self._steps, segments, tasks, bits, self._device)
+        self._scatter = RunCopier(self._task_dtype, runs, self._device)
+
+    def _local(self, number: int, start: int = 0) -> int:
+        """Address of an element of a tensor's local residual, 0 where there is none."""
+        tensor = self._layout.tensors[number]
+        if self._feedback is None:
+            return 0
+        return address(self._feedback.local(tensor.key, tensor.numel, self._device), start)
+
+    def _note(self, faults: torch.Tensor) -> None:
+        torch.maximum(self._accounts.faults, faults.max(), out=self._accounts.faults)
+
+    def _clear(self, slots: torch.Tensor) -> None:
+        """A slot that nothing is written to must not hold the packet of an earlier collective."""
+        slots.view(torch.int32)[..., :1].zero_()
+
+    def _bytes(self, *shape: int) -> torch.Tensor:
+        # Zeros: slots are sent whole, and what lies behind a packet is nobody's business.
+        return torch.zeros(shape, dtype=torch.uint8, device=self._device)
+
+    def _integers(self, shape: int | tuple[int, ...]) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.int64, device=self._device)
+
+    def _fault_words(self, count: int) -> torch.Tensor:
+        return torch.zeros(max(1, count), dtype=torch.int32, device=self._device)
+
+    def _floats(self, count: int) -> torch.Tensor:
+        return torch.empty(count, dtype=self._dtype, device=self._device)
+
+
+def _segment_count(chunk: Chunk) -> int:
+    return len(chunk.pieces) + bool(chunk.raw_count)
+
+
+def _block_steps(layout: BucketLayout) -> int:
+    return default_block_steps(max(chunk.count for chunk in layout.chunks))

@@ -1,0 +1,14 @@
+"""Fixtures that several files of tests share."""
+
+from pathlib import Path
+
+import emulated_core
+import pytest
+
+
+@pytest.fixture(scope="session")
+def emulated_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels' module over their emulation, built once."""
+    if reason := emulated_core.reason_to_skip():
+        pytest.skip(reason)
+    return emulated_core.build(tmp_path_factory.mktemp("cuda_emulation"))

@@ -1,0 +1,150 @@
+"""The hook and ``all_reduce`` where tensors are on a device: DDP's modes over emulated kernels, and what is refused."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+from ddp_model import backward, error_of, exact_mean, wrap
+from distributed import assert_same_on_all_ranks, attach, run
+from emulated_core import emulated_device
+from test_ddp import GRIDS, case_mode
+
+import qcomm
+from qcomm import RangeGrid, SigmaGrid
+from qcomm.device_mean import check_group
+
+pytestmark = pytest.mark.world
+
+
+def case_emulated_mode(rank, world_size, path, *arguments):
+    with emulated_device(path):
+        case_mode(rank, world_size, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("mode", "grid", "error_feedback"),
+    [
+        ("plain", "sigma", False),
+        ("unused", "sigma", True),
+        ("mixed dtypes", "range", True),
+        ("bfloat16", "sigma", True),
+    ],
+)
+def test_mode(emulated_path, mode, grid, error_feedback):
+    run(2, case_emulated_mode, str(emulated_path), mode, GRIDS[grid], error_feedback)
+
+
+def case_like_the_cpu(rank, world_size, path, options, steps):
+    """The same gradients, bit for bit, as where the tensors are taken for what they are."""
+    found = []
+    for device in (nullcontext(), emulated_device(path)):
+        with device:
+            model = wrap()
+            state = attach(model, min_elements=200, **options)
+            found.append([torch.cat([g.flatten() for g in backward(model, rank, step)]) for step in range(steps)])
+            stats, residuals = state.stats(), state.state_dict()
+        found[-1] += [residuals["error_feedback"]["local"][key] for key in sorted(residuals["error_feedback"]["local"])]
+        found[-1].append(torch.tensor([stats["bits_per_element_compressed"], stats["residual_norm"]]))
+    assert len(found[0]) == len(found[1])
+    for expected, got in zip(*found, strict=True):
+        assert torch.equal(expected, got)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_gradients_of_the_cpu(emulated_path, world_size):
+    for options in ({}, {"grid": RangeGrid(c=2)}, {"grad_scale": torch.tensor(512.0)}, {"warmup_steps": 2}):
+        run(world_size, case_like_the_cpu, str(emulated_path), options, 4)
+
+
+def case_continue(rank, world_size, path):
+    """What was saved on the CPU goes on on a device, and what was saved there, on the CPU, as if nothing had moved."""
+    first = wrap()
+    state = attach(first, min_elements=200)
+    for step in range(2):
+        backward(first, rank, step)
+    found = []
+    for devices in ((nullcontext, nullcontext), (lambda: emulated_device(path), nullcontext)):
+        saved, found = state.state_dict(), [*found, []]
+        for number, device in enumerate(devices):
+            with device():
+                model = wrap()
+                moved = attach(model, min_elements=200)
+                moved.load_state_dict(saved)
+                for step in range(2):
+                    found[-1] += backward(model, rank, 2 + 2 * number + step)
+                saved = moved.state_dict()
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_checkpoint_moves_between_cpu_and_device(emulated_path):
+    run(2, case_continue, str(emulated_path))
+
+
+def case_plain(rank, world_size, path):
+    with emulated_device(path):
+        model = wrap()
+        state = attach(model, strategy="none")
+        gradients = backward(model, rank)
+        expected = exact_mean(rank, world_size)
+        assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-5) for a, b in zip(gradients, expected, strict=True))
+        assert_same_on_all_ranks(*gradients)
+        assert set(state.stats()["strategies"].values()) == {"none"}
+        assert state.stats()["bits_per_element"] == 32
+
+
+def test_the_plain_strategy(emulated_path):
+    run(2, case_plain, str(emulated_path))
+
+
+def case_all_reduce(rank, world_size, path, grid, dtype, shape):
+    torch.manual_seed(rank)
+    tensor = torch.randn(shape).to(dtype).transpose(0, -1)
+    expected = tensor.clone()
+    qcomm.all_reduce(expected, grid, strategy="two_phase")
+    with emulated_device(path):
+        work = qcomm.all_reduce(tensor, grid, strategy="two_phase", async_op=True)
+        assert work.wait()
+        assert work.is_success()
+        assert work.get_future().wait() is tensor
+        stats = work.stats()
+        assert torch.equal(tensor, expected)
+        assert stats["bits_per_element"] > 0
+        qcomm.all_reduce(tensor, strategy="none")
+        assert torch.allclose(tensor.float(), expected.float(), atol=1e-6, rtol=1e-2)
+        for strategy in ("all_gather", "exact_sum", "hierarchical"):
+            with pytest.raises(ValueError, match=f"strategy must be one of .* for CUDA tensors, got '{strategy}'"):
+                qcomm.all_reduce(tensor, strategy=strategy)
+    assert_same_on_all_ranks(tensor)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_all_reduce(emulated_path, world_size):
+    for grid, dtype, shape in (
+        (SigmaGrid(1.0), torch.float32, (50, 61)),
+        (RangeGrid(), torch.bfloat16, (4, 700)),
+        (SigmaGrid(0.5), torch.float64, (3000,)),
+        (SigmaGrid(1.0), torch.float32, (3,)),
+    ):
+        run(world_size, case_all_reduce, str(emulated_path), grid, dtype, shape)
+
+
+def case_refused(rank, world_size, path):
+    with emulated_device(path):
+        model = wrap()
+        attach(model, strategy="exact_sum")
+        assert "strategy must be one of ('auto', 'two_phase', 'none') for CUDA tensors" in str(error_of(model, rank))
+
+
+def test_other_strategies_are_refused(emulated_path):
+    run(2, case_refused, str(emulated_path))
+
+
+def case_without_kernels(rank, world_size):
+    check_group(dist.group.WORLD, torch.device("cpu"))
+    with pytest.raises(ValueError, match="group must have the backend nccl for CUDA tensors, got"):
+        check_group(dist.group.WORLD, torch.device("cuda"))
+
+
+def test_a_group_that_cannot_serve_a_device_is_refused():
+    run(1, case_without_kernels)

@@ -1,0 +1,228 @@
+"""The mean on a device against the one on the CPU, bit for bit: over emulated kernels, between real processes.
+
+The kernels run on the host's memory and gloo stands in for NCCL; streams are left to a machine with a GPU.
+"""
+
+import math
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed import assert_same_on_all_ranks, gathered, run
+from emulated_core import emulated_device
+
+import qcomm
+from qcomm import RangeGrid, SigmaGrid, device_mean
+from qcomm.agreement import Fields
+from qcomm.communicator import get_communicator
+from qcomm.device_mean import DeviceMean
+from qcomm.device_slots import Slots
+from qcomm.error_feedback import ErrorFeedback
+from qcomm.layout import BucketLayout, TensorSpec
+from qcomm.mean import MeanTask
+from qcomm.telemetry import Telemetry
+from qcomm.two_phase import two_phase_mean
+
+pytestmark = pytest.mark.world
+
+# (elements, compressed), uneven, so that chunks begin inside of tensors and hold several
+TENSORS = {
+    "uneven": [(3001, True), (7, False), (2050, True), (33, False), (4097, True), (1, False)],
+    "raw only": [(5, False), (300, False)],
+    "one value": [(1, False)],
+    "one tensor": [(9000, True)],
+}
+
+
+def make_layout(name, world_size):
+    specs, offset = [], 0
+    for number, (count, compressed) in enumerate(TENSORS[name]):
+        specs.append(TensorSpec(f"{name} {number}", offset, count, compressed))
+        offset += count
+    return BucketLayout(specs, world_size)
+
+
+def buffer_of(layout, rank, step, dtype, kind):
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    values = torch.randn(layout.elements, generator=generator) * 0.01
+    first = layout.tensors[0]
+    part = values[first.offset : first.offset + first.numel]
+    if kind == "zero":  # a parameter that no rank used, in every second step
+        part.zero_() if step % 2 else None
+    elif kind == "nan" and rank == 0 and step == 1:
+        part[-1] = math.nan
+    elif kind == "heavy":
+        part[::50] *= 100
+    elif kind == "constant":
+        part.fill_(0.25 if rank else 0.0)
+    return values.to(dtype)
+
+
+class Side:
+    """One of the two ways: its residuals and its counters."""
+
+    def __init__(self, error_feedback):
+        self.feedback = ErrorFeedback() if error_feedback else None
+        self.telemetry = Telemetry()
+
+    def task(self, buffer, layout, grid, scale=1.0):
+        fields = Fields({"test": str(layout.description)})
+        return MeanTask(buffer, layout, grid, fields, self.telemetry, self.feedback, scale)
+
+    def residuals(self):
+        return {} if self.feedback is None else self.feedback.state_dict()
+
+
+def assert_same_bits(a, b, what):
+    assert a.dtype == b.dtype and a.shape == b.shape, what
+    same = (a.view(torch.uint8) == b.view(torch.uint8)) | (a.isnan() & b.isnan()).repeat_interleave(a.element_size())
+    assert bool(same.all()), (what, int((~same).sum()))
+
+
+def assert_same_residuals(mine, other):
+    assert mine.get("local", {}).keys() >= other.get("local", {}).keys()
+    for key, residual in other.get("local", {}).items():
+        assert torch.equal(mine["local"][key], residual), key
+    for key, (start, residual) in other.get("owner", {}).items():
+        assert mine["owner"][key][0] == start and torch.equal(mine["owner"][key][1], residual), key
+
+
+def case_equal(rank, world_size, path, name, grid, error_feedback, dtype, kind, scale, steps):
+    layout = make_layout(name, world_size)
+    communicator = get_communicator(dist.group.WORLD)
+    cpu, device = Side(error_feedback), Side(error_feedback)
+    with emulated_device(path):
+        mean = DeviceMean(dist.group.WORLD, communicator, device.telemetry)
+        place = torch.empty(layout.elements, dtype=dtype)  # as of DDP's buckets, whose memory stays
+        for step in range(steps):
+            buffer = buffer_of(layout, rank, step, dtype, kind) * scale
+            expected = buffer.clone()
+            task = cpu.task(expected, layout, grid, scale)
+            communicator.submit(lambda task=task: two_phase_mean(task, communicator)).wait()
+            mean.average(device.task(place.copy_(buffer), layout, grid), scale)
+            assert_same_bits(place, expected, (step, kind))
+            assert_same_residuals(device.residuals(), cpu.residuals())
+            assert_same_on_all_ranks(place)
+        mean.flush()
+    ours, theirs = device.telemetry.stats(), cpu.telemetry.stats()
+    same = ("bits_per_element_phase1", "bits_per_element_phase2", "bits_per_element", "nonfinite_tensors", "tensors")
+    for key in same if kind != "nan" else same[:-1]:  # NaN is not equal to itself
+        assert ours[key] == theirs[key], key
+    assert ours["dropped_values"] == 0
+
+
+SIGMA = SigmaGrid(1.0)
+CASES = {
+    "sigma": ("uneven", SIGMA, True, torch.float32, "", 1.0, 4),
+    "no feedback": ("uneven", SIGMA, False, torch.float32, "", 1.0, 2),
+    "range": ("uneven", RangeGrid(), True, torch.float32, "", 1.0, 3),
+    "range without feedback": ("uneven", RangeGrid("paper"), False, torch.float32, "", 1.0, 3),
+    "fine, own codes": ("uneven", SigmaGrid(0.5, coding="table"), True, torch.float32, "", 1.0, 2),
+    "fixed width": ("one tensor", SigmaGrid(0.25, coding="fixed"), True, torch.float32, "", 1.0, 2),
+    "coarse pairs": ("one tensor", SigmaGrid(2.0, coding="pair"), True, torch.float32, "", 1.0, 3),
+    "scaled": ("uneven", SIGMA, True, torch.float32, "", 1024.0, 3),
+    "float64": ("uneven", SIGMA, True, torch.float64, "", 1.0, 2),
+    "bfloat16": ("uneven", SIGMA, True, torch.bfloat16, "", 1.0, 3),
+    "float16, scaled": ("uneven", RangeGrid(c=2), True, torch.float16, "", 64.0, 2),
+    "zeros": ("uneven", SIGMA, True, torch.float32, "zero", 1.0, 4),
+    "nan": ("uneven", SIGMA, True, torch.float32, "nan", 1.0, 3),
+    "heavy": ("uneven", SIGMA, True, torch.float32, "heavy", 1.0, 2),
+    "constant": ("uneven", SIGMA, True, torch.float32, "constant", 1.0, 2),
+    "raw only": ("raw only", SIGMA, True, torch.float32, "", 1.0, 2),
+    "one value": ("one value", SIGMA, True, torch.float32, "", 1.0, 2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_means_and_residuals_are_those_of_the_cpu(emulated_path, world_size, case):
+    run(world_size, case_equal, str(emulated_path), *CASES[case])
+
+
+def case_overflow(rank, world_size, path, steps):
+    """Slots that are too small for what packets need: nothing is lost, and all ranks still have the same means."""
+    layout = make_layout("uneven", world_size)
+    side = Side(error_feedback=True)
+    sums = [torch.zeros(layout.elements, dtype=torch.float64) for _ in range(2)]
+    with emulated_device(path), mock.patch.object(device_mean, "PERIOD", 3):
+        mean = DeviceMean(dist.group.WORLD, get_communicator(dist.group.WORLD), side.telemetry)
+        place = torch.empty(layout.elements)
+        for step in range(steps):
+            buffer = buffer_of(layout, rank, step, torch.float32, "")
+            mean.average(side.task(place.copy_(buffer), layout, SIGMA))
+            assert_same_on_all_ranks(place)
+            sums[0] += place.double()
+            sums[1] += sum(gathered(buffer.double())) / world_size
+            bucket = mean._buckets[0]
+            if step == 0:
+                small = (layout.elements // world_size // 8 + 256) // 16 * 16  # a bit a value, and for what stays
+                first = bucket.fixed = Slots(small, small)
+        mean.flush()
+    kept = torch.zeros(layout.elements, dtype=torch.float64)
+    for state in gathered(side.residuals()):
+        for tensor in layout.tensors:
+            if tensor.compressed:
+                part = kept[tensor.offset : tensor.offset + tensor.numel]
+                part += state["local"][tensor.key].double() / world_size
+                if tensor.key in state["owner"]:
+                    start, residual = state["owner"][tensor.key]
+                    part[start : start + residual.numel()] += residual.double()
+    assert torch.allclose(sums[1] - sums[0], kept, rtol=0, atol=1e-6)
+    return side.telemetry.stats()["dropped_values"], first, bucket.fixed
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_what_does_not_fit_stays_in_the_residual(emulated_path, world_size):
+    found = run(world_size, case_overflow, str(emulated_path), 8)
+    # In a world of one only the mean travels.
+    assert all(dropped > 0 for dropped, _, _ in found)
+    before, after = found[0][1], found[0][2]
+    assert all(fixed == after for _, _, fixed in found), "ranks have slots of different sizes"
+    assert after.means > before.means, "slots were not enlarged after an agreement"
+
+
+def case_fault(rank, world_size, path):
+    """A rank that cannot prepare a collective takes part without values; all ranks hear of it."""
+    layout = make_layout("uneven", world_size)
+    side = Side(error_feedback=True)
+    heard = []
+    with emulated_device(path), mock.patch.object(device_mean, "PERIOD", 2):
+        mean = DeviceMean(dist.group.WORLD, get_communicator(dist.group.WORLD), side.telemetry)
+        place = torch.empty(layout.elements)
+        for step in range(6):
+            task = side.task(place.copy_(buffer_of(layout, rank, step, torch.float32, "")), layout, SIGMA)
+            scale = "nonsense" if rank == 1 and step == 2 else 1.0
+            try:
+                mean.average(task, scale)
+            except (TypeError, qcomm.CollectiveError) as error:
+                heard.append((step, type(error).__name__, str(error)))
+            else:
+                assert bool(place.isnan().any()) == (step == 2)
+                assert step == 2 or not place.isnan().any()
+    return heard
+
+
+def test_a_rank_that_fails_is_heard_of(emulated_path):
+    found = run(2, case_fault, str(emulated_path))
+    told = [[step for step, name, _ in heard if name == "CollectiveError"] for heard in found]
+    assert told[0] == told[1] and len(told[0]) == 1
+    assert found[1][0][:2] == (2, "TypeError")
+    assert "a rank failed" in found[0][-1][2]
+
+
+def case_mismatch(rank, world_size, path):
+    layout = make_layout("uneven", world_size)
+    side = Side(error_feedback=True)
+    with emulated_device(path):
+        mean = DeviceMean(dist.group.WORLD, get_communicator(dist.group.WORLD), side.telemetry)
+        task = side.task(torch.ones(layout.elements), layout, SIGMA)
+        task.fields = Fields({"grid": str(rank)})
+        with pytest.raises(qcomm.ConfigMismatchError, match="grid"):
+            mean.average(task)
+        assert bool((task.buffer == 1).all())
+        mean.average(side.task(torch.ones(layout.elements), layout, SIGMA))
+
+
+def test_different_options_are_refused(emulated_path):
+    run(2, case_mismatch, str(emulated_path))
