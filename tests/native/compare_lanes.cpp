@@ -92,8 +92,8 @@ Encoded encode(const Case& c) {
     std::vector<std::uint16_t> space(kWordsSlack + c.symbols.size());
     const EncodeTable table(c.lengths.data(), static_cast<int>(c.lengths.size()));
     Encoded out;
-    const int words = kernels().encode_lanes(c.symbols.data(), static_cast<int>(c.symbols.size()), c.pairs, table, Ahead{},
-                                             out.start, space.data() + space.size());
+    const int words = kernels().encode_lanes(c.symbols.data(), static_cast<int>(c.symbols.size()), c.pairs, table,
+                                             Ahead{}, out.start, space.data() + space.size());
     out.possible = words >= 0;
     if (out.possible) out.words.assign(space.end() - words, space.end());
     return out;
