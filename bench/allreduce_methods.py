@@ -19,10 +19,10 @@ from qcomm.agreement import Fields
 from qcomm.communicator import get_communicator
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.grids import Grid, SigmaGrid
-from qcomm.hierarchical import resolve_ranks_per_node
 from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask
 from qcomm.mean_steps import owner_grid
+from qcomm.nodes import resolve_ranks_per_node
 from qcomm.quantize import plan
 from qcomm.slices import SLICE_ELEMENTS, cut_slices
 from qcomm.statistics import measure

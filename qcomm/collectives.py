@@ -14,10 +14,10 @@ from qcomm.ddp_device import device_future
 from qcomm.device_mean import DeviceMean, check_device_strategy, check_group
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.grids import Grid, RangeGrid, SigmaGrid
-from qcomm.hierarchical import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.machine import describe, resolve_profile
 from qcomm.mean import MeanTask
+from qcomm.nodes import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.strategies import STRATEGIES, average
 from qcomm.telemetry import Telemetry
 

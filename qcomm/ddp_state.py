@@ -29,10 +29,10 @@ from qcomm.device_mean import Scale, check_device_strategy
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.grids import Grid, SigmaGrid
-from qcomm.hierarchical import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.layout import BucketLayout
 from qcomm.machine import describe, resolve_profile
 from qcomm.mean import MeanTask
+from qcomm.nodes import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.strategies import average
 from qcomm.telemetry import Telemetry
 

@@ -7,7 +7,7 @@ import torch
 from qcomm._native import check_num_threads
 from qcomm.collectives import check_grid, check_min_elements, check_strategy
 from qcomm.grids import Grid, RangeGrid, SigmaGrid
-from qcomm.hierarchical import check_ranks_per_node
+from qcomm.nodes import check_ranks_per_node
 
 __all__ = ["EXCHANGES", "ExchangeOptions"]
 

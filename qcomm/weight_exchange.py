@@ -27,9 +27,9 @@ from qcomm.communicator import Communicator, get_communicator, get_world_size, r
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import ConfigMismatchError
 from qcomm.exchange_options import ExchangeOptions
-from qcomm.hierarchical import resolve_ranks_per_node
 from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.mean import MeanTask
+from qcomm.nodes import resolve_ranks_per_node
 from qcomm.parameters import Params, check_averageable, described, floating_buffers, named_tensors
 from qcomm.statistics import measure
 from qcomm.strategies import average
