@@ -1,0 +1,41 @@
+"""How many ranks form a node: checked, or found out."""
+
+import os
+
+__all__ = ["check_ranks_per_node", "resolve_ranks_per_node"]
+
+
+def check_ranks_per_node(ranks_per_node: object) -> None:
+    """Raises unless ``ranks_per_node`` is None or a positive int."""
+    if ranks_per_node is None:
+        return
+    if isinstance(ranks_per_node, bool) or not isinstance(ranks_per_node, int):
+        raise TypeError(f"ranks_per_node must be an int or None, got {type(ranks_per_node).__name__}")
+    if ranks_per_node < 1:
+        raise ValueError(f"ranks_per_node must be at least 1, got {ranks_per_node}")
+
+
+def resolve_ranks_per_node(ranks_per_node: int | None, world_size: int, strategy: str) -> int:
+    """How many ranks form a node: what was given, otherwise, for ``"hierarchical"``, the launcher's LOCAL_WORLD_SIZE.
+
+    Raises:
+        ValueError: it does not divide the number of ranks, or is not to be found.
+
+    Example:
+        >>> resolve_ranks_per_node(2, 6, "hierarchical"), resolve_ranks_per_node(None, 6, "two_phase")
+        (2, 1)
+    """
+    source = "ranks_per_node"
+    if ranks_per_node is None:
+        if strategy != "hierarchical":
+            return 1
+        source, text = "LOCAL_WORLD_SIZE, and so ranks_per_node,", os.environ.get("LOCAL_WORLD_SIZE", "")
+        if not text.isdecimal() or int(text) < 1:
+            raise ValueError(
+                "ranks_per_node must be given for strategy 'hierarchical', because the launcher did not set "
+                f"LOCAL_WORLD_SIZE (it is {text!r})"
+            )
+        ranks_per_node = int(text)
+    if world_size % ranks_per_node:
+        raise ValueError(f"{source} must divide the number of ranks, {world_size}, got {ranks_per_node}")
+    return ranks_per_node
