@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -13,7 +14,10 @@
 
 namespace qcomm {
 
-class CodewordCounts {
+// Two lines, which processors fetch together: threads whose counts lie side by side must not wait for each other.
+constexpr std::size_t kCacheLine = 128;
+
+class alignas(kCacheLine) CodewordCounts {
 public:
     explicit CodewordCounts(const Quantizer& q)
         : bits_(q.num_bits),
