@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import qcomm
 from qcomm.cost_model import CodecProfile, Exchange, LinkProfile, Profile, bytes_sent, candidates, seconds
+from qcomm.slices import MOST_SLICES
 from qcomm.strategies import AUTOMATIC, WAYS
 
 LINK, CODEC = LinkProfile(gb_per_s=0.125, latency_us=50.0), CodecProfile(2.0, 4.0, ratio=15.0)
@@ -54,10 +55,12 @@ def test_seconds():
     # Alone, only the codec takes time.
     assert seconds("none", Exchange(1000, 1), Profile(LINK, CODEC)) == 0.0
     assert seconds("two_phase", Exchange(1000, 1), Profile(LINK, CODEC)) == pytest.approx(4000 * (1 / 2 + 1 / 4) * 1e-9)
-    # Eight slices on a slow link: all bytes, the first slice's encoding, the last one's reducing and decoding.
+    # Slices on a slow link: all bytes, the first slice's encoding, the last one's reducing and decoding.
     slow = Profile(LinkProfile(0.0125, 50.0), CODEC)
     wire = 0.02621 / 15 / 0.0125 + 2 * 2 * 50e-6
-    assert seconds("two_phase", exchange, slow) == pytest.approx(wire + 0.02621 / 8 * (0.5 / 2 + 1 / 4), rel=1e-3)
+    assert seconds("two_phase", exchange, slow) == pytest.approx(
+        wire + 0.02621 / MOST_SLICES * (0.5 / 2 + 1 / 4), rel=1e-3
+    )
     # On a fast one: all of the codec, and almost nothing else.
     fast = Profile(LinkProfile(100.0, 1.0), CODEC)
     assert seconds("two_phase", exchange, fast) == pytest.approx(0.02621 * (1 / 2 + 1.5 / 4), rel=0.02)
