@@ -18,7 +18,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 
 mpl.use("Agg")
 
@@ -118,7 +118,11 @@ def allreduce_speedup(document: Document) -> Figure:
     axes.axhline(1.0, color=COLOURS["fp32"], linewidth=1.0)
     axes.set_xticks(range(len(places)), [f"{RATES.get(rate, rate)}\n{ranks} ranks" for rate, ranks in places])
     axes.grid(visible=False, axis="x")
-    axes.set_ylabel("times as fast as fp32 (line: 1)")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel("times as fast as fp32 (logarithmic; line: 1)")
     axes.set_title(f"All-reduce of {rows[0]['mib']:g} MiB of ResNet-18's gradients")
     figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
     return figure
