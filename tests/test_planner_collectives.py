@@ -17,6 +17,7 @@ from qcomm.planner.methods import Codec, Setting, Work, method_named
 from qcomm.planner.profiles import ParameterTensor
 from qcomm.planner.schedulers import Horovod
 from qcomm.planner.simulator import Job, chrome_trace, simulate, slowest_factors
+from qcomm.slices import MOST_SLICES
 
 SLOW, FAST = LinkProfile(10.0, 20.0), LinkProfile(100.0, 5.0)
 GB = 10**9
@@ -158,7 +159,7 @@ def test_slices_overlap_as_in_the_library():
         chains = method_named("qcomm-1").chains(
             [ParameterTensor("weight", (values // 4,))], Setting(cluster(4, 1, link, link), codec, 900.0)
         )
-        assert len(chains) == 8
+        assert len(chains) == MOST_SLICES
         simulated = simulate(ComputeTimes(0.0, (0.0,)), [Job(0.0, 0.0, chains)], codec_share=0.0).seconds
         # The simulator takes what is ready first, the library a fixed order that is as good but for a slice.
         exact = seconds("two_phase", Exchange(values // 4, 4), Profile(link, codec.profile(1.0)))
