@@ -9,6 +9,7 @@ Mini-Batches, Use Local SGD", ICLR 2020; in levels: J. Wang et al., "Demystifyin
 2022.
 """
 
+from abc import abstractmethod
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -66,9 +67,9 @@ class _CompressedAverager(ModelAverager):
         finally:
             self.step += 1
 
+    @abstractmethod
     def _due(self) -> int | None:
         """Number of the exchange to run at this step."""
-        raise NotImplementedError
 
     def reset(self) -> None:
         """Forgets anchors and residuals, so that the next averaging is uncompressed; all ranks call it, or none."""

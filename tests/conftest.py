@@ -1,9 +1,11 @@
 """Fixtures that several files of tests share."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import emulated_core
 import pytest
+import torch
 
 # Ranks of mpirun run it. Doctests would import it here, which fails where mpi4py is installed and no MPI is.
 collect_ignore = ["mpi_cases.py"]
@@ -15,3 +17,12 @@ def emulated_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if reason := emulated_core.reason_to_skip():
         pytest.skip(reason)
     return emulated_core.build(tmp_path_factory.mktemp("cuda_emulation"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For the test torch has one thread, as in each process of a run: the number shows in the last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -39,13 +39,7 @@ PAPER = Exchange("grid")
 SMALL = Settings(dataset="digits", epochs=2, train_images=200)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in a run: two threads are slower on matrices of this size."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def generator(seed=0):

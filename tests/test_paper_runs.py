@@ -27,13 +27,7 @@ SEEDS = {name: "2" if name == "bit-rate" else "1" for name in EXPERIMENTS}
 KINDS = [Exchange(), Exchange("grid", c=6), Exchange("noise", c=2)]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Workers in processes have one each, and their number shows in the last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def invoke(*arguments):

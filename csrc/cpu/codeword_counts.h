@@ -14,10 +14,10 @@
 
 namespace qcomm {
 
-// Two lines, which processors fetch together: threads whose counts lie side by side must not wait for each other.
-constexpr std::size_t kCacheLine = 128;
+// Two cache lines, which processors fetch together: threads whose counts lie side by side must not wait for each other.
+constexpr std::size_t kLinePair = 128;
 
-class alignas(kCacheLine) CodewordCounts {
+class alignas(kLinePair) CodewordCounts {
 public:
     explicit CodewordCounts(const Quantizer& q)
         : bits_(q.num_bits),

@@ -5,6 +5,7 @@
 #include "launch.h"
 #include "qcomm/block.h"
 #include "qcomm/huffman.h"
+#include "qcomm/quantize.h"
 #include "tasks.h"
 
 namespace qcomm::cuda {
@@ -28,39 +29,6 @@ __device__ inline Code find_code(const EncodeTables& e, const Quantizer& q, int 
     const int index = StaticTables::index(q.table);
     return index < 0 ? Code{nullptr, 0} : Code{e.codes->encode[index], mask};
 }
-
-// SigmaQuantizer with fewer instructions, and the same symbols. In float32 the sum u / step + 1.5 * 2^23 has the level
-// in its lowest bits, and as integers positive floats are in the order of their values: so levels outside the alphabet,
-// infinities and negative sums are all outside one range of unsigned integers, and neither clamps nor conversions are
-// needed.
-template <class Tr>
-class DeviceSigma {
-public:
-    using T = typename Tr::Arithmetic;
-
-    __device__ explicit DeviceSigma(const Quantizer& q)
-        : exact_(q.num_bits, q.p1, Tr::kMax),
-          inv_(T(1) / static_cast<T>(q.p1)),
-          limit_(exact_.limit()),
-          shift_(static_cast<std::uint32_t>(sigma_radius(q.num_bits)) - limit_),
-          escape_(static_cast<std::uint32_t>(escape_symbol(q.num_bits))) {}
-
-    __device__ __forceinline__ std::uint32_t operator()(T x) const {
-        if constexpr (sizeof(T) == sizeof(float)) {
-            constexpr std::uint32_t kZeroLevel = 0x4B400000;  // 1.5 * 2^23
-            const std::uint32_t level = bit_cast<std::uint32_t>(x * inv_ + 0x1.8p23f) - (kZeroLevel - limit_);
-            return level <= 2 * limit_ ? level + shift_ : escape_;
-        } else {
-            return exact_(x);
-        }
-    }
-    __device__ __forceinline__ T decode(std::uint32_t symbol) const { return exact_.decode(symbol); }
-
-private:
-    SigmaQuantizer<T> exact_;
-    T inv_;
-    std::uint32_t limit_, shift_, escape_;  // of levels each side; what takes the lowest of them to its symbol
-};
 
 // What decides a block's size.
 struct BlockShape {

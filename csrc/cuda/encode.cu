@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(kThreads, 1) encode_blocks(EncodeTables e) {
                                {e.slots + segment.slots + block * shape.bytes, shape}};
         const Source<Tr, kAdjusted> u(e.tensors[segment.tensor], segment.offset);
         if (q.grid == Grid::kSigma) {
-            const DeviceSigma<Tr> grid(q);
+            const auto grid = sigma_quantizer<Tr>(q);
             result = pairs ? encode_block<Tr, true>(u, grid, q, place, entries, code.mask, residual_out)
                            : encode_block<Tr, false>(u, grid, q, place, entries, code.mask, residual_out);
         } else {

@@ -43,9 +43,9 @@ __global__ void __launch_bounds__(kHistogramThreads, 1) count_segments(EncodeTab
     if (q.grid != Grid::kSigma) {
         count_codewords<false>(u, RangeQuantizer(q.grid, q.num_bits, q.p0, q.p1), begin, n, counts.own());
     } else if (q.coding == Coding::kPair) {
-        count_codewords<true>(u, DeviceSigma<Tr>(q), begin, n, counts.own());
+        count_codewords<true>(u, sigma_quantizer<Tr>(q), begin, n, counts.own());
     } else {
-        count_codewords<false>(u, DeviceSigma<Tr>(q), begin, n, counts.own());
+        count_codewords<false>(u, sigma_quantizer<Tr>(q), begin, n, counts.own());
     }
     __syncthreads();
     counts.flush(e.counts + segment.first_codeword);

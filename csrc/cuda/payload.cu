@@ -132,7 +132,7 @@ struct Unit {
     // What is lost of a block's values; of a dropped one all is.
     __device__ void update_residual(const Quantizer& q, std::int64_t begin, int n, bool dropped) const {
         __syncwarp();
-        const DeviceSigma<Tr> grid(q);
+        const auto grid = sigma_quantizer<Tr>(q);
         const int escape = escape_symbol(q.num_bits);
         for (int i = lane_number(); i < n; i += kWarpLanes)
             segment.residual_out[begin + i] =

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kHistogramThreads, 1) sample_tensors(EncodeTab
     const Values u(tensor);
     if (sigma) {
         const Sampled<Values, true> sampled{u, task.count, tensor.count / 2, task.seed};
-        const DeviceSigma<Tr> grid(q);
+        const auto grid = sigma_quantizer<Tr>(q);
         q.num_bits == kPairBits ? count_codewords<true>(sampled, grid, begin, n, counts.own())
                                 : count_codewords<false>(sampled, grid, begin, n, counts.own());
     } else {
