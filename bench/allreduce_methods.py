@@ -10,24 +10,18 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
-from gradient_data import Bucket
+from gradient_data import MIN_ELEMENTS, Bucket
 from int8_two_phase import Int8
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 import qcomm
-from qcomm.agreement import Fields
-from qcomm.communicator import get_communicator
-from qcomm.error_feedback import ErrorFeedback
 from qcomm.grids import Grid, SigmaGrid
 from qcomm.layout import BucketLayout
-from qcomm.mean import MeanTask
 from qcomm.mean_steps import owner_grid
-from qcomm.nodes import resolve_ranks_per_node
 from qcomm.quantize import plan
 from qcomm.slices import SLICE_ELEMENTS, cut_slices
 from qcomm.statistics import measure
-from qcomm.strategies import average
-from qcomm.telemetry import Event, Telemetry
+from qcomm.telemetry import Event
 
 Method = Callable[[torch.Tensor], int]
 
@@ -63,10 +57,11 @@ def plain(dtype: torch.dtype) -> Method:
 
 @dataclass
 class _HookBucket:
-    """What powerSGD_hook asks of DDP's GradBucket, which Python cannot make."""
+    """What hooks ask of DDP's GradBucket, which Python cannot make."""
 
     values: torch.Tensor
     parts: list[torch.Tensor]
+    owners: list[torch.Tensor] = field(default_factory=list)
 
     def buffer(self) -> torch.Tensor:
         return self.values
@@ -74,11 +69,22 @@ class _HookBucket:
     def gradients(self) -> list[torch.Tensor]:
         return self.parts
 
+    def parameters(self) -> list[torch.Tensor]:
+        return self.owners
+
     def index(self) -> int:
         return 0
 
     def is_last(self) -> bool:
         return True
+
+
+def views(bucket: Bucket, buffer: torch.Tensor) -> list[torch.Tensor]:
+    """The layers in ``buffer``."""
+    return [
+        buffer[spec.offset : spec.offset + spec.numel].view(shape)
+        for spec, shape in zip(bucket.specs, bucket.shapes, strict=True)
+    ]
 
 
 def power_sgd(rank: int, bucket: Bucket, error_feedback: bool) -> Method:
@@ -90,11 +96,7 @@ def power_sgd(rank: int, bucket: Bucket, error_feedback: bool) -> Method:
 
     def mean(buffer: torch.Tensor) -> int:
         before = state.total_numel_after_compression
-        views = [
-            buffer[spec.offset : spec.offset + spec.numel].view(shape)
-            for spec, shape in zip(bucket.specs, bucket.shapes, strict=True)
-        ]
-        powerSGD_hook(state, _HookBucket(buffer, views)).wait()  # type: ignore[arg-type]  # stands in for a GradBucket
+        powerSGD_hook(state, _HookBucket(buffer, views(bucket, buffer))).wait()  # type: ignore[arg-type]  # stands in
         return ring_bytes(4 * (state.total_numel_after_compression - before))
 
     return mean
@@ -102,7 +104,7 @@ def power_sgd(rank: int, bucket: Bucket, error_feedback: bool) -> Method:
 
 @dataclass
 class Compressed:
-    """What the hook does for one bucket, on one grid.
+    """qcomm's hook, for one bucket on one grid.
 
     Attributes:
         timeline: of the last call.
@@ -118,28 +120,25 @@ class Compressed:
     chosen: str = ""
 
     def __post_init__(self) -> None:
-        self._communicator = get_communicator(dist.distributed_c10d._get_default_group())
         self._layout = BucketLayout(self.bucket.specs, dist.get_world_size())
-        self._feedback = ErrorFeedback() if self.error_feedback else None
-        self._nodes = resolve_ranks_per_node(None, dist.get_world_size(), self.strategy)
+        self._state = qcomm.CompressionState(
+            grid=self.grid,
+            error_feedback=self.error_feedback,
+            min_elements=MIN_ELEMENTS,
+            strategy=self.strategy,
+            num_threads=self.num_threads,
+        )
+        self._state.telemetry.timeline = self.timeline
+        # A model's parameters tell the hook their shapes and who they are.
+        self._parameters = [torch.empty(shape, device="meta") for shape in self.bucket.shapes]
 
     def __call__(self, buffer: torch.Tensor) -> int:
         """The mean, and the bytes that this rank sent."""
         self.timeline.clear()
-        telemetry = Telemetry(self.timeline)
-        task = MeanTask(
-            buffer,
-            self._layout,
-            self.grid,
-            Fields({}),
-            telemetry,
-            self._feedback,
-            strategy=self.strategy,
-            num_threads=self.num_threads,
-            ranks_per_node=self._nodes,
-        )
-        self._communicator.submit(lambda: average(task, self._communicator)).wait()
-        stats = telemetry.stats()
+        self._state.telemetry.reset()
+        bucket = _HookBucket(buffer, views(self.bucket, buffer), self._parameters)
+        self._state.reduce(bucket).wait()  # type: ignore[arg-type]  # stands in for a GradBucket
+        stats = self._state.telemetry.stats()
         self.chosen = stats["strategies"][0]
         return int(stats["bytes_sent"])
 

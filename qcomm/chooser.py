@@ -99,13 +99,19 @@ class Chooser:
         """Nanoseconds of this rank's last collective of this kind; 0 if there was none, or it failed."""
         return self._kinds[key].own_time if key in self._kinds else 0
 
-    def finished(self, key: Hashable, agreed_time: int, own_time: int) -> None:
+    def settled(self, key: Hashable) -> str:
+        """The strategy that further collectives of this kind will have, or "" while ways are being tried."""
+        kind = self._kinds.get(key)
+        return kind.chosen if kind is not None and kind.warm else ""
+
+    def finished(self, key: Hashable, agreed_time: int, own_time: int, count: int = 1) -> None:
         """Goes on after a collective that all ranks agreed to run.
 
         Args:
             key: as in :meth:`next`.
             agreed_time: what the headers said, the smallest ``own_time`` of all ranks.
             own_time: of the collective just finished, in nanoseconds; 0 if it failed.
+            count: how many have run since the last call, this one and those without an agreement.
         """
         if key not in self._kinds:
             if self._new is None or self._new[0] != key:
@@ -117,6 +123,6 @@ class Chooser:
         if kind.last and agreed_time > 0:
             kind.times.setdefault(kind.last, deque(maxlen=RECENT)).append(agreed_time)
         kind.last, kind.own_time = (kind.trials.popleft() if kind.trials else kind.chosen), own_time
-        kind.since_decision += 1
+        kind.since_decision += count
         if kind.chosen and kind.since_decision >= (RECHECK if kind.warm else WARM_UP):
             kind.look_again()

@@ -7,6 +7,7 @@ in order. What a job returns or raises is delivered through a ``torch.futures.Fu
 
 import queue
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -86,6 +87,10 @@ class Ticket(Generic[T]):
         if self._error is not None:
             raise self._error
 
+    def join(self) -> None:
+        """Waits for the end of the job, well or not."""
+        self._done.wait()
+
     def result(self) -> T:
         """What the job returned."""
         self.wait()
@@ -124,6 +129,7 @@ class Communicator:
         chooser: knows which strategy is fastest here.
         agreements: how many collectives all ranks agreed to run.
         agreed_time: the smallest ``own_time`` of all ranks in the last agreement.
+        agreement_time: nanoseconds that this rank waited for it.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -132,6 +138,7 @@ class Communicator:
         self.chooser = Chooser()
         self.agreements = 0
         self.agreed_time = 0
+        self.agreement_time = 0
         self._pending_fault: Fault | None = None
         self._broken: Exception | None = None
         self._closed = False
@@ -195,10 +202,11 @@ class Communicator:
 
     def finish_agreement(self, agreement: Agreement, phase: Phase) -> tuple[list[int], Traffic]:
         """The second half of :meth:`agree`."""
-        incoming, time, traffic = agreement.finish()
+        begin = time.perf_counter_ns()
+        incoming, agreed_time, traffic = agreement.finish()
         if phase == Phase.ENCODE:
             self.agreements += 1
-            self.agreed_time = time
+            self.agreed_time, self.agreement_time = agreed_time, time.perf_counter_ns() - begin
         return incoming, traffic
 
     def exchange(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], phase: Phase) -> Traffic:

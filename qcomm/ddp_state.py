@@ -12,6 +12,7 @@ import torch.distributed as dist
 from qcomm import _device
 from qcomm._native import check_num_threads
 from qcomm.agreement import Fault, Fields, Phase
+from qcomm.bypass import Bypass, Lane, can_bypass
 from qcomm.collectives import check_grid, check_min_elements, check_strategy
 from qcomm.communicator import (
     Communicator,
@@ -31,9 +32,9 @@ from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.grids import Grid, SigmaGrid
 from qcomm.layout import BucketLayout
 from qcomm.machine import describe, resolve_profile
-from qcomm.mean import MeanTask
+from qcomm.mean import MeanTask, attempt
 from qcomm.nodes import check_ranks_per_node, resolve_ranks_per_node
-from qcomm.strategies import average
+from qcomm.strategies import average, settled
 from qcomm.telemetry import Telemetry
 
 __all__ = ["CompressionState"]
@@ -149,6 +150,8 @@ class CompressionState:
         self._scale: Scale = 1.0
         self._error: Exception | None = None
         self._device_hook: DeviceHook | None = None
+        self._bypass = Bypass(self.telemetry)
+        self._owed_fault: Fault | None = None  # of a step that bypassed the other ranks' ears
 
     @property
     def process_group(self) -> Group | None:
@@ -254,8 +257,9 @@ class CompressionState:
         )
         fixed = self.grad_scale is None or isinstance(self.grad_scale, (int, float))
         kept = self.grad_scale if fixed else _forgotten_scale
-        forgotten = dict.fromkeys(("given_group", "_model_group", "_error", "_device_hook"))
-        return {**self.__dict__, **forgotten, "grad_scale": kept, "_scale": 1.0}
+        forgotten = dict.fromkeys(("given_group", "_model_group", "_error", "_device_hook", "_owed_fault"))
+        fresh = {"_bypass": Bypass(self.telemetry), "_scale": 1.0}
+        return {**self.__dict__, **forgotten, **fresh, "grad_scale": kept}
 
     def bind(self, model: torch.nn.Module, process_group: Group) -> None:
         """Learns the names of a model's parameters and its process group.
@@ -277,21 +281,32 @@ class CompressionState:
             communicator = None if alone else get_communicator(group)
         except (RuntimeError, ValueError) as error:
             return self._failed(error)
-        try:
-            task = self._task(bucket, world_size)
-        except Exception as error:  # noqa: BLE001 - any: the other ranks are already waiting for this bucket
-            fault = Fault(Phase.PREPARE, error)
-            task = MeanTask(buffer, None, self.grid, Fields({}), self.telemetry, index=bucket.index(), fault=fault)
+        _, fault = attempt(Phase.PREPARE, self._begin, bucket.index())
+        on_device = _device.is_on_device(buffer)
+        if communicator is not None and not on_device:
+            lane = self._bypass.enter(bucket.index(), buffer)
+            if lane is not None:
+                self._owed_fault = self._owed_fault or fault
+                self._count(lane.layout, buffer)
+                return self._bypass.reduce(lane, bucket, group, fault, self._note_error)
+        task = self._task(bucket, world_size, fault or self._owed_fault)
+        self._owed_fault = None
         if communicator is None:
             if task.fault is not None:
                 return self._failed(task.fault.error)
             self._count(task.layout, buffer)
             return device_future(buffer)
-        if _device.is_on_device(buffer):
+        if on_device:
             return self._reduce_on_device(task, group, communicator)
         ready = time.perf_counter() if bucket.is_last() else None
         number = self._pass
-        return communicator.submit(lambda: self._run(task, communicator, number, ready)).future
+        task.can_bypass = can_bypass(group) and self._step > self.warmup_steps
+        task.bypassed = self._bypass.passed(task.index)
+        lane = self._bypass.begin(task.index, task.layout, buffer.dtype)
+        ticket = communicator.submit(lambda: self._run(task, communicator, number, ready, lane))
+        if lane is not None:
+            lane.ticket = ticket
+        return ticket.future
 
     def _reduce_on_device(
         self, task: MeanTask, group: Group, communicator: Communicator
@@ -314,11 +329,15 @@ class CompressionState:
         self._error = error
         return failed(error).future
 
-    def _task(self, bucket: dist.GradBucket, world_size: int) -> MeanTask:
+    def _note_error(self, error: Exception) -> None:
+        self._error = error
+
+    def _begin(self, index: int) -> None:
+        """Begins a new step, if this bucket is its first."""
         # Buckets come in ascending order, so an index that does not ascend is a new step, also where the last ones of
         # a step were left out.
-        first = bucket.index() <= self._last_index or self._last_index < 0
-        self._last_index = bucket.index()
+        first = index <= self._last_index or self._last_index < 0
+        self._last_index = index
         if first:
             self._step += 1
             self._pass += 1
@@ -329,6 +348,18 @@ class CompressionState:
                 self._scale = scale
             else:
                 self._scale = 1.0 if scale is None else check_scale(scale)
+
+    def _task(self, bucket: dist.GradBucket, world_size: int, fault: Fault | None) -> MeanTask:
+        """What to do with a bucket: to average it, or to tell the other ranks, who are waiting for it, of a fault."""
+        task = None
+        if fault is None:
+            task, fault = attempt(Phase.PREPARE, self._mean_task, bucket, world_size)
+        if task is None:
+            fields, index = Fields({}), bucket.index()
+            task = MeanTask(bucket.buffer(), None, self.grid, fields, self.telemetry, index=index, fault=fault)
+        return task
+
+    def _mean_task(self, bucket: dist.GradBucket, world_size: int) -> MeanTask:
         if _device.is_on_device(bucket.buffer()):
             check_device_strategy(self.strategy)
         layout, fields = self._table.look_up(bucket, world_size, warming_up=self._step <= self.warmup_steps)
@@ -353,7 +384,9 @@ class CompressionState:
             profile=self.profile,
         )
 
-    def _run(self, task: MeanTask, communicator: Communicator, number: int, ready: float | None) -> torch.Tensor:
+    def _run(
+        self, task: MeanTask, communicator: Communicator, number: int, ready: float | None, lane: Lane | None
+    ) -> torch.Tensor:
         if number == self._failed_pass:
             # Backward raises for the bucket that failed, and the next step may write to the others' memory already.
             text = f"bucket {task.index} was not exchanged, because an earlier one of this step failed"
@@ -365,6 +398,8 @@ class CompressionState:
             if communicator.pending_fault is None:  # all ranks know, and leave out the rest of the step
                 self._failed_pass = number
             raise
+        if lane is not None:
+            lane.granted = task.can_bypass and settled(task, communicator) == "none"
         self._count(task.layout, task.buffer)
         if ready is not None:
             self.telemetry.add(wait_seconds=time.perf_counter() - ready)

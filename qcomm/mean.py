@@ -37,6 +37,8 @@ class MeanTask:
         ranks_per_node: of the strategy hierarchical; a divisor of the number of ranks.
         profile: the machine, by which the strategy auto leaves out what cannot be fast on it; None for any machine.
         own_time: nanoseconds of this rank's last collective of the kind, for the headers (see :mod:`qcomm.chooser`).
+        bypassed: how many collectives of the kind have run since its last agreement without one.
+        can_bypass: whether further ones may (see :mod:`qcomm.bypass`).
         num_threads: most that encode and decode at once; need not be equal on all ranks.
     """
 
@@ -53,6 +55,8 @@ class MeanTask:
     ranks_per_node: int = 1
     profile: Profile | None = None
     own_time: int = 0
+    bypassed: int = 0
+    can_bypass: bool = False
     num_threads: int = 1
 
     @property

@@ -4,11 +4,13 @@ import torch
 
 from qcomm.agreement import Phase
 from qcomm.communicator import Communicator
+from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask, attempt, is_zero
 from qcomm.statistics import measure
+from qcomm.telemetry import Telemetry
 from qcomm.transport import Traffic
 
-__all__ = ["plain_mean"]
+__all__ = ["count_ring", "plain_mean"]
 
 
 def plain_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
@@ -36,13 +38,17 @@ def plain_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
             raise late.error
         communicator.sum(task.buffer)
     task.telemetry.add_traffic("overhead", overhead)
-    # Of a ring, which is what gloo runs; each of its two phases carries every element once.
-    ring = task.buffer.nbytes * (communicator.world_size - 1) // communicator.world_size
-    for phase in (1, 2):
-        task.telemetry.add_traffic(f"phase{phase}", Traffic(ring, ring))
-        task.telemetry.count_plain(phase, task.agreed_layout, task.buffer.element_size())
+    count_ring(task.telemetry, task.agreed_layout, task.buffer.element_size())
     task.telemetry.mark(task.index, "done")
     return task.buffer
+
+
+def count_ring(telemetry: Telemetry, layout: BucketLayout, item_bytes: int) -> None:
+    """Counts what a ring sends, which is what gloo runs; each of its two phases carries every element once."""
+    ring = layout.elements * item_bytes * (layout.world_size - 1) // layout.world_size
+    for phase in (1, 2):
+        telemetry.add_traffic(f"phase{phase}", Traffic(ring, ring))
+        telemetry.count_plain(phase, layout, item_bytes)
 
 
 def _add_residuals(task: MeanTask, rank: int) -> None:

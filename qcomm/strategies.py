@@ -1,7 +1,7 @@
 """The ways to a mean, by name, and the choice between them."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from qcomm.mean import MeanTask
 from qcomm.plain import plain_mean
 from qcomm.two_phase import two_phase_mean
 
-__all__ = ["STRATEGIES", "average"]
+__all__ = ["STRATEGIES", "average", "settled"]
 
 WAYS: Mapping[str, Callable[[MeanTask, Communicator], torch.Tensor]] = {
     "none": plain_mean,
@@ -45,22 +45,34 @@ def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     if task.strategy != "auto":
         task.telemetry.note_strategy(task.index, task.strategy)
         return WAYS[task.strategy](task, communicator)
-    chooser, layout = communicator.chooser, task.layout
-    nodes = task.ranks_per_node
-    values = layout.elements, layout.compressed_elements, task.buffer.dtype
-    kind = (*values, task.grid, task.feedback is None, nodes, task.profile)
-    strategy = chooser.next(kind, automatic_ways(layout, task.buffer.element_size(), nodes, task.profile))
+    chooser, kind = communicator.chooser, _kind(task)
+    ways = automatic_ways(task.layout, task.buffer.element_size(), task.ranks_per_node, task.profile)
+    strategy = chooser.next(kind, ways)
     fields = task.fields.extended("strategy chosen", strategy)
     task = replace(task, fields=fields, own_time=chooser.own_time(kind))
     agreements, begin, own_time = communicator.agreements, time.perf_counter_ns(), 0
     try:
         result = WAYS[strategy](task, communicator)
         own_time = time.perf_counter_ns() - begin
+        if strategy == "none" and task.can_bypass:  # it will mostly run without an agreement
+            own_time -= communicator.agreement_time
     finally:
         if communicator.agreements > agreements:  # so it is on all ranks, whatever happened afterwards
-            chooser.finished(kind, communicator.agreed_time, own_time)
+            chooser.finished(kind, communicator.agreed_time, own_time, 1 + task.bypassed)
     task.telemetry.note_strategy(task.index, strategy)
     return result
+
+
+def settled(task: MeanTask, communicator: Communicator) -> str:
+    """How further tensors like that of ``task`` will be averaged, "" while that is tried; all ranks agree."""
+    return communicator.chooser.settled(_kind(task)) if task.strategy == "auto" else task.strategy
+
+
+def _kind(task: MeanTask) -> Hashable:
+    """What has to be equal for two collectives to take equally long."""
+    layout = task.agreed_layout
+    values = layout.elements, layout.compressed_elements, task.buffer.dtype
+    return (*values, task.grid, task.feedback is None, task.ranks_per_node, task.profile)
 
 
 def automatic_ways(
