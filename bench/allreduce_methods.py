@@ -135,10 +135,10 @@ class Compressed:
     def __call__(self, buffer: torch.Tensor) -> int:
         """The mean, and the bytes that this rank sent."""
         self.timeline.clear()
-        self._state.telemetry.reset()
+        self._state.reset_stats()
         bucket = _HookBucket(buffer, views(self.bucket, buffer), self._parameters)
         self._state.reduce(bucket).wait()  # type: ignore[arg-type]  # stands in for a GradBucket
-        stats = self._state.telemetry.stats()
+        stats = self._state.stats()
         self.chosen = stats["strategies"][0]
         return int(stats["bytes_sent"])
 

@@ -19,9 +19,10 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from qcomm.agreement import Fault
-from qcomm.communicator import Group, Ticket
+from qcomm.communicator import Group, Ticket, failed
 from qcomm.errors import CollectiveError
 from qcomm.layout import BucketLayout
+from qcomm.mean import MeanTask
 from qcomm.mpi_group import MpiGroup
 from qcomm.plain import count_ring
 from qcomm.telemetry import Telemetry
@@ -51,17 +52,24 @@ class Lane:
     """The steps of one bucket since an agreement.
 
     Attributes:
+        group: of torch, if it was granted.
         layout, dtype: of the buffer.
         ticket: of the agreement.
         granted: whether it ended with all ranks leaving the bucket uncompressed. Set before the ticket ends.
         passed: how many steps have gone past since.
+        counted: how many of them the telemetry knows of.
+        seconds, last_seconds: that those took which it does not know of, and what of it the last buckets of steps took.
     """
 
+    group: dist.ProcessGroup
     layout: BucketLayout
     dtype: torch.dtype
     ticket: Ticket[torch.Tensor] | None = None
     granted: bool = False
     passed: int = 0
+    counted: int = 0
+    seconds: float = 0.0
+    last_seconds: float = 0.0
 
 
 class Bypass:
@@ -93,39 +101,35 @@ class Bypass:
         """How many steps of bucket ``index`` have gone past since its last agreement."""
         return self._lanes[index].passed if index in self._lanes else 0
 
-    def begin(self, index: int, layout: BucketLayout | None, dtype: torch.dtype) -> Lane | None:
-        """A new lane for a bucket that is to be agreed on, None where it has no layout; the caller sets its ticket."""
-        self._lanes.pop(index, None)
-        if layout is None:
+    def begin(self, task: MeanTask, group: Group) -> Lane | None:
+        """A new lane for a bucket that is to be agreed on, None where it cannot pass; the caller sets its ticket."""
+        self.flush()
+        self._lanes.pop(task.index, None)
+        if task.layout is None or not task.can_bypass or isinstance(group, MpiGroup):
             return None
-        self._lanes[index] = Lane(layout, dtype)
-        return self._lanes[index]
+        lane = self._lanes[task.index] = Lane(group, task.layout, task.buffer.dtype)
+        return lane
 
     def reduce(
-        self,
-        lane: Lane,
-        bucket: dist.GradBucket,
-        group: Group,
-        fault: Fault | None,
-        fail: Callable[[Exception], None],
+        self, lane: Lane, bucket: dist.GradBucket, fault: Fault | None, fail: Callable[[Exception], None]
     ) -> torch.futures.Future[torch.Tensor]:
         """Starts DDP's own mean: values are divided, then summed in their dtype.
 
         Args:
             lane: what :meth:`enter` returned.
             bucket: its buffer holds the mean in the end.
-            group: of gloo.
             fault: what went wrong on this rank. The others hear of it when they next agree; until then the rank must
                 not be missing here.
             fail: called with the error if there is one, which the Future then raises.
         """
-        index, buffer, is_last, begin = bucket.index(), bucket.buffer(), bucket.is_last(), time.perf_counter()
-        self._telemetry.note_strategy(index, "none")
-        self._telemetry.mark(index, "exchange_1")
-        buffer.div_(lane.layout.world_size)
-        work = dist.all_reduce(buffer, group=group, async_op=True)
+        index, buffer, begin = bucket.index(), bucket.buffer(), time.perf_counter()
+        last = bucket.is_last()
 
         def finish(future: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
+            seconds = time.perf_counter() - begin
+            lane.seconds += seconds
+            lane.last_seconds += seconds if last else 0.0
+            self._telemetry.mark(index, "done")
             try:
                 result = future.value()[0]
             except RuntimeError as error:
@@ -135,10 +139,24 @@ class Bypass:
             if fault is not None:
                 fail(fault.error)
                 raise fault.error
-            seconds = time.perf_counter() - begin
-            self._telemetry.add(communication_seconds=seconds, wait_seconds=seconds if is_last else 0.0)
-            count_ring(self._telemetry, lane.layout, buffer.element_size())
-            self._telemetry.mark(index, "done")
             return result
 
+        self._telemetry.mark(index, "exchange_1")
+        buffer.div_(lane.layout.world_size)
+        try:
+            work = lane.group.allreduce([buffer])
+        except (RuntimeError, ValueError) as error:  # the group was destroyed, or its connections are gone
+            fail(error)
+            return failed(error).future
         return cast(torch.futures.Future[torch.Tensor], work.get_future().then(finish))
+
+    def flush(self) -> None:
+        """Counts what has passed. Not done at every step, which would take as long as sending a small bucket."""
+        for index, lane in self._lanes.items():
+            count, lane.counted = lane.passed - lane.counted, lane.passed
+            if count:
+                self._telemetry.note_strategy(index, "none")
+                self._telemetry.count_bucket(lane.layout, lane.dtype.itemsize, count)
+                count_ring(self._telemetry, lane.layout, lane.dtype.itemsize, count)
+                self._telemetry.add(communication_seconds=lane.seconds, wait_seconds=lane.last_seconds)
+                lane.seconds = lane.last_seconds = 0.0

@@ -187,16 +187,19 @@ class CompressionState:
             ``tensors``: for each compressed parameter the last ``grid``, ``coding``, ``num_bits`` and ``step``;
             ``residual_norm``: of what is still to be sent.
         """
-        if self._device_hook is not None:
-            self._device_hook.flush()
+        self._flush()
         residual_norm = self._feedback.norm() if self._feedback is not None else 0.0
         return {**self.telemetry.stats(), "residual_norm": residual_norm}
 
     def reset_stats(self) -> None:
         """Sets the counters to zero; error feedback and the number of steps stay."""
+        self._flush()
+        self.telemetry.reset()
+
+    def _flush(self) -> None:
+        self._bypass.flush()
         if self._device_hook is not None:
             self._device_hook.flush()
-        self.telemetry.reset()
 
     def exception(self) -> Exception | None:
         """The error that ended the last failed step: DDP passes on its text, this is the object."""
@@ -272,8 +275,13 @@ class CompressionState:
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Starts averaging a bucket. Never raises, because DDP could not go on; the Future does."""
-        self.telemetry.mark(bucket.index(), "ready")
-        buffer = bucket.buffer()
+        index, buffer = bucket.index(), bucket.buffer()
+        self.telemetry.mark(index, "ready")
+        _, fault = attempt(Phase.PREPARE, self._begin, index)
+        lane = self._bypass.enter(index, buffer)
+        if lane is not None:
+            self._owed_fault = self._owed_fault or fault
+            return self._bypass.reduce(lane, bucket, fault, self._note_error)
         try:
             group = resolve_group(self.process_group)
             world_size = get_world_size(group)
@@ -281,14 +289,6 @@ class CompressionState:
             communicator = None if alone else get_communicator(group)
         except (RuntimeError, ValueError) as error:
             return self._failed(error)
-        _, fault = attempt(Phase.PREPARE, self._begin, bucket.index())
-        on_device = _device.is_on_device(buffer)
-        if communicator is not None and not on_device:
-            lane = self._bypass.enter(bucket.index(), buffer)
-            if lane is not None:
-                self._owed_fault = self._owed_fault or fault
-                self._count(lane.layout, buffer)
-                return self._bypass.reduce(lane, bucket, group, fault, self._note_error)
         task = self._task(bucket, world_size, fault or self._owed_fault)
         self._owed_fault = None
         if communicator is None:
@@ -296,13 +296,13 @@ class CompressionState:
                 return self._failed(task.fault.error)
             self._count(task.layout, buffer)
             return device_future(buffer)
-        if on_device:
+        if _device.is_on_device(buffer):
             return self._reduce_on_device(task, group, communicator)
         ready = time.perf_counter() if bucket.is_last() else None
         number = self._pass
         task.can_bypass = can_bypass(group) and self._step > self.warmup_steps
         task.bypassed = self._bypass.passed(task.index)
-        lane = self._bypass.begin(task.index, task.layout, buffer.dtype)
+        lane = self._bypass.begin(task, group)
         ticket = communicator.submit(lambda: self._run(task, communicator, number, ready, lane))
         if lane is not None:
             lane.ticket = ticket
@@ -399,7 +399,7 @@ class CompressionState:
                 self._failed_pass = number
             raise
         if lane is not None:
-            lane.granted = task.can_bypass and settled(task, communicator) == "none"
+            lane.granted = settled(task, communicator) == "none"
         self._count(task.layout, task.buffer)
         if ready is not None:
             self.telemetry.add(wait_seconds=time.perf_counter() - ready)

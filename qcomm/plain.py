@@ -43,12 +43,12 @@ def plain_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     return task.buffer
 
 
-def count_ring(telemetry: Telemetry, layout: BucketLayout, item_bytes: int) -> None:
+def count_ring(telemetry: Telemetry, layout: BucketLayout, item_bytes: int, times: int = 1) -> None:
     """Counts what a ring sends, which is what gloo runs; each of its two phases carries every element once."""
     ring = layout.elements * item_bytes * (layout.world_size - 1) // layout.world_size
     for phase in (1, 2):
-        telemetry.add_traffic(f"phase{phase}", Traffic(ring, ring))
-        telemetry.count_plain(phase, layout, item_bytes)
+        telemetry.add_traffic(f"phase{phase}", Traffic(times * ring, times * ring))
+        telemetry.count_plain(phase, layout, item_bytes, times)
 
 
 def _add_residuals(task: MeanTask, rank: int) -> None:

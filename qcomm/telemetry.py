@@ -121,13 +121,13 @@ class Telemetry:
         finally:
             self.add(**{counter: time.perf_counter() - begin})
 
-    def count_bucket(self, layout: BucketLayout, item_bytes: int) -> None:
+    def count_bucket(self, layout: BucketLayout, item_bytes: int, times: int = 1) -> None:
         """Counts a bucket that was averaged."""
         self.add(
-            buckets=1,
-            elements=layout.elements,
-            elements_compressed=layout.compressed_elements,
-            bytes_uncompressed=layout.elements * item_bytes,
+            buckets=times,
+            elements=times * layout.elements,
+            elements_compressed=times * layout.compressed_elements,
+            bytes_uncompressed=times * layout.elements * item_bytes,
         )
 
     def count_packets(self, phase: int, chunks: Sequence[Chunk], sizes: Sequence[int], item_bytes: int) -> None:
@@ -139,10 +139,10 @@ class Telemetry:
                 raw += 0 if chunk.compressed_count else PACKET_HEADER_BYTES
         self._count(phase, sum(sizes), raw, sum(c.count for c in chunks), sum(c.compressed_count for c in chunks))
 
-    def count_plain(self, phase: int, layout: BucketLayout, item_bytes: int) -> None:
+    def count_plain(self, phase: int, layout: BucketLayout, item_bytes: int, times: int = 1) -> None:
         """Counts an uncompressed phase, in which every element travels once."""
-        raw = (layout.elements - layout.compressed_elements) * item_bytes
-        self._count(phase, layout.elements * item_bytes, raw, layout.elements, layout.compressed_elements)
+        elements, compressed = times * layout.elements, times * layout.compressed_elements
+        self._count(phase, elements * item_bytes, (elements - compressed) * item_bytes, elements, compressed)
 
     def _count(self, phase: int, packet_bytes: int, raw_bytes: int, carried: int, compressed: int) -> None:
         amounts = {"packet_bytes": packet_bytes, "raw_bytes": raw_bytes}
