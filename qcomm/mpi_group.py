@@ -19,7 +19,7 @@ class MpiGroup:
     A collective: every rank of the communicator makes one, at the same point of the program, as with
     ``torch.distributed.new_group``. ``torch.distributed`` is not needed for ``qcomm.all_reduce``; DDP itself still
     needs its process group, of as many ranks in the same order. Results are the same bits as over gloo. Tensors are on
-    the CPU; a CUDA-aware MPI is of no use, because there are no collectives on CUDA tensors yet.
+    the CPU; a CUDA-aware MPI is of no use, because collectives on CUDA tensors go over NCCL.
 
     MPI has to be initialised for several threads, as mpi4py does unless told otherwise, because a thread of qcomm's own
     sends and receives. The communicator is duplicated, so that messages never meet those of the program. Do not fork
