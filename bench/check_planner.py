@@ -33,7 +33,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_allreduce import GRIDS, bucket, compressed, plain
+from allreduce_methods import GRIDS, Compressed, plain
+from gradient_data import Bucket, bucket, load
 from netlab import BURST
 
 from qcomm.agreement import Fields
@@ -163,19 +164,18 @@ def latency_timer(average: Callable[[torch.Tensor], int], messages: int) -> Call
 def measure_rank(mib: float, rounds: int) -> dict[str, Timings]:
     """On every rank: what a rank takes for its part of each method."""
     world = dist.get_world_size()
-    values, specs = bucket(dist.get_rank(), int(mib * 2**20 / 4))
+    gradients = bucket(load(None, dist.get_rank()), int(mib * 2**20 / 4))
+    values, specs = gradients.values, gradients.specs
     found: dict[str, Timings] = {}
     for method, dtype in DTYPES.items():
         found[method] = slowest(cast_timer(values, dtype), rounds)
         found[method] |= slowest(latency_timer(plain(dtype), 2 * (world - 1)), LATENCY_ROUNDS, 0.1)
-    tiny = [TensorSpec("tiny", 0, 1, False)]
+    tiny = Bucket(torch.ones(1), [TensorSpec("tiny", 0, 1, False)], [torch.Size([1])])
     for method in STEPS:
         found[method] = slowest(codec_timer(values, specs, method), rounds)
-        found[method] |= slowest(process_timer(compressed(GRIDS[method], specs, False, 1, []), values), rounds)
+        found[method] |= slowest(process_timer(Compressed(GRIDS[method], gradients), values), rounds)
         # A header, and a message in each exchange.
-        found[method] |= slowest(
-            latency_timer(compressed(GRIDS[method], tiny, False, 1, []), 2 * world), LATENCY_ROUNDS, 0.1
-        )
+        found[method] |= slowest(latency_timer(Compressed(GRIDS[method], tiny), 2 * world), LATENCY_ROUNDS, 0.1)
     return found
 
 

@@ -4,6 +4,7 @@
 # Interpreter: PYTHON, otherwise .venv's, otherwise python3. Without STEP all of them, with minutes on two idle cores:
 #   allreduce 4    all methods on 25 MiB: 100 Mb/s and 1 Gb/s, 2 and 4 hosts
 #   feedback  1    the same with error feedback, 1 Gb/s, 2 hosts
+#   planner   2    what qcomm plan predicts of the first of these
 #   sizes     3    64 KiB to 256 MiB: 1 Gb/s, 2 hosts
 #   pairs     3    auto against fp32 and bf16 without a limit, 2 and 4 ranks
 #   step      2    a ResNet-18 step over 100 Mb/s, 2 hosts, and its trace
@@ -19,7 +20,7 @@ python=${PYTHON:-.venv/bin/python}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 results=bench/results
 steps=("${@:-all}")
-[ "${steps[*]}" != all ] || steps=(allreduce feedback sizes pairs step scaling bitrate accuracy plots)
+[ "${steps[*]}" != all ] || steps=(allreduce feedback planner sizes pairs step scaling bitrate accuracy plots)
 
 run() {
     echo "run_all: bench/$*"
@@ -31,6 +32,7 @@ step() {
         allreduce) run bench_allreduce.py --repeats 5 --json $results/allreduce.json ;;
         feedback) run bench_allreduce.py --repeats 7 --error-feedback --rates 1gbit --worlds 2 \
             --json $results/allreduce_feedback.json ;;
+        planner) run check_planner.py --json $results/planner_check.json || true ;;  # it fails where the planner is off
         sizes) run bench_allreduce.py --repeats 5 --rates 1gbit --worlds 2 --sizes 64K 256K 1M 4M 25M 64M 256M \
             --json $results/allreduce_sizes.json ;;
         pairs) run bench_allreduce.py --pairs 120 --rates none --worlds 2 4 --sizes 1M 25M \
@@ -43,7 +45,7 @@ step() {
         bitrate) run bench_bitrate.py --steps 66 --every 3 --json $results/bitrate.json ;;
         accuracy) run bench_time_to_accuracy.py --json $results/time_to_accuracy.json ;;
         plots) run plots.py && "$python" tools/make_tables.py ;;
-        *) sed -n '2,14p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,15p' "$0" >&2; exit 2 ;;
     esac
 }
 

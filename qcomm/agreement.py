@@ -21,7 +21,7 @@ from qcomm.transport import Exchange, Traffic, Transport, TransportError
 
 __all__ = ["Agreement", "Fault", "Fields", "Phase", "raise_faults"]
 
-MAGIC = 0x71636F6D6D02  # "qcomm" and the version of this protocol
+MAGIC = 0x71636F6D6D03  # "qcomm" and the version of this protocol
 HEADER_WORDS = 7
 # Details are a fixed size, so that nobody has to announce it: enough for a dozen fields or the first lines of an error.
 DETAIL_BYTES = 4096

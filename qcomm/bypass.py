@@ -3,34 +3,36 @@
 What a collective of this library costs before its first value travels, a header to every rank and two changes of
 thread, is nothing on a slow network and a tenth of the time on a fast one. So once all ranks have agreed to leave a
 bucket uncompressed they do not ask again at every step: the next BYPASSED steps of the bucket are what DDP would do
-without a hook. Then they agree again, once.
+without this library. Then they agree again, once.
 
 Which steps these are has to be the same on all ranks, without a message. It follows from the last agreement on that
 bucket, and that has ended on every rank before its next step begins, because DDP waits for its buckets.
 """
 
+import contextlib
+import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
-from qcomm.agreement import Fault
 from qcomm.communicator import Group, Ticket, failed
 from qcomm.errors import CollectiveError
 from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask
 from qcomm.mpi_group import MpiGroup
-from qcomm.plain import count_ring
+from qcomm.plain_values import PLAIN, PlainValues, count_rings
 from qcomm.telemetry import Telemetry
 
 __all__ = ["BYPASSED", "Bypass", "Lane", "can_bypass"]
 
-# Collectives of a bucket between two agreements. An agreement costs up to a tenth of an all-reduce, so this is 0.3 %.
-BYPASSED = 31
+# Collectives of a bucket between two agreements, which cost up to a tenth of an all-reduce. With the agreement they are
+# a prime number of steps, so that a model whose steps take turns is not always agreed on in the same turn.
+BYPASSED = 30
 
 
 def can_bypass(group: Group) -> bool:
@@ -47,33 +49,47 @@ def can_bypass(group: Group) -> bool:
     return isinstance(backend, ProcessGroupGloo)
 
 
+def _identify(bucket: dist.GradBucket) -> tuple[object, ...]:
+    """What changes when DDP rebuilds its buckets, and when a model is moved."""
+    buffer = bucket.buffer()
+    return (buffer.numel(), buffer.dtype, buffer.device, *map(id, bucket.parameters()))
+
+
 @dataclass
 class Lane:
     """The steps of one bucket since an agreement.
 
     Attributes:
-        group: of torch, if it was granted.
-        layout, dtype: of the buffer.
-        ticket: of the agreement.
-        granted: whether it ended with all ranks leaving the bucket uncompressed. Set before the ticket ends.
-        passed: how many steps have gone past since.
-        counted: how many of them the telemetry knows of.
-        seconds, last_seconds: that those took which it does not know of, and what of it the last buckets of steps took.
+        group: of torch.
+        bucket: identifies it.
+        layout, dtype: of its buffer.
+        ticket: of the agreement, until its end has been waited for.
+        strategy: what all ranks have settled on then, if it is known. Set before the ticket ends.
+        values: what is summed.
+        under_way: the last sum, until it ends.
+        started: how many steps have gone past since.
+        finished, seconds, last_seconds: how many of them have ended that the telemetry does not know of, how long they
+            took, and how long those that were the last of their step.
     """
 
     group: dist.ProcessGroup
+    bucket: tuple[object, ...]
     layout: BucketLayout
     dtype: torch.dtype
     ticket: Ticket[torch.Tensor] | None = None
-    granted: bool = False
-    passed: int = 0
-    counted: int = 0
+    strategy: str = ""
+    values: PlainValues | None = field(default=None, repr=False)
+    under_way: torch.futures.Future[torch.Tensor] | None = None
+    started: int = 0
+    finished: int = 0
     seconds: float = 0.0
     last_seconds: float = 0.0
 
 
 class Bypass:
-    """The lanes of a model's buckets; on the thread that backward runs on.
+    """The lanes of a model's buckets.
+
+    :meth:`enter`, :meth:`begin` and :meth:`reduce` are for the thread that backward runs on, the others for any.
 
     Args:
         telemetry: counts what passes.
@@ -82,81 +98,108 @@ class Bypass:
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
         self._lanes: dict[int, Lane] = {}
+        self._lock = threading.Lock()  # of the lanes' counters, and of the table
+        self._broken: Exception | None = None
 
-    def enter(self, index: int, buffer: torch.Tensor) -> Lane | None:
-        """The lane of bucket ``index`` if this step of it needs no agreement: the same answer on all ranks."""
-        lane = self._lanes.get(index)
-        if lane is None or lane.ticket is None or lane.passed == BYPASSED:
+    def __reduce__(self) -> tuple[type["Bypass"], tuple[Telemetry]]:
+        """A copy knows of no agreement."""
+        return Bypass, (self._telemetry,)
+
+    def enter(self, bucket: dist.GradBucket, group: Group) -> Lane | None:
+        """The lane of a bucket if this step of it needs no agreement: the same answer on all ranks."""
+        lane = self._lanes.get(bucket.index())
+        if lane is None or lane.started == BYPASSED or lane.group is not group or lane.bucket != _identify(bucket):
             return None
-        if (lane.layout.elements, lane.dtype) != (buffer.numel(), buffer.dtype):  # DDP has rebuilt its buckets
-            return None
-        if lane.passed == 0:
+        if lane.ticket is not None:
             lane.ticket.join()
-        if not lane.granted:
+            lane.ticket = None
+        if lane.strategy not in PLAIN:
             return None
-        lane.passed += 1
+        lane.started += 1
         return lane
 
-    def passed(self, index: int) -> int:
+    def started(self, index: int) -> int:
         """How many steps of bucket ``index`` have gone past since its last agreement."""
-        return self._lanes[index].passed if index in self._lanes else 0
+        return self._lanes[index].started if index in self._lanes else 0
 
-    def begin(self, task: MeanTask, group: Group) -> Lane | None:
+    def begin(self, bucket: dist.GradBucket, task: MeanTask, group: Group) -> Lane | None:
         """A new lane for a bucket that is to be agreed on, None where it cannot pass; the caller sets its ticket."""
         self.flush()
-        self._lanes.pop(task.index, None)
-        if task.layout is None or not task.can_bypass or isinstance(group, MpiGroup):
-            return None
-        lane = self._lanes[task.index] = Lane(group, task.layout, task.buffer.dtype)
+        lane = None
+        with self._lock:
+            self._lanes.pop(task.index, None)
+            if bucket.is_last():  # there were more before DDP rebuilt its buckets
+                self._lanes = {index: lane for index, lane in self._lanes.items() if index < task.index}
+            if task.layout is not None and task.can_bypass and not isinstance(group, MpiGroup):
+                lane = self._lanes[task.index] = Lane(group, _identify(bucket), task.layout, task.buffer.dtype)
         return lane
 
     def reduce(
-        self, lane: Lane, bucket: dist.GradBucket, fault: Fault | None, fail: Callable[[Exception], None]
+        self, lane: Lane, bucket: dist.GradBucket, fail: Callable[[Exception], None]
     ) -> torch.futures.Future[torch.Tensor]:
-        """Starts DDP's own mean: values are divided, then summed in their dtype.
+        """Starts the mean of torch's own hooks, ``allreduce_hook`` and ``bf16_compress_hook``.
 
         Args:
             lane: what :meth:`enter` returned.
             bucket: its buffer holds the mean in the end.
-            fault: what went wrong on this rank. The others hear of it when they next agree; until then the rank must
-                not be missing here.
             fail: called with the error if there is one, which the Future then raises.
         """
         index, buffer, begin = bucket.index(), bucket.buffer(), time.perf_counter()
         last = bucket.is_last()
 
-        def finish(future: torch.futures.Future[list[torch.Tensor]]) -> torch.Tensor:
-            seconds = time.perf_counter() - begin
-            lane.seconds += seconds
-            lane.last_seconds += seconds if last else 0.0
-            self._telemetry.mark(index, "done")
+        def finish(future: torch.futures.Future[list[torch.futures.Future[list[torch.Tensor]]]]) -> torch.Tensor:
             try:
-                result = future.value()[0]
+                for summed in future.value():
+                    summed.value()
+                with torch.no_grad():
+                    values.store(buffer)
             except RuntimeError as error:
                 failure = CollectiveError(f"bucket {index} was not averaged: {error}")
                 fail(failure)
                 raise failure from error
-            if fault is not None:
-                fail(fault.error)
-                raise fault.error
-            return result
+            seconds = time.perf_counter() - begin
+            with self._lock:
+                lane.finished += 1
+                lane.seconds += seconds
+                lane.last_seconds += seconds if last else 0.0
+            self._telemetry.mark(index, "done")
+            return buffer
 
         self._telemetry.mark(index, "exchange_1")
-        buffer.div_(lane.layout.world_size)
         try:
-            work = lane.group.allreduce([buffer])
-        except (RuntimeError, ValueError) as error:  # the group was destroyed, or its connections are gone
+            if self._broken is not None:
+                raise CollectiveError(f"bucket {index} was not averaged, as an earlier one was not: {self._broken}")
+            values = lane.values = lane.values or PlainValues(lane.strategy, lane.layout, lane.dtype)
+            with torch.no_grad():
+                sums = [lane.group.allreduce([part]).get_future() for part in values.load(buffer)]
+        except Exception as error:  # noqa: BLE001 - any: DDP could not go on after it, so the Future raises it
+            # The others sum, and wait for this rank: no other sum of its may meet that one.
+            self._broken = error
             fail(error)
             return failed(error).future
-        return cast(torch.futures.Future[torch.Tensor], work.get_future().then(finish))
+        lane.under_way = cast(torch.futures.Future[torch.Tensor], torch.futures.collect_all(sums).then(finish))
+        return lane.under_way
+
+    def drain(self) -> None:
+        """Waits for the sums under way.
+
+        After a failure backward returns before they end, and their memory may be that of the next step's gradients.
+        """
+        with self._lock:
+            under_way = [lane.under_way for lane in self._lanes.values() if lane.under_way is not None]
+        for future in under_way:
+            with contextlib.suppress(RuntimeError):  # DDP hears of it from the Future itself
+                future.wait()
 
     def flush(self) -> None:
         """Counts what has passed. Not done at every step, which would take as long as sending a small bucket."""
-        for index, lane in self._lanes.items():
-            count, lane.counted = lane.passed - lane.counted, lane.passed
-            if count:
-                self._telemetry.note_strategy(index, "none")
+        with self._lock:
+            for index, lane in self._lanes.items():
+                count, seconds, last_seconds = lane.finished, lane.seconds, lane.last_seconds
+                if not count:
+                    continue
+                lane.finished, lane.seconds, lane.last_seconds = 0, 0.0, 0.0
+                self._telemetry.note_strategy(index, lane.strategy)
                 self._telemetry.count_bucket(lane.layout, lane.dtype.itemsize, count)
-                count_ring(self._telemetry, lane.layout, lane.dtype.itemsize, count)
-                self._telemetry.add(communication_seconds=lane.seconds, wait_seconds=lane.last_seconds)
-                lane.seconds = lane.last_seconds = 0.0
+                count_rings(self._telemetry, lane.strategy, lane.layout, lane.dtype, count)
+                self._telemetry.add(communication_seconds=seconds, wait_seconds=last_seconds)

@@ -21,7 +21,15 @@ from qcomm.nodes import check_ranks_per_node, resolve_ranks_per_node
 from qcomm.strategies import STRATEGIES, average
 from qcomm.telemetry import Telemetry
 
-__all__ = ["STRATEGIES", "AllReduceWork", "all_reduce", "check_grid", "check_min_elements", "check_strategy"]
+__all__ = [
+    "STRATEGIES",
+    "AllReduceWork",
+    "all_reduce",
+    "check_exchange",
+    "check_grid",
+    "check_min_elements",
+    "check_strategy",
+]
 
 
 class AllReduceWork:
@@ -101,15 +109,16 @@ def all_reduce(
         min_elements: smaller tensors travel as they are.
         strategy: ``"two_phase"`` compresses, also the mean; ``"all_gather"`` compresses values alone, for few ranks or
             small tensors; ``"exact_sum"`` rounds them to one grid of all ranks and loses nothing more; ``"none"`` is a
-            plain all-reduce; ``"hierarchical"`` adds uncompressed values inside a node and compresses between nodes;
-            ``"auto"`` tries what may be fast on the first calls for tensors of this size and keeps the fastest, looking
-            again from time to time. CUDA tensors have ``"two_phase"``, which ``"auto"`` is there, and ``"none"``.
+            plain all-reduce and ``"bf16"`` one of float32 values rounded to bfloat16; ``"hierarchical"`` adds
+            uncompressed values inside a node and compresses between nodes; ``"auto"`` tries what may be fast on the
+            first calls for tensors of this size and keeps the fastest, looking again from time to time. CUDA tensors
+            have ``"two_phase"``, which ``"auto"`` is there, and ``"none"``.
         ranks_per_node: for ``"hierarchical"``: ranks 0 to ``ranks_per_node - 1`` of the group are one node, and so on;
             any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
             set.
         num_threads: most that encode and decode at once on this rank; other ranks may pass another number.
         profile: for ``"auto"``: the machine as ``qcomm bench --save-profile`` measured it, or that file, which is read
-            at each call. Only what may be fast there is tried, and the plain all-reduce. Equal on all ranks.
+            at each call. Only what may be fast there is tried, and the uncompressed ways. Equal on all ranks.
 
     Returns:
         None, or with ``async_op`` a handle.
@@ -240,6 +249,17 @@ def _check_arguments(tensor: object, grid: object, min_elements: object, strateg
         raise ValueError(
             "tensor must not be expanded: several of its elements share one place in memory; call .clone() first"
         )
+
+
+def check_exchange(
+    grid: object, min_elements: object, strategy: object, ranks_per_node: object, num_threads: object
+) -> None:
+    """Raises TypeError or ValueError, naming the option, unless each is what collectives take."""
+    check_grid(grid)
+    check_min_elements(min_elements)
+    check_strategy(strategy)
+    check_ranks_per_node(ranks_per_node)
+    check_num_threads(num_threads)
 
 
 def check_grid(grid: object) -> None:

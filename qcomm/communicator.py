@@ -129,7 +129,7 @@ class Communicator:
         chooser: knows which strategy is fastest here.
         agreements: how many collectives all ranks agreed to run.
         agreed_time: the smallest ``own_time`` of all ranks in the last agreement.
-        agreement_time: nanoseconds that this rank waited for it.
+        time_to_agree: nanoseconds of this rank's last job that were for an agreement, not for its values.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -138,7 +138,7 @@ class Communicator:
         self.chooser = Chooser()
         self.agreements = 0
         self.agreed_time = 0
-        self.agreement_time = 0
+        self.time_to_agree = 0
         self._pending_fault: Fault | None = None
         self._broken: Exception | None = None
         self._closed = False
@@ -206,7 +206,7 @@ class Communicator:
         incoming, agreed_time, traffic = agreement.finish()
         if phase == Phase.ENCODE:
             self.agreements += 1
-            self.agreed_time, self.agreement_time = agreed_time, time.perf_counter_ns() - begin
+            self.agreed_time, self.time_to_agree = agreed_time, time.perf_counter_ns() - begin
         return incoming, traffic
 
     def exchange(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], phase: Phase) -> Traffic:

@@ -6,6 +6,8 @@ an exchange among w ranks, a header and then w - 1 rounds that together carry m 
 
     x(m, w)        alpha * w + beta * m                        for w > 1, otherwise 0
     none           alpha + 2 (W - 1) alpha + 2 (W - 1) / W * v * beta
+    bf16           the same with half of v, values that are not compressed beside it, and d V to convert there and back;
+                   like none unless v is of float32
     all_gather     e V + x((W - 1) V / r, W) + d W V
     two_phase      in the order of qcomm.schedule, for each of the slices that qcomm.slices cuts:
                    e U, beta T, d U + e V / W, beta T, d V          U = (W - 1) / W * V, T = U / r, each over slices;
@@ -195,6 +197,11 @@ def _share(parts: int) -> float:
     return (parts - 1) / parts
 
 
+def _is_rounded(strategy: str, exchange: Exchange) -> bool:
+    """As :func:`qcomm.plain_values.is_rounded`."""
+    return strategy == "bf16" and exchange.item_bytes == 4 and 2 * exchange.raw_elements < exchange.elements
+
+
 def bytes_sent(strategy: str, exchange: Exchange, ratio: float) -> tuple[float, float]:
     """Bytes that a rank sends on average, headers left out: (between nodes or in a flat exchange, inside a node).
 
@@ -203,8 +210,9 @@ def bytes_sent(strategy: str, exchange: Exchange, ratio: float) -> tuple[float, 
     """
     world, values, buffer = exchange.world_size, exchange.value_bytes, exchange.buffer_bytes
     packets = exchange.packet_bytes(ratio)
-    if strategy == "none":
-        return 2 * _share(world) * buffer, 0.0
+    if strategy in ("none", "bf16"):
+        rounded = buffer / 2 + 4 * exchange.raw_elements if _is_rounded(strategy, exchange) else buffer
+        return 2 * _share(world) * rounded, 0.0
     if strategy == "all_gather":
         return (world - 1) * packets, 0.0
     if strategy == "two_phase":
@@ -221,7 +229,7 @@ def seconds(strategy: str, exchange: Exchange, profile: Profile) -> float:
     """Predicted time of one collective.
 
     Args:
-        strategy: ``"none"``, ``"all_gather"``, ``"two_phase"``, ``"exact_sum"`` or ``"hierarchical"``.
+        strategy: ``"none"``, ``"bf16"``, ``"all_gather"``, ``"two_phase"``, ``"exact_sum"`` or ``"hierarchical"``.
         exchange: what is averaged.
         profile: where. Without ``inside`` all links are alike.
 
@@ -233,8 +241,9 @@ def seconds(strategy: str, exchange: Exchange, profile: Profile) -> float:
     encode, decode = 1e-9 / profile.codec.encode_gb_per_s, 1e-9 / profile.codec.decode_gb_per_s
     values, link, near = exchange.value_bytes, profile.link, profile.inside or profile.link
     messages, codec = 0, 0.0
-    if strategy == "none":
+    if strategy in ("none", "bf16"):
         messages = 1 + 2 * (world - 1) if world > 1 else 0
+        codec = decode * values if _is_rounded(strategy, exchange) else 0.0
     elif strategy == "all_gather":
         messages, codec = _messages(world), encode * values + decode * world * values
     elif strategy == "two_phase":

@@ -1,12 +1,14 @@
 """Whether a DDP model can be given a compressing hook: checked beforehand, because a hook cannot be taken back."""
 
+from collections.abc import Sequence
+
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from qcomm import _device
 from qcomm._native import DTYPE_NUMBERS
 
-__all__ = ["check_model", "check_scale"]
+__all__ = ["check_hook_options", "check_model", "check_scale"]
 
 
 def check_model(ddp_model: object) -> None:
@@ -71,6 +73,19 @@ def _check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
         raise ValueError(
             f"parameter {name!r} has an optimizer that runs in backward, for which DDP needs the hook itself"
         )
+
+
+def check_hook_options(error_feedback: object, warmup_steps: object, exclude: object, grad_scale: object) -> None:
+    """Raises TypeError or ValueError, naming the option, unless each is what CompressionState takes."""
+    if not isinstance(error_feedback, bool):
+        raise TypeError(f"error_feedback must be a bool, got {type(error_feedback).__name__}")
+    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int):
+        raise TypeError(f"warmup_steps must be an int, got {type(warmup_steps).__name__}")
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be >= 0, got {warmup_steps}")
+    if not isinstance(exclude, Sequence) or isinstance(exclude, str) or not all(isinstance(p, str) for p in exclude):
+        raise TypeError(f"exclude must be a sequence of patterns, such as ['*.bias'], got {exclude!r}")
+    check_grad_scale(grad_scale)
 
 
 def check_grad_scale(grad_scale: object) -> None:

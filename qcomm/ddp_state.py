@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 
 from qcomm import _device
-from qcomm._native import check_num_threads
 from qcomm.agreement import Fault, Fields, Phase
-from qcomm.bypass import Bypass, Lane, can_bypass
-from qcomm.collectives import check_grid, check_min_elements, check_strategy
+from qcomm.bypass import BYPASSED, Bypass, Lane, can_bypass
+from qcomm.collectives import check_exchange
 from qcomm.communicator import (
     Communicator,
     Group,
@@ -24,7 +23,8 @@ from qcomm.communicator import (
 )
 from qcomm.cost_model import Profile
 from qcomm.ddp_buckets import BucketTable
-from qcomm.ddp_checks import check_grad_scale, check_scale
+from qcomm.ddp_checkpoint import StateDict, restore, save
+from qcomm.ddp_checks import check_hook_options, check_scale
 from qcomm.ddp_device import DeviceHook, device_future
 from qcomm.device_mean import Scale, check_device_strategy
 from qcomm.error_feedback import ErrorFeedback
@@ -33,16 +33,14 @@ from qcomm.grids import Grid, SigmaGrid
 from qcomm.layout import BucketLayout
 from qcomm.machine import describe, resolve_profile
 from qcomm.mean import MeanTask, attempt
-from qcomm.nodes import check_ranks_per_node, resolve_ranks_per_node
+from qcomm.nodes import resolve_ranks_per_node
 from qcomm.strategies import average, settled
 from qcomm.telemetry import Telemetry
+from qcomm.transport import TransportError
 
 __all__ = ["CompressionState"]
 
-FORMAT = 1
-
 GradScale = float | torch.Tensor | Callable[[], float | torch.Tensor] | None
-StateDict = Mapping[str, Any]
 
 
 class CompressionState:
@@ -68,18 +66,19 @@ class CompressionState:
             residual stays right when the scale changes.
         strategy: ``"two_phase"`` compresses, also the means; ``"all_gather"`` compresses gradients alone, for few ranks
             or small models; ``"exact_sum"`` rounds them to one grid of all ranks and loses nothing more; ``"none"`` is
-            a plain all-reduce; ``"hierarchical"`` adds uncompressed gradients inside a node and compresses between
-            nodes; ``"auto"`` tries what may be fast for each bucket during the first steps and keeps the fastest
-            (``stats()["strategies"]`` says which), looking again from time to time. Naming one makes it run also in a
-            world of one rank, which otherwise has nothing to do. On a CUDA device there are ``"two_phase"``, which
-            ``"auto"`` is there, and ``"none"``; see "On a GPU" in docs/guide.md.
+            a plain all-reduce and ``"bf16"`` one of float32 values rounded to bfloat16; ``"hierarchical"`` adds
+            uncompressed gradients inside a node and compresses between nodes; ``"auto"`` tries what may be fast for
+            each bucket during the first steps and keeps the fastest (``stats()["strategies"]`` says which), looking
+            again from time to time. Naming one makes it run also in a world of one rank, which otherwise has nothing to
+            do. On a CUDA device there are ``"two_phase"``, which ``"auto"`` is there, and ``"none"``; see "On a GPU" in
+            docs/guide.md.
         ranks_per_node: for ``"hierarchical"``: ranks 0 to ``ranks_per_node - 1`` of the group are one node, and so on;
             any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
             set.
         num_threads: most that encode and decode at once on this rank, beside those of backward. Results do not depend
             on it, and ranks may differ in it.
         profile: for ``"auto"``: the machine as ``qcomm bench --save-profile`` measured it, or that file. Only what may
-            be fast there is tried, and the plain all-reduce.
+            be fast there is tried, and the uncompressed ways.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -105,20 +104,8 @@ class CompressionState:
         num_threads: int = 1,
         profile: Profile | Path | str | None = None,
     ) -> None:
-        check_grid(grid)
-        check_min_elements(min_elements)
-        check_strategy(strategy)
-        check_num_threads(num_threads)
-        check_ranks_per_node(ranks_per_node)
-        if not isinstance(error_feedback, bool):
-            raise TypeError(f"error_feedback must be a bool, got {type(error_feedback).__name__}")
-        if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int):
-            raise TypeError(f"warmup_steps must be an int, got {type(warmup_steps).__name__}")
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be >= 0, got {warmup_steps}")
-        if isinstance(exclude, str) or not all(isinstance(pattern, str) for pattern in exclude):
-            raise TypeError(f"exclude must be a sequence of patterns, such as ['*.bias'], got {exclude!r}")
-        check_grad_scale(grad_scale)
+        check_exchange(grid, min_elements, strategy, ranks_per_node, num_threads)
+        check_hook_options(error_feedback, warmup_steps, exclude, grad_scale)
         self.given_group = process_group
         self._model_group: Group | None = None
         self.grid = grid
@@ -146,12 +133,13 @@ class CompressionState:
         # Steps since this object was made, which a loaded checkpoint does not change: jobs of a step that failed may
         # still be in the queue while the step that a checkpoint goes on with has the same number.
         self._pass = 0
-        self._failed_pass = 0
+        self._failed_pass = 0  # on all ranks
+        self._error_pass = 0  # on this rank
         self._scale: Scale = 1.0
         self._error: Exception | None = None
         self._device_hook: DeviceHook | None = None
         self._bypass = Bypass(self.telemetry)
-        self._owed_fault: Fault | None = None  # of a step that bypassed the other ranks' ears
+        self._owed_fault: Fault | None = None  # which the other ranks have not been told of
 
     @property
     def process_group(self) -> Group | None:
@@ -171,14 +159,15 @@ class CompressionState:
             ``bytes_sent``, ``bytes_received``: all that was handed to sends and receives, and the same apart as
             ``..._phase1`` (values to the owners of chunks), ``..._phase2`` (means to everyone), ``..._inside``
             (uncompressed values inside a node) and ``..._overhead`` (headers that announce sizes); of an uncompressed
-            all-reduce, which is not this library's, what a ring sends: 2 (W - 1) / W times the buffer;
+            all-reduce, which is not this library's, what a ring sends: 2 (W - 1) / W times what is summed;
             ``bytes_uncompressed``: of the gradients, once;
             ``bits_per_element``: of all elements, the mean of both phases (strategy all_gather has one), all bytes of
             packets counted: of those sent to owners, and of all means;
             ``bits_per_element_phase1``, ``bits_per_element_phase2`` and their mean ``bits_per_element_compressed``: the
             same for compressed parameters alone;
             ``encode_seconds``, ``decode_seconds`` and ``communication_seconds`` (waiting for slower ranks included) of
-            the worker thread; ``wait_seconds``, from the last bucket's gradient to its mean;
+            the worker thread, and of all-reduces that bypass it (docs/collective.md), side by side where buckets are;
+            ``wait_seconds``, from the last bucket's gradient to its mean;
             ``nonfinite_tensors``: how often one held NaN or infinity;
             ``dropped_values``: how many were sent as zeros because a slot was full, and are kept in the residuals (on a
             CUDA device only, where bytes sent and received are those of whole slots, seconds are not measured, and this
@@ -210,12 +199,7 @@ class CompressionState:
 
         Every rank has to save its own; call it between steps.
         """
-        return {
-            "format": FORMAT,
-            "steps": self._step,
-            "has_names": self._table.has_names or self._table.residuals_have_names,
-            "error_feedback": self._feedback.state_dict() if self._feedback is not None else None,
-        }
+        return save(self._step, self._table, self._feedback)
 
     def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
         """Goes on from what ``state_dict`` returned on this rank; the number of ranks may have changed.
@@ -228,25 +212,7 @@ class CompressionState:
         Raises:
             ValueError: of another format, damaged, or not of one run; nothing has changed then.
         """
-        saved = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
-        if not saved or any(not isinstance(part, Mapping) or part.get("format") != FORMAT for part in saved):
-            raise ValueError(f"state_dict must be of format {FORMAT}, as CompressionState.state_dict returns it")
-        missing = {"steps", "has_names", "error_feedback"}.difference(*saved)
-        if missing:
-            raise ValueError(f"state_dict is damaged: it has no {sorted(missing)}")
-        steps = {part["steps"] for part in saved}
-        if len(steps) > 1 or not all(isinstance(step, int) and step >= 0 for step in steps):
-            raise ValueError(
-                f"state_dict must be of one step on all ranks, got those of steps {sorted(steps, key=str)}"
-            )
-        residuals = [part["error_feedback"] for part in saved if part["error_feedback"] is not None]
-        if self._feedback is not None:
-            if residuals:
-                self._feedback.load_state_dict(residuals)
-            else:
-                self._feedback.clear()
-        self._step = saved[0]["steps"]
-        self._table.residuals_have_names = bool(residuals) and any(part["has_names"] for part in saved)
+        self._step = restore(state_dict, self._table, self._feedback)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what belongs to the process: its group, its parameters' identity, its ``grad_scale``.
@@ -260,9 +226,9 @@ class CompressionState:
         )
         fixed = self.grad_scale is None or isinstance(self.grad_scale, (int, float))
         kept = self.grad_scale if fixed else _forgotten_scale
+        self._flush()
         forgotten = dict.fromkeys(("given_group", "_model_group", "_error", "_device_hook", "_owed_fault"))
-        fresh = {"_bypass": Bypass(self.telemetry), "_scale": 1.0}
-        return {**self.__dict__, **forgotten, **fresh, "grad_scale": kept}
+        return {**self.__dict__, **forgotten, "grad_scale": kept, "_scale": 1.0}
 
     def bind(self, model: torch.nn.Module, process_group: Group) -> None:
         """Learns the names of a model's parameters and its process group.
@@ -272,25 +238,26 @@ class CompressionState:
         """
         self._table.bind(model)
         self._model_group = process_group
+        self._bypass.flush()
+        self._bypass = Bypass(self.telemetry)  # what ranks agreed on before is not what they agree on now
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Starts averaging a bucket. Never raises, because DDP could not go on; the Future does."""
         index, buffer = bucket.index(), bucket.buffer()
         self.telemetry.mark(index, "ready")
         _, fault = attempt(Phase.PREPARE, self._begin, index)
-        lane = self._bypass.enter(index, buffer)
-        if lane is not None:
-            self._owed_fault = self._owed_fault or fault
-            return self._bypass.reduce(lane, bucket, fault, self._note_error)
+        self._owed_fault = self._owed_fault or fault
         try:
             group = resolve_group(self.process_group)
+            lane = self._bypass.enter(bucket, group)
+            if lane is not None:
+                return self._pass_by(lane, bucket)
             world_size = get_world_size(group)
             alone = world_size == 1 and self.strategy == "auto"
             communicator = None if alone else get_communicator(group)
         except (RuntimeError, ValueError) as error:
             return self._failed(error)
-        task = self._task(bucket, world_size, fault or self._owed_fault)
-        self._owed_fault = None
+        task = self._task(bucket, group, world_size)
         if communicator is None:
             if task.fault is not None:
                 return self._failed(task.fault.error)
@@ -300,13 +267,19 @@ class CompressionState:
             return self._reduce_on_device(task, group, communicator)
         ready = time.perf_counter() if bucket.is_last() else None
         number = self._pass
-        task.can_bypass = can_bypass(group) and self._step > self.warmup_steps
-        task.bypassed = self._bypass.passed(task.index)
-        lane = self._bypass.begin(task, group)
+        task.bypassed = self._bypass.started(index)
+        lane = self._bypass.begin(bucket, task, group)
         ticket = communicator.submit(lambda: self._run(task, communicator, number, ready, lane))
         if lane is not None:
             lane.ticket = ticket
         return ticket.future
+
+    def _pass_by(self, lane: Lane, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        """A step without an agreement. What is owed to the other ranks must wait: nobody may be missing in the sum."""
+        future = self._bypass.reduce(lane, bucket, self._note_error)
+        if self._error_pass == self._pass:  # seen here, or the sum is seen where the error was noted
+            self._bypass.drain()
+        return future
 
     def _reduce_on_device(
         self, task: MeanTask, group: Group, communicator: Communicator
@@ -349,26 +322,31 @@ class CompressionState:
             else:
                 self._scale = 1.0 if scale is None else check_scale(scale)
 
-    def _task(self, bucket: dist.GradBucket, world_size: int, fault: Fault | None) -> MeanTask:
+    def _task(self, bucket: dist.GradBucket, group: Group, world_size: int) -> MeanTask:
         """What to do with a bucket: to average it, or to tell the other ranks, who are waiting for it, of a fault."""
-        task = None
+        task, fault = None, self._owed_fault
+        self._owed_fault = None
         if fault is None:
-            task, fault = attempt(Phase.PREPARE, self._mean_task, bucket, world_size)
+            task, fault = attempt(Phase.PREPARE, self._mean_task, bucket, group, world_size)
         if task is None:
             fields, index = Fields({}), bucket.index()
             task = MeanTask(bucket.buffer(), None, self.grid, fields, self.telemetry, index=index, fault=fault)
         return task
 
-    def _mean_task(self, bucket: dist.GradBucket, world_size: int) -> MeanTask:
-        if _device.is_on_device(bucket.buffer()):
+    def _mean_task(self, bucket: dist.GradBucket, group: Group, world_size: int) -> MeanTask:
+        on_device = _device.is_on_device(bucket.buffer())
+        if on_device:
             check_device_strategy(self.strategy)
         layout, fields = self._table.look_up(bucket, world_size, warming_up=self._step <= self.warmup_steps)
         node_size = resolve_ranks_per_node(self.ranks_per_node, world_size, self.strategy)
         if self.strategy == "hierarchical":
             fields = fields.extended("ranks per node", str(node_size))
         if self.grad_scale is not None:
-            on_device = isinstance(self._scale, torch.Tensor)
-            fields = fields.extended("grad_scale", "on the device" if on_device else repr(self._scale))
+            stays = isinstance(self._scale, torch.Tensor)
+            fields = fields.extended("grad_scale", "on the device" if stays else repr(self._scale))
+        passes = not on_device and self._step > self.warmup_steps and can_bypass(group)
+        if passes:
+            fields = fields.extended("steps between agreements", str(BYPASSED))
         return MeanTask(
             bucket.buffer(),
             layout,
@@ -382,6 +360,7 @@ class CompressionState:
             num_threads=self.num_threads,
             ranks_per_node=node_size,
             profile=self.profile,
+            can_bypass=passes,
         )
 
     def _run(
@@ -394,12 +373,17 @@ class CompressionState:
         try:
             result = average(task, communicator)
         except Exception as error:  # kept for exception(), and passed on
-            self._error = error
+            self._note_error(error)
+            self._error_pass = number
             if communicator.pending_fault is None:  # all ranks know, and leave out the rest of the step
                 self._failed_pass = number
+            elif lane is not None:  # they went on
+                lane.strategy = settled(task, communicator)
+            if not isinstance(error, TransportError):  # the connections must be closed first, for the others' sake
+                self._bypass.drain()
             raise
         if lane is not None:
-            lane.granted = settled(task, communicator) == "none"
+            lane.strategy = settled(task, communicator)
         self._count(task.layout, task.buffer)
         if ready is not None:
             self.telemetry.add(wait_seconds=time.perf_counter() - ready)

@@ -4,10 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from qcomm._native import check_num_threads
-from qcomm.collectives import check_grid, check_min_elements, check_strategy
+from qcomm.collectives import check_exchange
 from qcomm.grids import Grid, RangeGrid, SigmaGrid
-from qcomm.nodes import check_ranks_per_node
 
 __all__ = ["EXCHANGES", "ExchangeOptions"]
 
@@ -38,7 +36,7 @@ class ExchangeOptions:
     def __post_init__(self) -> None:
         if self.exchange not in EXCHANGES:
             raise ValueError(f"exchange must be one of {EXCHANGES}, got {self.exchange!r}")
-        check_grid(self.chosen_grid)
+        check_exchange(self.chosen_grid, self.min_elements, self.strategy, self.ranks_per_node, self.num_threads)
         if not (self.error_feedback is None or isinstance(self.error_feedback, bool)):
             raise TypeError(f"error_feedback must be a bool or None, got {type(self.error_feedback).__name__}")
         if self.error_feedback and self.exchange == "weights":
@@ -46,10 +44,6 @@ class ExchangeOptions:
                 "error_feedback must not be True with exchange='weights': what is kept of a weight is not missing from "
                 "its next value, and would be added to it"
             )
-        check_min_elements(self.min_elements)
-        check_strategy(self.strategy)
-        check_ranks_per_node(self.ranks_per_node)
-        check_num_threads(self.num_threads)
         if not (self.buffers_of is None or isinstance(self.buffers_of, torch.nn.Module)):
             raise TypeError(f"buffers_of must be a torch.nn.Module or None, got {type(self.buffers_of).__name__}")
 

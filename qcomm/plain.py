@@ -1,16 +1,19 @@
 """The mean without compression: gloo's own all-reduce, for links on which compression does not pay."""
 
+import time
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 
-from qcomm.agreement import Phase
+from qcomm.agreement import Fault, Phase
 from qcomm.communicator import Communicator
-from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask, attempt, is_zero
+from qcomm.packets import raise_later
+from qcomm.plain_values import PlainValues, count_rings
 from qcomm.statistics import measure
-from qcomm.telemetry import Telemetry
-from qcomm.transport import Traffic
 
-__all__ = ["count_ring", "plain_mean"]
+__all__ = ["bf16_mean", "plain_mean"]
 
 
 def plain_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
@@ -22,33 +25,46 @@ def plain_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     Raises:
         CollectiveError, ConfigMismatchError: as :func:`qcomm.two_phase.two_phase_mean`.
     """
+    return _mean("none", task, communicator)
+
+
+def bf16_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
+    """:func:`plain_mean` of float32 values rounded to bfloat16, those of parameters that are not compressed excepted.
+
+    What rounding loses, at most 2^-8 of a value and of each partial sum, is lost also with error feedback.
+    """
+    return _mean("bf16", task, communicator)
+
+
+def _mean(strategy: str, task: MeanTask, communicator: Communicator) -> torch.Tensor:
+    begin = time.perf_counter_ns()
     communicator.begin()
     fault = communicator.pending_fault or task.fault
     if fault is None:
         _, fault = attempt(Phase.ENCODE, _add_residuals, task, communicator.rank)
+    residual_time = time.perf_counter_ns() - begin
     nothing = [0] * communicator.world_size
     agreement = communicator.begin_agreement(Phase.ENCODE, task.fields, nothing, nothing, fault, task.own_time)
+    loaded: tuple[PlainValues, Sequence[torch.Tensor]] | None = None
     late = None
     if fault is None:  # the headers travel meanwhile; where some rank has a fault the values are lost anyway
-        _, late = attempt(Phase.ENCODE, _divide, task)
+        loaded, late = attempt(Phase.ENCODE, _load, task, strategy)
     task.telemetry.mark(task.index, "exchange_1")
     with task.telemetry.timed("communication_seconds"):
         _, overhead = communicator.finish_agreement(agreement, Phase.ENCODE)
-        if late is not None:  # the others are on their way into the sum, and see it from the connections
-            raise late.error
-        communicator.sum(task.buffer)
+        communicator.time_to_agree += residual_time
+        if loaded is None:  # the others are on their way into the sum, and see it from the connections
+            raise cast(Fault, late).error
+        values, parts = loaded
+        for part in parts:
+            communicator.sum(part)
     task.telemetry.add_traffic("overhead", overhead)
-    count_ring(task.telemetry, task.agreed_layout, task.buffer.element_size())
+    count_rings(task.telemetry, strategy, task.agreed_layout, task.buffer.dtype)
+    _, fault = attempt(Phase.DECODE, _store, task, values)
+    if fault is not None:
+        raise_later(communicator, fault)
     task.telemetry.mark(task.index, "done")
     return task.buffer
-
-
-def count_ring(telemetry: Telemetry, layout: BucketLayout, item_bytes: int, times: int = 1) -> None:
-    """Counts what a ring sends, which is what gloo runs; each of its two phases carries every element once."""
-    ring = layout.elements * item_bytes * (layout.world_size - 1) // layout.world_size
-    for phase in (1, 2):
-        telemetry.add_traffic(f"phase{phase}", Traffic(times * ring, times * ring))
-        telemetry.count_plain(phase, layout, item_bytes, times)
 
 
 def _add_residuals(task: MeanTask, rank: int) -> None:
@@ -67,7 +83,14 @@ def _add_residuals(task: MeanTask, rank: int) -> None:
                     values.add_(feedback.take(tensor.key, tensor.numel), alpha=task.scale)
 
 
-def _divide(task: MeanTask) -> None:
-    """Makes the values this rank's share of the mean."""
+def _load(task: MeanTask, strategy: str) -> tuple[PlainValues, Sequence[torch.Tensor]]:
+    """This rank's share of the mean: what is to be summed."""
     with task.telemetry.timed("encode_seconds"):
-        task.buffer.div_(task.agreed_layout.world_size)
+        values = PlainValues(strategy, task.agreed_layout, task.buffer.dtype)
+        return values, values.load(task.buffer)
+
+
+def _store(task: MeanTask, values: PlainValues) -> None:
+    """Puts the sums where they belong."""
+    with task.telemetry.timed("decode_seconds"):
+        values.store(task.buffer)

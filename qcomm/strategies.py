@@ -10,16 +10,19 @@ from qcomm.all_gather import all_gather_mean
 from qcomm.communicator import Communicator
 from qcomm.cost_model import PLAUSIBLE, Exchange, Profile, candidates
 from qcomm.exact_sum import exact_sum_mean
+from qcomm.grids import Grid, SigmaGrid
 from qcomm.hierarchical import hierarchical_mean
 from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask
-from qcomm.plain import plain_mean
+from qcomm.plain import bf16_mean, plain_mean
+from qcomm.plain_values import PLAIN, is_rounded
 from qcomm.two_phase import two_phase_mean
 
 __all__ = ["STRATEGIES", "average", "settled"]
 
 WAYS: Mapping[str, Callable[[MeanTask, Communicator], torch.Tensor]] = {
     "none": plain_mean,
+    "bf16": bf16_mean,
     "exact_sum": exact_sum_mean,
     "all_gather": all_gather_mean,
     "hierarchical": hierarchical_mean,
@@ -28,7 +31,7 @@ WAYS: Mapping[str, Callable[[MeanTask, Communicator], torch.Tensor]] = {
 STRATEGIES = ("auto", *WAYS)
 # What "auto" chooses between, the most exact first: of two that are equally fast, the chooser takes the earlier one.
 # exact_sum is never the fastest; it is for those who want what it computes.
-AUTOMATIC = ("none", "all_gather", "hierarchical", "two_phase")
+AUTOMATIC = (*PLAIN, "all_gather", "hierarchical", "two_phase")
 
 
 def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
@@ -46,7 +49,7 @@ def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
         task.telemetry.note_strategy(task.index, task.strategy)
         return WAYS[task.strategy](task, communicator)
     chooser, kind = communicator.chooser, _kind(task)
-    ways = automatic_ways(task.layout, task.buffer.element_size(), task.ranks_per_node, task.profile)
+    ways = automatic_ways(task.layout, task.buffer.dtype, task.grid, task.ranks_per_node, task.profile)
     strategy = chooser.next(kind, ways)
     fields = task.fields.extended("strategy chosen", strategy)
     task = replace(task, fields=fields, own_time=chooser.own_time(kind))
@@ -54,8 +57,8 @@ def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     try:
         result = WAYS[strategy](task, communicator)
         own_time = time.perf_counter_ns() - begin
-        if strategy == "none" and task.can_bypass:  # it will mostly run without an agreement
-            own_time -= communicator.agreement_time
+        if strategy in PLAIN and task.can_bypass:  # it will mostly run without an agreement
+            own_time -= communicator.time_to_agree
     finally:
         if communicator.agreements > agreements:  # so it is on all ranks, whatever happened afterwards
             chooser.finished(kind, communicator.agreed_time, own_time, 1 + task.bypassed)
@@ -76,16 +79,27 @@ def _kind(task: MeanTask) -> Hashable:
 
 
 def automatic_ways(
-    layout: BucketLayout, item_bytes: int, ranks_per_node: int, profile: Profile | None = None
+    layout: BucketLayout,
+    dtype: torch.dtype,
+    grid: Grid,
+    ranks_per_node: int = 1,
+    profile: Profile | None = None,
 ) -> tuple[str, ...]:
-    """What ``"auto"`` tries for a buffer, of ``item_bytes`` an element: a pure function, equal on all ranks.
+    """What ``"auto"`` tries for a buffer: a pure function, equal on all ranks.
 
-    The plain all-reduce always, ``"hierarchical"`` only where there are several nodes of several ranks, and no way that
-    the cost model finds slow: on the machine of ``profile``, or without one everywhere.
+    Always the plain all-reduce, and in bfloat16 where that is finer than the grid. ``"hierarchical"`` only where there
+    are several nodes of several ranks, and no way that the cost model finds slow: on the machine of ``profile``, or
+    without one everywhere.
     """
     several = 1 < ranks_per_node < layout.world_size
-    names = tuple(name for name in AUTOMATIC if several or name != "hierarchical")
+    plain = PLAIN if is_rounded("bf16", layout, dtype) and _coarser_than_bf16(grid) else ("none",)
+    names = tuple(name for name in AUTOMATIC if name not in PLAIN and (several or name != "hierarchical"))
     raw = layout.elements - layout.compressed_elements
-    exchange = Exchange(layout.elements, layout.world_size, item_bytes, ranks_per_node, raw)
-    fast = candidates(exchange, names, PLAUSIBLE if profile is None else (profile,))
-    return fast if "none" in fast else ("none", *fast)
+    exchange = Exchange(layout.elements, layout.world_size, dtype.itemsize, ranks_per_node, raw)
+    fast = candidates(exchange, (*plain, *names), PLAUSIBLE if profile is None else (profile,))
+    return (*plain, *(name for name in fast if name not in plain))
+
+
+def _coarser_than_bf16(grid: Grid) -> bool:
+    """Whether a grid's steps are wider than most of bfloat16's, which are up to 2^-7 of a value apart."""
+    return isinstance(grid, SigmaGrid) and grid.step >= 2**-5

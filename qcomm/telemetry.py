@@ -139,10 +139,11 @@ class Telemetry:
                 raw += 0 if chunk.compressed_count else PACKET_HEADER_BYTES
         self._count(phase, sum(sizes), raw, sum(c.count for c in chunks), sum(c.compressed_count for c in chunks))
 
-    def count_plain(self, phase: int, layout: BucketLayout, item_bytes: int, times: int = 1) -> None:
-        """Counts an uncompressed phase, in which every element travels once."""
+    def count_plain(self, phase: int, layout: BucketLayout, item_bytes: int, more: int = 0, times: int = 1) -> None:
+        """Counts an uncompressed phase, which carries every element once; ``more``: bytes for raw elements beside."""
         elements, compressed = times * layout.elements, times * layout.compressed_elements
-        self._count(phase, elements * item_bytes, (elements - compressed) * item_bytes, elements, compressed)
+        raw = (elements - compressed) * item_bytes + times * more
+        self._count(phase, elements * item_bytes + times * more, raw, elements, compressed)
 
     def _count(self, phase: int, packet_bytes: int, raw_bytes: int, carried: int, compressed: int) -> None:
         amounts = {"packet_bytes": packet_bytes, "raw_bytes": raw_bytes}

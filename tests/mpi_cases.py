@@ -53,7 +53,7 @@ def same_as_gloo():
     qcomm.init_from_environment(timeout=timedelta(seconds=60))
     group = qcomm.MpiGroup(timeout=timedelta(seconds=60))
     assert (group.rank, group.size) == (RANK, SIZE)
-    for strategy in [*TWINS, "none"]:
+    for strategy in [*TWINS, "none", "bf16"]:
         options = {"ranks_per_node": 2 if SIZE % 2 == 0 else 1} if strategy == "hierarchical" else {}
         for count in (0, 1, 33, 4097, 20_003):
             for dtype in DTYPES if count == 4097 else DTYPES[:1]:

@@ -3,16 +3,19 @@
 import copy
 import itertools
 import pickle
+import time
 import warnings
+from contextlib import nullcontext
+from datetime import timedelta
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from ddp_model import backward, error_of, mlp, wrap
+from ddp_model import backward, error_of, exact_mean, inputs, mlp, wrap
 from distributed import TIMEOUT, assert_same_on_all_ranks, die, gathered, run, run_alone
 from test_strategies import all_slow_but
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 
 import qcomm
 from qcomm import bypass, chooser, strategies
@@ -23,15 +26,23 @@ pytestmark = pytest.mark.world
 AGREED = 2  # before the first bypass: DDP rebuilds its buckets after the first step
 
 
+def in_bfloat16(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP refuses torch's hook without CUDA, by its name."""
+    return bf16_compress_hook(state, bucket)
+
+
+TORCHS_HOOKS = {"none": allreduce_hook, "bf16": in_bfloat16}
+
+
 def agreements():
     return get_communicator(dist.group.WORLD).agreements
 
 
-def case_plain(rank, world_size):
+def case_plain(rank, world_size, strategy):
     model = wrap()
     other = wrap(copy.deepcopy(model.module))
-    other.register_comm_hook(None, allreduce_hook)
-    state = qcomm.attach(model, strategy="none")
+    other.register_comm_hook(None, TORCHS_HOOKS[strategy])
+    state = qcomm.attach(model, strategy=strategy, min_elements=0)
     inputs = torch.randn(8, 48)
     counts, buckets, sent = [], 0, []
     for _ in range(2 * bypass.BYPASSED + 5):
@@ -55,19 +66,43 @@ def case_plain(rank, world_size):
     # A step counts as many bytes whether it was agreed on or not.
     steps = {after - before for before, after in itertools.pairwise(sent[2:])}
     assert len(steps) == 1 and stats["wait_seconds"] > 0
-    assert set(stats["strategies"].values()) == {"none"}
+    assert set(stats["strategies"].values()) == {strategy}
 
 
+@pytest.mark.parametrize("strategy", ["none", "bf16"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_gradients_are_those_of_ddp_alone(world_size):
-    run(world_size, case_plain)
+def test_gradients_are_those_of_torchs_own_hooks(world_size, strategy):
+    run(world_size, case_plain, strategy)
+
+
+def case_excluded(rank, world_size):
+    """Parameters that are not to be compressed are not rounded either, whether a step is agreed on or not."""
+    model = wrap()
+    state = qcomm.attach(model, strategy="bf16", exclude=["4.weight"])
+    for step in range(AGREED + 3):
+        got = dict(zip([n for n, _ in model.module.named_parameters()], backward(model, rank, step), strict=True))
+        exact = dict(zip(got, exact_mean(rank, world_size, step), strict=True))
+        for name, gradient in got.items():
+            difference = (gradient - exact[name]).abs().max() / exact[name].abs().max()
+            rounded = name.endswith("weight") and name != "4.weight"
+            assert (1e-4 < difference < 2**-7) if rounded else difference < 1e-6, (step, name, difference)
+        assert_same_on_all_ranks(*got.values())
+    assert set(state.stats()["strategies"].values()) == {"bf16"}
+    stats = state.stats()
+    assert stats["bits_per_element_compressed"] == 16.0
+    assert 16 < stats["bits_per_element"] < 22  # a sixth is excluded, and travels in float32
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_what_is_excluded_is_not_rounded(world_size):
+    run(world_size, case_excluded)
 
 
 def case_auto(rank, world_size):
     model = wrap()
     state = qcomm.attach(model)
     with all_slow_but("none", 0.02):
-        ways = len(strategies.automatic_ways(next_layout(state, model), 4, 1))
+        ways = len(strategies.automatic_ways(next_layout(state, model), torch.float32, qcomm.SigmaGrid()))
         trials = 2 * ways * chooser.ROUNDS + chooser.WARM_UP
         for _ in range(trials + 2):
             backward(model, rank)
@@ -92,12 +127,8 @@ def case_scale(rank, world_size):
     model = wrap()
     scales = iter([1.0, 1.0, 1.0, -1.0 if rank == 1 else 1.0])
     state = qcomm.attach(model, strategy="none", grad_scale=lambda: next(scales, 1.0))
-    for _ in range(AGREED + 1):
-        assert error_of(model, rank) is None
-    # The others do not wait for the rank whose scale is wrong, and hear of it when they next agree.
-    error = error_of(model, rank)
-    assert (error is not None) == (rank == 1)
-    for _ in range(bypass.BYPASSED - 2):
+    # A sum does not need the scale; all ranks hear of the wrong one when they next agree.
+    for _ in range(AGREED + bypass.BYPASSED):
         assert error_of(model, rank) is None
     error = error_of(model, rank)
     assert "rank 1 failed while preparing the exchange: ValueError: grad_scale must be positive" in str(error)
@@ -179,6 +210,117 @@ def test_a_pickled_state_agrees_again():
     run(2, case_pickled)
 
 
+def case_counters_of_a_copy(rank, world_size):
+    model = wrap()
+    state = qcomm.attach(model, strategy="none")
+    for _ in range(AGREED + 3):
+        backward(model, rank)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        copied = pickle.loads(pickle.dumps(state))
+    shown = "steps", "buckets", "elements", "bytes_sent"
+    assert [copied.stats()[name] for name in shown] == [state.stats()[name] for name in shown]
+
+
+def test_a_copy_has_all_counters():
+    run(2, case_counters_of_a_copy)
+
+
+def case_another_group(rank, world_size):
+    """A state that goes on with a new model in a new group must not sum in the old one."""
+    state = None
+    for _ in range(2):
+        group = dist.new_group()
+        model = wrap(torch.nn.Linear(48, 48), process_group=group)
+        state = qcomm.attach(model, state=state) if state else qcomm.attach(model, strategy="none")
+        before = get_communicator(group).agreements
+        gradients = [error_of(model, rank) for _ in range(AGREED + 2)]
+        assert gradients == [None] * len(gradients)
+        assert get_communicator(group).agreements - before == AGREED
+        assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters()])
+        del model
+        dist.destroy_process_group(group)
+
+
+def test_a_state_in_another_group_agrees_again():
+    run(2, case_another_group)
+
+
+def case_reordered(rank, world_size):
+    """DDP turns the parameters of its one bucket round after the first step, and what is excluded moves."""
+    model = torch.nn.parallel.DistributedDataParallel(mlp())
+    qcomm.attach(model, strategy="bf16", exclude=["0.weight"], min_elements=0)
+    for step in range(AGREED + 3):
+        got = dict(zip([n for n, _ in model.module.named_parameters()], backward(model, rank, step), strict=True))
+        for (name, gradient), exact in zip(got.items(), exact_mean(rank, world_size, step), strict=True):
+            difference = (gradient - exact).abs().max() / exact.abs().max()
+            assert difference < 1e-6 if name == "0.weight" else 1e-4 < difference < 2**-7, (step, name, difference)
+
+
+def test_buckets_that_are_rebuilt_are_agreed_on_again():
+    run(2, case_reordered)
+
+
+def case_drained(rank, world_size):
+    """A step fails in one bucket while the sum of another, large one is under way: backward waits for it."""
+    large = torch.nn.Sequential(torch.nn.Linear(48, 30_000), torch.nn.Linear(30_000, 48))
+    model = torch.nn.parallel.DistributedDataParallel(large, bucket_cap_mb=1.0)
+    state = qcomm.attach(model)
+    original, waited = strategies.average, []
+
+    def by_size(task, communicator):
+        task.strategy = "none" if task.index else "two_phase"
+        return original(task, communicator)
+
+    def slow(*arguments):
+        deadline = time.perf_counter() + 0.3
+        while rank == 1 and time.perf_counter() < deadline:  # as a rank whose backward takes longer
+            pass
+        return reduce(*arguments)
+
+    def drained(*arguments):
+        waited.append(len([lane for lane in state._bypass._lanes.values() if lane.under_way is not None]))
+        return drain(*arguments)
+
+    reduce, drain = state._bypass.reduce, state._bypass.drain
+    with (
+        mock.patch("qcomm.ddp_state.average", by_size),
+        mock.patch("qcomm.ddp_state.settled", lambda task, _: task.strategy),
+        mock.patch.object(state._bypass, "reduce", slow),
+        mock.patch.object(state._bypass, "drain", drained),
+    ):
+        for step in range(AGREED + 3):
+            failing = mock.patch("qcomm.mean_steps.encode", side_effect=ZeroDivisionError("boom"))
+            with failing if step == AGREED + 1 else nullcontext():
+                error = error_of(model, rank)
+            assert (error is not None) == (step == AGREED + 1), error
+            if error is not None:
+                sums = [lane.under_way for lane in state._bypass._lanes.values() if lane.under_way is not None]
+                assert sums and all(future.done() for future in sums) and waited
+            else:
+                assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters()])
+
+
+def test_backward_does_not_leave_sums_behind():
+    run(2, case_drained)
+
+
+def case_memory(rank, world_size):
+    """A rank that cannot take part in a sum says so, and adds to no other."""
+    model = wrap()
+    qcomm.attach(model, strategy="bf16", min_elements=0)
+    for _ in range(AGREED):
+        backward(model, rank)
+    out_of_memory = mock.patch.object(bypass, "PlainValues", side_effect=RuntimeError("can't allocate memory"))
+    with out_of_memory if rank == 1 else nullcontext():
+        error = error_of(model, rank)
+    assert ("can't allocate memory" if rank == 1 else "was not averaged") in str(error), error
+
+
+def test_a_rank_without_memory():
+    run_alone(2, case_memory, timeout=timedelta(seconds=3))
+
+
 def case_groups(rank, world_size):
     assert bypass.can_bypass(dist.group.WORLD)
     with mock.patch.object(dist.ProcessGroup, "_get_backend", side_effect=RuntimeError("no backend for cpu")):
@@ -189,3 +331,46 @@ def case_groups(rank, world_size):
 
 def test_only_gloo_is_bypassed_to():
     run(1, case_groups)
+
+
+def case_wrapped(rank, world_size):
+    """TORCH_DISTRIBUTED_DEBUG=DETAIL compares collectives between ranks, in a wrapper around gloo."""
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    group = dist.new_group()
+    dist.set_debug_level(dist.DebugLevel.OFF)
+    assert not bypass.can_bypass(group)
+    dist.destroy_process_group(group)
+
+
+def test_a_wrapped_group_is_not_bypassed():
+    run(2, case_wrapped)
+
+
+MODES = {
+    "static graph": {"static_graph": True},
+    "bucket view": {"gradient_as_bucket_view": True},
+    "unused": {"find_unused_parameters": True},
+}
+
+
+def case_mode(rank, world_size, mode, strategy):
+    model, expected = wrap(**MODES[mode]), wrap(**MODES[mode])
+    expected.register_comm_hook(None, TORCHS_HOOKS[strategy])
+    qcomm.attach(model, strategy=strategy, min_elements=0)
+    for step in range(AGREED + 4):
+        if step % 2:  # accumulated
+            with model.no_sync(), expected.no_sync():
+                model(inputs(rank, step)).sum().backward()
+                expected(inputs(rank, step)).sum().backward()
+        for each in (model, expected):
+            each(inputs(rank, step)).square().sum().backward()
+        for ours, theirs in zip(model.parameters(), expected.parameters(), strict=True):
+            assert torch.equal(ours.grad, theirs.grad), step
+        model.zero_grad()
+        expected.zero_grad()
+
+
+@pytest.mark.parametrize("strategy", ["none", "bf16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_ddp(mode, strategy):
+    run(2, case_mode, mode, strategy)

@@ -1,6 +1,6 @@
 """A collective in slices: cut and ordered rightly, equal to its twin, and failing as one that is not cut does."""
 
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import pytest
@@ -20,6 +20,7 @@ from qcomm.schedule import LAG, Step, schedule
 from qcomm.slices import cut_slices
 from qcomm.telemetry import Telemetry
 
+SLICES = 4
 SIZES = st.lists(st.tuples(st.integers(0, 3000), st.booleans()), max_size=12)
 
 
@@ -91,7 +92,19 @@ def check_against_twin(rank, world_size, grid, count, dtype, slice_elements):
         assert bool(((result.double() - exact).abs() <= allowed.double() + slack).all())
 
 
+@contextmanager
+def in_slices(elements=None):
+    """More slices than the library cuts, so that every step has one before and one after it."""
+    with mock.patch.object(slices, "MOST_SLICES", SLICES), sliced(elements) if elements else nullcontext():
+        yield
+
+
 def case_twin(rank, world_size, grid):
+    with in_slices():
+        check_twins(rank, world_size, grid)
+
+
+def check_twins(rank, world_size, grid):
     for count, slice_elements in ((2000, 100), (4097, 250), (100_003, 7000)):
         check_against_twin(rank, world_size, grid, count, torch.float32, slice_elements)
     for dtype in (torch.float16, torch.bfloat16, torch.float64):
@@ -127,7 +140,7 @@ def test_a_large_tensor(world_size):
 
 
 def case_ddp(rank, world_size, mode, grid, error_feedback):
-    with sliced(300):
+    with in_slices(300):
         test_ddp.case_mode(rank, world_size, mode, grid, error_feedback)
 
 
@@ -139,7 +152,6 @@ def test_the_hook_loses_nothing_in_slices(world_size, mode):
     run(world_size, case_ddp, mode, qcomm.RangeGrid(c=2), False)
 
 
-SLICES = 4
 ELEMENTS = 6 * 3 * 500  # of three ranks
 
 
@@ -171,7 +183,7 @@ def check_works(rank, world_size):
 
 def case_faults(rank, world_size):
     phases = {"encode": "compressing its values", "reduce": "averaging its chunk", "decode": "decoding the result"}
-    with sliced(500):
+    with in_slices(500):
         for step, phase in phases.items():
             for number in range(SLICES):
                 with failing(step, number) if rank == 1 else nullcontext():
@@ -197,7 +209,7 @@ def test_a_fault_in_any_step_of_any_slice_reaches_all_ranks():
 
 
 def case_mismatch(rank, world_size):
-    with sliced(500 if rank == 1 else 1000), pytest.raises(qcomm.ConfigMismatchError) as caught:
+    with in_slices(500 if rank == 1 else 1000), pytest.raises(qcomm.ConfigMismatchError) as caught:
         all_reduce(data(rank, ELEMENTS))
     assert "slices: 3 on ranks 0 2, 4 on rank 1" in str(caught.value)
     check_works(rank, world_size)
@@ -210,7 +222,7 @@ def test_ranks_that_cut_differently_are_told():
 
 def case_timeline(rank, world_size):
     timeline = []
-    with sliced(500), mock.patch("qcomm.collectives.Telemetry", return_value=Telemetry(timeline)):
+    with in_slices(500), mock.patch("qcomm.collectives.Telemetry", return_value=Telemetry(timeline)):
         all_reduce(data(rank, 3 * world_size * 500))
     assert [event for _, event, _ in timeline] == [
         *["encode", "encode", "encode", "exchange_1", "reduce", "exchange_1", "reduce"],

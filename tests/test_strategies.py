@@ -110,6 +110,20 @@ def case_plain(rank, world_size, dtype):
     assert not bad[7].isfinite() and bad.isfinite().sum() == 5000
 
 
+def test_collectives_without_an_agreement_count():
+    c, calls = Chooser(), 0
+    for _ in range(2 * len(CANDIDATES) * chooser.ROUNDS + chooser.WARM_UP + 1):
+        c.next("kind", CANDIDATES)
+        c.finished("kind", 1000, 1000)
+    assert c.settled("kind") == CANDIDATES[0]
+    # All ways have been equally fast: when it looks again, it tries them.
+    while c.settled("kind"):
+        c.next("kind", CANDIDATES)
+        c.finished("kind", 1000, 1000, count=31)
+        calls += 1
+    assert calls == -(-chooser.RECHECK // 31)
+
+
 @pytest.mark.world
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -197,7 +211,9 @@ def error_of_auto(tensor):
 
 
 def case_auto(rank, world_size, winner, elements):
-    tried = strategies.automatic_ways(BucketLayout([TensorSpec("", 0, elements, True)], world_size), 4, 1)
+    tried = strategies.automatic_ways(
+        BucketLayout([TensorSpec("", 0, elements, True)], world_size), torch.float32, qcomm.SigmaGrid()
+    )
     assert winner in tried
     with all_slow_but(winner, 0.03):
         for _ in range(len(tried) * chooser.ROUNDS):
@@ -240,7 +256,7 @@ def case_auto_in_ddp(rank, world_size):
     model = wrap()
     state = qcomm.attach(model, min_elements=100)
     with all_slow_but("two_phase", 0.02):
-        for step in range(14):
+        for step in range(len(strategies.AUTOMATIC) * chooser.ROUNDS):
             backward(model, rank, step)
             assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
     ways = state.stats()["strategies"]

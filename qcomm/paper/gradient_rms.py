@@ -68,13 +68,16 @@ def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
         for init in INITS
     ]
     uniform = [row for row in rows if row["init"] == "uniform"]
-    claims.append(
+    claims += [
         {
-            "quantity": "RMS of the gradient, first -> last epoch, layers 1, 2, 3",
+            "quantity": f"RMS of the gradient, first -> last epoch, layers 1, 2, 3, {init} initialisation",
             "paper": "falls; larger in higher layers",
-            "here": ", ".join(f"{row['first_rms']:.2g} -> {row['last_rms']:.2g}" for row in uniform),
+            "here": ", ".join(
+                f"{row['first_rms']:.2g} -> {row['last_rms']:.2g}" for row in rows if row["init"] == init
+            ),
         }
-    )
+        for init in INITS
+    ]
     claims.append(
         {
             "quantity": "log2(G + 1), bits, mean of layers 1, 2, 3",
@@ -100,7 +103,8 @@ def draw(document: Document) -> "Figure":
         plots.name_epochs(panels[1][column])
     panels[0][0].set_ylabel("RMS of a batch's gradient")
     panels[1][0].set_ylabel("entropy H of 16 bins, bits")
-    panels[0][0].legend(fontsize=8)
+    handles, labels = panels[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 

@@ -30,7 +30,7 @@ def assumptions(request: Request) -> list[str]:
     if codec.assumed:
         found.append(
             f"ASSUMED, not measured: qcomm codes {codec.encode_gb_per_s:g} GB/s of fp32 gradients on each GPU. Its "
-            "kernels have never run on one, and it has no NCCL path; set --codec-gbps to what you believe."
+            "kernels and its NCCL path have never run on one; set --codec-gbps to what you believe."
         )
     elif not codec.on_gpu:
         found.append("The codec is the profile's, on the CPU; copies between GPU and CPU are not counted.")

@@ -1,0 +1,33 @@
+"""The bench that holds the planner against measured all-reduces: it runs, and says how far off the planner is."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+BENCH = str(Path(__file__).parents[1] / "bench")
+
+
+@pytest.mark.world
+def test_points_are_predicted_from_what_the_ranks_measure(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("sklearn", reason="scikit-learn, which has the digits, is not installed")
+    monkeypatch.syspath_prepend(BENCH)
+    import check_planner
+
+    row = {"rate": "100mbit", "world_size": 2, "mib": 0.5, "p10": 0.04, "p90": 0.06, "seconds": 0.05}
+    rows = [
+        {**row, "method": "fp32", "bytes_sent": 2**19},
+        {**row, "method": "qcomm k=1", "bytes_sent": 2**15},
+        {**row, "method": "int8", "bytes_sent": 2**17},  # not the planner's
+    ]
+    source, result = tmp_path / "allreduce.json", tmp_path / "planner_check.json"
+    source.write_text(json.dumps({"load": [0.0, 0.0, 0.0], "rows": rows}))
+    arguments = ["--allreduce", str(source), "--rounds", "2", "--json", str(result)]
+    monkeypatch.setattr("sys.argv", ["check_planner.py", *arguments])
+    assert check_planner.main() in (0, 1)
+    found = json.loads(result.read_text())
+    assert [point["method"] for point in found["points"]] == ["fp32", "qcomm k=1"]
+    # Half a MiB each way at 12.5 MB/s, and at least the bytes' own time with compression.
+    fp32, compressed = (point["predicted"] for point in found["points"])
+    assert 0.039 < fp32 < 0.2 and 2**15 / 12.5e6 < compressed < fp32
+    assert "worst:" in capsys.readouterr().out
