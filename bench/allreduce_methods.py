@@ -5,7 +5,7 @@ handed to the transport, of torch's own all-reduces, and so of PowerSGD's, those
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -59,18 +59,18 @@ def plain(dtype: torch.dtype) -> Method:
 class _HookBucket:
     """What hooks ask of DDP's GradBucket, which Python cannot make."""
 
+    bucket: Bucket
     values: torch.Tensor
-    parts: list[torch.Tensor]
-    owners: list[torch.Tensor] = field(default_factory=list)
+    owners: Sequence[torch.Tensor] = ()
 
     def buffer(self) -> torch.Tensor:
         return self.values
 
     def gradients(self) -> list[torch.Tensor]:
-        return self.parts
+        return views(self.bucket, self.values)
 
     def parameters(self) -> list[torch.Tensor]:
-        return self.owners
+        return list(self.owners)
 
     def index(self) -> int:
         return 0
@@ -96,7 +96,7 @@ def power_sgd(rank: int, bucket: Bucket, error_feedback: bool) -> Method:
 
     def mean(buffer: torch.Tensor) -> int:
         before = state.total_numel_after_compression
-        powerSGD_hook(state, _HookBucket(buffer, views(bucket, buffer))).wait()  # type: ignore[arg-type]  # stands in
+        powerSGD_hook(state, _HookBucket(bucket, buffer)).wait()  # type: ignore[arg-type]  # stands in
         return ring_bytes(4 * (state.total_numel_after_compression - before))
 
     return mean
@@ -108,7 +108,6 @@ class Compressed:
 
     Attributes:
         timeline: of the last call.
-        chosen: the strategy of the last call.
     """
 
     grid: Grid
@@ -117,7 +116,6 @@ class Compressed:
     error_feedback: bool = False
     num_threads: int = 1
     timeline: list[Event] = field(default_factory=list)
-    chosen: str = ""
 
     def __post_init__(self) -> None:
         self._layout = BucketLayout(self.bucket.specs, dist.get_world_size())
@@ -134,13 +132,19 @@ class Compressed:
 
     def __call__(self, buffer: torch.Tensor) -> int:
         """The mean, and the bytes that this rank sent."""
-        self.timeline.clear()
         self._state.reset_stats()
-        bucket = _HookBucket(buffer, views(self.bucket, buffer), self._parameters)
-        self._state.reduce(bucket).wait()  # type: ignore[arg-type]  # stands in for a GradBucket
-        stats = self._state.stats()
-        self.chosen = stats["strategies"][0]
-        return int(stats["bytes_sent"])
+        self.average(buffer)
+        return int(self._state.stats()["bytes_sent"])
+
+    def average(self, buffer: torch.Tensor) -> None:
+        """The mean alone: counters are not read at every step, nor is the norm of residuals computed."""
+        self.timeline.clear()
+        self._state.reduce(_HookBucket(self.bucket, buffer, self._parameters)).wait()  # type: ignore[arg-type]  # stands in
+
+    @property
+    def chosen(self) -> str:
+        """The strategy of the last call."""
+        return str(self._state.stats()["strategies"][0])
 
     def bound(self, values: torch.Tensor, mean: torch.Tensor) -> torch.Tensor | None:
         """Most that each element of the first result may be off, rounding left out.
@@ -177,8 +181,9 @@ def timed(method: Method, values: torch.Tensor) -> float:
     """Seconds of one call on a copy of ``values``: of the slowest rank, all ranks beginning together."""
     buffer = values.clone()
     dist.barrier()
+    call = method.average if isinstance(method, Compressed) else method
     begin = time.perf_counter()
-    method(buffer)
+    call(buffer)
     seconds = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     return float(seconds)

@@ -122,7 +122,7 @@ def codec_timer(values: torch.Tensor, specs: Sequence[TensorSpec], method: str) 
     return time_once
 
 
-def process_timer(average: Callable[[torch.Tensor], int], values: torch.Tensor) -> Callable[[], Timings]:
+def process_timer(average: Callable[[torch.Tensor], object], values: torch.Tensor) -> Callable[[], Timings]:
     """Times all that a rank's threads do in a collective over loopback."""
     buffer = values.clone()
 
@@ -149,7 +149,7 @@ def cast_timer(values: torch.Tensor, dtype: torch.dtype) -> Callable[[], Timings
     return time_once
 
 
-def latency_timer(average: Callable[[torch.Tensor], int], messages: int) -> Callable[[], Timings]:
+def latency_timer(average: Callable[[torch.Tensor], object], messages: int) -> Callable[[], Timings]:
     """Times a collective of one value, by the messages in it that follow each other."""
     tiny = torch.ones(1)
 
@@ -173,9 +173,9 @@ def measure_rank(mib: float, rounds: int) -> dict[str, Timings]:
     tiny = Bucket(torch.ones(1), [TensorSpec("tiny", 0, 1, False)], [torch.Size([1])])
     for method in STEPS:
         found[method] = slowest(codec_timer(values, specs, method), rounds)
-        found[method] |= slowest(process_timer(Compressed(GRIDS[method], gradients), values), rounds)
+        found[method] |= slowest(process_timer(Compressed(GRIDS[method], gradients).average, values), rounds)
         # A header, and a message in each exchange.
-        found[method] |= slowest(latency_timer(Compressed(GRIDS[method], tiny), 2 * world), LATENCY_ROUNDS, 0.1)
+        found[method] |= slowest(latency_timer(Compressed(GRIDS[method], tiny).average, 2 * world), LATENCY_ROUNDS, 0.1)
     return found
 
 
