@@ -56,7 +56,7 @@ from qcomm.telemetry import Telemetry
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 STEPS = {"qcomm k=1": 1.0, "qcomm k=2": 2.0}
-LATENCY_ROUNDS = 50  # of which the fastest tenth counts: other work on the machine delays most of them
+LATENCY_ROUNDS = 50
 TOLERANCE, NEEDED = 0.15, 0.8
 
 # Of a full Ethernet frame, as tc counts it: 14 of header, 20 of IPv4, 32 of TCP with time stamps.
@@ -68,8 +68,8 @@ KIB = 1024
 Timings = dict[str, float]
 
 
-def slowest(function: Callable[[], Timings], rounds: int, quantile: float = 0.5) -> Timings:
-    """Medians, or other quantiles, over rounds of the slowest rank's seconds; all ranks run at once."""
+def slowest(function: Callable[[], Timings], rounds: int) -> Timings:
+    """Medians, over rounds, of the slowest rank's seconds; all ranks run at once."""
     found: list[torch.Tensor] = []
     names: list[str] = []
     for _ in range(rounds + 1):
@@ -78,7 +78,7 @@ def slowest(function: Callable[[], Timings], rounds: int, quantile: float = 0.5)
         names, seconds = list(timings), torch.tensor(list(timings.values()), dtype=torch.float64)
         dist.all_reduce(seconds, dist.ReduceOp.MAX)
         found.append(seconds)
-    seconds = torch.stack(found[1:]).quantile(quantile, dim=0)  # the first round allocates
+    seconds = torch.stack(found[1:]).median(dim=0).values  # the first round allocates
     return dict(zip(names, seconds.tolist(), strict=True))
 
 
@@ -127,6 +127,7 @@ def process_timer(average: Callable[[torch.Tensor], object], values: torch.Tenso
     buffer = values.clone()
 
     def time_once() -> Timings:
+        buffer.copy_(values)
         begin = time.process_time()
         average(buffer)
         return {"process": time.process_time() - begin}
@@ -169,13 +170,13 @@ def measure_rank(mib: float, rounds: int) -> dict[str, Timings]:
     found: dict[str, Timings] = {}
     for method, dtype in DTYPES.items():
         found[method] = slowest(cast_timer(values, dtype), rounds)
-        found[method] |= slowest(latency_timer(plain(dtype), 2 * (world - 1)), LATENCY_ROUNDS, 0.1)
+        found[method] |= slowest(latency_timer(plain(dtype), 2 * (world - 1)), LATENCY_ROUNDS)
     tiny = Bucket(torch.ones(1), [TensorSpec("tiny", 0, 1, False)], [torch.Size([1])])
     for method in STEPS:
         found[method] = slowest(codec_timer(values, specs, method), rounds)
         found[method] |= slowest(process_timer(Compressed(GRIDS[method], gradients).average, values), rounds)
         # A header, and a message in each exchange.
-        found[method] |= slowest(latency_timer(Compressed(GRIDS[method], tiny).average, 2 * world), LATENCY_ROUNDS, 0.1)
+        found[method] |= slowest(latency_timer(Compressed(GRIDS[method], tiny).average, 2 * world), LATENCY_ROUNDS)
     return found
 
 

@@ -10,8 +10,10 @@ bucket, and that has ended on every rank before its next step begins, because DD
 """
 
 import contextlib
+import operator
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import cast
@@ -20,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
+from qcomm.agreement import Fault, Phase
 from qcomm.communicator import Group, Ticket, failed
 from qcomm.errors import CollectiveError
 from qcomm.layout import BucketLayout
@@ -49,20 +52,14 @@ def can_bypass(group: Group) -> bool:
     return isinstance(backend, ProcessGroupGloo)
 
 
-def _identify(bucket: dist.GradBucket) -> tuple[object, ...]:
-    """What changes when DDP rebuilds its buckets, and when a model is moved."""
-    buffer = bucket.buffer()
-    return (buffer.numel(), buffer.dtype, buffer.device, *map(id, bucket.parameters()))
-
-
 @dataclass
 class Lane:
     """The steps of one bucket since an agreement.
 
     Attributes:
         group: of torch.
-        bucket: identifies it.
         layout, dtype: of its buffer.
+        parameters: of the bucket.
         ticket: of the agreement, until its end has been waited for.
         strategy: what all ranks have settled on then, if it is known. Set before the ticket ends.
         values: what is summed.
@@ -73,9 +70,9 @@ class Lane:
     """
 
     group: dist.ProcessGroup
-    bucket: tuple[object, ...]
     layout: BucketLayout
     dtype: torch.dtype
+    parameters: tuple[weakref.ref[torch.Tensor], ...]
     ticket: Ticket[torch.Tensor] | None = None
     strategy: str = ""
     values: PlainValues | None = field(default=None, repr=False)
@@ -84,6 +81,13 @@ class Lane:
     finished: int = 0
     seconds: float = 0.0
     last_seconds: float = 0.0
+
+    def is_of(self, bucket: dist.GradBucket, group: Group) -> bool:
+        """Whether this is still the bucket: DDP rebuilds its buckets once, and models are moved and replaced."""
+        buffer, parameters = bucket.buffer(), bucket.parameters()
+        same = group is self.group and buffer.dtype == self.dtype and buffer.numel() == self.layout.elements
+        known = [reference() for reference in self.parameters]
+        return same and buffer.device.type == "cpu" and all(map(operator.is_, known, parameters))
 
 
 class Bypass:
@@ -99,7 +103,7 @@ class Bypass:
         self._telemetry = telemetry
         self._lanes: dict[int, Lane] = {}
         self._lock = threading.Lock()  # of the lanes' counters, and of the table
-        self._broken: Exception | None = None
+        self._broken: tuple[dist.ProcessGroup, Exception] | None = None
 
     def __reduce__(self) -> tuple[type["Bypass"], tuple[Telemetry]]:
         """A copy knows of no agreement."""
@@ -108,7 +112,7 @@ class Bypass:
     def enter(self, bucket: dist.GradBucket, group: Group) -> Lane | None:
         """The lane of a bucket if this step of it needs no agreement: the same answer on all ranks."""
         lane = self._lanes.get(bucket.index())
-        if lane is None or lane.started == BYPASSED or lane.group is not group or lane.bucket != _identify(bucket):
+        if lane is None or lane.started == BYPASSED or not lane.is_of(bucket, group):
             return None
         if lane.ticket is not None:
             lane.ticket.join()
@@ -126,16 +130,23 @@ class Bypass:
         """A new lane for a bucket that is to be agreed on, None where it cannot pass; the caller sets its ticket."""
         self.flush()
         lane = None
+        if task.layout is not None and task.can_bypass and not isinstance(group, MpiGroup):
+            lane = Lane(group, task.layout, task.buffer.dtype, tuple(map(weakref.ref, bucket.parameters())))
         with self._lock:
-            self._lanes.pop(task.index, None)
-            if bucket.is_last():  # there were more before DDP rebuilt its buckets
-                self._lanes = {index: lane for index, lane in self._lanes.items() if index < task.index}
-            if task.layout is not None and task.can_bypass and not isinstance(group, MpiGroup):
-                lane = self._lanes[task.index] = Lane(group, _identify(bucket), task.layout, task.buffer.dtype)
+            before = self._lanes
+            # There were more before DDP rebuilt its buckets.
+            last = task.index if bucket.is_last() else max(before, default=0)
+            self._lanes = {index: kept for index, kept in before.items() if index != task.index and index <= last}
+            if lane is not None:
+                self._lanes[task.index] = lane
         return lane
 
     def reduce(
-        self, lane: Lane, bucket: dist.GradBucket, fail: Callable[[Exception], None]
+        self,
+        lane: Lane,
+        bucket: dist.GradBucket,
+        fail: Callable[[Exception], None],
+        owe: Callable[[Fault], None],
     ) -> torch.futures.Future[torch.Tensor]:
         """Starts the mean of torch's own hooks, ``allreduce_hook`` and ``bf16_compress_hook``.
 
@@ -143,6 +154,7 @@ class Bypass:
             lane: what :meth:`enter` returned.
             bucket: its buffer holds the mean in the end.
             fail: called with the error if there is one, which the Future then raises.
+            owe: called with what the others are to be told when ranks next agree.
         """
         index, buffer, begin = bucket.index(), bucket.buffer(), time.perf_counter()
         last = bucket.is_last()
@@ -167,14 +179,15 @@ class Bypass:
 
         self._telemetry.mark(index, "exchange_1")
         try:
-            if self._broken is not None:
-                raise CollectiveError(f"bucket {index} was not averaged, as an earlier one was not: {self._broken}")
+            if self._broken is not None and self._broken[0] is lane.group:
+                raise CollectiveError(f"bucket {index} was not averaged, as an earlier one was not: {self._broken[1]}")
             values = lane.values = lane.values or PlainValues(lane.strategy, lane.layout, lane.dtype)
             with torch.no_grad():
                 sums = [lane.group.allreduce([part]).get_future() for part in values.load(buffer)]
         except Exception as error:  # noqa: BLE001 - any: DDP could not go on after it, so the Future raises it
             # The others sum, and wait for this rank: no other sum of its may meet that one.
-            self._broken = error
+            self._broken = lane.group, error
+            owe(Fault(Phase.ENCODE, error))
             fail(error)
             return failed(error).future
         lane.under_way = cast(torch.futures.Future[torch.Tensor], torch.futures.collect_all(sums).then(finish))
@@ -195,6 +208,8 @@ class Bypass:
         """Counts what has passed. Not done at every step, which would take as long as sending a small bucket."""
         with self._lock:
             for index, lane in self._lanes.items():
+                if lane.under_way is not None and lane.under_way.done():
+                    lane.under_way = None  # it holds the buffer
                 count, seconds, last_seconds = lane.finished, lane.seconds, lane.last_seconds
                 if not count:
                     continue

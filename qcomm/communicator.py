@@ -33,6 +33,7 @@ __all__ = [
     "get_communicator",
     "get_ranks",
     "get_world_size",
+    "is_agreed",
     "resolve_group",
 ]
 
@@ -253,7 +254,7 @@ class Communicator:
         try:
             result = job()
         except Exception as error:  # noqa: BLE001 - any: it belongs to the thread that waits for the ticket
-            if not _is_agreed(error):
+            if not is_agreed(error):
                 # The peers may be waiting for this rank: with the connections gone they get an error now and not
                 # after the timeout.
                 self._broken = error
@@ -263,7 +264,7 @@ class Communicator:
             ticket.complete(result, None)
 
 
-def _is_agreed(error: Exception) -> bool:
+def is_agreed(error: Exception) -> bool:
     """Whether all ranks left the collective at the same point, so that the next one can begin."""
     return isinstance(error, (CollectiveError, ConfigMismatchError)) and not isinstance(error, TransportError)
 

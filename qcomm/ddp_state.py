@@ -19,6 +19,7 @@ from qcomm.communicator import (
     failed,
     get_communicator,
     get_world_size,
+    is_agreed,
     resolve_group,
 )
 from qcomm.cost_model import Profile
@@ -36,7 +37,6 @@ from qcomm.mean import MeanTask, attempt
 from qcomm.nodes import resolve_ranks_per_node
 from qcomm.strategies import average, settled
 from qcomm.telemetry import Telemetry
-from qcomm.transport import TransportError
 
 __all__ = ["CompressionState"]
 
@@ -213,6 +213,7 @@ class CompressionState:
             ValueError: of another format, damaged, or not of one run; nothing has changed then.
         """
         self._step = restore(state_dict, self._table, self._feedback)
+        self._owed_fault = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what belongs to the process: its group, its parameters' identity, its ``grad_scale``.
@@ -239,17 +240,19 @@ class CompressionState:
         self._table.bind(model)
         self._model_group = process_group
         self._bypass.flush()
-        self._bypass = Bypass(self.telemetry)  # what ranks agreed on before is not what they agree on now
+        # What ranks agreed on, and owe each other, was about another model.
+        self._bypass, self._owed_fault = Bypass(self.telemetry), None
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Starts averaging a bucket. Never raises, because DDP could not go on; the Future does."""
         index, buffer = bucket.index(), bucket.buffer()
         self.telemetry.mark(index, "ready")
         _, fault = attempt(Phase.PREPARE, self._begin, index)
-        self._owed_fault = self._owed_fault or fault
+        if fault is not None:
+            self._owe(fault)
         try:
             group = resolve_group(self.process_group)
-            lane = self._bypass.enter(bucket, group)
+            lane = self._bypass.enter(bucket, group) if self._step > self.warmup_steps else None
             if lane is not None:
                 return self._pass_by(lane, bucket)
             world_size = get_world_size(group)
@@ -276,7 +279,7 @@ class CompressionState:
 
     def _pass_by(self, lane: Lane, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """A step without an agreement. What is owed to the other ranks must wait: nobody may be missing in the sum."""
-        future = self._bypass.reduce(lane, bucket, self._note_error)
+        future = self._bypass.reduce(lane, bucket, self._note_error, self._owe)
         if self._error_pass == self._pass:  # seen here, or the sum is seen where the error was noted
             self._bypass.drain()
         return future
@@ -304,6 +307,9 @@ class CompressionState:
 
     def _note_error(self, error: Exception) -> None:
         self._error = error
+
+    def _owe(self, fault: Fault) -> None:
+        self._owed_fault = self._owed_fault or fault
 
     def _begin(self, index: int) -> None:
         """Begins a new step, if this bucket is its first."""
@@ -379,7 +385,7 @@ class CompressionState:
                 self._failed_pass = number
             elif lane is not None:  # they went on
                 lane.strategy = settled(task, communicator)
-            if not isinstance(error, TransportError):  # the connections must be closed first, for the others' sake
+            if is_agreed(error):  # otherwise connections must be closed first, for the others' sake
                 self._bypass.drain()
             raise
         if lane is not None:

@@ -77,7 +77,8 @@ class Telemetry:
             "reduce", "exchange_2", ..., "decode", "done" on the worker thread, each at the beginning of what it names.
             Of a bucket in slices all but the first and the last come once for each slice, in the order of
             :mod:`qcomm.schedule`; "exchange_1" and "exchange_2" are then the waits for a slice's messages. On
-            a device there are "ready", "launch" and "launched", on the calling thread. It must not raise.
+            a device there are "ready", "launch" and "launched", on the calling thread; of a bucket that bypasses the
+            worker thread "ready" and "exchange_1" on the calling one and "done" on gloo's. It must not raise.
     """
 
     timeline: list[Event] | None = None

@@ -246,6 +246,59 @@ def test_a_state_in_another_group_agrees_again():
     run(2, case_another_group)
 
 
+def case_other_group_without_attach(rank, world_size):
+    """``register_comm_hook`` tells the state nothing of the model: the group that is asked for may be another one."""
+    groups = [dist.new_group() for _ in range(2)]
+    model = wrap(process_group=groups[0])
+    state = qcomm.CompressionState(groups[0], strategy="none")
+    model.register_comm_hook(state, qcomm.compression_hook)
+    for _ in range(AGREED + 1):
+        backward(model, rank)
+    state.given_group = groups[1]
+    before = get_communicator(groups[1]).agreements
+    backward(model, rank)
+    assert get_communicator(groups[1]).agreements > before
+    for group in groups:
+        dist.destroy_process_group(group)
+
+
+def test_another_group_without_attach():
+    run(2, case_other_group_without_attach)
+
+
+def case_warm_up(rank, world_size):
+    """Warm-up steps are agreed on, also those that a checkpoint goes back to."""
+    model = wrap()
+    state = qcomm.attach(model, strategy="none", warmup_steps=3)
+    saved, counts = state.state_dict(), []
+    for step in range(10):
+        if step == 7:
+            state.load_state_dict(saved)
+        before = agreements()
+        backward(model, rank)
+        counts.append(agreements() > before)
+    assert counts == [True] * 4 + [False] * 3 + [True] * 3
+
+
+def test_warm_up_is_not_bypassed():
+    run(2, case_warm_up)
+
+
+def case_join(rank, world_size):
+    """A rank that runs out of images in a bypassed step takes part with zeros until the others do, too."""
+    model = wrap()
+    qcomm.attach(model, strategy="bf16", min_elements=0)
+    with model.join():
+        for step in range(AGREED + 3 + 2 * rank):
+            backward(model, rank, step)
+    dist.barrier()
+    assert_same_on_all_ranks(*model.parameters())
+
+
+def test_join():
+    run(2, case_join)
+
+
 def case_reordered(rank, world_size):
     """DDP turns the parameters of its one bucket round after the first step, and what is excluded moves."""
     model = torch.nn.parallel.DistributedDataParallel(mlp())
@@ -315,6 +368,12 @@ def case_memory(rank, world_size):
     with out_of_memory if rank == 1 else nullcontext():
         error = error_of(model, rank)
     assert ("can't allocate memory" if rank == 1 else "was not averaged") in str(error), error
+    store = dist.distributed_c10d._get_default_store()
+    store.set(f"failed on {rank}", "")
+    store.wait([f"failed on {other}" for other in range(world_size)])  # rank 0 after the timeout
+    # The group is gone, and when ranks next agree, over connections of qcomm's own, all hear why.
+    errors = [str(error_of(model, rank)) for _ in range(bypass.BYPASSED)]
+    assert "rank 1 failed while compressing its values: RuntimeError: can't allocate memory" in errors[-1], errors[-1]
 
 
 def test_a_rank_without_memory():
