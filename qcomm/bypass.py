@@ -62,7 +62,7 @@ class Lane:
         parameters: of the bucket.
         ticket: of the agreement, until its end has been waited for.
         strategy: what all ranks have settled on then, if it is known. Set before the ticket ends.
-        values: what is summed.
+        memory: of what is summed, by strategy.
         under_way: the last sum, until it ends.
         started: how many steps have gone past since.
         finished, seconds, last_seconds: how many of them have ended that the telemetry does not know of, how long they
@@ -75,12 +75,18 @@ class Lane:
     parameters: tuple[weakref.ref[torch.Tensor], ...]
     ticket: Ticket[torch.Tensor] | None = None
     strategy: str = ""
-    values: PlainValues | None = field(default=None, repr=False)
+    memory: dict[str, PlainValues] = field(default_factory=dict)
     under_way: torch.futures.Future[torch.Tensor] | None = None
     started: int = 0
     finished: int = 0
     seconds: float = 0.0
     last_seconds: float = 0.0
+
+    def settle(self, strategy: str) -> None:
+        """Notes what all ranks have settled on, or "" while ways are being tried."""
+        self.strategy = strategy
+        for other in set(self.memory).difference([strategy] if strategy else PLAIN):
+            del self.memory[other]
 
     def is_of(self, bucket: dist.GradBucket, group: Group) -> bool:
         """Whether this is still the bucket: DDP rebuilds its buckets once, and models are moved and replaced."""
@@ -132,8 +138,11 @@ class Bypass:
         lane = None
         if task.layout is not None and task.can_bypass and not isinstance(group, MpiGroup):
             lane = Lane(group, task.layout, task.buffer.dtype, tuple(map(weakref.ref, bucket.parameters())))
+            task.memory = lane.memory
         with self._lock:
             before = self._lanes
+            if lane is not None and task.index in before and before[task.index].layout is lane.layout:
+                task.memory = lane.memory = before[task.index].memory
             # There were more before DDP rebuilt its buckets.
             last = task.index if bucket.is_last() else max(before, default=0)
             self._lanes = {index: kept for index, kept in before.items() if index != task.index and index <= last}
@@ -181,7 +190,9 @@ class Bypass:
         try:
             if self._broken is not None and self._broken[0] is lane.group:
                 raise CollectiveError(f"bucket {index} was not averaged, as an earlier one was not: {self._broken[1]}")
-            values = lane.values = lane.values or PlainValues(lane.strategy, lane.layout, lane.dtype)
+            if lane.strategy not in lane.memory:
+                lane.memory[lane.strategy] = PlainValues(lane.strategy, lane.layout, lane.dtype)
+            values = lane.memory[lane.strategy]
             with torch.no_grad():
                 sums = [lane.group.allreduce([part]).get_future() for part in values.load(buffer)]
         except Exception as error:  # noqa: BLE001 - any: DDP could not go on after it, so the Future raises it

@@ -218,9 +218,9 @@ class Communicator:
         """The messages of this job, under way while it computes."""
         return Pipeline(self._transport, self._sequence)
 
-    def sum(self, buffer: torch.Tensor) -> None:
-        """Replaces ``buffer`` by its sum over all ranks."""
-        self._transport.sum(buffer, "summing values")
+    def sum(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Replaces each of ``buffers`` by its sum over all ranks."""
+        self._transport.sum(buffers, "summing values")
 
     def announce_later(self, fault: Fault) -> None:
         """Remembers a fault after the last exchange of a job; the other ranks hear of it in the next job's first."""

@@ -384,12 +384,12 @@ class CompressionState:
             if communicator.pending_fault is None:  # all ranks know, and leave out the rest of the step
                 self._failed_pass = number
             elif lane is not None:  # they went on
-                lane.strategy = settled(task, communicator)
+                lane.settle(settled(task, communicator))
             if is_agreed(error):  # otherwise connections must be closed first, for the others' sake
                 self._bypass.drain()
             raise
         if lane is not None:
-            lane.strategy = settled(task, communicator)
+            lane.settle(settled(task, communicator))
         self._count(task.layout, task.buffer)
         if ready is not None:
             self.telemetry.add(wait_seconds=time.perf_counter() - ready)

@@ -102,19 +102,24 @@ class GlooTransport(Transport):
             except RuntimeError:  # its connection was closed
                 continue
 
-    def sum(self, buffer: torch.Tensor, what: str) -> None:
-        """See :meth:`Transport.sum`: gloo's own all-reduce."""
+    def sum(self, buffers: Sequence[torch.Tensor], what: str) -> None:
+        """See :meth:`Transport.sum`: gloo's own all-reduce, of all buffers at once."""
         if self.world_size == 1:
             return
         if self._gloo is None:
             raise self._closed()
-        try:
-            self._gloo.allreduce([buffer]).wait()
-        except RuntimeError as error:
+        sums, failures = [], []
+        for buffer in buffers:
+            try:
+                sums.append(Transfer(self.rank, self._gloo.allreduce([buffer])))
+            except RuntimeError as error:
+                failures.append((self.rank, error))
+        failures += self._wait(sums)
+        if failures:
             raise TransportError(
                 f"rank {self.ranks[self.rank]}, {what}: no answer from some rank of {list(self.ranks)} (died, closed "
-                f"the connection, or silent for {self.timeout.total_seconds():g} s): {error}"
-            ) from error
+                f"the connection, or silent for {self.timeout.total_seconds():g} s): {failures[0][1]}"
+            ) from failures[0][1]
 
     def close(self) -> None:
         """See :meth:`Transport.close`."""

@@ -1,7 +1,7 @@
 """What the ways to a mean have in common: the task, and how a rank's own failure is kept for the others."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -11,6 +11,7 @@ from qcomm.cost_model import Profile
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.grids import Grid
 from qcomm.layout import BucketLayout
+from qcomm.plain_values import PlainValues
 from qcomm.telemetry import Telemetry
 
 __all__ = ["MeanTask", "attempt", "is_zero"]
@@ -39,6 +40,7 @@ class MeanTask:
         own_time: nanoseconds of this rank's last collective of the kind, for the headers (see :mod:`qcomm.chooser`).
         bypassed: how many collectives of the kind have run since its last agreement without one.
         can_bypass: whether further ones may (see :mod:`qcomm.bypass`).
+        memory: of earlier collectives on this buffer, by strategy (see :class:`qcomm.plain_values.PlainValues`).
         num_threads: most that encode and decode at once; need not be equal on all ranks.
     """
 
@@ -57,6 +59,7 @@ class MeanTask:
     own_time: int = 0
     bypassed: int = 0
     can_bypass: bool = False
+    memory: dict[str, PlainValues] = field(default_factory=dict)
     num_threads: int = 1
 
     @property

@@ -198,11 +198,12 @@ class MpiTransport(Transport):
             message.give_up()
         self.close()
 
-    def sum(self, buffer: torch.Tensor, what: str) -> None:
+    def sum(self, buffers: Sequence[torch.Tensor], what: str) -> None:
         """See :meth:`Transport.sum`: a ring, whose messages can be given up, unlike a collective of MPI's."""
         if self._is_closed:
             raise self._closed()
-        ring_sum(self, buffer, what)
+        for buffer in buffers:
+            ring_sum(self, buffer, what)
 
     def close(self) -> None:
         """Says farewell; where all ranks do so in good order the communicator is freed, otherwise MPI's end ends it.

@@ -56,8 +56,7 @@ def _mean(strategy: str, task: MeanTask, communicator: Communicator) -> torch.Te
         if loaded is None:  # the others are on their way into the sum, and see it from the connections
             raise cast(Fault, late).error
         values, parts = loaded
-        for part in parts:
-            communicator.sum(part)
+        communicator.sum(parts)
     task.telemetry.add_traffic("overhead", overhead)
     count_rings(task.telemetry, strategy, task.agreed_layout, task.buffer.dtype)
     _, fault = attempt(Phase.DECODE, _store, task, values)
@@ -86,8 +85,9 @@ def _add_residuals(task: MeanTask, rank: int) -> None:
 def _load(task: MeanTask, strategy: str) -> tuple[PlainValues, Sequence[torch.Tensor]]:
     """This rank's share of the mean: what is to be summed."""
     with task.telemetry.timed("encode_seconds"):
-        values = PlainValues(strategy, task.agreed_layout, task.buffer.dtype)
-        return values, values.load(task.buffer)
+        if strategy not in task.memory:
+            task.memory[strategy] = PlainValues(strategy, task.agreed_layout, task.buffer.dtype)
+        return task.memory[strategy], task.memory[strategy].load(task.buffer)
 
 
 def _store(task: MeanTask, values: PlainValues) -> None:

@@ -102,8 +102,8 @@ class Transport(ABC):
         """Closes the connections and sees to it that nobody writes to the memory of ``transfers`` that others use."""
 
     @abstractmethod
-    def sum(self, buffer: torch.Tensor, what: str) -> None:
-        """Replaces ``buffer`` by its sum over all ranks, the same bits on all, and over every transport.
+    def sum(self, buffers: Sequence[torch.Tensor], what: str) -> None:
+        """Replaces each of ``buffers`` by its sum over all ranks, the same bits on all, and over every transport.
 
         Raises:
             TransportError: a peer is gone.

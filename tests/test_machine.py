@@ -104,10 +104,10 @@ def case_auto(rank, world_size, path):
         return set(tried)
 
     count = 200_000
-    assert ways(count, profile=FAST) == {"none"}
-    # Compression is far ahead on this link; the plain way is tried all the same, because a profile may be old.
-    assert ways(count, profile=path) == {"none", "two_phase"}
-    assert len(ways(50_001)) == 3
+    assert ways(count, profile=FAST) == {"none", "bf16"}
+    # Compression is far ahead on this link; the plain ways are tried all the same, because a profile may be old.
+    assert ways(count, profile=path) == {"none", "bf16", "two_phase"}
+    assert len(ways(50_001)) == 4
     with pytest.raises(
         qcomm.ConfigMismatchError, match=r"profile: link 0\.0001 GB/s .* on rank 0, None on rank"
     ) as error:
