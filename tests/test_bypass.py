@@ -356,7 +356,7 @@ def case_memory(rank, world_size):
     assert ("can't allocate memory" if rank == 1 else "was not averaged") in str(error), error
     store = dist.distributed_c10d._get_default_store()
     store.set(f"failed on {rank}", "")
-    store.wait([f"failed on {other}" for other in range(world_size)])  # rank 0 after the timeout
+    store.wait([f"failed on {other}" for other in range(world_size)], TIMEOUT)  # rank 0 after the group's timeout
     # The group is gone, and when ranks next agree, over connections of qcomm's own, all hear why.
     errors = [str(error_of(model, rank)) for _ in range(bypass.BYPASSED)]
     assert "rank 1 failed while compressing its values: RuntimeError: can't allocate memory" in errors[-1], errors[-1]
