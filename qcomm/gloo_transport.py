@@ -108,18 +108,27 @@ class GlooTransport(Transport):
             return
         if self._gloo is None:
             raise self._closed()
-        sums, failures = [], []
-        for buffer in buffers:
-            try:
-                sums.append(Transfer(self.rank, self._gloo.allreduce([buffer])))
-            except RuntimeError as error:
-                failures.append((self.rank, error))
-        failures += self._wait(sums)
-        if failures:
+        reason = self._sum_all(buffers)
+        if reason is not None:
             raise TransportError(
                 f"rank {self.ranks[self.rank]}, {what}: no answer from some rank of {list(self.ranks)} (died, closed "
-                f"the connection, or silent for {self.timeout.total_seconds():g} s): {failures[0][1]}"
-            ) from failures[0][1]
+                f"the connection, or silent for {self.timeout.total_seconds():g} s): {reason}"
+            )
+
+    def _sum_all(self, buffers: Sequence[torch.Tensor]) -> str | None:
+        """Why not all could be summed, as text: an exception's traceback would keep transfers, and connections open."""
+        reasons, sums = [], []
+        for buffer in buffers:
+            try:
+                sums.append(self._gloo.allreduce([buffer]))
+            except RuntimeError as error:
+                reasons.append(str(error))
+        for work in sums:
+            try:
+                work.wait()
+            except RuntimeError as error:
+                reasons.append(str(error))
+        return reasons[0] if reasons else None
 
     def close(self) -> None:
         """See :meth:`Transport.close`."""
