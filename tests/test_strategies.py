@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from ddp_model import backward, error_of, exact_mean, wrap
 from distributed import all_reduce, assert_same_on_all_ranks, attach, gathered, run
 from hypothesis import given, settings
@@ -253,7 +254,8 @@ def test_auto_considers_nodes_where_it_is_told_of_them():
 
 
 def case_auto_in_ddp(rank, world_size):
-    model = wrap()
+    group = dist.new_group()  # with a chooser that knows nothing yet
+    model = wrap(process_group=group)
     state = qcomm.attach(model, min_elements=100)
     with all_slow_but("two_phase", 0.06):
         for step in range(len(strategies.AUTOMATIC) * chooser.ROUNDS):
@@ -264,6 +266,7 @@ def case_auto_in_ddp(rank, world_size):
     # The first step had one bucket of everything; those of the steps after it had time for their trials.
     assert [ways[index] for index in sorted(ways)][1:] == ["two_phase"] * (len(ways) - 1)
     assert error_of(model, rank) is None
+    dist.destroy_process_group(group)
 
 
 @pytest.mark.world
