@@ -10,7 +10,6 @@ bucket, and that has ended on every rank before its next step begins, because DD
 """
 
 import contextlib
-import operator
 import threading
 import time
 import weakref
@@ -92,8 +91,8 @@ class Lane:
         """Whether this is still the bucket: DDP rebuilds its buckets once, and models are moved and replaced."""
         buffer, parameters = bucket.buffer(), bucket.parameters()
         same = group is self.group and buffer.dtype == self.dtype and buffer.numel() == self.layout.elements
-        known = [reference() for reference in self.parameters]
-        return same and buffer.device.type == "cpu" and all(map(operator.is_, known, parameters))
+        same = same and buffer.device.type == "cpu" and len(parameters) == len(self.parameters)
+        return same and all(known() is other for known, other in zip(self.parameters, parameters, strict=True))
 
 
 class Bypass:
@@ -162,11 +161,14 @@ class Bypass:
         Args:
             lane: what :meth:`enter` returned.
             bucket: its buffer holds the mean in the end.
-            fail: called with the error if there is one, which the Future then raises.
+            fail: method that is called with the error if there is one, which the Future then raises.
             owe: called with what the others are to be told when ranks next agree.
         """
         index, buffer, begin = bucket.index(), bucket.buffer(), time.perf_counter()
         last = bucket.is_last()
+        # gloo's thread calls the next function and frees it. Were it then the last to hold the group, it would wait for
+        # itself, and the process would end; so the function holds nothing that holds a group.
+        find_self, find_lane, find_fail = weakref.ref(self), weakref.ref(lane), weakref.WeakMethod(fail)
 
         def finish(future: torch.futures.Future[list[torch.futures.Future[list[torch.Tensor]]]]) -> torch.Tensor:
             try:
@@ -176,14 +178,13 @@ class Bypass:
                     values.store(buffer)
             except RuntimeError as error:
                 failure = CollectiveError(f"bucket {index} was not averaged: {error}")
-                fail(failure)
+                if (report := find_fail()) is not None:
+                    report(failure)
+                    del report  # or the traceback holds it
                 raise failure from error
-            seconds = time.perf_counter() - begin
-            with self._lock:
-                lane.finished += 1
-                lane.seconds += seconds
-                lane.last_seconds += seconds if last else 0.0
-            self._telemetry.mark(index, "done")
+            bypass, of_lane = find_self(), find_lane()
+            if bypass is not None and of_lane is not None:
+                bypass.note_end(of_lane, index, last, time.perf_counter() - begin)
             return buffer
 
         self._telemetry.mark(index, "exchange_1")
@@ -203,6 +204,14 @@ class Bypass:
             return failed(error).future
         lane.under_way = cast(torch.futures.Future[torch.Tensor], torch.futures.collect_all(sums).then(finish))
         return lane.under_way
+
+    def note_end(self, lane: Lane, index: int, last: bool, seconds: float) -> None:
+        """Counts a sum that has ended well."""
+        with self._lock:
+            lane.finished += 1
+            lane.seconds += seconds
+            lane.last_seconds += seconds if last else 0.0
+        self._telemetry.mark(index, "done")
 
     def drain(self) -> None:
         """Waits for the sums under way.

@@ -94,6 +94,11 @@ class World:
         assert not failures, "\n".join(failures)
         return [replies[rank][1] for rank in range(self.world_size)]
 
+    def exit_codes(self):
+        """By rank, of the processes that have ended."""
+        codes = {rank: process.exitcode for rank, process in enumerate(self.processes)}
+        return {rank: code for rank, code in codes.items() if code is not None}
+
     def close(self, kill=False):
         for process, connection in zip(self.processes, self.connections, strict=True):
             if kill:
@@ -113,6 +118,9 @@ _worlds = {}
 
 def run(world_size, case, *args, **options):
     """Runs a case in the shared world of that size. A world in which a case failed is not used again."""
+    if world_size in _worlds and (ended := _worlds[world_size].exit_codes()):
+        _worlds.pop(world_size).close(kill=True)
+        raise AssertionError(f"after the last case, processes of the world ended with exit codes {ended}")
     if world_size not in _worlds:
         _worlds[world_size] = World(world_size)
     try:

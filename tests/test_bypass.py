@@ -144,6 +144,26 @@ def test_a_fault_of_a_bypassed_step_is_told_later():
     run(3, case_scale)
 
 
+def case_destroyed(rank, world_size):
+    """gloo's own threads must not be the last to hold a group: they would wait for themselves, and abort."""
+
+    def bypass_once():
+        group = dist.new_group()
+        model = wrap(process_group=group)
+        qcomm.attach(model, strategy="none")
+        for _ in range(AGREED + 1):
+            backward(model, rank)
+        dist.destroy_process_group(group)
+
+    for _ in range(50):
+        bypass_once()
+    assert gathered(rank) == list(range(world_size))
+
+
+def test_a_group_may_end_right_after_a_sum():
+    run(2, case_destroyed)
+
+
 def case_mixed(rank, world_size):
     """Some buckets are compressed and others bypass; a step in which a compressed one fails does not upset these."""
     model = wrap()
