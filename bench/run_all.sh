@@ -5,6 +5,7 @@
 #   allreduce 4    all methods on 25 MiB: 100 Mb/s and 1 Gb/s, 2 and 4 hosts
 #   feedback  1    the same with error feedback, 1 Gb/s, 2 hosts
 #   planner   2    what qcomm plan predicts of the first of these
+#   slices    2    25 MiB in 1, 2, 4 and 8 slices: 100 Mb/s and 1 Gb/s, 2 and 4 hosts
 #   sizes     3    64 KiB to 256 MiB: 1 Gb/s, 2 hosts
 #   pairs     3    auto against fp32 and bf16 without a limit, 2 and 4 ranks
 #   step      2    a ResNet-18 step over 100 Mb/s, 2 hosts, and its trace
@@ -20,7 +21,7 @@ python=${PYTHON:-.venv/bin/python}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 results=bench/results
 steps=("${@:-all}")
-[ "${steps[*]}" != all ] || steps=(allreduce feedback planner sizes pairs step scaling bitrate accuracy plots)
+[ "${steps[*]}" != all ] || steps=(allreduce feedback planner slices sizes pairs step scaling bitrate accuracy plots)
 
 run() {
     echo "run_all: bench/$*"
@@ -33,6 +34,7 @@ step() {
         feedback) run bench_allreduce.py --repeats 7 --error-feedback --rates 1gbit --worlds 2 \
             --json $results/allreduce_feedback.json ;;
         planner) run check_planner.py --json $results/planner_check.json || true ;;  # it fails where the planner is off
+        slices) run bench_slices.py --json $results/slices.json ;;
         sizes) run bench_allreduce.py --repeats 5 --rates 1gbit --worlds 2 --sizes 64K 256K 1M 4M 25M 64M 256M \
             --json $results/allreduce_sizes.json ;;
         pairs) run bench_allreduce.py --pairs 120 --rates none --worlds 2 4 --sizes 1M 25M \
@@ -45,7 +47,7 @@ step() {
         bitrate) run bench_bitrate.py --steps 66 --every 3 --json $results/bitrate.json ;;
         accuracy) run bench_time_to_accuracy.py --json $results/time_to_accuracy.json ;;
         plots) run plots.py && "$python" tools/make_tables.py ;;
-        *) sed -n '2,15p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,16p' "$0" >&2; exit 2 ;;
     esac
 }
 

@@ -143,13 +143,12 @@ def all_reduce(
     world_size = get_world_size(group)
     fault, node_size, machine = None, 1, None
     try:
-        _check_arguments(tensor, grid, min_elements, strategy)
+        _check_tensor(tensor)
+        check_exchange(grid, min_elements, strategy, ranks_per_node, num_threads)
         if _device.is_on_device(tensor):
             check_device_strategy(strategy)
             check_group(group, tensor.device)
             _device.core()
-        check_num_threads(num_threads)
-        check_ranks_per_node(ranks_per_node)
         node_size = resolve_ranks_per_node(ranks_per_node, world_size, strategy)
         machine = resolve_profile(profile, strategy)
     except (TypeError, ValueError, OSError, RuntimeError) as error:
@@ -236,10 +235,7 @@ def _submit(group: Group, task: MeanTask, tensor: torch.Tensor | None) -> Ticket
     return communicator.submit(job)
 
 
-def _check_arguments(tensor: object, grid: object, min_elements: object, strategy: object) -> None:
-    check_grid(grid)
-    check_min_elements(min_elements)
-    check_strategy(strategy)
+def _check_tensor(tensor: object) -> None:
     checked = check_floats("tensor", tensor, devices=("cpu", "cuda"))
     if checked.is_inference():
         raise ValueError(

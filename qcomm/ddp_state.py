@@ -302,7 +302,7 @@ class CompressionState:
         return future
 
     def _failed(self, error: Exception) -> torch.futures.Future[torch.Tensor]:
-        self._error = error
+        self._note_error(error)
         return failed(error).future
 
     def _note_error(self, error: Exception) -> None:

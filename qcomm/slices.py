@@ -17,8 +17,7 @@ __all__ = ["MOST_SLICES", "SLICE_ELEMENTS", "Slice", "cut_slices"]
 
 # Below so many elements of a chunk a slice's messages and calls take longer than it saves by waiting less.
 SLICE_ELEMENTS = 1 << 17
-# Two hide most of what can be hidden, and every further one costs messages: among 2 and 4 hosts at 100 Mb/s and 1 Gb/s
-# 25 MiB took about a tenth longer with 1, 4 or 8 slices than with 2; 64 MiB at 1 Gb/s no longer than with 4 or 8.
+# Two hide most of what can be hidden, and every further one costs messages: bench/bench_slices.py.
 MOST_SLICES = 2
 
 Slice = Sequence[Chunk]  # one part of each rank's chunk, in rank order

@@ -75,7 +75,8 @@ def _kind(task: MeanTask) -> Hashable:
     """What has to be equal for two collectives to take equally long."""
     layout = task.agreed_layout
     values = layout.elements, layout.compressed_elements, task.buffer.dtype
-    return (*values, task.grid, task.feedback is None, task.ranks_per_node, task.profile)
+    # What may be bypassed is timed without its agreement.
+    return (*values, task.grid, task.feedback is None, task.ranks_per_node, task.profile, task.can_bypass)
 
 
 def automatic_ways(
