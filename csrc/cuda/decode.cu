@@ -156,7 +156,8 @@ public:
 
     // Whether a packet's tile covers the same values as another's.
     __device__ bool matches(const SegmentView& other) const {
-        return segment_->count == other.count && segment_->first_value == other.first_value;
+        return segment_->count == other.count && segment_->first_value == other.first_value &&
+               segment_->first_sum_tile == other.first_sum_tile;
     }
 
     // Values [at, at + n) of the tile to sink.put(0 ... n - 1); false where a block is malformed.

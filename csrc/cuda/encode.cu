@@ -221,6 +221,7 @@ __device__ BlockResult encode_block(const Values& u, const Levels& grid, const Q
     const BlockResult result = encoder.finish(entry_mask != 0, q.num_bits);
     const BlockMode mode = BlockInfo::unpack(result.info).mode;
     if (mode == BlockMode::kFixed) {
+        __syncwarp();  // other lanes have put code words there
         auto* const packed = reinterpret_cast<std::uint32_t*>(place.slot.begin + place.slot.shape.words_at);
         const auto words = static_cast<int>(ceil_div(packed_bytes(place.n, q.num_bits), 4));
         for (int i = lane_number(); i < words; i += kWarpLanes)

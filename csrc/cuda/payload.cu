@@ -56,18 +56,43 @@ public:
     __device__ std::uint32_t word(int i) const { return half(2 * i) | half(2 * i + 1) << 16; }
 
 private:
+    // Without a branch, so that loads of many words can be under way at once.
     __device__ std::uint32_t half(int k) const {
-        if (k < value_halves_) return values_[k];
-        k -= value_halves_;
-        if (k < info_.escape_count) return positions_[k];
-        k -= info_.escape_count;
-        return k < body_halves_ ? body_[k] : 0u;
+        const int positions_at = value_halves_, body_at = positions_at + info_.escape_count;
+        const std::uint16_t* from = k < positions_at ? values_ + k : positions_ + (k - positions_at);
+        if (k >= body_at) from = body_ + (k - body_at);
+        return k < body_at + body_halves_ ? *from : 0u;
     }
 
     BlockInfo info_;
     int value_halves_, body_halves_;
     const std::uint16_t *values_, *positions_, *body_;
 };
+
+// Words [lane's first, end) of a row that a warp writes; word i is word_at(i). Several are read before the first is
+// written: the compiler may not move a read above a write, and each would wait for memory by itself.
+template <class Index, class WordAt>
+__device__ __forceinline__ void write_words(std::uint32_t* to, Index first, Index end, WarpChecksum& sum,
+                                            const WordAt& word_at) {
+    constexpr int kAtOnce = 8;
+    Index i = first;
+    for (; i + (kAtOnce - 1) * kWarpLanes < end; i += kAtOnce * kWarpLanes) {
+        std::uint32_t words[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) words[k] = word_at(i + k * kWarpLanes);
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) {
+            to[i + k * kWarpLanes] = words[k];
+            sum.absorb(words[k]);
+        }
+    }
+#pragma unroll 1
+    for (; i < end; i += kWarpLanes) {
+        const std::uint32_t word = word_at(i);
+        to[i] = word;
+        sum.absorb(word);
+    }
+}
 
 // A packet being written, by one warp.
 template <class Tr, bool kAdjusted>
@@ -104,17 +129,17 @@ struct Unit {
         const std::int64_t end = e.ends[segment.first_block + b] - state.units_before;
         std::uint32_t* const to = payload_word(4 * (end - block.units));
         WarpChecksum sum;
-        for (int i = lane_number(); i < static_cast<int>(block.units); i += kWarpLanes) {
-            std::uint32_t word = block.info;
-            if (i > 0 && info.mode == BlockMode::kRaw) {
-                word = value_word<Tr>(u, begin, n, i - 1);
-            } else if (i >= head) {
-                word = tail.word(i - head);
-            } else if (i > 0) {
-                word = reinterpret_cast<const std::uint32_t*>(slot)[i - 1];
-            }
-            to[i] = word;
-            sum.absorb(word);
+        const int lane = lane_number(), words = static_cast<int>(block.units);
+        if (info.mode == BlockMode::kRaw) {
+            write_words(to, lane, words, sum,
+                        [&](int i) { return i == 0 ? block.info : value_word<Tr>(u, begin, n, i - 1); });
+        } else {
+            const int first_rows = words < 2 * kWarpLanes ? words : 2 * kWarpLanes;  // the head is in these
+            write_words(to, lane, first_rows, sum, [&](int i) {
+                if (i >= head) return tail.word(i - head);
+                return i == 0 ? block.info : reinterpret_cast<const std::uint32_t*>(slot)[i - 1];
+            });
+            write_words(to, lane + 2 * kWarpLanes, words, sum, [&](int i) { return tail.word(i - head); });
         }
         const std::uint32_t checksum = sum.finish(4 * static_cast<std::int64_t>(block.units));
         if (lane_number() == 0) {
@@ -147,11 +172,7 @@ struct Unit {
         if (first >= words) return;
         const std::int64_t end = words - first < kPieceWords ? words : first + kPieceWords;
         WarpChecksum sum;
-        for (std::int64_t i = first + lane_number(); i < end; i += kWarpLanes) {
-            const std::uint32_t word = word_at(i);
-            *payload_word(4 * i) = word;
-            sum.absorb(word);
-        }
+        write_words(payload_word(0), first + lane_number(), end, sum, word_at);
         const std::uint32_t checksum = sum.finish(4 * (end - first));
         if (lane_number() == 0) *piece_sum = checksum;
     }

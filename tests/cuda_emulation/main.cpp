@@ -158,7 +158,34 @@ void bucket_group() {
     decode_both<BFloat16>(encode_both(bucket<BFloat16>(5, 1, false), "bfloat16 bucket"), "bfloat16 bucket");
 }
 
+// One packet for each list of counts.
+std::vector<std::vector<std::uint8_t>> packets_of(const std::vector<std::vector<std::int64_t>>& cuts) {
+    std::vector<std::vector<std::uint8_t>> packets;
+    for (const auto& counts : cuts) {
+        EncodeCase<Float32> c;
+        for (const std::int64_t count : counts) {
+            const auto t = static_cast<std::int32_t>(c.values.size());
+            c.values.push_back(make_values<Float32>(Kind::kGaussian, count, static_cast<std::uint64_t>(t)));
+            c.residuals.emplace_back();
+            c.quantizers.push_back(kSigmaGrids[1].quantizer);
+            c.k.push_back(kSigmaGrids[1].k);
+            c.rules.push_back(kSigmaGrids[1].rule);
+            c.segments.push_back({t, 0, count, nullptr});
+        }
+        c.packets = {static_cast<int>(counts.size())};
+        c.steps = 8;
+        packets.push_back(encode_both(c, "other segments")[0]);
+    }
+    return packets;
+}
+
 void damage_group() {
+    // The last segments are at the same place, but in tiles of other numbers.
+    for (const auto& cuts : {std::vector<std::vector<std::int64_t>>{{32, 32, 100}, {64, 100}},
+                             std::vector<std::vector<std::int64_t>>{{64, 100}, {32, 32, 100}},
+                             std::vector<std::vector<std::int64_t>>{{700, 700, 3000}, {1400, 3000}}}) {
+        refuse_sum<Float32>(packets_of(cuts), "packets with other segments were added up");
+    }
     for (const Kind kind : {Kind::kGaussian, Kind::kHeavy, Kind::kSparse}) {
         for (const int g : {0, 1, 4}) {
             EncodeCase<Float32> c = one<Float32>(kind, 1500, kSigmaGrids[g], false);

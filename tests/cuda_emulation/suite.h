@@ -60,6 +60,10 @@ void decode_both(const std::vector<std::vector<std::uint8_t>>& packets, const st
 template <class Tr>
 void sum_both(const std::vector<std::vector<std::uint8_t>>& packets, const std::string& name);
 
+// Adds packets whose segments differ, which must be a fault.
+template <class Tr>
+void refuse_sum(const std::vector<std::vector<std::uint8_t>>& packets, const std::string& name);
+
 // Damages the packet `rounds` times. The kernels must refuse what the CPU refuses, and else decode the same values.
 template <class Tr>
 void damage(const std::vector<std::uint8_t>& packet, int rounds, std::uint64_t seed, const std::string& name);

@@ -126,6 +126,23 @@ void decode_both(const std::vector<Bytes>& packets, const std::string& name) {
 }
 
 template <class Tr>
+void refuse_sum(const std::vector<Bytes>& packets, const std::string& name) {
+    using Storage = typename Tr::Storage;
+    const auto n = static_cast<std::size_t>(elements_of(packets[0]));
+    std::vector<Storage> output(n + 1, Storage(77));
+    std::vector<std::unique_ptr<std::uint32_t[]>> copies;
+    std::vector<cuda::DecodeTask> tasks;
+    for (const Bytes& packet : packets) {
+        copies.push_back(exact_copy(packet));
+        tasks.push_back({reinterpret_cast<const std::uint8_t*>(copies.back().get()),
+                         static_cast<std::int64_t>(packet.size()), output.data(), static_cast<std::int64_t>(n), true});
+    }
+    const std::vector<unsigned> faults = run(dtype_of<Tr>(), steps_of(packets[0]), own_code_bits(packets), tasks, true);
+    require(std::count(faults.begin(), faults.end(), 0u) < static_cast<std::ptrdiff_t>(faults.size()), name);
+    require(output.back() == Storage(77), name + ": written behind the end");
+}
+
+template <class Tr>
 void sum_both(const std::vector<Bytes>& packets, const std::string& name) {
     using Storage = typename Tr::Storage;
     const auto n = static_cast<std::size_t>(elements_of(packets[0]));
@@ -200,6 +217,7 @@ template void decode_both<Traits<DType::kFloat32>>(const std::vector<Bytes>&, co
 template void decode_both<Traits<DType::kFloat16>>(const std::vector<Bytes>&, const std::string&);
 template void decode_both<Traits<DType::kBFloat16>>(const std::vector<Bytes>&, const std::string&);
 template void decode_both<Traits<DType::kFloat64>>(const std::vector<Bytes>&, const std::string&);
+template void refuse_sum<Traits<DType::kFloat32>>(const std::vector<Bytes>&, const std::string&);
 template void sum_both<Traits<DType::kFloat32>>(const std::vector<Bytes>&, const std::string&);
 template void sum_both<Traits<DType::kFloat64>>(const std::vector<Bytes>&, const std::string&);
 template void damage<Traits<DType::kFloat32>>(const Bytes&, int, std::uint64_t, const std::string&);
