@@ -22,7 +22,16 @@ from gpu_peers import peers
 import qcomm
 from qcomm import _device
 from qcomm.codec import Segment, default_block_steps, encode
-from qcomm.device_plans import ACCOUNT, QUANTIZER_BYTES, Decoder, DeviceTensor, Encoder, address, own_code_bits
+from qcomm.device_plans import (
+    ACCOUNT,
+    QUANTIZER_BYTES,
+    Decoder,
+    DeviceTensor,
+    Encoder,
+    Workspace,
+    address,
+    own_code_bits,
+)
 from qcomm.quantize import plan
 from qcomm.statistics import measure
 
@@ -75,6 +84,7 @@ class Case:
         self.count, self.device = values.numel(), torch.device("cuda", torch.cuda.current_device())
         self.values = values.to(self.device)
         self.residual = torch.zeros(self.count, device=self.device)
+        self.workspace = Workspace(self.device)
         self.account = torch.zeros(len(ACCOUNT), dtype=torch.int64, device=self.device)
         self.quantizers = torch.zeros(QUANTIZER_BYTES, dtype=torch.uint8, device=self.device)
         self.faults = torch.zeros(RANKS, dtype=torch.int32, device=self.device)
@@ -90,12 +100,14 @@ class Case:
         residual = address(self.residual) if feedback else 0
         tensor = DeviceTensor(self.values.data_ptr(), self.count, self.grid, residual)
         segment = (0, 0, self.count, residual)
-        return Encoder(torch.float32, self.steps, [tensor], [segment], [(1, address(out), capacity)], self.device)
+        return Encoder(
+            torch.float32, self.steps, [tensor], [segment], [(1, address(out), capacity)], self.workspace, self.device
+        )
 
     def _decoder(self, packets: int) -> Decoder:
         task = (self.out.data_ptr(), self.nbytes, self.decoded.data_ptr(), self.count)
         bits = own_code_bits(self.grid)
-        return Decoder(torch.float32, self.steps, 1, [task] * packets, bits, self.device)
+        return Decoder(torch.float32, self.steps, 1, [task] * packets, bits, self.workspace)
 
     def _verify(self, values: torch.Tensor) -> int:
         """Bytes and values that differ from the CPU's."""
@@ -110,7 +122,13 @@ class Case:
         wrong += int((self.out[: self.nbytes].cpu() != packet).sum())
         self.decoder, self.adder = self._decoder(1), self._decoder(RANKS)
         self.decode()
-        return wrong + int((self.decoded.cpu() != qcomm.decompress(packet)).sum())
+        decoded = qcomm.decompress(packet)
+        wrong += int((self.decoded.cpu() != decoded).sum())
+        self.decode_sum()
+        total = decoded.clone()
+        for _ in range(RANKS - 1):
+            total += decoded
+        return wrong + int((self.decoded.cpu() != total).sum())
 
     def encode(self) -> None:
         """Values to a packet."""

@@ -1,5 +1,6 @@
 """``all_reduce``: the mean of a tensor over all ranks, with compressed traffic."""
 
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from qcomm.agreement import Fault, Fields, Phase
 from qcomm.communicator import Group, Ticket, completed, failed, get_communicator, get_world_size, resolve_group
 from qcomm.cost_model import Profile
 from qcomm.ddp_device import device_future
-from qcomm.device_mean import DeviceMean, check_device_strategy, check_group
+from qcomm.device_choice import DeviceChoice, check_device_strategy
+from qcomm.device_mean import check_group
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.grids import Grid, RangeGrid, SigmaGrid
 from qcomm.layout import BucketLayout, TensorSpec
@@ -205,19 +207,17 @@ def all_reduce(
 
 def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceWork:
     """On the tensor's current stream. The host waits for the sizes of packets, so nothing is left to wait for."""
-    mean = DeviceMean(check_group(group, tensor.device), get_communicator(group), task.telemetry)
+    # To find out which way is fastest takes many collectives of one object.
+    task = replace(task, strategy="two_phase" if task.strategy == "auto" else task.strategy)
+    choice = DeviceChoice(group, get_communicator(group), task.telemetry, tensor.device)
     with torch.no_grad(), torch.cuda.device_of(tensor):
         try:
-            if task.strategy == "none":
-                mean.plain(task)
-            else:
-                mean.average(task)
-                mean.flush()
+            choice.average(task)
+            choice.flush()
         except (CollectiveError, ConfigMismatchError) as error:
             return AllReduceWork(failed(error), task.telemetry)
         if task.buffer.data_ptr() != tensor.data_ptr():
             tensor.detach().copy_(task.buffer.view(tensor.shape))
-    task.telemetry.note_strategy(task.index, "none" if task.strategy == "none" else "two_phase")
     return AllReduceWork(completed(tensor, device_future(tensor)), task.telemetry)
 
 

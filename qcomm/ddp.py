@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 from qcomm.communicator import Group, failed, get_communicator, get_world_size, resolve_group
 from qcomm.ddp_checks import check_grad_scale, check_model
 from qcomm.ddp_state import CompressionState
-from qcomm.device_mean import check_device_strategy, check_group
+from qcomm.device_choice import check_device_strategy
+from qcomm.device_mean import check_group
 from qcomm.mpi_group import MpiGroup
 
 __all__ = ["CompressionState", "attach", "compression_hook"]

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 import torch
 
-from qcomm.communicator import Communicator, Group, failed
-from qcomm.device_mean import DeviceMean, Scale, check_group
+from qcomm.communicator import Communicator, Group, failed, is_agreed
+from qcomm.device_choice import DeviceChoice
+from qcomm.device_plain import Scale
 from qcomm.errors import CollectiveError
 from qcomm.mean import MeanTask
 from qcomm.telemetry import Telemetry
@@ -33,8 +34,7 @@ class DeviceHook:
     """Averages the buckets of one model and one device, in the order in which backward fills them.
 
     Args:
-        group, communicator, telemetry: as of :class:`DeviceMean`.
-        device: of all buckets.
+        group, communicator, telemetry, device: as of :class:`DeviceChoice`.
     """
 
     def __init__(
@@ -44,14 +44,15 @@ class DeviceHook:
         telemetry: Telemetry,
         device: torch.device,
     ) -> None:
-        self._mean = DeviceMean(check_group(group, device), communicator, telemetry)
+        self._choice = DeviceChoice(group, communicator, telemetry, device)
         self._telemetry = telemetry
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._failed_pass = 0
+        self._broken: Exception | None = None
 
     def reduce(self, task: MeanTask, scale: Scale, number: int) -> torch.futures.Future[torch.Tensor]:
-        """Starts averaging a bucket; the host waits only as DeviceMean does. Errors are raised by the Future.
+        """Starts averaging a bucket; the host waits only as DeviceChoice does. Errors are raised by the Future.
 
         Args:
             task: of the bucket.
@@ -61,6 +62,9 @@ class DeviceHook:
         if task.buffer.device != self._device:
             text = f"gradients must be on {self._device} like those before, got device {task.buffer.device}"
             return failed(ValueError(text)).future
+        if self._broken is not None:
+            text = f"an earlier collective ended half way on this rank, and the others wait for it: {self._broken}"
+            return failed(CollectiveError(text)).future
         if number == self._failed_pass:
             text = f"bucket {task.index} was not exchanged, because an earlier one of this step failed"
             return failed(CollectiveError(text)).future
@@ -68,14 +72,18 @@ class DeviceHook:
             task.telemetry.mark(task.index, "launch")
             if self._stream is not None:
                 task.buffer.record_stream(self._stream)
-            average = self._mean.plain if task.strategy == "none" else self._mean.average
-            average(task, scale)
+            try:
+                self._choice.average(task, scale)
+            except Exception as error:
+                if task.fault is None and not is_agreed(error):
+                    self._broken = error  # whatever was exchanged next would meet the others' part of this collective
+                raise
             task.telemetry.mark(task.index, "launched")
             return device_future(task.buffer)
 
     def serves(self, group: Group) -> bool:
         """Whether this is the group it was made for."""
-        return self._mean.serves(group)
+        return self._choice.serves(group)
 
     def fail(self, number: int) -> None:
         """Leaves out the rest of a step that failed on all ranks."""
@@ -84,7 +92,7 @@ class DeviceHook:
     def flush(self) -> None:
         """Adds what the device has counted to the telemetry. Waits for it."""
         with torch.no_grad(), self._beside():
-            self._mean.flush()
+            self._choice.flush()
 
     @contextmanager
     def _beside(self) -> Iterator[None]:
@@ -92,6 +100,11 @@ class DeviceHook:
             yield
             return
         with torch.cuda.device(self._device):
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            with torch.cuda.stream(self._stream):
-                yield
+            outside = torch.cuda.current_stream(self._device)
+            self._stream.wait_stream(outside)
+            try:
+                with torch.cuda.stream(self._stream):
+                    yield
+            except Exception:
+                outside.wait_stream(self._stream)  # what has been launched may still use the gradients
+                raise

@@ -27,7 +27,8 @@ from qcomm.ddp_buckets import BucketTable
 from qcomm.ddp_checkpoint import StateDict, restore, save
 from qcomm.ddp_checks import check_hook_options, check_scale
 from qcomm.ddp_device import DeviceHook, device_future
-from qcomm.device_mean import Scale, check_device_strategy
+from qcomm.device_choice import check_device_strategy
+from qcomm.device_plain import Scale
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.grids import Grid, SigmaGrid
@@ -70,8 +71,8 @@ class CompressionState:
             uncompressed gradients inside a node and compresses between nodes; ``"auto"`` tries what may be fast for
             each bucket during the first steps and keeps the fastest (``stats()["strategies"]`` says which), looking
             again from time to time. Naming one makes it run also in a world of one rank, which otherwise has nothing to
-            do. On a CUDA device there are ``"two_phase"``, which ``"auto"`` is there, and ``"none"``; see "On a GPU" in
-            docs/guide.md.
+            do. On a CUDA device there are ``"two_phase"``, ``"none"`` and ``"bf16"``, and ``"auto"`` tries these; see
+            "On a GPU" in docs/guide.md.
         ranks_per_node: for ``"hierarchical"``: ranks 0 to ``ranks_per_node - 1`` of the group are one node, and so on;
             any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
             set.
@@ -292,7 +293,6 @@ class CompressionState:
                 if self._device_hook is not None:
                     self._device_hook.flush()
                 self._device_hook = DeviceHook(group, communicator, self.telemetry, task.buffer.device)
-            self.telemetry.note_strategy(task.index, "none" if task.strategy == "none" else "two_phase")
             future = self._device_hook.reduce(task, self._scale, self._pass)
         except Exception as error:  # noqa: BLE001 - any: DDP could not go on after it, so the Future raises it
             if self._device_hook is not None and isinstance(error, (CollectiveError, ConfigMismatchError)):

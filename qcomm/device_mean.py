@@ -15,7 +15,6 @@ agreement.
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,10 +22,13 @@ import torch.distributed as dist
 from qcomm import _device
 from qcomm.agreement import Phase
 from qcomm.communicator import Communicator, Group
+from qcomm.device_agreement import AgreedNumbers, agree, is_known
+from qcomm.device_plain import Scale
 from qcomm.device_slots import PERIOD, Slots, adjusted, is_fixed, nominal_bytes, slot_bytes
-from qcomm.device_steps import Accounts, DeviceSteps, packet_bounds
+from qcomm.device_steps import Accounts, DeviceSteps, Workspaces, packet_bounds
 from qcomm.errors import CollectiveError
 from qcomm.grids import RangeGrid
+from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask, attempt
 from qcomm.mean_steps import owner_grid
 from qcomm.mpi_group import MpiGroup
@@ -34,28 +36,10 @@ from qcomm.packets import wire_dtype
 from qcomm.telemetry import Telemetry
 from qcomm.transport import Traffic
 
-__all__ = ["DEVICE_STRATEGIES", "DeviceMean", "check_device_strategy", "check_group"]
-
-# "auto" compresses: nothing is tried and timed, because that would have to wait for the device.
-DEVICE_STRATEGIES = ("auto", "two_phase", "none")
+__all__ = ["DeviceMean", "check_group"]
 
 # Later versions of torch have another name for it.
 ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-
-Scale = float | torch.Tensor
-
-
-def check_device_strategy(strategy: str) -> None:
-    """Raises ValueError for a strategy that only tensors on the CPU have.
-
-    Example:
-        >>> check_device_strategy("exact_sum")
-        Traceback (most recent call last):
-            ...
-        ValueError: strategy must be one of ('auto', 'two_phase', 'none') for CUDA tensors, got 'exact_sum'
-    """
-    if strategy not in DEVICE_STRATEGIES:
-        raise ValueError(f"strategy must be one of {DEVICE_STRATEGIES} for CUDA tensors, got {strategy!r}")
 
 
 def check_group(group: Group, device: torch.device) -> dist.ProcessGroup:
@@ -75,14 +59,15 @@ def check_group(group: Group, device: torch.device) -> dist.ProcessGroup:
 class _Bucket:
     """What is remembered of a bucket: its layout, its steps, its capacities."""
 
-    key: object
+    layout: BucketLayout
+    dtype: torch.dtype
     bounds: Slots
     accounts: Accounts
     fixed: Slots | None = None  # capacities; None until the first collective has ended
     places: tuple[object, ...] = ()
     steps: DeviceSteps | None = None
     collectives: int = 0
-    arriving: tuple[torch.Tensor, Any] | None = None  # what was agreed, on its way to the host, and its event
+    arriving: AgreedNumbers | None = None
 
 
 class DeviceMean:
@@ -100,8 +85,8 @@ class DeviceMean:
         self._telemetry = telemetry
         self._rank, self._world_size = dist.get_rank(group), dist.get_world_size(group)
         self._buckets: dict[int, _Bucket] = {}
-        self._plain: dict[int, object] = {}  # keys of the buckets that plain() has seen
         self._factors: torch.Tensor | None = None
+        self._workspaces: Workspaces | None = None
 
     def average(self, task: MeanTask, scale: Scale = 1.0) -> None:
         """Replaces ``task.buffer`` by its mean over all ranks.
@@ -114,6 +99,8 @@ class DeviceMean:
             CollectiveError, ConfigMismatchError: on all ranks, where the host waits; else see the module.
         """
         known = self._buckets.get(task.index)
+        if known is not None and not is_known(task, known.layout, known.dtype):
+            known = None
         if known is not None:
             self._adjust(known, task)
         bucket: _Bucket | None = None
@@ -122,39 +109,29 @@ class DeviceMean:
             task.fault = fault
         if task.fault is None and bucket is not None:
             if bucket.fixed is None:
-                self._agree(task)
+                agree(task, self._communicator, "two_phase")
             self._run(bucket, task)
             return
         if known is not None and known.fixed is not None:
             self._take_part(known, task.buffer.device)
         else:
-            self._agree(task)
+            agree(task, self._communicator, "two_phase")
         raise CollectiveError("preparing the exchange failed") if task.fault is None else task.fault.error
-
-    def plain(self, task: MeanTask, scale: Scale = 1.0) -> None:
-        """The mean without compression: the group's own all-reduce, with what error feedback still keeps."""
-        if task.fault is not None:
-            self._agree(task)
-            raise task.fault.error
-        key = task.layout, task.buffer.dtype
-        if self._plain.get(task.index) != key:
-            self._agree(task)
-            self._plain[task.index] = key
-        layout, buffer, feedback = task.agreed_layout, task.buffer, task.feedback
-        for tensor in layout.tensors:
-            if feedback is not None and tensor.compressed and feedback.keeps(tensor.key):
-                kept = feedback.take(tensor.key, tensor.numel, buffer.device)
-                buffer[tensor.offset : tensor.offset + tensor.numel].add_(kept * scale)
-        buffer.div_(self._world_size)
-        dist.all_reduce(buffer, group=self._alive())
-        ring = buffer.nbytes * (self._world_size - 1) // self._world_size
-        for phase in (1, 2):
-            self._telemetry.add_traffic(f"phase{phase}", Traffic(ring, ring))
-            self._telemetry.count_plain(phase, layout, buffer.element_size())
 
     def serves(self, group: Group) -> bool:
         """Whether this is the group it was made for."""
         return self._group() is group
+
+    def group(self) -> dist.ProcessGroup:
+        """The group it was made for.
+
+        Raises:
+            CollectiveError: it was destroyed.
+        """
+        group = self._group()
+        if group is None:
+            raise CollectiveError("the process group was destroyed")
+        return group
 
     def flush(self) -> None:
         """Adds what the device has counted to the telemetry. Waits for the device."""
@@ -171,37 +148,15 @@ class DeviceMean:
             for key, quantizer in bucket.steps.quantizers().items():
                 self._telemetry.note_quantizer(key, quantizer)
 
-    def _alive(self) -> dist.ProcessGroup:
-        group = self._group()
-        if group is None:
-            raise CollectiveError("the process group was destroyed")
-        return group
-
     def _look_up(self, task: MeanTask) -> _Bucket:
         grid, layout, device = task.grid, task.agreed_layout, task.buffer.device
-        key = layout, task.buffer.dtype, device
         bucket = self._buckets.get(task.index)
-        if bucket is None or bucket.key != key:
+        if bucket is None or not is_known(task, bucket.layout, bucket.dtype):
             if bucket is not None:
                 self.flush()  # its counters go with it
             bounds = packet_bounds(layout, grid, wire_dtype(task), device)
-            bucket = self._buckets[task.index] = _Bucket(key, bounds, Accounts(device))
+            bucket = self._buckets[task.index] = _Bucket(layout, task.buffer.dtype, bounds, Accounts(device))
         return bucket
-
-    def _agree(self, task: MeanTask) -> None:
-        """The headers of a collective: raises on every rank if one has a fault or is configured differently."""
-        if self._communicator is None:
-            return
-        communicator, nothing = self._communicator, [0] * self._world_size
-        fields = task.fields.extended("exchange", "slots on the device")
-
-        def job() -> None:
-            communicator.begin()
-            fault = communicator.pending_fault or task.fault
-            _, overhead = communicator.agree(Phase.ENCODE, fields, nothing, nothing, fault, 0)
-            self._telemetry.add_traffic("overhead", overhead)
-
-        communicator.submit(job).wait()
 
     def _set_scale(self, scale: Scale, task: MeanTask) -> None:
         if isinstance(scale, float) and scale == 1.0:
@@ -229,8 +184,10 @@ class DeviceMean:
             None if self._factors is None else self._factors.data_ptr(),
             *DeviceSteps.residuals(task, self._rank),
         )
+        if self._workspaces is None:
+            self._workspaces = Workspaces(task.buffer.device)
         if bucket.places != places:
-            bucket.steps = DeviceSteps(task, self._rank, slots, self._factors, bucket.accounts)
+            bucket.steps = DeviceSteps(task, self._rank, slots, self._factors, bucket.accounts, self._workspaces)
             bucket.places = places
         return bucket
 
@@ -276,15 +233,15 @@ class DeviceMean:
         world_size = self._world_size
         if world_size > 1:
             values = torch.zeros(2, world_size * bucket.fixed.values, dtype=torch.uint8, device=device)
-            dist.all_to_all_single(values[0], values[1], group=self._alive())
+            dist.all_to_all_single(values[0], values[1], group=self.group())
         means = torch.zeros(world_size + 1, bucket.fixed.means, dtype=torch.uint8, device=device)
-        ALL_GATHER(means[1:].view(-1), means[0], group=self._alive())
+        ALL_GATHER(means[1:].view(-1), means[0], group=self.group())
         self._end(bucket)
 
     def _largest(self, steps: DeviceSteps, phase: int, bound: int) -> int:
         """The most bytes of any rank's packets of the last phase, in whole slots. Waits for the device."""
         largest = steps.largest(phase)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self._alive())
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group())
         return min(bound, max(16, -(-int(largest.item()) // 16) * 16))
 
     def _exchange_values(self, steps: DeviceSteps, size: int) -> None:
@@ -293,14 +250,14 @@ class DeviceMean:
         whole = size == steps.slots.values
         outgoing = steps.outgoing if whole else steps.outgoing[:, :size].contiguous()
         incoming = steps.incoming if whole else torch.empty_like(outgoing)
-        dist.all_to_all_single(incoming.view(-1), outgoing.view(-1), group=self._alive())
+        dist.all_to_all_single(incoming.view(-1), outgoing.view(-1), group=self.group())
         if not whole:
             steps.incoming[:, :size].copy_(incoming)
 
     def _exchange_means(self, steps: DeviceSteps, size: int) -> None:
         whole = size == steps.slots.means
         means = steps.means if whole else torch.empty_like(steps.means[:, :size])
-        ALL_GATHER(means.view(-1), steps.mean[:size], group=self._alive())
+        ALL_GATHER(means.view(-1), steps.mean[:size], group=self.group())
         if not whole:
             steps.means[:, :size].copy_(means)
 
@@ -319,28 +276,16 @@ class DeviceMean:
         accounts = bucket.accounts.for_agreement()
         if accounts[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return  # a graph keeps its capacities
-        found = torch.stack(list(accounts))
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._alive())
+        bucket.arriving = AgreedNumbers(torch.stack(list(accounts)), dist.ReduceOp.MAX, self.group())
         for count in accounts:
             count.zero_()
-        if not found.is_cuda:
-            bucket.arriving = found, None
-            return
-        host = torch.empty(3, dtype=torch.int64, pin_memory=True)
-        host.copy_(found, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        bucket.arriving = host, event
 
     def _adjust(self, bucket: _Bucket, task: MeanTask) -> None:
         """New capacities, or the error, that all ranks agreed on PERIOD collectives ago."""
         if bucket.arriving is None or bucket.fixed is None or bucket.collectives % PERIOD != PERIOD - 1:
             return
-        host, event = bucket.arriving
+        values, means, fault = bucket.arriving.read()  # they have been there for long
         bucket.arriving = None
-        if event is not None:
-            event.synchronize()  # it has been there for long
-        values, means, fault = host.tolist()
         if fault:
             raise CollectiveError(
                 f"bucket {task.index}: a rank failed, or packets were damaged or did not fit, in the last "

@@ -1,7 +1,7 @@
 """The kernels' plans with what they need on a device: their tables, a workspace, the static codes.
 
 A plan holds addresses, of tensors that its owner keeps; it is made once and run again and again, and running it waits
-for nothing. Workspaces come from torch's allocator, on the current stream, at each run.
+for nothing and takes no memory: a rank that ran out of it half way through a collective would leave the others waiting.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,16 @@ from qcomm import _device
 from qcomm._native import DTYPE_NUMBERS, WIRE_TABLE, Coding, GridKind, Quantizer
 from qcomm.grids import Grid, RangeGrid
 
-__all__ = ["Decoder", "DeviceTensor", "Encoder", "RunCopier", "address", "own_code_bits", "read_quantizers"]
+__all__ = [
+    "Decoder",
+    "DeviceTensor",
+    "Encoder",
+    "RunCopier",
+    "Workspace",
+    "address",
+    "own_code_bits",
+    "read_quantizers",
+]
 
 RAW = (int(GridKind.NONE), 0, int(Coding.RAW), WIRE_TABLE)
 NO_RULE = (6.0, 4, 0.03, 16, 0, False)
@@ -76,6 +85,27 @@ def read_quantizers(found: torch.Tensor) -> list[Quantizer]:
     return [Quantizer(GridKind(g), n, Coding(c), t, p0, p1) for (g, n, c, t), (p0, p1) in rows]
 
 
+class Workspace:
+    """Memory that plans use one after another, on one stream: as much as the most demanding of them needs.
+
+    Args:
+        device: where it is.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._memory = torch.empty(0, dtype=torch.uint8, device=device)
+        self._captured: list[torch.Tensor] = []
+
+    def take(self, size: int) -> torch.Tensor:
+        """At least ``size`` bytes, until the next call. New memory only if ``size`` is larger than ever before."""
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        if self._memory.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured.append(self._memory)  # whose address the graph has
+        return self._memory
+
+
 class Encoder:
     """Encodes the same tensors into the same packets, again and again.
 
@@ -85,7 +115,8 @@ class Encoder:
         tensors: what is measured.
         segments: (number of the tensor, first value, how many values, address of its new residual or 0).
         packets: (how many of the next segments, address, capacity in bytes).
-        device: where all of it is.
+        workspace: on the device of all of this; other plans that use it do not run between :meth:`run` and
+            :meth:`add_own`.
     """
 
     def __init__(
@@ -95,8 +126,9 @@ class Encoder:
         tensors: Sequence[DeviceTensor],
         segments: Sequence[tuple[int, int, int, int]],
         packets: Sequence[tuple[int, int, int]],
-        device: torch.device,
+        workspace: Workspace,
     ) -> None:
+        device = workspace.device
         described, first = [], 0
         for count, out, capacity in packets:
             elements = sum(segment[2] for segment in segments[first : first + count])
@@ -106,41 +138,38 @@ class Encoder:
         self._plan = _device.core().EncodePlan(DTYPE_NUMBERS[dtype], steps, True, rows, segments, described)
         self._blob = _device.on_device(self._plan.blob(), device)
         self._device, self._tensors, self._packets = device, len(tensors), len(packets)
+        self._workspace, self._size = workspace, self._plan.workspace_bytes()
+        workspace.take(self._size)
         self.sizes = torch.zeros(max(1, len(packets)), dtype=torch.int64, device=device)
 
     def bound(self) -> int:
         """Bytes that suffice for any of the packets, whatever the values."""
         return max((self._plan.bound(number) for number in range(self._packets)), default=0)
 
-    def run(self, account: torch.Tensor, quantizers: torch.Tensor) -> torch.Tensor:
+    def run(self, account: torch.Tensor, quantizers: torch.Tensor) -> None:
         """Measures and encodes; adds what it came to to the ``account``, and copies the ``quantizers`` out.
 
         Args:
             account: int64, in the order of ``ACCOUNT``.
             quantizers: uint8 of 24 bytes a tensor.
-
-        Returns:
-            The workspace, for :meth:`add_own`.
         """
-        workspace = torch.empty(self._plan.workspace_bytes(), dtype=torch.uint8, device=self._device)
+        workspace = self._workspace.take(self._size)
         codes, stream = _device.static_codes(self._device), _device.stream(self._device)
         places = self._blob.data_ptr(), codes.data_ptr(), workspace.data_ptr(), self.sizes.data_ptr()
         self._plan.encode(*places, stream)
         self._plan.count(places[0], places[2], places[3], account.data_ptr(), stream)
         at = self._plan.quantizers(places[2]) - places[2]
         quantizers.copy_(workspace[at : at + QUANTIZER_BYTES * self._tensors])
-        return workspace
 
-    def add_own(self, workspace: torch.Tensor, runs: "RunCopier", inv_scale: int, add: bool) -> None:
+    def add_own(self, runs: "RunCopier", inv_scale: int, add: bool) -> None:
         """After :meth:`run`: values that stay on this rank, with their residuals, which become 0.
 
         Args:
-            workspace: that :meth:`run` returned.
             runs: whose ``tensor`` counts as in ``tensors``.
             inv_scale: address of a float64, or 0.
             add: to what is there.
         """
-        stream = _device.stream(self._device)
+        stream, workspace = _device.stream(self._device), self._workspace.take(self._size)
         runs.plan.add_own(runs.blob.data_ptr(), self._plan, workspace.data_ptr(), inv_scale, add, stream)
 
 
@@ -152,7 +181,7 @@ class Decoder:
         max_segments: most in a packet.
         tasks: (address of the packet, bytes that may be read, address of its values, how many values).
         own_code_bits: see :func:`own_code_bits`.
-        device: where all of it is.
+        workspace: on the device of all of this.
     """
 
     def __init__(
@@ -162,12 +191,14 @@ class Decoder:
         max_segments: int,
         tasks: Sequence[tuple[int, int, int, int]],
         own_code_bits: int,
-        device: torch.device,
+        workspace: Workspace,
     ) -> None:
+        device = workspace.device
         described = [(*task, False) for task in tasks]
         plan = _device.core().DecodePlan(DTYPE_NUMBERS[dtype], steps, max_segments, described, own_code_bits)
         self._plan, self._blob = plan, _device.on_device(plan.blob(), device)
-        self._device = device
+        self._device, self._workspace, self._size = device, workspace, plan.workspace_bytes()
+        workspace.take(self._size)
 
     def decode(self, faults: int) -> None:
         """Each packet to its own values; ``faults``: address of an int32 a packet."""
@@ -178,7 +209,7 @@ class Decoder:
         self._run(self._plan.decode_sum, faults, add)
 
     def _run(self, operation: Any, faults: int, *options: bool) -> None:
-        workspace = torch.empty(self._plan.workspace_bytes(), dtype=torch.uint8, device=self._device)
+        workspace = self._workspace.take(self._size)
         codes = _device.static_codes(self._device)
         stream = _device.stream(self._device)
         operation(self._blob.data_ptr(), codes.data_ptr(), workspace.data_ptr(), faults, *options, stream)

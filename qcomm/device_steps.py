@@ -16,6 +16,7 @@ from qcomm.device_plans import (
     DeviceTensor,
     Encoder,
     RunCopier,
+    Workspace,
     address,
     own_code_bits,
     read_quantizers,
@@ -28,7 +29,7 @@ from qcomm.mean_steps import owner_grid
 from qcomm.packets import wire_dtype
 from qcomm.quantize import Quantizer
 
-__all__ = ["Accounts", "DeviceSteps", "packet_bounds"]
+__all__ = ["Accounts", "DeviceSteps", "Workspaces", "packet_bounds"]
 
 LARGEST = ACCOUNT.index("largest_packet")
 TOTAL_BYTES_AT = 24  # in a packet's header: docs/format.md
@@ -48,7 +49,7 @@ def packet_bounds(layout: BucketLayout, grid: Grid, dtype: torch.dtype, device: 
                 segments.append((len(tensors), 0, chunk.raw_count, 0))
                 tensors.append(DeviceTensor(0, chunk.raw_count, measured=False))
             packets.append((_segment_count(chunk), 0, 0))
-        sizes.append(Encoder(dtype, _block_steps(layout), tensors, segments, packets, device).bound())
+        sizes.append(Encoder(dtype, _block_steps(layout), tensors, segments, packets, Workspace(device)).bound())
     return Slots(-(-sizes[0] // 16) * 16, -(-sizes[1] // 16) * 16)
 
 
@@ -83,6 +84,13 @@ class Accounts:
         return dict(zip(ACCOUNT, found[0], strict=True)), dict(zip(ACCOUNT, found[1], strict=True)), found[2]
 
 
+class Workspaces:
+    """Of a bucket's plans: of encoders, which keep something there until ``add_own``, and of decoders."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.encode, self.decode = Workspace(device), Workspace(device)
+
+
 class DeviceSteps:
     """The steps of one bucket on one rank.
 
@@ -92,6 +100,7 @@ class DeviceSteps:
         slots: capacities.
         factors: None, or two float64 on the device: the inverse of the gradient scale, and the scale.
         accounts: counted in.
+        workspaces: may be shared by buckets that are averaged one after another.
 
     Attributes:
         outgoing, incoming: uint8 [W, capacity]: this rank's packet for each owner, each rank's packet for this owner.
@@ -99,11 +108,18 @@ class DeviceSteps:
     """
 
     def __init__(
-        self, task: MeanTask, rank: int, slots: Slots, factors: torch.Tensor | None, accounts: "Accounts"
+        self,
+        task: MeanTask,
+        rank: int,
+        slots: Slots,
+        factors: torch.Tensor | None,
+        accounts: "Accounts",
+        workspaces: "Workspaces",
     ) -> None:
         self.slots, self._rank, self._task_dtype = slots, rank, task.buffer.dtype
         self._layout, self._grid, self._feedback = task.agreed_layout, task.grid, task.feedback
-        self._buffer, self._factors, self._accounts = task.buffer, factors, accounts
+        self._buffer, self._factors = task.buffer, factors
+        self._accounts, self._workspaces = accounts, workspaces
         self._dtype, self._device = wire_dtype(task), task.buffer.device
         self._steps = _block_steps(self._layout)
         self._chunk = self._layout.chunks[rank]
@@ -137,15 +153,14 @@ class DeviceSteps:
             self._values.copy_(self._buffer)
         self._clear(self.outgoing)
         self._gather.copy()
-        self._workspace = self._encoder.run(self._accounts.values, self._value_quantizers)
+        self._encoder.run(self._accounts.values, self._value_quantizers)
 
     def reduce(self) -> None:
         """The mean over all ranks of the own chunk, from ``incoming``; its packet in ``mean``."""
         if self._before is not None:
             self._before.decode_sum(address(self._value_faults), add=False)
         inv_scale = address(self._factors)
-        self._encoder.add_own(self._workspace, self._own, inv_scale, add=self._before is not None)
-        del self._workspace
+        self._encoder.add_own(self._own, inv_scale, add=self._before is not None)
         if self._after is not None:
             self._after.decode_sum(address(self._value_faults, self._first_after), add=True)
         self._divide.copy(float(self._layout.world_size), faults=address(self._value_faults))
@@ -211,7 +226,7 @@ class DeviceSteps:
                 raw += length
             packets.append((_segment_count(chunk), address(self.outgoing[owner]), self.slots.values))
         self._gather = RunCopier(self._dtype, gather, self._device)
-        self._encoder = Encoder(self._dtype, self._steps, tensors, segments, packets, self._device)
+        self._encoder = Encoder(self._dtype, self._steps, tensors, segments, packets, self._workspaces.encode)
         own, position = [], 0
         for piece in self._chunk.pieces:
             residual = 0 if feedback is None else self._local(piece.tensor, piece.start)
@@ -252,7 +267,7 @@ class DeviceSteps:
         self._mean_encoder: Encoder | None = None
         if chunk.count:
             packet = (len(segments), address(self.mean), self.slots.means)
-            self._mean_encoder = Encoder(self._dtype, self._steps, tensors, segments, [packet], self._device)
+            self._mean_encoder = Encoder(self._dtype, self._steps, tensors, segments, [packet], self._workspaces.encode)
 
     def _adder(self, senders: Sequence[int], bits: int) -> Decoder | None:
         if not senders:
@@ -261,7 +276,7 @@ class DeviceSteps:
             (address(self.incoming[rank]), self.slots.values, self._mean.data_ptr(), self._chunk.count)
             for rank in senders
         ]
-        return Decoder(self._dtype, self._steps, _segment_count(self._chunk), tasks, bits, self._device)
+        return Decoder(self._dtype, self._steps, _segment_count(self._chunk), tasks, bits, self._workspaces.decode)
 
     def _make_decoder(self) -> None:
         """Chunks whose elements lie together are decoded where they belong, the others by way of a scratch."""
@@ -283,7 +298,7 @@ class DeviceSteps:
             position += 0 if here else chunk.count
         segments = max((_segment_count(chunk) for _, chunk in present), default=1)
         bits = own_code_bits(owner_grid(self._grid))
-        self._decoder = Decoder(self._dtype, self._steps, segments, tasks, bits, self._device)
+        self._decoder = Decoder(self._dtype, self._steps, segments, tasks, bits, self._workspaces.decode)
         self._scatter = RunCopier(self._task_dtype, runs, self._device)
 
     def _local(self, number: int, start: int = 0) -> int:

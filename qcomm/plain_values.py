@@ -37,15 +37,18 @@ class PlainValues:
             are not to be compressed as they are, in a tensor of their own.
         layout: of the buffers.
         dtype: of the buffers.
+        device: of the buffers; None for the CPU.
     """
 
-    def __init__(self, strategy: str, layout: BucketLayout, dtype: torch.dtype) -> None:
+    def __init__(
+        self, strategy: str, layout: BucketLayout, dtype: torch.dtype, device: torch.device | None = None
+    ) -> None:
         self._layout = layout
         self._raw_runs = layout.whole.raw_runs
         self._rounded: torch.Tensor | None = None
         if is_rounded(strategy, layout, dtype):
-            self._rounded = torch.empty(layout.elements, dtype=torch.bfloat16)
-            self._raw = torch.empty(layout.elements - layout.compressed_elements, dtype=dtype)
+            self._rounded = torch.empty(layout.elements, dtype=torch.bfloat16, device=device)
+            self._raw = torch.empty(layout.elements - layout.compressed_elements, dtype=dtype, device=device)
 
     def load(self, buffer: torch.Tensor) -> Sequence[torch.Tensor]:
         """A buffer's values as this rank's share of the mean: divided first, so that 16-bit sums do not overflow.

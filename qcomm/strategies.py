@@ -18,7 +18,7 @@ from qcomm.plain import bf16_mean, plain_mean
 from qcomm.plain_values import PLAIN, is_rounded
 from qcomm.two_phase import two_phase_mean
 
-__all__ = ["STRATEGIES", "average", "settled"]
+__all__ = ["STRATEGIES", "average", "plain_ways", "settled"]
 
 WAYS: Mapping[str, Callable[[MeanTask, Communicator], torch.Tensor]] = {
     "none": plain_mean,
@@ -93,12 +93,17 @@ def automatic_ways(
     without one everywhere.
     """
     several = 1 < ranks_per_node < layout.world_size
-    plain = PLAIN if is_rounded("bf16", layout, dtype) and _coarser_than_bf16(grid) else ("none",)
+    plain = plain_ways(layout, dtype, grid)
     names = tuple(name for name in AUTOMATIC if name not in PLAIN and (several or name != "hierarchical"))
     raw = layout.elements - layout.compressed_elements
     exchange = Exchange(layout.elements, layout.world_size, dtype.itemsize, ranks_per_node, raw)
     fast = candidates(exchange, (*plain, *names), PLAUSIBLE if profile is None else (profile,))
     return (*plain, *(name for name in fast if name not in plain))
+
+
+def plain_ways(layout: BucketLayout, dtype: torch.dtype, grid: Grid) -> tuple[str, ...]:
+    """The plain all-reduce, and in bfloat16 where that saves bytes and is finer than the grid."""
+    return PLAIN if is_rounded("bf16", layout, dtype) and _coarser_than_bf16(grid) else ("none",)
 
 
 def _coarser_than_bf16(grid: Grid) -> bool:

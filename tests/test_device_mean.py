@@ -32,6 +32,7 @@ TENSORS = {
     "raw only": [(5, False), (300, False)],
     "one value": [(1, False)],
     "one tensor": [(9000, True)],
+    "small": [(700, True), (3, False)],
 }
 
 

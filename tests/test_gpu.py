@@ -17,8 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 import qcomm
 from qcomm import RangeGrid, SigmaGrid, device_mean
 from qcomm.agreement import Fields
+from qcomm.codec import default_block_steps
 from qcomm.communicator import get_communicator
+from qcomm.device_choice import TRIAL, DeviceChoice
 from qcomm.device_mean import DeviceMean
+from qcomm.device_plans import Decoder, Workspace, address, own_code_bits
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.mean import MeanTask
@@ -173,7 +176,7 @@ def test_a_graph_holds_a_collective(group):
             means[0].average(captured.task(place.copy_(batch), layout, SigmaGrid(1.0)))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # NCCL's thread looks at events
         means[0].average(captured.task(place, layout, SigmaGrid(1.0)))
     for batch in batches[:2]:
         means[1].average(plain.task(other.copy_(batch), layout, SigmaGrid(1.0)))
@@ -182,6 +185,51 @@ def test_a_graph_holds_a_collective(group):
         graph.replay()
         means[1].average(plain.task(other.copy_(batch), layout, SigmaGrid(1.0)))
         assert torch.equal(place, other)
+
+
+def test_ways_are_tried_without_waiting(group):
+    """Of the hook's auto: all that it tries, after the first turn of each, on a stream of its own."""
+    layout, side = bucket_layout(), Side()
+    choice = DeviceChoice(group, get_communicator(group), side.telemetry, torch.device("cuda", 0))
+    place, ways = torch.empty(layout.elements, device="cuda"), set()
+    batches = [heavy(layout.elements, seed=step).cuda() for step in range(5)]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for step in range(100):
+            if step == 3 * TRIAL:
+                torch.cuda.set_sync_debug_mode("error")
+            task = side.task(place.copy_(batches[step % len(batches)]), layout, SigmaGrid(1.0))
+            task.strategy = "auto"
+            try:
+                choice.average(task)
+            finally:
+                if step == 99:
+                    torch.cuda.set_sync_debug_mode("default")
+            ways.update(side.telemetry.stats()["strategies"].values())
+    torch.cuda.synchronize()
+    choice.flush()
+    assert ways == {"none", "bf16", "two_phase"}
+    assert place.isfinite().all()
+
+
+def test_a_sum_of_packets():
+    """Of several ranks, which in a world of one there are not."""
+    device, elements, ranks = torch.device("cuda", 0), 100_003, 3
+    packets = [qcomm.compress(heavy(elements, seed=rank), SigmaGrid(1.0)) for rank in range(ranks)]
+    slots = torch.zeros(ranks, max(packet.numel() for packet in packets) // 16 * 16 + 16, dtype=torch.uint8)
+    for slot, packet in zip(slots, packets, strict=True):
+        slot[: packet.numel()] = packet
+    slots, total = slots.to(device), torch.ones(elements, device=device)
+    tasks = [(address(slot), slot.numel(), address(total), elements) for slot in slots]
+    faults = torch.zeros(ranks, dtype=torch.int32, device=device)
+    steps, bits = default_block_steps(elements), own_code_bits(SigmaGrid(1.0))
+    decoder = Decoder(torch.float32, steps, 1, tasks, bits, Workspace(device))
+    decoder.decode_sum(address(faults), add=True)
+    expected = torch.ones(elements)
+    for packet in packets:
+        expected += qcomm.decompress(packet)
+    assert not faults.any()
+    assert torch.equal(total.cpu(), expected)
 
 
 def network():

@@ -1,0 +1,206 @@
+"""Which way a bucket on a device takes: tried and timed as on the CPU, but nobody waits for the device.
+
+A bucket goes the same way for a turn of several collectives. The device times the first one of a turn, and all ranks
+agree on the time during the next turn, so that what :mod:`qcomm.chooser` is told has been on the host for long:
+
+::
+
+    turn        1                2                      3
+    device      none, none       two_phase, two_phase   bf16, bf16
+    agreed on                    time of 1              time of 2
+    host        launches, at the beginning of 3: reads time of 1, chooses what turn 3 is
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from qcomm.chooser import Chooser
+from qcomm.communicator import Communicator, Group, is_agreed
+from qcomm.device_agreement import AgreedNumbers, agree, is_known
+from qcomm.device_mean import DeviceMean, check_group
+from qcomm.device_plain import DevicePlain, Scale
+from qcomm.device_slots import PERIOD
+from qcomm.errors import CollectiveError, ConfigMismatchError
+from qcomm.layout import BucketLayout
+from qcomm.mean import MeanTask
+from qcomm.plain_values import PLAIN
+from qcomm.strategies import plain_ways
+from qcomm.telemetry import Telemetry
+
+__all__ = ["DEVICE_STRATEGIES", "DeviceChoice", "check_device_strategy", "device_ways"]
+
+DEVICE_STRATEGIES = ("auto", *PLAIN, "two_phase")
+TRIAL = 2  # collectives of a turn while ways are tried: the host gets so far ahead of the device, and no further
+UNKNOWN = 2**63 - 1  # the time of a turn that failed, or was not timed
+
+
+def check_device_strategy(strategy: str) -> None:
+    """Raises ValueError for a strategy that only tensors on the CPU have.
+
+    Example:
+        >>> check_device_strategy("exact_sum")
+        Traceback (most recent call last):
+            ...
+        ValueError: strategy must be one of ('auto', 'none', 'bf16', 'two_phase') for CUDA tensors, got 'exact_sum'
+    """
+    if strategy not in DEVICE_STRATEGIES:
+        raise ValueError(f"strategy must be one of {DEVICE_STRATEGIES} for CUDA tensors, got {strategy!r}")
+
+
+def device_ways(task: MeanTask) -> tuple[str, ...]:
+    """What ``"auto"`` tries for a buffer, the most exact first; any other strategy is the only way."""
+    if task.strategy != "auto":
+        return (task.strategy,)
+    layout = task.agreed_layout
+    plain = plain_ways(layout, task.buffer.dtype, task.grid)
+    return (*plain, "two_phase") if layout.compressed_elements else plain
+
+
+class Stopwatch:
+    """The time between :meth:`start` and :meth:`stop` on the current stream of a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
+        self._times: list[int] = []
+
+    def start(self) -> None:
+        """What is launched now counts."""
+        self._mark(0)
+
+    def stop(self) -> None:
+        """What is launched now does not count any more."""
+        self._mark(1)
+
+    def read(self) -> int:
+        """Nanoseconds; waits until the device has got to :meth:`stop`."""
+        if not self._events:
+            return self._times[1] - self._times[0]
+        self._events[1].synchronize()
+        return round(1e6 * float(self._events[0].elapsed_time(self._events[1])))
+
+    def _mark(self, number: int) -> None:
+        if self._events:
+            self._events[number].record()
+        else:
+            self._times.append(time.perf_counter_ns())
+
+
+@dataclass
+class _Lane:
+    """The turns of one bucket.
+
+    Attributes:
+        layout, dtype: of the bucket.
+        ways: that there are. No turn is timed where there is one only.
+        strategy: of this turn.
+        length, left: collectives of this turn, and how many are still to come.
+        stopwatch: of this turn's first collective, unless it failed.
+        agreed: the time of the turn before, which all ranks know.
+    """
+
+    layout: BucketLayout
+    dtype: torch.dtype
+    ways: Sequence[str]
+    chooser: Chooser = field(default_factory=Chooser)
+    strategy: str = ""
+    length: int = 0
+    left: int = 0
+    stopwatch: Stopwatch | None = None
+    agreed: AgreedNumbers | None = None
+
+
+class DeviceChoice:
+    """Averages buckets on a device, each in the way that ``task.strategy`` says, or that is fastest for it.
+
+    All ranks make one, and average the same buckets in the same order, on the current stream of the same device.
+
+    Args:
+        group: with collectives on the device.
+        communicator: of the group; None in a world of one rank.
+        telemetry: counts what happens; what the device counts is added by :meth:`flush`.
+        device: of all buckets.
+    """
+
+    def __init__(
+        self, group: Group, communicator: Communicator | None, telemetry: Telemetry, device: torch.device
+    ) -> None:
+        checked = check_group(group, device)
+        self._compressed = DeviceMean(checked, communicator, telemetry)
+        self._plain = DevicePlain(communicator, dist.get_rank(checked))
+        self._communicator, self._telemetry = communicator, telemetry
+        self._lanes: dict[int, _Lane] = {}
+
+    def average(self, task: MeanTask, scale: Scale = 1.0) -> None:
+        """Replaces ``task.buffer`` by its mean over all ranks.
+
+        Args:
+            task: its ``scale`` is not looked at.
+            scale: the buffer holds values times this: a number, or a tensor of one element on the device.
+
+        Raises:
+            CollectiveError, ConfigMismatchError: on all ranks, where the host waits.
+            Exception: this rank's own fault, which the others hear of later.
+        """
+        lane = self._lane(task)
+        if lane is None:
+            agree(task, self._communicator, task.strategy)
+            raise ValueError("a task without a layout needs a fault") if task.fault is None else task.fault.error
+        captured = task.buffer.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not captured and lane.left == 0:
+            self._turn(lane, task)
+        first = not captured and lane.left == lane.length
+        lane.left -= (
+            not captured
+        )  # whatever happens: so it does on the other ranks, who may not see a fault of this one
+        stopwatch = Stopwatch(task.buffer.device) if first and len(lane.ways) > 1 else None
+        if stopwatch is not None:
+            stopwatch.start()
+        try:
+            if lane.strategy in PLAIN:
+                self._plain.average(task, scale, lane.strategy, self._compressed.group(), with_residuals=first)
+            else:
+                self._compressed.average(task, scale)
+        except (CollectiveError, ConfigMismatchError) as error:
+            if is_agreed(error):  # a rank with a fault may have had no lane, and begins one next
+                self._lanes[task.index] = _Lane(lane.layout, lane.dtype, lane.ways)
+            raise
+        if stopwatch is not None:
+            stopwatch.stop()
+            lane.stopwatch = stopwatch
+        self._telemetry.note_strategy(task.index, lane.strategy)
+
+    def serves(self, group: Group) -> bool:
+        """Whether this is the group it was made for."""
+        return self._compressed.serves(group)
+
+    def flush(self) -> None:
+        """Adds what the device has counted to the telemetry. Waits for the device."""
+        self._compressed.flush()
+
+    def _lane(self, task: MeanTask) -> _Lane | None:
+        """None where a fault left this rank without one, while the others are about to agree on the bucket."""
+        known = self._lanes.get(task.index)
+        if known is not None and is_known(task, known.layout, known.dtype):
+            return known
+        if task.layout is None:
+            return None
+        lane = self._lanes[task.index] = _Lane(task.layout, task.buffer.dtype, device_ways(task))
+        return lane
+
+    def _turn(self, lane: _Lane, task: MeanTask) -> None:
+        """Ends a turn and begins the next."""
+        if len(lane.ways) == 1:
+            lane.strategy, lane.length, lane.left = lane.ways[0], PERIOD, PERIOD
+            return
+        if lane.length:
+            agreed = UNKNOWN if lane.agreed is None else lane.agreed.read()[0]
+            own = UNKNOWN if lane.stopwatch is None else lane.stopwatch.read()
+            lane.chooser.finished(None, 0 if agreed == UNKNOWN else agreed, own, lane.length)
+            numbers = torch.full((1,), own, dtype=torch.int64, device=task.buffer.device)
+            lane.agreed = AgreedNumbers(numbers, dist.ReduceOp.MIN, self._compressed.group())
+        lane.strategy, lane.stopwatch = lane.chooser.next(None, lane.ways), None
+        lane.length = lane.left = PERIOD if lane.chooser.settled(None) else TRIAL

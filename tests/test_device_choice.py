@@ -1,0 +1,228 @@
+"""How a bucket on a device finds its way: over emulated kernels, between real processes, with clocks of the tests."""
+
+import math
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from ddp_model import backward, wrap
+from distributed import assert_same_on_all_ranks, gathered, run
+from emulated_core import emulated_device
+from test_device_mean import Side, buffer_of, make_layout
+
+import qcomm
+from qcomm import SigmaGrid, chooser, device_choice
+from qcomm.agreement import Fault, Phase
+from qcomm.communicator import get_communicator
+from qcomm.device_choice import TRIAL, DeviceChoice, Stopwatch
+from qcomm.device_mean import DeviceMean
+from qcomm.device_plain import DevicePlain
+from qcomm.mean import MeanTask
+
+pytestmark = pytest.mark.world
+
+FINE, COARSE = SigmaGrid(1 / 64), SigmaGrid(1.0)  # finer than bfloat16, which is then not tried, and coarser
+WAYS = {FINE: ("none", "two_phase"), COARSE: ("none", "bf16", "two_phase")}
+CPU = torch.device("cpu")
+# What takes hundreds of collectives, of emulated kernels, sooner.
+PERIOD, WARM_UP, RECHECK = 6, 4, 24
+
+
+def trials(ways):
+    """Collectives until all ways have been tried twice, and a turn of what was chosen has begun."""
+    return TRIAL * (2 * chooser.ROUNDS * ways + 2) + WARM_UP + TRIAL
+
+
+@contextmanager
+def costs(taken):
+    """Each way takes so many nanoseconds; yields the ways that were taken."""
+    now, ways = [0], []
+
+    class OwnClock(Stopwatch):
+        def _mark(self, number):
+            self._times.append(now[0])
+
+    def counted(original, strategy_of):
+        def average(self, task, scale, *rest, **options):
+            ways.append(strategy_of(rest))
+            now[0] += taken[ways[-1]]
+            return original(self, task, scale, *rest, **options)
+
+        return average
+
+    with (
+        mock.patch.multiple(device_choice, Stopwatch=OwnClock, PERIOD=PERIOD),
+        mock.patch.multiple(chooser, WARM_UP=WARM_UP, RECHECK=RECHECK),
+        mock.patch.object(DeviceMean, "average", counted(DeviceMean.average, lambda _: "two_phase")),
+        mock.patch.object(DevicePlain, "average", counted(DevicePlain.average, lambda rest: rest[0])),
+    ):
+        yield ways
+
+
+def make(side):
+    return DeviceChoice(dist.group.WORLD, get_communicator(dist.group.WORLD), side.telemetry, CPU)
+
+
+def auto_task(side, buffer, layout, grid):
+    task = side.task(buffer, layout, grid)
+    task.strategy = "auto"
+    return task
+
+
+def case_fastest(rank, world_size, path, grid, fastest):
+    layout, side = make_layout("small", world_size), Side(error_feedback=True)
+    # Only the rank that waits for nobody, here another one for each way, tells what a way takes.
+    taken = {
+        way: (100 if way == fastest else 200) * (1 if rank == number % world_size else 10)
+        for number, way in enumerate(WAYS[grid])
+    }
+    with emulated_device(path), costs(taken) as ways:
+        choice = make(side)
+        place = torch.empty(layout.elements)
+        steps = trials(len(WAYS[grid])) + 2 * PERIOD
+        for step in range(steps):
+            choice.average(auto_task(side, place.copy_(buffer_of(layout, rank, step, torch.float32, "")), layout, grid))
+            assert_same_on_all_ranks(place)
+        choice.flush()
+    assert len(ways) == steps
+    assert set(ways[: TRIAL * chooser.ROUNDS * len(WAYS[grid])]) == set(WAYS[grid])
+    assert set(ways[-2 * PERIOD :]) == {fastest}
+    assert all(other == ways for other in gathered(ways))
+    assert set(side.telemetry.stats()["strategies"].values()) == {fastest}
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize(("grid", "fastest"), [(grid, way) for grid, ways in WAYS.items() for way in ways], ids=str)
+def test_the_fastest_way_is_taken(emulated_path, world_size, grid, fastest):
+    run(world_size, case_fastest, str(emulated_path), grid, fastest)
+
+
+def case_slower(rank, world_size, path):
+    """What was chosen becomes slow: the others are tried again."""
+    layout, side = make_layout("small", world_size), Side(error_feedback=True)
+    taken = {"none": 200, "two_phase": 100}
+    with emulated_device(path), costs(taken) as ways:
+        choice = make(side)
+        place = torch.empty(layout.elements)
+        for step in range(trials(2) + 2 * RECHECK + chooser.RECENT * PERIOD):
+            if step == trials(2) + PERIOD:
+                taken["two_phase"] = 1000
+            choice.average(auto_task(side, place.copy_(buffer_of(layout, rank, step, torch.float32, "")), layout, FINE))
+    assert ways[trials(2)] == "two_phase"
+    assert ways[-1] == "none"
+    assert all(other == ways for other in gathered(ways))
+
+
+def test_what_has_become_slow_is_left(emulated_path):
+    run(2, case_slower, str(emulated_path))
+
+
+def case_nothing_lost(rank, world_size, path, kind):
+    """Whatever ways are tried in turn: what has not been sent is in the residuals."""
+    layout, side = make_layout("uneven", world_size), Side(error_feedback=True)
+    sums = [torch.zeros(layout.elements, dtype=torch.float64) for _ in range(2)]
+    with emulated_device(path), costs({"none": 100, "two_phase": 100}) as ways:
+        choice = make(side)
+        place = torch.empty(layout.elements)
+        for step in range(trials(2)):
+            buffer = buffer_of(layout, rank, step, torch.float32, kind)
+            choice.average(auto_task(side, place.copy_(buffer), layout, FINE), 1.0)
+            sums[0] += place.double()
+            sums[1] += sum(gathered(buffer.double())) / world_size
+    assert set(ways) == {"none", "two_phase"}
+    kept = torch.zeros(layout.elements, dtype=torch.float64)
+    for state in gathered(side.residuals()):
+        for tensor in layout.tensors:
+            part = kept[tensor.offset : tensor.offset + tensor.numel]
+            if tensor.key in state["local"]:
+                part += state["local"][tensor.key].double() / world_size
+            if tensor.key in state["owner"]:
+                start, residual = state["owner"][tensor.key]
+                part[start : start + residual.numel()] += residual.double()
+    assert torch.allclose(sums[1] - sums[0], kept, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["", "zero"])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_nothing_is_lost_between_ways(emulated_path, world_size, kind):
+    run(world_size, case_nothing_lost, str(emulated_path), kind)
+
+
+def case_unfit(rank, world_size, path, value):
+    """A gradient that is not finite, or zero as of a parameter that was not used, takes no residual with it."""
+    layout, side = make_layout("one tensor", world_size), Side(error_feedback=True)
+    with emulated_device(path):
+        mean, plain = DeviceMean(dist.group.WORLD, get_communicator(dist.group.WORLD), side.telemetry), make_plain(rank)
+        mean.average(side.task(buffer_of(layout, rank, 0, torch.float32, ""), layout, COARSE))
+        before = side.feedback.norm()
+        assert before > 0
+        unfit = torch.zeros(layout.elements) if value == 0 else buffer_of(layout, rank, 1, torch.float32, "")
+        unfit[5] = value
+        plain.average(side.task(unfit, layout, COARSE), 1.0, "none", dist.group.WORLD, with_residuals=True)
+        assert side.feedback.norm() == before
+        plain.average(side.task(torch.ones(layout.elements), layout, COARSE), 8.0, "none", dist.group.WORLD, True)
+        assert side.feedback.norm() == 0
+
+
+def make_plain(rank):
+    return DevicePlain(get_communicator(dist.group.WORLD), rank)
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_an_unfit_gradient_takes_no_residual(emulated_path, value):
+    run(2, case_unfit, str(emulated_path), value)
+
+
+def case_faults(rank, world_size, path, failing, known):
+    """A rank that fails goes on in step with the others, whatever way they take then."""
+    layout, side = make_layout("uneven", world_size), Side(error_feedback=True)
+    failed = []
+    with emulated_device(path), costs({"none": 100, "bf16": 100, "two_phase": 50}) as ways:
+        choice = make(side)
+        place = torch.empty(layout.elements)
+        for step in range(trials(3)):
+            task = auto_task(side, place.copy_(buffer_of(layout, rank, step, torch.float32, "")), layout, COARSE)
+            if rank == 1 and step == failing:
+                error = ValueError("boom")
+                nothing = None if not known else layout
+                task = MeanTask(place, nothing, COARSE, task.fields, side.telemetry, fault=Fault(Phase.PREPARE, error))
+                task.strategy = "auto"
+            try:
+                choice.average(task)
+            except (ValueError, qcomm.CollectiveError) as error:
+                failed.append((step, str(error)))
+            else:
+                assert bool(place.isnan().any()) == (step == failing), step
+                assert step == failing or not place.isnan().any()
+                if step != failing:
+                    assert_same_on_all_ranks(place)
+    since = len(ways) - (trials(3) - failing - 1)
+    assert all(other == ways[since:] for other in gathered(ways[since:]))
+    return failed
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("failing", [0, 1, 2, 3, 5, 40])
+def test_a_rank_that_fails_stays_in_step(emulated_path, failing, known):
+    mine, theirs = run(2, case_faults, str(emulated_path), failing, known)[::-1]
+    assert [step for step, _ in mine] == [failing] and "boom" in mine[0][1]
+    # Before all know the bucket, they hear of it at once.
+    assert theirs == [] or (theirs[0][0] == failing and "rank 1 failed" in theirs[0][1])
+    assert theirs or failing not in (0,)
+
+
+def case_hook(rank, world_size, path):
+    with emulated_device(path), costs({"none": 100, "bf16": 300, "two_phase": 200}):
+        model = wrap()
+        state = qcomm.attach(model)
+        for step in range(trials(3)):
+            assert_same_on_all_ranks(*backward(model, rank, step))
+        stats = state.stats()
+    assert set(stats["strategies"].values()) == {"none"}
+    assert stats["steps"] == trials(3)
+
+
+def test_the_hook(emulated_path):
+    run(2, case_hook, str(emulated_path))
