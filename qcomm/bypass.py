@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from qcomm.agreement import Fault, Phase
+from qcomm.callbacks import CallbackToken
 from qcomm.communicator import Group, Ticket, failed
 from qcomm.errors import CollectiveError
 from qcomm.layout import BucketLayout
@@ -30,7 +31,7 @@ from qcomm.mpi_group import MpiGroup
 from qcomm.plain_values import PLAIN, PlainValues, count_rings
 from qcomm.telemetry import Telemetry
 
-__all__ = ["BYPASSED", "Bypass", "Lane", "can_bypass"]
+__all__ = ["BYPASSED", "Bypass", "Lane", "LastError", "can_bypass"]
 
 # Collectives of a bucket between two agreements, which cost up to a tenth of an all-reduce. With the agreement they are
 # a prime number of steps, so that a model whose steps take turns is not always agreed on in the same turn.
@@ -51,6 +52,37 @@ def can_bypass(group: Group) -> bool:
     return isinstance(backend, ProcessGroupGloo)
 
 
+class LastError:
+    """The last error of a model's steps, for whoever asks."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def note(self, error: Exception) -> None:
+        """Replaces the error before it."""
+        self.error = error
+
+
+class Passed:
+    """What telemetry does not know yet of the sums that have ended: how many, and how long they took."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = 0, 0.0, 0.0
+
+    def count(self, seconds: float, last: bool) -> None:
+        """One that has ended well; ``last``: of its step."""
+        with self._lock:
+            count, total, total_last = self._numbers
+            self._numbers = count + 1, total + seconds, total_last + (seconds if last else 0.0)
+
+    def take(self) -> tuple[int, float, float]:
+        """How many, their seconds, and the seconds of those that were the last of their step; counted anew then."""
+        with self._lock:
+            numbers, self._numbers = self._numbers, (0, 0.0, 0.0)
+        return numbers
+
+
 @dataclass
 class Lane:
     """The steps of one bucket since an agreement.
@@ -64,8 +96,7 @@ class Lane:
         memory: of what is summed, by strategy.
         under_way: the last sum, until it ends.
         started: how many steps have gone past since.
-        finished, seconds, last_seconds: how many of them have ended that the telemetry does not know of, how long they
-            took, and how long those that were the last of their step.
+        passed: those of them that have ended.
     """
 
     group: dist.ProcessGroup
@@ -77,9 +108,7 @@ class Lane:
     memory: dict[str, PlainValues] = field(default_factory=dict)
     under_way: torch.futures.Future[torch.Tensor] | None = None
     started: int = 0
-    finished: int = 0
-    seconds: float = 0.0
-    last_seconds: float = 0.0
+    passed: Passed = field(default_factory=Passed)
 
     def settle(self, strategy: str) -> None:
         """Notes what all ranks have settled on, or "" while ways are being tried."""
@@ -107,7 +136,7 @@ class Bypass:
     def __init__(self, telemetry: Telemetry) -> None:
         self._telemetry = telemetry
         self._lanes: dict[int, Lane] = {}
-        self._lock = threading.Lock()  # of the lanes' counters, and of the table
+        self._lock = threading.Lock()  # of the table
         self._broken: tuple[dist.ProcessGroup, Exception] | None = None
 
     def __reduce__(self) -> tuple[type["Bypass"], tuple[Telemetry]]:
@@ -153,7 +182,7 @@ class Bypass:
         self,
         lane: Lane,
         bucket: dist.GradBucket,
-        fail: Callable[[Exception], None],
+        last_error: LastError,
         owe: Callable[[Fault], None],
     ) -> torch.futures.Future[torch.Tensor]:
         """Starts the mean of torch's own hooks, ``allreduce_hook`` and ``bf16_compress_hook``.
@@ -161,34 +190,33 @@ class Bypass:
         Args:
             lane: what :meth:`enter` returned.
             bucket: its buffer holds the mean in the end.
-            fail: method that is called with the error if there is one, which the Future then raises.
+            last_error: is told of the error if there is one, which the Future then raises.
             owe: called with what the others are to be told when ranks next agree.
         """
         index, buffer, begin = bucket.index(), bucket.buffer(), time.perf_counter()
-        last = bucket.is_last()
-        # gloo's thread calls the next function and frees it. Were it then the last to hold the group, it would wait for
-        # itself, and the process would end; so the function holds nothing that holds a group.
-        find_self, find_lane, find_fail = weakref.ref(self), weakref.ref(lane), weakref.WeakMethod(fail)
+        last, passed, telemetry = bucket.is_last(), lane.passed, weakref.ref(self._telemetry)
 
+        # gloo's thread calls this and frees it. Were it then the last to hold the group, it would wait for itself, and
+        # the process would end; so this holds nothing that holds a group, nor, by an observer, might hold one.
         def finish(future: torch.futures.Future[list[torch.futures.Future[list[torch.Tensor]]]]) -> torch.Tensor:
+            _ = token  # held, and so counted, until this function is freed
             try:
                 for summed in future.value():
                     summed.value()
                 with torch.no_grad():
                     values.store(buffer)
+                passed.count(time.perf_counter() - begin, last)
+                if (observed := telemetry()) is not None:
+                    observed.mark(index, "done")
+                    del observed
             except RuntimeError as error:
-                failure = CollectiveError(f"bucket {index} was not averaged: {error}")
-                if (report := find_fail()) is not None:
-                    report(failure)
-                    del report  # or the traceback holds it
-                raise failure from error
-            bypass, of_lane = find_self(), find_lane()
-            if bypass is not None and of_lane is not None:
-                bypass.note_end(of_lane, index, last, time.perf_counter() - begin)
+                text = f"bucket {index} was not averaged: {error}"
+                last_error.note(CollectiveError(text))  # not the one that is raised, whose traceback has the token
+                raise CollectiveError(text) from error
             return buffer
 
-        self._telemetry.mark(index, "exchange_1")
         try:
+            self._telemetry.mark(index, "exchange_1")
             if self._broken is not None and self._broken[0] is lane.group:
                 raise CollectiveError(f"bucket {index} was not averaged, as an earlier one was not: {self._broken[1]}")
             if lane.strategy not in lane.memory:
@@ -200,18 +228,11 @@ class Bypass:
             # The others sum, and wait for this rank: no other sum of its may meet that one.
             self._broken = lane.group, error
             owe(Fault(Phase.ENCODE, error))
-            fail(error)
+            last_error.note(error)
             return failed(error).future
+        token = CallbackToken()
         lane.under_way = cast(torch.futures.Future[torch.Tensor], torch.futures.collect_all(sums).then(finish))
         return lane.under_way
-
-    def note_end(self, lane: Lane, index: int, last: bool, seconds: float) -> None:
-        """Counts a sum that has ended well."""
-        with self._lock:
-            lane.finished += 1
-            lane.seconds += seconds
-            lane.last_seconds += seconds if last else 0.0
-        self._telemetry.mark(index, "done")
 
     def drain(self) -> None:
         """Waits for the sums under way.
@@ -230,10 +251,9 @@ class Bypass:
             for index, lane in self._lanes.items():
                 if lane.under_way is not None and lane.under_way.done():
                     lane.under_way = None  # it holds the buffer
-                count, seconds, last_seconds = lane.finished, lane.seconds, lane.last_seconds
+                count, seconds, last_seconds = lane.passed.take()
                 if not count:
                     continue
-                lane.finished, lane.seconds, lane.last_seconds = 0, 0.0, 0.0
                 self._telemetry.note_strategy(index, lane.strategy)
                 self._telemetry.count_bucket(lane.layout, lane.dtype.itemsize, count)
                 count_rings(self._telemetry, lane.strategy, lane.layout, lane.dtype, count)

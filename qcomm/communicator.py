@@ -141,7 +141,7 @@ class Communicator:
         self.agreed_time = 0
         self.time_to_agree = 0
         self._pending_fault: Fault | None = None
-        self._broken: Exception | None = None
+        self._broken: BaseException | None = None
         self._closed = False
         self._closing = threading.Lock()
         self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Ticket[object]] | None] = queue.SimpleQueue()
@@ -253,24 +253,36 @@ class Communicator:
             return
         try:
             result = job()
-        except Exception as error:  # noqa: BLE001 - any: it belongs to the thread that waits for the ticket
+        except BaseException as error:  # noqa: BLE001 - any: it belongs to the thread that waits for the ticket
             if not is_agreed(error):
                 # The peers may be waiting for this rank: with the connections gone they get an error now and not
                 # after the timeout.
                 self._broken = error
                 self._transport.close()
+            if not isinstance(error, Exception):  # SystemExit and the like are meant for the main thread
+                text = f"the collective was ended by {type(error).__name__}: {error}"
+                error, cause = CollectiveError(text), error
+                error.__cause__ = cause
             ticket.complete(None, error)
         else:
             ticket.complete(result, None)
 
 
-def is_agreed(error: Exception) -> bool:
+def is_agreed(error: BaseException) -> bool:
     """Whether all ranks left the collective at the same point, so that the next one can begin."""
     return isinstance(error, (CollectiveError, ConfigMismatchError)) and not isinstance(error, TransportError)
 
 
-_communicators: "weakref.WeakKeyDictionary[Group, Communicator]" = weakref.WeakKeyDictionary()
-_communicators_lock = threading.Lock()
+class _Place:
+    """Where a group's communicator is, or is being made: that waits for other ranks, and no other group may."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.communicator: Communicator | None = None
+
+
+_places: "weakref.WeakKeyDictionary[Group, _Place]" = weakref.WeakKeyDictionary()
+_places_lock = threading.Lock()
 
 
 def resolve_group(group: Group | None) -> Group:
@@ -313,17 +325,20 @@ def get_communicator(group: Group) -> Communicator:
     Making it is a collective, which all ranks of the group reach in the same order. It ends with its group, or with the
     process.
     """
-    with _communicators_lock:
-        for known in [known for known in _communicators if not _is_registered(known)]:
-            _communicators.pop(known).close()
-        communicator = _communicators.get(group)
-        if communicator is None:
+    with _places_lock:
+        ended = [_places.pop(known) for known in list(_places) if not _is_registered(known)]
+        place = _places.setdefault(group, _Place())
+    for other in ended:
+        if other.communicator is not None:
+            other.communicator.close()
+    with place.lock:
+        if place.communicator is None:
             communicator = Communicator(group.transport if isinstance(group, MpiGroup) else GlooTransport(group))
-            _communicators[group] = communicator
+            place.communicator = communicator
             weakref.finalize(group, communicator.close)
             if isinstance(group, MpiGroup):
                 group.before_close(communicator.close)
-        return communicator
+        return place.communicator
 
 
 def _is_registered(group: Group) -> bool:

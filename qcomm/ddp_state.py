@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from qcomm import _device
 from qcomm.agreement import Fault, Fields, Phase
-from qcomm.bypass import BYPASSED, Bypass, Lane, can_bypass
+from qcomm.bypass import BYPASSED, Bypass, Lane, LastError, can_bypass
 from qcomm.collectives import check_exchange
 from qcomm.communicator import (
     Communicator,
@@ -137,7 +137,7 @@ class CompressionState:
         self._failed_pass = 0  # on all ranks
         self._error_pass = 0  # on this rank
         self._scale: Scale = 1.0
-        self._error: Exception | None = None
+        self._last_error = LastError()
         self._device_hook: DeviceHook | None = None
         self._bypass = Bypass(self.telemetry)
         self._owed_fault: Fault | None = None  # which the other ranks have not been told of
@@ -193,7 +193,7 @@ class CompressionState:
 
     def exception(self) -> Exception | None:
         """The error that ended the last failed step: DDP passes on its text, this is the object."""
-        return self._error
+        return self._last_error.error
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to go on: number of steps and residuals.
@@ -229,8 +229,9 @@ class CompressionState:
         fixed = self.grad_scale is None or isinstance(self.grad_scale, (int, float))
         kept = self.grad_scale if fixed else _forgotten_scale
         self._flush()
-        forgotten = dict.fromkeys(("given_group", "_model_group", "_error", "_device_hook", "_owed_fault"))
-        return {**self.__dict__, **forgotten, "grad_scale": kept, "_scale": 1.0}
+        forgotten = dict.fromkeys(("given_group", "_model_group", "_device_hook", "_owed_fault"))
+        own = {"grad_scale": kept, "_scale": 1.0, "_last_error": LastError()}
+        return {**self.__dict__, **forgotten, **own}
 
     def bind(self, model: torch.nn.Module, process_group: Group) -> None:
         """Learns the names of a model's parameters and its process group.
@@ -247,7 +248,6 @@ class CompressionState:
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Starts averaging a bucket. Never raises, because DDP could not go on; the Future does."""
         index, buffer = bucket.index(), bucket.buffer()
-        self.telemetry.mark(index, "ready")
         _, fault = attempt(Phase.PREPARE, self._begin, index)
         if fault is not None:
             self._owe(fault)
@@ -280,7 +280,7 @@ class CompressionState:
 
     def _pass_by(self, lane: Lane, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """A step without an agreement. What is owed to the other ranks must wait: nobody may be missing in the sum."""
-        future = self._bypass.reduce(lane, bucket, self._note_error, self._owe)
+        future = self._bypass.reduce(lane, bucket, self._last_error, self._owe)
         if self._error_pass == self._pass:  # seen here, or the sum is seen where the error was noted
             self._bypass.drain()
         return future
@@ -302,17 +302,15 @@ class CompressionState:
         return future
 
     def _failed(self, error: Exception) -> torch.futures.Future[torch.Tensor]:
-        self._note_error(error)
+        self._last_error.note(error)
         return failed(error).future
-
-    def _note_error(self, error: Exception) -> None:
-        self._error = error
 
     def _owe(self, fault: Fault) -> None:
         self._owed_fault = self._owed_fault or fault
 
     def _begin(self, index: int) -> None:
-        """Begins a new step, if this bucket is its first."""
+        """Begins a bucket, and a new step if it is the first."""
+        self.telemetry.mark(index, "ready")
         # Buckets come in ascending order, so an index that does not ascend is a new step, also where the last ones of
         # a step were left out.
         first = index <= self._last_index or self._last_index < 0
@@ -375,11 +373,11 @@ class CompressionState:
         if number == self._failed_pass:
             # Backward raises for the bucket that failed, and the next step may write to the others' memory already.
             text = f"bucket {task.index} was not exchanged, because an earlier one of this step failed"
-            raise CollectiveError(text) from self._error
+            raise CollectiveError(text) from self.exception()
         try:
             result = average(task, communicator)
         except Exception as error:  # kept for exception(), and passed on
-            self._note_error(error)
+            self._last_error.note(error)
             self._error_pass = number
             if communicator.pending_fault is None:  # all ranks know, and leave out the rest of the step
                 self._failed_pass = number

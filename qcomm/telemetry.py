@@ -89,9 +89,10 @@ class Telemetry:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Counters and the tensors' quantizers; locks and observers do not travel."""
+        """Counters, quantizers and strategies; locks and observers do not travel."""
         with self._lock:
-            return {"_counters": replace(self._counters), "_tensors": dict(self._tensors)}
+            tables = {"_tensors": dict(self._tensors), "_strategies": dict(self._strategies)}
+            return {"_counters": replace(self._counters), **tables}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

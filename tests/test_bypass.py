@@ -2,11 +2,15 @@
 
 import copy
 import itertools
+import os
 import pickle
+import subprocess
+import sys
 import time
 import warnings
 from contextlib import nullcontext
 from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -23,6 +27,7 @@ from qcomm.communicator import get_communicator
 
 pytestmark = pytest.mark.world
 
+PATHS = os.pathsep.join([str(Path(qcomm.__file__).parents[1]), str(Path(__file__).parent)])
 AGREED = 2  # before the first bypass: DDP rebuilds its buckets after the first step
 
 
@@ -162,6 +167,54 @@ def case_destroyed(rank, world_size):
 
 def test_a_group_may_end_right_after_a_sum():
     run(2, case_destroyed)
+
+
+# Rank 0 ends while sums of its are under way, because its backward has failed, and rank 1 comes late.
+LEAVING = """
+import atexit
+import sys
+import torch.distributed as dist
+atexit.register(lambda: print(all(future.done() for future in sums)))  # the first to be registered is the last called
+from ddp_model import backward, wrap
+import qcomm
+
+def fail(*_):
+    raise ValueError("boom")
+
+rank, folder, end = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{folder}/groups", rank=rank, world_size=2)
+words, sums = dist.FileStore(f"{folder}/words", 2), []
+model = wrap()
+state = qcomm.attach(model, strategy="none")
+for _ in range(3):
+    backward(model, rank)
+if rank == 1:
+    words.wait(["leaving"])
+    backward(model, rank)
+else:
+    atexit.register(words.set, "leaving", "")
+    model.module[2].register_full_backward_hook(fail)
+    try:
+        backward(model, rank)
+    except ValueError:
+        sums += [lane.under_way for lane in state._bypass._lanes.values() if lane.under_way is not None]
+        assert not all(future.done() for future in sums)
+        exec(end)
+"""
+
+
+@pytest.mark.parametrize("end", ["sys.exit(0)", "dist.destroy_process_group()", "model = state = None"])
+def test_a_process_does_not_end_during_a_sum(tmp_path, end):
+    """gloo's threads would find no Python any more, and abort."""
+
+    def start(rank):
+        command = [sys.executable, "-c", LEAVING, str(rank), str(tmp_path), end]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": PATHS})
+
+    leaving, late = start(0), start(1)
+    output, _ = leaving.communicate()
+    late.communicate()
+    assert (leaving.returncode, output) == (0, "True\n")
 
 
 def case_mixed(rank, world_size):

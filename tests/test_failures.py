@@ -296,12 +296,61 @@ def test_groups_that_overlap_and_groups_made_again():
     run(3, case_groups)
 
 
+def case_two_groups(rank, world_size):
+    """Two threads with a group each, which ranks connect in opposite orders."""
+    groups = [dist.new_group(), dist.new_group()]
+    first_is_there = threading.Event()
+    connecting = GlooTransport._connect
+    errors = []
+
+    def connect(transport, group):
+        first_is_there.set()
+        return connecting(transport, group)
+
+    def use(group, late):
+        try:
+            if late:
+                first_is_there.wait()
+            check_works(rank, world_size, group)
+        except (AssertionError, qcomm.CollectiveError) as error:
+            errors.append(error)
+
+    with mock.patch.object(GlooTransport, "_connect", connect):
+        threads = [threading.Thread(target=use, args=(group, n != rank)) for n, group in enumerate(groups)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+
+
+def test_groups_connect_independently():
+    run(2, case_two_groups, seconds=30)
+
+
+def case_leaving(rank, world_size):
+    """What is meant to end the process must not end a thread that others wait for."""
+    with mock.patch.object(mean_steps, "encode", side_effect=SystemExit("enough") if rank == 1 else None) as encode:
+        encode.side_effect = encode.side_effect or original_encode
+        with pytest.raises(qcomm.CollectiveError) as caught:
+            all_reduce(torch.ones(5000))
+    assert ("ended by SystemExit: enough" in str(caught.value)) == (rank == 1)
+    assert threading.active_count() > 1
+
+
+original_encode = mean_steps.encode
+
+
+def test_a_job_that_wants_to_leave_ends_for_all():
+    run_alone(2, case_leaving)
+
+
 def case_threads(rank, world_size):
     def workers():
         return sum(thread.name.startswith("qcomm") for thread in threading.enumerate())
 
     check_works(rank, world_size)
-    before, known = workers(), len(communicators._communicators)
+    before, known = workers(), len(communicators._places)
     for _ in range(3):
         group = dist.new_group()
         assert get_communicator(group) is get_communicator(group)
@@ -311,7 +360,7 @@ def case_threads(rank, world_size):
         dist.destroy_process_group(group)
         del group
         gc.collect()
-        assert workers() == before and len(communicators._communicators) == known
+        assert workers() == before and len(communicators._places) == known
         with pytest.raises(qcomm.CollectiveError, match="communicator is closed"):
             communicator.submit(lambda: 1).wait()
     group = dist.new_group()
