@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo
 from qcomm.agreement import Fault, Phase
 from qcomm.callbacks import CallbackToken
 from qcomm.communicator import Group, Ticket, failed
+from qcomm.ddp_steps import LastError
 from qcomm.errors import CollectiveError
 from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask
@@ -31,7 +32,7 @@ from qcomm.mpi_group import MpiGroup
 from qcomm.plain_values import PLAIN, PlainValues, count_rings
 from qcomm.telemetry import Telemetry
 
-__all__ = ["BYPASSED", "Bypass", "Lane", "LastError", "can_bypass"]
+__all__ = ["BYPASSED", "Bypass", "Lane", "can_bypass"]
 
 # Collectives of a bucket between two agreements, which cost up to a tenth of an all-reduce. With the agreement they are
 # a prime number of steps, so that a model whose steps take turns is not always agreed on in the same turn.
@@ -50,17 +51,6 @@ def can_bypass(group: Group) -> bool:
     except RuntimeError:  # it has none
         return False
     return isinstance(backend, ProcessGroupGloo)
-
-
-class LastError:
-    """The last error of a model's steps, for whoever asks."""
-
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-
-    def note(self, error: Exception) -> None:
-        """Replaces the error before it."""
-        self.error = error
 
 
 class Passed:

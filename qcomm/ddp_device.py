@@ -7,9 +7,8 @@ import torch
 
 from qcomm.communicator import Communicator, Group, failed, is_agreed
 from qcomm.device_choice import DeviceChoice
-from qcomm.device_plain import Scale
 from qcomm.errors import CollectiveError
-from qcomm.mean import MeanTask
+from qcomm.mean import MeanTask, Scale
 from qcomm.telemetry import Telemetry
 
 __all__ = ["DeviceHook", "device_future"]

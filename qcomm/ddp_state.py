@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from qcomm import _device
-from qcomm.agreement import Fault, Fields, Phase
-from qcomm.bypass import BYPASSED, Bypass, Lane, LastError, can_bypass
+from qcomm.agreement import Fields, Phase
+from qcomm.bypass import BYPASSED, Bypass, Lane, can_bypass
 from qcomm.collectives import check_exchange
 from qcomm.communicator import (
     Communicator,
@@ -25,10 +25,10 @@ from qcomm.communicator import (
 from qcomm.cost_model import Profile
 from qcomm.ddp_buckets import BucketTable
 from qcomm.ddp_checkpoint import StateDict, restore, save
-from qcomm.ddp_checks import check_hook_options, check_scale
+from qcomm.ddp_checks import check_hook_options
 from qcomm.ddp_device import DeviceHook, device_future
+from qcomm.ddp_steps import GradScale, Steps
 from qcomm.device_choice import check_device_strategy
-from qcomm.device_plain import Scale
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.grids import Grid, SigmaGrid
@@ -40,8 +40,6 @@ from qcomm.strategies import average, settled
 from qcomm.telemetry import Telemetry
 
 __all__ = ["CompressionState"]
-
-GradScale = float | torch.Tensor | Callable[[], float | torch.Tensor] | None
 
 
 class CompressionState:
@@ -129,18 +127,9 @@ class CompressionState:
         }
         self._table = BucketTable(options, min_elements, exclude)
         self._feedback = ErrorFeedback() if error_feedback else None
-        self._step = 0
-        self._last_index = -1
-        # Steps since this object was made, which a loaded checkpoint does not change: jobs of a step that failed may
-        # still be in the queue while the step that a checkpoint goes on with has the same number.
-        self._pass = 0
-        self._failed_pass = 0  # on all ranks
-        self._error_pass = 0  # on this rank
-        self._scale: Scale = 1.0
-        self._last_error = LastError()
+        self._steps = Steps()
         self._device_hook: DeviceHook | None = None
         self._bypass = Bypass(self.telemetry)
-        self._owed_fault: Fault | None = None  # which the other ranks have not been told of
 
     @property
     def process_group(self) -> Group | None:
@@ -193,14 +182,14 @@ class CompressionState:
 
     def exception(self) -> Exception | None:
         """The error that ended the last failed step: DDP passes on its text, this is the object."""
-        return self._last_error.error
+        return self._steps.last_error.error
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank needs to go on: number of steps and residuals.
 
         Every rank has to save its own; call it between steps.
         """
-        return save(self._step, self._table, self._feedback)
+        return save(self._steps.number, self._table, self._feedback)
 
     def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
         """Goes on from what ``state_dict`` returned on this rank; the number of ranks may have changed.
@@ -213,8 +202,8 @@ class CompressionState:
         Raises:
             ValueError: of another format, damaged, or not of one run; nothing has changed then.
         """
-        self._step = restore(state_dict, self._table, self._feedback)
-        self._owed_fault = None
+        self._steps.number = restore(state_dict, self._table, self._feedback)
+        self._steps.owed = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but what belongs to the process: its group, its parameters' identity, its ``grad_scale``.
@@ -229,9 +218,8 @@ class CompressionState:
         fixed = self.grad_scale is None or isinstance(self.grad_scale, (int, float))
         kept = self.grad_scale if fixed else _forgotten_scale
         self._flush()
-        forgotten = dict.fromkeys(("given_group", "_model_group", "_device_hook", "_owed_fault"))
-        own = {"grad_scale": kept, "_scale": 1.0, "_last_error": LastError()}
-        return {**self.__dict__, **forgotten, **own}
+        forgotten = dict.fromkeys(("given_group", "_model_group", "_device_hook"))
+        return {**self.__dict__, **forgotten, "grad_scale": kept}
 
     def bind(self, model: torch.nn.Module, process_group: Group) -> None:
         """Learns the names of a model's parameters and its process group.
@@ -243,17 +231,17 @@ class CompressionState:
         self._model_group = process_group
         self._bypass.flush()
         # What ranks agreed on, and owe each other, was about another model.
-        self._bypass, self._owed_fault = Bypass(self.telemetry), None
+        self._bypass, self._steps.owed = Bypass(self.telemetry), None
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Starts averaging a bucket. Never raises, because DDP could not go on; the Future does."""
         index, buffer = bucket.index(), bucket.buffer()
         _, fault = attempt(Phase.PREPARE, self._begin, index)
         if fault is not None:
-            self._owe(fault)
+            self._steps.owe(fault)
         try:
             group = resolve_group(self.process_group)
-            lane = self._bypass.enter(bucket, group) if self._step > self.warmup_steps else None
+            lane = self._bypass.enter(bucket, group) if self._steps.number > self.warmup_steps else None
             if lane is not None:
                 return self._pass_by(lane, bucket)
             world_size = get_world_size(group)
@@ -270,18 +258,18 @@ class CompressionState:
         if _device.is_on_device(buffer):
             return self._reduce_on_device(task, group, communicator)
         ready = time.perf_counter() if bucket.is_last() else None
-        number = self._pass
+        turn = self._steps.turn
         task.bypassed = self._bypass.started(index)
         lane = self._bypass.begin(bucket, task, group)
-        ticket = communicator.submit(lambda: self._run(task, communicator, number, ready, lane))
+        ticket = communicator.submit(lambda: self._run(task, communicator, turn, ready, lane))
         if lane is not None:
             lane.ticket = ticket
         return ticket.future
 
     def _pass_by(self, lane: Lane, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """A step without an agreement. What is owed to the other ranks must wait: nobody may be missing in the sum."""
-        future = self._bypass.reduce(lane, bucket, self._last_error, self._owe)
-        if self._error_pass == self._pass:  # seen here, or the sum is seen where the error was noted
+        future = self._bypass.reduce(lane, bucket, self._steps.last_error, self._steps.owe)
+        if self._steps.error_turn == self._steps.turn:  # seen here, or the sum is seen where the error was noted
             self._bypass.drain()
         return future
 
@@ -293,43 +281,27 @@ class CompressionState:
                 if self._device_hook is not None:
                     self._device_hook.flush()
                 self._device_hook = DeviceHook(group, communicator, self.telemetry, task.buffer.device)
-            future = self._device_hook.reduce(task, self._scale, self._pass)
+            future = self._device_hook.reduce(task, self._steps.scale, self._steps.turn)
         except Exception as error:  # noqa: BLE001 - any: DDP could not go on after it, so the Future raises it
             if self._device_hook is not None and isinstance(error, (CollectiveError, ConfigMismatchError)):
-                self._device_hook.fail(self._pass)  # all ranks know
+                self._device_hook.fail(self._steps.turn)  # all ranks know
             return self._failed(error)
         self._count(task.layout, task.buffer)
         return future
 
     def _failed(self, error: Exception) -> torch.futures.Future[torch.Tensor]:
-        self._last_error.note(error)
+        self._steps.last_error.note(error)
         return failed(error).future
 
-    def _owe(self, fault: Fault) -> None:
-        self._owed_fault = self._owed_fault or fault
-
     def _begin(self, index: int) -> None:
-        """Begins a bucket, and a new step if it is the first."""
         self.telemetry.mark(index, "ready")
-        # Buckets come in ascending order, so an index that does not ascend is a new step, also where the last ones of
-        # a step were left out.
-        first = index <= self._last_index or self._last_index < 0
-        self._last_index = index
-        if first:
-            self._step += 1
-            self._pass += 1
+        if self._steps.begin(index):
             self.telemetry.add(steps=1)
-            scale = self.grad_scale() if callable(self.grad_scale) else self.grad_scale
-            # The value of a tensor on the device stays there: to look at it would be to wait.
-            if isinstance(scale, torch.Tensor) and scale.numel() == 1 and scale.is_cuda:
-                self._scale = scale
-            else:
-                self._scale = 1.0 if scale is None else check_scale(scale)
+            self._steps.set_scale(self.grad_scale)
 
     def _task(self, bucket: dist.GradBucket, group: Group, world_size: int) -> MeanTask:
         """What to do with a bucket: to average it, or to tell the other ranks, who are waiting for it, of a fault."""
-        task, fault = None, self._owed_fault
-        self._owed_fault = None
+        task, fault = None, self._steps.take_owed()
         if fault is None:
             task, fault = attempt(Phase.PREPARE, self._mean_task, bucket, group, world_size)
         if task is None:
@@ -341,14 +313,14 @@ class CompressionState:
         on_device = _device.is_on_device(bucket.buffer())
         if on_device:
             check_device_strategy(self.strategy)
-        layout, fields = self._table.look_up(bucket, world_size, warming_up=self._step <= self.warmup_steps)
+        layout, fields = self._table.look_up(bucket, world_size, warming_up=self._steps.number <= self.warmup_steps)
         node_size = resolve_ranks_per_node(self.ranks_per_node, world_size, self.strategy)
         if self.strategy == "hierarchical":
             fields = fields.extended("ranks per node", str(node_size))
         if self.grad_scale is not None:
-            stays = isinstance(self._scale, torch.Tensor)
-            fields = fields.extended("grad_scale", "on the device" if stays else repr(self._scale))
-        passes = not on_device and self._step > self.warmup_steps and can_bypass(group)
+            scale = self._steps.scale
+            fields = fields.extended("grad_scale", "on the device" if isinstance(scale, torch.Tensor) else repr(scale))
+        passes = not on_device and self._steps.number > self.warmup_steps and can_bypass(group)
         if passes:
             fields = fields.extended("steps between agreements", str(BYPASSED))
         return MeanTask(
@@ -358,7 +330,7 @@ class CompressionState:
             fields,
             self.telemetry,
             self._feedback,
-            self._scale if isinstance(self._scale, float) else 1.0,
+            self._steps.scale if isinstance(self._steps.scale, float) else 1.0,
             bucket.index(),
             strategy=self.strategy,
             num_threads=self.num_threads,
@@ -368,19 +340,19 @@ class CompressionState:
         )
 
     def _run(
-        self, task: MeanTask, communicator: Communicator, number: int, ready: float | None, lane: Lane | None
+        self, task: MeanTask, communicator: Communicator, turn: int, ready: float | None, lane: Lane | None
     ) -> torch.Tensor:
-        if number == self._failed_pass:
+        if turn == self._steps.failed_turn:
             # Backward raises for the bucket that failed, and the next step may write to the others' memory already.
             text = f"bucket {task.index} was not exchanged, because an earlier one of this step failed"
             raise CollectiveError(text) from self.exception()
         try:
             result = average(task, communicator)
         except Exception as error:  # kept for exception(), and passed on
-            self._last_error.note(error)
-            self._error_pass = number
+            self._steps.last_error.note(error)
+            self._steps.error_turn = turn
             if communicator.pending_fault is None:  # all ranks know, and leave out the rest of the step
-                self._failed_pass = number
+                self._steps.failed_turn = turn
             elif lane is not None:  # they went on
                 lane.settle(settled(task, communicator))
             if is_agreed(error):  # otherwise connections must be closed first, for the others' sake

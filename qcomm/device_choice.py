@@ -22,11 +22,11 @@ from qcomm.chooser import Chooser
 from qcomm.communicator import Communicator, Group, is_agreed
 from qcomm.device_agreement import AgreedNumbers, agree, is_known
 from qcomm.device_mean import DeviceMean, check_group
-from qcomm.device_plain import DevicePlain, Scale
+from qcomm.device_plain import DevicePlain
 from qcomm.device_slots import PERIOD
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.layout import BucketLayout
-from qcomm.mean import MeanTask
+from qcomm.mean import MeanTask, Scale
 from qcomm.plain_values import PLAIN
 from qcomm.strategies import plain_ways
 from qcomm.telemetry import Telemetry

@@ -9,12 +9,10 @@ from qcomm.agreement import Phase
 from qcomm.communicator import Communicator
 from qcomm.device_agreement import agree, is_known
 from qcomm.layout import BucketLayout
-from qcomm.mean import MeanTask, attempt
+from qcomm.mean import MeanTask, Scale, attempt
 from qcomm.plain_values import PlainValues, count_rings
 
-__all__ = ["DevicePlain", "Scale"]
-
-Scale = float | torch.Tensor
+__all__ = ["DevicePlain"]
 
 
 @dataclass

@@ -14,10 +14,12 @@ from qcomm.layout import BucketLayout
 from qcomm.plain_values import PlainValues
 from qcomm.telemetry import Telemetry
 
-__all__ = ["MeanTask", "attempt", "is_zero"]
+__all__ = ["MeanTask", "Scale", "attempt", "is_zero"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+# What gradients have been multiplied by: a number, or a tensor of one element that stays on its device.
+Scale = float | torch.Tensor
 
 
 @dataclass
