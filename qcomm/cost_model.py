@@ -6,7 +6,7 @@ an exchange among w ranks, a header and then w - 1 rounds that together carry m 
 
     x(m, w)        alpha * w + beta * m                        for w > 1, otherwise 0
     none           alpha + 2 (W - 1) alpha + 2 (W - 1) / W * v * beta
-    bf16           the same with half of v, values that are not compressed beside it, and d V to convert there and back;
+    bf16           the same with half of v, excluded values beside it, and d V to convert there and back;
                    like none unless v is of float32
     all_gather     e V + x((W - 1) V / r, W) + d W V
     two_phase      in the order of qcomm.schedule, for each of the slices that qcomm.slices cuts:
@@ -159,7 +159,8 @@ def _fields(found: Mapping[str, Any], name: str) -> dict[str, Any]:
 class Exchange:
     """What is averaged: ``elements`` of a dtype of ``item_bytes`` over ``world_size`` ranks, so many on each node.
 
-    ``raw_elements`` of them, of small tensors, are not compressed.
+    ``raw_elements`` of them, of small or excluded tensors, are not compressed; ``exact_elements`` of these are not
+    rounded either.
     """
 
     elements: int
@@ -167,6 +168,7 @@ class Exchange:
     item_bytes: int = 4
     ranks_per_node: int = 1
     raw_elements: int = 0
+    exact_elements: int = 0
 
     @property
     def buffer_bytes(self) -> int:
@@ -199,7 +201,7 @@ def _share(parts: int) -> float:
 
 def _is_rounded(strategy: str, exchange: Exchange) -> bool:
     """As :func:`qcomm.plain_values.is_rounded`."""
-    return strategy == "bf16" and exchange.item_bytes == 4 and 2 * exchange.raw_elements < exchange.elements
+    return strategy == "bf16" and exchange.item_bytes == 4 and 2 * exchange.exact_elements < exchange.elements
 
 
 def bytes_sent(strategy: str, exchange: Exchange, ratio: float) -> tuple[float, float]:
@@ -211,7 +213,7 @@ def bytes_sent(strategy: str, exchange: Exchange, ratio: float) -> tuple[float, 
     world, values, buffer = exchange.world_size, exchange.value_bytes, exchange.buffer_bytes
     packets = exchange.packet_bytes(ratio)
     if strategy in ("none", "bf16"):
-        rounded = buffer / 2 + 4 * exchange.raw_elements if _is_rounded(strategy, exchange) else buffer
+        rounded = buffer / 2 + 4 * exchange.exact_elements if _is_rounded(strategy, exchange) else buffer
         return 2 * _share(world) * rounded, 0.0
     if strategy == "all_gather":
         return (world - 1) * packets, 0.0

@@ -86,8 +86,9 @@ class BucketTable:
             specs, offset = [], 0
             for key, shape in zip(keys, shapes, strict=True):
                 numel = math.prod(shape)
-                compressed = not warming_up and numel >= max(self._min_elements, 1) and not self._is_excluded(key)
-                specs.append(TensorSpec(key, offset, numel, compressed))
+                may_round = not warming_up and not self._is_excluded(key)
+                compressed = may_round and numel >= max(self._min_elements, 1)
+                specs.append(TensorSpec(key, offset, numel, compressed, may_round))
                 offset += numel
             layout = BucketLayout(specs, world_size)
             fields = {

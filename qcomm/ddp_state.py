@@ -56,9 +56,9 @@ class CompressionState:
             ``step`` at most 1.
         error_feedback: keep what quantization lost and add it to the next gradient: 4 bytes a parameter, and 4 / W for
             the means. A step that fails, or that GradScaler skips, loses at most its own gradient and that feedback.
-        min_elements: smaller parameters travel uncompressed, in the same packets.
+        min_elements: smaller parameters travel uncompressed, in the same packets; ``"bf16"`` rounds them, too.
         warmup_steps: so many first steps exchange uncompressed values.
-        exclude: patterns (``fnmatch``) of the names of parameters that travel uncompressed. Needs :func:`attach`,
+        exclude: patterns (``fnmatch``) of the names of parameters that travel as they are. Needs :func:`attach`,
             which knows the names.
         grad_scale: what the loss was multiplied by, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. Read
             once a step, a tensor on a CUDA device without waiting for it. Error feedback is kept without it, so that a

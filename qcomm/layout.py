@@ -31,12 +31,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Elements ``[offset, offset + numel)`` of a flat buffer; ``key`` names them to error feedback and statistics."""
+    """Elements ``[offset, offset + numel)`` of a flat buffer; ``key`` names them to error feedback and statistics.
+
+    ``may_round``: whether those of a tensor that is not compressed may still be rounded to bfloat16, by that strategy.
+    """
 
     key: str
     offset: int
     numel: int
     compressed: bool
+    may_round: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,10 @@ class BucketLayout:
         tensors: in any order, not overlapping.
         world_size: number of chunks.
 
+    Attributes:
+        elements, compressed_elements: how many there are.
+        exact_elements: how many are neither compressed nor may be rounded; ``exact_runs`` are these, as runs.
+
     Example:
         >>> tensors = [TensorSpec("weight", 0, 100, True), TensorSpec("bias", 100, 10, False)]
         >>> layout = BucketLayout(tensors, world_size=2)
@@ -156,6 +164,9 @@ class BucketLayout:
         raw = [number for number, spec in enumerate(self.tensors) if not spec.compressed]
         self.compressed_elements = sum(self.tensors[number].numel for number in compressed)
         self.elements = sum(spec.numel for spec in self.tensors)
+        exact = [(spec.offset, spec.numel) for spec in self.tensors if not (spec.compressed or spec.may_round)]
+        self.exact_runs = _join_runs(exact)
+        self.exact_elements = sum(length for _, length in self.exact_runs)
         compressed_cuts = cut_points(self.compressed_elements, world_size)
         raw_cuts = cut_points(self.elements - self.compressed_elements, world_size)
         self.chunks = tuple(
@@ -189,7 +200,7 @@ class BucketLayout:
     @cached_property
     def description(self) -> str:
         """One line that two ranks share only if their layouts are equal."""
-        listing = "\n".join(f"{t.key} {t.offset} {t.numel} {t.compressed:d}" for t in self.tensors)
+        listing = "\n".join(f"{t.key} {t.offset} {t.numel} {t.compressed:d} {t.may_round:d}" for t in self.tensors)
         digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
         return (
             f"{len(self.tensors)} tensors of {self.elements} elements, {self.compressed_elements} of them compressed "

@@ -29,7 +29,7 @@ def plain_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
 
 
 def bf16_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
-    """:func:`plain_mean` of float32 values rounded to bfloat16, those of parameters that are not compressed excepted.
+    """:func:`plain_mean` of float32 values rounded to bfloat16, those of excluded parameters excepted.
 
     What rounding loses, at most 2^-8 of a value and of each partial sum, is lost also with error feedback.
     """

@@ -16,25 +16,25 @@ PLAIN = ("none", "bf16")
 def is_rounded(strategy: str, layout: BucketLayout, dtype: torch.dtype) -> bool:
     """Whether a plain strategy rounds: "bf16" does float32 values, where it saves bytes.
 
-    Values that must not be rounded travel a second time, beside the others.
+    Values that must not be rounded travel a second time, beside the others, which costs messages; so what is too small
+    to be compressed is rounded, and only what is excluded is not.
 
     Example:
         >>> from qcomm.layout import TensorSpec
-        >>> tensors = [TensorSpec("weight", 0, 100, True), TensorSpec("bias", 100, 10, False)]
+        >>> tensors = [TensorSpec("weight", 0, 100, True), TensorSpec("bias", 100, 10, False, may_round=True)]
         >>> layout = BucketLayout(tensors, world_size=2)
         >>> is_rounded("bf16", layout, torch.float32), is_rounded("bf16", layout, torch.float16)
         (True, False)
     """
-    raw = layout.elements - layout.compressed_elements
-    return strategy == "bf16" and dtype == torch.float32 and 2 * raw < layout.elements
+    return strategy == "bf16" and dtype == torch.float32 and 2 * layout.exact_elements < layout.elements
 
 
 class PlainValues:
     """Tensors that are summed over all ranks in place of a buffer; their memory may serve one buffer after another.
 
     Args:
-        strategy: ``"none"``: the buffer itself. ``"bf16"``: its values rounded to bfloat16, and those of tensors that
-            are not to be compressed as they are, in a tensor of their own.
+        strategy: ``"none"``: the buffer itself. ``"bf16"``: its values rounded to bfloat16, and those that must not be,
+            as they are, in a tensor of their own.
         layout: of the buffers.
         dtype: of the buffers.
         device: of the buffers; None for the CPU.
@@ -44,11 +44,10 @@ class PlainValues:
         self, strategy: str, layout: BucketLayout, dtype: torch.dtype, device: torch.device | None = None
     ) -> None:
         self._layout = layout
-        self._raw_runs = layout.whole.raw_runs
         self._rounded: torch.Tensor | None = None
         if is_rounded(strategy, layout, dtype):
             self._rounded = torch.empty(layout.elements, dtype=torch.bfloat16, device=device)
-            self._raw = torch.empty(layout.elements - layout.compressed_elements, dtype=dtype, device=device)
+            self._exact = torch.empty(layout.exact_elements, dtype=dtype, device=device)
 
     def load(self, buffer: torch.Tensor) -> Sequence[torch.Tensor]:
         """A buffer's values as this rank's share of the mean: divided first, so that 16-bit sums do not overflow.
@@ -59,24 +58,23 @@ class PlainValues:
         if self._rounded is None:
             return [buffer.div_(self._layout.world_size)]
         self._rounded.copy_(buffer).div_(self._layout.world_size)
-        if not self._raw_runs:
+        if not self._layout.exact_runs:
             return [self._rounded]
-        torch.cat([buffer[offset : offset + length] for offset, length in self._raw_runs], out=self._raw)
-        return [self._rounded, self._raw.div_(self._layout.world_size)]
+        torch.cat([buffer[offset : offset + length] for offset, length in self._layout.exact_runs], out=self._exact)
+        return [self._rounded, self._exact.div_(self._layout.world_size)]
 
     def store(self, buffer: torch.Tensor) -> None:
         """Puts the sums into the buffer that was loaded."""
         if self._rounded is not None:
             buffer.copy_(self._rounded)
-            if self._raw_runs:
-                scatter_chunk(self._raw, Chunk((), self._raw_runs), buffer)
+            if self._layout.exact_runs:
+                scatter_chunk(self._exact, Chunk((), self._layout.exact_runs), buffer)
 
 
 def count_rings(telemetry: Telemetry, strategy: str, layout: BucketLayout, dtype: torch.dtype, times: int = 1) -> None:
     """Counts what rings send, which are what gloo runs: each of two phases carries every element once."""
-    raw = layout.elements - layout.compressed_elements
     rounded = is_rounded(strategy, layout, dtype)
-    item, more = (torch.bfloat16.itemsize, raw * dtype.itemsize) if rounded else (dtype.itemsize, 0)
+    item, more = (torch.bfloat16.itemsize, layout.exact_elements * dtype.itemsize) if rounded else (dtype.itemsize, 0)
     sizes = [size * (layout.world_size - 1) // layout.world_size for size in (layout.elements * item, more)]
     for phase in (1, 2):
         telemetry.add_traffic(f"phase{phase}", Traffic(times * sum(sizes), times * sum(sizes)))

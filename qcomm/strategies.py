@@ -96,7 +96,7 @@ def automatic_ways(
     plain = plain_ways(layout, dtype, grid)
     names = tuple(name for name in AUTOMATIC if name not in PLAIN and (several or name != "hierarchical"))
     raw = layout.elements - layout.compressed_elements
-    exchange = Exchange(layout.elements, layout.world_size, dtype.itemsize, ranks_per_node, raw)
+    exchange = Exchange(layout.elements, layout.world_size, dtype.itemsize, ranks_per_node, raw, layout.exact_elements)
     fast = candidates(exchange, (*plain, *names), PLAUSIBLE if profile is None else (profile,))
     return (*plain, *(name for name in fast if name not in plain))
 

@@ -89,13 +89,13 @@ def case_excluded(rank, world_size):
         exact = dict(zip(got, exact_mean(rank, world_size, step), strict=True))
         for name, gradient in got.items():
             difference = (gradient - exact[name]).abs().max() / exact[name].abs().max()
-            rounded = name.endswith("weight") and name != "4.weight"
+            rounded = name not in ("4.weight", "4.bias")  # most of their bucket is excluded
             assert (1e-4 < difference < 2**-7) if rounded else difference < 1e-6, (step, name, difference)
         assert_same_on_all_ranks(*got.values())
     assert set(state.stats()["strategies"].values()) == {"bf16"}
     stats = state.stats()
     assert stats["bits_per_element_compressed"] == 16.0
-    assert 16 < stats["bits_per_element"] < 22  # a sixth is excluded, and travels in float32
+    assert 16 < stats["bits_per_element"] < 22  # a sixth is excluded, and travels in float32 beside it
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
