@@ -3,11 +3,11 @@
 # As root on Linux, for the limited links; on an otherwise idle machine, because ranks and hosts share its cores.
 # Interpreter: PYTHON, otherwise .venv's, otherwise python3. Without STEP all of them, with minutes on two idle cores:
 #   allreduce 4    all methods on 25 MiB: 100 Mb/s and 1 Gb/s, 2 and 4 hosts
-#   feedback  1    the same with error feedback, 1 Gb/s, 2 hosts
+#   feedback  3    the same with error feedback, 1 Gb/s, 2 hosts
 #   planner   2    what qcomm plan predicts of the first of these
 #   slices    2    25 MiB in 1, 2, 4 and 8 slices: 100 Mb/s and 1 Gb/s, 2 and 4 hosts
 #   sizes     3    64 KiB to 256 MiB: 1 Gb/s, 2 hosts
-#   pairs     3    auto against fp32 and bf16 without a limit, 2 and 4 ranks
+#   pairs     4    auto against fp32 and bf16 without a limit, 2 and 4 ranks
 #   step      2    a ResNet-18 step over 100 Mb/s, 2 hosts, and its trace
 #   scaling   4    weak and strong, 1 to 4 ranks of this machine, torchrun and mpirun
 #   bitrate   1    bits by layer over a training run
@@ -31,13 +31,13 @@ run() {
 step() {
     case "$1" in
         allreduce) run bench_allreduce.py --repeats 5 --json $results/allreduce.json ;;
-        feedback) run bench_allreduce.py --repeats 7 --error-feedback --rates 1gbit --worlds 2 \
+        feedback) run bench_allreduce.py --repeats 21 --error-feedback --rates 1gbit --worlds 2 \
             --json $results/allreduce_feedback.json ;;
         planner) run check_planner.py --json $results/planner_check.json || true ;;  # it fails where the planner is off
         slices) run bench_slices.py --json $results/slices.json ;;
         sizes) run bench_allreduce.py --repeats 5 --rates 1gbit --worlds 2 --sizes 64K 256K 1M 4M 25M 64M 256M \
             --json $results/allreduce_sizes.json ;;
-        pairs) run bench_allreduce.py --pairs 120 --rates none --worlds 2 4 --sizes 1M 25M \
+        pairs) run bench_allreduce.py --pairs 400 --rates none --worlds 2 4 --sizes 1M 25M \
             --json $results/allreduce_pairs.json ;;
         step) run bench_scaling.py --rates 100mbit --worlds 2 --modes weak --steps 6 \
             --methods fp32 bf16 "powersgd r=2" "qcomm k=2" "qcomm k=1" --trace $results/step_trace.json \
