@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+from qcomm.plain_values import PLAIN
+
 __all__ = ["Chooser"]
 
 ROUNDS = 3  # of trials; the fastest one counts, so the first may be slow for reasons of its own
@@ -20,6 +22,9 @@ RECENT = 5  # of them, the last ones are looked at
 WORTH_A_TRIAL = 0.8
 # Who comes earlier in the list of candidates loses less accuracy, and is chosen if not slower by more than this.
 TIE = 1.05
+# A way that compresses has to be so many times as fast as those that do not: it takes cores from backward, which is not
+# seen here, and accuracy.
+WORTH_COMPRESSING = 1.25
 MOST_KINDS = 1024
 
 
@@ -45,6 +50,9 @@ class _Kind:
             self.trials.extend(self.candidates)
             return
         best = min(self.fastest(name) for name in timed)
+        plain = [name for name in timed if name in PLAIN]
+        if plain and (best_plain := min(map(self.fastest, plain))) <= WORTH_COMPRESSING * best:
+            timed, best = plain, best_plain
         self.chosen = next(name for name in timed if self.fastest(name) <= TIE * best)
         self.since_decision = 0
 
