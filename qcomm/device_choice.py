@@ -149,13 +149,13 @@ class DeviceChoice:
         if lane is None:
             agree(task, self._communicator, task.strategy)
             raise ValueError("a task without a layout needs a fault") if task.fault is None else task.fault.error
-        captured = task.buffer.is_cuda and torch.cuda.is_current_stream_capturing()
-        if not captured and lane.left == 0:
-            self._turn(lane, task)
-        first = not captured and lane.left == lane.length
-        lane.left -= (
-            not captured
-        )  # whatever happens: so it does on the other ranks, who may not see a fault of this one
+        first = False
+        # What a graph captures is not counted: it runs again and again without this.
+        if not (task.buffer.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if lane.left == 0:
+                self._turn(lane, task)
+            first = lane.left == lane.length
+            lane.left -= 1  # whatever happens now: the other ranks count too, and may not see what fails here
         stopwatch = Stopwatch(task.buffer.device) if first and len(lane.ways) > 1 else None
         if stopwatch is not None:
             stopwatch.start()
