@@ -100,9 +100,7 @@ class Case:
         residual = address(self.residual) if feedback else 0
         tensor = DeviceTensor(self.values.data_ptr(), self.count, self.grid, residual)
         segment = (0, 0, self.count, residual)
-        return Encoder(
-            torch.float32, self.steps, [tensor], [segment], [(1, address(out), capacity)], self.workspace, self.device
-        )
+        return Encoder(torch.float32, self.steps, [tensor], [segment], [(1, address(out), capacity)], self.workspace)
 
     def _decoder(self, packets: int) -> Decoder:
         task = (self.out.data_ptr(), self.nbytes, self.decoded.data_ptr(), self.count)

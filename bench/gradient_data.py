@@ -78,7 +78,7 @@ def bucket(parts: Sequence[torch.Tensor], elements: int) -> Bucket:
             for shape in _fitting(part.shape, elements - offset):
                 count = math.prod(shape)
                 values[offset : offset + count] = part.reshape(-1)[position : position + count]
-                specs.append(TensorSpec(f"tensor {len(specs)}", offset, count, count >= MIN_ELEMENTS))
+                specs.append(TensorSpec(f"tensor {len(specs)}", offset, count, count >= MIN_ELEMENTS, may_round=True))
                 shapes.append(torch.Size(shape))
                 offset, position = offset + count, position + count
     return Bucket(values, specs, shapes)

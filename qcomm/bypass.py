@@ -187,7 +187,7 @@ class Bypass:
         last, passed, telemetry = bucket.is_last(), lane.passed, weakref.ref(self._telemetry)
 
         # gloo's thread calls this and frees it. Were it then the last to hold the group, it would wait for itself, and
-        # the process would end; so this holds nothing that holds a group, nor, by an observer, might hold one.
+        # the process would end; so nothing that this holds has a group, nor an observer, who might have one.
         def finish(future: torch.futures.Future[list[torch.futures.Future[list[torch.Tensor]]]]) -> torch.Tensor:
             _ = token  # held, and so counted, until this function is freed
             try:
@@ -195,14 +195,13 @@ class Bypass:
                     summed.value()
                 with torch.no_grad():
                     values.store(buffer)
-                passed.count(time.perf_counter() - begin, last)
-                if (observed := telemetry()) is not None:
-                    observed.mark(index, "done")
-                    del observed
             except RuntimeError as error:
                 text = f"bucket {index} was not averaged: {error}"
                 last_error.note(CollectiveError(text))  # not the one that is raised, whose traceback has the token
                 raise CollectiveError(text) from error
+            passed.count(time.perf_counter() - begin, last)
+            if (observed := telemetry()) is not None:
+                observed.mark(index, "done")
             return buffer
 
         try:

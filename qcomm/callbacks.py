@@ -17,10 +17,6 @@ class _Callbacks:
     """How many functions of this process gloo's threads have still to call, and to free."""
 
     def __init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """For a process that was forked, which has none of gloo's threads."""
         self._count = 0
         self._changed = threading.Condition()
 
@@ -36,8 +32,20 @@ class _Callbacks:
 
 
 _callbacks = _Callbacks()
-atexit.register(_callbacks.wait)
-os.register_at_fork(after_in_child=_callbacks.forget)
+
+
+def _forget() -> None:
+    """A process that was forked has none of gloo's threads, though it has copies of their tokens."""
+    global _callbacks  # noqa: PLW0603 - tokens of the parent's still count where they began
+    _callbacks = _Callbacks()
+
+
+def _wait() -> None:
+    _callbacks.wait()
+
+
+atexit.register(_wait)
+os.register_at_fork(after_in_child=_forget)
 
 
 class CallbackToken:
@@ -51,7 +59,8 @@ class CallbackToken:
     """
 
     def __init__(self) -> None:
-        _callbacks.add(1)
+        self._counter = _callbacks
+        self._counter.add(1)
 
     def __del__(self) -> None:
-        _callbacks.add(-1)
+        self._counter.add(-1)

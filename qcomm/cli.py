@@ -154,7 +154,7 @@ def train(
     strategy: Annotated[
         str,
         typer.Option(
-            help=f"Of qcomm: {', '.join(STRATEGIES)}. auto takes what is fastest on this network.",
+            help=f"Of qcomm: {', '.join(STRATEGIES)}. auto takes what pays on this network.",
             rich_help_panel=_EXCHANGE,
         ),
     ] = "two_phase",

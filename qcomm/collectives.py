@@ -113,8 +113,9 @@ def all_reduce(
             small tensors; ``"exact_sum"`` rounds them to one grid of all ranks and loses nothing more; ``"none"`` is a
             plain all-reduce and ``"bf16"`` one of float32 values rounded to bfloat16; ``"hierarchical"`` adds
             uncompressed values inside a node and compresses between nodes; ``"auto"`` tries what may be fast on the
-            first calls for tensors of this size and keeps the fastest, looking again from time to time. CUDA tensors
-            have ``"two_phase"``, which ``"auto"`` is there, and ``"none"``.
+            first calls for tensors of this size and keeps the fastest, one that compresses only if it is a quarter
+            faster than those that do not, looking again from time to time. CUDA tensors have ``"two_phase"``, which
+            ``"auto"`` is there, ``"none"`` and ``"bf16"``.
         ranks_per_node: for ``"hierarchical"``: ranks 0 to ``ranks_per_node - 1`` of the group are one node, and so on;
             any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
             set.

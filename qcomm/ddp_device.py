@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from qcomm.communicator import Communicator, Group, failed, is_agreed
+from qcomm.communicator import Communicator, Group, is_agreed
 from qcomm.device_choice import DeviceChoice
 from qcomm.errors import CollectiveError
 from qcomm.mean import MeanTask, Scale
@@ -51,7 +51,7 @@ class DeviceHook:
         self._broken: Exception | None = None
 
     def reduce(self, task: MeanTask, scale: Scale, number: int) -> torch.futures.Future[torch.Tensor]:
-        """Starts averaging a bucket; the host waits only as DeviceChoice does. Errors are raised by the Future.
+        """Starts averaging a bucket; the host waits only as DeviceChoice does.
 
         Args:
             task: of the bucket.
@@ -60,13 +60,13 @@ class DeviceHook:
         """
         if task.buffer.device != self._device:
             text = f"gradients must be on {self._device} like those before, got device {task.buffer.device}"
-            return failed(ValueError(text)).future
+            raise ValueError(text)
         if self._broken is not None:
             text = f"an earlier collective ended half way on this rank, and the others wait for it: {self._broken}"
-            return failed(CollectiveError(text)).future
+            raise CollectiveError(text)
         if number == self._failed_pass:
             text = f"bucket {task.index} was not exchanged, because an earlier one of this step failed"
-            return failed(CollectiveError(text)).future
+            raise CollectiveError(text)
         with torch.no_grad(), self._beside():
             task.telemetry.mark(task.index, "launch")
             if self._stream is not None:
@@ -74,7 +74,8 @@ class DeviceHook:
             try:
                 self._choice.average(task, scale)
             except Exception as error:
-                if task.fault is None and not is_agreed(error):
+                told = task.fault is not None and error is task.fault.error  # this rank took part all the same
+                if not told and not is_agreed(error):
                     self._broken = error  # whatever was exchanged next would meet the others' part of this collective
                 raise
             task.telemetry.mark(task.index, "launched")

@@ -105,8 +105,8 @@ class _Lane:
     layout: BucketLayout
     dtype: torch.dtype
     ways: Sequence[str]
+    strategy: str
     chooser: Chooser = field(default_factory=Chooser)
-    strategy: str = ""
     length: int = 0
     left: int = 0
     stopwatch: Stopwatch | None = None
@@ -166,7 +166,7 @@ class DeviceChoice:
                 self._compressed.average(task, scale)
         except (CollectiveError, ConfigMismatchError) as error:
             if is_agreed(error):  # a rank with a fault may have had no lane, and begins one next
-                self._lanes[task.index] = _Lane(lane.layout, lane.dtype, lane.ways)
+                self._lanes[task.index] = _Lane(lane.layout, lane.dtype, lane.ways, lane.ways[0])
             raise
         if stopwatch is not None:
             stopwatch.stop()
@@ -188,7 +188,8 @@ class DeviceChoice:
             return known
         if task.layout is None:
             return None
-        lane = self._lanes[task.index] = _Lane(task.layout, task.buffer.dtype, device_ways(task))
+        ways = device_ways(task)
+        lane = self._lanes[task.index] = _Lane(task.layout, task.buffer.dtype, ways, ways[0])
         return lane
 
     def _turn(self, lane: _Lane, task: MeanTask) -> None:
@@ -203,4 +204,7 @@ class DeviceChoice:
             numbers = torch.full((1,), own, dtype=torch.int64, device=task.buffer.device)
             lane.agreed = AgreedNumbers(numbers, dist.ReduceOp.MIN, self._compressed.group())
         lane.strategy, lane.stopwatch = lane.chooser.next(None, lane.ways), None
-        lane.length = lane.left = PERIOD if lane.chooser.settled(None) else TRIAL
+        lane.length = lane.left = TRIAL
+        if lane.chooser.settled(None):
+            lane.length = lane.left = PERIOD
+            self._plain.settle(task.index, lane.strategy)

@@ -19,8 +19,7 @@ __all__ = ["DevicePlain"]
 class _Bucket:
     layout: BucketLayout
     dtype: torch.dtype
-    strategy: str
-    values: PlainValues
+    values: dict[str, PlainValues]  # by strategy: those that all ranks have agreed on
 
 
 class DevicePlain:
@@ -34,6 +33,14 @@ class DevicePlain:
     def __init__(self, communicator: Communicator | None, rank: int) -> None:
         self._communicator, self._rank = communicator, rank
         self._buckets: dict[int, _Bucket] = {}
+        self._captured: list[PlainValues] = []
+
+    def settle(self, index: int, strategy: str) -> None:
+        """Forgets the memory of other strategies than that which a bucket has from now on."""
+        if index in self._buckets:
+            values = self._buckets[index].values
+            for other in set(values).difference([strategy]):
+                del values[other]
 
     def average(
         self, task: MeanTask, scale: Scale, strategy: str, group: dist.ProcessGroup, with_residuals: bool
@@ -49,26 +56,35 @@ class DevicePlain:
                 so that the first of many collectives does it for all of them.
 
         Raises:
-            CollectiveError, ConfigMismatchError: on all ranks, where the bucket is new.
-            Exception: this rank's own fault. Of a bucket that is not new the others get NaN, and do not wait.
+            CollectiveError, ConfigMismatchError: on all ranks, where the bucket or its strategy is new.
+            Exception: this rank's own fault. Where neither is new the others get NaN, and do not wait.
         """
+        known = self._buckets.get(task.index)
+        if known is not None and not is_known(task, known.layout, known.dtype):
+            known = None
+        new = known is None or strategy not in known.values
+        made: PlainValues | None = None
+        if task.fault is None and new:
+            layout, device = task.agreed_layout, task.buffer.device
+            made, task.fault = attempt(Phase.PREPARE, PlainValues, strategy, layout, task.buffer.dtype, device)
         if task.fault is None and with_residuals:
             _, task.fault = attempt(Phase.PREPARE, _add_residuals, task, self._rank, scale)
-        known = self._buckets.get(task.index)
-        if known is None or not is_known(task, known.layout, known.dtype):
+        if new:
             agree(task, self._communicator, strategy)
             if task.fault is not None:
                 raise task.fault.error
-            known = None
-        if known is None or known.strategy != strategy:
-            layout = task.agreed_layout if known is None else known.layout
-            values = PlainValues(strategy, layout, task.buffer.dtype, task.buffer.device)
-            known = self._buckets[task.index] = _Bucket(layout, task.buffer.dtype, strategy, values)
+        if known is None:
+            known = self._buckets[task.index] = _Bucket(task.agreed_layout, task.buffer.dtype, {})
+        if made is not None:
+            known.values[strategy] = made
+        values = known.values[strategy]
         if task.fault is not None:
             task.buffer.fill_(torch.nan)
-        for part in known.values.load(task.buffer):
+        if task.buffer.is_cuda and torch.cuda.is_current_stream_capturing():
+            self._captured.append(values)  # whose addresses the graph has
+        for part in values.load(task.buffer):
             dist.all_reduce(part, group=group)
-        known.values.store(task.buffer)
+        values.store(task.buffer)
         if task.fault is not None:
             raise task.fault.error
         count_rings(task.telemetry, strategy, task.agreed_layout, task.buffer.dtype)
@@ -80,6 +96,7 @@ def _add_residuals(task: MeanTask, rank: int, scale: Scale) -> None:
     if feedback is None:
         return
     feedback.adopt(layout, rank)
+    factor = scale.reshape(()) if isinstance(scale, torch.Tensor) else scale
     owned = {piece.tensor: piece for piece in layout.chunks[rank].pieces}
     for number, tensor in enumerate(layout.tensors):
         if not tensor.compressed or not feedback.keeps(tensor.key):
@@ -96,4 +113,4 @@ def _add_residuals(task: MeanTask, rank: int, scale: Scale) -> None:
         for kept, part, times in parts:
             sent = kept * fit
             kept.sub_(sent)
-            part.add_(sent * times * scale)
+            part.add_(sent * times * factor)

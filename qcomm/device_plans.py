@@ -139,12 +139,15 @@ class Encoder:
         self._blob = _device.on_device(self._plan.blob(), device)
         self._device, self._tensors, self._packets = device, len(tensors), len(packets)
         self._workspace, self._size = workspace, self._plan.workspace_bytes()
-        workspace.take(self._size)
         self.sizes = torch.zeros(max(1, len(packets)), dtype=torch.int64, device=device)
 
     def bound(self) -> int:
         """Bytes that suffice for any of the packets, whatever the values."""
         return max((self._plan.bound(number) for number in range(self._packets)), default=0)
+
+    def reserve(self) -> None:
+        """Takes the memory that runs need, so that none of them has to."""
+        self._workspace.take(self._size)
 
     def run(self, account: torch.Tensor, quantizers: torch.Tensor) -> None:
         """Measures and encodes; adds what it came to to the ``account``, and copies the ``quantizers`` out.
@@ -198,7 +201,10 @@ class Decoder:
         plan = _device.core().DecodePlan(DTYPE_NUMBERS[dtype], steps, max_segments, described, own_code_bits)
         self._plan, self._blob = plan, _device.on_device(plan.blob(), device)
         self._device, self._workspace, self._size = device, workspace, plan.workspace_bytes()
-        workspace.take(self._size)
+
+    def reserve(self) -> None:
+        """Takes the memory that runs need, so that none of them has to."""
+        self._workspace.take(self._size)
 
     def decode(self, faults: int) -> None:
         """Each packet to its own values; ``faults``: address of an int32 a packet."""

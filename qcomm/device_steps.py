@@ -134,6 +134,9 @@ class DeviceSteps:
         self._make_encoder()
         self._make_reducer()
         self._make_decoder()
+        for plan in (self._encoder, self._mean_encoder, self._before, self._after, self._decoder):
+            if plan is not None:
+                plan.reserve()
 
     @staticmethod
     def residuals(task: MeanTask, rank: int) -> tuple[int, ...]:

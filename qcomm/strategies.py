@@ -38,7 +38,7 @@ def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     """Replaces ``task.buffer`` by its mean over all ranks, as ``task.strategy`` says, and returns it.
 
     With ``"auto"`` each way that may be the fastest is tried a few times for every kind of buffer, then the fastest one
-    is taken; all ranks decide alike, see :mod:`qcomm.chooser`. Runs on the communicator's thread.
+    that is worth it is taken; all ranks decide alike, see :mod:`qcomm.chooser`. Runs on the communicator's thread.
 
     Raises:
         CollectiveError, ConfigMismatchError: as :func:`qcomm.two_phase.two_phase_mean`.
@@ -74,7 +74,7 @@ def settled(task: MeanTask, communicator: Communicator) -> str:
 def _kind(task: MeanTask) -> Hashable:
     """What has to be equal for two collectives to take equally long."""
     layout = task.agreed_layout
-    values = layout.elements, layout.compressed_elements, task.buffer.dtype
+    values = layout.elements, layout.compressed_elements, layout.exact_elements, task.buffer.dtype
     # What may be bypassed is timed without its agreement.
     return (*values, task.grid, task.feedback is None, task.ranks_per_node, task.profile, task.can_bypass)
 

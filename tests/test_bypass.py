@@ -22,7 +22,7 @@ from test_strategies import all_slow_but
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 
 import qcomm
-from qcomm import bypass, chooser, strategies
+from qcomm import bypass, callbacks, chooser, strategies
 from qcomm.communicator import get_communicator
 
 pytestmark = pytest.mark.world
@@ -168,6 +168,11 @@ def case_destroyed(rank, world_size):
 
 def test_a_group_may_end_right_after_a_sum():
     run(2, case_destroyed)
+    run(2, case_alive)  # which fails if a process has ended since
+
+
+def case_alive(rank, world_size):
+    assert gathered(rank) == list(range(world_size))
 
 
 # Rank 0 ends while sums of its are under way, because its backward has failed, and rank 1 comes late.
@@ -213,9 +218,17 @@ def test_a_process_does_not_end_during_a_sum(tmp_path, end):
         return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": PATHS})
 
     leaving, late = start(0), start(1)
-    output, _ = leaving.communicate()
-    late.communicate()
+    output, _ = leaving.communicate(timeout=60)
+    late.communicate(timeout=60)
     assert (leaving.returncode, output) == (0, "True\n")
+
+
+def test_a_forked_process_does_not_wait_for_its_parents_sums():
+    token = callbacks.CallbackToken()
+    with mock.patch.object(callbacks, "_callbacks", callbacks._callbacks):
+        callbacks._forget()
+        del token
+        assert callbacks._callbacks._count == 0
 
 
 def case_mixed(rank, world_size):

@@ -7,13 +7,13 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from ddp_model import backward, wrap
-from distributed import assert_same_on_all_ranks, gathered, run
+from ddp_model import backward, error_of, wrap
+from distributed import assert_same_on_all_ranks, gathered, run, run_alone
 from emulated_core import emulated_device
 from test_device_mean import Side, buffer_of, make_layout
 
 import qcomm
-from qcomm import SigmaGrid, chooser, device_choice
+from qcomm import SigmaGrid, chooser, device_choice, device_plain
 from qcomm.agreement import Fault, Phase
 from qcomm.communicator import get_communicator
 from qcomm.device_choice import TRIAL, DeviceChoice, Stopwatch
@@ -61,7 +61,7 @@ def costs(taken):
         yield ways
 
 
-def make(side):
+def make_choice(side):
     return DeviceChoice(dist.group.WORLD, get_communicator(dist.group.WORLD), side.telemetry, CPU)
 
 
@@ -79,7 +79,7 @@ def case_fastest(rank, world_size, path, grid, fastest):
         for number, way in enumerate(WAYS[grid])
     }
     with emulated_device(path), costs(taken) as ways:
-        choice = make(side)
+        choice = make_choice(side)
         place = torch.empty(layout.elements)
         steps = trials(len(WAYS[grid])) + 2 * PERIOD
         for step in range(steps):
@@ -104,7 +104,7 @@ def case_slower(rank, world_size, path):
     layout, side = make_layout("small", world_size), Side(error_feedback=True)
     taken = {"none": 200, "two_phase": 100}
     with emulated_device(path), costs(taken) as ways:
-        choice = make(side)
+        choice = make_choice(side)
         place = torch.empty(layout.elements)
         for step in range(trials(2) + 2 * RECHECK + chooser.RECENT * PERIOD):
             if step == trials(2) + PERIOD:
@@ -124,7 +124,7 @@ def case_nothing_lost(rank, world_size, path, kind):
     layout, side = make_layout("uneven", world_size), Side(error_feedback=True)
     sums = [torch.zeros(layout.elements, dtype=torch.float64) for _ in range(2)]
     with emulated_device(path), costs({"none": 100, "two_phase": 100}) as ways:
-        choice = make(side)
+        choice = make_choice(side)
         place = torch.empty(layout.elements)
         for step in range(trials(2)):
             buffer = buffer_of(layout, rank, step, torch.float32, kind)
@@ -180,7 +180,7 @@ def case_faults(rank, world_size, path, failing, known):
     layout, side = make_layout("uneven", world_size), Side(error_feedback=True)
     failed = []
     with emulated_device(path), costs({"none": 100, "bf16": 100, "two_phase": 50}) as ways:
-        choice = make(side)
+        choice = make_choice(side)
         place = torch.empty(layout.elements)
         for step in range(trials(3)):
             task = auto_task(side, place.copy_(buffer_of(layout, rank, step, torch.float32, "")), layout, COARSE)
@@ -226,3 +226,75 @@ def case_hook(rank, world_size, path):
 
 def test_the_hook(emulated_path):
     run(2, case_hook, str(emulated_path))
+
+
+def case_fault_after_warm_up(rank, world_size, path, strategy):
+    """The first step after warm-up has other layouts of the same size: a rank with a fault knows that all agree."""
+    with emulated_device(path):
+        model = wrap()
+        scales = iter([1.0, 1.0, -1.0 if rank == 1 else 1.0])
+        qcomm.attach(model, strategy=strategy, warmup_steps=2, grad_scale=lambda: next(scales, 1.0))
+        for step in range(6):
+            error = error_of(model, rank)
+            assert (error is not None) == (step == 2), (step, error)
+            if error is None:
+                assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters()])
+        assert error is None
+
+
+@pytest.mark.parametrize("strategy", ["none", "auto", "two_phase"])
+def test_a_fault_right_after_warm_up(emulated_path, strategy):
+    run(2, case_fault_after_warm_up, str(emulated_path), strategy, seconds=40)
+
+
+def case_half_way(rank, world_size, path):
+    """A rank that cannot even take part without values does not go on with another collective."""
+    with emulated_device(path):
+        model = wrap()
+        scales = iter([1.0, 1.0, 1.0, -1.0 if rank == 1 else 1.0])
+        state = qcomm.attach(model, strategy="two_phase", grad_scale=lambda: next(scales, 1.0))
+        for _ in range(3):
+            backward(model, rank)
+        if rank == 0:
+            return
+        with mock.patch.object(DeviceMean, "_take_part", side_effect=RuntimeError("out of memory")):
+            assert "out of memory" in str(error_of(model, rank))
+        assert "an earlier collective ended half way on this rank" in str(error_of(model, rank))
+        assert "an earlier collective ended half way" in str(state.exception())
+
+
+def test_a_rank_that_ends_half_way_stays_out(emulated_path):
+    run_alone(2, case_half_way, str(emulated_path))
+
+
+def case_memory(rank, world_size, path):
+    """A rank without memory for a way tells the others before they begin with it."""
+    layout, side = make_layout("uneven", world_size), Side(error_feedback=True)
+    original, errors = device_plain.PlainValues, []
+
+    def make(strategy, *rest):
+        if rank == 1 and strategy == "bf16" and not errors:
+            raise MemoryError("no room")
+        return original(strategy, *rest)
+
+    with (
+        emulated_device(path),
+        mock.patch.object(device_plain, "PlainValues", make),
+        costs(dict.fromkeys(WAYS[COARSE], 9)),
+    ):
+        choice = make_choice(side)
+        place = torch.empty(layout.elements)
+        for step in range(trials(3)):
+            try:
+                choice.average(
+                    auto_task(side, place.copy_(buffer_of(layout, rank, step, torch.float32, "")), layout, COARSE)
+                )
+            except qcomm.CollectiveError as error:
+                errors.append(str(error))
+            else:
+                assert_same_on_all_ranks(place)
+    assert len(errors) == 1 and "rank 1 failed while preparing the exchange: MemoryError: no room" in errors[0]
+
+
+def test_a_way_without_memory(emulated_path):
+    run(2, case_memory, str(emulated_path))
