@@ -18,7 +18,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -213,14 +212,11 @@ def main() -> int:
     settings = {"error_feedback": arguments.error_feedback, "repeats": arguments.repeats or arguments.pairs}
     header = about(**settings, num_threads=arguments.num_threads)
     try:
-        with tempfile.TemporaryDirectory(prefix="qcomm-bench-") as folder:
-            arguments.gradients = Path(folder)
-            gradient_data.save(arguments.gradients, max(arguments.worlds))
-            for rate in arguments.rates:
-                for world_size in arguments.worlds:
-                    found = run_world(rate, world_size, arguments)
-                    (show_pairs if arguments.pairs else show)(found)
-                    rows += found
+        for folder, rate, world_size in gradient_data.worlds(arguments.rates, arguments.worlds):
+            arguments.gradients = folder
+            found = run_world(rate, world_size, arguments)
+            (show_pairs if arguments.pairs else show)(found)
+            rows += found
     except NetlabError as error:
         print(f"bench_allreduce: {error}; --rates none needs no rights", file=sys.stderr)
         return UNAVAILABLE

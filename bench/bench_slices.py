@@ -10,7 +10,6 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -87,15 +86,12 @@ def main() -> int:
         return 0
     header, rows = about(grid=GRID, repeats=arguments.repeats), []
     try:
-        with tempfile.TemporaryDirectory(prefix="qcomm-bench-") as folder:
-            arguments.gradients = Path(folder)
-            gradient_data.save(arguments.gradients, max(arguments.worlds))
-            for rate in arguments.rates:
-                for world_size in arguments.worlds:
-                    found = run_world(rate, world_size, arguments)
-                    times = "  ".join(f"{row['slices']}: {1e3 * row['seconds']:.1f} ms" for row in found)
-                    print(f"{rate:>8}, {world_size} ranks, {arguments.mib:g} MiB  {times}", flush=True)
-                    rows += found
+        for folder, rate, world_size in gradient_data.worlds(arguments.rates, arguments.worlds):
+            arguments.gradients = folder
+            found = run_world(rate, world_size, arguments)
+            times = "  ".join(f"{row['slices']}: {1e3 * row['seconds']:.1f} ms" for row in found)
+            print(f"{rate:>8}, {world_size} ranks, {arguments.mib:g} MiB  {times}", flush=True)
+            rows += found
     except NetlabError as error:
         print(f"bench_slices: {error}; --rates none needs no rights", file=sys.stderr)
         return UNAVAILABLE

@@ -1,7 +1,9 @@
 """Buckets of real gradients: ResNet-18 after some steps on digits, every rank's from its own images."""
 
+import itertools
 import math
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,6 +53,14 @@ def save(folder: Path, world_size: int) -> None:
     """Makes the gradients of all ranks once, for :func:`load`."""
     for rank, parts in enumerate(gradients(range(world_size))):
         torch.save(parts, folder / f"{rank}.pt")
+
+
+def worlds(rates: Sequence[str], sizes: Sequence[int]) -> Iterator[tuple[Path, str, int]]:
+    """(folder for :func:`load`, rate, number of ranks) of each world; the gradients are made once."""
+    with tempfile.TemporaryDirectory(prefix="qcomm-bench-") as folder:
+        save(Path(folder), max(sizes))
+        for rate, world_size in itertools.product(rates, sizes):
+            yield Path(folder), rate, world_size
 
 
 def load(folder: Path | None, rank: int) -> list[torch.Tensor]:

@@ -259,11 +259,11 @@ class Communicator:
                 # after the timeout.
                 self._broken = error
                 self._transport.close()
-            if not isinstance(error, Exception):  # SystemExit and the like are meant for the main thread
-                text = f"the collective was ended by {type(error).__name__}: {error}"
-                error, cause = CollectiveError(text), error
-                error.__cause__ = cause
-            ticket.complete(None, error)
+            told = error
+            if not isinstance(told, Exception):  # SystemExit and the like are meant for the main thread
+                told = CollectiveError(f"the collective was ended by {type(error).__name__}: {error}")
+                told.__cause__ = error
+            ticket.complete(None, told)
         else:
             ticket.complete(result, None)
 

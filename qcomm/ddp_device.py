@@ -1,7 +1,7 @@
 """The hook's buckets on a device: on a stream of their own, while backward goes on, with a Future that knows of it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -44,19 +44,18 @@ class DeviceHook:
         device: torch.device,
     ) -> None:
         self._choice = DeviceChoice(group, communicator, telemetry, device)
-        self._telemetry = telemetry
         self._device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._failed_pass = 0
+        self._failed_serial = 0
         self._broken: Exception | None = None
 
-    def reduce(self, task: MeanTask, scale: Scale, number: int) -> torch.futures.Future[torch.Tensor]:
+    def reduce(self, task: MeanTask, scale: Scale, serial: int) -> torch.futures.Future[torch.Tensor]:
         """Starts averaging a bucket; the host waits only as DeviceChoice does.
 
         Args:
             task: of the bucket.
             scale: the gradients' factor: a number, or a tensor of one element on the device.
-            number: of the step. After a failure the rest of the step is not exchanged.
+            serial: of the step. After a failure the rest of the step is not exchanged.
         """
         if task.buffer.device != self._device:
             text = f"gradients must be on {self._device} like those before, got device {task.buffer.device}"
@@ -64,7 +63,7 @@ class DeviceHook:
         if self._broken is not None:
             text = f"an earlier collective ended half way on this rank, and the others wait for it: {self._broken}"
             raise CollectiveError(text)
-        if number == self._failed_pass:
+        if serial == self._failed_serial:
             text = f"bucket {task.index} was not exchanged, because an earlier one of this step failed"
             raise CollectiveError(text)
         with torch.no_grad(), self._beside():
@@ -85,9 +84,9 @@ class DeviceHook:
         """Whether this is the group it was made for."""
         return self._choice.serves(group)
 
-    def fail(self, number: int) -> None:
+    def fail(self, serial: int) -> None:
         """Leaves out the rest of a step that failed on all ranks."""
-        self._failed_pass = number
+        self._failed_serial = serial
 
     def flush(self) -> None:
         """Adds what the device has counted to the telemetry. Waits for it."""
@@ -102,9 +101,9 @@ class DeviceHook:
         with torch.cuda.device(self._device):
             outside = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(outside)
-            try:
+            with ExitStack() as failing:
+                # What has been launched may still use the gradients, and whoever catches the error may write to them.
+                failing.callback(outside.wait_stream, self._stream)
                 with torch.cuda.stream(self._stream):
                     yield
-            except Exception:
-                outside.wait_stream(self._stream)  # what has been launched may still use the gradients
-                raise
+                failing.pop_all()

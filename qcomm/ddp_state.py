@@ -258,10 +258,10 @@ class CompressionState:
         if _device.is_on_device(buffer):
             return self._reduce_on_device(task, group, communicator)
         ready = time.perf_counter() if bucket.is_last() else None
-        turn = self._steps.turn
+        serial = self._steps.serial
         task.bypassed = self._bypass.started(index)
         lane = self._bypass.begin(bucket, task, group)
-        ticket = communicator.submit(lambda: self._run(task, communicator, turn, ready, lane))
+        ticket = communicator.submit(lambda: self._run(task, communicator, serial, ready, lane))
         if lane is not None:
             lane.ticket = ticket
         return ticket.future
@@ -269,7 +269,7 @@ class CompressionState:
     def _pass_by(self, lane: Lane, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """A step without an agreement. What is owed to the other ranks must wait: nobody may be missing in the sum."""
         future = self._bypass.reduce(lane, bucket, self._steps.last_error, self._steps.owe)
-        if self._steps.error_turn == self._steps.turn:  # seen here, or the sum is seen where the error was noted
+        if self._steps.error_serial == self._steps.serial:  # seen here, or the sum is seen where the error was noted
             self._bypass.drain()
         return future
 
@@ -281,10 +281,10 @@ class CompressionState:
                 if self._device_hook is not None:
                     self._device_hook.flush()
                 self._device_hook = DeviceHook(group, communicator, self.telemetry, task.buffer.device)
-            future = self._device_hook.reduce(task, self._steps.scale, self._steps.turn)
+            future = self._device_hook.reduce(task, self._steps.scale, self._steps.serial)
         except Exception as error:  # noqa: BLE001 - any: DDP could not go on after it, so the Future raises it
             if self._device_hook is not None and isinstance(error, (CollectiveError, ConfigMismatchError)):
-                self._device_hook.fail(self._steps.turn)  # all ranks know
+                self._device_hook.fail(self._steps.serial)  # all ranks know
             return self._failed(error)
         self._count(task.layout, task.buffer)
         return future
@@ -309,9 +309,16 @@ class CompressionState:
             if _device.is_on_device(bucket.buffer()):  # there a rank must know whether the others wait for its fault
                 found, _ = attempt(Phase.PREPARE, self._look_up, bucket, world_size)
                 layout = None if found is None else found[0]
-            fields, index = Fields({}), bucket.index()
-            task = MeanTask(bucket.buffer(), layout, self.grid, fields, self.telemetry, index=index, fault=fault)
-            task.strategy = self.strategy
+            task = MeanTask(
+                bucket.buffer(),
+                layout,
+                self.grid,
+                Fields({}),
+                self.telemetry,
+                index=bucket.index(),
+                fault=fault,
+                strategy=self.strategy,
+            )
         return task
 
     def _look_up(self, bucket: dist.GradBucket, world_size: int) -> tuple[BucketLayout, Fields]:
@@ -348,9 +355,9 @@ class CompressionState:
         )
 
     def _run(
-        self, task: MeanTask, communicator: Communicator, turn: int, ready: float | None, lane: Lane | None
+        self, task: MeanTask, communicator: Communicator, serial: int, ready: float | None, lane: Lane | None
     ) -> torch.Tensor:
-        if turn == self._steps.failed_turn:
+        if serial == self._steps.failed_serial:
             # Backward raises for the bucket that failed, and the next step may write to the others' memory already.
             text = f"bucket {task.index} was not exchanged, because an earlier one of this step failed"
             raise CollectiveError(text) from self.exception()
@@ -358,9 +365,9 @@ class CompressionState:
             result = average(task, communicator)
         except Exception as error:  # kept for exception(), and passed on
             self._steps.last_error.note(error)
-            self._steps.error_turn = turn
+            self._steps.error_serial = serial
             if communicator.pending_fault is None:  # all ranks know, and leave out the rest of the step
-                self._steps.failed_turn = turn
+                self._steps.failed_serial = serial
             elif lane is not None:  # they went on
                 lane.settle(settled(task, communicator))
             if is_agreed(error):  # otherwise connections must be closed first, for the others' sake

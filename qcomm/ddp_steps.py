@@ -29,10 +29,10 @@ class Steps:
 
     Attributes:
         number: of the present step, as a checkpoint has it.
-        turn: of the present step since this object was made, which a loaded checkpoint does not change: jobs of a step
-            that failed may still be in the queue while the step that a checkpoint goes on with has the same number.
-        failed_turn: the last one that failed on all ranks, whose remaining buckets are left out.
-        error_turn: the last one in which this rank saw an error.
+        serial: of the present step among those of this object, which a loaded checkpoint does not change: jobs of a
+            step that failed may still be in the queue while the step that a checkpoint goes on with has its number.
+        failed_serial: the last one that failed on all ranks, whose remaining buckets are left out.
+        error_serial: the last one in which this rank saw an error.
         scale: what the present step's gradients were multiplied by: a number, or a tensor that stays on its device.
         last_error: of any step.
         owed: a fault that the other ranks have not been told of.
@@ -40,9 +40,9 @@ class Steps:
 
     def __init__(self) -> None:
         self.number = 0
-        self.turn = 0
-        self.failed_turn = 0
-        self.error_turn = 0
+        self.serial = 0
+        self.failed_serial = 0
+        self.error_serial = 0
         self.scale: Scale = 1.0
         self.last_error = LastError()
         self.owed: Fault | None = None
@@ -60,7 +60,7 @@ class Steps:
         self._last_index = index
         if first:
             self.number += 1
-            self.turn += 1
+            self.serial += 1
         return first
 
     def set_scale(self, grad_scale: GradScale) -> None:

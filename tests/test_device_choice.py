@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ddp_model import backward, error_of, wrap
 from distributed import assert_same_on_all_ranks, gathered, run, run_alone
 from emulated_core import emulated_device
-from test_device_mean import Side, buffer_of, make_layout
+from test_device_mean import Side, buffer_of, make_layout, mean_of_residuals
 
 import qcomm
 from qcomm import SigmaGrid, chooser, device_choice, device_plain
@@ -132,15 +132,7 @@ def case_nothing_lost(rank, world_size, path, kind):
             sums[0] += place.double()
             sums[1] += sum(gathered(buffer.double())) / world_size
     assert set(ways) == {"none", "two_phase"}
-    kept = torch.zeros(layout.elements, dtype=torch.float64)
-    for state in gathered(side.residuals()):
-        for tensor in layout.tensors:
-            part = kept[tensor.offset : tensor.offset + tensor.numel]
-            if tensor.key in state["local"]:
-                part += state["local"][tensor.key].double() / world_size
-            if tensor.key in state["owner"]:
-                start, residual = state["owner"][tensor.key]
-                part[start : start + residual.numel()] += residual.double()
+    kept = mean_of_residuals(side, layout, world_size)
     assert torch.allclose(sums[1] - sums[0], kept, rtol=0, atol=1e-6)
 
 

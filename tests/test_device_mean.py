@@ -75,6 +75,20 @@ class Side:
         return {} if self.feedback is None else self.feedback.state_dict()
 
 
+def mean_of_residuals(side, layout, world_size):
+    """What all ranks still owe the mean, in float64, in the places of the buffer."""
+    kept = torch.zeros(layout.elements, dtype=torch.float64)
+    for state in gathered(side.residuals()):
+        for tensor in layout.tensors:
+            part = kept[tensor.offset : tensor.offset + tensor.numel]
+            if tensor.key in state["local"]:
+                part += state["local"][tensor.key].double() / world_size
+            if tensor.key in state["owner"]:
+                start, residual = state["owner"][tensor.key]
+                part[start : start + residual.numel()] += residual.double()
+    return kept
+
+
 def assert_same_bits(a, b, what):
     assert a.dtype == b.dtype and a.shape == b.shape, what
     same = (a.view(torch.uint8) == b.view(torch.uint8)) | (a.isnan() & b.isnan()).repeat_interleave(a.element_size())
@@ -160,15 +174,7 @@ def case_overflow(rank, world_size, path, steps):
                 small = (layout.elements // world_size // 8 + 256) // 16 * 16  # a bit a value, and for what stays
                 first = bucket.fixed = Slots(small, small)
         mean.flush()
-    kept = torch.zeros(layout.elements, dtype=torch.float64)
-    for state in gathered(side.residuals()):
-        for tensor in layout.tensors:
-            if tensor.compressed:
-                part = kept[tensor.offset : tensor.offset + tensor.numel]
-                part += state["local"][tensor.key].double() / world_size
-                if tensor.key in state["owner"]:
-                    start, residual = state["owner"][tensor.key]
-                    part[start : start + residual.numel()] += residual.double()
+    kept = mean_of_residuals(side, layout, world_size)
     assert torch.allclose(sums[1] - sums[0], kept, rtol=0, atol=1e-6)
     return side.telemetry.stats()["dropped_values"], first, bucket.fixed
 
