@@ -11,11 +11,13 @@ namespace {
 
 constexpr std::int64_t kInfoBytes = sizeof(std::uint32_t);
 
-// What the next block is made of, if it is a whole one.
-Ahead ahead_of(const SegmentInput& in, std::int64_t begin, std::int64_t count) {
+// What the block from `begin` on is made of, if it is a whole one. `known`: see BlockWriter.
+Ahead ahead_of(const SegmentInput& in, const std::uint16_t* known, std::int64_t begin, std::int64_t count) {
     if (begin + count > in.values.count) return {};
-    const auto* data = static_cast<const std::uint8_t*>(in.values.data) + begin * item_bytes(in.values.dtype);
-    return {data, in.values.residual != nullptr ? in.values.residual + begin : nullptr};
+    if (known != nullptr) return {known + begin, sizeof(*known), nullptr};
+    const std::int64_t item = item_bytes(in.values.dtype);
+    return {static_cast<const std::uint8_t*>(in.values.data) + begin * item, static_cast<int>(item),
+            in.values.residual != nullptr ? in.values.residual + begin : nullptr};
 }
 
 }  // namespace
@@ -71,8 +73,8 @@ void BlockWriter::write(const SegmentInput& in, const Quantizer& q, const Encode
             scan.constant &= part.constant && symbols[at] == symbols[0];
         }
         const void* u = in_place(in.values, begin);
-        const Ahead ahead = known == nullptr ? ahead_of(in, begin + per_block, per_block) : Ahead{};
-        const BlockMode mode = write_block(u != nullptr ? u : scratch(0), symbols, n, scan, q, table, ahead);
+        const BlockMode mode = write_block(u != nullptr ? u : scratch(0), symbols, n, scan, q, table,
+                                           ahead_of(in, known, begin + per_block, per_block));
         if (mode == BlockMode::kRaw && in.residual_out != nullptr) std::fill_n(in.residual_out + begin, n, 0.0f);
     }
 }

@@ -49,11 +49,12 @@ struct LaneDecoding {
     bool accumulate;  // values are added to what is there
 };
 
-// What will be read next, brought into the second-level cache while memory is idle: up to 4 bytes a symbol from each
-// address that is not null. Addresses are never read otherwise.
+// What will be read next, brought near while memory is idle: `bytes` a symbol from `first` (values, or symbols that are
+// known), and a residual where there is one. Addresses that are not null are never read otherwise.
 struct Ahead {
-    const void* values = nullptr;
-    const void* residual = nullptr;
+    const void* first = nullptr;
+    int bytes = 0;
+    const float* residual = nullptr;
 };
 
 inline int escape_of(const Quantizer& q) { return q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1; }

@@ -67,13 +67,22 @@ inline void begin_lanes(EncodeLanes& lanes, std::uint16_t* words_end) {
     lanes.words = words_end;
 }
 
-// 4 bytes for each of `symbols` symbols of step `step`.
-QCOMM_INLINE void fetch(const Ahead& ahead, int step, int symbols) {
+// Row `step` of `bytes` bytes, to the first-level cache (kNear) or the second.
+template <bool kNear>
+QCOMM_INLINE void fetch_row(const void* from, std::int64_t bytes, int step) {
     constexpr int kLine = 64;
-    for (const void* from : {ahead.values, ahead.residual}) {
-        if (from == nullptr) continue;
-        const char* const at = static_cast<const char*>(from) + std::int64_t{4} * symbols * step;
-        for (int i = 0; i < 4 * symbols; i += kLine) __builtin_prefetch(at + i, 0, 2);
+    const char* const at = static_cast<const char*>(from) + bytes * step;
+    for (std::int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(at + i, 0, kNear ? 3 : 2);
+}
+
+// What the `symbols` symbols of step `step` of the next block are made of. With a residual there is more to read than
+// can be hidden, and the nearer cache was 5 % faster; without one it was slower.
+QCOMM_INLINE void fetch(const Ahead& ahead, int step, int symbols) {
+    if (ahead.residual != nullptr) {
+        fetch_row<true>(ahead.first, std::int64_t{ahead.bytes} * symbols, step);
+        fetch_row<true>(ahead.residual, std::int64_t{sizeof(float)} * symbols, step);
+    } else if (ahead.first != nullptr) {
+        fetch_row<false>(ahead.first, std::int64_t{ahead.bytes} * symbols, step);
     }
 }
 

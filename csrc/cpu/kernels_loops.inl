@@ -102,8 +102,13 @@ BlockStatistics measure(const Values& values, std::int64_t begin, int n) {
 }
 
 SymbolScan scan(const std::uint16_t* symbols, int n, const Quantizer& quantizer) {
+    // A block of equal symbols is rare: the first few tell.
+    constexpr int kGroup = 128;
     std::uint16_t different = 0;
-    for (int i = 0; i < n; ++i) different |= static_cast<std::uint16_t>(symbols[i] ^ symbols[0]);
+    for (int begin = 0; begin < n && different == 0; begin += kGroup) {
+        const int end = begin + kGroup < n ? begin + kGroup : n;
+        for (int i = begin; i < end; ++i) different |= static_cast<std::uint16_t>(symbols[i] ^ symbols[0]);
+    }
     if (quantizer.grid != Grid::kSigma) return {0, different == 0};
     const auto escape = static_cast<std::uint16_t>(escape_of(quantizer));
     int escapes = 0;
