@@ -16,13 +16,13 @@ from allreduce_methods import DTYPES, GRIDS, Compressed, Method, plain, timed
 from gradient_data import Bucket
 from scipy import stats
 
-from qcomm.chooser import ROUNDS, WARM_UP
+from qcomm.chooser import DUEL_ROUNDS, ROUNDS, WARM_UP
 from qcomm.strategies import AUTOMATIC
 
 BASES = ("fp32", "bf16")
 GRID = "qcomm k=1"
-# Trials of every way, twice, the calls between them, and some of the way that was chosen then.
-SETTLING = 2 * ROUNDS * len(AUTOMATIC) + WARM_UP + 3
+# Trials of every way, twice, the calls between them, more trials of close ones, and some of the way that was chosen.
+SETTLING = (2 * ROUNDS + DUEL_ROUNDS) * len(AUTOMATIC) + WARM_UP + 3
 CONFIDENCE = 0.95
 
 

@@ -12,6 +12,7 @@
 #include "qcomm/packet.h"
 #include "qcomm/processor.h"
 #include "qcomm/quantize.h"
+#include "qcomm/rounding.h"
 #include "qcomm/statistics.h"
 
 namespace py = pybind11;
@@ -251,6 +252,10 @@ PYBIND11_MODULE(_C, m) {
     m.def("use_kernel_version", [](const std::string& name) { return use_kernel_version(name.c_str()); });
     m.def("static_tables", &py_static_tables);
     m.def("log2_fixed", &log2_fixed);
+    m.def("divide_to_bfloat", [](Address values, std::int64_t count, float divisor, Address out) {
+        py::gil_scoped_release nogil;
+        divide_to_bfloat(pointer<const float>(values), count, divisor, pointer<std::uint16_t>(out));
+    });
     m.def("checksum",
           [](Address data, std::int64_t bytes) { return checksum(pointer<const std::uint8_t>(data), bytes); });
 }

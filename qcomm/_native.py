@@ -328,6 +328,22 @@ def checksum(data: torch.Tensor) -> int:
     return _C.checksum(data.data_ptr(), data.numel())
 
 
+def divide_to_bfloat(values: torch.Tensor, divisor: int, out: torch.Tensor) -> None:
+    """``out.copy_(values).div_(divisor)``, bit for bit but for NaNs' payloads, in one pass.
+
+    Args:
+        values: float32, contiguous, on the CPU.
+        divisor: at least 1.
+        out: bfloat16, contiguous, as many elements.
+    """
+    if values.dtype != torch.float32 or out.dtype != torch.bfloat16 or values.numel() != out.numel():
+        raise ValueError(
+            f"values must be float32 and out bfloat16, of one size, got {values.numel()} of {values.dtype} and "
+            f"{out.numel()} of {out.dtype}"
+        )
+    _C.divide_to_bfloat(values.data_ptr(), values.numel(), divisor, out.data_ptr())
+
+
 def log2_fixed(v: int) -> int:
     """``2**24 * log2(v)`` in the fixed-point arithmetic of the format."""
     return _C.log2_fixed(v)

@@ -4,8 +4,8 @@ A collective starts with one small header from every rank to every other. All ra
 the same decision: go on, or tell each other the details and raise. A rank that failed therefore still sends its header,
 and nobody waits for a packet that will not come. What fails later, between slices, is told in :mod:`qcomm.pipeline`.
 
-A header is seven int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of
-the packet for the receiver, nanoseconds``.
+A header is eight int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of
+the packet for the receiver``, and nanoseconds of work and of waiting (:class:`qcomm.chooser.Took`).
 """
 
 import hashlib
@@ -16,13 +16,14 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
+from qcomm.chooser import Took
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.transport import Exchange, Traffic, Transport, TransportError
 
 __all__ = ["Agreement", "Fault", "Fields", "Phase", "raise_faults"]
 
-MAGIC = 0x71636F6D6D03  # "qcomm" and the version of this protocol
-HEADER_WORDS = 7
+MAGIC = 0x71636F6D6D04  # "qcomm" and the version of this protocol
+HEADER_WORDS = 8
 # Details are a fixed size, so that nobody has to announce it: enough for a dozen fields or the first lines of an error.
 DETAIL_BYTES = 4096
 
@@ -97,7 +98,7 @@ class Agreement:
         sizes: bytes of this rank's packet for each rank.
         limits: most bytes that a packet of each rank can have; 0 where nothing is expected.
         fault: what went wrong on this rank, if anything did.
-        own_time: nanoseconds that something took on this rank.
+        own_time: what the last collective of this kind took on this rank.
 
     Raises:
         TransportError: the connections of this rank are closed.
@@ -112,18 +113,21 @@ class Agreement:
         sizes: Sequence[int],
         limits: Sequence[int],
         fault: Fault | None,
-        own_time: int = 0,
+        own_time: Took = Took(),
     ) -> None:
         self._transport, self._phase, self._fields, self._limits, self._fault = transport, phase, fields, limits, fault
         code = fault.phase if fault else 0
-        headers = [torch.tensor([MAGIC, sequence, phase, code, fields.fingerprint, size, own_time]) for size in sizes]
+        headers = [
+            torch.tensor([MAGIC, sequence, phase, code, fields.fingerprint, size, *own_time]) for size in sizes
+        ]
         self._under_way: list[Exchange] = [transport.start_exchange(headers)]
 
     def finish(self) -> tuple[list[int], int, Traffic]:
         """Waits for all headers; returns if all ranks are well and agree, and raises on every rank if not.
 
         Returns:
-            (bytes of each rank's packet for this one, the smallest time of all ranks, bytes of the headers).
+            (bytes of each rank's packet for this one, nanoseconds of the last collective of this kind or 0, bytes of the
+            headers).
 
         Raises:
             CollectiveError: some rank has a fault.
@@ -157,7 +161,14 @@ class Agreement:
                     "here"
                 )
         traffic = HEADER_WORDS * 8 * (transport.world_size - 1)
-        return incoming, min(header[6] for header in received), Traffic(traffic, traffic)
+        return incoming, _agreed_time([Took(*header[6:]) for header in received]), Traffic(traffic, traffic)
+
+
+def _agreed_time(times: Sequence[Took]) -> int:
+    """What a collective took that did not begin everywhere at once: the most work, and what headers cost."""
+    if any(time.work <= 0 for time in times):
+        return 0  # it failed on some rank
+    return max(time.work for time in times) + min(time.wait for time in times)
 
 
 def raise_faults(transport: Transport, faults: Mapping[int, Phase], own: Fault | None) -> NoReturn:

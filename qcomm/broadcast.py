@@ -138,7 +138,7 @@ def _spread(
     own, world_size = communicator.rank, communicator.world_size
     fault = communicator.pending_fault or fault
     limits = [limit if rank == source else 0 for rank in range(world_size)]
-    sizes, _ = communicator.agree(Phase.ENCODE, fields, [packed.numel()] * world_size, limits, fault, 0)
+    sizes, _ = communicator.agree(Phase.ENCODE, fields, [packed.numel()] * world_size, limits, fault)
     size = sizes[source]
     whole = packed if own == source else torch.empty(size, dtype=torch.uint8)
     cuts = [size * part // world_size for part in range(world_size + 1)]

@@ -1,31 +1,49 @@
 """Which strategy is fastest for a buffer: tried out, remembered, tried again when it has become slower.
 
-All ranks choose alike without a message of their own: the header of every collective carries the nanoseconds that the
-rank's last collective of this kind took, and all decide by the smallest, that of the rank which waited for nobody.
+All ranks choose alike without a message of their own: the header of every collective carries how long the rank's last
+collective of this kind took, and all decide by what follows from these times.
 """
 
+import statistics
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from qcomm.plain_values import PLAIN
 
-__all__ = ["Chooser"]
+__all__ = ["Chooser", "Took"]
 
-ROUNDS = 3  # of trials; the fastest one counts, so the first may be slow for reasons of its own
+ROUNDS = 3  # of trials; the middle one counts, so one may be slow for reasons of its own
 # Collectives after the first choice until all ways are tried again: fresh connections and memory slow the first trials
 # down, some ways more than others, and what was found then would keep a way from being tried for good.
 WARM_UP = 20
+# Ways within this factor of the best are tried more often before one is chosen: a few trials do not tell them apart.
+CLOSE = 1.25
+DUEL_ROUNDS = 8
 RECHECK = 200  # collectives of a kind between two looks at the clock
-RECENT = 5  # of them, the last ones are looked at
-# A rival is tried again when what was chosen takes more than this fraction of the rival's best time.
+RECENT = ROUNDS + DUEL_ROUNDS  # times of a way that are kept
+# A rival is tried again when what was chosen takes more than this fraction of what the rival took.
 WORTH_A_TRIAL = 0.8
 # Who comes earlier in the list of candidates loses less accuracy, and is chosen if not slower by more than this.
-TIE = 1.05
+TIE = 1.02
 # A way that compresses has to be so many times as fast as those that do not: it takes cores from backward, which is not
 # seen here, and accuracy.
 WORTH_COMPRESSING = 1.25
 MOST_KINDS = 1024
+
+
+class Took(NamedTuple):
+    """Nanoseconds of one rank's last collective of a kind; zeros if there was none, or it failed.
+
+    Attributes:
+        work: all but the wait.
+        wait: from this rank's headers on until all others' had come. The shortest of all ranks, that of the rank which
+            came last, is what headers cost; longer ones say who was late.
+    """
+
+    work: int = 0
+    wait: int = 0
 
 
 @dataclass
@@ -37,23 +55,32 @@ class _Kind:
     times: dict[str, deque[int]] = field(default_factory=dict)
     chosen: str = ""
     last: str = ""  # the strategy whose time comes with the next header
-    own_time: int = 0
+    own_time: Took = Took()
     since_decision: int = 0
     warm: bool = False  # whether what is known of the ways is not from the first trials
+    duelled: bool = False  # whether ways that are close have been tried more often since the trials began
 
-    def fastest(self, strategy: str) -> int:
-        return min(self.times.get(strategy) or (0,))
+    def typical(self, strategy: str) -> float:
+        """What a way takes; 0 if that is not known."""
+        return statistics.median(self.times.get(strategy) or (0,))
+
+    def cost(self, strategy: str) -> float:
+        """What a way takes, and as much again as compression has to save."""
+        return self.typical(strategy) * (1.0 if strategy in PLAIN else WORTH_COMPRESSING)
 
     def decide(self) -> None:
+        """Chooses, or asks for more trials."""
         timed = [name for name in self.candidates if self.times.get(name)]
         if not timed:  # every trial failed
             self.trials.extend(self.candidates)
             return
-        best = min(self.fastest(name) for name in timed)
-        plain = [name for name in timed if name in PLAIN]
-        if plain and (best_plain := min(map(self.fastest, plain))) <= WORTH_COMPRESSING * best:
-            timed, best = plain, best_plain
-        self.chosen = next(name for name in timed if self.fastest(name) <= TIE * best)
+        best = min(map(self.cost, timed))
+        close = [name for name in timed if self.cost(name) <= CLOSE * best]
+        if self.warm and not self.duelled and len(close) > 1:
+            self.duelled = True
+            self.trials.extend(close * DUEL_ROUNDS)
+            return
+        self.chosen = next(name for name in timed if self.cost(name) <= TIE * best)
         self.since_decision = 0
 
     def look_again(self) -> None:
@@ -61,16 +88,19 @@ class _Kind:
         if not self.warm:
             self.warm = True
             self.times.clear()
-            self.trials.extend(list(self.candidates) * ROUNDS)
-            self.chosen = ""
+            self.try_out(self.candidates)
             return
-        now = self.fastest(self.chosen)
-        rivals = [s for s in self.candidates if s != self.chosen and WORTH_A_TRIAL * self.fastest(s) < now]
+        now = self.typical(self.chosen)
+        rivals = [s for s in self.candidates if s != self.chosen and WORTH_A_TRIAL * self.typical(s) < now]
         if rivals:
-            self.trials.extend([*rivals, self.chosen] * ROUNDS)
-            self.chosen = ""
-            for name in rivals:
-                self.times[name].clear()
+            for name in (*rivals, self.chosen):
+                self.times.pop(name, None)
+            self.try_out((*rivals, self.chosen))
+
+    def try_out(self, strategies: Sequence[str]) -> None:
+        """Begins trials of these."""
+        self.trials.extend(list(strategies) * ROUNDS)
+        self.chosen, self.duelled = "", False
 
 
 class Chooser:
@@ -83,7 +113,7 @@ class Chooser:
         >>> chooser, costs = Chooser(), {"none": 30, "two_phase": 20}
         >>> for _ in range(20):
         ...     strategy = chooser.next("bucket 0", ["none", "two_phase"])
-        ...     chooser.finished("bucket 0", chooser.own_time("bucket 0"), costs[strategy])
+        ...     chooser.finished("bucket 0", chooser.own_time("bucket 0").work, Took(costs[strategy]))
         >>> chooser.next("bucket 0", ["none", "two_phase"])
         'two_phase'
     """
@@ -103,22 +133,22 @@ class Chooser:
             kind.decide()
         return kind.trials[0] if kind.trials else kind.chosen
 
-    def own_time(self, key: Hashable) -> int:
-        """Nanoseconds of this rank's last collective of this kind; 0 if there was none, or it failed."""
-        return self._kinds[key].own_time if key in self._kinds else 0
+    def own_time(self, key: Hashable) -> Took:
+        """What this rank's last collective of this kind took, for the next header."""
+        return self._kinds[key].own_time if key in self._kinds else Took()
 
     def settled(self, key: Hashable) -> str:
         """The strategy that further collectives of this kind will have, or "" while ways are being tried."""
         kind = self._kinds.get(key)
         return kind.chosen if kind is not None and kind.warm else ""
 
-    def finished(self, key: Hashable, agreed_time: int, own_time: int, count: int = 1) -> None:
+    def finished(self, key: Hashable, agreed_time: int, own_time: Took, count: int = 1) -> None:
         """Goes on after a collective that all ranks agreed to run.
 
         Args:
             key: as in :meth:`next`.
-            agreed_time: what the headers said, the smallest ``own_time`` of all ranks.
-            own_time: of the collective just finished, in nanoseconds; 0 if it failed.
+            agreed_time: nanoseconds of the collective before, which all ranks know from the headers; 0 if unknown.
+            own_time: of the collective just finished.
             count: how many have run since the last call, this one and those without an agreement.
         """
         if key not in self._kinds:

@@ -31,7 +31,7 @@ def agree(task: MeanTask, communicator: Communicator | None, strategy: str) -> N
     def job() -> None:
         communicator.begin()
         fault = communicator.pending_fault or task.fault
-        _, overhead = communicator.agree(Phase.ENCODE, fields, nothing, nothing, fault, 0)
+        _, overhead = communicator.agree(Phase.ENCODE, fields, nothing, nothing, fault)
         task.telemetry.add_traffic("overhead", overhead)
 
     communicator.submit(job).wait()

@@ -7,6 +7,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from qcomm.agreement import Fault, Fields, Phase
+from qcomm.chooser import Took
 from qcomm.cost_model import Profile
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.grids import Grid
@@ -39,7 +40,7 @@ class MeanTask:
         strategy: one of ``qcomm.strategies.STRATEGIES``.
         ranks_per_node: of the strategy hierarchical; a divisor of the number of ranks.
         profile: the machine, by which the strategy auto leaves out what cannot be fast on it; None for any machine.
-        own_time: nanoseconds of this rank's last collective of the kind, for the headers (see :mod:`qcomm.chooser`).
+        own_time: of this rank's last collective of the kind, for the headers (see :mod:`qcomm.chooser`).
         bypassed: how many collectives of the kind have run since its last agreement without one.
         can_bypass: whether further ones may (see :mod:`qcomm.bypass`).
         memory: of earlier collectives on this buffer, by strategy (see :class:`qcomm.plain_values.PlainValues`).
@@ -58,7 +59,7 @@ class MeanTask:
     strategy: str = "two_phase"
     ranks_per_node: int = 1
     profile: Profile | None = None
-    own_time: int = 0
+    own_time: Took = Took()
     bypassed: int = 0
     can_bypass: bool = False
     memory: dict[str, PlainValues] = field(default_factory=dict)

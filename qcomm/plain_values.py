@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
+from qcomm import _device
+from qcomm._native import divide_to_bfloat
 from qcomm.layout import BucketLayout, Chunk, scatter_chunk
 from qcomm.telemetry import Telemetry
 from qcomm.transport import Traffic
@@ -57,7 +59,10 @@ class PlainValues:
         """
         if self._rounded is None:
             return [buffer.div_(self._layout.world_size)]
-        self._rounded.copy_(buffer).div_(self._layout.world_size)
+        if _device.is_on_device(buffer):
+            self._rounded.copy_(buffer).div_(self._layout.world_size)
+        else:
+            divide_to_bfloat(buffer, self._layout.world_size, self._rounded)
         if not self._layout.exact_runs:
             return [self._rounded]
         torch.cat([buffer[offset : offset + length] for offset, length in self._layout.exact_runs], out=self._exact)

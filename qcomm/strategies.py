@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from qcomm.all_gather import all_gather_mean
+from qcomm.chooser import Took
 from qcomm.communicator import Communicator
 from qcomm.cost_model import PLAUSIBLE, Exchange, Profile, candidates
 from qcomm.exact_sum import exact_sum_mean
@@ -53,12 +54,13 @@ def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     strategy = chooser.next(kind, ways)
     fields = task.fields.extended("strategy chosen", strategy)
     task = replace(task, fields=fields, own_time=chooser.own_time(kind))
-    agreements, begin, own_time = communicator.agreements, time.perf_counter_ns(), 0
+    agreements, begin, own_time = communicator.agreements, time.perf_counter_ns(), Took()
     try:
         result = WAYS[strategy](task, communicator)
-        own_time = time.perf_counter_ns() - begin
-        if strategy in PLAIN and task.can_bypass:  # it will mostly run without an agreement
-            own_time -= communicator.time_to_agree
+        wait = communicator.time_to_agree
+        work = time.perf_counter_ns() - begin - wait
+        # What can be bypassed will mostly run without an agreement.
+        own_time = Took(work, 0 if strategy in PLAIN and task.can_bypass else wait)
     finally:
         if communicator.agreements > agreements:  # so it is on all ranks, whatever happened afterwards
             chooser.finished(kind, communicator.agreed_time, own_time, 1 + task.bypassed)

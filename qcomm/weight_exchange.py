@@ -218,7 +218,7 @@ class WeightExchange:
         nothing = [0] * communicator.world_size
         fault = communicator.pending_fault or task.fault
         try:
-            _, traffic = communicator.agree(Phase.ENCODE, task.fields, nothing, nothing, fault, 0)
+            _, traffic = communicator.agree(Phase.ENCODE, task.fields, nothing, nothing, fault)
         except ConfigMismatchError:
             self.reset()  # on all ranks: if anchors differ, nobody can tell which is right
             raise

@@ -118,3 +118,35 @@ def test_damaged_payloads_are_judged_alike(version: str, data: st.DataObject) ->
                 results.append(str(error))
     scalar, vector = results
     assert scalar == vector if isinstance(scalar, str) or isinstance(vector, str) else scalar.equal(vector)
+
+
+SPECIAL = torch.tensor(
+    [0.0, -0.0, 1.0, -torch.inf, torch.inf, torch.nan, 3.3895e38, 3.4028e38, 1.1755e-38, -1e-45, 9.1835e-41, 2**-133],
+)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@given(bits=st.lists(st.integers(-(2**31), 2**31 - 1), max_size=70), divisor=st.integers(1, 2**20))
+@settings(max_examples=60, deadline=None)
+def test_divided_bfloats_are_torchs(version: str, bits: list[int], divisor: int) -> None:
+    values = torch.cat([torch.tensor(bits, dtype=torch.int32).view(torch.float32), SPECIAL])
+    out = torch.empty(values.numel(), dtype=torch.bfloat16)
+    with _native.using_cpu_feature(version):
+        _native.divide_to_bfloat(values, divisor, out)
+    expected = torch.empty_like(out).copy_(values).div_(divisor)
+    assert out.isnan().equal(expected.isnan())
+    number = ~expected.isnan()
+    assert out[number].view(torch.int16).equal(expected[number].view(torch.int16))
+
+
+@pytest.mark.parametrize(
+    ("values", "out"),
+    [
+        (torch.ones(3, dtype=torch.float64), torch.empty(3, dtype=torch.bfloat16)),
+        (torch.ones(3), torch.empty(3, dtype=torch.float16)),
+        (torch.ones(3), torch.empty(2, dtype=torch.bfloat16)),
+    ],
+)
+def test_divided_bfloats_need_room_of_their_own(values: torch.Tensor, out: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="values must be float32 and out bfloat16, of one size"):
+        _native.divide_to_bfloat(values, 2, out)

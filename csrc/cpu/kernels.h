@@ -95,6 +95,8 @@ struct Kernels {
     void (*decode_lanes)(CodedBlock* blocks, int count, const LaneDecoding& how);
 
     std::uint32_t (*checksum)(const std::uint8_t* data, std::int64_t bytes);
+
+    void (*divide_to_bfloat)(const float* values, std::int64_t count, float divisor, std::uint16_t* out);  // rounding.h
 };
 
 extern const Kernels kScalarKernels;

@@ -137,6 +137,7 @@ const Kernels kAvx2Kernels = {
     avx2::encode_lanes,
     avx2::decode_lanes,
     avx2::checksum,
+    avx2::divide_to_bfloat,
 };
 
 }  // namespace qcomm

@@ -39,6 +39,7 @@ const Kernels kAvx512Kernels = {
     avx512::encode_lanes,
     avx512::decode_lanes,
     avx512::checksum,
+    avx512::divide_to_bfloat,
 };
 
 }  // namespace qcomm

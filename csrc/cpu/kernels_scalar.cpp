@@ -51,6 +51,7 @@ const Kernels kScalarKernels = {
     scalar::encode_lanes,
     scalar::decode_lanes,
     scalar::checksum,
+    scalar::divide_to_bfloat,
 };
 
 }  // namespace qcomm
