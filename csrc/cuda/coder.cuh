@@ -13,21 +13,25 @@ namespace qcomm::cuda {
 constexpr std::uint32_t kWordBits = 16;
 constexpr std::uint32_t kEmitBits = 2 * kWordBits;  // a lane that would hold so many writes a word first
 
-// A segment's code for encoding: entries (codeword | length << 16) of symbols 0..mask. Without a code `entries` is null
-// and mask is 0.
+// A segment's code for encoding: an entry (codeword | length << 16) for each symbol; null where it has no code.
 struct Code {
     const std::uint32_t* entries;
-    std::uint32_t mask;
+    int symbols;
 };
 __device__ inline Code find_code(const EncodeTables& e, const Quantizer& q, int segment) {
     if (!is_block_coded(q.coding)) return {nullptr, 0};
-    const auto mask = static_cast<std::uint32_t>(alphabet_size(q.coding, q.num_bits) - 1);
+    const int symbols = alphabet_size(q.coding, q.num_bits);
     if (q.table == kTableOnWire) {
         if (e.list_bytes[segment] == 0) return {nullptr, 0};
-        return {e.own_entries + e.segments[segment].first_codeword, mask};
+        return {e.own_entries + e.segments[segment].first_codeword, symbols};
     }
     const int index = StaticTables::index(q.table);
-    return index < 0 ? Code{nullptr, 0} : Code{e.codes->encode[index], mask};
+    return index < 0 ? Code{nullptr, 0} : Code{e.codes->encode[index], symbols};
+}
+
+// The symbol that stands for a value outside the levels; -1 for range grids, which have none.
+__device__ __forceinline__ int escape_of(const Quantizer& q) {
+    return q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1;
 }
 
 // What decides a block's size.

@@ -28,6 +28,14 @@ namespace {
 constexpr int kThreads = kEncodeWarps * kWarpLanes;
 constexpr int kRows = 4;  // steps whose values are loaded together
 
+// Entries of a code in shared memory are turned round: the length below, the codeword in the upper half. So neither has
+// to be cut out: a shift looks at its 5 lowest bits only, and so does the sum that says whether a lane is full.
+constexpr std::uint32_t kEscapeFlag = 1u << 8;  // of an entry whose symbol, or one of whose two, is an escape
+
+__device__ __forceinline__ std::uint32_t turned_entry(std::uint32_t entry, bool escape) {
+    return entry << kWordBits | entry >> kWordBits | (escape ? kEscapeFlag : 0u);
+}
+
 struct Slot {
     std::uint8_t* begin;
     SlotShape shape;
@@ -54,46 +62,57 @@ __device__ __forceinline__ int collect(std::uint8_t* slot, SlotShape shape, int 
     return count + __popc(firsts) + __popc(seconds);
 }
 
-// One warp encodes one block of n values of `u`, from `begin` on.
+// One warp encodes one block: the first n values of `u`.
 template <class Tr, class Levels, class Values, bool kPairs>
 class BlockEncoder {
 public:
     using T = typename Tr::Arithmetic;
     static constexpr int kPerLane = kPairs ? 2 : 1;
 
-    __device__ BlockEncoder(const Values& u, const Levels& grid, int escape, std::int64_t begin, int n,
-                            const std::uint32_t* entries, std::uint32_t entry_mask, const Slot& slot)
+    __device__ BlockEncoder(const Values& u, const Levels& grid, int escape, int n,
+                            const std::uint32_t* entries, bool has_code, const Slot& slot)
         : u_(u),
           grid_(grid),
           escape_(escape),
-          begin_(begin),
           n_(n),
           entries_(entries),
-          entry_mask_(entry_mask),
+          has_code_(has_code),
           slot_(slot),
           words_end_(reinterpret_cast<std::uint16_t*>(slot.begin + slot.shape.positions_at)),
-          reference_(grid(u[begin])) {
+          reference_(grid(u[0])) {
+        QCOMM_KEEP_POINTER(words_end_);
         QCOMM_ASSUME_GLOBAL(words_end_);
+        QCOMM_KEEP(lane_);
+        QCOMM_KEEP(from_here_);
+        std::uint32_t all[kPerLane];
+        for (std::uint32_t& symbol : all) symbol = reference_;
+        reference_entry_ = has_code ? entries[codeword(all)] : 0u;
     }
 
     __device__ void run() {
         const int codewords = (n_ + kPerLane - 1) / kPerLane;
         int step = (codewords - 1) / kWarpLanes;
-        const int whole = n_ / (kWarpLanes * kPerLane);  // steps in which all lanes have all their values
+        // Steps in which all lanes have all their values. What is rare takes the slower way through all: a grid that
+        // lacks levels, and having no code, where nothing is pushed.
+        const int whole = has_code_ && grid_.has_all_levels() ? n_ / (kWarpLanes * kPerLane) : 0;
         for (; step >= 0 && (step >= whole || !started_ || (step + 1) % kRows != 0); --step) push_guarded(step);
+        if (step < 0) return;
+        count_ -= kWordBits;  // see push()
         for (; step >= 0; step -= kRows) push_rows(step);
+        count_ += kWordBits;
     }
 
     // The block's result; the start windows go to the slot.
-    __device__ BlockResult finish(bool has_code, int num_bits) {
+    __device__ BlockResult finish(int num_bits) {
         const auto item = static_cast<int>(sizeof(typename Tr::Storage));
         const bool constant = !__any_sync(kAllLanes, different_ != 0) && static_cast<int>(reference_) != escape_;
         reinterpret_cast<std::uint32_t*>(slot_.begin)[lane_number()] = (bits_ & ((1u << count_) - 1u)) | 1u << count_;
-        const BlockShape shape{n_, num_bits, item, escapes_, words_};
-        const BlockMode mode = choose_mode(shape, constant, has_code);
+        const int words = -next_word_;
+        const BlockShape shape{n_, num_bits, item, escapes_, words};
+        const BlockMode mode = choose_mode(shape, constant, has_code_);
         const bool with_escapes = mode == BlockMode::kFixed || mode == BlockMode::kCoded;
         const BlockInfo info{mode, with_escapes ? escapes_ : 0, constant ? reference_ : 0u};
-        return {info.pack(), static_cast<std::uint32_t>(words_), static_cast<std::uint32_t>(shape.bytes(mode) / 4)};
+        return {info.pack(), static_cast<std::uint32_t>(words), static_cast<std::uint32_t>(shape.bytes(mode) / 4)};
     }
 
 private:
@@ -103,24 +122,24 @@ private:
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-            for (int v = 0; v < kPerLane; ++v) x[r][v] = u_[begin_ + first_value(step - r) + v];
+            for (int v = 0; v < kPerLane; ++v) x[r][v] = u_[first_value(step - r) + v];
         }
-        std::uint32_t symbols[kRows][kPerLane], entries[kRows];
+        std::uint32_t entries[kRows], flags = 0;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
+            std::uint32_t symbols[kPerLane];
 #pragma unroll
-            for (int v = 0; v < kPerLane; ++v) symbols[r][v] = grid_(x[r][v]);
-            entries[r] = entries_[codeword(symbols[r]) & entry_mask_];
+            for (int v = 0; v < kPerLane; ++v) symbols[v] = grid_.symbol_of_all(x[r][v]);
+            entries[r] = entries_[codeword(symbols)];
+            different_ |= entries[r] ^ reference_entry_;  // no two codewords are equal
+            flags |= entries[r];
         }
-        bool escapes = false;
-#pragma unroll
-        for (int r = 0; r < kRows; ++r) escapes |= note(symbols[r], kPerLane);
-        if (__any_sync(kAllLanes, escapes)) {
+        if (ballot_bits(flags, kEscapeFlag) != 0) {
 #pragma unroll 1
             for (int r = 0; r < kRows; ++r) keep_escapes(step - r, kPerLane);
         }
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) push<true>(entries[r]);
+        for (int r = 0; r < kRows; ++r) push(entries[r]);
     }
 
     // A step that may be short; its odd tail's second symbol is the level zero.
@@ -129,13 +148,13 @@ private:
         const int present = n_ - at >= kPerLane ? kPerLane : n_ - at;  // of this lane's values; may be negative
         std::uint32_t symbols[kPerLane];
         for (int v = 0; v < kPerLane; ++v)
-            symbols[v] = v < present ? grid_(u_[begin_ + at + v]) : static_cast<std::uint32_t>(sigma_radius(kPairBits));
+            symbols[v] = v < present ? grid_(u_[at + v]) : static_cast<std::uint32_t>(sigma_radius(kPairBits));
         if (__any_sync(kAllLanes, note(symbols, present))) keep_escapes(step, present);
-        push<false>(present > 0 ? entries_[codeword(symbols) & entry_mask_] : 0u);
+        push_first(present > 0 && has_code_ ? entries_[codeword(symbols)] : 0u);
     }
 
     __device__ __forceinline__ int first_value(int step) const {
-        return (step * kWarpLanes + lane_number()) * kPerLane;
+        return (step * kWarpLanes + lane_) * kPerLane;
     }
     __device__ __forceinline__ static std::uint32_t codeword(const std::uint32_t (&symbols)[kPerLane]) {
         if constexpr (kPairs) return symbols[0] | symbols[1] << kPairBits;
@@ -161,76 +180,87 @@ private:
         bool escapes[2] = {};
         for (int v = 0; v < kPerLane; ++v) {
             if (v >= present) continue;
-            x[v] = u_[begin_ + at + v];
+            x[v] = u_[at + v];
             escapes[v] = static_cast<int>(grid_(x[v])) == escape_;
         }
         escapes_ = collect<Tr>(slot_.begin, slot_.shape, escapes_, at, escapes[0], escapes[1], x[0], x[1]);
     }
 
     // Pushes a codeword in every lane, those with an entry of 0 excepted. Bits that have left a lane stay above the
-    // others until finish(): a word is the 16 bits below `count_`, whatever is above. kStarted: a word has been written
-    // before.
-    template <bool kStarted>
-    __device__ __forceinline__ void push(std::uint32_t entry) {
-        const std::uint32_t length = entry >> 16;
+    // others until finish(): a word is the 16 bits below `count_`, whatever is above.
+    __device__ __forceinline__ void push_first(std::uint32_t entry) {
+        const std::uint32_t length = entry & (kWordBits - 1);
         unsigned full = __ballot_sync(kAllLanes, count_ + length >= kEmitBits);
-        if (!kStarted && full != 0 && !started_) {
+        if (full != 0 && !started_) {
             started_ = true;
             count_ = count_ < kWordBits ? kWordBits : count_;
             full = __ballot_sync(kAllLanes, count_ + length >= kEmitBits);
         }
         if (count_ + length >= kEmitBits) {
             count_ -= kWordBits;
-            words_end_[-1 - words_ - __popc(full & lanes_above(lane_number()))] =
-                static_cast<std::uint16_t>(bits_ >> count_);
+            put_word(full, count_);
         }
-        words_ += __popc(full);
-        bits_ = bits_ << length | (entry & 0xFFFFu);
+        next_word_ -= __popc(full);
+        append(entry);
         count_ += length;
+    }
+
+    // The same in lanes that have all started and have an entry each. They hold 16 bits or more, so here `count_` is
+    // what they hold beyond these: 15 at most, to which a length adds 15 at most.
+    __device__ __forceinline__ void push(std::uint32_t entry) {
+        const std::uint32_t sum = count_ + entry;
+        const unsigned full = ballot_bits(sum, kWordBits);
+        if ((sum & kWordBits) != 0) put_word(full, count_);
+        next_word_ -= __popc(full);
+        append(entry);
+        count_ = sum & (kWordBits - 1);
+    }
+
+    __device__ __forceinline__ void put_word(unsigned full, std::uint32_t shift) {
+        words_end_[next_word_ - __popc(full & from_here_)] = static_cast<std::uint16_t>(bits_ >> shift);
+    }
+    __device__ __forceinline__ void append(std::uint32_t entry) {
+        bits_ = __funnelshift_l(0u, bits_, entry) + (entry >> kWordBits);
     }
 
     const Values& u_;
     const Levels& grid_;
     const int escape_;
-    const std::int64_t begin_;
     const int n_;
     const std::uint32_t* const entries_;
-    const std::uint32_t entry_mask_;
+    const bool has_code_;
     const Slot& slot_;
-    std::uint16_t* const words_end_;
+    std::uint16_t* words_end_;
     const std::uint32_t reference_;
+    std::uint32_t reference_entry_;
     std::uint32_t bits_ = 0, count_ = 0, different_ = 0;
-    int words_ = 0, escapes_ = 0;
+    int lane_ = lane_number();
+    unsigned from_here_ = ~lanes_below(lane_number());  // this lane and those above
+    int next_word_ = 0;  // before words_end_: words are written from the end
+    int escapes_ = 0;
     bool started_ = false;  // a word has been written
 };
 
-// Blocks of one segment; a block of the launch has up to kEncodeWarps of them.
-struct BlockPlace {
-    std::int64_t begin;  // of its values, in the segment
-    int n;
-    Slot slot;
-};
-
+// The first n values of `u` into a slot, and what that loses of them to `residual_out` if it is not null.
 template <class Tr, bool kPairs, class Levels, class Values>
-__device__ BlockResult encode_block(const Values& u, const Levels& grid, const Quantizer& q, const BlockPlace& place,
-                                    const std::uint32_t* entries, std::uint32_t entry_mask, float* residual_out) {
-    const int escape = q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1;
-    BlockEncoder<Tr, Levels, Values, kPairs> encoder(u, grid, escape, place.begin, place.n, entries, entry_mask,
-                                                     place.slot);
+__device__ BlockResult encode_block(const Values& u, int n, const Levels& grid, const Quantizer& q,
+                                    const std::uint32_t* entries, bool has_code, const Slot& slot,
+                                    float* residual_out) {
+    const int escape = escape_of(q);
+    BlockEncoder<Tr, Levels, Values, kPairs> encoder(u, grid, escape, n, entries, has_code, slot);
     encoder.run();
-    const BlockResult result = encoder.finish(entry_mask != 0, q.num_bits);
+    const BlockResult result = encoder.finish(q.num_bits);
     const BlockMode mode = BlockInfo::unpack(result.info).mode;
     if (mode == BlockMode::kFixed) {
         __syncwarp();  // other lanes have put code words there
-        auto* const packed = reinterpret_cast<std::uint32_t*>(place.slot.begin + place.slot.shape.words_at);
-        const auto words = static_cast<int>(ceil_div(packed_bytes(place.n, q.num_bits), 4));
+        auto* const packed = reinterpret_cast<std::uint32_t*>(slot.begin + slot.shape.words_at);
+        const auto words = static_cast<int>(ceil_div(packed_bytes(n, q.num_bits), 4));
         for (int i = lane_number(); i < words; i += kWarpLanes)
-            packed[i] = packed_word<int>(u, grid, place.begin, place.n, q.num_bits, i);
+            packed[i] = packed_word<int>(u, grid, 0, n, q.num_bits, i);
     }
     __syncwarp();  // the residual may be part of u, which other lanes have read
     if (residual_out != nullptr && mode != BlockMode::kRaw && q.grid == Grid::kSigma) {
-        for (int i = lane_number(); i < place.n; i += kWarpLanes)
-            residual_out[place.begin + i] = residual_of<Tr>(u[place.begin + i], grid, escape);
+        for (int i = lane_number(); i < n; i += kWarpLanes) residual_out[i] = residual_of<Tr>(u[i], grid, escape);
     }
     return result;
 }
@@ -244,8 +274,11 @@ __global__ void __launch_bounds__(kThreads, 1) encode_blocks(EncodeTables e) {
     const Quantizer q = e.quantizers[segment.tensor];
     const bool pairs = q.coding == Coding::kPair;
     const Code code = find_code(e, q, s);
-    for (std::uint32_t i = threadIdx.x; i <= code.mask; i += kThreads)
-        entries[i] = code.entries == nullptr ? 0u : code.entries[i];
+    const bool has_code = code.entries != nullptr;
+    for (int i = static_cast<int>(threadIdx.x); has_code && i < code.symbols; i += kThreads) {
+        const int first = pairs ? i % (1 << kPairBits) : i, second = pairs ? i >> kPairBits : i;
+        entries[i] = turned_entry(code.entries[i], first == escape_of(q) || second == escape_of(q));
+    }
     __syncthreads();
 
     const std::int64_t block =
@@ -254,19 +287,19 @@ __global__ void __launch_bounds__(kThreads, 1) encode_blocks(EncodeTables e) {
     BlockResult result{0, 0, 0};
     const std::int64_t per_block = values_per_block(q.coding, e.steps), begin = block * per_block;
     if (is_block_coded(q.coding) && begin < segment.count) {
-        float* const residual_out = e.packets[segment.packet].may_drop ? nullptr : segment.residual_out;
+        const bool keeps = segment.residual_out != nullptr && !e.packets[segment.packet].may_drop;
+        float* const residual_out = keeps ? segment.residual_out + begin : nullptr;
         const SlotShape shape(e.steps, pairs, static_cast<int>(sizeof(typename Tr::Storage)));
-        const BlockPlace place{begin,
-                               static_cast<int>(segment.count - begin < per_block ? segment.count - begin : per_block),
-                               {e.slots + segment.slots + block * shape.bytes, shape}};
-        const Source<Tr, kAdjusted> u(e.tensors[segment.tensor], segment.offset);
+        const Slot slot{e.slots + segment.slots + block * shape.bytes, shape};
+        const auto n = static_cast<int>(segment.count - begin < per_block ? segment.count - begin : per_block);
+        const Source<Tr, kAdjusted> u(e.tensors[segment.tensor], segment.offset + begin);
         if (q.grid == Grid::kSigma) {
             const auto grid = sigma_quantizer<Tr>(q);
-            result = pairs ? encode_block<Tr, true>(u, grid, q, place, entries, code.mask, residual_out)
-                           : encode_block<Tr, false>(u, grid, q, place, entries, code.mask, residual_out);
+            result = pairs ? encode_block<Tr, true>(u, n, grid, q, entries, has_code, slot, residual_out)
+                           : encode_block<Tr, false>(u, n, grid, q, entries, has_code, slot, residual_out);
         } else {
             const RangeQuantizer grid(q.grid, q.num_bits, q.p0, q.p1);
-            result = encode_block<Tr, false>(u, grid, q, place, entries, code.mask, residual_out);
+            result = encode_block<Tr, false>(u, n, grid, q, entries, has_code, slot, residual_out);
         }
     }
     if (lane_number() == 0) e.blocks[segment.first_block + block] = result;

@@ -13,18 +13,21 @@ class Source {
 public:
     using T = typename Tr::Arithmetic;
 
+    // From value `offset` on.
     __device__ __forceinline__ explicit Source(const TensorTask& tensor, std::int64_t offset = 0)
         : values_(static_cast<const typename Tr::Storage*>(tensor.values) + offset),
-          residual_(kAdjusted && tensor.residual != nullptr ? tensor.residual + offset : nullptr),
+          has_residual_(kAdjusted && tensor.residual != nullptr),
+          // Some address, so that it can be said to be one of global memory.
+          residual_(has_residual_ ? tensor.residual + offset : reinterpret_cast<const float*>(values_)),
           inv_scale_(kAdjusted && tensor.inv_scale != nullptr ? static_cast<T>(*tensor.inv_scale) : T(1)) {
         QCOMM_ASSUME_GLOBAL(values_);
-        if (kAdjusted && residual_ != nullptr) QCOMM_ASSUME_GLOBAL(residual_);
+        QCOMM_ASSUME_GLOBAL(residual_);
     }
 
     __device__ __forceinline__ T operator[](std::int64_t i) const {
         if constexpr (!kAdjusted) return Tr::widen(values_[i]);
         const T u = Tr::widen(values_[i]) * inv_scale_;  // by 1: exact
-        return residual_ != nullptr ? u + static_cast<T>(residual_[i]) : u;
+        return has_residual_ ? u + static_cast<T>(residual_[i]) : u;
     }
 
     // Without scale and residual.
@@ -38,6 +41,7 @@ public:
 
 private:
     const typename Tr::Storage* values_;
+    bool has_residual_;
     const float* residual_;
     T inv_scale_;
 };

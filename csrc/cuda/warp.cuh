@@ -15,6 +15,21 @@ __device__ __forceinline__ int warp_number() { return static_cast<int>(threadIdx
 __device__ __forceinline__ unsigned lanes_below(int lane) { return (1u << lane) - 1u; }
 __device__ __forceinline__ unsigned lanes_above(int lane) { return 0xFFFFFFFEu << lane; }
 
+// The lanes whose value has one of `bits`. nvcc turns such a comparison into three instructions; the hardware has one.
+__device__ __forceinline__ unsigned ballot_bits(unsigned value, unsigned bits) {
+#ifdef __CUDA_ARCH__
+    unsigned lanes;
+    asm volatile(
+        "{ .reg .pred any; .reg .b32 found; and.b32 found, %1, %2; setp.ne.u32 any, found, 0;"
+        " vote.sync.ballot.b32 %0, any, 0xFFFFFFFF; }"
+        : "=r"(lanes)
+        : "r"(value), "r"(bits));
+    return lanes;
+#else
+    return __ballot_sync(kAllLanes, (value & bits) != 0);
+#endif
+}
+
 template <class T>
 __device__ __forceinline__ T warp_inclusive_sum(T value) {
     for (int d = 1; d < kWarpLanes; d *= 2) {

@@ -51,6 +51,9 @@ public:
         return offset_ == 0.0 && symbol == top_ ? hi_
                                                 : __builtin_fma(static_cast<double>(symbol) + offset_, step_, lo_);
     }
+    // As of SigmaQuantizer: all levels have symbols.
+    QCOMM_INLINE bool has_all_levels() const { return true; }
+    QCOMM_INLINE std::uint32_t symbol_of_all(double x) const { return (*this)(x); }
     // For vector versions of decode().
     QCOMM_INLINE double lo() const { return lo_; }
     QCOMM_INLINE double hi() const { return hi_; }
@@ -92,6 +95,13 @@ public:
     }
     QCOMM_INLINE T decode(std::uint32_t symbol) const {
         return static_cast<T>(static_cast<std::int32_t>(symbol) - radius_) * step_;
+    }
+    // Whether every level is a value of T's dtype, as always but for absurd steps. Then the escape is the symbol above
+    // the highest level's, and a minimum finds it.
+    QCOMM_INLINE bool has_all_levels() const { return limit_ == radius_; }
+    QCOMM_INLINE std::uint32_t symbol_of_all(T x) const {
+        const Bits above = bit_cast<Bits>(x * inv_ + kMagic) - lowest_, escape = escape_;
+        return static_cast<std::uint32_t>(above < escape ? above : escape);
     }
     // Levels each side of zero that have symbols of their own.
     QCOMM_INLINE std::uint32_t limit() const { return static_cast<std::uint32_t>(limit_); }
