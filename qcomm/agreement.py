@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from qcomm.chooser import Took
+from qcomm.chooser import UNTIMED, Took
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.transport import Exchange, Traffic, Transport, TransportError
 
@@ -113,21 +113,19 @@ class Agreement:
         sizes: Sequence[int],
         limits: Sequence[int],
         fault: Fault | None,
-        own_time: Took = Took(),
+        own_time: Took = UNTIMED,
     ) -> None:
         self._transport, self._phase, self._fields, self._limits, self._fault = transport, phase, fields, limits, fault
         code = fault.phase if fault else 0
-        headers = [
-            torch.tensor([MAGIC, sequence, phase, code, fields.fingerprint, size, *own_time]) for size in sizes
-        ]
+        headers = [torch.tensor([MAGIC, sequence, phase, code, fields.fingerprint, size, *own_time]) for size in sizes]
         self._under_way: list[Exchange] = [transport.start_exchange(headers)]
 
     def finish(self) -> tuple[list[int], int, Traffic]:
         """Waits for all headers; returns if all ranks are well and agree, and raises on every rank if not.
 
         Returns:
-            (bytes of each rank's packet for this one, nanoseconds of the last collective of this kind or 0, bytes of the
-            headers).
+            (bytes of each rank's packet for this one, nanoseconds of the last collective of this kind or 0, bytes of
+            the headers).
 
         Raises:
             CollectiveError: some rank has a fault.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from qcomm.plain_values import PLAIN
 
-__all__ = ["Chooser", "Took"]
+__all__ = ["UNTIMED", "Chooser", "Took"]
 
 ROUNDS = 3  # of trials; the middle one counts, so one may be slow for reasons of its own
 # Collectives after the first choice until all ways are tried again: fresh connections and memory slow the first trials
@@ -46,6 +46,9 @@ class Took(NamedTuple):
     wait: int = 0
 
 
+UNTIMED = Took()
+
+
 @dataclass
 class _Kind:
     """Collectives that should take equally long."""
@@ -55,7 +58,7 @@ class _Kind:
     times: dict[str, deque[int]] = field(default_factory=dict)
     chosen: str = ""
     last: str = ""  # the strategy whose time comes with the next header
-    own_time: Took = Took()
+    own_time: Took = UNTIMED
     since_decision: int = 0
     warm: bool = False  # whether what is known of the ways is not from the first trials
     duelled: bool = False  # whether ways that are close have been tried more often since the trials began
@@ -135,7 +138,7 @@ class Chooser:
 
     def own_time(self, key: Hashable) -> Took:
         """What this rank's last collective of this kind took, for the next header."""
-        return self._kinds[key].own_time if key in self._kinds else Took()
+        return self._kinds[key].own_time if key in self._kinds else UNTIMED
 
     def settled(self, key: Hashable) -> str:
         """The strategy that further collectives of this kind will have, or "" while ways are being tried."""

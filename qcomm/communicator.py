@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from qcomm.agreement import Agreement, Fault, Fields, Phase
-from qcomm.chooser import Chooser, Took
+from qcomm.chooser import UNTIMED, Chooser, Took
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.gloo_transport import GlooTransport
 from qcomm.mpi_group import MpiGroup
@@ -183,7 +183,7 @@ class Communicator:
         sizes: Sequence[int],
         limits: Sequence[int],
         fault: Fault | None,
-        own_time: Took = Took(),
+        own_time: Took = UNTIMED,
     ) -> tuple[list[int], Traffic]:
         """What :meth:`qcomm.agreement.Agreement.finish` says of this job: sizes to come, bytes of the headers."""
         return self.finish_agreement(self.begin_agreement(phase, fields, sizes, limits, fault, own_time), phase)
@@ -195,7 +195,7 @@ class Communicator:
         sizes: Sequence[int],
         limits: Sequence[int],
         fault: Fault | None,
-        own_time: Took = Took(),
+        own_time: Took = UNTIMED,
     ) -> Agreement:
         """Sends this rank's headers; until :meth:`finish_agreement`, which has to follow, the job may compute."""
         self._pending_fault = None

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from qcomm.chooser import Chooser, Took
+from qcomm.chooser import UNTIMED, Chooser
 from qcomm.communicator import Communicator, Group, is_agreed
 from qcomm.device_agreement import AgreedNumbers, agree, is_known
 from qcomm.device_mean import DeviceMean, check_group
@@ -200,7 +200,7 @@ class DeviceChoice:
         if lane.length:
             agreed = UNKNOWN if lane.agreed is None else lane.agreed.read()[0]
             own = UNKNOWN if lane.stopwatch is None else lane.stopwatch.read()
-            lane.chooser.finished(None, 0 if agreed == UNKNOWN else agreed, Took(), lane.length)
+            lane.chooser.finished(None, 0 if agreed == UNKNOWN else agreed, UNTIMED, lane.length)
             numbers = torch.full((1,), own, dtype=torch.int64, device=task.buffer.device)
             lane.agreed = AgreedNumbers(numbers, dist.ReduceOp.MIN, self._compressed.group())
         lane.strategy, lane.stopwatch = lane.chooser.next(None, lane.ways), None

@@ -7,7 +7,7 @@ from typing import ParamSpec, TypeVar
 import torch
 
 from qcomm.agreement import Fault, Fields, Phase
-from qcomm.chooser import Took
+from qcomm.chooser import UNTIMED, Took
 from qcomm.cost_model import Profile
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.grids import Grid
@@ -59,7 +59,7 @@ class MeanTask:
     strategy: str = "two_phase"
     ranks_per_node: int = 1
     profile: Profile | None = None
-    own_time: Took = Took()
+    own_time: Took = UNTIMED
     bypassed: int = 0
     can_bypass: bool = False
     memory: dict[str, PlainValues] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from qcomm.all_gather import all_gather_mean
-from qcomm.chooser import Took
+from qcomm.chooser import UNTIMED, Took
 from qcomm.communicator import Communicator
 from qcomm.cost_model import PLAUSIBLE, Exchange, Profile, candidates
 from qcomm.exact_sum import exact_sum_mean
@@ -54,7 +54,7 @@ def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     strategy = chooser.next(kind, ways)
     fields = task.fields.extended("strategy chosen", strategy)
     task = replace(task, fields=fields, own_time=chooser.own_time(kind))
-    agreements, begin, own_time = communicator.agreements, time.perf_counter_ns(), Took()
+    agreements, begin, own_time = communicator.agreements, time.perf_counter_ns(), UNTIMED
     try:
         result = WAYS[strategy](task, communicator)
         wait = communicator.time_to_agree

@@ -15,6 +15,12 @@
 
 namespace qcomm::cuda {
 
+// What a lookup gives: length | symbol << 16. A shift looks at the 5 lowest bits only, so nothing has to be cut out.
+constexpr int kSymbolAt = 16;
+__device__ __forceinline__ std::uint32_t turned_entry(std::uint16_t entry) {
+    return (entry & 0xFFFu) << kSymbolAt | static_cast<std::uint32_t>(entry >> 12);
+}
+
 // Values of symbols.
 template <class Tr>
 class RangeValues {
@@ -22,6 +28,9 @@ public:
     __device__ explicit RangeValues(const Quantizer& q) : grid_(q.grid, q.num_bits, q.p0, q.p1) {}
     __device__ __forceinline__ typename Tr::Storage operator()(std::uint32_t symbol) const {
         return Tr::narrow(grid_.decode(symbol));
+    }
+    __device__ __forceinline__ typename Tr::Storage of_entry(std::uint32_t entry) const {
+        return (*this)(entry >> kSymbolAt);
     }
 
 private:
@@ -35,6 +44,9 @@ public:
     __device__ __forceinline__ typename Tr::Storage operator()(std::uint32_t symbol) const {
         return Tr::narrow(symbol == escape_ ? -T(0) : grid_.decode(symbol));
     }
+    __device__ __forceinline__ typename Tr::Storage of_entry(std::uint32_t entry) const {
+        return (*this)(entry >> kSymbolAt);
+    }
 
 private:
     using T = typename Tr::Arithmetic;
@@ -45,6 +57,11 @@ template <class Storage>
 struct TableValues {
     const Storage* values;
     __device__ __forceinline__ Storage operator()(std::uint32_t symbol) const { return values[symbol]; }
+    // A shift and an addition are one instruction. The bits between a length and a symbol are 0.
+    __device__ __forceinline__ Storage of_entry(std::uint32_t entry) const {
+        constexpr int kBytesAt = kSymbolAt - (sizeof(Storage) == 8 ? 3 : sizeof(Storage) == 4 ? 2 : 1);
+        return *reinterpret_cast<const Storage*>(reinterpret_cast<const std::uint8_t*>(values) + (entry >> kBytesAt));
+    }
 };
 
 // The table of values of a small alphabet, by `threads` threads that call with their numbers. A barrier must follow.
@@ -95,17 +112,32 @@ __device__ inline DecodeCode find_decode_code(const DecodeTables& d, int packet,
     return index < 0 ? DecodeCode{nullptr, 0} : DecodeCode{d.codes->decode[index], d.codes->decode_mask[index]};
 }
 
-template <class Tr>
+// A code's entries in device memory, and turned in shared memory.
+struct FarEntries {
+    DecodeCode code;
+    __device__ __forceinline__ bool empty() const { return code.mask == 0; }
+    __device__ __forceinline__ std::uint32_t operator()(std::uint32_t bits) const {
+        return turned_entry(code.entries[bits & code.mask]);
+    }
+};
+struct NearEntries {
+    const std::uint32_t* entries;
+    std::uint32_t mask;
+    __device__ __forceinline__ bool empty() const { return mask == 0; }
+    __device__ __forceinline__ std::uint32_t operator()(std::uint32_t bits) const { return entries[bits & mask]; }
+};
+
+template <class Tr, class Entries>
 class BlockReader {
 public:
     using Storage = typename Tr::Storage;
 
     // False where the block is malformed. `values` is the table of fill_values(), for a small alphabet.
-    __device__ bool open(const std::uint8_t* block, int bytes, int n, const Quantizer& q, const DecodeCode& code,
+    __device__ bool open(const std::uint8_t* block, int bytes, int n, const Quantizer& q, const Entries& entries,
                          const Storage* values) {
         n_ = n;
         quantizer_ = q;
-        code_ = code;
+        entries_ = entries;
         values_ = (1 << q.num_bits) <= kMaxValueTable ? values : nullptr;
         const BlockInfo info = BlockInfo::unpack(load_u32(block));
         mode_ = info.mode;
@@ -126,13 +158,15 @@ public:
         if (mode_ == BlockMode::kFixed) return bytes - body_at >= packed_bytes(n, q.num_bits);
         if (mode_ == BlockMode::kRaw) return bytes - body_at >= n * item;
         if (mode_ == BlockMode::kConstant) return static_cast<int>(symbol_) < (1 << q.num_bits) - (sigma ? 1 : 0);
-        if (code.mask == 0) return false;
+        if (entries.empty()) return false;
         bits_ = load_u32(block + 4 + 4 * lane_number());
         count_ = 31 - __clz(static_cast<int>(bits_));
         const bool started = bits_ != 0;
         if (started) bits_ ^= 1u << count_;
         used_ = count_;
         taken_ = 0;
+        below_ = lanes_below(lane_number());
+        QCOMM_KEEP(below_);
         return __all_sync(kAllLanes, started);
     }
 
@@ -181,51 +215,64 @@ private:
         if (__all_sync(kAllLanes, count_ >= static_cast<int>(kWordBits))) {
             for (; at + kRows * kRow <= end && taken_ + kRows * kWarpLanes <= halves_; at += kRows * kRow) {
 #pragma unroll
-                for (int r = 0; r < kRows; ++r)
-                    put_codeword<kPairs>(next_codeword<false>(true), at + r * kRow, kRow, value_of, sink);
+                for (int r = 0; r < kRows; ++r) put_codeword<kPairs>(next_entry(), at + r * kRow, kRow, value_of, sink);
             }
+            count_ &= 31;
         }
 #pragma unroll 1
         for (; at < end; at += kRow) {
             const int left = end - at < kRow ? end - at : kRow;
-            const std::uint32_t symbol = next_codeword<true>(lane_number() * (kPairs ? 2 : 1) < left);
-            put_codeword<kPairs>(symbol, at, left, value_of, sink);
+            const std::uint32_t entry = next_guarded_entry(lane_number() * (kPairs ? 2 : 1) < left);
+            put_codeword<kPairs>(entry, at, left, value_of, sink);
         }
     }
 
-    // Looks a codeword up in every live lane, which then takes a word if it has less than 16 bits left. With kGuarded
-    // there may be none, and lanes note whether they have used more than they had.
-    template <bool kGuarded>
-    __device__ __forceinline__ std::uint32_t next_codeword(bool live) {
-        const std::uint32_t entry = live ? code_.entries[bits_ & code_.mask] : 0u;
-        const std::uint32_t length = entry >> 12;
+    // Looks a codeword up in every lane; each then takes a word if it has less than 16 bits left. Before and after,
+    // lanes have 16 to 31, in the 5 lowest bits of `count_`; and there are 32 words to take. The load is every lane's:
+    // a condition costs more.
+    __device__ __forceinline__ std::uint32_t next_entry() {
+        const std::uint32_t entry = entries_(bits_);
+        bits_ >>= entry & 31u;
+        const std::uint32_t left = static_cast<std::uint32_t>(count_) - entry;
+        const unsigned content = ballot_bits(left, kWordBits);  // lanes that take no word
+        const auto* const words = reinterpret_cast<const std::uint16_t*>(body_);
+        QCOMM_ASSUME_GLOBAL(words);
+        std::uint32_t word = words[taken_ + __popc(~content & below_)];
+        QCOMM_KEEP(word);
+        if ((left & kWordBits) == 0) bits_ |= word << (left & 31u);
+        count_ = static_cast<int>(left | kWordBits);
+        taken_ += kWarpLanes - __popc(content);
+        return entry;
+    }
+
+    // The same in every live lane, when there may be no word, and with a note whether they have used more bits than
+    // they had.
+    __device__ __forceinline__ std::uint32_t next_guarded_entry(bool live) {
+        const std::uint32_t entry = live ? entries_(bits_) : 0u, length = entry & (kWordBits - 1);
         bits_ >>= length;
         count_ -= static_cast<int>(length);
-        if constexpr (kGuarded) used_ |= count_;
+        used_ |= count_;
         bool takes = live && count_ < static_cast<int>(kWordBits);
         const unsigned asking = __ballot_sync(kAllLanes, takes);
-        const int word = taken_ + __popc(asking & lanes_below(lane_number()));
-        if constexpr (kGuarded) takes = takes && word < halves_;
+        const int word = taken_ + __popc(asking & below_);
+        takes = takes && word < halves_;
         const std::uint32_t bits = takes ? reinterpret_cast<const std::uint16_t*>(body_)[word] : 0u;
         bits_ |= bits << (count_ & 31);  // only damaged input has a negative count; the shift must stay defined
-        if constexpr (kGuarded) {
-            count_ += takes ? static_cast<int>(kWordBits) : 0;
-        } else {
-            count_ |= static_cast<int>(kWordBits);  // 0..31, and those from 16 on have the bit already
-        }
+        count_ += takes ? static_cast<int>(kWordBits) : 0;
         taken_ += __popc(asking);
-        return entry & 0xFFFu;
+        return entry;
     }
 
     template <bool kPairs, class ValueOf, class Sink>
-    __device__ __forceinline__ void put_codeword(std::uint32_t symbol, int at, int row, const ValueOf& value_of,
+    __device__ __forceinline__ void put_codeword(std::uint32_t entry, int at, int row, const ValueOf& value_of,
                                                  const Sink& sink) const {
         if constexpr (kPairs) {
+            const std::uint32_t symbol = entry >> kSymbolAt;
             const int i = 2 * lane_number();
             if (i < row) sink.put(at + i, value_of(symbol & 15u));
             if (i + 1 < row) sink.put(at + i + 1, value_of(symbol >> kPairBits));
         } else {
-            if (lane_number() < row) sink.put(at + lane_number(), value_of(symbol));
+            if (lane_number() < row) sink.put(at + lane_number(), value_of.of_entry(entry));
         }
     }
 
@@ -252,15 +299,16 @@ private:
                                     std::conditional_t<sizeof(Storage) == 4, std::uint32_t, std::uint64_t>>;
 
     Quantizer quantizer_;
-    DecodeCode code_;
+    Entries entries_;
     const Storage* values_;
     const std::uint8_t *escape_values_, *body_;
     const std::uint16_t* positions_;
     BlockMode mode_;
     std::uint32_t symbol_, bits_;
     int n_, escapes_, next_escape_, halves_, count_, taken_;
-    int used_;      // negative once a lane has used more bits than it had
-    bool ordered_;  // escapes so far; in this lane
+    unsigned below_;  // the lanes below this one
+    int used_;        // negative once a lane has used more bits than it had
+    bool ordered_;    // escapes so far; in this lane
 };
 
 }  // namespace qcomm::cuda

@@ -7,7 +7,7 @@
 //   block  | info u32 | start windows | escape values | escape positions | words u16 ... | see block_reader.cuh
 //
 // decode_packets. Thread: a lane of a block. Warp: a block, or 32 * steps values of a segment without blocks. Block: 4
-// units of one segment, which share its code (8 KiB of shared memory; one of more than 12 bits stays in device memory,
+// units of one segment, which share its code (16 KiB of shared memory; one of more than 12 bits stays in device memory,
 // for the first-level cache) and its table of values (at most 2 KiB).
 // sum_packets. Warp: a packet. Block: 64 * steps values of a segment; the warps decode a chunk each into shared memory
 // (1 or 2 KiB), then all threads add them and store once. Codes are read through the first-level cache, as packets may
@@ -30,7 +30,7 @@ constexpr int kChunkBytes = 2048;  // of a packet's values in sum_packets
 
 template <class Tr>
 struct Shared {
-    std::uint16_t entries[StaticTables::kMaxEntries];
+    std::uint32_t entries[StaticTables::kMaxEntries];  // turned
     typename Tr::Storage values[kMaxValueTable];
 };
 
@@ -71,10 +71,10 @@ __device__ void read_plain(const SegmentView& segment, const std::uint8_t* paylo
 }
 
 // A block of a segment, its checksum compared.
-template <class Tr>
+template <class Tr, class Entries>
 __device__ bool open_block(const std::uint8_t* packet, const PacketView& view, const SegmentView& segment,
-                           std::int64_t block, int n, const DecodeCode& code, const typename Tr::Storage* values,
-                           BlockReader<Tr>* reader) {
+                           std::int64_t block, int n, const Entries& entries, const typename Tr::Storage* values,
+                           BlockReader<Tr, Entries>* reader) {
     const std::uint8_t* const ends = packet + view.ends + 4 * (segment.first_end + block);
     const std::int64_t begin = block == 0 ? segment.payload : 4 * static_cast<std::int64_t>(load_u32(ends - 4));
     const auto bytes = static_cast<int>(4 * static_cast<std::int64_t>(load_u32(ends)) - begin);
@@ -88,13 +88,13 @@ __device__ bool open_block(const std::uint8_t* packet, const PacketView& view, c
         const std::uint32_t sum = warp_checksum(reinterpret_cast<const std::uint32_t*>(data), words);
         if (sum != load_u32(packet + view.checksums + 4 * (segment.first_checksum + block))) return false;
     }
-    return reader->open(data, bytes, n, segment.quantizer, code, values);
+    return reader->open(data, bytes, n, segment.quantizer, entries, values);
 }
 
 // A unit of a segment, by a warp; false where it is malformed.
-template <class Tr>
+template <class Tr, class Entries>
 __device__ __forceinline__ bool decode_unit(const DecodeTables& d, int number, const SegmentView& segment, int tile,
-                                            const DecodeCode& code, const typename Tr::Storage* values) {
+                                            const Entries& entries, const typename Tr::Storage* values) {
     using Storage = typename Tr::Storage;
     const DecodeTask task = d.tasks[number];
     const PacketView& view = d.packets[number];
@@ -104,14 +104,15 @@ __device__ __forceinline__ bool decode_unit(const DecodeTables& d, int number, c
     const std::int64_t begin = unit * size;
     if (begin >= segment.count) return true;
     const int n = static_cast<int>(segment.count - begin < size ? segment.count - begin : size);
-    const Sink<Storage> sink{static_cast<Storage*>(task.out) + segment.first_value + begin};
+    Sink<Storage> sink{static_cast<Storage*>(task.out) + segment.first_value + begin};
+    QCOMM_KEEP_POINTER(sink.out);
     QCOMM_ASSUME_GLOBAL(sink.out);
     if (!is_block_coded(q.coding)) {
         read_plain<Tr>(segment, task.packet + view.payload, begin, n, sink);
         return true;
     }
-    BlockReader<Tr> reader;
-    if (!open_block<Tr>(task.packet, view, segment, unit, n, code, values, &reader)) return false;
+    BlockReader<Tr, Entries> reader;
+    if (!open_block<Tr>(task.packet, view, segment, unit, n, entries, values, &reader)) return false;
     reader.read(0, n, sink);
     return reader.close();
 }
@@ -129,12 +130,13 @@ __global__ void __launch_bounds__(kThreads, 1) decode_packets(DecodeTables d, in
     const DecodeCode code = find_decode_code(d, number, s);
     const bool near = code.mask < StaticTables::kMaxEntries;
     for (std::uint32_t i = threadIdx.x; near && code.mask != 0 && i <= code.mask; i += kThreads)
-        shared->entries[i] = code.entries[i];
+        shared->entries[i] = turned_entry(code.entries[i]);
     fill_values<Tr>(shared->values, segments[s].quantizer, static_cast<int>(threadIdx.x), kThreads);
     __syncthreads();
-    // Two copies, so that in the usual one the compiler knows the entries to be in shared memory.
-    const bool good = near ? decode_unit<Tr>(d, number, segments[s], tile, {shared->entries, code.mask}, shared->values)
-                           : decode_unit<Tr>(d, number, segments[s], tile, code, shared->values);
+    const SegmentView& segment = segments[s];
+    const bool good =
+        near ? decode_unit<Tr>(d, number, segment, tile, NearEntries{shared->entries, code.mask}, shared->values)
+             : decode_unit<Tr>(d, number, segment, tile, FarEntries{code}, shared->values);
     if (!good && lane_number() == 0) report(&d.faults[number], Fault::kBlock);
 }
 
@@ -149,7 +151,7 @@ public:
         segment_ = &segments[s];
         tile_ = tile - segment_->first_sum_tile;
         begin_ = tile_ * sum_tile_values(steps_);
-        code_ = find_decode_code(d, number, s);
+        entries_ = FarEntries{find_decode_code(d, number, s)};
         fill_values<Tr>(values, segment_->quantizer, lane_number(), kWarpLanes);
         __syncwarp();
     }
@@ -186,7 +188,7 @@ private:
         const std::int64_t block = tile_ * (static_cast<int>(sum_tile_values(steps_)) / size) + at / size;
         const std::int64_t rest = segment_->count - block * size;
         block_values_ = static_cast<int>(rest < size ? rest : size);
-        return open_block<Tr>(packet_, view_, *segment_, block, block_values_, code_, values_, &reader_);
+        return open_block<Tr>(packet_, view_, *segment_, block, block_values_, entries_, values_, &reader_);
     }
 
     const std::uint8_t* packet_;
@@ -195,8 +197,8 @@ private:
     typename Tr::Storage* values_;
     const SegmentView* segment_;
     std::int64_t tile_, begin_;  // in the segment
-    DecodeCode code_;
-    BlockReader<Tr> reader_;
+    FarEntries entries_;
+    BlockReader<Tr, FarEntries> reader_;
     int block_values_;
 };
 

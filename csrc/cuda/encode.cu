@@ -69,8 +69,8 @@ public:
     using T = typename Tr::Arithmetic;
     static constexpr int kPerLane = kPairs ? 2 : 1;
 
-    __device__ BlockEncoder(const Values& u, const Levels& grid, int escape, int n,
-                            const std::uint32_t* entries, bool has_code, const Slot& slot)
+    __device__ BlockEncoder(const Values& u, const Levels& grid, int escape, int n, const std::uint32_t* entries,
+                            bool has_code, const Slot& slot)
         : u_(u),
           grid_(grid),
           escape_(escape),
@@ -153,9 +153,7 @@ private:
         push_first(present > 0 && has_code_ ? entries_[codeword(symbols)] : 0u);
     }
 
-    __device__ __forceinline__ int first_value(int step) const {
-        return (step * kWarpLanes + lane_) * kPerLane;
-    }
+    __device__ __forceinline__ int first_value(int step) const { return (step * kWarpLanes + lane_) * kPerLane; }
     __device__ __forceinline__ static std::uint32_t codeword(const std::uint32_t (&symbols)[kPerLane]) {
         if constexpr (kPairs) return symbols[0] | symbols[1] << kPairBits;
         return symbols[0];
@@ -220,7 +218,7 @@ private:
         words_end_[next_word_ - __popc(full & from_here_)] = static_cast<std::uint16_t>(bits_ >> shift);
     }
     __device__ __forceinline__ void append(std::uint32_t entry) {
-        bits_ = __funnelshift_l(0u, bits_, entry) + (entry >> kWordBits);
+        bits_ = (bits_ << (entry & 31u)) + (entry >> kWordBits);
     }
 
     const Values& u_;
@@ -236,7 +234,7 @@ private:
     std::uint32_t bits_ = 0, count_ = 0, different_ = 0;
     int lane_ = lane_number();
     unsigned from_here_ = ~lanes_below(lane_number());  // this lane and those above
-    int next_word_ = 0;  // before words_end_: words are written from the end
+    int next_word_ = 0;                                 // before words_end_: words are written from the end
     int escapes_ = 0;
     bool started_ = false;  // a word has been written
 };

@@ -99,11 +99,6 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, EMULATION_LINE) {
     return emulation::shuffle(mask, value, emulation::this_thread().lane ^ static_cast<unsigned>(lanes), line);
 }
 
-// The upper 32 bits of high:low shifted left by the 5 lowest bits of `shift`.
-inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned shift) {
-    const std::uint64_t both = static_cast<std::uint64_t>(high) << 32 | low;
-    return static_cast<unsigned>(both << (shift % 32) >> 32);
-}
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(static_cast<unsigned>(v)); }
 inline unsigned __brev(unsigned v) {
