@@ -98,7 +98,20 @@ public:
         for (; step >= 0 && (step >= whole || !started_ || (step + 1) % kRows != 0); --step) push_guarded(step);
         if (step < 0) return;
         count_ -= kWordBits;  // see push()
-        for (; step >= 0; step -= kRows) push_rows(step);
+        T x[kRows][kPerLane];
+        load_rows(step, x);
+        for (; step >= 0; step -= kRows) {
+            // A bucket has few blocks for so many processors: nobody else hides what loads take. The last loads are
+            // idle.
+            T next[kRows][kPerLane];
+            load_rows(step < kRows ? step : step - kRows, next);
+            push_rows(step, x);
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+                for (int v = 0; v < kPerLane; ++v) x[r][v] = next[r][v];
+            }
+        }
         count_ += kWordBits;
     }
 
@@ -116,14 +129,16 @@ public:
     }
 
 private:
-    // kRows whole steps: their loads are under way together.
-    __device__ __forceinline__ void push_rows(int step) {
-        T x[kRows][kPerLane];
+    // The values of kRows whole steps, the last one first.
+    __device__ __forceinline__ void load_rows(int step, T (&x)[kRows][kPerLane]) const {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
 #pragma unroll
             for (int v = 0; v < kPerLane; ++v) x[r][v] = u_[first_value(step - r) + v];
         }
+    }
+
+    __device__ __forceinline__ void push_rows(int step, const T (&x)[kRows][kPerLane]) {
         std::uint32_t entries[kRows], flags = 0;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
