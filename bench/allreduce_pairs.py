@@ -22,7 +22,7 @@ from qcomm.strategies import AUTOMATIC
 BASES = ("fp32", "bf16")
 GRID = "qcomm k=1"
 # Trials of every way, twice, the calls between them, more trials of close ones, and some of the way that was chosen.
-SETTLING = (2 * ROUNDS + DUEL_ROUNDS) * len(AUTOMATIC) + WARM_UP + 3
+SETTLING = (2 * ROUNDS + DUEL_ROUNDS) * len(AUTOMATIC) + WARM_UP + 6
 CONFIDENCE = 0.95
 
 

@@ -30,7 +30,7 @@ run() {
 
 step() {
     case "$1" in
-        allreduce) run bench_allreduce.py --repeats 5 --json $results/allreduce.json ;;
+        allreduce) run bench_allreduce.py --repeats 15 --json $results/allreduce.json ;;
         feedback) run bench_allreduce.py --repeats 21 --error-feedback --rates 1gbit --worlds 2 \
             --json $results/allreduce_feedback.json ;;
         planner) run check_planner.py --json $results/planner_check.json || true ;;  # it fails where the planner is off

@@ -252,9 +252,9 @@ PYBIND11_MODULE(_C, m) {
     m.def("use_kernel_version", [](const std::string& name) { return use_kernel_version(name.c_str()); });
     m.def("static_tables", &py_static_tables);
     m.def("log2_fixed", &log2_fixed);
-    m.def("divide_to_bfloat", [](Address values, std::int64_t count, float divisor, Address out) {
+    m.def("divide_to_bfloat", [](Address values, std::int64_t count, float divisor, Address out, int threads) {
         py::gil_scoped_release nogil;
-        divide_to_bfloat(pointer<const float>(values), count, divisor, pointer<std::uint16_t>(out));
+        divide_to_bfloat(pointer<const float>(values), count, divisor, pointer<std::uint16_t>(out), threads);
     });
     m.def("checksum",
           [](Address data, std::int64_t bytes) { return checksum(pointer<const std::uint8_t>(data), bytes); });

@@ -329,7 +329,7 @@ def checksum(data: torch.Tensor) -> int:
 
 
 def divide_to_bfloat(values: torch.Tensor, divisor: int, out: torch.Tensor) -> None:
-    """``out.copy_(values).div_(divisor)``, bit for bit but for NaNs' payloads, in one pass.
+    """``out.copy_(values).div_(divisor)``, bit for bit but for NaNs' payloads, in one pass on as many threads as torch's.
 
     Args:
         values: float32, contiguous, on the CPU.
@@ -341,7 +341,7 @@ def divide_to_bfloat(values: torch.Tensor, divisor: int, out: torch.Tensor) -> N
             f"values must be float32 and out bfloat16, of one size, got {values.numel()} of {values.dtype} and "
             f"{out.numel()} of {out.dtype}"
         )
-    _C.divide_to_bfloat(values.data_ptr(), values.numel(), divisor, out.data_ptr())
+    _C.divide_to_bfloat(values.data_ptr(), values.numel(), divisor, out.data_ptr(), torch.get_num_threads())
 
 
 def log2_fixed(v: int) -> int:

@@ -23,8 +23,11 @@ CLOSE = 1.25
 DUEL_ROUNDS = 8
 RECHECK = 200  # collectives of a kind between two looks at the clock
 RECENT = ROUNDS + DUEL_ROUNDS  # times of a way that are kept
-# A rival is tried again when what was chosen takes more than this fraction of what the rival took.
+# A rival is tried again when what was chosen costs more than this fraction of what the rival did.
 WORTH_A_TRIAL = 0.8
+# Looks at the clock after which rivals are tried again, although nothing has become slower: one at first, twice as many
+# each time that the choice stays the same.
+MOST_PATIENCE = 16
 # Who comes earlier in the list of candidates loses less accuracy, and is chosen if not slower by more than this.
 TIE = 1.02
 # A way that compresses has to be so many times as fast as those that do not: it takes cores from backward, which is not
@@ -38,7 +41,7 @@ class Took(NamedTuple):
 
     Attributes:
         work: all but the wait.
-        wait: from this rank's headers on until all others' had come. The shortest of all ranks, that of the rank which
+        wait: for the others' headers, once this rank had nothing else to do. The shortest of all ranks, that of the rank which
             came last, is what headers cost; longer ones say who was late.
     """
 
@@ -60,6 +63,10 @@ class _Kind:
     last: str = ""  # the strategy whose time comes with the next header
     own_time: Took = UNTIMED
     since_decision: int = 0
+    looks: int = 0  # since the decision
+    patience: int = 1  # looks until rivals are tried again
+    chosen_before: str = ""
+    cost_when_chosen: float = 0.0
     warm: bool = False  # whether what is known of the ways is not from the first trials
     duelled: bool = False  # whether ways that are close have been tried more often since the trials began
 
@@ -81,29 +88,39 @@ class _Kind:
         close = [name for name in timed if self.cost(name) <= CLOSE * best]
         if self.warm and not self.duelled and len(close) > 1:
             self.duelled = True
-            self.trials.extend(close * DUEL_ROUNDS)
+            self.trials.extend(_in_turns(close, DUEL_ROUNDS))
             return
         self.chosen = next(name for name in timed if self.cost(name) <= TIE * best)
-        self.since_decision = 0
+        self.patience = min(2 * self.patience, MOST_PATIENCE) if self.chosen == self.chosen_before else 1
+        self.cost_when_chosen, self.looks, self.since_decision = self.cost(self.chosen), 0, 0
 
     def look_again(self) -> None:
+        """Tries ways again, if it is time to."""
         self.since_decision = 0
         if not self.warm:
             self.warm = True
-            self.times.clear()
             self.try_out(self.candidates)
             return
-        now = self.typical(self.chosen)
-        rivals = [s for s in self.candidates if s != self.chosen and WORTH_A_TRIAL * self.typical(s) < now]
-        if rivals:
-            for name in (*rivals, self.chosen):
-                self.times.pop(name, None)
-            self.try_out((*rivals, self.chosen))
+        now, self.looks = self.cost(self.chosen), self.looks + 1
+        if now > CLOSE * self.cost_when_chosen:  # something has changed, and may have for all
+            self.try_out(self.candidates)
+        elif self.looks >= self.patience:
+            rivals = [s for s in self.candidates if s != self.chosen and WORTH_A_TRIAL * self.cost(s) < now]
+            if rivals:
+                self.try_out((*rivals, self.chosen))
 
     def try_out(self, strategies: Sequence[str]) -> None:
         """Begins trials of these."""
-        self.trials.extend(list(strategies) * ROUNDS)
-        self.chosen, self.duelled = "", False
+        for name in strategies:
+            self.times.pop(name, None)
+        self.trials.extend(_in_turns(strategies, ROUNDS))
+        self.chosen_before, self.chosen, self.duelled = self.chosen, "", False
+        self.last = ""  # its time, which is still to come, is from before
+
+
+def _in_turns(strategies: Sequence[str], rounds: int) -> list[str]:
+    """Trials; one more at the end, because the time of a trial is known only with the header of the next."""
+    return [*list(strategies) * rounds, strategies[0]]
 
 
 class Chooser:
@@ -130,7 +147,7 @@ class Chooser:
         kind = self._kinds.get(key)
         if kind is None:
             # Not remembered before all ranks have agreed to run the collective.
-            self._new = key, _Kind(tuple(candidates), deque(list(candidates) * ROUNDS))
+            self._new = key, _Kind(tuple(candidates), deque(_in_turns(candidates, ROUNDS)))
             return candidates[0]
         if not kind.trials and not kind.chosen:
             kind.decide()

@@ -110,7 +110,7 @@ def case_auto(rank, world_size):
     state = qcomm.attach(model)
     with all_slow_but("none", 0.02):
         ways = len(strategies.automatic_ways(next_layout(state, model), torch.float32, qcomm.SigmaGrid()))
-        trials = ways * (2 * chooser.ROUNDS + chooser.DUEL_ROUNDS) + chooser.WARM_UP
+        trials = ways * (2 * chooser.ROUNDS + chooser.DUEL_ROUNDS) + 3 + chooser.WARM_UP
         for _ in range(trials + 2):
             backward(model, rank)
         before = get_communicator(group).agreements

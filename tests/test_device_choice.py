@@ -32,7 +32,7 @@ PERIOD, WARM_UP, RECHECK = 6, 4, 24
 
 def trials(ways):
     """Collectives until all ways have been tried twice, and a turn of what was chosen has begun."""
-    return TRIAL * ((2 * chooser.ROUNDS + chooser.DUEL_ROUNDS) * ways + 2) + WARM_UP + TRIAL
+    return TRIAL * ((2 * chooser.ROUNDS + chooser.DUEL_ROUNDS) * ways + 5) + WARM_UP + TRIAL
 
 
 @contextmanager

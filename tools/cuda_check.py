@@ -145,8 +145,10 @@ INSTANCES = {
     "payload": _instances("write_payload", "EncodeTables", (", false", ", true")),
     "residual": _instances("update_range_residuals", "EncodeTables", (", false", ", true")),
     "read_packets": _instances("read_packets", "DecodeTables", ("",)),
-    "decode": _instances("decode_packets", "DecodeTables, int", ("",)),
-    "runs": _instances("copy_runs", "const RunTask*, int, double, const double*, const unsigned*", ("",)),
+    "decode": _instances("decode_packets", "DecodeTables, int", ("",))
+    + _instances("sum_packets", "DecodeTables, int, bool", ("",)),
+    "runs": _instances("copy_runs", "const RunTask*, int, double, const double*, const unsigned*", ("",))
+    + _instances("add_runs", "const RunTask*, int, const Quantizer*, const std::uint8_t*, const double*, bool", ("",)),
 }
 
 
@@ -186,12 +188,18 @@ def instructions_per_symbol(nvcc: str, nvdisasm: str, folder: Path) -> dict[str,
             steps = 4
             if name == "encode" and count["VOTE"] == steps + 1 and count["LDS"] == steps and count["DMUL"] == 0:
                 pairs = count["LDG"] >= 2 * steps
-            elif name == "decode" and count["VOTE"] == steps and count["LDS"] >= 2 * steps:
+            elif name == "decode" and count["VOTE"] == steps and count["LDG"] == steps:  # entries in shared memory
                 pairs = count["STG"] == 2 * steps
+                if count["LDS"] != steps * (3 if pairs else 2):  # values that are computed, not looked up
+                    continue
             else:
                 continue
             coding = "pair" if pairs and ("adjusted" not in kernel or count["LDG"] >= 3 * steps) else "single"
             results[f"{kernel} {coding}"] = round(len(loop) / (steps * (2 if coding == "pair" else 1)), 1)
+    wanted = [f"{k} {c}" for k in ("encode_blocks<float32>", "encode_blocks<float32, adjusted>",
+                                   "decode_packets<float32>") for c in ("pair", "single")]  # fmt: skip
+    if missing := [name for name in wanted if name not in results]:
+        sys.exit(f"cuda_check: these loops were not found in SASS: {missing}")
     return results
 
 

@@ -49,8 +49,8 @@ struct LaneDecoding {
     bool accumulate;  // values are added to what is there
 };
 
-// What will be read next, brought near while memory is idle: `bytes` a symbol from `first` (values, or symbols that are
-// known), and a residual where there is one. Addresses that are not null are never read otherwise.
+// What will be read next, prefetched while memory is idle: `bytes` a symbol from `first` (values, or symbols that are
+// known; null: nothing), and where there is a residual 4 from that, too.
 struct Ahead {
     const void* first = nullptr;
     int bytes = 0;

@@ -30,10 +30,11 @@ constexpr int kRows = 4;  // steps whose values are loaded together
 
 // Entries of a code in shared memory are turned round: the length below, the codeword in the upper half. So neither has
 // to be cut out: a shift looks at its 5 lowest bits only, and so does the sum that says whether a lane is full.
+constexpr int kCodewordAt = 16;
 constexpr std::uint32_t kEscapeFlag = 1u << 8;  // of an entry whose symbol, or one of whose two, is an escape
 
 __device__ __forceinline__ std::uint32_t turned_entry(std::uint32_t entry, bool escape) {
-    return entry << kWordBits | entry >> kWordBits | (escape ? kEscapeFlag : 0u);
+    return entry << kCodewordAt | entry >> 16 | (escape ? kEscapeFlag : 0u);
 }
 
 struct Slot {
@@ -47,7 +48,7 @@ template <class Tr, class T>
 __device__ __forceinline__ int collect(std::uint8_t* slot, SlotShape shape, int count, int at, bool first, bool second,
                                        T first_value, T second_value) {
     const unsigned firsts = __ballot_sync(kAllLanes, first), seconds = __ballot_sync(kAllLanes, second);
-    const unsigned above = lanes_above(lane_number());
+    const unsigned above = ~lanes_below(lane_number() + 1);
     int index = count + __popc(firsts & above) + __popc(seconds & above);
     auto* const values = reinterpret_cast<typename Tr::Storage*>(slot + shape.words_at);
     auto* const positions = reinterpret_cast<std::uint16_t*>(slot + shape.positions_at) + shape.max_escapes;
@@ -101,8 +102,8 @@ public:
         T x[kRows][kPerLane];
         load_rows(step, x);
         for (; step >= 0; step -= kRows) {
-            // A bucket has few blocks for so many processors: nobody else hides what loads take. The last loads are
-            // idle.
+            // A bucket has few blocks for so many processors: nobody else hides what loads take. The last turn loads
+            // its own again, for nobody.
             T next[kRows][kPerLane];
             load_rows(step < kRows ? step : step - kRows, next);
             push_rows(step, x);
@@ -233,7 +234,7 @@ private:
         words_end_[next_word_ - __popc(full & from_here_)] = static_cast<std::uint16_t>(bits_ >> shift);
     }
     __device__ __forceinline__ void append(std::uint32_t entry) {
-        bits_ = (bits_ << (entry & 31u)) + (entry >> kWordBits);
+        bits_ = (bits_ << (entry & 31u)) + (entry >> kCodewordAt);
     }
 
     const Values& u_;
@@ -245,8 +246,9 @@ private:
     const Slot& slot_;
     std::uint16_t* words_end_;
     const std::uint32_t reference_;
-    std::uint32_t reference_entry_;
-    std::uint32_t bits_ = 0, count_ = 0, different_ = 0;
+    std::uint32_t reference_entry_;  // of a codeword of such symbols alone
+    std::uint32_t bits_ = 0, different_ = 0;
+    std::uint32_t count_ = 0;  // bits in the window; in push() those beyond 16
     int lane_ = lane_number();
     unsigned from_here_ = ~lanes_below(lane_number());  // this lane and those above
     int next_word_ = 0;                                 // before words_end_: words are written from the end

@@ -1,5 +1,5 @@
-// How a kernel is launched and gets its shared memory: the only lines that differ between nvcc and the emulation in
-// tests/cuda_emulation, which compiles the files of this folder as they are.
+// How a kernel is launched and gets its shared memory: with ballot_bits of warp.cuh the only lines that differ between
+// nvcc and the emulation in tests/cuda_emulation, which compiles the files of this folder as they are.
 //
 // Kernels say __launch_bounds__(threads, 1): without the 1 ptxas saves registers by spilling some.
 //

@@ -119,7 +119,7 @@ __device__ inline void merge_packages(Count* keys, int n, int limit, Count* far,
             int symbols = 0;
             for (int w = lane_number(); w * kWarpLanes < take / 2; w += kWarpLanes) {
                 const int pairs = take / 2 - w * kWarpLanes;
-                const unsigned mask = pairs < kWarpLanes ? lanes_below(pairs) : kAllLanes;
+                const unsigned mask = lanes_below(pairs < kWarpLanes ? pairs : kWarpLanes);
                 symbols += __popc(flags->words[depth - 1][0][w] & mask);
                 symbols += __popc(flags->words[depth - 1][1][w] & mask);
             }

@@ -158,7 +158,7 @@ struct Unit {
     __device__ void update_residual(const Quantizer& q, std::int64_t begin, int n, bool dropped) const {
         __syncwarp();
         const auto grid = sigma_quantizer<Tr>(q);
-        const int escape = escape_symbol(q.num_bits);
+        const int escape = escape_of(q);
         for (int i = lane_number(); i < n; i += kWarpLanes)
             segment.residual_out[begin + i] =
                 dropped ? static_cast<float>(u[begin + i]) : residual_of<Tr>(u[begin + i], grid, escape);

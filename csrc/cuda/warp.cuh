@@ -12,8 +12,9 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 
 __device__ __forceinline__ int lane_number() { return static_cast<int>(threadIdx.x % kWarpLanes); }
 __device__ __forceinline__ int warp_number() { return static_cast<int>(threadIdx.x / kWarpLanes); }
-__device__ __forceinline__ unsigned lanes_below(int lane) { return (1u << lane) - 1u; }
-__device__ __forceinline__ unsigned lanes_above(int lane) { return 0xFFFFFFFEu << lane; }
+__device__ __forceinline__ unsigned lanes_below(int lane) {  // 0 to 32
+    return lane < kWarpLanes ? (1u << lane) - 1u : kAllLanes;
+}
 
 // The lanes whose value has one of `bits`. nvcc turns such a comparison into three instructions; the hardware has one.
 __device__ __forceinline__ unsigned ballot_bits(unsigned value, unsigned bits) {

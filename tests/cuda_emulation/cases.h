@@ -40,12 +40,12 @@ private:
     std::uint64_t state_;
 };
 
-enum class Kind { kGaussian, kUniform, kHeavy, kConstant, kZeros, kSpike, kSparse, kNonFinite, kTiny, kBursts };
-constexpr Kind kKinds[] = {Kind::kGaussian, Kind::kUniform, Kind::kHeavy,     Kind::kConstant, Kind::kZeros,
-                           Kind::kSpike,    Kind::kSparse,  Kind::kNonFinite, Kind::kTiny,     Kind::kBursts};
+enum class Kind { kGaussian, kUniform, kHeavy, kConstant, kZeros, kSpike, kSparse, kNonFinite, kTiny, kBursts, kLarge };
+constexpr Kind kKinds[] = {Kind::kGaussian, Kind::kUniform,   Kind::kHeavy, Kind::kConstant, Kind::kZeros, Kind::kSpike,
+                           Kind::kSparse,   Kind::kNonFinite, Kind::kTiny,  Kind::kBursts,   Kind::kLarge};
 inline const char* name_of(Kind kind) {
-    static const char* const names[] = {"gaussian", "uniform", "heavy-tailed", "constant", "zeros",
-                                        "spike",    "sparse",  "non-finite",   "tiny",     "bursts"};
+    static const char* const names[] = {"gaussian", "uniform",    "heavy-tailed", "constant", "zeros", "spike",
+                                        "sparse",   "non-finite", "tiny",         "bursts",   "large"};
     return names[static_cast<int>(kind)];
 }
 
@@ -71,6 +71,8 @@ inline double value(Kind kind, Random& random, std::int64_t i, std::int64_t n) {
             return random.gaussian() * 1e-39;
         case Kind::kBursts:  // runs of zeros, of small values and of large ones: every mode of a block
             return i / 5000 % 3 == 0 ? 0.0 : random.gaussian() * (i / 5000 % 3 == 1 ? 0.05 : 20.0);
+        case Kind::kLarge:  // a coarse sigma grid has levels that are no float16
+            return std::fmin(60000.0, std::fmax(-60000.0, random.gaussian() * 2e4));
     }
     return 0.0;
 }

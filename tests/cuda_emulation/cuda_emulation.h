@@ -5,8 +5,8 @@
 // memory;
 // __syncwarp and barriers do, and so does a fence with an atomic.
 //
-// Not here, so not to be used by the kernels: __shared__ variables, inline PTX, asynchronous copies, cooperative
-// groups, CUB.
+// Not here, so not to be used by the kernels: __shared__ variables, asynchronous copies, cooperative groups, CUB.
+// Inline PTX is not compiled for the host; the two places that have it have a plain version beside it.
 #pragma once
 
 #include <cstddef>

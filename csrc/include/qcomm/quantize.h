@@ -96,8 +96,8 @@ public:
     QCOMM_INLINE T decode(std::uint32_t symbol) const {
         return static_cast<T>(static_cast<std::int32_t>(symbol) - radius_) * step_;
     }
-    // Whether every level is a value of T's dtype, as always but for absurd steps. Then the escape is the symbol above
-    // the highest level's, and a minimum finds it.
+    // Whether every level is a value of the packet's dtype, as always but for steps near its largest value. Then no
+    // symbol lies between the highest level's and the escape, and a minimum finds it.
     QCOMM_INLINE bool has_all_levels() const { return limit_ == radius_; }
     QCOMM_INLINE std::uint32_t symbol_of_all(T x) const {
         const Bits above = bit_cast<Bits>(x * inv_ + kMagic) - lowest_, escape = escape_;

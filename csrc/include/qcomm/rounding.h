@@ -5,7 +5,8 @@
 
 namespace qcomm {
 
-// out[i] = bfloat16(bfloat16(values[i]) / divisor), each to nearest even, in one pass over `count` values.
-void divide_to_bfloat(const float* values, std::int64_t count, float divisor, std::uint16_t* out);
+// out[i] = bfloat16(bfloat16(values[i]) / divisor), each to nearest even, in one pass over `count` values. On up to
+// `threads` threads.
+void divide_to_bfloat(const float* values, std::int64_t count, float divisor, std::uint16_t* out, int threads = 1);
 
 }  // namespace qcomm
