@@ -22,8 +22,8 @@ from qcomm.transport import Exchange, Traffic, Transport, TransportError
 
 __all__ = ["Agreement", "Fault", "Fields", "Phase", "raise_faults"]
 
-# "qcomm" and the version of this protocol. It tells versions apart whose headers are equally long; gloo ends the process
-# on messages that are longer than expected.
+# "qcomm" and the version of this protocol. It tells versions apart whose headers are equally long; gloo ends the
+# process on messages that are longer than expected.
 MAGIC = 0x71636F6D6D04
 HEADER_WORDS = 8
 # Details are a fixed size, so that nobody has to announce it: enough for a dozen fields or the first lines of an error.

@@ -41,8 +41,8 @@ class Took(NamedTuple):
 
     Attributes:
         work: all but the wait.
-        wait: for the others' headers, once this rank had nothing else to do. The shortest of all ranks, that of the rank which
-            came last, is what headers cost; longer ones say who was late.
+        wait: for the others' headers, once this rank had nothing else to do. The shortest of all ranks, that of the
+            rank which came last, is what headers cost; longer ones say who was late.
     """
 
     work: int = 0
