@@ -329,7 +329,7 @@ def checksum(data: torch.Tensor) -> int:
 
 
 def divide_to_bfloat(values: torch.Tensor, divisor: int, out: torch.Tensor) -> None:
-    """``out.copy_(values).div_(divisor)``, bit for bit but for NaNs' payloads, in one pass; on torch's number of threads.
+    """``out.copy_(values).div_(divisor)``, bit for bit but for NaNs' payloads, in one pass on torch's threads.
 
     Args:
         values: float32, contiguous, on the CPU.
