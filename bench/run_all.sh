@@ -2,7 +2,7 @@
 # Measures again what the README shows of networks, with plots and tables: bench/run_all.sh [STEP ...], or make results.
 # As root on Linux, for the limited links; on an otherwise idle machine, because ranks and hosts share its cores.
 # Interpreter: PYTHON, otherwise .venv's, otherwise python3. Without STEP all of them, with minutes on two idle cores:
-#   allreduce 4    all methods on 25 MiB: 100 Mb/s and 1 Gb/s, 2 and 4 hosts
+#   allreduce 8    all methods on 25 MiB: 100 Mb/s and 1 Gb/s, 2 and 4 hosts
 #   feedback  3    the same with error feedback, 1 Gb/s, 2 hosts
 #   planner   2    what qcomm plan predicts of the first of these
 #   slices    2    25 MiB in 1, 2, 4 and 8 slices: 100 Mb/s and 1 Gb/s, 2 and 4 hosts
