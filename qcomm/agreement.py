@@ -16,7 +16,7 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from qcomm.chooser import UNTIMED, Took
+from qcomm.chooser import UNTIMED, Took, agreed_time
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.transport import Exchange, Traffic, Transport, TransportError
 
@@ -161,14 +161,7 @@ class Agreement:
                     "here"
                 )
         traffic = HEADER_WORDS * 8 * (transport.world_size - 1)
-        return incoming, _agreed_time([Took(*header[6:]) for header in received]), Traffic(traffic, traffic)
-
-
-def _agreed_time(times: Sequence[Took]) -> int:
-    """What a collective took that did not begin everywhere at once: the most work, and what headers cost."""
-    if any(time.work <= 0 for time in times):
-        return 0  # it failed on some rank
-    return max(time.work for time in times) + min(time.wait for time in times)
+        return incoming, agreed_time([Took(*header[6:]) for header in received]), Traffic(traffic, traffic)
 
 
 def raise_faults(transport: Transport, faults: Mapping[int, Phase], own: Fault | None) -> NoReturn:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from qcomm.plain_values import PLAIN
 
-__all__ = ["UNTIMED", "Chooser", "Took"]
+__all__ = ["UNTIMED", "Chooser", "Took", "agreed_time"]
 
 ROUNDS = 3  # of trials; the middle one counts, so one may be slow for reasons of its own
 # Collectives after the first choice until all ways are tried again: fresh connections and memory slow the first trials
@@ -50,6 +50,18 @@ class Took(NamedTuple):
 
 
 UNTIMED = Took()
+
+
+def agreed_time(times: Sequence[Took]) -> int:
+    """What a collective took that did not begin everywhere at once: the most work, and what headers cost.
+
+    Example:
+        >>> agreed_time([Took(work=50, wait=2), Took(work=40, wait=300)])
+        52
+    """
+    if any(time.work <= 0 for time in times):
+        return 0  # it failed on some rank
+    return max(time.work for time in times) + min(time.wait for time in times)
 
 
 @dataclass

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 import qcomm
 from qcomm import chooser, strategies
-from qcomm.agreement import _agreed_time
-from qcomm.chooser import Chooser, Took
+from qcomm.chooser import Chooser, Took, agreed_time
 from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.mean_steps import MeanSteps
 
@@ -29,7 +28,7 @@ def choose(choosers, costs, count):
     for number in range(count):
         chosen = [c.next("kind", CANDIDATES) for c in choosers]
         assert len(set(chosen)) == 1
-        agreed = _agreed_time([c.own_time("kind") for c in choosers])
+        agreed = agreed_time([c.own_time("kind") for c in choosers])
         for rank, c in enumerate(choosers):
             took = costs(rank, chosen[0], number)
             c.finished("kind", agreed, took if isinstance(took, Took) else Took(took))

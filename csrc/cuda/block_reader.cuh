@@ -17,7 +17,7 @@ namespace qcomm::cuda {
 
 // What a lookup gives: length | symbol << 16. A shift looks at the 5 lowest bits only, so nothing has to be cut out.
 constexpr int kSymbolAt = 16;
-__device__ __forceinline__ std::uint32_t turned_entry(std::uint16_t entry) {
+__device__ __forceinline__ std::uint32_t lookup_entry(std::uint16_t entry) {
     return (entry & 0xFFFu) << kSymbolAt | static_cast<std::uint32_t>(entry >> 12);
 }
 
@@ -112,12 +112,12 @@ __device__ inline DecodeCode find_decode_code(const DecodeTables& d, int packet,
     return index < 0 ? DecodeCode{nullptr, 0} : DecodeCode{d.codes->decode[index], d.codes->decode_mask[index]};
 }
 
-// A code's entries in device memory, and turned in shared memory.
+// A code's entries: as they are in device memory, and as lookups give them in shared memory.
 struct FarEntries {
     DecodeCode code;
     __device__ __forceinline__ bool empty() const { return code.mask == 0; }
     __device__ __forceinline__ std::uint32_t operator()(std::uint32_t bits) const {
-        return turned_entry(code.entries[bits & code.mask]);
+        return lookup_entry(code.entries[bits & code.mask]);
     }
 };
 struct NearEntries {

@@ -30,7 +30,7 @@ constexpr int kChunkBytes = 2048;  // of a packet's values in sum_packets
 
 template <class Tr>
 struct Shared {
-    std::uint32_t entries[StaticTables::kMaxEntries];  // turned
+    std::uint32_t entries[StaticTables::kMaxEntries];  // lookup_entry() of each
     typename Tr::Storage values[kMaxValueTable];
 };
 
@@ -130,7 +130,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_packets(DecodeTables d, in
     const DecodeCode code = find_decode_code(d, number, s);
     const bool near = code.mask < StaticTables::kMaxEntries;
     for (std::uint32_t i = threadIdx.x; near && code.mask != 0 && i <= code.mask; i += kThreads)
-        shared->entries[i] = turned_entry(code.entries[i]);
+        shared->entries[i] = lookup_entry(code.entries[i]);
     fill_values<Tr>(shared->values, segments[s].quantizer, static_cast<int>(threadIdx.x), kThreads);
     __syncthreads();
     const SegmentView& segment = segments[s];

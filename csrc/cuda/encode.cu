@@ -26,7 +26,7 @@ namespace qcomm::cuda {
 namespace {
 
 constexpr int kThreads = kEncodeWarps * kWarpLanes;
-constexpr int kRows = 4;  // steps whose values are loaded together
+constexpr int kRows = 4;  // steps whose values are loaded together, while those before are coded
 
 // Entries of a code in shared memory are turned round: the length below, the codeword in the upper half. So neither has
 // to be cut out: a shift looks at its 5 lowest bits only, and so does the sum that says whether a lane is full.

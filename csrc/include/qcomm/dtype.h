@@ -61,10 +61,17 @@ QCOMM_INLINE std::uint16_t float_to_half(float f) {
 QCOMM_INLINE float bfloat_to_float(std::uint16_t b) { return bit_cast<float>(static_cast<std::uint32_t>(b) << 16); }
 
 // float32 -> bfloat16, to nearest even; overflow becomes infinity.
+QCOMM_INLINE bool is_nan(std::uint32_t float_bits) { return (float_bits & 0x7FFFFFFFu) > 0x7F800000u; }
+// A bfloat16 in the upper half, the rest is to be cut off; of a NaN, anything.
+QCOMM_INLINE std::uint32_t round_to_upper_half(std::uint32_t float_bits) {
+    return float_bits + 0x7FFFu + (float_bits >> 16 & 1u);
+}
+QCOMM_INLINE std::uint16_t quiet_bfloat(std::uint32_t nan_bits) {
+    return static_cast<std::uint16_t>(nan_bits >> 16 | 0x40u);
+}
 QCOMM_INLINE std::uint16_t float_to_bfloat(float f) {
     const std::uint32_t bits = bit_cast<std::uint32_t>(f);
-    if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return static_cast<std::uint16_t>(bits >> 16 | 0x40u);
-    return static_cast<std::uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16);
+    return is_nan(bits) ? quiet_bfloat(bits) : static_cast<std::uint16_t>(round_to_upper_half(bits) >> 16);
 }
 
 // widen(): storage -> T, exact. narrow(): one rounding from T (16-bit types: to float32 before).
