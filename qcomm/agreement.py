@@ -11,16 +11,16 @@ the packet for the receiver``, and nanoseconds of work and of waiting (:class:`q
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from enum import IntEnum
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 
 from qcomm.chooser import UNTIMED, Took, agreed_time
 from qcomm.errors import CollectiveError, ConfigMismatchError
+from qcomm.faults import Fault, Phase
 from qcomm.transport import Exchange, Traffic, Transport, TransportError
 
-__all__ = ["Agreement", "Fault", "Fields", "Phase", "raise_faults"]
+__all__ = ["Agreement", "Fields", "raise_faults"]
 
 # "qcomm" and the version of this protocol. It tells versions apart whose headers are equally long; gloo ends the
 # process on messages that are longer than expected.
@@ -28,41 +28,6 @@ MAGIC = 0x71636F6D6D04
 HEADER_WORDS = 8
 # Details are a fixed size, so that nobody has to announce it: enough for a dozen fields or the first lines of an error.
 DETAIL_BYTES = 4096
-
-
-class Phase(IntEnum):
-    """What a rank was doing when it failed.
-
-    In a header also what it has just finished. The first headers of every strategy say ENCODE, so that ranks that are
-    about to do different things find out there.
-    """
-
-    PREPARE = 1  # checking the arguments, finding out the layout
-    ENCODE = 2
-    REDUCE = 3  # decoding the others' packets of the own chunk, encoding their mean
-    DECODE = 4  # decoding the means
-    MEASURE = 5  # before ranks agree on a shared grid
-    QUANTIZE = 6  # on that grid
-    NODE = 7  # adding the values of a node, encoding their sum
-
-    def __str__(self) -> str:
-        texts = {
-            Phase.PREPARE: "preparing the exchange",
-            Phase.ENCODE: "compressing its values",
-            Phase.REDUCE: "averaging its chunk",
-            Phase.DECODE: "decoding the result",
-            Phase.MEASURE: "measuring its values",
-            Phase.QUANTIZE: "quantizing its values on the shared grid",
-            Phase.NODE: "adding and compressing its node's values",
-        }
-        return texts[self]
-
-
-class Fault(NamedTuple):
-    """An exception that keeps this rank from going on, and the phase it happened in."""
-
-    phase: Phase
-    error: Exception
 
 
 class Fields:

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 
 import torch
 
-from qcomm.agreement import Phase
 from qcomm.communicator import Communicator
+from qcomm.faults import Phase, attempt
 from qcomm.layout import scatter_chunk
-from qcomm.mean import MeanTask, attempt
+from qcomm.mean import MeanTask
 from qcomm.packets import exchange, measure_tensors, pack_chunk, raise_later, size_limit, unpack, wire_dtype
 
 __all__ = ["all_gather_mean"]

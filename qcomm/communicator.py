@@ -16,9 +16,10 @@ from typing import Generic, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from qcomm.agreement import Agreement, Fault, Fields, Phase
+from qcomm.agreement import Agreement, Fields
 from qcomm.chooser import UNTIMED, Chooser, Took
 from qcomm.errors import CollectiveError, ConfigMismatchError
+from qcomm.faults import Fault, Phase
 from qcomm.gloo_transport import GlooTransport
 from qcomm.mpi_group import MpiGroup
 from qcomm.pipeline import Pipeline

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from qcomm import _device
-from qcomm.agreement import Fields, Phase
+from qcomm.agreement import Fields
 from qcomm.bypass import BYPASSED, Bypass, Lane, can_bypass
 from qcomm.collectives import check_exchange
 from qcomm.communicator import (
@@ -31,10 +31,11 @@ from qcomm.ddp_steps import GradScale, Steps
 from qcomm.device_choice import check_device_strategy
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import CollectiveError, ConfigMismatchError
+from qcomm.faults import Phase, attempt
 from qcomm.grids import Grid, SigmaGrid
 from qcomm.layout import BucketLayout
 from qcomm.machine import describe, resolve_profile
-from qcomm.mean import MeanTask, attempt
+from qcomm.mean import MeanTask
 from qcomm.nodes import resolve_ranks_per_node
 from qcomm.strategies import average, settled
 from qcomm.telemetry import Telemetry

@@ -7,8 +7,8 @@ on the host for long, so that nobody waits.
 import torch
 import torch.distributed as dist
 
-from qcomm.agreement import Phase
 from qcomm.communicator import Communicator
+from qcomm.faults import Phase
 from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask
 

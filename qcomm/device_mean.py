@@ -20,15 +20,15 @@ import torch
 import torch.distributed as dist
 
 from qcomm import _device
-from qcomm.agreement import Phase
 from qcomm.communicator import Communicator, Group
 from qcomm.device_agreement import AgreedNumbers, agree, is_known
 from qcomm.device_slots import PERIOD, Slots, adjusted, is_fixed, nominal_bytes, slot_bytes
 from qcomm.device_steps import Accounts, DeviceSteps, Workspaces, packet_bounds
 from qcomm.errors import CollectiveError
+from qcomm.faults import Phase, attempt
 from qcomm.grids import RangeGrid
 from qcomm.layout import BucketLayout
-from qcomm.mean import MeanTask, Scale, attempt
+from qcomm.mean import MeanTask, Scale
 from qcomm.mean_steps import owner_grid
 from qcomm.mpi_group import MpiGroup
 from qcomm.packets import wire_dtype

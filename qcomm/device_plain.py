@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from qcomm.agreement import Phase
 from qcomm.communicator import Communicator
 from qcomm.device_agreement import agree, is_known
+from qcomm.faults import Phase, attempt
 from qcomm.layout import BucketLayout
-from qcomm.mean import MeanTask, Scale, attempt
+from qcomm.mean import MeanTask, Scale
 from qcomm.plain_values import PlainValues, count_rings
 
 __all__ = ["DevicePlain"]

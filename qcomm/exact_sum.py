@@ -31,11 +31,11 @@ from typing import NamedTuple
 
 import torch
 
-from qcomm.agreement import Fault, Phase
 from qcomm.codec import Segment
 from qcomm.communicator import Communicator
+from qcomm.faults import Fault, Phase, attempt
 from qcomm.layout import scatter_chunk
-from qcomm.mean import MeanTask, attempt, is_zero
+from qcomm.mean import MeanTask
 from qcomm.packets import (
     Measured,
     exchange,
@@ -49,7 +49,7 @@ from qcomm.packets import (
 )
 from qcomm.quantize import Quantizer
 from qcomm.shared_grid import RECORD_FIELDS, SharedGrid, Summary, lossless_quantizer, share, summarize
-from qcomm.statistics import measure
+from qcomm.statistics import is_zero, measure
 
 __all__ = ["exact_sum_mean"]
 

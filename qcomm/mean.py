@@ -1,24 +1,21 @@
-"""What the ways to a mean have in common: the task, and how a rank's own failure is kept for the others."""
+"""The task of a collective: what to average, and how."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ParamSpec, TypeVar
 
 import torch
 
-from qcomm.agreement import Fault, Fields, Phase
+from qcomm.agreement import Fields
 from qcomm.chooser import UNTIMED, Took
 from qcomm.cost_model import Profile
 from qcomm.error_feedback import ErrorFeedback
+from qcomm.faults import Fault
 from qcomm.grids import Grid
 from qcomm.layout import BucketLayout
 from qcomm.plain_values import PlainValues
 from qcomm.telemetry import Telemetry
 
-__all__ = ["MeanTask", "Scale", "attempt", "is_zero"]
+__all__ = ["MeanTask", "Scale"]
 
-P = ParamSpec("P")
-T = TypeVar("T")
 # What gradients have been multiplied by: a number, or a tensor of one element that stays on its device.
 Scale = float | torch.Tensor
 
@@ -71,17 +68,3 @@ class MeanTask:
         if self.layout is None:
             raise ValueError("a task without a fault needs a layout")
         return self.layout
-
-
-def attempt(phase: Phase, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, Fault | None]:
-    """Runs a step of this rank; what it raises is kept for the other ranks, who would wait for its packets in vain."""
-    try:
-        return step(*args, **kwargs), None
-    except Exception as error:  # noqa: BLE001 - any: it is raised again, on every rank, by the next exchange
-        return None, Fault(phase, error)
-
-
-def is_zero(values: torch.Tensor) -> bool:
-    """Whether all values are 0, as the gradient of a parameter that no rank used."""
-    # Nearly always the first values tell, and the others need not be read.
-    return not values[:256].any() and not values.any()

@@ -6,15 +6,15 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from qcomm.agreement import Fault, Phase
 from qcomm.codec import Segment, decode_into, encode
 from qcomm.communicator import Communicator
 from qcomm.errors import CollectiveError, PacketError
+from qcomm.faults import Fault, Phase
 from qcomm.grids import Grid
 from qcomm.layout import Chunk, gather_runs
-from qcomm.mean import MeanTask, is_zero
+from qcomm.mean import MeanTask
 from qcomm.quantize import Code, Quantizer, plan
-from qcomm.statistics import measure
+from qcomm.statistics import is_zero, measure
 
 __all__ = [
     "Measured",

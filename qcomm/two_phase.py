@@ -21,9 +21,9 @@ A large buffer goes through this in slices, so that codec and network work at th
 
 import torch
 
-from qcomm.agreement import Phase
 from qcomm.communicator import Communicator
 from qcomm.errors import CollectiveError
+from qcomm.faults import Phase
 from qcomm.mean import MeanTask
 from qcomm.mean_steps import MeanSteps
 from qcomm.packets import size_limit
