@@ -5,22 +5,21 @@ the same decision: go on, or tell each other the details and raise. A rank that 
 and nobody waits for a packet that will not come. What fails later, between slices, is told in :mod:`qcomm.pipeline`.
 
 A header is eight int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of
-the packet for the receiver``, and nanoseconds of work and of waiting (:class:`qcomm.chooser.Took`).
+the packet for the receiver``, and nanoseconds of work and of waiting (:class:`Took`).
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 
-from qcomm.chooser import UNTIMED, Took, agreed_time
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.faults import Fault, Phase
 from qcomm.transport import Exchange, Traffic, Transport, TransportError
 
-__all__ = ["Agreement", "Fields", "raise_faults"]
+__all__ = ["UNTIMED", "Agreement", "Fields", "Took", "agreed_time", "raise_faults"]
 
 # "qcomm" and the version of this protocol. It tells versions apart whose headers are equally long; gloo ends the
 # process on messages that are longer than expected.
@@ -50,6 +49,34 @@ class Fields:
     def extended(self, name: str, value: str) -> "Fields":
         """These fields and one more."""
         return Fields({**self.values, name: value})
+
+
+class Took(NamedTuple):
+    """Nanoseconds of one rank's last collective of a kind; zeros if there was none, or it failed.
+
+    Attributes:
+        work: all but the wait.
+        wait: for the others' headers, once this rank had nothing else to do. The shortest of all ranks, that of the
+            rank which came last, is what headers cost; longer ones say who was late.
+    """
+
+    work: int = 0
+    wait: int = 0
+
+
+UNTIMED = Took()
+
+
+def agreed_time(times: Sequence[Took]) -> int:
+    """What a collective took that did not begin everywhere at once: the most work, and what headers cost.
+
+    Example:
+        >>> agreed_time([Took(work=50, wait=2), Took(work=40, wait=300)])
+        52
+    """
+    if any(time.work <= 0 for time in times):
+        return 0  # it failed on some rank
+    return max(time.work for time in times) + min(time.wait for time in times)
 
 
 class Agreement:

@@ -8,11 +8,11 @@ import statistics
 from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
+from qcomm.agreement import UNTIMED, Took
 from qcomm.plain_values import PLAIN
 
-__all__ = ["UNTIMED", "Chooser", "Took", "agreed_time"]
+__all__ = ["Chooser"]
 
 ROUNDS = 3  # of trials; the middle one counts, so one may be slow for reasons of its own
 # Collectives after the first choice until all ways are tried again: fresh connections and memory slow the first trials
@@ -34,34 +34,6 @@ TIE = 1.02
 # seen here, and accuracy.
 WORTH_COMPRESSING = 1.25
 MOST_KINDS = 1024
-
-
-class Took(NamedTuple):
-    """Nanoseconds of one rank's last collective of a kind; zeros if there was none, or it failed.
-
-    Attributes:
-        work: all but the wait.
-        wait: for the others' headers, once this rank had nothing else to do. The shortest of all ranks, that of the
-            rank which came last, is what headers cost; longer ones say who was late.
-    """
-
-    work: int = 0
-    wait: int = 0
-
-
-UNTIMED = Took()
-
-
-def agreed_time(times: Sequence[Took]) -> int:
-    """What a collective took that did not begin everywhere at once: the most work, and what headers cost.
-
-    Example:
-        >>> agreed_time([Took(work=50, wait=2), Took(work=40, wait=300)])
-        52
-    """
-    if any(time.work <= 0 for time in times):
-        return 0  # it failed on some rank
-    return max(time.work for time in times) + min(time.wait for time in times)
 
 
 @dataclass

@@ -16,8 +16,7 @@ from typing import Generic, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from qcomm.agreement import Agreement, Fields
-from qcomm.chooser import UNTIMED, Chooser, Took
+from qcomm.agreement import UNTIMED, Agreement, Fields, Took
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.faults import Fault, Phase
 from qcomm.gloo_transport import GlooTransport
@@ -128,7 +127,6 @@ class Communicator:
         transport: carries its messages, and nobody else's; it is closed with the communicator.
 
     Attributes:
-        chooser: knows which strategy is fastest here.
         agreements: how many collectives all ranks agreed to run.
         agreed_time: nanoseconds of the last collective of its kind, as all ranks said in the last agreement; or 0.
         time_to_agree: nanoseconds of this rank's last job that were for an agreement, not for its values.
@@ -137,7 +135,6 @@ class Communicator:
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._sequence = 0
-        self.chooser = Chooser()
         self.agreements = 0
         self.agreed_time = 0
         self.time_to_agree = 0

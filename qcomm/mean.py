@@ -4,8 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qcomm.agreement import Fields
-from qcomm.chooser import UNTIMED, Took
+from qcomm.agreement import UNTIMED, Fields, Took
 from qcomm.cost_model import Profile
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.faults import Fault

@@ -1,13 +1,15 @@
 """The ways to a mean, by name, and the choice between them."""
 
 import time
+import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 
 import torch
 
+from qcomm.agreement import UNTIMED, Took
 from qcomm.all_gather import all_gather_mean
-from qcomm.chooser import UNTIMED, Took
+from qcomm.chooser import Chooser
 from qcomm.communicator import Communicator
 from qcomm.cost_model import PLAUSIBLE, Exchange, Profile, candidates
 from qcomm.exact_sum import exact_sum_mean
@@ -34,6 +36,8 @@ STRATEGIES = ("auto", *WAYS)
 # exact_sum is never the fastest; it is for those who want what it computes.
 AUTOMATIC = (*PLAIN, "all_gather", "hierarchical", "two_phase")
 
+_choosers: "weakref.WeakKeyDictionary[Communicator, Chooser]" = weakref.WeakKeyDictionary()
+
 
 def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     """Replaces ``task.buffer`` by its mean over all ranks, as ``task.strategy`` says, and returns it.
@@ -49,7 +53,7 @@ def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     if task.strategy != "auto":
         task.telemetry.note_strategy(task.index, task.strategy)
         return WAYS[task.strategy](task, communicator)
-    chooser, kind = communicator.chooser, _kind(task)
+    chooser, kind = _chooser(communicator), _kind(task)
     ways = automatic_ways(task.layout, task.buffer.dtype, task.grid, task.ranks_per_node, task.profile)
     strategy = chooser.next(kind, ways)
     fields = task.fields.extended("strategy chosen", strategy)
@@ -70,7 +74,12 @@ def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
 
 def settled(task: MeanTask, communicator: Communicator) -> str:
     """How further tensors like that of ``task`` will be averaged, "" while that is tried; all ranks agree."""
-    return communicator.chooser.settled(_kind(task)) if task.strategy == "auto" else task.strategy
+    return _chooser(communicator).settled(_kind(task)) if task.strategy == "auto" else task.strategy
+
+
+def _chooser(communicator: Communicator) -> Chooser:
+    """Returns the chooser of a group's ranks, which is the same object as long as the communicator lives."""
+    return _choosers.setdefault(communicator, Chooser())
 
 
 def _kind(task: MeanTask) -> Hashable:

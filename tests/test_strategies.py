@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import qcomm
 from qcomm import chooser, strategies
-from qcomm.chooser import Chooser, Took, agreed_time
+from qcomm.agreement import Took, agreed_time
+from qcomm.chooser import Chooser
 from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.mean_steps import MeanSteps
 
