@@ -161,7 +161,7 @@ def measure(
     return _C.measure(*_source(values, residual), inv_scale, check_num_threads(num_threads))
 
 
-def entropy(
+def histogram_entropy(
     values: torch.Tensor,
     residual: torch.Tensor | None,
     inv_scale: float,

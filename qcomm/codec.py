@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qcomm import _device, _native
+from qcomm import _native, packet_cuda
 from qcomm._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, Segment
 from qcomm.errors import PacketError
 from qcomm.grids import Grid, SigmaGrid
@@ -80,7 +80,7 @@ def compress(
     values = _native.check_floats("tensor", tensor, devices=("cpu", "cuda")).detach().contiguous()
     if values.is_cuda:
         _native.check_num_threads(num_threads)
-        return _device.compress(values, grid, checksum, check_block_steps(block_steps, values.numel()))
+        return packet_cuda.compress(values, grid, checksum, check_block_steps(block_steps, values.numel()))
     quantizer = plan(measure(values, num_threads=num_threads), grid, values, num_threads=num_threads)
     packet = encode(
         [Segment(values.reshape(-1), quantizer)],
@@ -112,7 +112,7 @@ def decompress(packet: torch.Tensor, *, num_threads: int = 1) -> torch.Tensor:
     packet = _native.check_packet(packet, devices=("cpu", "cuda"))
     if packet.is_cuda:
         _native.check_num_threads(num_threads)
-        return _device.decompress(packet)
+        return packet_cuda.decompress(packet)
     parsed = _native.parse(packet)
     try:
         out = torch.empty(parsed.shape, dtype=parsed.dtype)

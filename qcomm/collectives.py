@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from qcomm import _device
+from qcomm._device import core, is_on_device
 from qcomm._native import check_floats, check_num_threads
 from qcomm.agreement import Fields
 from qcomm.communicator import Group, Ticket, completed, failed, get_communicator, get_world_size, resolve_group
@@ -149,10 +149,10 @@ def all_reduce(
     try:
         _check_tensor(tensor)
         check_exchange(grid, min_elements, strategy, ranks_per_node, num_threads)
-        if _device.is_on_device(tensor):
+        if is_on_device(tensor):
             check_device_strategy(strategy)
             check_group(group, tensor.device)
-            _device.core()
+            core()
         node_size = resolve_ranks_per_node(ranks_per_node, world_size, strategy)
         machine = resolve_profile(profile, strategy)
     except (TypeError, ValueError, OSError, RuntimeError) as error:
@@ -196,7 +196,7 @@ def all_reduce(
             ranks_per_node=node_size,
             profile=machine,
         )
-        if _device.is_on_device(tensor):
+        if is_on_device(tensor):
             work = _on_device(group, task, tensor)
         else:
             work = AllReduceWork(_submit(group, task, tensor), telemetry)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from qcomm import _device
+from qcomm._device import core
 from qcomm._native import DTYPE_NUMBERS
 
 __all__ = ["check_hook_options", "check_model", "check_scale"]
@@ -68,7 +68,7 @@ def _check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
     if parameter.device.type not in ("cpu", "cuda"):
         raise ValueError(f"parameter {name!r} must be on the CPU or a CUDA device, got {parameter.device}")
     if parameter.is_cuda:
-        _device.core()
+        core()
     if hasattr(parameter, "_in_backward_optimizers"):
         raise ValueError(
             f"parameter {name!r} has an optimizer that runs in backward, for which DDP needs the hook itself"

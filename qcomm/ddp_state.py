@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qcomm import _device
+from qcomm._device import is_on_device
 from qcomm.agreement import Fields
 from qcomm.bypass import BYPASSED, Bypass, Lane, can_bypass
 from qcomm.collectives import check_exchange
@@ -256,7 +256,7 @@ class CompressionState:
                 return self._failed(task.fault.error)
             self._count(task.layout, buffer)
             return device_future(buffer)
-        if _device.is_on_device(buffer):
+        if is_on_device(buffer):
             return self._reduce_on_device(task, group, communicator)
         ready = time.perf_counter() if bucket.is_last() else None
         serial = self._steps.serial
@@ -307,7 +307,7 @@ class CompressionState:
         if fault is None:
             task, fault = attempt(Phase.PREPARE, self._mean_task, bucket, group, world_size)
         if task is None:
-            if _device.is_on_device(bucket.buffer()):  # there a rank must know whether the others wait for its fault
+            if is_on_device(bucket.buffer()):  # there a rank must know whether the others wait for its fault
                 found, _ = attempt(Phase.PREPARE, self._look_up, bucket, world_size)
                 layout = None if found is None else found[0]
             task = MeanTask(
@@ -326,7 +326,7 @@ class CompressionState:
         return self._table.look_up(bucket, world_size, warming_up=self._steps.number <= self.warmup_steps)
 
     def _mean_task(self, bucket: dist.GradBucket, group: Group, world_size: int) -> MeanTask:
-        on_device = _device.is_on_device(bucket.buffer())
+        on_device = is_on_device(bucket.buffer())
         if on_device:
             check_device_strategy(self.strategy)
         layout, fields = self._look_up(bucket, world_size)

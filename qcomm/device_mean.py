@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from qcomm import _device
+from qcomm._device import FAULTS
 from qcomm.communicator import Communicator, Group
 from qcomm.device_agreement import AgreedNumbers, agree, is_known
 from qcomm.device_slots import PERIOD, Slots, adjusted, is_fixed, nominal_bytes, slot_bytes
@@ -288,7 +288,7 @@ class DeviceMean:
         if fault:
             raise CollectiveError(
                 f"bucket {task.index}: a rank failed, or packets were damaged or did not fit, in the last "
-                f"{2 * PERIOD} steps ({_device.FAULTS[fault]}); their means are NaN"
+                f"{2 * PERIOD} steps ({FAULTS[fault]}); their means are NaN"
             )
         if not isinstance(task.grid, RangeGrid):
             bucket.fixed = Slots(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qcomm import _device
+from qcomm import _device, packet_cuda
 from qcomm._native import DTYPE_NUMBERS, WIRE_TABLE, Coding, GridKind, Quantizer
 from qcomm.grids import Grid, RangeGrid
 
@@ -48,7 +48,7 @@ class DeviceTensor(NamedTuple):
 
     def described(self) -> tuple[Any, ...]:
         """As the core takes it."""
-        request = None if self.grid is None else _device.request(self.grid)
+        request = None if self.grid is None else packet_cuda.request(self.grid)
         quantizer, k, rule = (RAW, 1.0, NO_RULE) if request is None else request
         flags = (self.measured, not self.measured, self.keeps_zero)
         return self.values, self.residual, self.inv_scale, self.elements, quantizer, k, rule, flags
@@ -72,10 +72,10 @@ def own_code_bits(grid: Grid) -> int:
         >>> own_code_bits(SigmaGrid(1.0, coding="single")), own_code_bits(RangeGrid())
         (0, 10)
     """
-    (_, bits, _, table), _, (*_, choose) = _device.request(grid)
+    (_, bits, _, table), _, (*_, choose) = packet_cuda.request(grid)
     if isinstance(grid, RangeGrid):
-        return min(grid.num_bits or grid.bits_for(float(grid.entropy_bits)), _device.MAX_CODED_BITS)
-    return bits if bits <= _device.MAX_CODED_BITS and (choose or table == WIRE_TABLE) else 0
+        return min(grid.num_bits or grid.bits_for(float(grid.entropy_bits)), packet_cuda.MAX_CODED_BITS)
+    return bits if bits <= packet_cuda.MAX_CODED_BITS and (choose or table == WIRE_TABLE) else 0
 
 
 def read_quantizers(found: torch.Tensor) -> list[Quantizer]:

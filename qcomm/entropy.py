@@ -2,7 +2,8 @@
 
 import torch
 
-from qcomm import _device, _native
+from qcomm import _native, packet_cuda
+from qcomm._device import is_on_device
 from qcomm.grids import RangeGrid
 from qcomm.statistics import measure
 
@@ -34,15 +35,17 @@ def estimate_entropy(tensor: torch.Tensor, num_bits: int = 4, sample_fraction: f
     """
     RangeGrid(entropy_bits=num_bits, sample_fraction=sample_fraction, seed=seed)  # checks the arguments
     values = _native.check_floats("tensor", tensor, devices=("cpu", "cuda")).detach().contiguous()
-    if _device.is_on_device(values):
-        lo, hi, finite = _device.extremes(values)
+    if is_on_device(values):
+        lo, hi, finite = packet_cuda.extremes(values)
         if finite and lo < hi:
-            sample = _device.sample(values, sample_fraction, seed).cpu()
-            return _native.entropy(sample, None, 1.0, lo, hi, num_bits, 1.0, 0, 1)
+            sample = packet_cuda.sample(values, sample_fraction, seed).cpu()
+            return _native.histogram_entropy(sample, None, 1.0, lo, hi, num_bits, 1.0, 0, 1)
         values = values.reshape(-1)[:1].cpu() if finite else torch.tensor([torch.nan])
     stats = measure(values)
     if not stats.finite:
         raise ValueError("tensor must be finite: NaN or infinity has no place in a histogram")
     if stats.minimum == stats.maximum:
         return 0.0
-    return _native.entropy(values, None, 1.0, stats.minimum, stats.maximum, num_bits, sample_fraction, seed, 1)
+    return _native.histogram_entropy(
+        values, None, 1.0, stats.minimum, stats.maximum, num_bits, sample_fraction, seed, 1
+    )

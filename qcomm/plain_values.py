@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qcomm import _device
+from qcomm._device import is_on_device
 from qcomm._native import divide_to_bfloat
 from qcomm.layout import BucketLayout, Chunk, scatter_chunk
 from qcomm.telemetry import Telemetry
@@ -59,7 +59,7 @@ class PlainValues:
         """
         if self._rounded is None:
             return [buffer.div_(self._layout.world_size)]
-        if _device.is_on_device(buffer):
+        if is_on_device(buffer):
             self._rounded.copy_(buffer).div_(self._layout.world_size)
         else:
             divide_to_bfloat(buffer, self._layout.world_size, self._rounded)

@@ -120,7 +120,7 @@ def _plan_range(
         return Quantizer.raw()
     bits = grid.num_bits
     if bits is None:
-        entropy = _native.entropy(
+        entropy = _native.histogram_entropy(
             values, residual, inv_scale, lo, hi, grid.entropy_bits, grid.sample_fraction, grid.seed, num_threads
         )
         bits = grid.bits_for(entropy)

@@ -21,8 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from qcomm import _native
-from qcomm._native import NO_TABLE, Coding, GridKind, Quantizer
+from qcomm._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, histogram_entropy, is_usable
 from qcomm.grids import Grid, RangeGrid, SigmaGrid
 from qcomm.quantize import MAX_CODED_BITS, plan_step
 from qcomm.statistics import Statistics, measure
@@ -75,7 +74,7 @@ def summarize(
     bits = 0
     if isinstance(grid, RangeGrid) and lo < hi and math.isfinite(hi - lo):
         bits = grid.num_bits or grid.bits_for(
-            _native.entropy(
+            histogram_entropy(
                 values, residual, inv_scale, lo, hi, grid.entropy_bits, grid.sample_fraction, grid.seed, num_threads=1
             )
         )
@@ -112,7 +111,7 @@ def share(grid: Grid, summaries: Sequence[Summary], count: int, dtype: torch.dty
         # One more than the largest level: rounding may go up.
         if step and len(summaries) * (max(-lo, hi) / step + 1.0) < 2.0 ** (digits - step_bits):
             on_grid = Quantizer(GridKind.SIGMA, 4, Coding.SINGLE, NO_TABLE, 0.0, step)
-            return SharedGrid(step) if _native.is_usable(on_grid, dtype) else SharedGrid()
+            return SharedGrid(step) if is_usable(on_grid, dtype) else SharedGrid()
     return SharedGrid()
 
 
@@ -131,8 +130,8 @@ def lossless_quantizer(values: torch.Tensor, step: float, grid: Grid) -> Quantiz
         if bits > MAX_RANGE_BITS:
             return Quantizer.raw()
         coding = Coding.SINGLE if bits <= MAX_CODED_BITS else Coding.FIXED
-        quantizer = Quantizer(GridKind.RANGE_ENDPOINT, bits, coding, _native.WIRE_TABLE, lo, lo + step * (2**bits - 1))
-    return quantizer if _native.is_usable(quantizer, values.dtype) else Quantizer.raw()
+        quantizer = Quantizer(GridKind.RANGE_ENDPOINT, bits, coding, WIRE_TABLE, lo, lo + step * (2**bits - 1))
+    return quantizer if is_usable(quantizer, values.dtype) else Quantizer.raw()
 
 
 def _round_down(value: float, bits: int) -> float:

@@ -43,10 +43,10 @@ def load(path: str | Path) -> ModuleType:
 
 @contextmanager
 def emulated_core(path: str | Path) -> Iterator[None]:
-    """``qcomm._device`` works on the host's memory meanwhile."""
+    """The kernels' module is the emulated one meanwhile, and works on the host's memory."""
     module = load(path)
     _device.static_codes.cache_clear()
-    with mock.patch.object(_device, "core", return_value=module):
+    with mock.patch.dict(sys.modules, {"qcomm._cuda": module}):
         yield
     _device.static_codes.cache_clear()
 
@@ -54,5 +54,5 @@ def emulated_core(path: str | Path) -> Iterator[None]:
 @contextmanager
 def emulated_device(path: str | Path) -> Iterator[None]:
     """Tensors on the CPU count as tensors on a device, too: in the hook and in ``all_reduce``."""
-    with emulated_core(path), mock.patch.object(_device, "is_on_device", return_value=True):
+    with emulated_core(path), mock.patch.object(_device, "KERNEL_DEVICES", {"cuda", "cpu"}):
         yield

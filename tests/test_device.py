@@ -1,4 +1,4 @@
-"""Tensors and packets in device memory: qcomm/_device.py over the emulated kernels, whose device is the host.
+"""Tensors and packets in device memory: qcomm/packet_cuda.py over the emulated kernels, whose device is the host.
 
 What this cannot show is left to a machine with a GPU: streams, devices, and the GPU itself.
 """
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import qcomm
-from qcomm import RangeGrid, SigmaGrid, _device
+from qcomm import RangeGrid, SigmaGrid, _device, packet_cuda
 from qcomm.codec import Segment, encode
 from qcomm.quantize import Quantizer
 
@@ -37,9 +37,6 @@ GRIDS = [
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 
 
-real_core = _device.core
-
-
 @pytest.fixture(scope="module")
 def emulated(emulated_path: Path) -> Iterator[None]:
     with emulated_core(emulated_path):
@@ -48,9 +45,9 @@ def emulated(emulated_path: Path) -> Iterator[None]:
 
 def check(values: torch.Tensor, grid: qcomm.SigmaGrid | qcomm.RangeGrid, checksum: bool, steps: int) -> torch.Tensor:
     expected = qcomm.compress(values, grid, checksum=checksum, block_steps=steps)
-    packet = _device.compress(values, grid, checksum, steps)
+    packet = packet_cuda.compress(values, grid, checksum, steps)
     assert torch.equal(packet, expected)
-    decoded = _device.decompress(packet)
+    decoded = packet_cuda.decompress(packet)
     wanted = qcomm.decompress(expected)
     assert decoded.dtype == wanted.dtype
     assert decoded.shape == wanted.shape
@@ -95,17 +92,17 @@ def test_damaged_packets_are_refused(grid: qcomm.SigmaGrid | qcomm.RangeGrid) ->
         bad = packet.clone()
         bad[at] ^= 0x41
         with pytest.raises(qcomm.PacketError):
-            _device.decompress(bad)
+            packet_cuda.decompress(bad)
     for size in (0, 39, 40, 71, packet.numel() - 4):
         with pytest.raises(qcomm.PacketError):
-            _device.decompress(packet[:size])
+            packet_cuda.decompress(packet[:size])
 
 
 @pytest.mark.usefixtures("emulated")
 def test_a_packet_at_an_odd_address() -> None:
     packet = check(torch.randn(500), SigmaGrid(1.0), True, 8)
     shifted = torch.cat([torch.zeros(1, dtype=torch.uint8), packet])[1:]
-    assert torch.equal(_device.decompress(shifted), qcomm.decompress(packet))
+    assert torch.equal(packet_cuda.decompress(shifted), qcomm.decompress(packet))
 
 
 @pytest.mark.usefixtures("emulated")
@@ -126,7 +123,7 @@ def test_the_entropy_is_that_of_the_cpu(n: int, num_bits: int, fraction: float, 
 def test_a_build_without_kernels_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "qcomm._cuda", None)
     with pytest.raises(RuntimeError, match="QCOMM_CUDA=ON"):
-        real_core()
+        _device.core()
 
 
 def test_other_devices_are_refused() -> None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import qcomm
-from qcomm import _native
+from qcomm._native import count_symbols
 from qcomm.huffman import code_lengths
 from qcomm.paper.network import BIAS_COUNT, LAYERS, SIZES, WEIGHT_COUNTS, Layer, Network
 from qcomm.paper.settings import Exchange
@@ -121,7 +121,7 @@ def _layer_rate(packet: Tensor, count: int) -> LayerRate:
     info = qcomm.inspect(packet)
     huffman = float(info.num_bits)
     if info.coding in ("single", "fixed") and info.num_bits <= MAX_CODED_BITS:
-        counts = _native.count_symbols(packet, 0)[: 1 << info.num_bits]
+        counts = count_symbols(packet, 0)[: 1 << info.num_bits]
         huffman = int((counts * code_lengths(counts)).sum()) / count
     return LayerRate(info.num_bits, huffman, info.bits_per_element, info.entropy_bits)
 
