@@ -15,12 +15,12 @@ from int8_two_phase import Int8
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 import qcomm
-from qcomm.grids import Grid, SigmaGrid
+from qcomm.codec.grids import Grid, SigmaGrid
+from qcomm.codec.quantize import plan
+from qcomm.codec.statistics import measure
 from qcomm.layout import BucketLayout
 from qcomm.mean_steps import owner_grid
-from qcomm.quantize import plan
 from qcomm.slices import SLICE_ELEMENTS, cut_slices
-from qcomm.statistics import measure
 from qcomm.telemetry import Event
 
 Method = Callable[[torch.Tensor], int]

@@ -50,10 +50,10 @@ from rich.console import Console
 from rich.progress import track
 
 import qcomm
-from qcomm import _native
-from qcomm.codec import Segment, decode_into, encode
-from qcomm.quantize import dequantize, plan, quantize
-from qcomm.statistics import measure
+from qcomm.codec import _native
+from qcomm.codec.packet import Segment, decode_into, encode
+from qcomm.codec.quantize import dequantize, plan, quantize
+from qcomm.codec.statistics import measure
 
 STEPS = 512  # symbols a lane in a block; what large tensors get
 
@@ -64,14 +64,14 @@ def check(ok: bool, what: str) -> None:
         sys.exit(f"wrong result: {what}")
 
 
-def whole_encode(values: torch.Tensor, grid: qcomm.grids.Grid, residual: torch.Tensor | None = None) -> torch.Tensor:
+def whole_encode(values: torch.Tensor, grid: qcomm.codec.Grid, residual: torch.Tensor | None = None) -> torch.Tensor:
     """All that a sender does with a tensor."""
     quantizer = plan(measure(values, residual), grid, values, residual)
     return encode([Segment(values, quantizer, residual)], block_steps=STEPS)
 
 
 def qcomm_functions(
-    codec: str, values: torch.Tensor, grid: qcomm.grids.Grid, version: str
+    codec: str, values: torch.Tensor, grid: qcomm.codec.Grid, version: str
 ) -> dict[Key, Callable[[], object]]:
     """Encode, encode_ef, decode and accumulate with one version of the inner loops, after a check of each."""
 

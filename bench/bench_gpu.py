@@ -20,9 +20,9 @@ import torch
 from gpu_peers import peers
 
 import qcomm
-from qcomm import _device
-from qcomm.codec import Segment, default_block_steps, encode
-from qcomm.device_plans import (
+from qcomm.codec import _native_cuda
+from qcomm.codec.packet import Segment, default_block_steps, encode
+from qcomm.codec.plans_cuda import (
     ACCOUNT,
     QUANTIZER_BYTES,
     Decoder,
@@ -32,15 +32,15 @@ from qcomm.device_plans import (
     address,
     own_code_bits,
 )
-from qcomm.quantize import plan
-from qcomm.statistics import measure
+from qcomm.codec.quantize import plan
+from qcomm.codec.statistics import measure
 
 MIB = 1 << 20
 LEAD_CYCLES = 3_000_000  # about 1.5 ms: longer than the host takes to launch an operation
 FLUSH_BYTES = 256 * MIB  # more than any L2 holds
 RANKS = 8  # packets of a sum
 
-GRIDS: dict[str, qcomm.grids.Grid] = {
+GRIDS: dict[str, qcomm.codec.Grid] = {
     "k=1, static pair": qcomm.SigmaGrid(1.0, coding="pair"),
     "k=1, static single": qcomm.SigmaGrid(1.0, coding="single"),
     "k=1, chosen": qcomm.SigmaGrid(1.0),
@@ -80,7 +80,7 @@ def gpu_microseconds(operation: Callable[[], object], rounds: int, flush: torch.
 class Case:
     """One tensor on one grid: encoder, decoder and sum, and whether they write what the CPU writes."""
 
-    def __init__(self, values: torch.Tensor, grid: qcomm.grids.Grid) -> None:
+    def __init__(self, values: torch.Tensor, grid: qcomm.codec.Grid) -> None:
         self.count, self.device = values.numel(), torch.device("cuda", torch.cuda.current_device())
         self.values = values.to(self.device)
         self.residual = torch.zeros(self.count, device=self.device)
@@ -234,7 +234,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("bench_gpu: there is no CUDA device", file=sys.stderr)
         return 77
-    _device.core()
+    _native_cuda.core()
     rows: list[dict[str, Any]] = []
     of_peers: list[dict[str, Any]] = []
     for mebibytes in (1,) if arguments.quick else (25, 256):

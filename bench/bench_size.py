@@ -25,11 +25,11 @@ from rich.progress import track
 from rich.table import Table
 
 import qcomm
-from qcomm.huffman import code_lengths
-from qcomm.quantize import quantize
+from qcomm.codec.huffman import code_lengths
+from qcomm.codec.quantize import quantize
 
 SIZES = (1, 100, 10_000, 1_000_000, 10_000_000)
-GRIDS: dict[str, qcomm.grids.Grid] = {
+GRIDS: dict[str, qcomm.codec.Grid] = {
     **{f"range {bits}": qcomm.RangeGrid(num_bits=bits) for bits in range(4, 13)},
     **{f"sigma {k:g}": qcomm.SigmaGrid(k) for k in (0.5, 1.0, 2.0)},
 }

@@ -18,18 +18,18 @@ from pathlib import Path
 import torch
 
 import qcomm
-from qcomm.codec import Segment, decode_into, encode
-from qcomm.quantize import plan
-from qcomm.statistics import measure
+from qcomm.codec.packet import Segment, decode_into, encode
+from qcomm.codec.quantize import plan
+from qcomm.codec.statistics import measure
 
-GRIDS: dict[str, qcomm.grids.Grid] = {
+GRIDS: dict[str, qcomm.codec.Grid] = {
     "sigma k=1": qcomm.SigmaGrid(1.0),
     "sigma k=2": qcomm.SigmaGrid(2.0),
     "range c=2": qcomm.RangeGrid(c=2),
 }
 
 
-def stages(grid: qcomm.grids.Grid, x: torch.Tensor) -> dict[str, Callable[[int], torch.Tensor | None]]:
+def stages(grid: qcomm.codec.Grid, x: torch.Tensor) -> dict[str, Callable[[int], torch.Tensor | None]]:
     """Name -> what a stage does with so many threads; its result where that can be compared."""
     quantizer, residual, out = plan(measure(x), grid, x), torch.zeros_like(x), torch.empty_like(x)
     packet = encode([Segment(x, quantizer)])

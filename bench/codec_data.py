@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 import qcomm
-from qcomm.quantize import quantize
+from qcomm.codec.quantize import quantize
 
 
 def laplace(n: int, generator: torch.Generator) -> torch.Tensor:
@@ -71,7 +71,7 @@ def statistics_of(symbols: torch.Tensor) -> SymbolStatistics:
     return SymbolStatistics(float(-(p * p.log2()).sum()), float(p.max()), p.numel())
 
 
-def bits_over_entropy(values: torch.Tensor, grid: qcomm.grids.Grid, block_steps: int) -> float:
+def bits_over_entropy(values: torch.Tensor, grid: qcomm.codec.Grid, block_steps: int) -> float:
     """A packet's bits, all headers counted, over the entropy of its symbols."""
     packet = qcomm.compress(values, grid, block_steps=block_steps)
     return 8 * packet.numel() / (statistics_of(quantize(values, grid)[0]).entropy * values.numel())

@@ -29,7 +29,7 @@ def peers(mebibytes: int, timer: Timer, rounds: int) -> list[dict[str, Any]]:
     except ImportError as error:
         return [{"mib": mebibytes, "codec": "nvCOMP", "unavailable": str(error)}]
     values = torch.randn(mebibytes * MIB // 4, generator=torch.Generator().manual_seed(1))
-    symbols = qcomm.quantize.quantize(values, qcomm.RangeGrid(num_bits=8))[0].to(torch.uint8).cuda()
+    symbols = qcomm.codec.quantize.quantize(values, qcomm.RangeGrid(num_bits=8))[0].to(torch.uint8).cuda()
     rows = []
     for name, options in CODECS:
         row: dict[str, Any] = {"mib": mebibytes, "codec": name}

@@ -71,7 +71,7 @@ export -f tests
 printf '[pytest]\nmarkers =\n    gpu\n    slow\n    world\n' >"$work/pytest.ini"
 
 stage build 180 "" bash -c build
-if ! "$python" -c 'from qcomm import _device; _device.core()' >"$work/import.log" 2>&1; then
+if ! "$python" -c 'from qcomm.codec import core; core()' >"$work/import.log" 2>&1; then
     tail -n 5 "$work/import.log"
     record import 1 0 "the modules cannot be imported; nothing else was run"
     exit 1

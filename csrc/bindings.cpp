@@ -1,4 +1,4 @@
-// The only file that knows Python. Tensors arrive as addresses, checked by qcomm/_native.py; the GIL is released around
+// The only file that knows Python. Tensors arrive as addresses, checked by qcomm/codec/_native.py; the GIL is released around
 // every operation that walks over data.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -22,7 +22,7 @@ namespace {
 
 using Address = std::uintptr_t;
 
-// Set by qcomm/_native.py to qcomm.PacketError.
+// Set by qcomm/codec/_native.py to qcomm.PacketError.
 py::object& packet_error() {
     static auto* error = new py::object();  // never destroyed: module teardown may outlive the interpreter
     return *error;

@@ -1,14 +1,21 @@
 """Compressed gradient communication for PyTorch: quantization by entropy, Huffman coding, a DDP communication hook."""
 
-from qcomm._native import cpu_features
 from qcomm.averager import CompressedModelAverager, HierarchicalCompressedModelAverager
 from qcomm.broadcast import broadcast_parameters
-from qcomm.codec import PacketInfo, SegmentInfo, compress, decompress, inspect
+from qcomm.codec import (
+    PacketInfo,
+    RangeGrid,
+    SegmentInfo,
+    SigmaGrid,
+    compress,
+    cpu_features,
+    decompress,
+    estimate_entropy,
+    inspect,
+)
 from qcomm.collectives import all_reduce
 from qcomm.ddp import CompressionState, attach, compression_hook
-from qcomm.entropy import estimate_entropy
 from qcomm.errors import CollectiveError, ConfigMismatchError, PacketError
-from qcomm.grids import RangeGrid, SigmaGrid
 from qcomm.launchers import init_from_environment
 from qcomm.mpi_group import MpiGroup
 from qcomm.storage import load, save

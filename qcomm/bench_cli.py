@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 import typer
 
+from qcomm.codec import Grid, RangeGrid, SigmaGrid
 from qcomm.cost_model import CodecProfile, LinkProfile, Profile
 from qcomm.gloo_transport import GlooTransport
-from qcomm.grids import Grid, RangeGrid, SigmaGrid
 from qcomm.machine import measure_codec, measure_link, slowest
 from qcomm.mpi_group import MpiGroup
 from qcomm.recipes.errors import RecipeError

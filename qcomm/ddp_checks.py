@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from qcomm._device import core
-from qcomm._native import DTYPE_NUMBERS
+from qcomm.codec import DTYPE_NUMBERS, core
 
 __all__ = ["check_hook_options", "check_model", "check_scale"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qcomm._device import is_on_device
 from qcomm.agreement import Fields
 from qcomm.bypass import BYPASSED, Bypass, Lane, can_bypass
+from qcomm.codec import Grid, SigmaGrid, is_on_device
 from qcomm.collectives import check_exchange
 from qcomm.communicator import (
     Communicator,
@@ -32,7 +32,6 @@ from qcomm.device_choice import check_device_strategy
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.faults import Phase, attempt
-from qcomm.grids import Grid, SigmaGrid
 from qcomm.layout import BucketLayout
 from qcomm.machine import describe, resolve_profile
 from qcomm.mean import MeanTask

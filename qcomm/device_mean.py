@@ -19,14 +19,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from qcomm._device import FAULTS
+from qcomm.codec import FAULTS, RangeGrid
 from qcomm.communicator import Communicator, Group
 from qcomm.device_agreement import AgreedNumbers, agree, is_known
 from qcomm.device_slots import PERIOD, Slots, adjusted, is_fixed, nominal_bytes, slot_bytes
 from qcomm.device_steps import Accounts, DeviceSteps, Workspaces, packet_bounds
 from qcomm.errors import CollectiveError
 from qcomm.faults import Phase, attempt
-from qcomm.grids import RangeGrid
 from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask, Scale
 from qcomm.mean_steps import owner_grid

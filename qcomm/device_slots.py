@@ -16,7 +16,7 @@ grid's have none that would save anything, so without error feedback the ranks a
 import math
 from dataclasses import dataclass
 
-from qcomm.grids import Grid, RangeGrid, SigmaGrid
+from qcomm.codec import Grid, RangeGrid, SigmaGrid
 from qcomm.layout import Chunk
 
 __all__ = ["PERIOD", "Slots", "adjusted", "is_fixed", "nominal_bytes", "slot_bytes"]

@@ -8,26 +8,26 @@ from collections.abc import Sequence
 
 import torch
 
-from qcomm.codec import default_block_steps
-from qcomm.device_plans import (
+from qcomm.codec import (
     ACCOUNT,
     QUANTIZER_BYTES,
     Decoder,
     DeviceTensor,
     Encoder,
+    Grid,
+    Quantizer,
     RunCopier,
     Workspace,
     address,
+    default_block_steps,
     own_code_bits,
     read_quantizers,
 )
 from qcomm.device_slots import Slots
-from qcomm.grids import Grid
 from qcomm.layout import BucketLayout, Chunk
 from qcomm.mean import MeanTask
 from qcomm.mean_steps import owner_grid
 from qcomm.packets import wire_dtype
-from qcomm.quantize import Quantizer
 
 __all__ = ["Accounts", "DeviceSteps", "Workspaces", "packet_bounds"]
 

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 
-from qcomm.codec import Segment
+from qcomm.codec import Quantizer, Segment, is_zero, measure
 from qcomm.communicator import Communicator
 from qcomm.faults import Fault, Phase, attempt
 from qcomm.layout import scatter_chunk
@@ -47,9 +47,7 @@ from qcomm.packets import (
     unpack,
     wire_dtype,
 )
-from qcomm.quantize import Quantizer
 from qcomm.shared_grid import RECORD_FIELDS, SharedGrid, Summary, lossless_quantizer, share, summarize
-from qcomm.statistics import is_zero, measure
 
 __all__ = ["exact_sum_mean"]
 

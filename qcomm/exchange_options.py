@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from qcomm.codec import Grid, RangeGrid, SigmaGrid
 from qcomm.collectives import check_exchange
-from qcomm.grids import Grid, RangeGrid, SigmaGrid
 
 __all__ = ["EXCHANGES", "ExchangeOptions"]
 

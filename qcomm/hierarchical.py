@@ -41,18 +41,14 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from qcomm._native import Coding
-from qcomm.codec import Segment
+from qcomm.codec import Coding, Grid, Quantizer, Segment, is_zero, measure
 from qcomm.communicator import Communicator
 from qcomm.errors import PacketError
 from qcomm.faults import Fault, Phase, attempt
-from qcomm.grids import Grid
 from qcomm.layout import Chunk, Piece, gather_chunk, scatter_chunk
 from qcomm.mean import MeanTask
 from qcomm.mean_steps import owner_grid
 from qcomm.packets import Measured, choose, exchange, no_bytes, pack, raise_later, size_limit, unpack, wire_dtype
-from qcomm.quantize import Quantizer
-from qcomm.statistics import is_zero, measure
 
 __all__ = ["hierarchical_mean"]
 

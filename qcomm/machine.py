@@ -13,10 +13,9 @@ from pathlib import Path
 
 import torch
 
-from qcomm.codec import Segment
+from qcomm.codec import Grid, Segment
 from qcomm.cost_model import CodecProfile, LinkProfile, Profile
 from qcomm.errors import CollectiveError
-from qcomm.grids import Grid
 from qcomm.packets import choose, pack, unpack
 from qcomm.transport import Transport
 
@@ -76,7 +75,7 @@ def measure_codec(values: torch.Tensor, grid: Grid, num_threads: int = 1, repeat
         CollectiveError: what was decoded is not what was encoded.
 
     Example:
-        >>> from qcomm.grids import SigmaGrid
+        >>> from qcomm.codec.grids import SigmaGrid
         >>> measure_codec(torch.randn(10_000), SigmaGrid(1.0), repeats=3).ratio > 10
         True
     """

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 import torch
 
 from qcomm.agreement import UNTIMED, Fields, Took
+from qcomm.codec import Grid
 from qcomm.cost_model import Profile
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.faults import Fault
-from qcomm.grids import Grid
 from qcomm.layout import BucketLayout
 from qcomm.plain_values import PlainValues
 from qcomm.telemetry import Telemetry

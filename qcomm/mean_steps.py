@@ -6,14 +6,11 @@ from dataclasses import replace
 
 import torch
 
-from qcomm._native import GridKind
-from qcomm.codec import Segment, encode
+from qcomm.codec import Code, Grid, GridKind, Quantizer, Segment, SigmaGrid, encode
 from qcomm.errors import PacketError
-from qcomm.grids import Grid, SigmaGrid
 from qcomm.layout import Chunk, Piece, gather_runs, scatter_chunk
 from qcomm.mean import MeanTask
 from qcomm.packets import Measured, choose, chunk_segments, size_limit, unpack, wire_dtype
-from qcomm.quantize import Code, Quantizer
 from qcomm.slices import Slice
 
 __all__ = ["MeanSteps", "owner_grid"]

@@ -6,15 +6,12 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-from qcomm.codec import Segment, decode_into, encode
+from qcomm.codec import Code, Grid, Quantizer, Segment, decode_into, encode, is_zero, measure, plan
 from qcomm.communicator import Communicator
 from qcomm.errors import CollectiveError, PacketError
 from qcomm.faults import Fault, Phase
-from qcomm.grids import Grid
 from qcomm.layout import Chunk, gather_runs
 from qcomm.mean import MeanTask
-from qcomm.quantize import Code, Quantizer, plan
-from qcomm.statistics import is_zero, measure
 
 __all__ = [
     "Measured",
@@ -60,7 +57,7 @@ def choose(
 ) -> Measured:
     """The quantizer of a tensor or a part of one, raw without a grid, and its residual if it takes part.
 
-    ``code``: of an earlier choice for a tensor like this one, see :func:`qcomm.quantize.plan`.
+    ``code``: of an earlier choice for a tensor like this one, see :func:`qcomm.codec.quantize.plan`.
     """
     if residual is not None and is_zero(values):
         # The mean of a parameter that no rank used is thrown away by DDP, which leaves its gradient None: a residual in

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from qcomm._native import DTYPE_NUMBERS, check_floats
+from qcomm.codec import DTYPE_NUMBERS, check_floats
 
 __all__ = ["Params", "check_averageable", "check_writable", "described", "floating_buffers", "named_tensors"]
 

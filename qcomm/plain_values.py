@@ -4,8 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qcomm._device import is_on_device
-from qcomm._native import divide_to_bfloat
+from qcomm.codec import divide_to_bfloat, is_on_device
 from qcomm.layout import BucketLayout, Chunk, scatter_chunk
 from qcomm.telemetry import Telemetry
 from qcomm.transport import Traffic

@@ -21,10 +21,22 @@ from typing import NamedTuple
 
 import torch
 
-from qcomm._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, histogram_entropy, is_usable
-from qcomm.grids import Grid, RangeGrid, SigmaGrid
-from qcomm.quantize import MAX_CODED_BITS, plan_step
-from qcomm.statistics import Statistics, measure
+from qcomm.codec import (
+    MAX_CODED_BITS,
+    NO_TABLE,
+    WIRE_TABLE,
+    Coding,
+    Grid,
+    GridKind,
+    Quantizer,
+    RangeGrid,
+    SigmaGrid,
+    Statistics,
+    histogram_entropy,
+    is_usable,
+    measure,
+    plan_step,
+)
 
 __all__ = ["RECORD_FIELDS", "SharedGrid", "Summary", "lossless_quantizer", "share", "summarize"]
 

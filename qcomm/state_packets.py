@@ -24,10 +24,8 @@ from typing import Any
 
 import torch
 
-from qcomm._native import DTYPE_NUMBERS
-from qcomm.codec import compress, decode_into
+from qcomm.codec import DTYPE_NUMBERS, Grid, compress, decode_into
 from qcomm.errors import PacketError
-from qcomm.grids import Grid
 
 __all__ = ["pack_state", "packed_size_limit", "unpack_state"]
 

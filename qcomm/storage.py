@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from qcomm._native import check_num_threads
+from qcomm.codec import Grid, RangeGrid, check_num_threads
 from qcomm.collectives import check_grid, check_min_elements
 from qcomm.errors import PacketError
-from qcomm.grids import Grid, RangeGrid
 from qcomm.state_packets import pack_state, unpack_state
 
 __all__ = ["SENSITIVE", "load", "save"]

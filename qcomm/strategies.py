@@ -10,10 +10,10 @@ import torch
 from qcomm.agreement import UNTIMED, Took
 from qcomm.all_gather import all_gather_mean
 from qcomm.chooser import Chooser
+from qcomm.codec import Grid, SigmaGrid
 from qcomm.communicator import Communicator
 from qcomm.cost_model import PLAUSIBLE, Exchange, Profile, candidates
 from qcomm.exact_sum import exact_sum_mean
-from qcomm.grids import Grid, SigmaGrid
 from qcomm.hierarchical import hierarchical_mean
 from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from qcomm.codec import Quantizer
 from qcomm.layout import BucketLayout, Chunk
-from qcomm.quantize import Quantizer
 from qcomm.transport import Traffic
 
 __all__ = ["Counters", "Event", "Telemetry"]

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from qcomm.agreement import Fields
+from qcomm.codec import measure
 from qcomm.communicator import Communicator, get_communicator, get_world_size, resolve_group
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import ConfigMismatchError
@@ -32,7 +33,6 @@ from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.mean import MeanTask
 from qcomm.nodes import resolve_ranks_per_node
 from qcomm.parameters import Params, check_averageable, described, floating_buffers, named_tensors
-from qcomm.statistics import measure
 from qcomm.strategies import average
 from qcomm.telemetry import Telemetry
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
-from qcomm import _device
+from qcomm.codec import _native_cuda
 
 sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
 
@@ -45,14 +45,14 @@ def load(path: str | Path) -> ModuleType:
 def emulated_core(path: str | Path) -> Iterator[None]:
     """The kernels' module is the emulated one meanwhile, and works on the host's memory."""
     module = load(path)
-    _device.static_codes.cache_clear()
+    _native_cuda.static_codes.cache_clear()
     with mock.patch.dict(sys.modules, {"qcomm._cuda": module}):
         yield
-    _device.static_codes.cache_clear()
+    _native_cuda.static_codes.cache_clear()
 
 
 @contextmanager
 def emulated_device(path: str | Path) -> Iterator[None]:
     """Tensors on the CPU count as tensors on a device, too: in the hook and in ``all_reduce``."""
-    with emulated_core(path), mock.patch.object(_device, "KERNEL_DEVICES", {"cuda", "cpu"}):
+    with emulated_core(path), mock.patch.object(_native_cuda, "KERNEL_DEVICES", {"cuda", "cpu"}):
         yield

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 import qcomm
-from qcomm.codec import Segment, encode
-from qcomm.quantize import Quantizer, plan
-from qcomm.statistics import measure
+from qcomm.codec.packet import Segment, encode
+from qcomm.codec.quantize import Quantizer, plan
+from qcomm.codec.statistics import measure
 
 FOLDER = Path(__file__).parent / "golden"
 

@@ -7,10 +7,10 @@ import torch
 import twin
 
 from qcomm.agreement import HEADER_WORDS
-from qcomm.codec import Segment, encode
-from qcomm.quantize import Coding, Quantizer
+from qcomm.codec.packet import Segment, encode
+from qcomm.codec.quantize import Coding, Quantizer
+from qcomm.codec.statistics import measure
 from qcomm.shared_grid import SharedGrid, lossless_quantizer, share, summarize
-from qcomm.statistics import measure
 
 HEADER_BYTES = 8 * HEADER_WORDS
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcomm
-from qcomm.codec import Segment, decode_into, encode
-from qcomm.quantize import Quantizer, plan, quantize
-from qcomm.statistics import measure
+from qcomm.codec.packet import Segment, decode_into, encode
+from qcomm.codec.quantize import Quantizer, plan, quantize
+from qcomm.codec.statistics import measure
 
 GRIDS = {
     "sigma 0.0005": qcomm.SigmaGrid(0.0005),
@@ -47,7 +47,7 @@ def assert_within_bound(x: torch.Tensor, decoded: torch.Tensor, step: float, ulp
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_every_element_is_within_its_bound(grid: qcomm.grids.Grid, dtype: torch.dtype) -> None:
+def test_every_element_is_within_its_bound(grid: qcomm.codec.Grid, dtype: torch.dtype) -> None:
     cases = [(make, n) for make in DISTRIBUTIONS.values() for n in (1000, BLOCK + 1)] + [(gaussian, n) for n in SIZES]
     for make, n in cases:
         x = make(n).to(dtype)
@@ -60,7 +60,7 @@ def test_every_element_is_within_its_bound(grid: qcomm.grids.Grid, dtype: torch.
 
 @pytest.mark.parametrize("n", [1, 33, 1000, BLOCK + 1, 300_000])
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_size_never_exceeds_fixed_width_or_raw(grid: qcomm.grids.Grid, n: int) -> None:
+def test_size_never_exceeds_fixed_width_or_raw(grid: qcomm.codec.Grid, n: int) -> None:
     for name, make in DISTRIBUTIONS.items():
         x = make(n)
         info = qcomm.inspect(qcomm.compress(x, grid))
@@ -114,7 +114,7 @@ def test_gradients_flow_around_the_codec_not_through_it() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("grid", [qcomm.SigmaGrid(1.0), qcomm.RangeGrid()], ids=["sigma", "range"])
-def test_non_finite_tensors_travel_exactly(grid: qcomm.grids.Grid, bad: float, dtype: torch.dtype) -> None:
+def test_non_finite_tensors_travel_exactly(grid: qcomm.codec.Grid, bad: float, dtype: torch.dtype) -> None:
     x = gaussian(1001).to(dtype)
     x[500] = bad
     packet = qcomm.compress(x, grid)
@@ -137,7 +137,7 @@ def test_non_finite_tensors_travel_exactly(grid: qcomm.grids.Grid, bad: float, d
     ids=lambda x: f"{x[0].item():g} {x.dtype}",
 )
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_extreme_magnitudes_stay_finite_and_bounded(grid: qcomm.grids.Grid, x: torch.Tensor) -> None:
+def test_extreme_magnitudes_stay_finite_and_bounded(grid: qcomm.codec.Grid, x: torch.Tensor) -> None:
     packet = qcomm.compress(x, grid)
     decoded = qcomm.decompress(packet)
     assert bool(decoded.isfinite().all())
@@ -178,7 +178,7 @@ def test_the_same_input_gives_the_same_bytes() -> None:
     checksum=st.booleans(),
 )
 def test_any_floats_round_trip_within_bound(
-    values: list[float], grid: qcomm.grids.Grid, steps: int, checksum: bool
+    values: list[float], grid: qcomm.codec.Grid, steps: int, checksum: bool
 ) -> None:
     x = torch.tensor(values, dtype=torch.float32)
     packet = qcomm.compress(x, grid, block_steps=steps, checksum=checksum)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import qcomm
-from qcomm import _native, reference
-from qcomm.codec import decode_into
+from qcomm import reference
+from qcomm.codec import _native
+from qcomm.codec.packet import decode_into
 
 FOLDER = Path(__file__).parent / "corpus"
 FILES = sorted(FOLDER.glob("*/*"))

@@ -1,4 +1,4 @@
-"""Tensors and packets in device memory: qcomm/packet_cuda.py over the emulated kernels, whose device is the host.
+"""Tensors and packets in device memory: qcomm/codec/packet_cuda.py over the emulated kernels, whose device is the host.
 
 What this cannot show is left to a machine with a GPU: streams, devices, and the GPU itself.
 """
@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import qcomm
-from qcomm import RangeGrid, SigmaGrid, _device, packet_cuda
-from qcomm.codec import Segment, encode
-from qcomm.quantize import Quantizer
+from qcomm import RangeGrid, SigmaGrid
+from qcomm.codec import _native_cuda, packet_cuda
+from qcomm.codec.packet import Segment, encode
+from qcomm.codec.quantize import Quantizer
 
 GRIDS = [
     SigmaGrid(1.0),
@@ -112,7 +113,7 @@ def test_the_entropy_is_that_of_the_cpu(n: int, num_bits: int, fraction: float, 
     values = torch.randn(n, generator=torch.Generator().manual_seed(seed % 1000)) ** 3
     for tensor in (values, values.to(torch.bfloat16).double(), torch.zeros(n)):
         expected = qcomm.estimate_entropy(tensor, num_bits, fraction, seed=seed)
-        with mock.patch.object(_device, "is_on_device", return_value=True):
+        with mock.patch.object(_native_cuda, "KERNEL_DEVICES", {"cuda", "cpu"}):
             assert qcomm.estimate_entropy(tensor, num_bits, fraction, seed=seed) == expected
             if n:
                 tensor[n // 2] = float("inf")
@@ -123,7 +124,7 @@ def test_the_entropy_is_that_of_the_cpu(n: int, num_bits: int, fraction: float, 
 def test_a_build_without_kernels_says_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "qcomm._cuda", None)
     with pytest.raises(RuntimeError, match="QCOMM_CUDA=ON"):
-        _device.core()
+        _native_cuda.core()
 
 
 def test_other_devices_are_refused() -> None:

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import qcomm
 from qcomm import exact_sum
-from qcomm.codec import Segment, decode_into, decompress, encode
-from qcomm.quantize import Quantizer
+from qcomm.codec.packet import Segment, decode_into, decompress, encode
+from qcomm.codec.quantize import Quantizer
+from qcomm.codec.statistics import measure
 from qcomm.shared_grid import SharedGrid, Summary, lossless_quantizer, share, summarize
-from qcomm.statistics import measure
 
 
 def shared(grid, parts):

@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 import qcomm
 from qcomm import RangeGrid, SigmaGrid, device_mean
 from qcomm.agreement import Fields
-from qcomm.codec import default_block_steps
+from qcomm.codec.packet import default_block_steps
+from qcomm.codec.plans_cuda import Decoder, Workspace, address, own_code_bits
 from qcomm.communicator import get_communicator
 from qcomm.device_choice import TRIAL, DeviceChoice
 from qcomm.device_mean import DeviceMean
-from qcomm.device_plans import Decoder, Workspace, address, own_code_bits
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.mean import MeanTask

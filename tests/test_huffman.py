@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcomm
-from qcomm import _native
-from qcomm.huffman import canonical_codes, code_lengths
-from qcomm.quantize import quantize
+from qcomm.codec import _native
+from qcomm.codec.huffman import canonical_codes, code_lengths
+from qcomm.codec.quantize import quantize
 
 counts_lists = st.lists(st.integers(0, 10**6), min_size=1, max_size=80).filter(any)
 

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from native_build import build, skip_unless_built
 
 import qcomm
-from qcomm import _native
-from qcomm.codec import Segment, decode_into, encode
-from qcomm.quantize import plan
-from qcomm.statistics import measure
+from qcomm.codec import _native
+from qcomm.codec.packet import Segment, decode_into, encode
+from qcomm.codec.quantize import plan
+from qcomm.codec.statistics import measure
 
 VERSIONS = qcomm.cpu_features()
 VECTOR_VERSIONS = VERSIONS[1:]
@@ -75,7 +75,7 @@ def test_bytes_and_values_agree(version: str, dtype: torch.dtype) -> None:
                     )
 
 
-def encoded_with_feedback(x: torch.Tensor, grid: qcomm.grids.Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def encoded_with_feedback(x: torch.Tensor, grid: qcomm.codec.Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     residual = 0.3 * gaussian(x.numel(), 5)
     quantizer = plan(measure(x, residual, 0.125), grid, x, residual, 0.125)
     packet = encode([Segment(x, quantizer, residual)], inv_scale=0.125)

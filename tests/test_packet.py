@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcomm
-from qcomm import _native
-from qcomm.codec import Segment, encode
-from qcomm.quantize import Quantizer, plan
-from qcomm.statistics import measure
+from qcomm.codec import _native
+from qcomm.codec.packet import Segment, encode
+from qcomm.codec.quantize import Quantizer, plan
+from qcomm.codec.statistics import measure
 
 HEADER_CHECKSUM_AT = 8
 

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcomm
-from qcomm import _native, reference
-from qcomm.codec import Segment, encode
-from qcomm.huffman import canonical_codes, code_lengths
-from qcomm.quantize import Quantizer, plan
-from qcomm.static_tables import STATIC_TABLES
-from qcomm.statistics import measure
+from qcomm import reference
+from qcomm.codec import _native
+from qcomm.codec.huffman import canonical_codes, code_lengths
+from qcomm.codec.packet import Segment, encode
+from qcomm.codec.quantize import Quantizer, plan
+from qcomm.codec.statistics import measure
+from qcomm.reference.static_tables import STATIC_TABLES
 
 GRIDS = {
     "sigma 1 pair": qcomm.SigmaGrid(1.0, coding="pair"),
@@ -57,7 +58,7 @@ def as_tensor(data: bytes) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_bytes_agree(grid: qcomm.grids.Grid, dtype: torch.dtype) -> None:
+def test_bytes_agree(grid: qcomm.codec.Grid, dtype: torch.dtype) -> None:
     for make in DISTRIBUTIONS.values():
         for n in (0, 1, 33, 300):
             x = make(n).to(dtype)
@@ -128,7 +129,7 @@ def test_choices_agree(dtype: torch.dtype) -> None:
             check_plan(qcomm.RangeGrid(num_bits=13), reference.range_segment(x, 13))
 
 
-def check_plan(grid: qcomm.grids.Grid, found: reference.ReferenceSegment) -> None:
+def check_plan(grid: qcomm.codec.Grid, found: reference.ReferenceSegment) -> None:
     source = found.values, found.residual, found.inv_scale
     q = plan(measure(*source), grid, *source)
     fields = (found.grid, found.num_bits, found.coding, found.table, found.p0, found.p1)

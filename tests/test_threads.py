@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcomm
-from qcomm import _native
-from qcomm.codec import Segment, decode_into, encode
-from qcomm.quantize import Quantizer, plan
-from qcomm.statistics import measure
+from qcomm.codec import _native
+from qcomm.codec.packet import Segment, decode_into, encode
+from qcomm.codec.quantize import Quantizer, plan
+from qcomm.codec.statistics import measure
 
 PER_THREAD = 1 << 17  # parallel.h, kValuesPerThread
 THREADS = (2, 3, 5)
@@ -31,7 +31,7 @@ GRIDS = {
 
 @pytest.mark.parametrize("version", qcomm.cpu_features())
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_packets_and_values_do_not_depend_on_threads(grid: qcomm.grids.Grid, version: str) -> None:
+def test_packets_and_values_do_not_depend_on_threads(grid: qcomm.codec.Grid, version: str) -> None:
     with _native.using_cpu_feature(version):
         for n in SIZES:
             x = student_t3(n)
@@ -64,7 +64,7 @@ def test_statistics_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     threads=st.integers(2, 6),
     seed=st.integers(0, 99),
 )
-def test_residuals_do_not_depend_on_threads(sizes: list[int], grid: qcomm.grids.Grid, threads: int, seed: int) -> None:
+def test_residuals_do_not_depend_on_threads(sizes: list[int], grid: qcomm.codec.Grid, threads: int, seed: int) -> None:
     def run(num_threads: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         segments = []
         for i, n in enumerate(sizes):

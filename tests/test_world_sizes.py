@@ -12,11 +12,11 @@ from distributed import assert_same_on_all_ranks, counting_bytes, gathered, run,
 from strategy_twins import HEADER_BYTES, size
 
 import qcomm
-from qcomm.codec import Segment
+from qcomm.codec.packet import Segment
+from qcomm.codec.quantize import Quantizer
 from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.mean_steps import owner_grid
 from qcomm.pipeline import HEADER_BYTES as MESSAGE_HEADER_BYTES
-from qcomm.quantize import Quantizer
 from qcomm.slices import cut_slices
 
 pytestmark = pytest.mark.world

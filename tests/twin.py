@@ -4,11 +4,11 @@ import math
 
 import torch
 
-from qcomm._native import GridKind
-from qcomm.codec import Segment, decompress, encode
+from qcomm.codec._native import GridKind
+from qcomm.codec.packet import Segment, decompress, encode
+from qcomm.codec.quantize import Quantizer, plan
+from qcomm.codec.statistics import measure
 from qcomm.mean_steps import owner_grid
-from qcomm.quantize import Quantizer, plan
-from qcomm.statistics import measure
 
 
 def lossy(values, quantizer):

@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Writes the static code tables of the packet format: csrc/include/qcomm/static_tables.h and qcomm/static_tables.py.
+"""Writes the static code tables of the packet format.
+
+They go to csrc/include/qcomm/static_tables.h and qcomm/reference/static_tables.py.
 
     python tools/make_static_tables.py            # writes both files
     python tools/make_static_tables.py --check    # exits 1 when they differ from what would be written
@@ -227,7 +229,7 @@ def main() -> int:
         return 0
     outputs = {
         ROOT / "csrc/include/qcomm/static_tables.h": cpp_header(tables),
-        ROOT / "qcomm/static_tables.py": python_module(tables),
+        ROOT / "qcomm/reference/static_tables.py": python_module(tables),
     }
     stale = [path for path, text in outputs.items() if not path.exists() or path.read_text() != text]
     for path in stale:

@@ -1,5 +1,5 @@
 // The CUDA core for Python, as a module of its own: one that has it imports on machines without a GPU, and the rest of
-// qcomm works without it. Device memory and streams arrive as addresses, checked by qcomm/_device.py; nothing here
+// qcomm works without it. Device memory and streams arrive as addresses, checked by qcomm/codec/_native_cuda.py; nothing here
 // allocates device memory or waits. The GIL is released around launches.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -1,4 +1,4 @@
-// What a sample of a tensor decides, once its statistics are known (specification: plan() of qcomm/quantize.py;
+// What a sample of a tensor decides, once its statistics are known (specification: plan() of qcomm/codec/quantize.py;
 // docs/format.md, "Entropy" and "Choice of the code of a sigma segment").
 //
 //   range grid: histogram of 2^M center bins -> entropy H -> N = min(ceil(H + c), most), at least 1

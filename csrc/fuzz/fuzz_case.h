@@ -107,7 +107,7 @@ inline Quantizer random_quantizer(Input* in, const Statistics& s) {
     return q;
 }
 
-// As qcomm/quantize.py plans: a grid that can hold the values, or raw, or constant.
+// As qcomm/codec/quantize.py plans: a grid that can hold the values, or raw, or constant.
 inline Quantizer choose_quantizer(Input* in, const Values& values, const Statistics& s) {
     if (!s.finite) return {Grid::kNone, 0, in->below(2) ? Coding::kConstant : Coding::kRaw, kTableOnWire, NAN, 0.0};
     if (s.minimum == s.maximum) return {Grid::kNone, 0, Coding::kConstant, kTableOnWire, s.minimum, 0.0};

@@ -12,13 +12,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 import qcomm
-from qcomm._native import count_symbols
-from qcomm.huffman import code_lengths
+from qcomm.codec import MAX_CODED_BITS, code_lengths, count_symbols, measure, plan
 from qcomm.paper.network import BIAS_COUNT, LAYERS, SIZES, WEIGHT_COUNTS, Layer, Network
 from qcomm.paper.settings import Exchange
-from qcomm.quantize import MAX_CODED_BITS, plan
 from qcomm.recipes.errors import RecipeError
-from qcomm.statistics import measure
 
 FLOAT_BITS = 32
 _PACKET_MARGIN = 128  # bytes that a packet may take beyond the tensor

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qcomm.grids import RECONSTRUCTIONS, RangeGrid
+from qcomm.codec import RECONSTRUCTIONS, RangeGrid
 from qcomm.recipes.errors import RecipeError
 
 DATASETS = ("mnist", "fashion-mnist", "digits")

@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from qcomm import ddp
-from qcomm.grids import RangeGrid, SigmaGrid
+from qcomm.codec import RangeGrid, SigmaGrid
 from qcomm.recipes.config import TrainConfig
 
 

@@ -31,7 +31,7 @@ from qcomm.reference.packet import (
     ReferenceSegment,
     static_lengths,
 )
-from qcomm.static_tables import STATIC_TABLES
+from qcomm.reference.static_tables import STATIC_TABLES
 
 MAX_CODED_BITS = 12
 

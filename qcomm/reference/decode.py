@@ -40,7 +40,7 @@ from qcomm.reference.packet import (
     unpack_bits,
     values_per_block,
 )
-from qcomm.static_tables import STATIC_TABLES
+from qcomm.reference.static_tables import STATIC_TABLES
 
 MAX_ELEMENTS = 2**42
 

@@ -11,7 +11,7 @@ import torch
 from qcomm.reference.codes import canonical_codes, code_lengths, pack_lengths
 from qcomm.reference.grids import NONE, SIGMA, arithmetic, dequantize, quantize
 from qcomm.reference.lanes import encode_lanes
-from qcomm.static_tables import STATIC_TABLES
+from qcomm.reference.static_tables import STATIC_TABLES
 
 RAW, CONSTANT, FIXED, SINGLE, PAIR = range(5)
 BLOCK_CONSTANT, BLOCK_FIXED, BLOCK_CODED, BLOCK_RAW = range(4)

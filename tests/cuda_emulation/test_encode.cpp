@@ -13,7 +13,7 @@ namespace {
 
 using Bytes = std::vector<std::uint8_t>;
 
-// The specification is qcomm/quantize.py, plan().
+// The specification is qcomm/codec/quantize.py, plan().
 template <class Tr>
 Quantizer plan(const Values& values, const Statistics& s, const cuda::Tensor& t) {
     if (!s.finite) {

@@ -33,7 +33,7 @@ struct StaticTables {
 };
 void fill_static_tables(StaticTables* tables);
 
-// What a sample of a tensor's values decides on the device, as plan() of qcomm/quantize.py does on the host.
+// What a sample of a tensor's values decides on the device, as plan() of qcomm/codec/quantize.py does on the host.
 struct SampleRule {
     // Range grid with num_bits 0: N = min(ceil(H + c), floor(c + entropy_bits), max_bits), at least 1, H being the
     // entropy in bits of 2^entropy_bits bins of a part `fraction` of the values.

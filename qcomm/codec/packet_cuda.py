@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qcomm import _native
-from qcomm._device import FAULTS, core, on_device, static_codes, stream
-from qcomm._native import DTYPE_NUMBERS, DTYPES, NO_TABLE, WIRE_TABLE, Coding, GridKind
+from qcomm.codec import _native
+from qcomm.codec._native import DTYPE_NUMBERS, DTYPES, NO_TABLE, WIRE_TABLE, Coding, GridKind
+from qcomm.codec._native_cuda import FAULTS, core, on_device, static_codes, stream
+from qcomm.codec.grids import Grid, RangeGrid, SigmaGrid
 from qcomm.errors import PacketError
-from qcomm.grids import Grid, RangeGrid, SigmaGrid
 
 __all__ = ["MAX_CODED_BITS", "Request", "compress", "decompress", "extremes", "request", "sample"]
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from qcomm import _native
+from qcomm.codec import _native
 
 __all__ = ["MAX_CODE_LENGTH", "canonical_codes", "code_lengths"]
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from qcomm import _native, packet_cuda
-from qcomm._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, Segment
+from qcomm.codec import _native, packet_cuda
+from qcomm.codec._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, Segment
+from qcomm.codec.grids import Grid, SigmaGrid
+from qcomm.codec.quantize import plan
+from qcomm.codec.statistics import measure
 from qcomm.errors import PacketError
-from qcomm.grids import Grid, SigmaGrid
-from qcomm.quantize import plan
-from qcomm.statistics import measure
 
 __all__ = ["PacketInfo", "Segment", "SegmentInfo", "compress", "decode_into", "decompress", "encode", "inspect"]
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qcomm import _device, packet_cuda
-from qcomm._native import DTYPE_NUMBERS, WIRE_TABLE, Coding, GridKind, Quantizer
-from qcomm.grids import Grid, RangeGrid
+from qcomm.codec import _native_cuda, packet_cuda
+from qcomm.codec._native import DTYPE_NUMBERS, WIRE_TABLE, Coding, GridKind, Quantizer
+from qcomm.codec.grids import Grid, RangeGrid
 
 __all__ = [
     "Decoder",
@@ -135,8 +135,8 @@ class Encoder:
             described.append((count, [elements], out, capacity))
             first += count
         rows = [tensor.described() for tensor in tensors]
-        self._plan = _device.core().EncodePlan(DTYPE_NUMBERS[dtype], steps, True, rows, segments, described)
-        self._blob = _device.on_device(self._plan.blob(), device)
+        self._plan = _native_cuda.core().EncodePlan(DTYPE_NUMBERS[dtype], steps, True, rows, segments, described)
+        self._blob = _native_cuda.on_device(self._plan.blob(), device)
         self._device, self._tensors, self._packets = device, len(tensors), len(packets)
         self._workspace, self._size = workspace, self._plan.workspace_bytes()
         self.sizes = torch.zeros(max(1, len(packets)), dtype=torch.int64, device=device)
@@ -157,7 +157,7 @@ class Encoder:
             quantizers: uint8 of 24 bytes a tensor.
         """
         workspace = self._workspace.take(self._size)
-        codes, stream = _device.static_codes(self._device), _device.stream(self._device)
+        codes, stream = _native_cuda.static_codes(self._device), _native_cuda.stream(self._device)
         places = self._blob.data_ptr(), codes.data_ptr(), workspace.data_ptr(), self.sizes.data_ptr()
         self._plan.encode(*places, stream)
         self._plan.count(places[0], places[2], places[3], account.data_ptr(), stream)
@@ -172,7 +172,7 @@ class Encoder:
             inv_scale: address of a float64, or 0.
             add: to what is there.
         """
-        stream, workspace = _device.stream(self._device), self._workspace.take(self._size)
+        stream, workspace = _native_cuda.stream(self._device), self._workspace.take(self._size)
         runs.plan.add_own(runs.blob.data_ptr(), self._plan, workspace.data_ptr(), inv_scale, add, stream)
 
 
@@ -198,8 +198,8 @@ class Decoder:
     ) -> None:
         device = workspace.device
         described = [(*task, False) for task in tasks]
-        plan = _device.core().DecodePlan(DTYPE_NUMBERS[dtype], steps, max_segments, described, own_code_bits)
-        self._plan, self._blob = plan, _device.on_device(plan.blob(), device)
+        plan = _native_cuda.core().DecodePlan(DTYPE_NUMBERS[dtype], steps, max_segments, described, own_code_bits)
+        self._plan, self._blob = plan, _native_cuda.on_device(plan.blob(), device)
         self._device, self._workspace, self._size = device, workspace, plan.workspace_bytes()
 
     def reserve(self) -> None:
@@ -216,8 +216,8 @@ class Decoder:
 
     def _run(self, operation: Any, faults: int, *options: bool) -> None:
         workspace = self._workspace.take(self._size)
-        codes = _device.static_codes(self._device)
-        stream = _device.stream(self._device)
+        codes = _native_cuda.static_codes(self._device)
+        stream = _native_cuda.stream(self._device)
         operation(self._blob.data_ptr(), codes.data_ptr(), workspace.data_ptr(), faults, *options, stream)
 
 
@@ -233,10 +233,10 @@ class RunCopier:
     def __init__(
         self, dtype: torch.dtype, runs: Sequence[tuple[int, int, int, int, int, int, int]], device: torch.device
     ) -> None:
-        self.plan = _device.core().RunPlan(DTYPE_NUMBERS[dtype], runs)
-        self.blob = _device.on_device(self.plan.blob(), device)
+        self.plan = _native_cuda.core().RunPlan(DTYPE_NUMBERS[dtype], runs)
+        self.blob = _native_cuda.on_device(self.plan.blob(), device)
         self._device = device
 
     def copy(self, divisor: float = 1.0, factor: int = 0, faults: int = 0) -> None:
         """Values / divisor * factor; NaN where one of the run's faults is not 0."""
-        self.plan.copy(self.blob.data_ptr(), divisor, factor, faults, _device.stream(self._device))
+        self.plan.copy(self.blob.data_ptr(), divisor, factor, faults, _native_cuda.stream(self._device))

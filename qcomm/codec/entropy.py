@@ -2,10 +2,10 @@
 
 import torch
 
-from qcomm import _native, packet_cuda
-from qcomm._device import is_on_device
-from qcomm.grids import RangeGrid
-from qcomm.statistics import measure
+from qcomm.codec import _native, packet_cuda
+from qcomm.codec._native_cuda import is_on_device
+from qcomm.codec.grids import RangeGrid
+from qcomm.codec.statistics import measure
 
 __all__ = ["estimate_entropy"]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qcomm import _native
+from qcomm.codec import _native
 
 __all__ = ["Statistics", "is_zero", "measure"]
 
