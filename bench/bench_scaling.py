@@ -32,9 +32,9 @@ from ranks import LOOPBACK, RanksError, about, run_ranks, start_rank, write
 from step_trace import RecordedStep, save_trace, trace_events
 from training import LOCAL, METHODS, StepTimes, Task, Trainer
 
-from qcomm.launchers import find_place
 from qcomm.recipes.datasets import load_dataset
 from qcomm.recipes.models import MODEL_NAMES
+from qcomm.transport.launchers import find_place
 
 WARM_UP = 3  # steps before any is counted: DDP rebuilds its buckets after the first
 TRACED = 3  # last steps of a trace

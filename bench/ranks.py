@@ -20,7 +20,7 @@ import torch
 from netlab import Netlab, end_cleanly
 
 import qcomm
-from qcomm.launchers import LAUNCHERS, find_place
+from qcomm.transport.launchers import LAUNCHERS, find_place
 
 LOOPBACK = "none"  # the rate of links that nothing limits
 # One thread a rank, and none that spins while it waits: ranks share cores.

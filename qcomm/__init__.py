@@ -16,9 +16,8 @@ from qcomm.codec import (
 from qcomm.collectives import all_reduce
 from qcomm.ddp import CompressionState, attach, compression_hook
 from qcomm.errors import CollectiveError, ConfigMismatchError, PacketError
-from qcomm.launchers import init_from_environment
-from qcomm.mpi_group import MpiGroup
 from qcomm.storage import load, save
+from qcomm.transport import MpiGroup, init_from_environment
 
 __version__ = "0.1.0"
 

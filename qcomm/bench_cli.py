@@ -12,12 +12,10 @@ import typer
 
 from qcomm.codec import Grid, RangeGrid, SigmaGrid
 from qcomm.cost_model import CodecProfile, LinkProfile, Profile
-from qcomm.gloo_transport import GlooTransport
 from qcomm.machine import measure_codec, measure_link, slowest
-from qcomm.mpi_group import MpiGroup
 from qcomm.recipes.errors import RecipeError
 from qcomm.recipes.launch import USER_ERROR, launch, launched_world_size
-from qcomm.transport import Transport
+from qcomm.transport import GlooTransport, MpiGroup, Transport
 
 __all__ = ["BENCH_HELP", "bench"]
 

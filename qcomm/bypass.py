@@ -28,9 +28,9 @@ from qcomm.errors import CollectiveError
 from qcomm.faults import Fault, Phase
 from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask
-from qcomm.mpi_group import MpiGroup
 from qcomm.plain_values import PLAIN, PlainValues, count_rings
 from qcomm.telemetry import Telemetry
+from qcomm.transport import MpiGroup
 
 __all__ = ["BYPASSED", "Bypass", "Lane", "can_bypass"]
 

@@ -19,10 +19,8 @@ import torch.distributed as dist
 from qcomm.agreement import UNTIMED, Agreement, Fields, Took
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.faults import Fault, Phase
-from qcomm.gloo_transport import GlooTransport
-from qcomm.mpi_group import MpiGroup
 from qcomm.pipeline import Pipeline
-from qcomm.transport import Traffic, Transport, TransportError
+from qcomm.transport import GlooTransport, MpiGroup, Traffic, Transport, TransportError
 
 __all__ = [
     "Communicator",

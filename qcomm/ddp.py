@@ -14,7 +14,7 @@ from qcomm.ddp_checks import check_grad_scale, check_model
 from qcomm.ddp_state import CompressionState
 from qcomm.device_choice import check_device_strategy
 from qcomm.device_mean import check_group
-from qcomm.mpi_group import MpiGroup
+from qcomm.transport import MpiGroup
 
 __all__ = ["CompressionState", "attach", "compression_hook"]
 

@@ -29,10 +29,9 @@ from qcomm.faults import Phase, attempt
 from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask, Scale
 from qcomm.mean_steps import owner_grid
-from qcomm.mpi_group import MpiGroup
 from qcomm.packets import wire_dtype
 from qcomm.telemetry import Telemetry
-from qcomm.transport import Traffic
+from qcomm.transport import MpiGroup, Traffic
 
 __all__ = ["DeviceMean", "check_group"]
 

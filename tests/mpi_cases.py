@@ -14,10 +14,11 @@ from mpi4py import MPI
 from strategy_twins import TWINS
 
 import qcomm
-from qcomm import mpi_transport, two_phase
+from qcomm import two_phase
 from qcomm.mean_steps import MeanSteps
 from qcomm.pipeline import Pipeline
-from qcomm.transport import TransportError
+from qcomm.transport import mpi as mpi_transport
+from qcomm.transport.base import TransportError
 
 WORLD = MPI.COMM_WORLD
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -190,7 +191,7 @@ def faults():
     other.close()
     # The same in the ring of a plain mean, and with messages that MPI hands over only when the receiver asks.
     other = qcomm.MpiGroup(timeout=timedelta(hours=1))
-    with mock.patch("qcomm.mpi_transport.ring_sum", side_effect=MemoryError) if RANK == 1 else nullcontext():
+    with mock.patch("qcomm.transport.mpi.ring_sum", side_effect=MemoryError) if RANK == 1 else nullcontext():
         error = error_of(other, 1_000_000, strategy="none")
     assert isinstance(error, MemoryError if RANK == 1 else TransportError), error
     other.close()

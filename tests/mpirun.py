@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import qcomm
-from qcomm import launchers
+from qcomm.transport import launchers
 
 
 def environment(**variables):

@@ -11,7 +11,7 @@ from distributed import all_reduce, assert_same_on_all_ranks, attach, counting_b
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import qcomm
-from qcomm.transport import TransportError
+from qcomm.transport.base import TransportError
 
 pytestmark = pytest.mark.world
 

@@ -27,10 +27,10 @@ import qcomm
 from qcomm import communicator as communicators
 from qcomm import mean_steps, plain
 from qcomm.communicator import get_communicator
-from qcomm.gloo_transport import GlooTransport
 from qcomm.mean_steps import MeanSteps
 from qcomm.pipeline import Pipeline
-from qcomm.transport import TransportError
+from qcomm.transport.base import TransportError
+from qcomm.transport.gloo import GlooTransport
 
 pytestmark = pytest.mark.world
 

@@ -13,7 +13,7 @@ from distributed import TIMEOUT, assert_same_on_all_ranks, die, gathered, run, r
 
 import qcomm
 from qcomm import hierarchical
-from qcomm.transport import TransportError
+from qcomm.transport.base import TransportError
 
 pytestmark = pytest.mark.world
 

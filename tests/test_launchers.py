@@ -10,8 +10,8 @@ import sys
 import pytest
 from mpirun import environment, find_mpirun
 
-from qcomm import launchers
-from qcomm.launchers import Place, find_place
+from qcomm.transport import launchers
+from qcomm.transport.launchers import Place, find_place
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "1",

@@ -18,8 +18,8 @@ import qcomm
 from qcomm import machine
 from qcomm.cli import app
 from qcomm.cost_model import CodecProfile, LinkProfile, Profile
-from qcomm.gloo_transport import GlooTransport
 from qcomm.machine import describe, measure_codec, measure_link, resolve_profile, slowest
+from qcomm.transport.gloo import GlooTransport
 
 SLOW = Profile(LinkProfile(0.0001, 5.0), CodecProfile(2.0, 4.0, 15.0))
 FAST = Profile(LinkProfile(12.5, 10.0), CodecProfile(0.5, 1.0, 15.0))

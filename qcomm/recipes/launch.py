@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
-from qcomm.launchers import find_place, init_from_environment
 from qcomm.recipes.errors import RecipeError
+from qcomm.transport import find_place, init_from_environment
 
 USER_ERROR = 2  # exit code for what the user can put right
 

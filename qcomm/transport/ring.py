@@ -15,7 +15,7 @@ import itertools
 
 import torch
 
-from qcomm.transport import Transport
+from qcomm.transport.base import Transport
 
 __all__ = ["ring_sum"]
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from qcomm.ring import ring_sum
-from qcomm.transport import Transfer, Transport
+from qcomm.transport.base import Transfer, Transport
+from qcomm.transport.ring import ring_sum
 
 __all__ = ["MpiTransport", "poll_until"]
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroupGloo, default_pg_timeout
 
-from qcomm.transport import Transfer, Transport, TransportError
+from qcomm.transport.base import Transfer, Transport, TransportError
 
 __all__ = ["GlooTransport"]
 

@@ -1,7 +1,7 @@
 """Messages between the ranks of a group: what every transport offers, and what all have in common.
 
-:class:`~qcomm.gloo_transport.GlooTransport` carries them for a process group of ``torch.distributed``,
-:class:`~qcomm.mpi_transport.MpiTransport` for an MPI communicator. The collectives know only this interface, so their
+:class:`~qcomm.transport.gloo.GlooTransport` carries them for a process group of ``torch.distributed``,
+:class:`~qcomm.transport.mpi.MpiTransport` for an MPI communicator. The collectives know only this interface, so their
 results are the same bits over both.
 """
 

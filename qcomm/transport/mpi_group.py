@@ -7,8 +7,8 @@ from typing import Any
 
 from torch.distributed.distributed_c10d import default_pg_timeout
 
-from qcomm.mpi_transport import MpiTransport, poll_until
-from qcomm.transport import TransportError
+from qcomm.transport.base import TransportError
+from qcomm.transport.mpi import MpiTransport, poll_until
 
 __all__ = ["MpiGroup"]
 
