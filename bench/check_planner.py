@@ -37,7 +37,7 @@ from allreduce_methods import GRIDS, Compressed, plain
 from gradient_data import Bucket, bucket, load
 from netlab import BURST
 
-from qcomm.agreement import Fields
+from qcomm.communicator.handshake import Fields
 from qcomm.cost_model import LinkProfile
 from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.mean import MeanTask

@@ -21,8 +21,7 @@ from collections.abc import Sequence
 
 import torch
 
-from qcomm.communicator import Communicator
-from qcomm.faults import Phase, attempt
+from qcomm.communicator import Communicator, Phase, attempt
 from qcomm.layout import scatter_chunk
 from qcomm.mean import MeanTask
 from qcomm.packets import exchange, measure_tensors, pack_chunk, raise_later, size_limit, unpack, wire_dtype

@@ -22,10 +22,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from qcomm.callbacks import CallbackToken
-from qcomm.communicator import Group, Ticket, failed
+from qcomm.communicator import Fault, Group, Phase, Ticket, failed
 from qcomm.ddp_steps import LastError
 from qcomm.errors import CollectiveError
-from qcomm.faults import Fault, Phase
 from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask
 from qcomm.plain_values import PLAIN, PlainValues, count_rings

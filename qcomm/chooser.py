@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
-from qcomm.agreement import UNTIMED, Took
+from qcomm.communicator import UNTIMED, Took
 from qcomm.plain_values import PLAIN
 
 __all__ = ["Chooser"]

@@ -6,15 +6,24 @@ from pathlib import Path
 
 import torch
 
-from qcomm.agreement import Fields
 from qcomm.codec import Grid, RangeGrid, SigmaGrid, check_floats, check_num_threads, core, is_on_device
-from qcomm.communicator import Group, Ticket, completed, failed, get_communicator, get_world_size, resolve_group
+from qcomm.communicator import (
+    Fault,
+    Fields,
+    Group,
+    Phase,
+    Ticket,
+    completed,
+    failed,
+    get_communicator,
+    get_world_size,
+    resolve_group,
+)
 from qcomm.cost_model import Profile
 from qcomm.ddp_device import device_future
 from qcomm.device_choice import DeviceChoice, check_device_strategy
 from qcomm.device_mean import check_group
 from qcomm.errors import CollectiveError, ConfigMismatchError
-from qcomm.faults import Fault, Phase
 from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.machine import describe, resolve_profile
 from qcomm.mean import MeanTask

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qcomm.agreement import Fields
 from qcomm.codec import DTYPE_NUMBERS
+from qcomm.communicator import Fields
 from qcomm.layout import BucketLayout, TensorSpec
 
 __all__ = ["BucketTable"]

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qcomm.agreement import Fields
 from qcomm.bypass import BYPASSED, Bypass, Lane, can_bypass
 from qcomm.codec import Grid, SigmaGrid, is_on_device
 from qcomm.collectives import check_exchange
 from qcomm.communicator import (
     Communicator,
+    Fields,
     Group,
+    Phase,
+    attempt,
     failed,
     get_communicator,
     get_world_size,
@@ -31,7 +33,6 @@ from qcomm.ddp_steps import GradScale, Steps
 from qcomm.device_choice import check_device_strategy
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import CollectiveError, ConfigMismatchError
-from qcomm.faults import Phase, attempt
 from qcomm.layout import BucketLayout
 from qcomm.machine import describe, resolve_profile
 from qcomm.mean import MeanTask

@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from qcomm.communicator import Fault
 from qcomm.ddp_checks import check_scale
-from qcomm.faults import Fault
 from qcomm.mean import Scale
 
 __all__ = ["GradScale", "LastError", "Steps"]

@@ -7,8 +7,7 @@ on the host for long, so that nobody waits.
 import torch
 import torch.distributed as dist
 
-from qcomm.communicator import Communicator
-from qcomm.faults import Phase
+from qcomm.communicator import Communicator, Phase
 from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask
 

@@ -18,9 +18,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from qcomm.agreement import UNTIMED
 from qcomm.chooser import Chooser
-from qcomm.communicator import Communicator, Group, is_agreed
+from qcomm.communicator import UNTIMED, Communicator, Group, is_agreed
 from qcomm.device_agreement import AgreedNumbers, agree, is_known
 from qcomm.device_mean import DeviceMean, check_group
 from qcomm.device_plain import DevicePlain

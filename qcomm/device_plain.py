@@ -5,9 +5,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from qcomm.communicator import Communicator
+from qcomm.communicator import Communicator, Phase, attempt
 from qcomm.device_agreement import agree, is_known
-from qcomm.faults import Phase, attempt
 from qcomm.layout import BucketLayout
 from qcomm.mean import MeanTask, Scale
 from qcomm.plain_values import PlainValues, count_rings

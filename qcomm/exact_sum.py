@@ -32,8 +32,7 @@ from typing import NamedTuple
 import torch
 
 from qcomm.codec import Quantizer, Segment, is_zero, measure
-from qcomm.communicator import Communicator
-from qcomm.faults import Fault, Phase, attempt
+from qcomm.communicator import Communicator, Fault, Phase, attempt
 from qcomm.layout import scatter_chunk
 from qcomm.mean import MeanTask
 from qcomm.packets import (

@@ -42,9 +42,8 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from qcomm.codec import Coding, Grid, Quantizer, Segment, is_zero, measure
-from qcomm.communicator import Communicator
+from qcomm.communicator import Communicator, Fault, Phase, attempt
 from qcomm.errors import PacketError
-from qcomm.faults import Fault, Phase, attempt
 from qcomm.layout import Chunk, Piece, gather_chunk, scatter_chunk
 from qcomm.mean import MeanTask
 from qcomm.mean_steps import owner_grid

@@ -4,11 +4,10 @@ from dataclasses import dataclass, field
 
 import torch
 
-from qcomm.agreement import UNTIMED, Fields, Took
 from qcomm.codec import Grid
+from qcomm.communicator import UNTIMED, Fault, Fields, Took
 from qcomm.cost_model import Profile
 from qcomm.error_feedback import ErrorFeedback
-from qcomm.faults import Fault
 from qcomm.layout import BucketLayout
 from qcomm.plain_values import PlainValues
 from qcomm.telemetry import Telemetry

@@ -7,9 +7,8 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from qcomm.codec import Code, Grid, Quantizer, Segment, decode_into, encode, is_zero, measure, plan
-from qcomm.communicator import Communicator
+from qcomm.communicator import Communicator, Fault, Phase
 from qcomm.errors import CollectiveError, PacketError
-from qcomm.faults import Fault, Phase
 from qcomm.layout import Chunk, gather_runs
 from qcomm.mean import MeanTask
 

@@ -7,8 +7,7 @@ from typing import cast
 import torch
 
 from qcomm.codec import is_zero, measure
-from qcomm.communicator import Communicator
-from qcomm.faults import Fault, Phase, attempt
+from qcomm.communicator import Communicator, Fault, Phase, attempt
 from qcomm.mean import MeanTask
 from qcomm.packets import raise_later
 from qcomm.plain_values import PlainValues, count_rings

@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from qcomm.agreement import UNTIMED, Took
 from qcomm.all_gather import all_gather_mean
 from qcomm.chooser import Chooser
 from qcomm.codec import Grid, SigmaGrid
-from qcomm.communicator import Communicator
+from qcomm.communicator import UNTIMED, Communicator, Took
 from qcomm.cost_model import PLAUSIBLE, Exchange, Profile, candidates
 from qcomm.exact_sum import exact_sum_mean
 from qcomm.hierarchical import hierarchical_mean

@@ -16,18 +16,16 @@ A large buffer goes through this in slices, so that codec and network work at th
     link carries              values 0  values 1  values 2  mean 0    values 3  mean 1    mean 2              ...
 
 :mod:`qcomm.slices` cuts, :mod:`qcomm.schedule` orders the steps, :mod:`qcomm.mean_steps` computes them and
-:mod:`qcomm.pipeline` carries the messages.
+:mod:`qcomm.communicator.messages` carries the messages.
 """
 
 import torch
 
-from qcomm.communicator import Communicator
+from qcomm.communicator import Communicator, Phase, Pipeline
 from qcomm.errors import CollectiveError
-from qcomm.faults import Phase
 from qcomm.mean import MeanTask
 from qcomm.mean_steps import MeanSteps
 from qcomm.packets import size_limit
-from qcomm.pipeline import Pipeline
 from qcomm.schedule import Step, schedule
 from qcomm.slices import SLICE_ELEMENTS, Slice, cut_slices
 

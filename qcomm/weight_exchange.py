@@ -22,13 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qcomm.agreement import Fields
 from qcomm.codec import measure
-from qcomm.communicator import Communicator, get_communicator, get_world_size, resolve_group
+from qcomm.communicator import Communicator, Fault, Fields, Phase, get_communicator, get_world_size, resolve_group
 from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import ConfigMismatchError
 from qcomm.exchange_options import ExchangeOptions
-from qcomm.faults import Fault, Phase
 from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.mean import MeanTask
 from qcomm.nodes import resolve_ranks_per_node

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 import qcomm
 from qcomm import two_phase
-from qcomm.communicator import get_communicator
+from qcomm.communicator.groups import get_communicator
 
 TIMEOUT = timedelta(seconds=60)  # of the default process group: most that a rank waits for another
 CASE_SECONDS = 120.0

@@ -15,8 +15,8 @@ from strategy_twins import TWINS
 
 import qcomm
 from qcomm import two_phase
+from qcomm.communicator.messages import Pipeline
 from qcomm.mean_steps import MeanSteps
-from qcomm.pipeline import Pipeline
 from qcomm.transport import mpi as mpi_transport
 from qcomm.transport.base import TransportError
 

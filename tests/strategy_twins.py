@@ -6,10 +6,10 @@ from typing import NamedTuple
 import torch
 import twin
 
-from qcomm.agreement import HEADER_WORDS
 from qcomm.codec.packet import Segment, encode
 from qcomm.codec.quantize import Coding, Quantizer
 from qcomm.codec.statistics import measure
+from qcomm.communicator.handshake import HEADER_WORDS
 from qcomm.shared_grid import SharedGrid, lossless_quantizer, share, summarize
 
 HEADER_BYTES = 8 * HEADER_WORDS

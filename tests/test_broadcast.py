@@ -8,7 +8,7 @@ from torch import nn
 
 import qcomm
 from qcomm import broadcast
-from qcomm.agreement import HEADER_WORDS
+from qcomm.communicator.handshake import HEADER_WORDS
 
 pytestmark = pytest.mark.world
 

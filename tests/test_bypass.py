@@ -23,7 +23,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 import qcomm
 from qcomm import bypass, callbacks, chooser, strategies
-from qcomm.communicator import get_communicator
+from qcomm.communicator.groups import get_communicator
 
 pytestmark = pytest.mark.world
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
 from qcomm import ddp_buckets
-from qcomm.communicator import get_communicator
+from qcomm.communicator.groups import get_communicator
 from qcomm.mean_steps import MeanSteps
 
 pytestmark = pytest.mark.world

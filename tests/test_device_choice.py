@@ -14,11 +14,11 @@ from test_device_mean import Side, buffer_of, make_layout, mean_of_residuals
 
 import qcomm
 from qcomm import SigmaGrid, chooser, device_choice, device_plain
-from qcomm.communicator import get_communicator
+from qcomm.communicator.faults import Fault, Phase
+from qcomm.communicator.groups import get_communicator
 from qcomm.device_choice import TRIAL, DeviceChoice, Stopwatch
 from qcomm.device_mean import DeviceMean
 from qcomm.device_plain import DevicePlain
-from qcomm.faults import Fault, Phase
 from qcomm.mean import MeanTask
 
 pytestmark = pytest.mark.world

@@ -14,8 +14,8 @@ from emulated_core import emulated_device
 
 import qcomm
 from qcomm import RangeGrid, SigmaGrid, device_mean
-from qcomm.agreement import Fields
-from qcomm.communicator import get_communicator
+from qcomm.communicator.groups import get_communicator
+from qcomm.communicator.handshake import Fields
 from qcomm.device_mean import DeviceMean
 from qcomm.device_slots import Slots
 from qcomm.error_feedback import ErrorFeedback

@@ -24,11 +24,11 @@ from distributed import (
 )
 
 import qcomm
-from qcomm import communicator as communicators
 from qcomm import mean_steps, plain
-from qcomm.communicator import get_communicator
+from qcomm.communicator import groups
+from qcomm.communicator.groups import get_communicator
+from qcomm.communicator.messages import Pipeline
 from qcomm.mean_steps import MeanSteps
-from qcomm.pipeline import Pipeline
 from qcomm.transport.base import TransportError
 from qcomm.transport.gloo import GlooTransport
 
@@ -350,7 +350,7 @@ def case_threads(rank, world_size):
         return sum(thread.name.startswith("qcomm") for thread in threading.enumerate())
 
     check_works(rank, world_size)
-    before, known = workers(), len(communicators._places)
+    before, known = workers(), len(groups._places)
     for _ in range(3):
         group = dist.new_group()
         assert get_communicator(group) is get_communicator(group)
@@ -360,7 +360,7 @@ def case_threads(rank, world_size):
         dist.destroy_process_group(group)
         del group
         gc.collect()
-        assert workers() == before and len(communicators._places) == known
+        assert workers() == before and len(groups._places) == known
         with pytest.raises(qcomm.CollectiveError, match="communicator is closed"):
             communicator.submit(lambda: 1).wait()
     group = dist.new_group()

@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
 from qcomm import RangeGrid, SigmaGrid, device_mean
-from qcomm.agreement import Fields
 from qcomm.codec.packet import default_block_steps
 from qcomm.codec.plans_cuda import Decoder, Workspace, address, own_code_bits
-from qcomm.communicator import get_communicator
+from qcomm.communicator.groups import get_communicator
+from qcomm.communicator.handshake import Fields
 from qcomm.device_choice import TRIAL, DeviceChoice
 from qcomm.device_mean import DeviceMean
 from qcomm.error_feedback import ErrorFeedback

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 import qcomm
 from qcomm import chooser, strategies
-from qcomm.agreement import Took, agreed_time
 from qcomm.chooser import Chooser
+from qcomm.communicator.handshake import Took, agreed_time
 from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.mean_steps import MeanSteps
 

@@ -14,9 +14,9 @@ from strategy_twins import HEADER_BYTES, size
 import qcomm
 from qcomm.codec.packet import Segment
 from qcomm.codec.quantize import Quantizer
+from qcomm.communicator.messages import HEADER_BYTES as MESSAGE_HEADER_BYTES
 from qcomm.layout import BucketLayout, TensorSpec
 from qcomm.mean_steps import owner_grid
-from qcomm.pipeline import HEADER_BYTES as MESSAGE_HEADER_BYTES
 from qcomm.slices import cut_slices
 
 pytestmark = pytest.mark.world

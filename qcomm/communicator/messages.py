@@ -15,8 +15,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from qcomm.agreement import MAGIC, raise_faults
-from qcomm.faults import Fault, Phase, attempt
+from qcomm.communicator.faults import Fault, Phase, attempt
+from qcomm.communicator.handshake import MAGIC, raise_faults
 from qcomm.transport import Traffic, Transfer, Transport, TransportError
 
 __all__ = ["Pipeline"]

@@ -2,7 +2,8 @@
 
 A collective starts with one small header from every rank to every other. All ranks see the same W headers, so all take
 the same decision: go on, or tell each other the details and raise. A rank that failed therefore still sends its header,
-and nobody waits for a packet that will not come. What fails later, between slices, is told in :mod:`qcomm.pipeline`.
+and no rank waits for a packet that will not come. Faults between slices are told in
+:mod:`qcomm.communicator.messages`.
 
 A header is eight int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of
 the packet for the receiver``, and nanoseconds of work and of waiting (:class:`Took`).
@@ -15,8 +16,8 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
+from qcomm.communicator.faults import Fault, Phase
 from qcomm.errors import CollectiveError, ConfigMismatchError
-from qcomm.faults import Fault, Phase
 from qcomm.transport import Exchange, Traffic, Transport, TransportError
 
 __all__ = ["UNTIMED", "Agreement", "Fields", "Took", "agreed_time", "raise_faults"]

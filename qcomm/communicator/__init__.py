@@ -1,0 +1,28 @@
+"""The communicator: one ordered conversation of a group of ranks, on a background thread of its own."""
+
+from qcomm.communicator.faults import Fault, Phase, attempt
+from qcomm.communicator.groups import Group, get_communicator, get_ranks, get_world_size, resolve_group
+from qcomm.communicator.handshake import UNTIMED, Fields, Took
+from qcomm.communicator.messages import Pipeline
+from qcomm.communicator.ticket import Ticket, completed, failed
+from qcomm.communicator.worker import Communicator, is_agreed
+
+__all__ = [
+    "UNTIMED",
+    "Communicator",
+    "Fault",
+    "Fields",
+    "Group",
+    "Phase",
+    "Pipeline",
+    "Ticket",
+    "Took",
+    "attempt",
+    "completed",
+    "failed",
+    "get_communicator",
+    "get_ranks",
+    "get_world_size",
+    "is_agreed",
+    "resolve_group",
+]

@@ -1,0 +1,90 @@
+"""Groups of ranks, of torch.distributed or of MPI, and the communicator that each of them shares."""
+
+import threading
+import weakref
+
+import torch.distributed as dist
+
+from qcomm.communicator.worker import Communicator
+from qcomm.transport import GlooTransport, MpiGroup
+
+__all__ = ["Group", "get_communicator", "get_ranks", "get_world_size", "resolve_group"]
+
+Group = dist.ProcessGroup | MpiGroup
+
+
+class _Place:
+    """Where a group's communicator is, or is being made: that waits for other ranks, and no other group may."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.communicator: Communicator | None = None
+
+
+_places: "weakref.WeakKeyDictionary[Group, _Place]" = weakref.WeakKeyDictionary()
+_places_lock = threading.Lock()
+
+
+def resolve_group(group: Group | None) -> Group:
+    """``group`` or the default group, after checking that this process belongs to it.
+
+    Raises:
+        RuntimeError: torch.distributed is not initialised.
+        ValueError: this process is not a member, or the group was destroyed.
+    """
+    if isinstance(group, MpiGroup):
+        if group.is_closed:
+            raise ValueError("group is closed; make a new MpiGroup")
+        return group
+    if type(group).__module__.startswith("mpi4py"):
+        raise ValueError(f"group must be wrapped, once and on all ranks: qcomm.MpiGroup(comm), got {group!r}")
+    if not dist.is_initialized():
+        raise RuntimeError("torch.distributed is not initialised: call torch.distributed.init_process_group first")
+    if group is None:
+        group = dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group must be a process group that this rank belongs to, got {group!r}")
+    if not _is_registered(group):
+        raise ValueError("group was destroyed; make a new process group")
+    return group
+
+
+def get_world_size(group: Group) -> int:
+    """Number of ranks in a group."""
+    return group.size if isinstance(group, MpiGroup) else dist.get_world_size(group)
+
+
+def get_ranks(group: Group) -> list[int]:
+    """The group's ranks by their numbers in the whole job."""
+    return list(group.transport.ranks) if isinstance(group, MpiGroup) else dist.get_process_group_ranks(group)
+
+
+def get_communicator(group: Group) -> Communicator:
+    """The communicator of a group, made at the first call.
+
+    Making it is a collective, which all ranks of the group reach in the same order. It ends with its group, or with the
+    process.
+    """
+    with _places_lock:
+        ended = [_places.pop(known) for known in list(_places) if not _is_registered(known)]
+        place = _places.setdefault(group, _Place())
+    for other in ended:
+        if other.communicator is not None:
+            other.communicator.close()
+    with place.lock:
+        if place.communicator is None:
+            communicator = Communicator(group.transport if isinstance(group, MpiGroup) else GlooTransport(group))
+            place.communicator = communicator
+            weakref.finalize(group, communicator.close)
+            if isinstance(group, MpiGroup):
+                group.before_close(communicator.close)
+        return place.communicator
+
+
+def _is_registered(group: Group) -> bool:
+    if isinstance(group, MpiGroup):
+        return not group.is_closed
+    try:
+        return len(dist.get_process_group_ranks(group)) > 0
+    except (KeyError, ValueError, RuntimeError):
+        return False

@@ -1,0 +1,89 @@
+"""Tickets: a job's result or error, to be waited for on other threads."""
+
+import threading
+from datetime import timedelta
+from typing import Generic, TypeVar, cast
+
+import torch
+
+__all__ = ["Ticket", "completed", "failed"]
+
+T = TypeVar("T")
+
+
+class Ticket(Generic[T]):
+    """What became of a job: may be waited for from any thread but the one that runs it, any number of times.
+
+    Args:
+        worker: the thread that runs the job.
+
+    Attributes:
+        future: holds the job's result; its ``wait()`` raises what the job raised.
+    """
+
+    def __init__(self, worker: threading.Thread | None = None) -> None:
+        self._worker = worker
+        self._done = threading.Event()
+        self._result: T | None = None
+        self._error: Exception | None = None
+        self._signal: torch.futures.Future[None] = torch.futures.Future()
+        # An exception set on a Future would reach DDP as if it were the result; one raised in a callback arrives as an
+        # exception.
+        self.future: torch.futures.Future[T] = self._signal.then(lambda _: self.result())
+
+    def is_completed(self) -> bool:
+        """Whether the job has ended, well or not."""
+        return self._done.is_set()
+
+    def exception(self) -> Exception | None:
+        """What the job raised; None while it runs and where it succeeded."""
+        return self._error
+
+    def wait(self, timeout: timedelta | float | None = None) -> None:
+        """Waits for the end of the job and raises what it raised.
+
+        Raises:
+            TimeoutError: the job still runs after ``timeout`` (seconds or a timedelta).
+            RuntimeError: called on the worker thread, as by a Future's callback, for a job that is still in the queue.
+        """
+        if threading.current_thread() is self._worker and not self._done.is_set():
+            raise RuntimeError(
+                "a callback waits for a collective that can only run after the callback; pass async_op=True and wait "
+                "on another thread"
+            )
+        seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+        if not self._done.wait(seconds):
+            raise TimeoutError(f"the collective is still running after {seconds:g} s")
+        if self._error is not None:
+            raise self._error
+
+    def join(self) -> None:
+        """Waits for the end of the job, well or not."""
+        self._done.wait()
+
+    def result(self) -> T:
+        """What the job returned."""
+        self.wait()
+        return cast(T, self._result)
+
+    def complete(self, result: T | None, error: Exception | None) -> None:
+        """Ends the wait. Called once."""
+        self._result, self._error = result, error
+        self._done.set()
+        self._signal.set_result(None)
+
+
+def completed(result: T, future: torch.futures.Future[T] | None = None) -> Ticket[T]:
+    """The ticket of a job that had nothing to do, or has done it; ``future``: of a result on a device."""
+    ticket: Ticket[T] = Ticket()
+    ticket.complete(result, None)
+    if future is not None:
+        ticket.future = future
+    return ticket
+
+
+def failed(error: Exception) -> Ticket[T]:
+    """The ticket of a job that could not even be queued."""
+    ticket: Ticket[T] = Ticket()
+    ticket.complete(None, error)
+    return ticket

@@ -1,0 +1,177 @@
+"""A worker thread for each group that runs compressed collectives one after another.
+
+Collectives of several phases cannot be chained by callbacks: gloo has two threads for them, and callbacks start their
+work in no common order on all ranks. So the training thread hands jobs to a queue, and the worker runs them to their
+end, in order. The result or the error of a job is delivered through a ``torch.futures.Future`` that DDP understands.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TypeVar, cast
+
+import torch
+
+from qcomm.communicator.faults import Fault, Phase
+from qcomm.communicator.handshake import UNTIMED, Agreement, Fields, Took
+from qcomm.communicator.messages import Pipeline
+from qcomm.communicator.ticket import Ticket, failed
+from qcomm.errors import CollectiveError, ConfigMismatchError
+from qcomm.transport import Traffic, Transport, TransportError
+
+__all__ = ["Communicator", "is_agreed"]
+
+T = TypeVar("T")
+CLOSE_SECONDS = 5.0
+
+
+class Communicator:
+    """Runs jobs in order on a thread with connections of its own; ``get_communicator`` shares one for each group.
+
+    Args:
+        transport: carries its messages, and nobody else's; it is closed with the communicator.
+
+    Attributes:
+        agreements: how many collectives all ranks agreed to run.
+        agreed_time: nanoseconds of the last collective of its kind, as all ranks said in the last agreement; or 0.
+        time_to_agree: nanoseconds of this rank's last job that were for an agreement, not for its values.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._sequence = 0
+        self.agreements = 0
+        self.agreed_time = 0
+        self.time_to_agree = 0
+        self._pending_fault: Fault | None = None
+        self._broken: BaseException | None = None
+        self._closed = False
+        self._closing = threading.Lock()
+        self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Ticket[object]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"qcomm rank {self._transport.rank}", daemon=True)
+        self._thread.start()
+
+    @property
+    def rank(self) -> int:
+        """This process within the group."""
+        return self._transport.rank
+
+    @property
+    def world_size(self) -> int:
+        """Ranks in the group."""
+        return self._transport.world_size
+
+    def submit(self, job: Callable[[], T]) -> Ticket[T]:
+        """Queues ``job``. All ranks submit the same jobs in the same order; jobs that do not match are refused."""
+        ticket: Ticket[T] = Ticket(self._thread)
+        with self._closing:
+            if not self._closed:
+                self._jobs.put(cast(tuple[Callable[[], object], Ticket[object]], (job, ticket)))
+                return ticket
+        return failed(CollectiveError("the communicator is closed: its group was destroyed"))
+
+    @property
+    def pending_fault(self) -> Fault | None:
+        """What went wrong at the end of an earlier job, which the other ranks will hear of in the next exchange."""
+        return self._pending_fault
+
+    def begin(self) -> None:
+        """Called by a job at its start: counts it."""
+        self._sequence += 1
+
+    def agree(
+        self,
+        phase: Phase,
+        fields: Fields,
+        sizes: Sequence[int],
+        limits: Sequence[int],
+        fault: Fault | None,
+        own_time: Took = UNTIMED,
+    ) -> tuple[list[int], Traffic]:
+        """Returns sizes to come and bytes of the headers, as ``Agreement.finish`` does."""
+        return self.finish_agreement(self.begin_agreement(phase, fields, sizes, limits, fault, own_time), phase)
+
+    def begin_agreement(
+        self,
+        phase: Phase,
+        fields: Fields,
+        sizes: Sequence[int],
+        limits: Sequence[int],
+        fault: Fault | None,
+        own_time: Took = UNTIMED,
+    ) -> Agreement:
+        """Sends this rank's headers; until :meth:`finish_agreement`, which has to follow, the job may compute."""
+        self._pending_fault = None
+        return Agreement(self._transport, self._sequence, phase, fields, sizes, limits, fault, own_time)
+
+    def finish_agreement(self, agreement: Agreement, phase: Phase) -> tuple[list[int], Traffic]:
+        """The second half of :meth:`agree`."""
+        begin = time.perf_counter_ns()
+        incoming, agreed_time, traffic = agreement.finish()
+        if phase == Phase.ENCODE:
+            self.agreements += 1
+            self.agreed_time, self.time_to_agree = agreed_time, time.perf_counter_ns() - begin
+        return incoming, traffic
+
+    def exchange(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], phase: Phase) -> Traffic:
+        """Packets to and from every rank, of the sizes that were agreed on."""
+        return self._transport.exchange_in_rounds(outgoing, incoming, f"exchanging packets after {phase}")
+
+    def pipeline(self) -> Pipeline:
+        """The messages of this job, under way while it computes."""
+        return Pipeline(self._transport, self._sequence)
+
+    def sum(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Replaces each of ``buffers`` by its sum over all ranks."""
+        self._transport.sum(buffers, "summing values")
+
+    def announce_later(self, fault: Fault) -> None:
+        """Remembers a fault after the last exchange of a job; the other ranks hear of it in the next job's first."""
+        self._pending_fault = fault
+
+    def close(self) -> None:
+        """Ends the thread after the jobs in the queue and closes the connections.
+
+        Does not wait for long: a job that hangs keeps its thread, which ends with the process.
+        """
+        with self._closing:
+            if not self._closed:
+                self._jobs.put(None)
+            self._closed = True
+        if threading.current_thread() is not self._thread:
+            self._thread.join(CLOSE_SECONDS)
+
+    def _run(self) -> None:
+        with torch.no_grad():
+            while (entry := self._jobs.get()) is not None:
+                self._run_job(*entry)
+                del entry  # or the buffers of the last job live until the next one
+        self._transport.close()
+
+    def _run_job(self, job: Callable[[], object], ticket: Ticket[object]) -> None:
+        if self._broken is not None:
+            ticket.complete(
+                None, CollectiveError(f"an earlier collective left this group without connections: {self._broken}")
+            )
+            return
+        try:
+            result = job()
+        except BaseException as error:  # noqa: BLE001 - any: it belongs to the thread that waits for the ticket
+            if not is_agreed(error):
+                # The peers may be waiting for this rank: with the connections gone they get an error now and not
+                # after the timeout.
+                self._broken = error
+                self._transport.close()
+            told = error
+            if not isinstance(told, Exception):  # SystemExit and the like are meant for the main thread
+                told = CollectiveError(f"the collective was ended by {type(error).__name__}: {error}")
+                told.__cause__ = error
+            ticket.complete(None, told)
+        else:
+            ticket.complete(result, None)
+
+
+def is_agreed(error: BaseException) -> bool:
+    """Whether all ranks left the collective at the same point, so that the next one can begin."""
+    return isinstance(error, (CollectiveError, ConfigMismatchError)) and not isinstance(error, TransportError)
