@@ -18,10 +18,10 @@ import qcomm
 from qcomm.codec.grids import Grid, SigmaGrid
 from qcomm.codec.quantize import plan
 from qcomm.codec.statistics import measure
-from qcomm.layout import BucketLayout
-from qcomm.mean_steps import owner_grid
-from qcomm.slices import SLICE_ELEMENTS, cut_slices
-from qcomm.telemetry import Event
+from qcomm.collectives.layout import BucketLayout
+from qcomm.collectives.telemetry import Event
+from qcomm.collectives.two_phase_schedule import SLICE_ELEMENTS, cut_slices
+from qcomm.collectives.two_phase_steps import owner_grid
 
 Method = Callable[[torch.Tensor], int]
 
@@ -139,7 +139,7 @@ class Compressed:
     def average(self, buffer: torch.Tensor) -> None:
         """The mean alone: counters are not read at every step, nor is the norm of residuals computed."""
         self.timeline.clear()
-        self._state.reduce(_HookBucket(self.bucket, buffer, self._parameters)).wait()  # type: ignore[arg-type]  # stands in
+        self._state.reduce(_HookBucket(self.bucket, buffer, self._parameters)).wait()  # type: ignore[arg-type]
 
     @property
     def chosen(self) -> str:

@@ -16,8 +16,8 @@ from allreduce_methods import DTYPES, GRIDS, Compressed, Method, plain, timed
 from gradient_data import Bucket
 from scipy import stats
 
-from qcomm.chooser import DUEL_ROUNDS, ROUNDS, WARM_UP
-from qcomm.strategies import AUTOMATIC
+from qcomm.collectives.strategies import AUTOMATIC
+from qcomm.collectives.tuner import DUEL_ROUNDS, ROUNDS, WARM_UP
 
 BASES = ("fp32", "bf16")
 GRID = "qcomm k=1"

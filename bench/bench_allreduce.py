@@ -31,8 +31,8 @@ from allreduce_pairs import run_pairs, show_pairs
 from netlab import UNAVAILABLE, NetlabError
 from ranks import RanksError, about, is_rank, run_ranks, start_rank, write
 
-from qcomm.strategies import STRATEGIES
-from qcomm.telemetry import Event
+from qcomm.collectives.options import STRATEGIES
+from qcomm.collectives.telemetry import Event
 
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 

@@ -3,7 +3,7 @@
     python bench/bench_slices.py [--rates 100mbit 1gbit] [--worlds 2 4] [--mib 25] [--repeats 7] [--json FILE]
 
 Hosts are network namespaces (root, Linux), see netlab.py; qcomm k=1 on ResNet-18's gradients as in bench_allreduce.py.
-``MOST_SLICES`` of qcomm/slices.py is what this says.
+``MOST_SLICES`` of qcomm/collectives/two_phase_schedule.py is what this says.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from allreduce_methods import GRIDS, Compressed, timed
 from netlab import UNAVAILABLE, NetlabError
 from ranks import RanksError, about, is_rank, run_ranks, start_rank, write
 
-from qcomm import slices
+from qcomm.collectives import two_phase_schedule
 
 GRID = "qcomm k=1"
 COUNTS = (1, 2, 4, 8)
@@ -34,7 +34,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
     seconds: dict[int, list[float]] = {count: [] for count in COUNTS}
     for number in range(arguments.repeats + 1):
         for count in COUNTS:
-            with mock.patch.object(slices, "MOST_SLICES", count):
+            with mock.patch.object(two_phase_schedule, "MOST_SLICES", count):
                 taken = timed(method, bucket.values)
             if number:  # the first time memory is new
                 seconds[count].append(taken)

@@ -37,11 +37,13 @@ from allreduce_methods import GRIDS, Compressed, plain
 from gradient_data import Bucket, bucket, load
 from netlab import BURST
 
+from qcomm.collectives.cost_model import LinkProfile
+from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.task import MeanTask
+from qcomm.collectives.telemetry import Telemetry
+from qcomm.collectives.two_phase_schedule import SLICE_ELEMENTS, Step, cut_slices, schedule
+from qcomm.collectives.two_phase_steps import MeanSteps
 from qcomm.communicator.handshake import Fields
-from qcomm.cost_model import LinkProfile
-from qcomm.layout import BucketLayout, TensorSpec
-from qcomm.mean import MeanTask
-from qcomm.mean_steps import MeanSteps
 from qcomm.planner import plan
 from qcomm.planner.collectives import Cluster, ring
 from qcomm.planner.compute import ComputeTimes
@@ -49,9 +51,6 @@ from qcomm.planner.methods import RATIOS, Codec, Setting, method_named
 from qcomm.planner.profiles import ParameterTensor
 from qcomm.planner.published import PUBLISHED, Point
 from qcomm.planner.simulator import Job, simulate
-from qcomm.schedule import Step, schedule
-from qcomm.slices import SLICE_ELEMENTS, cut_slices
-from qcomm.telemetry import Telemetry
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

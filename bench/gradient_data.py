@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from qcomm.layout import TensorSpec
+from qcomm.collectives.layout import TensorSpec
 from qcomm.recipes.datasets import load_dataset
 from qcomm.recipes.models import build_model
 

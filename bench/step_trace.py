@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from training import StepTimes
 
-from qcomm.telemetry import Event
+from qcomm.collectives.telemetry import Event
 
 TRAINING, EXCHANGE, BUCKETS = 1, 2, 3  # rows; of the buckets, which overlap, the first
 

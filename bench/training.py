@@ -19,10 +19,10 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
+from qcomm.collectives.telemetry import Event
 from qcomm.recipes.datasets import Dataset, load_dataset
 from qcomm.recipes.models import build_model
 from qcomm.recipes.train import average_buffers
-from qcomm.telemetry import Event
 
 # Without an exchange; with torch's; with qcomm, which compresses even where that is slower, but for "qcomm auto".
 LOCAL = "no exchange"

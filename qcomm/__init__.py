@@ -1,5 +1,6 @@
 """Compressed gradient communication for PyTorch: quantization by entropy, Huffman coding, a DDP communication hook."""
 
+from qcomm.allreduce import all_reduce
 from qcomm.averager import CompressedModelAverager, HierarchicalCompressedModelAverager
 from qcomm.broadcast import broadcast_parameters
 from qcomm.codec import (
@@ -13,7 +14,6 @@ from qcomm.codec import (
     estimate_entropy,
     inspect,
 )
-from qcomm.collectives import all_reduce
 from qcomm.ddp import CompressionState, attach, compression_hook
 from qcomm.errors import CollectiveError, ConfigMismatchError, PacketError
 from qcomm.storage import load, save

@@ -18,10 +18,10 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
 
+from qcomm.collectives import Telemetry
 from qcomm.communicator import resolve_group
 from qcomm.exchange_options import ExchangeOptions
 from qcomm.parameters import Params
-from qcomm.telemetry import Telemetry
 from qcomm.weight_exchange import WeightExchange
 
 __all__ = ["CompressedModelAverager", "HierarchicalCompressedModelAverager"]

@@ -11,8 +11,7 @@ import torch.distributed as dist
 import typer
 
 from qcomm.codec import Grid, RangeGrid, SigmaGrid
-from qcomm.cost_model import CodecProfile, LinkProfile, Profile
-from qcomm.machine import measure_codec, measure_link, slowest
+from qcomm.collectives import CodecProfile, LinkProfile, Profile, measure_codec, measure_link, slowest
 from qcomm.recipes.errors import RecipeError
 from qcomm.recipes.launch import USER_ERROR, launch, launched_world_size
 from qcomm.transport import GlooTransport, MpiGroup, Transport

@@ -8,10 +8,9 @@ import torch
 import torch.distributed as dist
 
 from qcomm.codec import Grid, RangeGrid, check_num_threads
-from qcomm.collectives import check_grid, check_min_elements
+from qcomm.collectives import check_grid, check_min_elements, no_bytes, raise_later
 from qcomm.communicator import Communicator, Fault, Fields, Phase, attempt, get_communicator, get_ranks, resolve_group
 from qcomm.errors import PacketError
-from qcomm.packets import no_bytes, raise_later
 from qcomm.parameters import Params, check_writable, described, named_tensors
 from qcomm.state_packets import pack_state, packed_size_limit, unpack_state
 

@@ -22,13 +22,10 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from qcomm.callbacks import CallbackToken
+from qcomm.collectives import PLAIN, BucketLayout, MeanTask, PlainValues, Telemetry, count_rings
 from qcomm.communicator import Fault, Group, Phase, Ticket, failed
 from qcomm.ddp_steps import LastError
 from qcomm.errors import CollectiveError
-from qcomm.layout import BucketLayout
-from qcomm.mean import MeanTask
-from qcomm.plain_values import PLAIN, PlainValues, count_rings
-from qcomm.telemetry import Telemetry
 from qcomm.transport import MpiGroup
 
 __all__ = ["BYPASSED", "Bypass", "Lane", "can_bypass"]

@@ -9,6 +9,7 @@ import typer
 
 import qcomm
 from qcomm.bench_cli import BENCH_HELP, bench
+from qcomm.collectives import STRATEGIES
 from qcomm.paper.cli import app as paper_app
 from qcomm.planner.cli import plan
 from qcomm.recipes.compare import comparison_configs, run_all
@@ -18,7 +19,6 @@ from qcomm.recipes.errors import RecipeError
 from qcomm.recipes.launch import USER_ERROR, launch, launched_world_size
 from qcomm.recipes.models import MODEL_NAMES
 from qcomm.recipes.train import check
-from qcomm.strategies import STRATEGIES
 
 app = typer.Typer(
     name="qcomm",

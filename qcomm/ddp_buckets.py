@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from qcomm.codec import DTYPE_NUMBERS
+from qcomm.collectives import BucketLayout, TensorSpec
 from qcomm.communicator import Fields
-from qcomm.layout import BucketLayout, TensorSpec
 
 __all__ = ["BucketTable"]
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qcomm.collectives import ErrorFeedback
 from qcomm.ddp_buckets import BucketTable
-from qcomm.error_feedback import ErrorFeedback
 
 __all__ = ["StateDict", "restore", "save"]
 

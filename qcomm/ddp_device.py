@@ -5,11 +5,10 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from qcomm.collectives import MeanTask, Scale, Telemetry
 from qcomm.communicator import Communicator, Group, is_agreed
 from qcomm.device_choice import DeviceChoice
 from qcomm.errors import CollectiveError
-from qcomm.mean import MeanTask, Scale
-from qcomm.telemetry import Telemetry
 
 __all__ = ["DeviceHook", "device_future"]
 

@@ -11,7 +11,19 @@ import torch.distributed as dist
 
 from qcomm.bypass import BYPASSED, Bypass, Lane, can_bypass
 from qcomm.codec import Grid, SigmaGrid, is_on_device
-from qcomm.collectives import check_exchange
+from qcomm.collectives import (
+    BucketLayout,
+    ErrorFeedback,
+    MeanTask,
+    Profile,
+    Telemetry,
+    average,
+    check_exchange,
+    describe,
+    resolve_profile,
+    resolve_ranks_per_node,
+    settled,
+)
 from qcomm.communicator import (
     Communicator,
     Fields,
@@ -24,21 +36,13 @@ from qcomm.communicator import (
     is_agreed,
     resolve_group,
 )
-from qcomm.cost_model import Profile
 from qcomm.ddp_buckets import BucketTable
 from qcomm.ddp_checkpoint import StateDict, restore, save
 from qcomm.ddp_checks import check_hook_options
 from qcomm.ddp_device import DeviceHook, device_future
 from qcomm.ddp_steps import GradScale, Steps
 from qcomm.device_choice import check_device_strategy
-from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import CollectiveError, ConfigMismatchError
-from qcomm.layout import BucketLayout
-from qcomm.machine import describe, resolve_profile
-from qcomm.mean import MeanTask
-from qcomm.nodes import resolve_ranks_per_node
-from qcomm.strategies import average, settled
-from qcomm.telemetry import Telemetry
 
 __all__ = ["CompressionState"]
 

@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import torch
 
+from qcomm.collectives import Scale
 from qcomm.communicator import Fault
 from qcomm.ddp_checks import check_scale
-from qcomm.mean import Scale
 
 __all__ = ["GradScale", "LastError", "Steps"]
 

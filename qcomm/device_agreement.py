@@ -7,9 +7,8 @@ on the host for long, so that nobody waits.
 import torch
 import torch.distributed as dist
 
+from qcomm.collectives import BucketLayout, MeanTask
 from qcomm.communicator import Communicator, Phase
-from qcomm.layout import BucketLayout
-from qcomm.mean import MeanTask
 
 __all__ = ["AgreedNumbers", "agree", "is_known"]
 

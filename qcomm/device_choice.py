@@ -1,7 +1,8 @@
 """Which way a bucket on a device takes: tried and timed as on the CPU, but nobody waits for the device.
 
 A bucket goes the same way for a turn of several collectives. The device times the first one of a turn, and all ranks
-agree on the time during the next turn, so that what :mod:`qcomm.chooser` is told has been on the host for long:
+agree on the time during the next turn, so that what :mod:`qcomm.collectives.tuner` is told has been on the host for
+long:
 
 ::
 
@@ -18,18 +19,13 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from qcomm.chooser import Chooser
+from qcomm.collectives import PLAIN, BucketLayout, Chooser, MeanTask, Scale, Telemetry, plain_ways
 from qcomm.communicator import UNTIMED, Communicator, Group, is_agreed
 from qcomm.device_agreement import AgreedNumbers, agree, is_known
 from qcomm.device_mean import DeviceMean, check_group
 from qcomm.device_plain import DevicePlain
 from qcomm.device_slots import PERIOD
 from qcomm.errors import CollectiveError, ConfigMismatchError
-from qcomm.layout import BucketLayout
-from qcomm.mean import MeanTask, Scale
-from qcomm.plain_values import PLAIN
-from qcomm.strategies import plain_ways
-from qcomm.telemetry import Telemetry
 
 __all__ = ["DEVICE_STRATEGIES", "DeviceChoice", "check_device_strategy", "device_ways"]
 

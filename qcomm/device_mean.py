@@ -9,8 +9,8 @@ The host waits for the device only where a bucket is new, to learn how large its
 in slots of a fixed size, see :mod:`qcomm.device_slots`. Where packets have no useful bound (a sigma grid without error
 feedback) it waits in every collective. New buckets, and collectives that wait anyway, begin with the headers of
 :mod:`qcomm.communicator.handshake`, over gloo connections of the communicator: ranks that are configured differently,
-and faults, are told there. Later a rank that fails sends slots without packets: the others get NaN, and the error at the next
-agreement.
+and faults, are told there. Later a rank that fails sends slots without packets: the others get NaN, and the error at
+the next agreement.
 """
 
 import weakref
@@ -20,16 +20,12 @@ import torch
 import torch.distributed as dist
 
 from qcomm.codec import FAULTS, RangeGrid
+from qcomm.collectives import BucketLayout, MeanTask, Scale, Telemetry, owner_grid, wire_dtype
 from qcomm.communicator import Communicator, Group, Phase, attempt
 from qcomm.device_agreement import AgreedNumbers, agree, is_known
 from qcomm.device_slots import PERIOD, Slots, adjusted, is_fixed, nominal_bytes, slot_bytes
 from qcomm.device_steps import Accounts, DeviceSteps, Workspaces, packet_bounds
 from qcomm.errors import CollectiveError
-from qcomm.layout import BucketLayout
-from qcomm.mean import MeanTask, Scale
-from qcomm.mean_steps import owner_grid
-from qcomm.packets import wire_dtype
-from qcomm.telemetry import Telemetry
 from qcomm.transport import MpiGroup, Traffic
 
 __all__ = ["DeviceMean", "check_group"]

@@ -5,11 +5,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from qcomm.collectives import BucketLayout, MeanTask, PlainValues, Scale, count_rings
 from qcomm.communicator import Communicator, Phase, attempt
 from qcomm.device_agreement import agree, is_known
-from qcomm.layout import BucketLayout
-from qcomm.mean import MeanTask, Scale
-from qcomm.plain_values import PlainValues, count_rings
 
 __all__ = ["DevicePlain"]
 
@@ -22,7 +20,9 @@ class _Bucket:
 
 
 class DevicePlain:
-    """Averages buckets over a group, on the current stream of the buckets' device, as :mod:`qcomm.plain` on the CPU.
+    """Averages buckets over a group, on the current stream of the buckets' device.
+
+    The same as :mod:`qcomm.collectives.uncompressed` does on the CPU.
 
     Args:
         communicator: of the group, for the headers of new buckets; None in a world of one rank.

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass
 
 from qcomm.codec import Grid, RangeGrid, SigmaGrid
-from qcomm.layout import Chunk
+from qcomm.collectives import Chunk
 
 __all__ = ["PERIOD", "Slots", "adjusted", "is_fixed", "nominal_bytes", "slot_bytes"]
 

@@ -1,7 +1,8 @@
 """What one rank computes of a two-phase mean on a device: encode, reduce, decode; no messages, and no waiting.
 
-The same values as :mod:`qcomm.mean_steps` computes on the CPU, bit for bit, in one slice. Everything that kernels are
-told is found out when the object is made; afterwards a collective is the same few launches, whatever the bucket holds.
+The same values as :mod:`qcomm.collectives.two_phase_steps` computes on the CPU, bit for bit, in one slice. Everything
+that kernels are told is found out when the object is made; afterwards a collective is the same few launches, whatever
+the bucket holds.
 """
 
 from collections.abc import Sequence
@@ -23,11 +24,8 @@ from qcomm.codec import (
     own_code_bits,
     read_quantizers,
 )
+from qcomm.collectives import BucketLayout, Chunk, MeanTask, owner_grid, wire_dtype
 from qcomm.device_slots import Slots
-from qcomm.layout import BucketLayout, Chunk
-from qcomm.mean import MeanTask
-from qcomm.mean_steps import owner_grid
-from qcomm.packets import wire_dtype
 
 __all__ = ["Accounts", "DeviceSteps", "Workspaces", "packet_bounds"]
 

@@ -23,16 +23,19 @@ import torch
 import torch.distributed as dist
 
 from qcomm.codec import measure
+from qcomm.collectives import (
+    BucketLayout,
+    ErrorFeedback,
+    MeanTask,
+    Telemetry,
+    TensorSpec,
+    average,
+    resolve_ranks_per_node,
+)
 from qcomm.communicator import Communicator, Fault, Fields, Phase, get_communicator, get_world_size, resolve_group
-from qcomm.error_feedback import ErrorFeedback
 from qcomm.errors import ConfigMismatchError
 from qcomm.exchange_options import ExchangeOptions
-from qcomm.layout import BucketLayout, TensorSpec
-from qcomm.mean import MeanTask
-from qcomm.nodes import resolve_ranks_per_node
 from qcomm.parameters import Params, check_averageable, described, floating_buffers, named_tensors
-from qcomm.strategies import average
-from qcomm.telemetry import Telemetry
 
 __all__ = ["WeightExchange"]
 

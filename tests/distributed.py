@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 import qcomm
-from qcomm import two_phase
+from qcomm.collectives import two_phase
 from qcomm.communicator.groups import get_communicator
 
 TIMEOUT = timedelta(seconds=60)  # of the default process group: most that a rank waits for another

@@ -14,9 +14,9 @@ from mpi4py import MPI
 from strategy_twins import TWINS
 
 import qcomm
-from qcomm import two_phase
+from qcomm.collectives import two_phase
+from qcomm.collectives.two_phase_steps import MeanSteps
 from qcomm.communicator.messages import Pipeline
-from qcomm.mean_steps import MeanSteps
 from qcomm.transport import mpi as mpi_transport
 from qcomm.transport.base import TransportError
 

@@ -10,7 +10,7 @@ from distributed import assert_same_on_all_ranks, counting_bytes, gathered
 from strategy_twins import TWINS
 
 import qcomm
-from qcomm.layout import BucketLayout, TensorSpec
+from qcomm.collectives.layout import BucketLayout, TensorSpec
 
 GRIDS = [
     qcomm.SigmaGrid(step=1.0),

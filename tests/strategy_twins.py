@@ -9,8 +9,8 @@ import twin
 from qcomm.codec.packet import Segment, encode
 from qcomm.codec.quantize import Coding, Quantizer
 from qcomm.codec.statistics import measure
+from qcomm.collectives.exact_sum_grid import SharedGrid, lossless_quantizer, share, summarize
 from qcomm.communicator.handshake import HEADER_WORDS
-from qcomm.shared_grid import SharedGrid, lossless_quantizer, share, summarize
 
 HEADER_BYTES = 8 * HEADER_WORDS
 

@@ -6,7 +6,7 @@ import torch
 from distributed import assert_same_on_all_ranks, run
 
 import qcomm
-from qcomm import all_gather
+from qcomm.collectives import all_gather
 
 pytestmark = pytest.mark.world
 

@@ -10,7 +10,7 @@ from distributed import assert_same_on_all_ranks, run
 from torch import nn
 
 import qcomm
-from qcomm.mean_steps import MeanSteps
+from qcomm.collectives.two_phase_steps import MeanSteps
 
 pytestmark = pytest.mark.world
 

@@ -22,7 +22,9 @@ from test_strategies import all_slow_but
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 
 import qcomm
-from qcomm import bypass, callbacks, chooser, strategies
+from qcomm import bypass, callbacks
+from qcomm.collectives import strategies
+from qcomm.collectives import tuner as chooser
 from qcomm.communicator.groups import get_communicator
 
 pytestmark = pytest.mark.world
@@ -247,7 +249,7 @@ def case_mixed(rank, world_size):
     ):
         for step in range(bypass.BYPASSED + 10):
             failing = rank == 1 and step in (7, 20)
-            target = "qcomm.mean_steps.encode"
+            target = "qcomm.collectives.two_phase_steps.encode"
             if failing:
                 with mock.patch(target, side_effect=ZeroDivisionError("boom")):
                     error = error_of(model, rank)
@@ -418,7 +420,7 @@ def case_drained(rank, world_size):
         mock.patch.object(state._bypass, "drain", drained),
     ):
         for step in range(AGREED + 3):
-            failing = mock.patch("qcomm.mean_steps.encode", side_effect=ZeroDivisionError("boom"))
+            failing = mock.patch("qcomm.collectives.two_phase_steps.encode", side_effect=ZeroDivisionError("boom"))
             with failing if step == AGREED + 1 else nullcontext():
                 error = error_of(model, rank)
             assert (error is not None) == (step == AGREED + 1), error

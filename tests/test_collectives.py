@@ -8,10 +8,10 @@ from distributed import all_reduce, assert_same_on_all_ranks, gathered, run
 from strategy_cases import COUNTS, GRIDS, KINDS, values
 
 import qcomm
-from qcomm import two_phase
-from qcomm.layout import BucketLayout, TensorSpec
-from qcomm.mean_steps import owner_grid
-from qcomm.slices import cut_slices
+from qcomm.collectives import two_phase
+from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.two_phase_schedule import cut_slices
+from qcomm.collectives.two_phase_steps import owner_grid
 
 pytestmark = pytest.mark.world
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcomm
-from qcomm.cost_model import CodecProfile, Exchange, LinkProfile, Profile, bytes_sent, candidates, seconds
-from qcomm.plain_values import PLAIN
-from qcomm.slices import MOST_SLICES
-from qcomm.strategies import AUTOMATIC, WAYS
+from qcomm.collectives.cost_model import CodecProfile, Exchange, LinkProfile, Profile, bytes_sent, candidates, seconds
+from qcomm.collectives.strategies import AUTOMATIC, WAYS
+from qcomm.collectives.two_phase_schedule import MOST_SLICES
+from qcomm.collectives.uncompressed_values import PLAIN
 
 LINK, CODEC = LinkProfile(gb_per_s=0.125, latency_us=50.0), CodecProfile(2.0, 4.0, ratio=15.0)
 NAMES = ("none", "bf16", "all_gather", "two_phase", "exact_sum", "hierarchical")

@@ -13,8 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
-from qcomm import ddp_state, two_phase
-from qcomm.slices import cut_slices
+from qcomm import ddp_state
+from qcomm.collectives import two_phase
+from qcomm.collectives.two_phase_schedule import cut_slices
 
 pytestmark = pytest.mark.world
 

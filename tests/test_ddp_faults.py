@@ -16,8 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
 from qcomm import ddp_buckets
+from qcomm.collectives.two_phase_steps import MeanSteps
 from qcomm.communicator.groups import get_communicator
-from qcomm.mean_steps import MeanSteps
 
 pytestmark = pytest.mark.world
 

@@ -13,13 +13,14 @@ from emulated_core import emulated_device
 from test_device_mean import Side, buffer_of, make_layout, mean_of_residuals
 
 import qcomm
-from qcomm import SigmaGrid, chooser, device_choice, device_plain
+from qcomm import SigmaGrid, device_choice, device_plain
+from qcomm.collectives import tuner as chooser
+from qcomm.collectives.task import MeanTask
 from qcomm.communicator.faults import Fault, Phase
 from qcomm.communicator.groups import get_communicator
 from qcomm.device_choice import TRIAL, DeviceChoice, Stopwatch
 from qcomm.device_mean import DeviceMean
 from qcomm.device_plain import DevicePlain
-from qcomm.mean import MeanTask
 
 pytestmark = pytest.mark.world
 

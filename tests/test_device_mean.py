@@ -14,15 +14,15 @@ from emulated_core import emulated_device
 
 import qcomm
 from qcomm import RangeGrid, SigmaGrid, device_mean
+from qcomm.collectives.error_feedback import ErrorFeedback
+from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.task import MeanTask
+from qcomm.collectives.telemetry import Telemetry
+from qcomm.collectives.two_phase import two_phase_mean
 from qcomm.communicator.groups import get_communicator
 from qcomm.communicator.handshake import Fields
 from qcomm.device_mean import DeviceMean
 from qcomm.device_slots import Slots
-from qcomm.error_feedback import ErrorFeedback
-from qcomm.layout import BucketLayout, TensorSpec
-from qcomm.mean import MeanTask
-from qcomm.telemetry import Telemetry
-from qcomm.two_phase import two_phase_mean
 
 pytestmark = pytest.mark.world
 

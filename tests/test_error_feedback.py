@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
-from qcomm.error_feedback import ErrorFeedback
-from qcomm.layout import BucketLayout, TensorSpec
+from qcomm.collectives.error_feedback import ErrorFeedback
+from qcomm.collectives.layout import BucketLayout, TensorSpec
 
 SIZES = {"a": 700, "b": 33, "c": 5000}
 

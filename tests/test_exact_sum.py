@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcomm
-from qcomm import exact_sum
 from qcomm.codec.packet import Segment, decode_into, decompress, encode
 from qcomm.codec.quantize import Quantizer
 from qcomm.codec.statistics import measure
-from qcomm.shared_grid import SharedGrid, Summary, lossless_quantizer, share, summarize
+from qcomm.collectives import exact_sum
+from qcomm.collectives.exact_sum_grid import SharedGrid, Summary, lossless_quantizer, share, summarize
 
 
 def shared(grid, parts):

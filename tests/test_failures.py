@@ -24,11 +24,12 @@ from distributed import (
 )
 
 import qcomm
-from qcomm import mean_steps, plain
+from qcomm.collectives import two_phase_steps as mean_steps
+from qcomm.collectives import uncompressed as plain
+from qcomm.collectives.two_phase_steps import MeanSteps
 from qcomm.communicator import groups
 from qcomm.communicator.groups import get_communicator
 from qcomm.communicator.messages import Pipeline
-from qcomm.mean_steps import MeanSteps
 from qcomm.transport.base import TransportError
 from qcomm.transport.gloo import GlooTransport
 

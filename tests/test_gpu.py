@@ -18,15 +18,15 @@ import qcomm
 from qcomm import RangeGrid, SigmaGrid, device_mean
 from qcomm.codec.packet import default_block_steps
 from qcomm.codec.plans_cuda import Decoder, Workspace, address, own_code_bits
+from qcomm.collectives.error_feedback import ErrorFeedback
+from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.task import MeanTask
+from qcomm.collectives.telemetry import Telemetry
+from qcomm.collectives.two_phase import two_phase_mean
 from qcomm.communicator.groups import get_communicator
 from qcomm.communicator.handshake import Fields
 from qcomm.device_choice import TRIAL, DeviceChoice
 from qcomm.device_mean import DeviceMean
-from qcomm.error_feedback import ErrorFeedback
-from qcomm.layout import BucketLayout, TensorSpec
-from qcomm.mean import MeanTask
-from qcomm.telemetry import Telemetry
-from qcomm.two_phase import two_phase_mean
 
 pytestmark = [
     pytest.mark.gpu,
@@ -137,7 +137,7 @@ def test_means_and_residuals_are_those_of_the_cpu(group, grid, dtype):
         expected = heavy(layout.elements, dtype, step) * 16
         place.copy_(expected)
         task = cpu.task(expected, layout, grid, 16.0)
-        with mock.patch("qcomm.two_phase.SLICE_ELEMENTS", layout.elements):  # a device has one slice
+        with mock.patch("qcomm.collectives.two_phase.SLICE_ELEMENTS", layout.elements):  # a device has one slice
             communicator.submit(lambda task=task: two_phase_mean(task, communicator)).wait()
         mean.average(gpu.task(place, layout, grid), 16.0)
         assert torch.equal(place.cpu(), expected), step
@@ -283,7 +283,7 @@ def two_gpus(rank, folder):
         expected = heavy(layout.elements, seed=10 * step + rank)
         place.copy_(expected)
         task = cpu.task(expected, layout, SigmaGrid(1.0))
-        with mock.patch("qcomm.two_phase.SLICE_ELEMENTS", layout.elements):  # a device has one slice
+        with mock.patch("qcomm.collectives.two_phase.SLICE_ELEMENTS", layout.elements):  # a device has one slice
             communicator.submit(lambda task=task: two_phase_mean(task, communicator)).wait()
         mean.average(gpu.task(place, layout, SigmaGrid(1.0)))
         assert torch.equal(place.cpu(), expected), step

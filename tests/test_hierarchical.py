@@ -12,7 +12,7 @@ from ddp_model import backward, error_of, wrap
 from distributed import TIMEOUT, assert_same_on_all_ranks, die, gathered, run, run_alone
 
 import qcomm
-from qcomm import hierarchical
+from qcomm.collectives import hierarchical
 from qcomm.transport.base import TransportError
 
 pytestmark = pytest.mark.world

@@ -223,8 +223,8 @@ import os
 from unittest import mock
 import torch
 import qcomm
-from qcomm import two_phase
-from qcomm.mean_steps import MeanSteps
+from qcomm.collectives import two_phase
+from qcomm.collectives.two_phase_steps import MeanSteps
 place = qcomm.init_from_environment()
 print(f"process {os.getpid()}", flush=True)
 qcomm.all_reduce(torch.ones(3000), strategy="two_phase")

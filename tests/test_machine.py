@@ -15,10 +15,10 @@ from mpirun import environment, find_mpirun
 from typer.testing import CliRunner
 
 import qcomm
-from qcomm import machine
 from qcomm.cli import app
-from qcomm.cost_model import CodecProfile, LinkProfile, Profile
-from qcomm.machine import describe, measure_codec, measure_link, resolve_profile, slowest
+from qcomm.collectives import machine
+from qcomm.collectives.cost_model import CodecProfile, LinkProfile, Profile
+from qcomm.collectives.machine import describe, measure_codec, measure_link, resolve_profile, slowest
 from qcomm.transport.gloo import GlooTransport
 
 SLOW = Profile(LinkProfile(0.0001, 5.0), CodecProfile(2.0, 4.0, 15.0))
@@ -44,7 +44,7 @@ def test_a_profile_is_an_object_or_its_file(tmp_path):
     assert resolve_profile(path, "auto") == resolve_profile(str(path), "auto") == resolve_profile(SLOW, "auto") == SLOW
     with pytest.raises(ValueError, match=r"profile must be given with strategy 'auto'.*got strategy 'two_phase'"):
         qcomm.CompressionState(profile=SLOW, strategy="two_phase")
-    with pytest.raises(TypeError, match=r"profile must be a qcomm.cost_model.Profile or its file, got int"):
+    with pytest.raises(TypeError, match=r"profile must be a qcomm.collectives.cost_model.Profile or its file, got int"):
         qcomm.CompressionState(profile=3)
     with pytest.raises(FileNotFoundError):
         qcomm.CompressionState(profile=tmp_path / "nothing.json")

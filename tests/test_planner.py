@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from qcomm.cli import app
-from qcomm.cost_model import CodecProfile, LinkProfile, Profile
+from qcomm.collectives.cost_model import CodecProfile, LinkProfile, Profile
 from qcomm.planner import PlanError, Request, built_in, method_named, predict, profile, speedup
 from qcomm.planner.advice import break_even, verdict
 from qcomm.planner.estimate import estimate

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcomm.cost_model import Exchange, LinkProfile, Profile, TwoPhase, bytes_sent, seconds
+from qcomm.collectives.cost_model import Exchange, LinkProfile, Profile, TwoPhase, bytes_sent, seconds
+from qcomm.collectives.two_phase_schedule import MOST_SLICES
 from qcomm.planner import PlanError
 from qcomm.planner.collectives import Cluster, all_gather, all_reduce, hierarchical, ring, torus, tree
 from qcomm.planner.compute import ComputeTimes
@@ -17,7 +18,6 @@ from qcomm.planner.methods import Codec, Setting, Work, method_named
 from qcomm.planner.profiles import ParameterTensor
 from qcomm.planner.schedulers import Horovod
 from qcomm.planner.simulator import Job, chrome_trace, simulate, slowest_factors
-from qcomm.slices import MOST_SLICES
 
 SLOW, FAST = LinkProfile(10.0, 20.0), LinkProfile(100.0, 5.0)
 GB = 10**9

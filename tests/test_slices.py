@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from test_layout import specs
 
 import qcomm
-from qcomm import slices, two_phase
-from qcomm.layout import BucketLayout, TensorSpec
-from qcomm.mean_steps import MeanSteps
-from qcomm.schedule import LAG, Step, schedule
-from qcomm.slices import cut_slices
-from qcomm.telemetry import Telemetry
+from qcomm.collectives import two_phase, two_phase_schedule
+from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.telemetry import Telemetry
+from qcomm.collectives.two_phase_schedule import LAG, MOST_SLICES, Step, cut_slices, schedule
+from qcomm.collectives.two_phase_steps import MeanSteps
 
 SLICES = 4
 SIZES = st.lists(st.tuples(st.integers(0, 3000), st.booleans()), max_size=12)
@@ -28,10 +27,10 @@ SIZES = st.lists(st.tuples(st.integers(0, 3000), st.booleans()), max_size=12)
 def test_every_element_is_in_one_slice_of_its_chunk(sizes, world_size, slice_elements):
     layout = BucketLayout(specs(sizes), world_size)
     cut = cut_slices(layout, slice_elements)
-    assert 1 <= len(cut) <= slices.MOST_SLICES and all(len(part) == world_size for part in cut)
+    assert 1 <= len(cut) <= MOST_SLICES and all(len(part) == world_size for part in cut)
     if len(cut) > 1:
         assert layout.elements >= len(cut) * world_size * slice_elements
-    elif slices.MOST_SLICES > 1:
+    elif MOST_SLICES > 1:
         assert layout.elements < 2 * world_size * slice_elements
     for owner, chunk in enumerate(layout.chunks):
         parts = [part[owner] for part in cut]
@@ -95,7 +94,7 @@ def check_against_twin(rank, world_size, grid, count, dtype, slice_elements):
 @contextmanager
 def in_slices(elements=None):
     """More slices than the library cuts, so that every step has one before and one after it."""
-    with mock.patch.object(slices, "MOST_SLICES", SLICES), sliced(elements) if elements else nullcontext():
+    with mock.patch.object(two_phase_schedule, "MOST_SLICES", SLICES), sliced(elements) if elements else nullcontext():
         yield
 
 
@@ -222,7 +221,7 @@ def test_ranks_that_cut_differently_are_told():
 
 def case_timeline(rank, world_size):
     timeline = []
-    with in_slices(500), mock.patch("qcomm.collectives.Telemetry", return_value=Telemetry(timeline)):
+    with in_slices(500), mock.patch("qcomm.allreduce.Telemetry", return_value=Telemetry(timeline)):
         all_reduce(data(rank, 3 * world_size * 500))
     assert [event for _, event, _ in timeline] == [
         *["encode", "encode", "encode", "exchange_1", "reduce", "exchange_1", "reduce"],

@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcomm
-from qcomm import chooser, strategies
-from qcomm.chooser import Chooser
+from qcomm.collectives import strategies
+from qcomm.collectives import tuner as chooser
+from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.tuner import Chooser
+from qcomm.collectives.two_phase_steps import MeanSteps
 from qcomm.communicator.handshake import Took, agreed_time
-from qcomm.layout import BucketLayout, TensorSpec
-from qcomm.mean_steps import MeanSteps
 
 CANDIDATES = ("none", "two_phase")
 

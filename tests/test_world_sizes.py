@@ -14,10 +14,10 @@ from strategy_twins import HEADER_BYTES, size
 import qcomm
 from qcomm.codec.packet import Segment
 from qcomm.codec.quantize import Quantizer
+from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.two_phase_schedule import cut_slices
+from qcomm.collectives.two_phase_steps import owner_grid
 from qcomm.communicator.messages import HEADER_BYTES as MESSAGE_HEADER_BYTES
-from qcomm.layout import BucketLayout, TensorSpec
-from qcomm.mean_steps import owner_grid
-from qcomm.slices import cut_slices
 
 pytestmark = pytest.mark.world
 

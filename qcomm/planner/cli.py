@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from qcomm.cost_model import LinkProfile, Profile
+from qcomm.collectives import LinkProfile, Profile
 from qcomm.planner.advice import bandwidth_text, verdict
 from qcomm.planner.errors import PlanError
 from qcomm.planner.estimate import estimate

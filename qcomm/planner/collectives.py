@@ -18,7 +18,7 @@ CCGRID 2019; H. Mikami et al., "Massively distributed SGD: ImageNet/ResNet-50 tr
 import math
 from dataclasses import dataclass
 
-from qcomm.cost_model import LinkProfile
+from qcomm.collectives import LinkProfile
 from qcomm.planner.errors import PlanError
 
 __all__ = ["Cluster", "all_gather", "all_reduce", "hierarchical", "ring", "torus", "tree"]

@@ -21,7 +21,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qcomm.cost_model import LinkProfile
+from qcomm.collectives import LinkProfile
 from qcomm.planner.errors import PlanError
 
 __all__ = [

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qcomm.cost_model import CodecProfile, Exchange, LinkProfile, Profile, TwoPhase, bytes_sent, two_phase_steps
-from qcomm.cost_model import seconds as collective_seconds
+from qcomm.collectives import CodecProfile, Exchange, LinkProfile, Profile, TwoPhase, bytes_sent, two_phase_steps
+from qcomm.collectives import seconds as collective_seconds
 from qcomm.planner.collectives import Cluster, all_reduce
 from qcomm.planner.errors import PlanError
 from qcomm.planner.profiles import ParameterTensor

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-from qcomm.cost_model import LinkProfile
+from qcomm.collectives import LinkProfile
 from qcomm.planner.collectives import Cluster
 from qcomm.planner.compute import ComputeTimes, compute_times
 from qcomm.planner.errors import PlanError

@@ -5,10 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qcomm.collectives import STRATEGIES
 from qcomm.recipes.datasets import DATASET_NAMES
 from qcomm.recipes.errors import RecipeError
 from qcomm.recipes.models import MODEL_NAMES
-from qcomm.strategies import STRATEGIES
 
 METHODS = ("fp32", "bf16", "qcomm")
 GRIDS = ("sigma", "range")

@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
-from qcomm.nodes import resolve_ranks_per_node
+from qcomm.collectives import resolve_ranks_per_node
 from qcomm.recipes import checkpoint, exchange
 from qcomm.recipes.config import TrainConfig, learning_rate
 from qcomm.recipes.datasets import Dataset, Split, augment, augmentation_generator, load_dataset

@@ -179,7 +179,7 @@ class BucketLayout:
         )
 
     def slices(self, count: int) -> tuple[tuple[Chunk, ...], ...]:
-        """So many slices, each the same part of every chunk; see :mod:`qcomm.slices`."""
+        """So many slices, each the same part of every chunk; see :mod:`qcomm.collectives.two_phase_schedule`."""
         if count not in self._slices:
             self._slices[count] = tuple(zip(*[chunk.cut(count) for chunk in self.chunks], strict=True))
         return self._slices[count]

@@ -21,10 +21,10 @@ from collections.abc import Sequence
 
 import torch
 
+from qcomm.collectives.layout import scatter_chunk
+from qcomm.collectives.packing import exchange, measure_tensors, pack_chunk, raise_later, size_limit, unpack, wire_dtype
+from qcomm.collectives.task import MeanTask
 from qcomm.communicator import Communicator, Phase, attempt
-from qcomm.layout import scatter_chunk
-from qcomm.mean import MeanTask
-from qcomm.packets import exchange, measure_tensors, pack_chunk, raise_later, size_limit, unpack, wire_dtype
 
 __all__ = ["all_gather_mean"]
 
@@ -33,7 +33,7 @@ def all_gather_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     """Replaces ``task.buffer`` by its mean over all ranks and returns it. Runs on the communicator's thread.
 
     Raises:
-        CollectiveError, ConfigMismatchError: as :func:`qcomm.two_phase.two_phase_mean`.
+        CollectiveError, ConfigMismatchError: as :func:`qcomm.collectives.two_phase.two_phase_mean`.
     """
     communicator.begin()
     world_size = communicator.world_size

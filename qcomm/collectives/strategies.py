@@ -7,20 +7,20 @@ from dataclasses import replace
 
 import torch
 
-from qcomm.all_gather import all_gather_mean
-from qcomm.chooser import Chooser
 from qcomm.codec import Grid, SigmaGrid
+from qcomm.collectives.all_gather import all_gather_mean
+from qcomm.collectives.cost_model import PLAUSIBLE, Exchange, Profile, candidates
+from qcomm.collectives.exact_sum import exact_sum_mean
+from qcomm.collectives.hierarchical import hierarchical_mean
+from qcomm.collectives.layout import BucketLayout
+from qcomm.collectives.task import MeanTask
+from qcomm.collectives.tuner import Chooser
+from qcomm.collectives.two_phase import two_phase_mean
+from qcomm.collectives.uncompressed import bf16_mean, plain_mean
+from qcomm.collectives.uncompressed_values import PLAIN, is_rounded
 from qcomm.communicator import UNTIMED, Communicator, Took
-from qcomm.cost_model import PLAUSIBLE, Exchange, Profile, candidates
-from qcomm.exact_sum import exact_sum_mean
-from qcomm.hierarchical import hierarchical_mean
-from qcomm.layout import BucketLayout
-from qcomm.mean import MeanTask
-from qcomm.plain import bf16_mean, plain_mean
-from qcomm.plain_values import PLAIN, is_rounded
-from qcomm.two_phase import two_phase_mean
 
-__all__ = ["STRATEGIES", "average", "plain_ways", "settled"]
+__all__ = ["average", "plain_ways", "settled"]
 
 WAYS: Mapping[str, Callable[[MeanTask, Communicator], torch.Tensor]] = {
     "none": plain_mean,
@@ -30,7 +30,6 @@ WAYS: Mapping[str, Callable[[MeanTask, Communicator], torch.Tensor]] = {
     "hierarchical": hierarchical_mean,
     "two_phase": two_phase_mean,
 }
-STRATEGIES = ("auto", *WAYS)
 # What "auto" chooses between, the most exact first: of two that are equally fast, the chooser takes the earlier one.
 # exact_sum is never the fastest; it is for those who want what it computes.
 AUTOMATIC = (*PLAIN, "all_gather", "hierarchical", "two_phase")
@@ -42,10 +41,11 @@ def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     """Replaces ``task.buffer`` by its mean over all ranks, as ``task.strategy`` says, and returns it.
 
     With ``"auto"`` each way that may be the fastest is tried a few times for every kind of buffer, then the fastest one
-    that is worth it is taken; all ranks decide alike, see :mod:`qcomm.chooser`. Runs on the communicator's thread.
+    that is worth it is taken; all ranks decide alike, see :mod:`qcomm.collectives.tuner`. Runs on the communicator's
+    thread.
 
     Raises:
-        CollectiveError, ConfigMismatchError: as :func:`qcomm.two_phase.two_phase_mean`.
+        CollectiveError, ConfigMismatchError: as :func:`qcomm.collectives.two_phase.two_phase_mean`.
     """
     if task.layout is None:  # a fault, which the other ranks hear of whatever they are about to do
         return two_phase_mean(task, communicator)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 
 from qcomm.codec import divide_to_bfloat, is_on_device
-from qcomm.layout import BucketLayout, Chunk, scatter_chunk
-from qcomm.telemetry import Telemetry
+from qcomm.collectives.layout import BucketLayout, Chunk, scatter_chunk
+from qcomm.collectives.telemetry import Telemetry
 from qcomm.transport import Traffic
 
 __all__ = ["PLAIN", "PlainValues", "count_rings", "is_rounded"]
@@ -21,7 +21,7 @@ def is_rounded(strategy: str, layout: BucketLayout, dtype: torch.dtype) -> bool:
     to be compressed is rounded, and only what is excluded is not.
 
     Example:
-        >>> from qcomm.layout import TensorSpec
+        >>> from qcomm.collectives.layout import TensorSpec
         >>> tensors = [TensorSpec("weight", 0, 100, True), TensorSpec("bias", 100, 10, False, may_round=True)]
         >>> layout = BucketLayout(tensors, world_size=2)
         >>> is_rounded("bf16", layout, torch.float32), is_rounded("bf16", layout, torch.float16)

@@ -1,4 +1,4 @@
-"""What codec and links of this machine do, measured: the :class:`qcomm.cost_model.Profile` of ``qcomm bench``.
+"""Measures codec and links of this machine: the :class:`qcomm.collectives.Profile` of ``qcomm bench``.
 
 Measured is what the collectives run: the codec with its choice of a code and with error feedback, messages in pairwise
 rounds through the transport that the gradients take, all ranks at once. So ranks that share a machine's cores or its
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from qcomm.codec import Grid, Segment
-from qcomm.cost_model import CodecProfile, LinkProfile, Profile
+from qcomm.collectives.cost_model import CodecProfile, LinkProfile, Profile
+from qcomm.collectives.packing import choose, pack, unpack
 from qcomm.errors import CollectiveError
-from qcomm.packets import choose, pack, unpack
 from qcomm.transport import Transport
 
 __all__ = ["describe", "measure_codec", "measure_link", "resolve_profile", "slowest"]
@@ -43,7 +43,9 @@ def resolve_profile(profile: Profile | Path | str | None, strategy: str) -> Prof
     if isinstance(profile, (str, Path)):
         return Profile.load(profile)
     if not isinstance(profile, Profile):
-        raise TypeError(f"profile must be a qcomm.cost_model.Profile or its file, got {type(profile).__name__}")
+        raise TypeError(
+            f"profile must be a qcomm.collectives.cost_model.Profile or its file, got {type(profile).__name__}"
+        )
     return profile
 
 

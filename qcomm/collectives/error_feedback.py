@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from qcomm.layout import BucketLayout
+from qcomm.collectives.layout import BucketLayout
 
 __all__ = ["ErrorFeedback"]
 

@@ -1,7 +1,8 @@
 """The mean of quantized values without any further loss: one grid for all ranks, integers summed exactly.
 
 1. every rank measures its tensors and tells all others (extremes, sum of squares, bits: 32 bytes a tensor);
-2. all compute the same grid for each tensor from that (:mod:`qcomm.shared_grid`), every rank rounds its values to it
+2. all compute the same grid for each tensor from that (:mod:`qcomm.collectives.exact_sum_grid`), every rank rounds its
+values to it
    once, compresses them chunk by chunk, and sends each chunk to its owner;
 3. the owner adds the W packets, which is a sum of integers, and sends it to every rank, compressed without loss;
 4. every rank decodes the W packets of sums and divides by W.
@@ -32,10 +33,9 @@ from typing import NamedTuple
 import torch
 
 from qcomm.codec import Quantizer, Segment, is_zero, measure
-from qcomm.communicator import Communicator, Fault, Phase, attempt
-from qcomm.layout import scatter_chunk
-from qcomm.mean import MeanTask
-from qcomm.packets import (
+from qcomm.collectives.exact_sum_grid import RECORD_FIELDS, SharedGrid, Summary, lossless_quantizer, share, summarize
+from qcomm.collectives.layout import scatter_chunk
+from qcomm.collectives.packing import (
     Measured,
     exchange,
     no_bytes,
@@ -46,7 +46,8 @@ from qcomm.packets import (
     unpack,
     wire_dtype,
 )
-from qcomm.shared_grid import RECORD_FIELDS, SharedGrid, Summary, lossless_quantizer, share, summarize
+from qcomm.collectives.task import MeanTask
+from qcomm.communicator import Communicator, Fault, Phase, attempt
 
 __all__ = ["exact_sum_mean"]
 
@@ -64,7 +65,7 @@ def exact_sum_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     """Replaces ``task.buffer`` by its mean over all ranks and returns it. Runs on the communicator's thread.
 
     Raises:
-        CollectiveError, ConfigMismatchError: as :func:`qcomm.two_phase.two_phase_mean`.
+        CollectiveError, ConfigMismatchError: as :func:`qcomm.collectives.two_phase.two_phase_mean`.
     """
     communicator.begin()
     rank, world_size = communicator.rank, communicator.world_size

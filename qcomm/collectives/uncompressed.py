@@ -7,10 +7,10 @@ from typing import cast
 import torch
 
 from qcomm.codec import is_zero, measure
+from qcomm.collectives.packing import raise_later
+from qcomm.collectives.task import MeanTask
+from qcomm.collectives.uncompressed_values import PlainValues, count_rings
 from qcomm.communicator import Communicator, Fault, Phase, attempt
-from qcomm.mean import MeanTask
-from qcomm.packets import raise_later
-from qcomm.plain_values import PlainValues, count_rings
 
 __all__ = ["bf16_mean", "plain_mean"]
 
@@ -22,7 +22,7 @@ def plain_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
     values. What error feedback still keeps of the buffer's parameters is sent along.
 
     Raises:
-        CollectiveError, ConfigMismatchError: as :func:`qcomm.two_phase.two_phase_mean`.
+        CollectiveError, ConfigMismatchError: as :func:`qcomm.collectives.two_phase.two_phase_mean`.
     """
     return _mean("none", task, communicator)
 

@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 import torch
 
 from qcomm.codec import Grid
+from qcomm.collectives.cost_model import Profile
+from qcomm.collectives.error_feedback import ErrorFeedback
+from qcomm.collectives.layout import BucketLayout
+from qcomm.collectives.telemetry import Telemetry
+from qcomm.collectives.uncompressed_values import PlainValues
 from qcomm.communicator import UNTIMED, Fault, Fields, Took
-from qcomm.cost_model import Profile
-from qcomm.error_feedback import ErrorFeedback
-from qcomm.layout import BucketLayout
-from qcomm.plain_values import PlainValues
-from qcomm.telemetry import Telemetry
 
 __all__ = ["MeanTask", "Scale"]
 
@@ -32,13 +32,14 @@ class MeanTask:
         scale: the buffer holds values times this factor, and the result will; residuals are kept without it.
         index: number of the bucket for the timeline.
         fault: what went wrong before the task was queued; it is announced to the other ranks in place of the exchange.
-        strategy: one of ``qcomm.strategies.STRATEGIES``.
+        strategy: one of ``qcomm.collectives.strategies.STRATEGIES``.
         ranks_per_node: of the strategy hierarchical; a divisor of the number of ranks.
         profile: the machine, by which the strategy auto leaves out what cannot be fast on it; None for any machine.
-        own_time: of this rank's last collective of the kind, for the headers (see :mod:`qcomm.chooser`).
+        own_time: of this rank's last collective of the kind, for the headers (see :mod:`qcomm.collectives.tuner`).
         bypassed: how many collectives of the kind have run since its last agreement without one.
         can_bypass: whether further ones may (see :mod:`qcomm.bypass`).
-        memory: of earlier collectives on this buffer, by strategy (see :class:`qcomm.plain_values.PlainValues`).
+        memory: of earlier collectives on this buffer, by strategy (see
+        :class:`qcomm.collectives.uncompressed_values.PlainValues`).
         num_threads: most that encode and decode at once; need not be equal on all ranks.
     """
 

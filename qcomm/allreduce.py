@@ -6,7 +6,19 @@ from pathlib import Path
 
 import torch
 
-from qcomm.codec import Grid, RangeGrid, SigmaGrid, check_floats, check_num_threads, core, is_on_device
+from qcomm.codec import Grid, SigmaGrid, check_floats, core, is_on_device
+from qcomm.collectives import (
+    BucketLayout,
+    MeanTask,
+    Profile,
+    Telemetry,
+    TensorSpec,
+    average,
+    check_exchange,
+    describe,
+    resolve_profile,
+    resolve_ranks_per_node,
+)
 from qcomm.communicator import (
     Fault,
     Fields,
@@ -19,27 +31,12 @@ from qcomm.communicator import (
     get_world_size,
     resolve_group,
 )
-from qcomm.cost_model import Profile
 from qcomm.ddp_device import device_future
 from qcomm.device_choice import DeviceChoice, check_device_strategy
 from qcomm.device_mean import check_group
 from qcomm.errors import CollectiveError, ConfigMismatchError
-from qcomm.layout import BucketLayout, TensorSpec
-from qcomm.machine import describe, resolve_profile
-from qcomm.mean import MeanTask
-from qcomm.nodes import check_ranks_per_node, resolve_ranks_per_node
-from qcomm.strategies import STRATEGIES, average
-from qcomm.telemetry import Telemetry
 
-__all__ = [
-    "STRATEGIES",
-    "AllReduceWork",
-    "all_reduce",
-    "check_exchange",
-    "check_grid",
-    "check_min_elements",
-    "check_strategy",
-]
+__all__ = ["AllReduceWork", "all_reduce"]
 
 
 class AllReduceWork:
@@ -254,34 +251,3 @@ def _check_tensor(tensor: object) -> None:
         raise ValueError(
             "tensor must not be expanded: several of its elements share one place in memory; call .clone() first"
         )
-
-
-def check_exchange(
-    grid: object, min_elements: object, strategy: object, ranks_per_node: object, num_threads: object
-) -> None:
-    """Raises TypeError or ValueError, naming the option, unless each is what collectives take."""
-    check_grid(grid)
-    check_min_elements(min_elements)
-    check_strategy(strategy)
-    check_ranks_per_node(ranks_per_node)
-    check_num_threads(num_threads)
-
-
-def check_grid(grid: object) -> None:
-    """Raises TypeError unless ``grid`` is a grid."""
-    if not isinstance(grid, (SigmaGrid, RangeGrid)):
-        raise TypeError(f"grid must be a qcomm.SigmaGrid or qcomm.RangeGrid, got {type(grid).__name__}")
-
-
-def check_min_elements(min_elements: object) -> None:
-    """Raises unless ``min_elements`` is an int >= 0."""
-    if isinstance(min_elements, bool) or not isinstance(min_elements, int):
-        raise TypeError(f"min_elements must be an int, got {type(min_elements).__name__}")
-    if min_elements < 0:
-        raise ValueError(f"min_elements must be >= 0, got {min_elements}")
-
-
-def check_strategy(strategy: object) -> None:
-    """Raises ValueError unless ``strategy`` is one of STRATEGIES."""
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")

@@ -9,8 +9,8 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
+from qcomm.collectives.uncompressed_values import PLAIN
 from qcomm.communicator import UNTIMED, Took
-from qcomm.plain_values import PLAIN
 
 __all__ = ["Chooser"]
 

@@ -15,19 +15,18 @@ A large buffer goes through this in slices, so that codec and network work at th
     rank computes   encode 0  encode 1  encode 2  reduce 0  encode 3  reduce 1  reduce 2  decode 0  reduce 3 ...
     link carries              values 0  values 1  values 2  mean 0    values 3  mean 1    mean 2              ...
 
-:mod:`qcomm.slices` cuts, :mod:`qcomm.schedule` orders the steps, :mod:`qcomm.mean_steps` computes them and
-:mod:`qcomm.communicator.messages` carries the messages.
+:mod:`qcomm.collectives.two_phase_schedule` cuts, :mod:`qcomm.collectives.two_phase_schedule` orders the steps,
+:mod:`qcomm.collectives.two_phase_steps` computes them and :mod:`qcomm.communicator.messages` carries the messages.
 """
 
 import torch
 
+from qcomm.collectives.packing import size_limit
+from qcomm.collectives.task import MeanTask
+from qcomm.collectives.two_phase_schedule import SLICE_ELEMENTS, Slice, Step, cut_slices, schedule
+from qcomm.collectives.two_phase_steps import MeanSteps
 from qcomm.communicator import Communicator, Phase, Pipeline
 from qcomm.errors import CollectiveError
-from qcomm.mean import MeanTask
-from qcomm.mean_steps import MeanSteps
-from qcomm.packets import size_limit
-from qcomm.schedule import Step, schedule
-from qcomm.slices import SLICE_ELEMENTS, Slice, cut_slices
 
 __all__ = ["two_phase_mean"]
 

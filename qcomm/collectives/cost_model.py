@@ -9,7 +9,8 @@ an exchange among w ranks, a header and then w - 1 rounds that together carry m 
     bf16           the same with half of v, excluded values beside it, and d V to convert there and back;
                    like none unless v is of float32
     all_gather     e V + x((W - 1) V / r, W) + d W V
-    two_phase      in the order of qcomm.schedule, for each of the slices that qcomm.slices cuts:
+    two_phase      in the order of qcomm.collectives.two_phase_schedule, for each of the slices that
+    qcomm.collectives.two_phase_schedule cuts:
                    e U, beta T, d U + e V / W, beta T, d V          U = (W - 1) / W * V, T = U / r, each over slices;
                    a slice arrives alpha * W after the link has carried it
     exact_sum      x(0, W) + 2 e V + x(T, W) + d V + e V / W + x(T', W) + d V    T' with log2(W) / 2 more bits
@@ -34,8 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qcomm.schedule import Step, schedule
-from qcomm.slices import MOST_SLICES, SLICE_ELEMENTS
+from qcomm.collectives.two_phase_schedule import MOST_SLICES, SLICE_ELEMENTS, Step, schedule
 
 __all__ = [
     "PLAUSIBLE",
@@ -200,7 +200,7 @@ def _share(parts: int) -> float:
 
 
 def _is_rounded(strategy: str, exchange: Exchange) -> bool:
-    """As :func:`qcomm.plain_values.is_rounded`."""
+    """As :func:`qcomm.collectives.uncompressed_values.is_rounded`."""
     return strategy == "bf16" and exchange.item_bytes == 4 and 2 * exchange.exact_elements < exchange.elements
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from qcomm.codec import Quantizer
-from qcomm.layout import BucketLayout, Chunk
+from qcomm.collectives.layout import BucketLayout, Chunk
 from qcomm.transport import Traffic
 
 __all__ = ["Counters", "Event", "Telemetry"]
@@ -76,9 +76,10 @@ class Telemetry:
             order: "ready" on the calling thread, then, as far as the strategy has them, "encode", "exchange_1",
             "reduce", "exchange_2", ..., "decode", "done" on the worker thread, each at the beginning of what it names.
             Of a bucket in slices all but the first and the last come once for each slice, in the order of
-            :mod:`qcomm.schedule`; "exchange_1" and "exchange_2" are then the waits for a slice's messages. On
-            a device there are "ready", "launch" and "launched", on the calling thread; of a bucket that bypasses the
-            worker thread "ready" and "exchange_1" on the calling one and "done" on gloo's. It must not raise.
+            :mod:`qcomm.collectives.two_phase_schedule`; "exchange_1" and "exchange_2" are then the waits for a slice's
+            messages. On a device there are "ready", "launch" and "launched", on the calling thread; of a bucket that
+            bypasses the worker thread "ready" and "exchange_1" on the calling one and "done" on gloo's. It must not
+            raise.
     """
 
     timeline: list[Event] | None = None

@@ -8,7 +8,8 @@ a slices and each slice in b chunks::
     owner     | 0     | 2     | 4     | 1     | 3     | 5     |        chunk l * b + n belongs to rank n * a + l
 
 1. inside each node a reduce-scatter of the values as they are: rank l of a node gets the node's sum of slice l;
-2. between the ranks of the same number l on all nodes :mod:`qcomm.two_phase`'s exchange of slice l: the sums compressed
+2. between the ranks of the same number l on all nodes :mod:`qcomm.collectives.two_phase`'s exchange of slice l: the
+sums compressed
    to the owners of the chunks, the means compressed back;
 3. inside each node an all-gather of the decoded slices, in the buffer's dtype.
 
@@ -42,12 +43,22 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from qcomm.codec import Coding, Grid, Quantizer, Segment, is_zero, measure
+from qcomm.collectives.layout import Chunk, Piece, gather_chunk, scatter_chunk
+from qcomm.collectives.packing import (
+    Measured,
+    choose,
+    exchange,
+    no_bytes,
+    pack,
+    raise_later,
+    size_limit,
+    unpack,
+    wire_dtype,
+)
+from qcomm.collectives.task import MeanTask
+from qcomm.collectives.two_phase_steps import owner_grid
 from qcomm.communicator import Communicator, Fault, Phase, attempt
 from qcomm.errors import PacketError
-from qcomm.layout import Chunk, Piece, gather_chunk, scatter_chunk
-from qcomm.mean import MeanTask
-from qcomm.mean_steps import owner_grid
-from qcomm.packets import Measured, choose, exchange, no_bytes, pack, raise_later, size_limit, unpack, wire_dtype
 
 __all__ = ["hierarchical_mean"]
 
@@ -90,7 +101,7 @@ def hierarchical_mean(task: MeanTask, communicator: Communicator) -> torch.Tenso
     """Replaces ``task.buffer`` by its mean over all ranks and returns it. Runs on the communicator's thread.
 
     Raises:
-        CollectiveError, ConfigMismatchError: as :func:`qcomm.two_phase.two_phase_mean`.
+        CollectiveError, ConfigMismatchError: as :func:`qcomm.collectives.two_phase.two_phase_mean`.
     """
     communicator.begin()
     world_size, dtype, item_bytes = communicator.world_size, wire_dtype(task), task.buffer.element_size()

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 
 from qcomm.codec import Code, Grid, GridKind, Quantizer, Segment, SigmaGrid, encode
+from qcomm.collectives.layout import Chunk, Piece, gather_runs, scatter_chunk
+from qcomm.collectives.packing import Measured, choose, chunk_segments, size_limit, unpack, wire_dtype
+from qcomm.collectives.task import MeanTask
+from qcomm.collectives.two_phase_schedule import Slice
 from qcomm.errors import PacketError
-from qcomm.layout import Chunk, Piece, gather_runs, scatter_chunk
-from qcomm.mean import MeanTask
-from qcomm.packets import Measured, choose, chunk_segments, size_limit, unpack, wire_dtype
-from qcomm.slices import Slice
 
 __all__ = ["MeanSteps", "owner_grid"]
 

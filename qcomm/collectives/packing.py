@@ -7,10 +7,10 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from qcomm.codec import Code, Grid, Quantizer, Segment, decode_into, encode, is_zero, measure, plan
+from qcomm.collectives.layout import Chunk, gather_runs
+from qcomm.collectives.task import MeanTask
 from qcomm.communicator import Communicator, Fault, Phase
 from qcomm.errors import CollectiveError, PacketError
-from qcomm.layout import Chunk, gather_runs
-from qcomm.mean import MeanTask
 
 __all__ = [
     "Measured",
