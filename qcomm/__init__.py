@@ -1,8 +1,6 @@
 """Compressed gradient communication for PyTorch: quantization by entropy, Huffman coding, a DDP communication hook."""
 
 from qcomm.allreduce import all_reduce
-from qcomm.averager import CompressedModelAverager, HierarchicalCompressedModelAverager
-from qcomm.broadcast import broadcast_parameters
 from qcomm.codec import (
     PacketInfo,
     RangeGrid,
@@ -16,7 +14,8 @@ from qcomm.codec import (
 )
 from qcomm.ddp import CompressionState, attach, compression_hook
 from qcomm.errors import CollectiveError, ConfigMismatchError, PacketError
-from qcomm.storage import load, save
+from qcomm.local_sgd import CompressedModelAverager, HierarchicalCompressedModelAverager, broadcast_parameters
+from qcomm.state_dicts import load, save
 from qcomm.transport import MpiGroup, init_from_environment
 
 __version__ = "0.1.0"

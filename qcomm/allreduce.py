@@ -19,6 +19,7 @@ from qcomm.collectives import (
     resolve_profile,
     resolve_ranks_per_node,
 )
+from qcomm.collectives_cuda import DeviceChoice, check_device_strategy, check_group
 from qcomm.communicator import (
     Fault,
     Fields,
@@ -26,14 +27,12 @@ from qcomm.communicator import (
     Phase,
     Ticket,
     completed,
+    device_future,
     failed,
     get_communicator,
     get_world_size,
     resolve_group,
 )
-from qcomm.ddp_device import device_future
-from qcomm.device_choice import DeviceChoice, check_device_strategy
-from qcomm.device_mean import check_group
 from qcomm.errors import CollectiveError, ConfigMismatchError
 
 __all__ = ["AllReduceWork", "all_reduce"]

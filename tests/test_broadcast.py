@@ -7,8 +7,8 @@ from distributed import assert_same_on_all_ranks, counting_bytes, gathered, run
 from torch import nn
 
 import qcomm
-from qcomm import broadcast
 from qcomm.communicator.handshake import HEADER_WORDS
+from qcomm.local_sgd import broadcast
 
 pytestmark = pytest.mark.world
 

@@ -22,10 +22,11 @@ from test_strategies import all_slow_but
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 
 import qcomm
-from qcomm import bypass, callbacks
 from qcomm.collectives import strategies
 from qcomm.collectives import tuner as chooser
 from qcomm.communicator.groups import get_communicator
+from qcomm.ddp import bypass
+from qcomm.ddp import gloo_exit as callbacks
 
 pytestmark = pytest.mark.world
 
@@ -244,8 +245,8 @@ def case_mixed(rank, world_size):
         return original(task, communicator)
 
     with (
-        mock.patch("qcomm.ddp_state.average", by_size),
-        mock.patch("qcomm.ddp_state.settled", lambda task, _: task.strategy),
+        mock.patch("qcomm.ddp.state.average", by_size),
+        mock.patch("qcomm.ddp.state.settled", lambda task, _: task.strategy),
     ):
         for step in range(bypass.BYPASSED + 10):
             failing = rank == 1 and step in (7, 20)
@@ -414,8 +415,8 @@ def case_drained(rank, world_size):
 
     reduce, drain = state._bypass.reduce, state._bypass.drain
     with (
-        mock.patch("qcomm.ddp_state.average", by_size),
-        mock.patch("qcomm.ddp_state.settled", lambda task, _: task.strategy),
+        mock.patch("qcomm.ddp.state.average", by_size),
+        mock.patch("qcomm.ddp.state.settled", lambda task, _: task.strategy),
         mock.patch.object(state._bypass, "reduce", slow),
         mock.patch.object(state._bypass, "drain", drained),
     ):

@@ -13,9 +13,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
-from qcomm import ddp_state
 from qcomm.collectives import two_phase
 from qcomm.collectives.two_phase_schedule import cut_slices
+from qcomm.ddp import state as ddp_state
 
 pytestmark = pytest.mark.world
 

@@ -12,7 +12,7 @@ from test_ddp import GRIDS, case_mode
 
 import qcomm
 from qcomm import RangeGrid, SigmaGrid
-from qcomm.device_mean import check_group
+from qcomm.collectives_cuda.two_phase import check_group
 
 pytestmark = pytest.mark.world
 

@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
-from qcomm import ddp_buckets
 from qcomm.collectives.two_phase_steps import MeanSteps
 from qcomm.communicator.groups import get_communicator
+from qcomm.ddp import buckets as ddp_buckets
 
 pytestmark = pytest.mark.world
 

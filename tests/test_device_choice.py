@@ -13,14 +13,16 @@ from emulated_core import emulated_device
 from test_device_mean import Side, buffer_of, make_layout, mean_of_residuals
 
 import qcomm
-from qcomm import SigmaGrid, device_choice, device_plain
+from qcomm import SigmaGrid
 from qcomm.collectives import tuner as chooser
 from qcomm.collectives.task import MeanTask
+from qcomm.collectives_cuda import strategies as device_choice
+from qcomm.collectives_cuda import uncompressed as device_plain
+from qcomm.collectives_cuda.strategies import TRIAL, DeviceChoice, Stopwatch
+from qcomm.collectives_cuda.two_phase import DeviceMean
+from qcomm.collectives_cuda.uncompressed import DevicePlain
 from qcomm.communicator.faults import Fault, Phase
 from qcomm.communicator.groups import get_communicator
-from qcomm.device_choice import TRIAL, DeviceChoice, Stopwatch
-from qcomm.device_mean import DeviceMean
-from qcomm.device_plain import DevicePlain
 
 pytestmark = pytest.mark.world
 

@@ -13,16 +13,17 @@ from distributed import assert_same_on_all_ranks, gathered, run
 from emulated_core import emulated_device
 
 import qcomm
-from qcomm import RangeGrid, SigmaGrid, device_mean
+from qcomm import RangeGrid, SigmaGrid
 from qcomm.collectives.error_feedback import ErrorFeedback
 from qcomm.collectives.layout import BucketLayout, TensorSpec
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.telemetry import Telemetry
 from qcomm.collectives.two_phase import two_phase_mean
+from qcomm.collectives_cuda import two_phase as device_mean
+from qcomm.collectives_cuda.slots import Slots
+from qcomm.collectives_cuda.two_phase import DeviceMean
 from qcomm.communicator.groups import get_communicator
 from qcomm.communicator.handshake import Fields
-from qcomm.device_mean import DeviceMean
-from qcomm.device_slots import Slots
 
 pytestmark = pytest.mark.world
 

@@ -15,7 +15,7 @@ from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
-from qcomm import RangeGrid, SigmaGrid, device_mean
+from qcomm import RangeGrid, SigmaGrid
 from qcomm.codec.packet import default_block_steps
 from qcomm.codec.plans_cuda import Decoder, Workspace, address, own_code_bits
 from qcomm.collectives.error_feedback import ErrorFeedback
@@ -23,10 +23,11 @@ from qcomm.collectives.layout import BucketLayout, TensorSpec
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.telemetry import Telemetry
 from qcomm.collectives.two_phase import two_phase_mean
+from qcomm.collectives_cuda import two_phase as device_mean
+from qcomm.collectives_cuda.strategies import TRIAL, DeviceChoice
+from qcomm.collectives_cuda.two_phase import DeviceMean
 from qcomm.communicator.groups import get_communicator
 from qcomm.communicator.handshake import Fields
-from qcomm.device_choice import TRIAL, DeviceChoice
-from qcomm.device_mean import DeviceMean
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import qcomm
-from qcomm.state_packets import CRC, DTYPES, MAGIC, PREAMBLE, pack_state, unpack_state
+from qcomm.state_dicts.format import CRC, DTYPES, MAGIC, PREAMBLE, pack_state, unpack_state
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -37,7 +37,7 @@ class MeanTask:
         profile: the machine, by which the strategy auto leaves out what cannot be fast on it; None for any machine.
         own_time: of this rank's last collective of the kind, for the headers (see :mod:`qcomm.collectives.tuner`).
         bypassed: how many collectives of the kind have run since its last agreement without one.
-        can_bypass: whether further ones may (see :mod:`qcomm.bypass`).
+        can_bypass: whether further ones may (see :mod:`qcomm.ddp.bypass`).
         memory: of earlier collectives on this buffer, by strategy (see
         :class:`qcomm.collectives.uncompressed_values.PlainValues`).
         num_threads: most that encode and decode at once; need not be equal on all ranks.

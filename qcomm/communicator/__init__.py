@@ -4,7 +4,7 @@ from qcomm.communicator.faults import Fault, Phase, attempt
 from qcomm.communicator.groups import Group, get_communicator, get_ranks, get_world_size, resolve_group
 from qcomm.communicator.handshake import UNTIMED, Fields, Took
 from qcomm.communicator.messages import Pipeline
-from qcomm.communicator.ticket import Ticket, completed, failed
+from qcomm.communicator.ticket import Ticket, completed, device_future, failed
 from qcomm.communicator.worker import Communicator, is_agreed
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Took",
     "attempt",
     "completed",
+    "device_future",
     "failed",
     "get_communicator",
     "get_ranks",

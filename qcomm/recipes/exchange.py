@@ -14,8 +14,8 @@ from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from qcomm import ddp
 from qcomm.codec import RangeGrid, SigmaGrid
+from qcomm.ddp import hook as ddp
 from qcomm.recipes.config import TrainConfig
 
 

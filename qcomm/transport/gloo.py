@@ -1,8 +1,8 @@
 """Messages between the ranks of a process group, over gloo connections of qcomm's own.
 
 A communicator must not share connections with anyone: collectives of one gloo group have to be issued in the same order
-on all ranks, and those of a worker thread and of the training thread have no common order. (What :mod:`qcomm.bypass`
-sends on the program's own group is sent by the training thread.) The connections are made
+on all ranks, and those of a worker thread and of the training thread have no common order. (What
+:mod:`qcomm.ddp.bypass` sends on the program's own group is sent by the training thread.) The connections are made
 directly on the group's store and not with ``torch.distributed.new_group(use_local_synchronization=True)``, because that
 derives the new group's name from the number of groups a process belongs to: ranks that differ in it wait for each other
 until the timeout, and so do all ranks when a group is destroyed and made again.

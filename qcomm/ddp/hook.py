@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from qcomm.collectives_cuda import check_device_strategy, check_group
 from qcomm.communicator import Group, failed, get_communicator, get_world_size, resolve_group
-from qcomm.ddp_checks import check_grad_scale, check_model
-from qcomm.ddp_state import CompressionState
-from qcomm.device_choice import check_device_strategy
-from qcomm.device_mean import check_group
+from qcomm.ddp.checks import check_grad_scale, check_model
+from qcomm.ddp.state import CompressionState
 from qcomm.transport import MpiGroup
 
 __all__ = ["CompressionState", "attach", "compression_hook"]

@@ -11,8 +11,8 @@ from qcomm.codec import Grid, RangeGrid, check_num_threads
 from qcomm.collectives import check_grid, check_min_elements, no_bytes, raise_later
 from qcomm.communicator import Communicator, Fault, Fields, Phase, attempt, get_communicator, get_ranks, resolve_group
 from qcomm.errors import PacketError
-from qcomm.parameters import Params, check_writable, described, named_tensors
-from qcomm.state_packets import pack_state, packed_size_limit, unpack_state
+from qcomm.local_sgd.parameters import Params, check_writable, described, named_tensors
+from qcomm.state_dicts import pack_state, packed_size_limit, unpack_state
 
 __all__ = ["broadcast_parameters"]
 

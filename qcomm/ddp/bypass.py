@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
-from qcomm.callbacks import CallbackToken
 from qcomm.collectives import PLAIN, BucketLayout, MeanTask, PlainValues, Telemetry, count_rings
 from qcomm.communicator import Fault, Group, Phase, Ticket, failed
-from qcomm.ddp_steps import LastError
+from qcomm.ddp.gloo_exit import CallbackToken
+from qcomm.ddp.steps import LastError
 from qcomm.errors import CollectiveError
 from qcomm.transport import MpiGroup
 

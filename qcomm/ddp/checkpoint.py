@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcomm.collectives import ErrorFeedback
-from qcomm.ddp_buckets import BucketTable
+from qcomm.ddp.buckets import BucketTable
 
 __all__ = ["StateDict", "restore", "save"]
 

@@ -34,8 +34,8 @@ from qcomm.collectives import (
 )
 from qcomm.communicator import Communicator, Fault, Fields, Phase, get_communicator, get_world_size, resolve_group
 from qcomm.errors import ConfigMismatchError
-from qcomm.exchange_options import ExchangeOptions
-from qcomm.parameters import Params, check_averageable, described, floating_buffers, named_tensors
+from qcomm.local_sgd.options import ExchangeOptions
+from qcomm.local_sgd.parameters import Params, check_averageable, described, floating_buffers, named_tensors
 
 __all__ = ["WeightExchange"]
 
@@ -77,7 +77,7 @@ class WeightExchange:
         """Replaces parameters, and the buffers of ``options.buffers_of``, by their means over the group, in place.
 
         Args:
-            params: see :func:`qcomm.parameters.named_tensors`.
+            params: see :func:`qcomm.local_sgd.parameters.named_tensors`.
             step: has to be the same on all ranks.
 
         Raises:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qcomm.bypass import BYPASSED, Bypass, Lane, can_bypass
 from qcomm.codec import Grid, SigmaGrid, is_on_device
 from qcomm.collectives import (
     BucketLayout,
@@ -24,24 +23,26 @@ from qcomm.collectives import (
     resolve_ranks_per_node,
     settled,
 )
+from qcomm.collectives_cuda import check_device_strategy
 from qcomm.communicator import (
     Communicator,
     Fields,
     Group,
     Phase,
     attempt,
+    device_future,
     failed,
     get_communicator,
     get_world_size,
     is_agreed,
     resolve_group,
 )
-from qcomm.ddp_buckets import BucketTable
-from qcomm.ddp_checkpoint import StateDict, restore, save
-from qcomm.ddp_checks import check_hook_options
-from qcomm.ddp_device import DeviceHook, device_future
-from qcomm.ddp_steps import GradScale, Steps
-from qcomm.device_choice import check_device_strategy
+from qcomm.ddp.buckets import BucketTable
+from qcomm.ddp.bypass import BYPASSED, Bypass, Lane, can_bypass
+from qcomm.ddp.checkpoint import StateDict, restore, save
+from qcomm.ddp.checks import check_hook_options
+from qcomm.ddp.cuda import DeviceHook
+from qcomm.ddp.steps import GradScale, Steps
 from qcomm.errors import CollectiveError, ConfigMismatchError
 
 __all__ = ["CompressionState"]

@@ -25,7 +25,7 @@ from qcomm.codec import (
     read_quantizers,
 )
 from qcomm.collectives import BucketLayout, Chunk, MeanTask, owner_grid, wire_dtype
-from qcomm.device_slots import Slots
+from qcomm.collectives_cuda.slots import Slots
 
 __all__ = ["Accounts", "DeviceSteps", "Workspaces", "packet_bounds"]
 

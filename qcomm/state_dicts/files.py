@@ -11,7 +11,7 @@ import torch
 from qcomm.codec import Grid, RangeGrid, check_num_threads
 from qcomm.collectives import check_grid, check_min_elements
 from qcomm.errors import PacketError
-from qcomm.state_packets import pack_state, unpack_state
+from qcomm.state_dicts.format import pack_state, unpack_state
 
 __all__ = ["SENSITIVE", "load", "save"]
 
@@ -44,8 +44,8 @@ def save(
         grid: how finely.
         min_elements: smaller tensors are stored as they are.
         lossless: patterns (``fnmatch``) of tensors that are stored as they are, matched with the keys joined by dots,
-            such as ``state.0.exp_avg_sq``. The default is ``qcomm.storage.SENSITIVE``: variances and second moments,
-            which others are divided by.
+            such as ``state.0.exp_avg_sq``. The default is ``qcomm.state_dicts.files.SENSITIVE``: variances and second
+            moments, which others are divided by.
         num_threads: most that compress a tensor at once.
 
     Raises:

@@ -6,7 +6,7 @@ import torch
 
 from qcomm.collectives import Scale
 from qcomm.communicator import Fault
-from qcomm.ddp_checks import check_scale
+from qcomm.ddp.checks import check_scale
 
 __all__ = ["GradScale", "LastError", "Steps"]
 

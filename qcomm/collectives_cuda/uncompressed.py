@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 
 from qcomm.collectives import BucketLayout, MeanTask, PlainValues, Scale, count_rings
+from qcomm.collectives_cuda.handshake import agree, is_known
 from qcomm.communicator import Communicator, Phase, attempt
-from qcomm.device_agreement import agree, is_known
 
 __all__ = ["DevicePlain"]
 

@@ -6,11 +6,11 @@
     host     launches all of it and goes on
 
 The host waits for the device only where a bucket is new, to learn how large its packets are; afterwards packets travel
-in slots of a fixed size, see :mod:`qcomm.device_slots`. Where packets have no useful bound (a sigma grid without error
-feedback) it waits in every collective. New buckets, and collectives that wait anyway, begin with the headers of
-:mod:`qcomm.communicator.handshake`, over gloo connections of the communicator: ranks that are configured differently,
-and faults, are told there. Later a rank that fails sends slots without packets: the others get NaN, and the error at
-the next agreement.
+in slots of a fixed size, see :mod:`qcomm.collectives_cuda.slots`. Where packets have no useful bound (a sigma grid
+without error feedback) it waits in every collective. New buckets, and collectives that wait anyway, begin with the
+headers of :mod:`qcomm.communicator.handshake`, over gloo connections of the communicator: ranks that are configured
+differently, and faults, are told there. Later a rank that fails sends slots without packets: the others get NaN, and
+the error at the next agreement.
 """
 
 import weakref
@@ -21,10 +21,10 @@ import torch.distributed as dist
 
 from qcomm.codec import FAULTS, RangeGrid
 from qcomm.collectives import BucketLayout, MeanTask, Scale, Telemetry, owner_grid, wire_dtype
+from qcomm.collectives_cuda.handshake import AgreedNumbers, agree, is_known
+from qcomm.collectives_cuda.slots import PERIOD, Slots, adjusted, is_fixed, nominal_bytes, slot_bytes
+from qcomm.collectives_cuda.two_phase_steps import Accounts, DeviceSteps, Workspaces, packet_bounds
 from qcomm.communicator import Communicator, Group, Phase, attempt
-from qcomm.device_agreement import AgreedNumbers, agree, is_known
-from qcomm.device_slots import PERIOD, Slots, adjusted, is_fixed, nominal_bytes, slot_bytes
-from qcomm.device_steps import Accounts, DeviceSteps, Workspaces, packet_bounds
 from qcomm.errors import CollectiveError
 from qcomm.transport import MpiGroup, Traffic
 

@@ -20,9 +20,9 @@ from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
 
 from qcomm.collectives import Telemetry
 from qcomm.communicator import resolve_group
-from qcomm.exchange_options import ExchangeOptions
-from qcomm.parameters import Params
-from qcomm.weight_exchange import WeightExchange
+from qcomm.local_sgd.options import ExchangeOptions
+from qcomm.local_sgd.parameters import Params
+from qcomm.local_sgd.weight_exchange import WeightExchange
 
 __all__ = ["CompressedModelAverager", "HierarchicalCompressedModelAverager"]
 

@@ -6,26 +6,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from qcomm.collectives import MeanTask, Scale, Telemetry
-from qcomm.communicator import Communicator, Group, is_agreed
-from qcomm.device_choice import DeviceChoice
+from qcomm.collectives_cuda import DeviceChoice
+from qcomm.communicator import Communicator, Group, device_future, is_agreed
 from qcomm.errors import CollectiveError
 
-__all__ = ["DeviceHook", "device_future"]
-
-
-def device_future(result: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
-    """A completed Future of what the current stream of the tensor's device is about to compute.
-
-    Whoever waits for it makes their own stream wait. A Future that does not know its devices would record no event.
-
-    Example:
-        >>> device_future(torch.ones(2)).wait()
-        tensor([1., 1.])
-    """
-    devices: list[int | str | torch.device] | None = [result.device] if result.is_cuda else None
-    future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
-    future.set_result(result)
-    return future
+__all__ = ["DeviceHook"]
 
 
 class DeviceHook:

@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 
 from qcomm.collectives import PLAIN, BucketLayout, Chooser, MeanTask, Scale, Telemetry, plain_ways
+from qcomm.collectives_cuda.handshake import AgreedNumbers, agree, is_known
+from qcomm.collectives_cuda.slots import PERIOD
+from qcomm.collectives_cuda.two_phase import DeviceMean, check_group
+from qcomm.collectives_cuda.uncompressed import DevicePlain
 from qcomm.communicator import UNTIMED, Communicator, Group, is_agreed
-from qcomm.device_agreement import AgreedNumbers, agree, is_known
-from qcomm.device_mean import DeviceMean, check_group
-from qcomm.device_plain import DevicePlain
-from qcomm.device_slots import PERIOD
 from qcomm.errors import CollectiveError, ConfigMismatchError
 
 __all__ = ["DEVICE_STRATEGIES", "DeviceChoice", "check_device_strategy", "device_ways"]
