@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import qcomm
 from qcomm import __main__
-from qcomm.cli import app
+from qcomm.cli.main import app
 
 TINY = ["--epochs", "1", "--train-images", "128", "--batch-size", "32"]
 

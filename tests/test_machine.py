@@ -15,7 +15,7 @@ from mpirun import environment, find_mpirun
 from typer.testing import CliRunner
 
 import qcomm
-from qcomm.cli import app
+from qcomm.cli.main import app
 from qcomm.collectives import machine
 from qcomm.collectives.cost_model import CodecProfile, LinkProfile, Profile
 from qcomm.collectives.machine import describe, measure_codec, measure_link, resolve_profile, slowest

@@ -9,9 +9,9 @@ import torch
 from typer.testing import CliRunner
 
 import qcomm
-from qcomm.cli import app
+from qcomm.cli.main import app
+from qcomm.cli.paper import EXPERIMENTS
 from qcomm.paper import runs as runs_module
-from qcomm.paper.cli import EXPERIMENTS
 from qcomm.paper.exchange import gather, send
 from qcomm.paper.experiment import redraw
 from qcomm.paper.network import initial

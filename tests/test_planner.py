@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from qcomm.cli import app
+from qcomm.cli.main import app
 from qcomm.collectives.cost_model import CodecProfile, LinkProfile, Profile
 from qcomm.planner import PlanError, Request, built_in, method_named, predict, profile, speedup
 from qcomm.planner.advice import break_even, verdict

@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from qcomm.recipes.datasets import NUM_CLASSES, Split, load_dataset
-from qcomm.recipes.errors import RecipeError
+from qcomm.recipes import NUM_CLASSES, RecipeError, Split, load_dataset
 
 # The epoch of peak accuracy is chosen on images that are used for nothing else: the last sixth of the training images.
 _VALIDATION_SHARE = 6

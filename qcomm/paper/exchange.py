@@ -15,7 +15,7 @@ import qcomm
 from qcomm.codec import MAX_CODED_BITS, code_lengths, count_symbols, measure, plan
 from qcomm.paper.network import BIAS_COUNT, LAYERS, SIZES, WEIGHT_COUNTS, Layer, Network
 from qcomm.paper.settings import Exchange
-from qcomm.recipes.errors import RecipeError
+from qcomm.recipes import RecipeError
 
 FLOAT_BITS = 32
 _PACKET_MARGIN = 128  # bytes that a packet may take beyond the tensor

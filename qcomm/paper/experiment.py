@@ -12,7 +12,7 @@ from qcomm.paper.evaluation import Row, Run
 from qcomm.paper.results import Document, document, to_text, write_atomically
 from qcomm.paper.runs import Measurement, run_missing
 from qcomm.paper.settings import Exchange, Settings
-from qcomm.recipes.errors import RecipeError
+from qcomm.recipes import RecipeError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -14,7 +14,7 @@ from qcomm.paper.network import initial
 from qcomm.paper.results import Document
 from qcomm.paper.settings import INITS, Exchange, Settings
 from qcomm.paper.training import train
-from qcomm.recipes.datasets import augmentation_generator
+from qcomm.recipes import augmentation_generator
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qcomm.paper.data import Vectors
-from qcomm.recipes.errors import RecipeError
+from qcomm.recipes import RecipeError
 
 SIZES = (784, 392, 50, 10)
 LAYERS = len(SIZES) - 1

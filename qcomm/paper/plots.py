@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from qcomm.paper.evaluation import deviation
 from qcomm.paper.results import write_atomically
-from qcomm.recipes.errors import RecipeError
+from qcomm.recipes import RecipeError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,7 +10,7 @@ import torch
 
 import qcomm
 from qcomm.paper.settings import Settings
-from qcomm.recipes.errors import RecipeError
+from qcomm.recipes import RecipeError
 
 Document = dict[str, Any]
 

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from qcomm.paper.results import Cells
 from qcomm.paper.settings import Settings
-from qcomm.recipes.launch import launch
+from qcomm.recipes import launch
 
 Measurement = Callable[[Settings, bool], dict[str, Any]]
 

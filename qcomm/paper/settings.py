@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qcomm.codec import RECONSTRUCTIONS, RangeGrid
-from qcomm.recipes.errors import RecipeError
+from qcomm.recipes import RecipeError
 
 DATASETS = ("mnist", "fashion-mnist", "digits")
 INITS = ("uniform", "gaussian", "small")

@@ -33,7 +33,7 @@ from qcomm.paper.network import (
     train_epoch,
 )
 from qcomm.paper.settings import Settings
-from qcomm.recipes.datasets import augmentation_generator
+from qcomm.recipes import augmentation_generator
 
 ENTROPY_BITS = 4
 SAMPLE_FRACTION = 0.03

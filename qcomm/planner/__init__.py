@@ -7,23 +7,70 @@ with error bars, ``sweeps``, ``advice``, ``estimate``, ``report`` and ``plots`` 
 its parameters with their sources, and how far predictions were off.
 """
 
+from qcomm.planner.advice import bandwidth_text, verdict
 from qcomm.planner.errors import PlanError
+from qcomm.planner.estimate import estimate
+from qcomm.planner.hardware import (
+    FABRICS,
+    GPUS,
+    INSIDE,
+    Fabric,
+    default_fabric,
+    gpu_named,
+    inside_link,
+    parse_bandwidth,
+)
 from qcomm.planner.measure import profile
-from qcomm.planner.methods import method_named
+from qcomm.planner.methods import Codec, Method, method_named
 from qcomm.planner.models import MODEL_NAMES, built_in
-from qcomm.planner.plan import Prediction, Request, predict, speedup
+from qcomm.planner.plan import ASSUMED_CODEC, JITTER, Prediction, Request, predict, speedup, trace_step
+from qcomm.planner.plots import plot_efficiency, plot_heat_map
 from qcomm.planner.profiles import ModelProfile, ParameterTensor
+from qcomm.planner.report import assumptions, document, print_estimate, print_table
+from qcomm.planner.schedulers import SCHEDULERS, Ddp, Horovod, Scheduler
+from qcomm.planner.simulator import chrome_trace
+from qcomm.planner.sweeps import SWEEPS, heat_map, sweep
 
 __all__ = [
+    "ASSUMED_CODEC",
+    "FABRICS",
+    "GPUS",
+    "INSIDE",
+    "JITTER",
     "MODEL_NAMES",
+    "SCHEDULERS",
+    "SWEEPS",
+    "Codec",
+    "Ddp",
+    "Fabric",
+    "Horovod",
+    "Method",
     "ModelProfile",
     "ParameterTensor",
     "PlanError",
     "Prediction",
     "Request",
+    "Scheduler",
+    "assumptions",
+    "bandwidth_text",
     "built_in",
+    "chrome_trace",
+    "default_fabric",
+    "document",
+    "estimate",
+    "gpu_named",
+    "heat_map",
+    "inside_link",
     "method_named",
+    "parse_bandwidth",
+    "plot_efficiency",
+    "plot_heat_map",
     "predict",
+    "print_estimate",
+    "print_table",
     "profile",
     "speedup",
+    "sweep",
+    "trace_step",
+    "verdict",
 ]

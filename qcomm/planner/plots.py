@@ -1,10 +1,7 @@
-"""The planner's figures, by matplotlib."""
+"""The planner's figures, by matplotlib, which is imported only when one is drawn."""
 
 from collections.abc import Sequence
 from pathlib import Path
-
-from matplotlib.colors import TwoSlopeNorm
-from matplotlib.figure import Figure
 
 from qcomm.planner.advice import bandwidth_text
 from qcomm.planner.plan import Prediction
@@ -24,6 +21,8 @@ def plot_efficiency(rows: Sequence[Sequence[Prediction]], title: str, path: Path
         title: above the axes.
         path: of the PNG.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     gpus = [row[0].gpus for row in rows]
@@ -52,6 +51,9 @@ def plot_heat_map(heat: HeatMap, title: str, path: Path) -> None:
         title: above the axes.
         path: of the PNG.
     """
+    from matplotlib.colors import TwoSlopeNorm
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5.5), dpi=DPI, layout="constrained")
     axes = figure.subplots()
     norm = TwoSlopeNorm(1.0, LEAST_FACTOR, MOST_FACTOR)

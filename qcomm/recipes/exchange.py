@@ -15,7 +15,7 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from qcomm.codec import RangeGrid, SigmaGrid
-from qcomm.ddp import hook as ddp
+from qcomm.ddp import attach as attach_hook
 from qcomm.recipes.config import TrainConfig
 
 
@@ -120,7 +120,7 @@ def attach(ddp_model: DistributedDataParallel, config: TrainConfig, scaler: torc
     """
     if config.method == "qcomm":
         grid = SigmaGrid(step=config.step) if config.grid == "sigma" else RangeGrid(c=config.c)
-        return ddp.attach(
+        return attach_hook(
             ddp_model,
             grid=grid,
             error_feedback=config.error_feedback,

@@ -8,16 +8,8 @@ from typing import Annotated
 
 import typer
 
-from qcomm.paper import ablation, bit_allocation, bit_rate, entropy, gradient_rms, lossless, quantization_levels
-from qcomm.paper.experiment import Experiment, perform
-from qcomm.paper.settings import DATASETS, Settings
-from qcomm.recipes.errors import RecipeError
-from qcomm.recipes.launch import USER_ERROR
-
-EXPERIMENTS: dict[str, Experiment] = {
-    module.EXPERIMENT.name: module.EXPERIMENT
-    for module in (quantization_levels, gradient_rms, entropy, bit_allocation, bit_rate, lossless, ablation)
-}
+from qcomm.paper import DATASETS, EXPERIMENTS, Experiment, Settings, perform
+from qcomm.recipes import USER_ERROR, RecipeError
 
 app = typer.Typer(
     name="paper",

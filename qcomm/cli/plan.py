@@ -8,26 +8,42 @@ import typer
 from rich.console import Console
 
 from qcomm.collectives import LinkProfile, Profile
-from qcomm.planner.advice import bandwidth_text, verdict
-from qcomm.planner.errors import PlanError
-from qcomm.planner.estimate import estimate
-from qcomm.planner.hardware import (
+from qcomm.planner import (
+    ASSUMED_CODEC,
     FABRICS,
     GPUS,
     INSIDE,
+    JITTER,
+    MODEL_NAMES,
+    SCHEDULERS,
+    SWEEPS,
+    Codec,
+    Ddp,
     Fabric,
+    Horovod,
+    Method,
+    PlanError,
+    Request,
+    Scheduler,
+    assumptions,
+    bandwidth_text,
+    built_in,
+    chrome_trace,
     default_fabric,
+    document,
+    estimate,
     gpu_named,
+    heat_map,
     inside_link,
+    method_named,
     parse_bandwidth,
+    predict,
+    print_estimate,
+    print_table,
+    sweep,
+    trace_step,
+    verdict,
 )
-from qcomm.planner.methods import Codec, Method, method_named
-from qcomm.planner.models import MODEL_NAMES, built_in
-from qcomm.planner.plan import ASSUMED_CODEC, JITTER, Request, predict, trace_step
-from qcomm.planner.report import assumptions, document, print_estimate, print_table
-from qcomm.planner.schedulers import SCHEDULERS, Ddp, Horovod, Scheduler
-from qcomm.planner.simulator import chrome_trace
-from qcomm.planner.sweeps import SWEEPS, heat_map, sweep
 
 __all__ = ["plan"]
 
@@ -216,7 +232,7 @@ def _run(
 
 def _plot(request: Request, methods: list[Method], same_fabric: bool, out: Path) -> None:
     try:
-        from qcomm.planner.plots import plot_efficiency, plot_heat_map
+        from qcomm.planner import plot_efficiency, plot_heat_map
     except ImportError as error:
         raise PlanError(f"plots need {error.name}: pip install 'qcomm[train]', or leave out --out") from error
     place = f"{request.model.name}, batch {request.batch} a GPU, {bandwidth_text(request.network_gb_per_s)}"

@@ -12,8 +12,7 @@ import typer
 
 from qcomm.codec import Grid, RangeGrid, SigmaGrid
 from qcomm.collectives import CodecProfile, LinkProfile, Profile, measure_codec, measure_link, slowest
-from qcomm.recipes.errors import RecipeError
-from qcomm.recipes.launch import USER_ERROR, launch, launched_world_size
+from qcomm.recipes import USER_ERROR, RecipeError, launch, launched_world_size
 from qcomm.transport import GlooTransport, MpiGroup, Transport
 
 __all__ = ["BENCH_HELP", "bench"]

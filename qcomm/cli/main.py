@@ -8,17 +8,25 @@ import torch
 import typer
 
 import qcomm
-from qcomm.bench_cli import BENCH_HELP, bench
+from qcomm.cli.bench import BENCH_HELP, bench
+from qcomm.cli.paper import app as paper_app
+from qcomm.cli.plan import plan
 from qcomm.collectives import STRATEGIES
-from qcomm.paper.cli import app as paper_app
-from qcomm.planner.cli import plan
-from qcomm.recipes.compare import comparison_configs, run_all
-from qcomm.recipes.config import AMP_MODES, GRIDS, METHODS, TrainConfig
-from qcomm.recipes.datasets import DATASET_NAMES
-from qcomm.recipes.errors import RecipeError
-from qcomm.recipes.launch import USER_ERROR, launch, launched_world_size
-from qcomm.recipes.models import MODEL_NAMES
-from qcomm.recipes.train import check
+from qcomm.recipes import (
+    AMP_MODES,
+    DATASET_NAMES,
+    GRIDS,
+    METHODS,
+    MODEL_NAMES,
+    USER_ERROR,
+    RecipeError,
+    TrainConfig,
+    check,
+    comparison_configs,
+    launch,
+    launched_world_size,
+    run_all,
+)
 
 app = typer.Typer(
     name="qcomm",
