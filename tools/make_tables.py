@@ -97,6 +97,33 @@ def allreduce() -> str:
     return markdown(headings, rows) + measured_on(document)
 
 
+SUMMARY_METHODS = ("fp32", "bf16", "powersgd r=2", "qcomm k=1", "qcomm k=2")
+
+
+def summary() -> str:
+    """The README's table: each method's column of the other benches, empty where a bench does not have the method."""
+    trained = {run["label"]: run for run in read("train_digits.json")["runs"]}
+    accurate = {row["label"]: row for row in read("accuracy.json")["summary"]}
+    steps = {row["method"]: row for row in read("step.json")["rows"] if row["ranks"] == 2}
+    reduced = {(row["rate"], row["method"]): row for row in read("allreduce.json")["rows"] if row["world_size"] == 2}
+    rows = []
+    for method in SUMMARY_METHODS:
+        bits = speed = difference = ""
+        if method in trained:
+            bits = f"{trained[method]['stats']['bits_per_element_compressed']:.2f}"
+            speed = f"{trained[method]['images_per_second']:.0f}"
+        if "difference" in accurate.get(method, ()):
+            lower, upper = accurate[method]["interval"]
+            difference = f"{accurate[method]['difference']:+.2f} [{lower:+.2f}, {upper:+.2f}]"
+        seconds = (*(reduced[rate, method]["seconds"] for rate in ("100mbit", "1gbit")), steps[method]["seconds"])
+        rows.append([method, bits, difference, *(f"{1e3 * figure:.0f} ms" for figure in seconds), speed])
+    return markdown(
+        ["method", "bits a value", "accuracy, points", "25 MiB, 100 Mb/s", "25 MiB, 1 Gb/s", "step, 100 Mb/s",
+         "images/s, no limit"],
+        rows,
+    )  # fmt: skip
+
+
 def averaging() -> str:
     """``bench/bench_averaging.py``: mean over seeds, the paired difference from fp32, and bytes."""
     rows = []
@@ -202,6 +229,7 @@ def paper(experiment: str) -> str:
 
 PAPER = ("quantization-levels", "gradient-rms", "entropy", "bit-allocation", "bit-rate", "lossless", "ablation")
 TABLES: dict[str, Callable[[], str]] = {
+    "summary": summary,
     "train": train,
     "accuracy": accuracy,
     "allreduce": allreduce,
