@@ -65,7 +65,7 @@ export work python
 
 has() { "$python" -c "import $1" 2>/dev/null; }
 # shellcheck disable=SC2329 # stages run it
-tests() { "$python" -m pytest -q -p no:cacheprovider -c "$work/pytest.ini" --rootdir . "$@"; }
+tests() { PYTHONPATH="$PWD/tests/support${PYTHONPATH:+:$PYTHONPATH}" "$python" -m pytest -q -p no:cacheprovider -c "$work/pytest.ini" --rootdir . "$@"; }
 export -f tests
 # Not the project's own settings, which ask for a recent pytest.
 printf '[pytest]\nmarkers =\n    gpu\n    slow\n    world\n' >"$work/pytest.ini"
@@ -76,22 +76,22 @@ if ! "$python" -c 'from qcomm.codec import core; core()' >"$work/import.log" 2>&
     record import 1 0 "the modules cannot be imported; nothing else was run"
     exit 1
 fi
-stage test_gpu 90 "" bash -c 'tests tests/test_gpu.py'
+stage test_gpu 90 "" bash -c 'tests tests/collectives_cuda/test_gpu.py'
 if has hypothesis; then
-    stage test_device 40 "" bash -c 'tests -m gpu tests/test_device.py'
+    stage test_device 40 "" bash -c 'tests -m gpu tests/codec/test_device.py'
     stage test_cpu 60 "codec and packets on this machine's processor" \
-        bash -c 'tests tests/test_codec.py tests/test_packet.py tests/test_golden.py tests/test_entropy.py'
+        bash -c 'tests tests/codec/test_codec.py tests/codec/test_packet.py tests/codec/test_golden.py tests/codec/test_entropy.py'
 else
     skip test_device "hypothesis is not installed"
-    stage test_cpu 60 "hypothesis is not installed: golden files only" bash -c 'tests tests/test_golden.py'
+    stage test_cpu 60 "hypothesis is not installed: golden files only" bash -c 'tests tests/codec/test_golden.py'
 fi
 for tool in memcheck racecheck synccheck; do
     if command -v compute-sanitizer >/dev/null; then
         # torch's allocator would put small tensors side by side, where memcheck cannot see a step from one to the next;
         # and torch asks the driver some things that fail.
         stage "$tool" 60 "a short selection" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 bash -c \
-            "compute-sanitizer --tool $tool --error-exitcode 9 --report-api-errors no --target-processes all \"$python\" \
-            -m pytest -q -c $work/pytest.ini --rootdir . tests/test_gpu.py \
+            "PYTHONPATH=$PWD/tests/support compute-sanitizer --tool $tool --error-exitcode 9 --report-api-errors no --target-processes all \"$python\" \
+            -m pytest -q -c $work/pytest.ini --rootdir . tests/collectives_cuda/test_gpu.py \
             -k 'bytes_of_the_cpu and float32 and (0.9 or paper) or damaged or sum_of_packets'"
     else
         skip "$tool" "compute-sanitizer is not installed"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 # Ranks of mpirun run it. Doctests would import it here, which fails where mpi4py is installed and no MPI is.
-collect_ignore = ["mpi_cases.py"]
+collect_ignore = ["support/mpi_cases.py"]
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_launchers import environment
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

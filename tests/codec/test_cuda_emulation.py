@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_emulation"))
 
 import emulation_build as emulation
 

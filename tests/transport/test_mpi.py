@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from mpirun import environment, find_mpirun
 
-CASES = str(Path(__file__).with_name("mpi_cases.py"))
-HERE = str(Path(__file__).parent)
+CASES = str(Path(__file__).parents[1] / "support" / "mpi_cases.py")
+HERE = str(Path(__file__).parents[1] / "support")
 
 
 def mpirun(size, *cases):

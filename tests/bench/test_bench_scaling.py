@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_launchers import environment
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 METHODS = ["fp32", "qcomm k=1"]
 
 

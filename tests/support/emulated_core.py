@@ -11,7 +11,7 @@ from unittest import mock
 
 from qcomm.codec import _native_cuda
 
-sys.path.insert(0, str(Path(__file__).parent / "cuda_emulation"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_emulation"))
 
 import emulation_build as emulation
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-BENCH = str(Path(__file__).parents[1] / "bench")
+BENCH = str(Path(__file__).parents[2] / "bench")
 
 
 @pytest.mark.world

@@ -9,7 +9,7 @@ import pytest
 import torch
 from distributed import gathered, run
 
-BENCH = str(Path(__file__).parents[1] / "bench")
+BENCH = str(Path(__file__).parents[2] / "bench")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from test_launchers import is_gone
 
-BENCH = Path(__file__).parents[1] / "bench"
+BENCH = Path(__file__).parents[2] / "bench"
 # A command that tells its namespace and its process, and then does nothing for ever.
 WAIT = 'echo "$(ip netns identify $$) $$ $RANK" >&2; exec tail -f /dev/null'
 

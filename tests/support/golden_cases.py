@@ -1,5 +1,6 @@
-"""Packets that never change: the wire format, pinned. `python tests/golden_cases.py` writes tests/golden/ anew, for a
-new version of the format only.
+"""Packets that never change: they pin the wire format.
+
+``python tests/support/golden_cases.py`` writes tests/golden/ anew, for a new version of the format only.
 """
 
 import json
@@ -13,7 +14,7 @@ from qcomm.codec.packet import Segment, encode
 from qcomm.codec.quantize import Quantizer, plan
 from qcomm.codec.statistics import measure
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 
 
 def bell(n: int, seed: int) -> torch.Tensor:

@@ -221,7 +221,7 @@ def test_static_tables_are_near_the_entropy(k: float, ratio: float) -> None:
 
 
 def table_maker() -> ModuleType:
-    path = Path(__file__).parent.parent / "tools" / "make_static_tables.py"
+    path = Path(__file__).parents[2] / "tools" / "make_static_tables.py"
     spec = importlib.util.spec_from_file_location("make_static_tables", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -11,7 +11,7 @@ from qcomm import reference
 from qcomm.codec import _native
 from qcomm.codec.packet import decode_into
 
-FOLDER = Path(__file__).parent / "corpus"
+FOLDER = Path(__file__).parents[1] / "corpus"
 FILES = sorted(FOLDER.glob("*/*"))
 MAX_ELEMENTS = 1 << 16  # a packet of 80 bytes may claim to hold terabytes
 TOO_LARGE = "too large for a test"
