@@ -19,9 +19,9 @@ from qcomm.codec.grids import Grid, SigmaGrid
 from qcomm.codec.quantize import plan
 from qcomm.codec.statistics import measure
 from qcomm.collectives.layout import BucketLayout
+from qcomm.collectives.options import owner_grid
 from qcomm.collectives.telemetry import Event
 from qcomm.collectives.two_phase_schedule import SLICE_ELEMENTS, cut_slices
-from qcomm.collectives.two_phase_steps import owner_grid
 
 Method = Callable[[torch.Tensor], int]
 

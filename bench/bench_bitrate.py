@@ -63,7 +63,7 @@ class LayerMeter:
         values = ordered.as_strided((parameter.numel(),), (1,))
         if name in self._residuals:
             values = values + self._residuals[name]
-        packet = qcomm.compress(values, grid=self._state.grid)
+        packet = qcomm.compress(values, grid=self._state.options.grid)
         self.bits[name] = 8 * packet.numel() / parameter.numel()
 
 

@@ -39,6 +39,7 @@ from netlab import BURST
 
 from qcomm.collectives.cost_model import LinkProfile
 from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.options import ReduceOptions
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.telemetry import Telemetry
 from qcomm.collectives.two_phase_schedule import SLICE_ELEMENTS, Step, cut_slices, schedule
@@ -88,7 +89,7 @@ def codec_timer(values: torch.Tensor, specs: Sequence[TensorSpec], method: str) 
     slices = cut_slices(layout, SLICE_ELEMENTS)
 
     def steps_of(owner: int, buffer: torch.Tensor) -> MeanSteps:
-        task = MeanTask(buffer, layout, GRIDS[method], Fields({}), Telemetry(), None)
+        task = MeanTask(buffer, layout, ReduceOptions(GRIDS[method]), Fields({}), Telemetry())
         steps = MeanSteps(task, owner, slices)
         steps.begin()
         return steps

@@ -2,30 +2,28 @@
 
 from dataclasses import replace
 from datetime import timedelta
-from pathlib import Path
 
 import torch
+from typing_extensions import Unpack
 
 from qcomm.codec import Grid, SigmaGrid, check_floats, core, is_on_device
 from qcomm.collectives import (
     BucketLayout,
     MeanTask,
-    Profile,
+    ReduceKeywords,
+    ReduceOptions,
     Telemetry,
     TensorSpec,
     average,
-    check_exchange,
-    describe,
-    resolve_profile,
-    resolve_ranks_per_node,
+    refuse,
 )
-from qcomm.collectives_cuda import DeviceChoice, check_device_strategy, check_group
+from qcomm.collectives_cuda import DeviceChoice, DevicePart, check_device_strategy, check_group
 from qcomm.communicator import (
-    Fault,
     Fields,
     Group,
     Phase,
     Ticket,
+    attempt,
     completed,
     device_future,
     failed,
@@ -88,18 +86,14 @@ def all_reduce(
     grid: Grid = SigmaGrid(step=1.0),
     group: Group | None = None,
     async_op: bool = False,
-    min_elements: int = 1024,
-    strategy: str = "auto",
-    ranks_per_node: int | None = None,
-    num_threads: int = 1,
-    profile: Profile | Path | str | None = None,
+    **options: Unpack[ReduceKeywords],
 ) -> AllReduceWork | None:
     """Replaces a tensor by its mean over all ranks, exchanging compressed values. All ranks end with the same bits.
 
     A collective: every rank of the group calls it, in the same order, with tensors of one shape and dtype and with the
     same options, ``num_threads`` excepted. The first call of a group connects its ranks, which is a collective too. In
-    a world of one rank the tensor is its own mean and is left as it is, unless a strategy is named. There is no error
-    feedback: what quantization loses is lost.
+    a world of one rank the tensor is its own mean and is not modified, unless a strategy is named. There is no error
+    feedback: quantization errors are lost.
 
     Args:
         tensor: any shape and strides, on the CPU or a CUDA device (where this waits for the device, and ``async_op``
@@ -111,21 +105,10 @@ def all_reduce(
         group: by default the default process group. Its backend does not matter for tensors on the CPU: the traffic has
             gloo connections of its own, with the group's timeout. A :class:`qcomm.MpiGroup` has it travel over MPI.
             CUDA tensors need NCCL.
-        async_op: return at once; the tensor must be left alone until ``wait()`` of the handle has returned.
-        min_elements: smaller tensors travel as they are.
-        strategy: ``"two_phase"`` compresses, also the mean; ``"all_gather"`` compresses values alone, for few ranks or
-            small tensors; ``"exact_sum"`` rounds them to one grid of all ranks and loses nothing more; ``"none"`` is a
-            plain all-reduce and ``"bf16"`` one of float32 values rounded to bfloat16; ``"hierarchical"`` adds
-            uncompressed values inside a node and compresses between nodes; ``"auto"`` tries what may be fast on the
-            first calls for tensors of this size and keeps the fastest, one that compresses only if it is a quarter
-            faster than those that do not, looking again from time to time. CUDA tensors have ``"two_phase"``, which
-            ``"auto"`` is there, ``"none"`` and ``"bf16"``.
-        ranks_per_node: for ``"hierarchical"``: ranks 0 to ``ranks_per_node - 1`` of the group are one node, and so on;
-            any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
-            set.
-        num_threads: most that encode and decode at once on this rank; other ranks may pass another number.
-        profile: for ``"auto"``: the machine as ``qcomm bench --save-profile`` measured it, or that file, which is read
-            at each call. Only what may be fast there is tried, and the uncompressed ways. Equal on all ranks.
+        async_op: return at once; the tensor must not be used until ``wait()`` of the handle has returned.
+        **options: ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads`` and ``profile`` of
+            :class:`qcomm.collectives.ReduceOptions`. A profile's file is read at each call. For CUDA tensors ``"auto"``
+            is ``"two_phase"``.
 
     Returns:
         None, or with ``async_op`` a handle.
@@ -148,61 +131,22 @@ def all_reduce(
     """
     group = resolve_group(group)
     world_size = get_world_size(group)
-    fault, node_size, machine = None, 1, None
-    try:
-        _check_tensor(tensor)
-        check_exchange(grid, min_elements, strategy, ranks_per_node, num_threads)
-        if is_on_device(tensor):
-            check_device_strategy(strategy)
-            check_group(group, tensor.device)
-            core()
-        node_size = resolve_ranks_per_node(ranks_per_node, world_size, strategy)
-        machine = resolve_profile(profile, strategy)
-    except (TypeError, ValueError, OSError, RuntimeError) as error:
-        if world_size == 1:
-            raise
-        fault = Fault(Phase.PREPARE, error)
     telemetry = Telemetry()
-    if fault is not None:
+    task, fault = attempt(Phase.PREPARE, _task, tensor, grid, group, telemetry, options)
+    if task is None:
         # The caller gets the error itself, the other ranks hear of it.
-        _submit(group, MeanTask(torch.empty(0), None, grid, Fields({}), telemetry, fault=fault), None)
-        raise fault.error
-    layout = BucketLayout([TensorSpec("tensor", 0, tensor.numel(), tensor.numel() >= max(min_elements, 1))], world_size)
-    alone = world_size == 1 and strategy == "auto"
-    telemetry.count_bucket(layout, tensor.element_size())
-    if alone:
+        error = RuntimeError("nothing was prepared") if fault is None else fault.error
+        if world_size > 1 and fault is not None:
+            communicator, told = get_communicator(group), fault
+            communicator.submit(lambda: refuse(told, communicator))
+        raise error
+    telemetry.count_bucket(task.layout, tensor.element_size())
+    if world_size == 1 and task.options.strategy == "auto":
         work = AllReduceWork(completed(tensor), telemetry)
+    elif is_on_device(tensor):
+        work = _on_device(group, task, tensor)
     else:
-        in_place = tensor.is_contiguous() and not tensor.is_neg()
-        flat = (tensor if in_place else tensor.resolve_neg().contiguous()).detach().reshape(-1)
-        fields = Fields(
-            {
-                "operation": "all_reduce",
-                "grid": grid.describe(),
-                "min_elements": str(min_elements),
-                "strategy": strategy,
-                "ranks_per_node": str(node_size),
-                "profile": describe(machine),
-                "shape": str(list(tensor.shape)),
-                "dtype": str(tensor.dtype),
-                "device": tensor.device.type,
-            }
-        )
-        task = MeanTask(
-            flat,
-            layout,
-            grid,
-            fields,
-            telemetry,
-            strategy=strategy,
-            num_threads=num_threads,
-            ranks_per_node=node_size,
-            profile=machine,
-        )
-        if is_on_device(tensor):
-            work = _on_device(group, task, tensor)
-        else:
-            work = AllReduceWork(_submit(group, task, tensor), telemetry)
+        work = AllReduceWork(_submit(group, task, tensor), telemetry)
     if async_op:
         return work
     with telemetry.timed("wait_seconds"):
@@ -210,34 +154,59 @@ def all_reduce(
     return None
 
 
+def _task(tensor: torch.Tensor, grid: Grid, group: Group, telemetry: Telemetry, keywords: ReduceKeywords) -> MeanTask:
+    """Checks the arguments; returns the task that they make."""
+    _check_tensor(tensor)
+    options = ReduceOptions(grid, **keywords)
+    if is_on_device(tensor):
+        check_device_strategy(options.strategy)
+        check_group(group, tensor.device)
+        core()
+    world_size = get_world_size(group)
+    options = options.for_world(world_size)
+    specs = [TensorSpec("tensor", 0, tensor.numel(), options.is_compressed(tensor.numel()))]
+    in_place = tensor.is_contiguous() and not tensor.is_neg()
+    flat = (tensor if in_place else tensor.resolve_neg().contiguous()).detach().reshape(-1)
+    fields = {
+        "operation": "all_reduce",
+        **options.describe(),
+        "shape": str(list(tensor.shape)),
+        "dtype": str(tensor.dtype),
+        "device": tensor.device.type,
+    }
+    return MeanTask(flat, BucketLayout(specs, world_size), options, Fields(fields), telemetry)
+
+
 def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceWork:
     """On the tensor's current stream. The host waits for the sizes of packets, so nothing is left to wait for."""
-    # To find out which way is fastest takes many collectives of one object.
-    task = replace(task, strategy="two_phase" if task.strategy == "auto" else task.strategy)
+    if task.options.strategy == "auto":  # to find out which is fastest takes many collectives of one object
+        task = replace(task, options=replace(task.options, strategy="two_phase", profile=None))
     choice = DeviceChoice(group, get_communicator(group), task.telemetry, tensor.device)
     with torch.no_grad(), torch.cuda.device_of(tensor):
         try:
-            choice.average(task)
+            choice.average(DevicePart.of(task))
             choice.flush()
         except (CollectiveError, ConfigMismatchError) as error:
             return AllReduceWork(failed(error), task.telemetry)
-        if task.buffer.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(task.buffer.view(tensor.shape))
+        _copy_back(task, tensor)
     return AllReduceWork(completed(tensor, device_future(tensor)), task.telemetry)
 
 
-def _submit(group: Group, task: MeanTask, tensor: torch.Tensor | None) -> Ticket[torch.Tensor]:
+def _submit(group: Group, task: MeanTask, tensor: torch.Tensor) -> Ticket[torch.Tensor]:
     communicator = get_communicator(group)
 
     def job() -> torch.Tensor:
-        result = average(task, communicator)
-        if tensor is None:
-            return result
-        if result.data_ptr() != tensor.data_ptr():
-            tensor.detach().copy_(result.view(tensor.shape))
+        average(task, communicator)
+        _copy_back(task, tensor)
         return tensor
 
     return communicator.submit(job)
+
+
+def _copy_back(task: MeanTask, tensor: torch.Tensor) -> None:
+    """Writes the mean into a tensor that is not the task's buffer itself."""
+    if task.buffer.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(task.buffer.view(tensor.shape))
 
 
 def _check_tensor(tensor: object) -> None:

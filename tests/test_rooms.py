@@ -1,8 +1,10 @@
 """The rooms of qcomm/: CONTRIBUTING.md has their list, and every import follows it."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import pytest
@@ -121,6 +123,13 @@ def test_doors_offer_every_name_that_is_taken():
         and item.name not in offered(item.module)
     ]
     assert not missing
+
+
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_a_door_offers_no_modules(room):
+    """A module of the same name would hide a function, whichever of the two is imported last."""
+    door = importlib.import_module(f"qcomm.{room}")
+    assert [name for name in getattr(door, "__all__", []) if isinstance(getattr(door, name), ModuleType)] == []
 
 
 def test_modules_import_in_no_circle():

@@ -21,58 +21,48 @@ from collections.abc import Sequence
 
 import torch
 
-from qcomm.collectives.layout import scatter_chunk
-from qcomm.collectives.packing import exchange, measure_tensors, pack_chunk, raise_later, size_limit, unpack, wire_dtype
+from qcomm.collectives.packing import measure_tensors, pack_chunk, scatter_chunk, size_limit, unpack
+from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
-from qcomm.communicator import Communicator, Phase, attempt
+from qcomm.communicator import Phase
 
 __all__ = ["all_gather_mean"]
 
 
-def all_gather_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
-    """Replaces ``task.buffer`` by its mean over all ranks and returns it. Runs on the communicator's thread.
-
-    Raises:
-        CollectiveError, ConfigMismatchError: as :func:`qcomm.collectives.two_phase.two_phase_mean`.
-    """
-    communicator.begin()
-    world_size = communicator.world_size
-    packet, limit, fault = None, 0, communicator.pending_fault or task.fault
-    if fault is None:
-        limit = size_limit(task.agreed_layout.whole, wire_dtype(task))
-        packet, fault = attempt(Phase.ENCODE, _encode, task)
+def all_gather_mean(rounds: Rounds) -> None:
+    """Replaces the buffer of ``rounds.task`` by its mean over all ranks. Runs on the communicator's thread."""
+    task, world_size = rounds.task, rounds.world_size
+    limit = size_limit(task.layout.whole, task.wire_dtype)
+    packet = rounds.compute(Phase.ENCODE, _encode, task)
     outgoing = None if packet is None else [packet] * world_size
-    packets = exchange(task, communicator, 1, Phase.ENCODE, "phase1", outgoing, [limit] * world_size, fault)
-    _, fault = attempt(Phase.DECODE, _decode, task, packets)
-    if fault is not None:
-        raise_later(communicator, fault)
-    sizes = [packets[communicator.rank].numel()]
-    layout = task.agreed_layout
-    task.telemetry.count_packets(1, [layout.whole], sizes, wire_dtype(task).itemsize)
-    task.telemetry.mark(task.index, "done")
-    return task.buffer
+    packets = rounds.exchange(Phase.ENCODE, "phase1", outgoing, [limit] * world_size)
+    rounds.compute(Phase.DECODE, _decode, task, packets, rounds.rank)
 
 
 def _encode(task: MeanTask) -> torch.Tensor:
     """This rank's values plus residuals, as one packet."""
     task.telemetry.mark(task.index, "encode")
-    layout = task.agreed_layout
+    layout = task.layout
     with task.telemetry.timed("encode_seconds"):
         if task.feedback is not None:
             task.feedback.adopt(layout, None)
-        values = task.buffer.to(wire_dtype(task))
-        return pack_chunk(values, layout.whole, measure_tensors(task, values), 1.0 / task.scale, task.num_threads)
+        values = task.buffer.to(task.wire_dtype)
+        return pack_chunk(
+            values, layout.whole, measure_tensors(task, values), 1.0 / task.scale, task.options.num_threads
+        )
 
 
-def _decode(task: MeanTask, packets: Sequence[torch.Tensor]) -> None:
+def _decode(task: MeanTask, packets: Sequence[torch.Tensor], rank: int) -> None:
     """Writes the mean of all packets into the buffer."""
     task.telemetry.mark(task.index, "decode")
-    layout = task.agreed_layout
+    layout = task.layout
     with task.telemetry.timed("decode_seconds"):
-        mean = torch.empty(layout.elements, dtype=wire_dtype(task))
+        mean = torch.empty(layout.elements, dtype=task.wire_dtype)
         for sender, packet in enumerate(packets):
-            unpack(packet, mean, sender, accumulate=sender > 0, num_threads=task.num_threads)
+            unpack(packet, mean, sender, accumulate=sender > 0, num_threads=task.options.num_threads)
         mean.div_(layout.world_size)
         if task.scale != 1.0:
             mean.mul_(task.scale)
         scatter_chunk(mean, layout.whole, task.buffer)
+    sizes = [packets[rank].numel()]
+    task.telemetry.count_packets(1, [layout.whole], sizes, task.wire_dtype.itemsize)

@@ -47,7 +47,7 @@ __all__ = [
     "bytes_sent",
     "candidates",
     "seconds",
-    "two_phase_steps",
+    "two_phase_times",
 ]
 
 FORMAT = 1
@@ -122,6 +122,19 @@ class Profile:
         for name, kinds in (("link", LinkProfile), ("codec", CodecProfile), ("inside", (LinkProfile, type(None)))):
             if not isinstance(getattr(self, name), kinds):
                 raise TypeError(f"{name} must not be a {type(getattr(self, name)).__name__}")
+
+    def describe(self) -> str:
+        """Returns the profile as text, for the comparison between ranks: equal if and only if the profiles are.
+
+        Example:
+            >>> Profile(LinkProfile(0.125, 60.0), CodecProfile(2.0, 4.0, 15.0)).describe()
+            'link 0.125 GB/s 60.0 us, codec 2.0 4.0 GB/s 15.0 x'
+        """
+        link, codec = dataclasses.astuple(self.link), dataclasses.astuple(self.codec)
+        text = "link {!r} GB/s {!r} us, codec {!r} {!r} GB/s {!r} x".format(*link, *codec)
+        if self.inside is not None:
+            text += ", inside {!r} GB/s {!r} us".format(*dataclasses.astuple(self.inside))
+        return text
 
     def save(self, path: Path | str) -> None:
         """Writes the profile as JSON."""
@@ -249,7 +262,7 @@ def seconds(strategy: str, exchange: Exchange, profile: Profile) -> float:
     elif strategy == "all_gather":
         messages, codec = _messages(world), encode * values + decode * world * values
     elif strategy == "two_phase":
-        return two_phase_steps(exchange, profile).seconds()
+        return two_phase_times(exchange, profile).seconds()
     elif strategy == "exact_sum":
         # Rounding to the shared grid and measuring twice take about as long as encoding.
         messages, codec = 3 * _messages(world), encode * values * (2 + 1 / world) + 2 * decode * values
@@ -302,7 +315,7 @@ class TwoPhase:
         return rank
 
 
-def two_phase_steps(exchange: Exchange, profile: Profile) -> TwoPhase:
+def two_phase_times(exchange: Exchange, profile: Profile) -> TwoPhase:
     """The steps of ``two_phase``, whose slices are those that the library cuts."""
     world, values = exchange.world_size, exchange.value_bytes
     encode, decode = 1e-9 / profile.codec.encode_gb_per_s, 1e-9 / profile.codec.decode_gb_per_s

@@ -27,27 +27,16 @@ goes into its next values: ``sum_t result_t = sum_t mean(g_t) - mean_i(e_i)``.
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
 from qcomm.codec import Quantizer, Segment, is_zero, measure
 from qcomm.collectives.exact_sum_grid import RECORD_FIELDS, SharedGrid, Summary, lossless_quantizer, share, summarize
-from qcomm.collectives.layout import scatter_chunk
-from qcomm.collectives.packing import (
-    Measured,
-    exchange,
-    no_bytes,
-    pack,
-    pack_chunk,
-    raise_later,
-    size_limit,
-    unpack,
-    wire_dtype,
-)
+from qcomm.collectives.packing import Measured, no_bytes, pack, pack_chunk, scatter_chunk, size_limit, unpack
+from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
-from qcomm.communicator import Communicator, Fault, Phase, attempt
+from qcomm.communicator import Phase
 
 __all__ = ["exact_sum_mean"]
 
@@ -55,76 +44,59 @@ SUMMARY_SLACK_BYTES = 1 << 8  # what a packet has besides its values
 
 
 class _Own(NamedTuple):
-    """This rank's values in the wire's dtype and, for each compressed tensor that takes part, its residual."""
+    """This rank's part of the sum.
+
+    Attributes:
+        values: in the wire's dtype.
+        residuals: of each compressed tensor that takes part.
+        summary: the packet that tells the other ranks about the values.
+    """
 
     values: torch.Tensor
     residuals: dict[int, torch.Tensor]
+    summary: torch.Tensor
 
 
-def exact_sum_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
-    """Replaces ``task.buffer`` by its mean over all ranks and returns it. Runs on the communicator's thread.
+def exact_sum_mean(rounds: Rounds) -> None:
+    """Replaces the buffer of ``rounds.task`` by its mean over all ranks. Runs on the communicator's thread."""
+    task, rank, world_size = rounds.task, rounds.rank, rounds.world_size
+    layout, dtype = task.layout, task.wire_dtype
+    numbers = _compressed(task)
 
-    Raises:
-        CollectiveError, ConfigMismatchError: as :func:`qcomm.collectives.two_phase.two_phase_mean`.
-    """
-    communicator.begin()
-    rank, world_size = communicator.rank, communicator.world_size
-    fault: Fault | None = communicator.pending_fault or task.fault
-    own, summary, limit = None, no_bytes(), 0
-    if fault is None:
-        numbers = _compressed(task)
-        limit = 8 * RECORD_FIELDS * len(numbers) + SUMMARY_SLACK_BYTES if numbers else 0
-        measured, fault = attempt(Phase.MEASURE, _measure, task)
-        if measured is not None:
-            own, summary = measured
-    summaries = exchange(
-        task,
-        communicator,
-        1,
-        Phase.ENCODE,
-        "overhead",
-        None if own is None else [summary] * world_size,
-        [limit] * world_size,
-        fault,
-    )
+    limit = 8 * RECORD_FIELDS * len(numbers) + SUMMARY_SLACK_BYTES if numbers else 0
+    measured = rounds.compute(Phase.MEASURE, _measure, task)
+    outgoing = None if measured is None else [measured.summary] * world_size
+    summaries = rounds.exchange(Phase.ENCODE, "overhead", outgoing, [limit] * world_size)
 
-    grids, fault = attempt(Phase.MEASURE, _share, task, summaries)
-    values: list[torch.Tensor] | None = None
-    if own is not None and grids is not None:
-        # Ranks that computed different grids would add what does not belong together.
-        digest = hashlib.sha256(repr(grids).encode()).hexdigest()[:16]
-        task = replace(task, fields=task.fields.extended("shared grids", digest))
-        values, fault = attempt(Phase.QUANTIZE, _encode_values, task, own, grids)
-    layout, dtype = task.agreed_layout, wire_dtype(task)
+    grids = rounds.compute(Phase.MEASURE, _share, task, summaries) or []
+    # Ranks that computed different grids would add what does not belong together.
+    rounds.require_equal("shared grids", hashlib.sha256(repr(grids).encode()).hexdigest()[:16])
+    values = rounds.compute(Phase.QUANTIZE, _encode_values, task, measured, grids)
     limits = [size_limit(layout.chunks[rank], dtype)] * world_size
-    contributions = exchange(task, communicator, 2, Phase.QUANTIZE, "phase1", values, limits, fault)
+    contributions = rounds.exchange(Phase.QUANTIZE, "phase1", values, limits)
 
-    total, fault = attempt(Phase.REDUCE, _add_chunk, task, rank, grids or [], contributions)
+    total = rounds.compute(Phase.REDUCE, _add_chunk, task, rank, grids, contributions)
     limits = [size_limit(chunk, dtype) for chunk in layout.chunks]
     outgoing = None if total is None else [total] * world_size
-    totals = exchange(task, communicator, 3, Phase.REDUCE, "phase2", outgoing, limits, fault)
+    totals = rounds.exchange(Phase.REDUCE, "phase2", outgoing, limits)
 
-    _, fault = attempt(Phase.DECODE, _decode_means, task, totals)
-    if fault is not None:
-        raise_later(communicator, fault)
+    rounds.compute(Phase.DECODE, _decode_means, task, totals)
     for phase, packets in enumerate((values or [], totals), 1):
         task.telemetry.count_packets(phase, layout.chunks, [packet.numel() for packet in packets], dtype.itemsize)
-    task.telemetry.mark(task.index, "done")
-    return task.buffer
 
 
 def _compressed(task: MeanTask) -> list[int]:
-    return [number for number, tensor in enumerate(task.agreed_layout.tensors) if tensor.compressed]
+    return [number for number, tensor in enumerate(task.layout.tensors) if tensor.compressed]
 
 
-def _measure(task: MeanTask) -> tuple[_Own, torch.Tensor]:
-    """This rank's values, and the packet that tells the others about them."""
+def _measure(task: MeanTask) -> _Own:
+    """Measures this rank's values."""
     task.telemetry.mark(task.index, "encode")
-    layout, feedback, inv_scale = task.agreed_layout, task.feedback, 1.0 / task.scale
+    layout, feedback, inv_scale = task.layout, task.feedback, 1.0 / task.scale
     with task.telemetry.timed("encode_seconds"):
         if feedback is not None:
             feedback.adopt(layout, None)
-        own = _Own(task.buffer.to(wire_dtype(task)), {})
+        own = _Own(task.buffer.to(task.wire_dtype), {}, no_bytes())
         records = []
         for number in _compressed(task):
             tensor = layout.tensors[number]
@@ -136,27 +108,29 @@ def _measure(task: MeanTask) -> tuple[_Own, torch.Tensor]:
                 own.residuals[number] = residual
             statistics = measure(values, residual, inv_scale)
             task.telemetry.add(nonfinite_tensors=not statistics.finite)
-            records.append(summarize(statistics, task.grid, values, residual, inv_scale))
+            records.append(summarize(statistics, task.options.grid, values, residual, inv_scale))
         record = torch.tensor(records, dtype=torch.float64).flatten()
-        return own, pack([Segment(record, Quantizer.raw())]) if records else no_bytes()
+        return own._replace(summary=pack([Segment(record, Quantizer.raw())])) if records else own
 
 
 def _share(task: MeanTask, packets: Sequence[torch.Tensor]) -> list[SharedGrid]:
     """The grids of all tensors, the same on every rank; those that are not compressed have none."""
-    layout, numbers = task.agreed_layout, _compressed(task)
+    layout, numbers = task.layout, _compressed(task)
     records = torch.empty(len(packets), len(numbers), RECORD_FIELDS, dtype=torch.float64)
     for sender, packet in enumerate(packets):
         unpack(packet, records[sender].view(-1), sender)
     grids = [SharedGrid()] * len(layout.tensors)
     for column, number in enumerate(numbers):
         summaries = [Summary(*record) for record in records[:, column].tolist()]
-        grids[number] = share(task.grid, summaries, layout.tensors[number].numel, wire_dtype(task))
+        grids[number] = share(task.options.grid, summaries, layout.tensors[number].numel, task.wire_dtype)
     return grids
 
 
-def _encode_values(task: MeanTask, own: _Own, grids: Sequence[SharedGrid]) -> list[torch.Tensor]:
-    """This rank's values on the shared grids, one packet a chunk; what rounding loses becomes the residual."""
-    layout = task.agreed_layout
+def _encode_values(task: MeanTask, own: _Own | None, grids: Sequence[SharedGrid]) -> list[torch.Tensor]:
+    """Returns this rank's values on the shared grids, one packet a chunk; the rounding error becomes the residual."""
+    if own is None:
+        raise ValueError("a rank that could not measure its values has a fault, and does not come here")
+    layout = task.layout
     with task.telemetry.timed("encode_seconds"):
         if task.scale != 1.0:
             own.values.mul_(1.0 / task.scale)
@@ -167,7 +141,7 @@ def _encode_values(task: MeanTask, own: _Own, grids: Sequence[SharedGrid]) -> li
             quantizer = _quantize(task, values, residual, grid)
             task.telemetry.note_quantizer(tensor.key, quantizer)
             measured[number] = Measured(quantizer, None)
-        return [pack_chunk(own.values, chunk, measured, 1.0, task.num_threads) for chunk in layout.chunks]
+        return [pack_chunk(own.values, chunk, measured, 1.0, task.options.num_threads) for chunk in layout.chunks]
 
 
 def _quantize(task: MeanTask, values: torch.Tensor, residual: torch.Tensor | None, grid: SharedGrid) -> Quantizer:
@@ -184,41 +158,41 @@ def _quantize(task: MeanTask, values: torch.Tensor, residual: torch.Tensor | Non
     if residual is not None:
         residual.copy_(values.sub_(rounded))
     values.copy_(rounded)
-    return lossless_quantizer(values, grid.step, task.grid)
+    return lossless_quantizer(values, grid.step, task.options.grid)
 
 
 def _add_chunk(task: MeanTask, rank: int, grids: Sequence[SharedGrid], packets: Sequence[torch.Tensor]) -> torch.Tensor:
     """The packet of the sum over all ranks of this rank's chunk."""
     task.telemetry.mark(task.index, "reduce")
-    chunk = task.agreed_layout.chunks[rank]
-    total = torch.empty(chunk.count, dtype=wire_dtype(task))
+    chunk = task.layout.chunks[rank]
+    total = torch.empty(chunk.count, dtype=task.wire_dtype)
     with task.telemetry.timed("decode_seconds"):
         for sender, packet in enumerate(packets):
-            unpack(packet, total, sender, accumulate=sender > 0, num_threads=task.num_threads)
+            unpack(packet, total, sender, accumulate=sender > 0, num_threads=task.options.num_threads)
     with task.telemetry.timed("encode_seconds"):
         segments, position = [], 0
         for piece in chunk.pieces:
             sums, grid = total[position : position + piece.length], grids[piece.tensor]
             quantizer = Quantizer.raw()
             if grid.step:
-                quantizer = lossless_quantizer(sums, grid.step, task.grid)
+                quantizer = lossless_quantizer(sums, grid.step, task.options.grid)
             elif grid.constant is not None:
                 quantizer = Quantizer.constant(float(sums[0]))
             segments.append(Segment(sums, quantizer))
             position += piece.length
         if chunk.raw_count:
             segments.append(Segment(total[position:], Quantizer.raw()))
-        return pack(segments, num_threads=task.num_threads)
+        return pack(segments, num_threads=task.options.num_threads)
 
 
 def _decode_means(task: MeanTask, packets: Sequence[torch.Tensor]) -> None:
     """Divides every chunk's sum by the number of ranks and writes it into the buffer."""
     task.telemetry.mark(task.index, "decode")
-    layout = task.agreed_layout
+    layout = task.layout
     with task.telemetry.timed("decode_seconds"):
         for owner, (chunk, packet) in enumerate(zip(layout.chunks, packets, strict=True)):
-            values = torch.empty(chunk.count, dtype=wire_dtype(task))
-            unpack(packet, values, owner, num_threads=task.num_threads)
+            values = torch.empty(chunk.count, dtype=task.wire_dtype)
+            unpack(packet, values, owner, num_threads=task.options.num_threads)
             values.div_(layout.world_size)
             if task.scale != 1.0:
                 values.mul_(task.scale)

@@ -43,21 +43,12 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from qcomm.codec import Coding, Grid, Quantizer, Segment, is_zero, measure
-from qcomm.collectives.layout import Chunk, Piece, gather_chunk, scatter_chunk
-from qcomm.collectives.packing import (
-    Measured,
-    choose,
-    exchange,
-    no_bytes,
-    pack,
-    raise_later,
-    size_limit,
-    unpack,
-    wire_dtype,
-)
+from qcomm.collectives.layout import Chunk, Piece
+from qcomm.collectives.options import owner_grid
+from qcomm.collectives.packing import Measured, choose, gather_chunk, no_bytes, pack, scatter_chunk, size_limit, unpack
+from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
-from qcomm.collectives.two_phase_steps import owner_grid
-from qcomm.communicator import Communicator, Fault, Phase, attempt
+from qcomm.communicator import Phase
 from qcomm.errors import PacketError
 
 __all__ = ["hierarchical_mean"]
@@ -89,7 +80,7 @@ class _Place(NamedTuple):
 
     def slice_of(self, task: MeanTask, local: int) -> Sequence[Chunk]:
         """The chunks of slice number ``local``, by node."""
-        return task.agreed_layout.chunks[local * self.nodes : (local + 1) * self.nodes]
+        return task.layout.chunks[local * self.nodes : (local + 1) * self.nodes]
 
     @property
     def own_chunk(self) -> int:
@@ -97,53 +88,41 @@ class _Place(NamedTuple):
         return self.local * self.nodes + self.node
 
 
-def hierarchical_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
-    """Replaces ``task.buffer`` by its mean over all ranks and returns it. Runs on the communicator's thread.
-
-    Raises:
-        CollectiveError, ConfigMismatchError: as :func:`qcomm.collectives.two_phase.two_phase_mean`.
-    """
-    communicator.begin()
-    world_size, dtype, item_bytes = communicator.world_size, wire_dtype(task), task.buffer.element_size()
-    fault: Fault | None = communicator.pending_fault or task.fault
-    place, parts, limits = _Place(0, world_size, 0, 1), None, None
-    if fault is None:
-        place = _Place.of(communicator.rank, world_size, task.ranks_per_node)
-        own = _elements(place.slice_of(task, place.local))
-        limits = _spread(place.neighbours, [own * dtype.itemsize] * place.ranks_per_node, world_size, 0)
-        parts, fault = attempt(Phase.PREPARE, _split, task, place)
-    outgoing = None if parts is None else _spread(place.neighbours, parts, world_size, no_bytes())
-    received = exchange(task, communicator, 1, Phase.ENCODE, "inside", outgoing, limits, fault)
-
+def hierarchical_mean(rounds: Rounds) -> None:
+    """Replaces the buffer of ``rounds.task`` by its mean over all ranks. Runs on the communicator's thread."""
+    task, world_size = rounds.task, rounds.world_size
+    dtype, item_bytes = task.wire_dtype, task.buffer.element_size()
+    place = _Place.of(rounds.rank, world_size, task.options.node_size)
     chunks = place.slice_of(task, place.local)
     sizes = [size_limit(chunk, dtype) for chunk in chunks]
-    values, fault = attempt(Phase.NODE, _encode_sums, task, place, [received[rank] for rank in place.neighbours])
-    outgoing = None if values is None else _spread(place.row, values, world_size, no_bytes())
-    limits = _spread(place.row, [sizes[place.node]] * place.nodes, world_size, 0)
-    received = exchange(task, communicator, 2, Phase.NODE, "phase1", outgoing, limits, fault)
 
-    mean, fault = attempt(Phase.REDUCE, _reduce_chunk, task, place, [received[rank] for rank in place.row])
-    outgoing = None if mean is None else _spread(place.row, [mean] * place.nodes, world_size, no_bytes())
-    limits = _spread(place.row, sizes, world_size, 0)
-    received = exchange(task, communicator, 3, Phase.REDUCE, "phase2", outgoing, limits, fault)
-    means = [received[rank] for rank in place.row]
+    def exchange(
+        phase: Phase, kind: str, ranks: Sequence[int], packets: Sequence[torch.Tensor] | None, limits: Sequence[int]
+    ) -> list[torch.Tensor]:
+        """Exchanges with some of the ranks only; returns their packets."""
+        outgoing = None if packets is None else _spread(ranks, packets, world_size, no_bytes())
+        received = rounds.exchange(phase, kind, outgoing, _spread(ranks, limits, world_size, 0))
+        return [received[rank] for rank in ranks]
 
-    decoded, fault = attempt(Phase.DECODE, _decode_slice, task, place, means)
-    outgoing = (
-        None if decoded is None else _spread(place.neighbours, [decoded] * place.ranks_per_node, world_size, no_bytes())
-    )
+    parts = rounds.compute(Phase.PREPARE, _split, task, place)
+    own_bytes = _elements(chunks) * dtype.itemsize
+    received = exchange(Phase.ENCODE, "inside", place.neighbours, parts, [own_bytes] * place.ranks_per_node)
+
+    sums = rounds.compute(Phase.NODE, _encode_sums, task, place, received)
+    received = exchange(Phase.NODE, "phase1", place.row, sums, [sizes[place.node]] * place.nodes)
+
+    mean = rounds.compute(Phase.REDUCE, _reduce_chunk, task, place, received)
+    outgoing = None if mean is None else [mean] * place.nodes
+    means = exchange(Phase.REDUCE, "phase2", place.row, outgoing, sizes)
+
+    decoded = rounds.compute(Phase.DECODE, _decode_slice, task, place, means)
+    outgoing = None if decoded is None else [decoded] * place.ranks_per_node
     slices = [_elements(place.slice_of(task, local)) * item_bytes for local in range(place.ranks_per_node)]
-    limits = _spread(place.neighbours, slices, world_size, 0)
-    received = exchange(task, communicator, 4, Phase.DECODE, "inside", outgoing, limits, fault)
+    received = exchange(Phase.DECODE, "inside", place.neighbours, outgoing, slices)
 
-    _, fault = attempt(Phase.DECODE, _join, task, place, [received[rank] for rank in place.neighbours])
-    if fault is not None:
-        raise_later(communicator, fault)
-    for phase, packets in enumerate((values or [], means), 1):
-        packed = [packet.numel() for packet in packets]
-        task.telemetry.count_packets(phase, chunks, packed, dtype.itemsize)
-    task.telemetry.mark(task.index, "done")
-    return task.buffer
+    rounds.compute(Phase.DECODE, _join, task, place, received)
+    for phase, packets in enumerate((sums or [], means), 1):
+        task.telemetry.count_packets(phase, chunks, [packet.numel() for packet in packets], dtype.itemsize)
 
 
 def _split(task: MeanTask, place: _Place) -> list[torch.Tensor]:
@@ -152,7 +131,7 @@ def _split(task: MeanTask, place: _Place) -> list[torch.Tensor]:
     To the slices of others it adds all that error feedback keeps of them.
     """
     task.telemetry.mark(task.index, "encode")
-    layout, feedback, dtype = task.agreed_layout, task.feedback, wire_dtype(task)
+    layout, feedback, dtype = task.layout, task.feedback, task.wire_dtype
     values = task.buffer.to(dtype)
     if task.scale != 1.0:
         values = values * (1.0 / task.scale)
@@ -188,7 +167,7 @@ def _takes_part(values: torch.Tensor) -> bool:
 
 def _encode_sums(task: MeanTask, place: _Place, received: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The node's sums of this rank's slice, one packet a chunk. Each part of a tensor in a chunk has its own grid."""
-    chunks, dtype = place.slice_of(task, place.local), wire_dtype(task)
+    chunks, dtype = place.slice_of(task, place.local), task.wire_dtype
     with task.telemetry.timed("encode_seconds"):
         total = torch.empty(_elements(chunks), dtype=dtype)
         for number, (rank, message) in enumerate(zip(place.neighbours, received, strict=True)):
@@ -198,7 +177,7 @@ def _encode_sums(task: MeanTask, place: _Place, received: Sequence[torch.Tensor]
             else:
                 total.add_(values)
         return [
-            _pack(task, place, chunk, values, task.grid, owner=False)
+            _pack(task, place, chunk, values, task.options.grid, owner=False)
             for chunk, values in zip(chunks, total.split([chunk.count for chunk in chunks]), strict=True)
         ]
 
@@ -206,27 +185,27 @@ def _encode_sums(task: MeanTask, place: _Place, received: Sequence[torch.Tensor]
 def _reduce_chunk(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]) -> torch.Tensor:
     """The packet of the mean over all ranks of this rank's chunk."""
     task.telemetry.mark(task.index, "reduce")
-    layout = task.agreed_layout
+    layout = task.layout
     chunk = layout.chunks[place.own_chunk]
-    mean = torch.empty(chunk.count, dtype=wire_dtype(task))
+    mean = torch.empty(chunk.count, dtype=task.wire_dtype)
     with task.telemetry.timed("decode_seconds"):
         for number, (rank, packet) in enumerate(zip(place.row, packets, strict=True)):
-            unpack(packet, mean, rank, accumulate=number > 0, num_threads=task.num_threads)
+            unpack(packet, mean, rank, accumulate=number > 0, num_threads=task.options.num_threads)
         mean.div_(layout.world_size)
     with task.telemetry.timed("encode_seconds"):
-        return _pack(task, place, chunk, mean, owner_grid(task.grid), owner=True)
+        return _pack(task, place, chunk, mean, owner_grid(task.options.grid), owner=True)
 
 
 def _pack(task: MeanTask, place: _Place, chunk: Chunk, values: torch.Tensor, grid: Grid, owner: bool) -> torch.Tensor:
     """The packet of a chunk's ``values``, which lie as in a packet, with the residuals of sums or of means."""
-    layout, feedback, segments = task.agreed_layout, task.feedback, []
+    layout, feedback, segments = task.layout, task.feedback, []
     for piece, part in _pieces([chunk], values):
         tensor, residual = layout.tensors[piece.tensor], None
         if feedback is not None and owner:
             residual = feedback.owner(tensor.key, piece.start, piece.length)
         elif feedback is not None:
             residual = feedback.local(tensor.key, tensor.numel)[piece.start : piece.start + piece.length]
-        measured = choose(part, grid, residual, 1.0, task.num_threads)
+        measured = choose(part, grid, residual, 1.0, task.options.num_threads)
         if place.nodes == 1 and measured.quantizer.coding != Coding.CONSTANT:
             measured = Measured(Quantizer.raw(), residual)  # there is no slow link to save bytes on
         if not owner:
@@ -235,7 +214,7 @@ def _pack(task: MeanTask, place: _Place, chunk: Chunk, values: torch.Tensor, gri
         segments.append(Segment(part, *measured))
     if chunk.raw_count:
         segments.append(Segment(values[chunk.compressed_count :], Quantizer.raw()))
-    return pack(segments, num_threads=task.num_threads)
+    return pack(segments, num_threads=task.options.num_threads)
 
 
 def _decode_slice(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -243,10 +222,10 @@ def _decode_slice(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]
     task.telemetry.mark(task.index, "decode")
     chunks = place.slice_of(task, place.local)
     with task.telemetry.timed("decode_seconds"):
-        means = torch.empty(_elements(chunks), dtype=wire_dtype(task))
+        means = torch.empty(_elements(chunks), dtype=task.wire_dtype)
         parts = means.split([chunk.count for chunk in chunks])
         for rank, packet, part in zip(place.row, packets, parts, strict=True):
-            unpack(packet, part, rank, num_threads=task.num_threads)
+            unpack(packet, part, rank, num_threads=task.options.num_threads)
         if task.scale != 1.0:
             means.mul_(task.scale)
         return means.to(task.buffer.dtype).view(torch.uint8)

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
-import torch
-
 __all__ = ["BucketLayout", "Chunk", "Piece", "TensorSpec", "cut_points"]
 
 # Cuts fall on multiples of the codec's lanes, so that no block but a tensor's last has lanes without work.
@@ -206,24 +204,3 @@ class BucketLayout:
             f"{len(self.tensors)} tensors of {self.elements} elements, {self.compressed_elements} of them compressed "
             f"(digest {digest})"
         )
-
-
-def gather_runs(buffer: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Elements of ``runs`` as one 1-D tensor: a view where there is one run, otherwise a copy."""
-    parts = [buffer[offset : offset + length] for offset, length in runs]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def gather_chunk(buffer: torch.Tensor, chunk: Chunk, out: torch.Tensor) -> None:
-    """Copies a chunk's elements, pieces then raw runs, from where they are in ``buffer`` into the 1-D ``out``."""
-    places = [(piece.offset, piece.length) for piece in chunk.pieces] + list(chunk.raw_runs)
-    for target, (offset, length) in zip(out.split([length for _, length in places]), places, strict=True):
-        target.copy_(buffer[offset : offset + length])
-
-
-def scatter_chunk(values: torch.Tensor, chunk: Chunk, buffer: torch.Tensor) -> None:
-    """Copies a chunk's decoded ``values``, pieces then raw runs, to where they belong in ``buffer``."""
-    for source, (offset, length) in zip(
-        values.split([length for _, length in chunk.places]), chunk.places, strict=True
-    ):
-        buffer[offset : offset + length].copy_(source)

@@ -9,7 +9,6 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import astuple
-from pathlib import Path
 
 import torch
 
@@ -19,49 +18,9 @@ from qcomm.collectives.packing import choose, pack, unpack
 from qcomm.errors import CollectiveError
 from qcomm.transport import Transport
 
-__all__ = ["describe", "measure_codec", "measure_link", "resolve_profile", "slowest"]
+__all__ = ["measure_codec", "measure_link", "slowest"]
 
 LATENCY_REPEATS = 50
-
-
-def resolve_profile(profile: Profile | Path | str | None, strategy: str) -> Profile | None:
-    """The profile that a user named, read from its file if need be.
-
-    Raises:
-        TypeError: it is none, and no path.
-        ValueError: the file holds none, or no choice is to be made with it.
-        OSError: the file cannot be read.
-
-    Example:
-        >>> resolve_profile(None, "auto") is None
-        True
-    """
-    if profile is None:
-        return None
-    if strategy != "auto":
-        raise ValueError(f"profile must be given with strategy 'auto', which chooses by it, got strategy {strategy!r}")
-    if isinstance(profile, (str, Path)):
-        return Profile.load(profile)
-    if not isinstance(profile, Profile):
-        raise TypeError(
-            f"profile must be a qcomm.collectives.cost_model.Profile or its file, got {type(profile).__name__}"
-        )
-    return profile
-
-
-def describe(profile: Profile | None) -> str:
-    """A profile as text, for the comparison between ranks: equal if and only if the profiles are.
-
-    Example:
-        >>> describe(Profile(LinkProfile(0.125, 60.0), CodecProfile(2.0, 4.0, 15.0)))
-        'link 0.125 GB/s 60.0 us, codec 2.0 4.0 GB/s 15.0 x'
-    """
-    if profile is None:
-        return "None"
-    text = "link {!r} GB/s {!r} us, codec {!r} {!r} GB/s {!r} x".format(*astuple(profile.link), *astuple(profile.codec))
-    if profile.inside is not None:
-        text += ", inside {!r} GB/s {!r} us".format(*astuple(profile.inside))
-    return text
 
 
 def measure_codec(values: torch.Tensor, grid: Grid, num_threads: int = 1, repeats: int = 20) -> CodecProfile:

@@ -1,34 +1,153 @@
-"""Options of collectives, checked; the number of ranks that form a node, checked or found out."""
+"""Options of the mean over all ranks: documented once, checked once, and described for the comparison between ranks."""
 
 import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypedDict
 
-from qcomm.codec import RangeGrid, SigmaGrid, check_num_threads
+from qcomm.codec import Grid, RangeGrid, SigmaGrid, check_num_threads
+from qcomm.collectives.cost_model import Profile
 
-__all__ = ["STRATEGIES", "check_exchange", "check_grid", "check_min_elements", "resolve_ranks_per_node"]
+__all__ = ["STRATEGIES", "ReduceKeywords", "ReduceOptions", "owner_grid"]
 
 STRATEGIES = ("auto", "none", "bf16", "exact_sum", "all_gather", "hierarchical", "two_phase")
 
 
-def check_ranks_per_node(ranks_per_node: object) -> None:
-    """Raises unless ``ranks_per_node`` is None or a positive int."""
-    if ranks_per_node is None:
-        return
-    if isinstance(ranks_per_node, bool) or not isinstance(ranks_per_node, int):
-        raise TypeError(f"ranks_per_node must be an int or None, got {type(ranks_per_node).__name__}")
-    if ranks_per_node < 1:
-        raise ValueError(f"ranks_per_node must be at least 1, got {ranks_per_node}")
+class ReduceKeywords(TypedDict, total=False):
+    """Keyword arguments that become :class:`ReduceOptions`; ``grid`` is an argument of its own everywhere."""
+
+    min_elements: int
+    strategy: str
+    ranks_per_node: int | None
+    num_threads: int
+    profile: Profile | Path | str | None
 
 
-def resolve_ranks_per_node(ranks_per_node: int | None, world_size: int, strategy: str) -> int:
-    """How many ranks form a node: what was given, otherwise, for ``"hierarchical"``, the launcher's LOCAL_WORLD_SIZE.
+@dataclass(frozen=True)
+class ReduceOptions:
+    """The way in which a mean over all ranks is computed. All ranks pass the same, ``num_threads`` excepted.
+
+    Args:
+        grid: :class:`qcomm.SigmaGrid` or :class:`qcomm.RangeGrid`: how finely each rank's values are quantized. Means
+            are quantized once more, with ``step`` at most 1.
+        min_elements: tensors with fewer elements travel uncompressed, in the same packets; ``"bf16"`` rounds them, too.
+        strategy: ``"two_phase"`` compresses the values and their means. ``"all_gather"`` compresses the values alone,
+            for few ranks or small tensors. ``"exact_sum"`` rounds the values to one grid of all ranks and loses nothing
+            more. ``"none"`` is an uncompressed all-reduce, and ``"bf16"`` one of float32 values rounded to bfloat16.
+            ``"hierarchical"`` adds uncompressed values inside a node and compresses between nodes. ``"auto"`` tries the
+            strategies that may be fast during the first collectives of each size and keeps the fastest. One that
+            compresses is kept only if it is a quarter faster than those that do not. From time to time ``"auto"`` looks
+            again. CUDA tensors have ``"two_phase"``, ``"none"`` and ``"bf16"``.
+        ranks_per_node: for ``"hierarchical"``: ranks 0 to ``ranks_per_node - 1`` of the group are one node, and so on;
+            any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
+            set.
+        num_threads: maximum number of threads that encode and decode on this rank. Results do not depend on it.
+        profile: for ``"auto"``: the machine as ``qcomm bench --save-profile`` measured it, or the path of that file.
+            Only the strategies that may be fast there are tried, and the uncompressed ones.
 
     Raises:
-        ValueError: it does not divide the number of ranks, or is not to be found.
+        TypeError, ValueError: naming the option, the value and the values that are allowed.
+        OSError: the profile cannot be read.
 
     Example:
-        >>> resolve_ranks_per_node(2, 6, "hierarchical"), resolve_ranks_per_node(None, 6, "two_phase")
-        (2, 1)
+        >>> ReduceOptions(SigmaGrid(step=2.0), strategy="two_phase").describe()["strategy"]
+        'two_phase'
+        >>> ReduceOptions(min_elements=-1)
+        Traceback (most recent call last):
+            ...
+        ValueError: min_elements must be >= 0, got -1
     """
+
+    grid: Grid = SigmaGrid(step=1.0)
+    min_elements: int = 1024
+    strategy: str = "auto"
+    ranks_per_node: int | None = None
+    num_threads: int = 1
+    profile: Profile | Path | str | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.grid, (SigmaGrid, RangeGrid)):
+            raise TypeError(f"grid must be a qcomm.SigmaGrid or qcomm.RangeGrid, got {type(self.grid).__name__}")
+        _check_int("min_elements", self.min_elements, 0)
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy must be one of {STRATEGIES}, got {self.strategy!r}")
+        if self.ranks_per_node is not None:
+            if isinstance(self.ranks_per_node, bool) or not isinstance(self.ranks_per_node, int):
+                raise TypeError(f"ranks_per_node must be an int or None, got {type(self.ranks_per_node).__name__}")
+            if self.ranks_per_node < 1:
+                raise ValueError(f"ranks_per_node must be at least 1, got {self.ranks_per_node}")
+        check_num_threads(self.num_threads)
+        object.__setattr__(self, "profile", _read_profile(self.profile, self.strategy))
+
+    @property
+    def machine(self) -> Profile | None:
+        """The profile, read from its file; None for any machine."""
+        if isinstance(self.profile, (str, Path)):
+            raise TypeError("a profile is read when the options are made")
+        return self.profile
+
+    @property
+    def node_size(self) -> int:
+        """Number of ranks that form a node, of options for a world; 1 where nodes do not count."""
+        return self.ranks_per_node or 1
+
+    @property
+    def compresses(self) -> bool:
+        """Whether the strategy is a named one that never exchanges all values uncompressed."""
+        return self.strategy not in ("auto", "none", "bf16")
+
+    def is_compressed(self, elements: int) -> bool:
+        """Returns whether a tensor of so many elements is compressed."""
+        return elements >= max(self.min_elements, 1)
+
+    def for_world(self, world_size: int) -> "ReduceOptions":
+        """Returns these options for a number of ranks: ``ranks_per_node`` is found out, and checked.
+
+        Raises:
+            ValueError: it does not divide the number of ranks, or the launcher has not said it.
+
+        Example:
+            >>> ReduceOptions(strategy="hierarchical", ranks_per_node=2).for_world(6).node_size
+            2
+        """
+        return replace(self, ranks_per_node=_resolve_ranks_per_node(self.ranks_per_node, world_size, self.strategy))
+
+    def describe(self) -> dict[str, str]:
+        """Returns all options that have to be equal on all ranks, as text."""
+        return {
+            "grid": self.grid.describe(),
+            "min_elements": str(self.min_elements),
+            "strategy": self.strategy,
+            "ranks_per_node": str(self.ranks_per_node),
+            "profile": "None" if self.machine is None else self.machine.describe(),
+        }
+
+
+def owner_grid(grid: Grid) -> Grid:
+    """Returns the grid for means: no coarser than the RMS, because nothing averages its error away."""
+    return replace(grid, step=min(grid.step, 1.0)) if isinstance(grid, SigmaGrid) else grid
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def _read_profile(profile: object, strategy: str) -> Profile | None:
+    if profile is None:
+        return None
+    if strategy != "auto":
+        raise ValueError(f"profile must be given with strategy 'auto', which chooses by it, got strategy {strategy!r}")
+    if isinstance(profile, (str, Path)):
+        return Profile.load(profile)
+    if not isinstance(profile, Profile):
+        raise TypeError(f"profile must be a qcomm.collectives.Profile or its file, got {type(profile).__name__}")
+    return profile
+
+
+def _resolve_ranks_per_node(ranks_per_node: int | None, world_size: int, strategy: str) -> int:
     source = "ranks_per_node"
     if ranks_per_node is None:
         if strategy != "hierarchical":
@@ -43,34 +162,3 @@ def resolve_ranks_per_node(ranks_per_node: int | None, world_size: int, strategy
     if world_size % ranks_per_node:
         raise ValueError(f"{source} must divide the number of ranks, {world_size}, got {ranks_per_node}")
     return ranks_per_node
-
-
-def check_exchange(
-    grid: object, min_elements: object, strategy: object, ranks_per_node: object, num_threads: object
-) -> None:
-    """Raises TypeError or ValueError, naming the option, unless each is what collectives take."""
-    check_grid(grid)
-    check_min_elements(min_elements)
-    check_strategy(strategy)
-    check_ranks_per_node(ranks_per_node)
-    check_num_threads(num_threads)
-
-
-def check_grid(grid: object) -> None:
-    """Raises TypeError unless ``grid`` is a grid."""
-    if not isinstance(grid, (SigmaGrid, RangeGrid)):
-        raise TypeError(f"grid must be a qcomm.SigmaGrid or qcomm.RangeGrid, got {type(grid).__name__}")
-
-
-def check_min_elements(min_elements: object) -> None:
-    """Raises unless ``min_elements`` is an int >= 0."""
-    if isinstance(min_elements, bool) or not isinstance(min_elements, int):
-        raise TypeError(f"min_elements must be an int, got {type(min_elements).__name__}")
-    if min_elements < 0:
-        raise ValueError(f"min_elements must be >= 0, got {min_elements}")
-
-
-def check_strategy(strategy: object) -> None:
-    """Raises ValueError unless ``strategy`` is one of STRATEGIES."""
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")

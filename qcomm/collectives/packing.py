@@ -1,30 +1,29 @@
-"""Packets of a collective: chunks of a buffer to bytes and back, their exchange, and how large they can be."""
+"""Packing: chunks of a buffer to packets and back, and the largest size that these can have."""
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import torch
 
 from qcomm.codec import Code, Grid, Quantizer, Segment, decode_into, encode, is_zero, measure, plan
-from qcomm.collectives.layout import Chunk, gather_runs
+from qcomm.collectives.layout import Chunk
 from qcomm.collectives.task import MeanTask
-from qcomm.communicator import Communicator, Fault, Phase
-from qcomm.errors import CollectiveError, PacketError
+from qcomm.errors import PacketError
 
 __all__ = [
     "Measured",
     "choose",
     "chunk_segments",
-    "exchange",
+    "gather_chunk",
+    "gather_runs",
     "measure_tensors",
     "no_bytes",
     "pack",
     "pack_chunk",
-    "raise_later",
+    "scatter_chunk",
     "size_limit",
     "unpack",
-    "wire_dtype",
 ]
 
 # Most that a packet takes beyond its values: header, and for each segment its record, code lengths and a checksum, and
@@ -39,11 +38,6 @@ class Measured(NamedTuple):
 
     quantizer: Quantizer
     residual: torch.Tensor | None
-
-
-def wire_dtype(task: MeanTask) -> torch.dtype:
-    """Sums need more than 16 bits, so what they are made of travels in float32, or in float64 if it is float64."""
-    return torch.float64 if task.buffer.dtype == torch.float64 else torch.float32
 
 
 def choose(
@@ -74,12 +68,12 @@ def choose(
 def measure_tensors(task: MeanTask, values: torch.Tensor) -> list[Measured]:
     """Each tensor of the layout measured whole; those that are not compressed get a raw quantizer."""
     measured = []
-    for tensor in task.agreed_layout.tensors:
+    for tensor in task.layout.tensors:
         found = Measured(Quantizer.raw(), None)
         if tensor.compressed:
             residual = None if task.feedback is None else task.feedback.local(tensor.key, tensor.numel)
             whole = values[tensor.offset : tensor.offset + tensor.numel]
-            found = choose(whole, task.grid, residual, 1.0 / task.scale, task.num_threads)
+            found = choose(whole, task.options.grid, residual, 1.0 / task.scale, task.options.num_threads)
             task.telemetry.note_quantizer(tensor.key, found.quantizer)
             task.telemetry.add(nonfinite_tensors=math.isnan(found.quantizer.p0))
         measured.append(found)
@@ -137,46 +131,22 @@ def size_limit(chunk: Chunk, dtype: torch.dtype) -> int:
     return chunk.count * dtype.itemsize + chunk.count // VALUES_PER_SLACK_BYTE + segments + PACKET_SLACK_BYTES
 
 
-def exchange(
-    task: MeanTask,
-    communicator: Communicator,
-    number: int,
-    phase: Phase,
-    kind: str,
-    packets: Sequence[torch.Tensor] | None,
-    limits: Sequence[int] | None,
-    fault: Fault | None,
-) -> list[torch.Tensor]:
-    """Sends packet r to each rank r and returns what each rank sent here; raises on all ranks if any has a fault.
-
-    Args:
-        task, communicator: of the collective.
-        number: of the exchange within the collective, from 1.
-        phase: that every rank has just finished.
-        kind: what the bytes count as: "phase1", "phase2", "inside" or "overhead".
-        packets: W of them, of no bytes where nothing goes to a rank; None with a fault.
-        limits: most bytes that each rank can send here, 0 where it sends nothing; None with a fault.
-        fault: what went wrong on this rank, if anything did.
-    """
-    task.telemetry.mark(task.index, f"exchange_{number}")
-    own, world_size = communicator.rank, communicator.world_size
-    packets = packets or [no_bytes()] * world_size
-    limits = limits or [0] * world_size
-    with task.telemetry.timed("communication_seconds"):
-        sizes, overhead = communicator.agree(
-            phase, task.fields, [packet.numel() for packet in packets], limits, fault, task.own_time
-        )
-        incoming = [
-            torch.empty(size, dtype=torch.uint8) if rank != own else packets[own] for rank, size in enumerate(sizes)
-        ]
-        traffic = communicator.exchange(packets, incoming, phase)
-    task.telemetry.add_traffic("overhead", overhead)
-    task.telemetry.add_traffic(kind, traffic)
-    return incoming
+def gather_runs(buffer: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """Elements of ``runs`` as one 1-D tensor: a view where there is one run, otherwise a copy."""
+    parts = [buffer[offset : offset + length] for offset, length in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def raise_later(communicator: Communicator, fault: Fault) -> NoReturn:
-    """Raises a fault after the last exchange here, and on the other ranks in the next collective."""
-    communicator.announce_later(fault)
-    text = f"this rank failed while {fault.phase}: {fault.error}; the others are told in the next collective"
-    raise CollectiveError(text) from fault.error
+def gather_chunk(buffer: torch.Tensor, chunk: Chunk, out: torch.Tensor) -> None:
+    """Copies a chunk's elements, pieces then raw runs, from where they are in ``buffer`` into the 1-D ``out``."""
+    places = [(piece.offset, piece.length) for piece in chunk.pieces] + list(chunk.raw_runs)
+    for target, (offset, length) in zip(out.split([length for _, length in places]), places, strict=True):
+        target.copy_(buffer[offset : offset + length])
+
+
+def scatter_chunk(values: torch.Tensor, chunk: Chunk, buffer: torch.Tensor) -> None:
+    """Copies a chunk's decoded ``values``, pieces then raw runs, to where they belong in ``buffer``."""
+    for source, (offset, length) in zip(
+        values.split([length for _, length in chunk.places]), chunk.places, strict=True
+    ):
+        buffer[offset : offset + length].copy_(source)

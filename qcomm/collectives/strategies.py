@@ -1,28 +1,29 @@
-"""The ways to a mean, by name, and the choice between them."""
+"""Strategies: the algorithms of the mean by name, and the choice between them."""
 
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import replace
 
 import torch
 
 from qcomm.codec import Grid, SigmaGrid
 from qcomm.collectives.all_gather import all_gather_mean
-from qcomm.collectives.cost_model import PLAUSIBLE, Exchange, Profile, candidates
+from qcomm.collectives.cost_model import PLAUSIBLE, Exchange, candidates
 from qcomm.collectives.exact_sum import exact_sum_mean
 from qcomm.collectives.hierarchical import hierarchical_mean
 from qcomm.collectives.layout import BucketLayout
+from qcomm.collectives.options import ReduceOptions
+from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.tuner import Chooser
 from qcomm.collectives.two_phase import two_phase_mean
 from qcomm.collectives.uncompressed import bf16_mean, plain_mean
-from qcomm.collectives.uncompressed_values import PLAIN, is_rounded
+from qcomm.collectives.uncompressed_values import PLAIN, Bypassing, is_rounded
 from qcomm.communicator import UNTIMED, Communicator, Took
 
 __all__ = ["average", "plain_ways", "settled"]
 
-WAYS: Mapping[str, Callable[[MeanTask, Communicator], torch.Tensor]] = {
+WAYS: Mapping[str, Callable[[Rounds], None]] = {
     "none": plain_mean,
     "bf16": bf16_mean,
     "exact_sum": exact_sum_mean,
@@ -30,84 +31,91 @@ WAYS: Mapping[str, Callable[[MeanTask, Communicator], torch.Tensor]] = {
     "hierarchical": hierarchical_mean,
     "two_phase": two_phase_mean,
 }
-# What "auto" chooses between, the most exact first: of two that are equally fast, the chooser takes the earlier one.
-# exact_sum is never the fastest; it is for those who want what it computes.
+# "auto" chooses between these, the most exact first: of two that are equally fast, the chooser takes the earlier one.
+# exact_sum is never the fastest; it is for users who need its exact sums.
 AUTOMATIC = (*PLAIN, "all_gather", "hierarchical", "two_phase")
 
-_choosers: "weakref.WeakKeyDictionary[Communicator, Chooser]" = weakref.WeakKeyDictionary()
+_tuners: "weakref.WeakKeyDictionary[Communicator, Chooser]" = weakref.WeakKeyDictionary()
 
 
-def average(task: MeanTask, communicator: Communicator) -> torch.Tensor:
-    """Replaces ``task.buffer`` by its mean over all ranks, as ``task.strategy`` says, and returns it.
+def average(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None = None) -> None:
+    """Replaces ``task.buffer`` by its mean over all ranks. Runs on the communicator's thread.
 
-    With ``"auto"`` each way that may be the fastest is tried a few times for every kind of buffer, then the fastest one
-    that is worth it is taken; all ranks decide alike, see :mod:`qcomm.collectives.tuner`. Runs on the communicator's
-    thread.
+    With ``"auto"`` each strategy that may be the fastest is tried a few times for every kind of buffer. Then the
+    fastest one that is worth it is taken. All ranks decide alike, see :mod:`qcomm.collectives.tuner`.
+
+    Args:
+        task: of the collective.
+        communicator: of the group.
+        bypassing: collectives of this kind that the caller runs without an agreement; None where it runs none.
 
     Raises:
-        CollectiveError, ConfigMismatchError: as :func:`qcomm.collectives.two_phase.two_phase_mean`.
+        CollectiveError: on all ranks, naming the rank that failed. The values are lost, with the residuals that were
+            added to them, unless it failed before the exchange began.
+        LateFaultError: this rank failed after its last message.
+        ConfigMismatchError: ``task.fields`` differ between ranks; nothing has changed then.
     """
-    if task.layout is None:  # a fault, which the other ranks hear of whatever they are about to do
-        return two_phase_mean(task, communicator)
-    if task.strategy != "auto":
-        task.telemetry.note_strategy(task.index, task.strategy)
-        return WAYS[task.strategy](task, communicator)
-    chooser, kind = _chooser(communicator), _kind(task)
-    ways = automatic_ways(task.layout, task.buffer.dtype, task.grid, task.ranks_per_node, task.profile)
-    strategy = chooser.next(kind, ways)
-    fields = task.fields.extended("strategy chosen", strategy)
-    task = replace(task, fields=fields, own_time=chooser.own_time(kind))
-    agreements, begin, own_time = communicator.agreements, time.perf_counter_ns(), UNTIMED
+    if task.options.strategy == "auto":
+        _average_by_tuner(task, communicator, bypassing)
+    else:
+        task.telemetry.note_strategy(task.index, task.options.strategy)
+        with Rounds(task, communicator, bypassing=bypassing) as rounds:
+            WAYS[task.options.strategy](rounds)
+
+
+def _average_by_tuner(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None) -> None:
+    tuner, kind = _tuner(communicator), _kind(task, bypassing)
+    strategy = tuner.next(kind, automatic_ways(task.layout, task.buffer.dtype, task.options))
+    begin, own_time = time.perf_counter_ns(), UNTIMED
+    rounds = Rounds(task, communicator, tuner.own_time(kind), bypassing)
+    rounds.require_equal("strategy chosen", strategy)
     try:
-        result = WAYS[strategy](task, communicator)
-        wait = communicator.time_to_agree
-        work = time.perf_counter_ns() - begin - wait
-        # What can be bypassed will mostly run without an agreement.
-        own_time = Took(work, 0 if strategy in PLAIN and task.can_bypass else wait)
+        with rounds:
+            WAYS[strategy](rounds)
+        work = time.perf_counter_ns() - begin - rounds.waited
+        # Most collectives that may be bypassed run without an agreement.
+        own_time = Took(work, 0 if strategy in PLAIN and bypassing is not None else rounds.waited)
     finally:
-        if communicator.agreements > agreements:  # so it is on all ranks, whatever happened afterwards
-            chooser.finished(kind, communicator.agreed_time, own_time, 1 + task.bypassed)
+        if rounds.agreed is not None:  # so it is on all ranks, whatever happened afterwards
+            bypassed = 0 if bypassing is None else bypassing.count
+            tuner.finished(kind, rounds.agreed.last_time, own_time, 1 + bypassed)
     task.telemetry.note_strategy(task.index, strategy)
-    return result
 
 
-def settled(task: MeanTask, communicator: Communicator) -> str:
-    """How further tensors like that of ``task`` will be averaged, "" while that is tried; all ranks agree."""
-    return _chooser(communicator).settled(_kind(task)) if task.strategy == "auto" else task.strategy
+def settled(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None = None) -> str:
+    """Returns the strategy of further tensors like that of ``task``, "" while several are tried; all ranks agree."""
+    if task.options.strategy != "auto":
+        return task.options.strategy
+    return _tuner(communicator).settled(_kind(task, bypassing))
 
 
-def _chooser(communicator: Communicator) -> Chooser:
-    """Returns the chooser of a group's ranks, which is the same object as long as the communicator lives."""
-    return _choosers.setdefault(communicator, Chooser())
+def _tuner(communicator: Communicator) -> Chooser:
+    """Returns the tuner of a group's ranks, which is the same object as long as the communicator lives."""
+    return _tuners.setdefault(communicator, Chooser())
 
 
-def _kind(task: MeanTask) -> Hashable:
-    """What has to be equal for two collectives to take equally long."""
-    layout = task.agreed_layout
+def _kind(task: MeanTask, bypassing: Bypassing | None) -> Hashable:
+    """Returns a key that two collectives share if they should take equally long."""
+    layout, options = task.layout, task.options
     values = layout.elements, layout.compressed_elements, layout.exact_elements, task.buffer.dtype
-    # What may be bypassed is timed without its agreement.
-    return (*values, task.grid, task.feedback is None, task.ranks_per_node, task.profile, task.can_bypass)
+    # A collective that may be bypassed is timed without its agreement.
+    return (*values, options.grid, task.feedback is None, options.node_size, options.machine, bypassing is None)
 
 
-def automatic_ways(
-    layout: BucketLayout,
-    dtype: torch.dtype,
-    grid: Grid,
-    ranks_per_node: int = 1,
-    profile: Profile | None = None,
-) -> tuple[str, ...]:
-    """What ``"auto"`` tries for a buffer: a pure function, equal on all ranks.
+def automatic_ways(layout: BucketLayout, dtype: torch.dtype, options: ReduceOptions) -> tuple[str, ...]:
+    """Returns the strategies that ``"auto"`` tries for a buffer: a pure function, equal on all ranks.
 
-    Always the plain all-reduce, and in bfloat16 where that is finer than the grid. ``"hierarchical"`` only where there
-    are several nodes of several ranks, and no way that the cost model finds slow: on the machine of ``profile``, or
-    without one everywhere.
+    These are always the uncompressed all-reduce, and that in bfloat16 where it is finer than the grid.
+    ``"hierarchical"`` is tried only where there are several nodes of several ranks. A strategy that the cost model
+    finds slow is left out: slow on the machine of the profile, or without a profile on every machine.
     """
-    several = 1 < ranks_per_node < layout.world_size
-    plain = plain_ways(layout, dtype, grid)
+    several = 1 < options.node_size < layout.world_size
+    plain = plain_ways(layout, dtype, options.grid)
     names = tuple(name for name in AUTOMATIC if name not in PLAIN and (several or name != "hierarchical"))
-    raw = layout.elements - layout.compressed_elements
-    exchange = Exchange(layout.elements, layout.world_size, dtype.itemsize, ranks_per_node, raw, layout.exact_elements)
-    fast = candidates(exchange, (*plain, *names), PLAUSIBLE if profile is None else (profile,))
+    raw, exact = layout.elements - layout.compressed_elements, layout.exact_elements
+    exchange = Exchange(layout.elements, layout.world_size, dtype.itemsize, options.node_size, raw, exact)
+    machines = PLAUSIBLE if options.machine is None else (options.machine,)
+    fast = candidates(exchange, (*plain, *names), machines)
     return (*plain, *(name for name in fast if name not in plain))
 
 

@@ -22,46 +22,29 @@ A large buffer goes through this in slices, so that codec and network work at th
 import torch
 
 from qcomm.collectives.packing import size_limit
+from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.two_phase_schedule import SLICE_ELEMENTS, Slice, Step, cut_slices, schedule
 from qcomm.collectives.two_phase_steps import MeanSteps
-from qcomm.communicator import Communicator, Phase, Pipeline
-from qcomm.errors import CollectiveError
+from qcomm.communicator import Phase, Pipeline
 
 __all__ = ["two_phase_mean"]
 
 
-def two_phase_mean(task: MeanTask, communicator: Communicator) -> torch.Tensor:
-    """Replaces ``task.buffer`` by its mean over all ranks and returns it. Runs on the communicator's thread.
-
-    Raises:
-        CollectiveError: on all ranks, naming the rank that failed. The values are lost, with the residuals that were
-            added to them, unless it failed before the exchange began.
-        ConfigMismatchError: ``task.fields`` differ between ranks; nothing has changed then.
-    """
-    communicator.begin()
-    slices: tuple[Slice, ...] = ()
-    fields, nothing = task.fields, [0] * communicator.world_size
-    if task.layout is not None:
-        slices = cut_slices(task.layout, SLICE_ELEMENTS)
-        fields = fields.extended("slices", str(len(slices)))
-    with task.telemetry.timed("communication_seconds"):
-        fault = communicator.pending_fault or task.fault
-        _, overhead = communicator.agree(Phase.ENCODE, fields, nothing, nothing, fault, task.own_time)
-    task.telemetry.add_traffic("overhead", overhead)
-    steps = MeanSteps(task, communicator.rank, slices)
-    with communicator.pipeline() as pipeline:
+def two_phase_mean(rounds: Rounds) -> None:
+    """Replaces the buffer of ``rounds.task`` by its mean over all ranks. Runs on the communicator's thread."""
+    task = rounds.task
+    slices = cut_slices(task.layout, SLICE_ELEMENTS)
+    rounds.require_equal("slices", str(len(slices)))
+    rounds.agree()
+    steps = MeanSteps(task, rounds.rank, slices)
+    with rounds.pipeline() as pipeline:
         _run(task, steps, slices, pipeline)
     for kind, traffic in pipeline.traffic().items():
         task.telemetry.add_traffic(kind, traffic)
-    if pipeline.fault is not None:
-        fault = pipeline.fault
-        communicator.announce_later(fault)
-        text = f"this rank failed while {fault.phase}: {fault.error}; the others are told in the next collective"
-        raise CollectiveError(text) from fault.error
-    steps.finish()
-    task.telemetry.mark(task.index, "done")
-    return task.buffer
+    rounds.take_over(pipeline.fault)
+    if pipeline.fault is None:
+        steps.finish()
 
 
 def _run(task: MeanTask, steps: MeanSteps, slices: tuple[Slice, ...], pipeline: Pipeline) -> None:

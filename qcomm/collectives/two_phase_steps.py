@@ -2,23 +2,18 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 
-from qcomm.codec import Code, Grid, GridKind, Quantizer, Segment, SigmaGrid, encode
-from qcomm.collectives.layout import Chunk, Piece, gather_runs, scatter_chunk
-from qcomm.collectives.packing import Measured, choose, chunk_segments, size_limit, unpack, wire_dtype
+from qcomm.codec import Code, GridKind, Quantizer, Segment, encode
+from qcomm.collectives.layout import Chunk, Piece
+from qcomm.collectives.options import owner_grid
+from qcomm.collectives.packing import Measured, choose, chunk_segments, gather_runs, scatter_chunk, size_limit, unpack
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.two_phase_schedule import Slice
 from qcomm.errors import PacketError
 
-__all__ = ["MeanSteps", "owner_grid"]
-
-
-def owner_grid(grid: Grid) -> Grid:
-    """The grid for means: no coarser than the RMS, because nothing averages its error away."""
-    return replace(grid, step=min(grid.step, 1.0)) if isinstance(grid, SigmaGrid) else grid
+__all__ = ["MeanSteps"]
 
 
 class MeanSteps:
@@ -39,7 +34,7 @@ class MeanSteps:
 
     def __init__(self, task: MeanTask, rank: int, slices: Sequence[Slice]) -> None:
         self.rank = rank
-        self.wire_dtype = wire_dtype(task)
+        self.wire_dtype = task.wire_dtype
         self._task = task
         self._slices = slices
         self._inv_scale = 1.0 / task.scale
@@ -54,7 +49,7 @@ class MeanSteps:
 
     def begin(self) -> None:
         """Gets ready; the residuals change hands where the layout is a new one."""
-        task, layout = self._task, self._task.agreed_layout
+        task, layout = self._task, self._task.layout
         self._values = task.buffer.to(self.wire_dtype)
         largest = max(chunk.count for part in self._slices for chunk in part)
         self._scratch = torch.empty(largest, dtype=self.wire_dtype)
@@ -90,7 +85,7 @@ class MeanSteps:
                     self._add_own(chunk, mean, accumulate=sender > 0)
                 elif packet is not None:
                     self._decode(packet, mean, sender, accumulate=sender > 0)
-            mean.div_(task.agreed_layout.world_size)
+            mean.div_(task.layout.world_size)
         with task.telemetry.timed("encode_seconds"):
             self._means[number] = self._packet(2, chunk, self._mean_segments(chunk, mean), 1.0)
         return self._means[number]
@@ -123,7 +118,7 @@ class MeanSteps:
         for number, piece in self._own_pieces.items():
             # Residuals that took no part are as they were.
             if feedback is not None and (number in self._spent or self._choices[number][1] is not None):
-                feedback.spend(self._task.agreed_layout.tensors[number].key, piece.start, piece.length)
+                feedback.spend(self._task.layout.tensors[number].key, piece.start, piece.length)
         for phase, packets in self._packets.items():
             self._task.telemetry.count_packets(
                 phase, [chunk for chunk, _ in packets], [size for _, size in packets], self.wire_dtype.itemsize
@@ -132,7 +127,7 @@ class MeanSteps:
     def _packet(self, phase: int, chunk: Chunk, segments: Sequence[Segment], inv_scale: float) -> torch.Tensor | None:
         if not segments:
             return None
-        packet = encode(segments, inv_scale=inv_scale, num_threads=self._task.num_threads)
+        packet = encode(segments, inv_scale=inv_scale, num_threads=self._task.options.num_threads)
         limit = size_limit(chunk, self.wire_dtype)
         if packet.numel() > limit:
             raise PacketError(f"a packet of {packet.numel()} bytes, where the others expect at most {limit}")
@@ -152,14 +147,16 @@ class MeanSteps:
         for piece in chunk.pieces:
             values = mean[position : position + piece.length]
             position += piece.length
-            key, whole = task.agreed_layout.tensors[piece.tensor].key, self._own_pieces[piece.tensor]
+            key, whole = task.layout.tensors[piece.tensor].key, self._own_pieces[piece.tensor]
             residual = None
             if task.feedback is not None:
                 kept = task.feedback.owner(key, whole.start, whole.length)
                 residual = kept[piece.start - whole.start :][: piece.length]
             # Slices of a tensor are alike: one sample of them chooses the code for all.
             code = self._mean_codes.get(piece.tensor)
-            quantizer, residual = choose(values, owner_grid(task.grid), residual, 1.0, task.num_threads, code)
+            quantizer, residual = choose(
+                values, owner_grid(task.options.grid), residual, 1.0, task.options.num_threads, code
+            )
             if quantizer.grid == GridKind.SIGMA:
                 self._mean_codes[piece.tensor] = quantizer.coding, quantizer.table
             if piece.tensor not in self._travelling:
@@ -196,12 +193,12 @@ class MeanSteps:
     def _choice(self, number: int) -> Measured:
         """The quantizer for a tensor of this rank, and its residual if it takes part."""
         if number not in self._choices:
-            task, tensor = self._task, self._task.agreed_layout.tensors[number]
+            task, tensor = self._task, self._task.layout.tensors[number]
             values = self._values[tensor.offset : tensor.offset + tensor.numel]
             residual = None if task.feedback is None else task.feedback.local(tensor.key, tensor.numel)
             # What stays here whole is not quantized.
-            grid = task.grid if number in self._travelling else None
-            self._choices[number] = choose(values, grid, residual, self._inv_scale, task.num_threads)
+            grid = task.options.grid if number in self._travelling else None
+            self._choices[number] = choose(values, grid, residual, self._inv_scale, task.options.num_threads)
             quantizer = self._choices[number][0]
             if number in self._travelling:
                 task.telemetry.note_quantizer(tensor.key, quantizer)
@@ -212,4 +209,4 @@ class MeanSteps:
         return self._values[piece.offset : piece.offset + piece.length]
 
     def _decode(self, packet: torch.Tensor, out: torch.Tensor, sender: int, accumulate: bool) -> None:
-        unpack(packet, out, sender, accumulate, self._task.num_threads)
+        unpack(packet, out, sender, accumulate, self._task.options.num_threads)

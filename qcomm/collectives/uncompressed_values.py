@@ -1,15 +1,17 @@
 """What a mean without compression sums: the buffer itself, or most of it rounded to bfloat16."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from qcomm.codec import divide_to_bfloat, is_on_device
-from qcomm.collectives.layout import BucketLayout, Chunk, scatter_chunk
+from qcomm.collectives.layout import BucketLayout, Chunk
+from qcomm.collectives.packing import scatter_chunk
 from qcomm.collectives.telemetry import Telemetry
 from qcomm.transport import Traffic
 
-__all__ = ["PLAIN", "PlainValues", "count_rings", "is_rounded"]
+__all__ = ["PLAIN", "Bypassing", "PlainValues", "count_rings", "is_rounded"]
 
 PLAIN = ("none", "bf16")
 
@@ -73,6 +75,19 @@ class PlainValues:
             buffer.copy_(self._rounded)
             if self._layout.exact_runs:
                 scatter_chunk(self._exact, Chunk((), self._layout.exact_runs), buffer)
+
+
+@dataclass
+class Bypassing:
+    """Collectives of a caller that run without an agreement: the caller sums the values itself.
+
+    Attributes:
+        count: number of them since the last agreement.
+        memory: of the values that are summed, by strategy; agreed collectives use it as well.
+    """
+
+    count: int = 0
+    memory: dict[str, PlainValues] = field(default_factory=dict)
 
 
 def count_rings(telemetry: Telemetry, strategy: str, layout: BucketLayout, dtype: torch.dtype, times: int = 1) -> None:

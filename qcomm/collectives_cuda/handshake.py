@@ -1,47 +1,75 @@
-"""What ranks agree on about tensors on a device: by messages between their hosts, or on the device itself.
+"""Agreements about tensors on a device: by messages between the hosts, or on the device itself.
 
 Hosts that agree wait for each other. Numbers that were agreed on the device are read much later, when they have been
 on the host for long, so that nobody waits.
 """
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 
-from qcomm.collectives import BucketLayout, MeanTask
-from qcomm.communicator import Communicator, Phase
+from qcomm.collectives import BucketLayout, MeanTask, Telemetry
+from qcomm.communicator import Communicator, Fault, Fields, Phase
 
-__all__ = ["AgreedNumbers", "agree", "is_known"]
+__all__ = ["AgreedNumbers", "DevicePart", "agree", "is_known"]
 
 
-def agree(task: MeanTask, communicator: Communicator | None, strategy: str) -> None:
-    """The headers of a collective: raises on every rank if one has a fault or is configured differently.
+@dataclass(frozen=True)
+class DevicePart:
+    """This rank's part in a collective on a device: a task, or a fault in its place.
+
+    Attributes:
+        index: number of the bucket.
+        buffer: on the device.
+        telemetry: counts bytes, bits and seconds.
+        layout: of the buffer; None where a fault kept this rank from finding it.
+        task: its ``scale`` is not looked at, because a scale may stay on the device; None with a fault.
+        fault: what went wrong on this rank before the collective.
+    """
+
+    index: int
+    buffer: torch.Tensor
+    telemetry: Telemetry
+    layout: BucketLayout | None
+    task: MeanTask | None
+    fault: Fault | None = None
+
+    @classmethod
+    def of(cls, task: MeanTask) -> "DevicePart":
+        """Returns the part of a rank that is well."""
+        return cls(task.index, task.buffer, task.telemetry, task.layout, task)
+
+
+def agree(part: DevicePart, communicator: Communicator | None, strategy: str) -> None:
+    """Exchanges the headers of a collective: raises on every rank if one has a fault or is configured differently.
 
     Args:
-        task: of the collective.
-        communicator: of the group; None in a world of one rank, which has nobody to agree with.
+        part: of this rank in the collective.
+        communicator: of the group; None in a world of one rank, which has no other to agree with.
         strategy: how the buffer is to be averaged.
     """
     if communicator is None:
         return
     nothing = [0] * communicator.world_size
-    fields = task.fields.extended("exchange", "slots on the device").extended("strategy chosen", strategy)
+    fields = Fields({}) if part.task is None else part.task.fields
+    fields = fields.extended("exchange", "slots on the device").extended("strategy chosen", strategy)
 
     def job() -> None:
-        communicator.begin()
-        fault = communicator.pending_fault or task.fault
-        _, overhead = communicator.agree(Phase.ENCODE, fields, nothing, nothing, fault)
-        task.telemetry.add_traffic("overhead", overhead)
+        fault = communicator.begin() or part.fault
+        agreed = communicator.handshake(Phase.ENCODE, fields, nothing, nothing, fault).finish()
+        part.telemetry.add_traffic("overhead", agreed.traffic)
 
     communicator.submit(job).wait()
 
 
-def is_known(task: MeanTask, layout: BucketLayout, dtype: torch.dtype) -> bool:
-    """Whether a task is of the bucket that ranks have agreed on; by its size, where a fault left it without a layout.
+def is_known(part: DevicePart, layout: BucketLayout, dtype: torch.dtype) -> bool:
+    """Returns whether a part is of the bucket that ranks have agreed on; without a layout, by the buffer's size.
 
     So a rank with a fault finds out whether the others are about to agree, or count on its part in a collective.
     """
-    same = task.layout is layout or (task.layout is None and task.buffer.numel() == layout.elements)
-    return same and task.buffer.dtype == dtype
+    same = part.layout is layout or (part.layout is None and part.buffer.numel() == layout.elements)
+    return same and part.buffer.dtype == dtype
 
 
 class AgreedNumbers:

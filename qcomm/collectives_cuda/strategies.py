@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from qcomm.collectives import PLAIN, BucketLayout, Chooser, MeanTask, Scale, Telemetry, plain_ways
-from qcomm.collectives_cuda.handshake import AgreedNumbers, agree, is_known
+from qcomm.collectives_cuda.handshake import AgreedNumbers, DevicePart, agree, is_known
 from qcomm.collectives_cuda.slots import PERIOD
 from qcomm.collectives_cuda.two_phase import DeviceMean, check_group
 from qcomm.collectives_cuda.uncompressed import DevicePlain
@@ -48,11 +48,11 @@ def check_device_strategy(strategy: str) -> None:
 
 
 def device_ways(task: MeanTask) -> tuple[str, ...]:
-    """What ``"auto"`` tries for a buffer, the most exact first; any other strategy is the only way."""
-    if task.strategy != "auto":
-        return (task.strategy,)
-    layout = task.agreed_layout
-    plain = plain_ways(layout, task.buffer.dtype, task.grid)
+    """Returns the strategies that ``"auto"`` tries for a buffer, the most exact first, or the one that is named."""
+    if task.options.strategy != "auto":
+        return (task.options.strategy,)
+    layout = task.layout
+    plain = plain_ways(layout, task.buffer.dtype, task.options.grid)
     return (*plain, "two_phase") if layout.compressed_elements else plain
 
 
@@ -110,7 +110,7 @@ class _Lane:
 
 
 class DeviceChoice:
-    """Averages buckets on a device, each in the way that ``task.strategy`` says, or that is fastest for it.
+    """Averages buckets on a device, each by the strategy that is named, or that is fastest for it.
 
     All ranks make one, and average the same buckets in the same order, on the current stream of the same device.
 
@@ -130,44 +130,44 @@ class DeviceChoice:
         self._communicator, self._telemetry = communicator, telemetry
         self._lanes: dict[int, _Lane] = {}
 
-    def average(self, task: MeanTask, scale: Scale = 1.0) -> None:
-        """Replaces ``task.buffer`` by its mean over all ranks.
+    def average(self, part: DevicePart, scale: Scale = 1.0) -> None:
+        """Replaces the part's buffer by its mean over all ranks.
 
         Args:
-            task: its ``scale`` is not looked at.
+            part: of this rank.
             scale: the buffer holds values times this: a number, or a tensor of one element on the device.
 
         Raises:
             CollectiveError, ConfigMismatchError: on all ranks, where the host waits.
             Exception: this rank's own fault, which the others hear of later.
         """
-        lane = self._lane(task)
+        lane = self._lane(part)
         if lane is None:
-            agree(task, self._communicator, task.strategy)
-            raise ValueError("a task without a layout needs a fault") if task.fault is None else task.fault.error
+            agree(part, self._communicator, "auto")
+            raise ValueError("a part without a task needs a fault") if part.fault is None else part.fault.error
         first = False
         # What a graph captures is not counted: it runs again and again without this.
-        if not (task.buffer.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not (part.buffer.is_cuda and torch.cuda.is_current_stream_capturing()):
             if lane.left == 0:
-                self._turn(lane, task)
+                self._turn(lane, part)
             first = lane.left == lane.length
             lane.left -= 1  # whatever happens now: the other ranks count too, and may not see what fails here
-        stopwatch = Stopwatch(task.buffer.device) if first and len(lane.ways) > 1 else None
+        stopwatch = Stopwatch(part.buffer.device) if first and len(lane.ways) > 1 else None
         if stopwatch is not None:
             stopwatch.start()
         try:
             if lane.strategy in PLAIN:
-                self._plain.average(task, scale, lane.strategy, self._compressed.group(), with_residuals=first)
+                self._plain.average(part, scale, lane.strategy, self._compressed.group(), with_residuals=first)
             else:
-                self._compressed.average(task, scale)
+                self._compressed.average(part, scale)
         except (CollectiveError, ConfigMismatchError) as error:
             if is_agreed(error):  # a rank with a fault may have had no lane, and begins one next
-                self._lanes[task.index] = _Lane(lane.layout, lane.dtype, lane.ways, lane.ways[0])
+                self._lanes[part.index] = _Lane(lane.layout, lane.dtype, lane.ways, lane.ways[0])
             raise
         if stopwatch is not None:
             stopwatch.stop()
             lane.stopwatch = stopwatch
-        self._telemetry.note_strategy(task.index, lane.strategy)
+        self._telemetry.note_strategy(part.index, lane.strategy)
 
     def serves(self, group: Group) -> bool:
         """Whether this is the group it was made for."""
@@ -177,18 +177,18 @@ class DeviceChoice:
         """Adds what the device has counted to the telemetry. Waits for the device."""
         self._compressed.flush()
 
-    def _lane(self, task: MeanTask) -> _Lane | None:
+    def _lane(self, part: DevicePart) -> _Lane | None:
         """None where a fault left this rank without one, while the others are about to agree on the bucket."""
-        known = self._lanes.get(task.index)
-        if known is not None and is_known(task, known.layout, known.dtype):
+        known = self._lanes.get(part.index)
+        if known is not None and is_known(part, known.layout, known.dtype):
             return known
-        if task.layout is None:
+        if part.task is None:
             return None
-        ways = device_ways(task)
-        lane = self._lanes[task.index] = _Lane(task.layout, task.buffer.dtype, ways, ways[0])
+        ways = device_ways(part.task)
+        lane = self._lanes[part.index] = _Lane(part.task.layout, part.buffer.dtype, ways, ways[0])
         return lane
 
-    def _turn(self, lane: _Lane, task: MeanTask) -> None:
+    def _turn(self, lane: _Lane, part: DevicePart) -> None:
         """Ends a turn and begins the next."""
         if len(lane.ways) == 1:
             lane.strategy, lane.length, lane.left = lane.ways[0], PERIOD, PERIOD
@@ -197,10 +197,10 @@ class DeviceChoice:
             agreed = UNKNOWN if lane.agreed is None else lane.agreed.read()[0]
             own = UNKNOWN if lane.stopwatch is None else lane.stopwatch.read()
             lane.chooser.finished(None, 0 if agreed == UNKNOWN else agreed, UNTIMED, lane.length)
-            numbers = torch.full((1,), own, dtype=torch.int64, device=task.buffer.device)
+            numbers = torch.full((1,), own, dtype=torch.int64, device=part.buffer.device)
             lane.agreed = AgreedNumbers(numbers, dist.ReduceOp.MIN, self._compressed.group())
         lane.strategy, lane.stopwatch = lane.chooser.next(None, lane.ways), None
         lane.length = lane.left = TRIAL
         if lane.chooser.settled(None):
             lane.length = lane.left = PERIOD
-            self._plain.settle(task.index, lane.strategy)
+            self._plain.settle(part.index, lane.strategy)

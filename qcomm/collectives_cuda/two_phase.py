@@ -14,14 +14,14 @@ the error at the next agreement.
 """
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from qcomm.codec import FAULTS, RangeGrid
-from qcomm.collectives import BucketLayout, MeanTask, Scale, Telemetry, owner_grid, wire_dtype
-from qcomm.collectives_cuda.handshake import AgreedNumbers, agree, is_known
+from qcomm.collectives import BucketLayout, MeanTask, Scale, Telemetry, owner_grid
+from qcomm.collectives_cuda.handshake import AgreedNumbers, DevicePart, agree, is_known
 from qcomm.collectives_cuda.slots import PERIOD, Slots, adjusted, is_fixed, nominal_bytes, slot_bytes
 from qcomm.collectives_cuda.two_phase_steps import Accounts, DeviceSteps, Workspaces, packet_bounds
 from qcomm.communicator import Communicator, Group, Phase, attempt
@@ -55,6 +55,7 @@ class _Bucket:
     dtype: torch.dtype
     bounds: Slots
     accounts: Accounts
+    adjustable: bool  # whether capacities follow the packets, which those of a range grid need not
     fixed: Slots | None = None  # capacities; None until the first collective has ended
     places: tuple[object, ...] = ()
     steps: DeviceSteps | None = None
@@ -80,35 +81,34 @@ class DeviceMean:
         self._factors: torch.Tensor | None = None
         self._workspaces: Workspaces | None = None
 
-    def average(self, task: MeanTask, scale: Scale = 1.0) -> None:
-        """Replaces ``task.buffer`` by its mean over all ranks.
+    def average(self, part: DevicePart, scale: Scale = 1.0) -> None:
+        """Replaces the part's buffer by its mean over all ranks.
 
         Args:
-            task: its ``scale`` is not looked at.
+            part: of this rank.
             scale: the buffer holds values times this: a number, or a tensor of one element on the device.
 
         Raises:
             CollectiveError, ConfigMismatchError: on all ranks, where the host waits; else see the module.
         """
-        known = self._buckets.get(task.index)
-        if known is not None and not is_known(task, known.layout, known.dtype):
+        known = self._buckets.get(part.index)
+        if known is not None and not is_known(part, known.layout, known.dtype):
             known = None
         if known is not None:
-            self._adjust(known, task)
-        bucket: _Bucket | None = None
-        if task.fault is None:
+            self._adjust(known, part)
+        task, bucket, fault = part.task, None, part.fault
+        if task is not None and fault is None:
             bucket, fault = attempt(Phase.PREPARE, self._prepare, task, scale)
-            task.fault = fault
-        if task.fault is None and bucket is not None:
+        if task is not None and bucket is not None:
             if bucket.fixed is None:
-                agree(task, self._communicator, "two_phase")
+                agree(part, self._communicator, "two_phase")
             self._run(bucket, task)
             return
         if known is not None and known.fixed is not None:
-            self._take_part(known, task.buffer.device)
+            self._take_part(known, part.buffer.device)
         else:
-            agree(task, self._communicator, "two_phase")
-        raise CollectiveError("preparing the exchange failed") if task.fault is None else task.fault.error
+            agree(replace(part, fault=fault), self._communicator, "two_phase")
+        raise CollectiveError("preparing the exchange failed") if fault is None else fault.error
 
     def serves(self, group: Group) -> bool:
         """Whether this is the group it was made for."""
@@ -141,13 +141,15 @@ class DeviceMean:
                 self._telemetry.note_quantizer(key, quantizer)
 
     def _look_up(self, task: MeanTask) -> _Bucket:
-        grid, layout, device = task.grid, task.agreed_layout, task.buffer.device
+        grid, layout, device = task.options.grid, task.layout, task.buffer.device
         bucket = self._buckets.get(task.index)
-        if bucket is None or not is_known(task, bucket.layout, bucket.dtype):
+        if bucket is None or not is_known(DevicePart.of(task), bucket.layout, bucket.dtype):
             if bucket is not None:
                 self.flush()  # its counters go with it
-            bounds = packet_bounds(layout, grid, wire_dtype(task), device)
-            bucket = self._buckets[task.index] = _Bucket(layout, task.buffer.dtype, bounds, Accounts(device))
+            bounds = packet_bounds(layout, grid, task.wire_dtype, device)
+            bucket = self._buckets[task.index] = _Bucket(
+                layout, task.buffer.dtype, bounds, Accounts(device), not isinstance(grid, RangeGrid)
+            )
         return bucket
 
     def _set_scale(self, scale: Scale, task: MeanTask) -> None:
@@ -168,7 +170,7 @@ class DeviceMean:
         bucket = self._look_up(task)
         self._set_scale(scale, task)
         if task.feedback is not None:
-            task.feedback.adopt(task.agreed_layout, self._rank)
+            task.feedback.adopt(task.layout, self._rank)
         slots = bucket.fixed or bucket.bounds
         places = (
             slots,
@@ -184,10 +186,10 @@ class DeviceMean:
         return bucket
 
     def _run(self, bucket: _Bucket, task: MeanTask) -> None:
-        steps, chunks = bucket.steps, task.agreed_layout.chunks
+        steps, chunks = bucket.steps, task.layout.chunks
         if steps is None:
             raise RuntimeError("_prepare makes the steps")
-        fixed = is_fixed(task.grid, task.feedback is not None)
+        fixed = is_fixed(task.options.grid, task.feedback is not None)
         exact = bucket.fixed is None
         sizes = steps.slots
         steps.encode()
@@ -201,9 +203,10 @@ class DeviceMean:
         steps.decode()
         self._count(task, sizes)
         if exact and fixed:
-            item = wire_dtype(task).itemsize
+            item = task.wire_dtype.itemsize
             nominal = [
-                max(nominal_bytes(grid, chunk, item) for chunk in chunks) for grid in (task.grid, owner_grid(task.grid))
+                max(nominal_bytes(grid, chunk, item) for chunk in chunks)
+                for grid in (task.options.grid, owner_grid(task.options.grid))
             ]
             bucket.fixed = Slots(
                 min(bucket.bounds.values, max(slot_bytes(sizes.values, bucket.bounds.values), nominal[0])),
@@ -255,10 +258,10 @@ class DeviceMean:
 
     def _count(self, task: MeanTask, sizes: Slots) -> None:
         """What crossed the network: whole slots. What packets take of them is counted on the device."""
-        layout, others = task.agreed_layout, self._world_size - 1
+        layout, others = task.layout, self._world_size - 1
         for phase, size in ((1, sizes.values), (2, sizes.means)):
             self._telemetry.add_traffic(f"phase{phase}", Traffic(others * size, others * size))
-        item = wire_dtype(task).itemsize
+        item = task.wire_dtype.itemsize
         sent = [chunk for owner, chunk in enumerate(layout.chunks) if owner != self._rank and chunk.count]
         self._telemetry.count_packets(1, sent, [], item)
         self._telemetry.count_packets(2, [chunk for chunk in layout.chunks if chunk.count], [], item)
@@ -272,7 +275,7 @@ class DeviceMean:
         for count in accounts:
             count.zero_()
 
-    def _adjust(self, bucket: _Bucket, task: MeanTask) -> None:
+    def _adjust(self, bucket: _Bucket, part: DevicePart) -> None:
         """New capacities, or the error, that all ranks agreed on PERIOD collectives ago."""
         if bucket.arriving is None or bucket.fixed is None or bucket.collectives % PERIOD != PERIOD - 1:
             return
@@ -280,10 +283,10 @@ class DeviceMean:
         bucket.arriving = None
         if fault:
             raise CollectiveError(
-                f"bucket {task.index}: a rank failed, or packets were damaged or did not fit, in the last "
+                f"bucket {part.index}: a rank failed, or packets were damaged or did not fit, in the last "
                 f"{2 * PERIOD} steps ({FAULTS[fault]}); their means are NaN"
             )
-        if not isinstance(task.grid, RangeGrid):
+        if bucket.adjustable:
             bucket.fixed = Slots(
                 adjusted(bucket.fixed.values, values, bucket.bounds.values),
                 adjusted(bucket.fixed.means, means, bucket.bounds.means),

@@ -24,7 +24,7 @@ from qcomm.codec import (
     own_code_bits,
     read_quantizers,
 )
-from qcomm.collectives import BucketLayout, Chunk, MeanTask, owner_grid, wire_dtype
+from qcomm.collectives import BucketLayout, Chunk, MeanTask, owner_grid
 from qcomm.collectives_cuda.slots import Slots
 
 __all__ = ["Accounts", "DeviceSteps", "Workspaces", "packet_bounds"]
@@ -115,10 +115,10 @@ class DeviceSteps:
         workspaces: "Workspaces",
     ) -> None:
         self.slots, self._rank, self._task_dtype = slots, rank, task.buffer.dtype
-        self._layout, self._grid, self._feedback = task.agreed_layout, task.grid, task.feedback
+        self._layout, self._grid, self._feedback = task.layout, task.options.grid, task.feedback
         self._buffer, self._factors = task.buffer, factors
         self._accounts, self._workspaces = accounts, workspaces
-        self._dtype, self._device = wire_dtype(task), task.buffer.device
+        self._dtype, self._device = task.wire_dtype, task.buffer.device
         self._steps = _block_steps(self._layout)
         self._chunk = self._layout.chunks[rank]
         world_size = self._layout.world_size
@@ -139,7 +139,7 @@ class DeviceSteps:
     @staticmethod
     def residuals(task: MeanTask, rank: int) -> tuple[int, ...]:
         """Addresses of the residuals that the steps use: new ones need new steps."""
-        feedback, layout, device = task.feedback, task.agreed_layout, task.buffer.device
+        feedback, layout, device = task.feedback, task.layout, task.buffer.device
         if feedback is None:
             return ()
         tensors = [tensor for tensor in layout.tensors if tensor.compressed]

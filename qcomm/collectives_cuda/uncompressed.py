@@ -1,13 +1,13 @@
 """The mean without compression of tensors on a device: the group's own all-reduce, and nothing that waits."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
 from qcomm.collectives import BucketLayout, MeanTask, PlainValues, Scale, count_rings
-from qcomm.collectives_cuda.handshake import agree, is_known
-from qcomm.communicator import Communicator, Phase, attempt
+from qcomm.collectives_cuda.handshake import DevicePart, agree, is_known
+from qcomm.communicator import Communicator, Fault, Phase, attempt
 
 __all__ = ["DevicePlain"]
 
@@ -42,12 +42,12 @@ class DevicePlain:
                 del values[other]
 
     def average(
-        self, task: MeanTask, scale: Scale, strategy: str, group: dist.ProcessGroup, with_residuals: bool
+        self, part: DevicePart, scale: Scale, strategy: str, group: dist.ProcessGroup, with_residuals: bool
     ) -> None:
-        """Replaces ``task.buffer`` by its mean over all ranks.
+        """Replaces the part's buffer by its mean over all ranks.
 
         Args:
-            task: its ``scale`` is not looked at.
+            part: of this rank.
             scale: the buffer holds values times this: a number, or a tensor of one element on the device.
             strategy: ``"none"`` or ``"bf16"``.
             group: of all ranks, with collectives on the device.
@@ -58,40 +58,53 @@ class DevicePlain:
             CollectiveError, ConfigMismatchError: on all ranks, where the bucket or its strategy is new.
             Exception: this rank's own fault. Where neither is new the others get NaN, and do not wait.
         """
-        known = self._buckets.get(task.index)
-        if known is not None and not is_known(task, known.layout, known.dtype):
-            known = None
-        new = known is None or strategy not in known.values
-        made: PlainValues | None = None
-        if task.fault is None and new:
-            layout, device = task.agreed_layout, task.buffer.device
-            made, task.fault = attempt(Phase.PREPARE, PlainValues, strategy, layout, task.buffer.dtype, device)
-        if task.fault is None and with_residuals:
-            _, task.fault = attempt(Phase.PREPARE, _add_residuals, task, self._rank, scale)
-        if new:
-            agree(task, self._communicator, strategy)
-            if task.fault is not None:
-                raise task.fault.error
+        known = self._known(part)
+        made, fault = self._prepare(part, scale, known, strategy, with_residuals)
+        part = replace(part, fault=fault)
+        if known is None or strategy not in known.values:
+            agree(part, self._communicator, strategy)
+            if fault is not None:
+                raise fault.error
         if known is None:
-            known = self._buckets[task.index] = _Bucket(task.agreed_layout, task.buffer.dtype, {})
+            if part.layout is None:
+                raise ValueError("a part without a fault needs a layout")
+            known = self._buckets[part.index] = _Bucket(part.layout, part.buffer.dtype, {})
         if made is not None:
             known.values[strategy] = made
         values = known.values[strategy]
-        if task.fault is not None:
-            task.buffer.fill_(torch.nan)
-        if task.buffer.is_cuda and torch.cuda.is_current_stream_capturing():
+        if fault is not None:
+            part.buffer.fill_(torch.nan)
+        if part.buffer.is_cuda and torch.cuda.is_current_stream_capturing():
             self._captured.append(values)  # whose addresses the graph has
-        for part in values.load(task.buffer):
-            dist.all_reduce(part, group=group)
-        values.store(task.buffer)
-        if task.fault is not None:
-            raise task.fault.error
-        count_rings(task.telemetry, strategy, task.agreed_layout, task.buffer.dtype)
+        for summed in values.load(part.buffer):
+            dist.all_reduce(summed, group=group)
+        values.store(part.buffer)
+        if fault is not None:
+            raise fault.error
+        count_rings(part.telemetry, strategy, known.layout, part.buffer.dtype)
+
+    def _known(self, part: DevicePart) -> _Bucket | None:
+        known = self._buckets.get(part.index)
+        return known if known is not None and is_known(part, known.layout, known.dtype) else None
+
+    def _prepare(
+        self, part: DevicePart, scale: Scale, known: _Bucket | None, strategy: str, with_residuals: bool
+    ) -> tuple[PlainValues | None, Fault | None]:
+        """Memory for the values where the bucket or its strategy is new, and the residuals added to the buffer."""
+        task, made, fault = part.task, None, part.fault
+        if task is None or fault is not None:
+            return None, fault
+        if known is None or strategy not in known.values:
+            device = task.buffer.device
+            made, fault = attempt(Phase.PREPARE, PlainValues, strategy, task.layout, task.buffer.dtype, device)
+        if fault is None and with_residuals:
+            _, fault = attempt(Phase.PREPARE, _add_residuals, task, self._rank, scale)
+        return made, fault
 
 
 def _add_residuals(task: MeanTask, rank: int, scale: Scale) -> None:
     """Adds what other ways have kept, and empties it. Whether a gradient is fit for that is decided on the device."""
-    layout, feedback, device = task.agreed_layout, task.feedback, task.buffer.device
+    layout, feedback, device = task.layout, task.feedback, task.buffer.device
     if feedback is None:
         return
     feedback.adopt(layout, rank)

@@ -1,18 +1,21 @@
 """The communicator: one ordered conversation of a group of ranks, on a background thread of its own."""
 
-from qcomm.communicator.faults import Fault, Phase, attempt
+from qcomm.communicator.faults import Fault, LateFaultError, Phase, attempt
 from qcomm.communicator.groups import Group, get_communicator, get_ranks, get_world_size, resolve_group
-from qcomm.communicator.handshake import UNTIMED, Fields, Took
+from qcomm.communicator.handshake import UNTIMED, Agreed, Fields, Handshake, Took
 from qcomm.communicator.messages import Pipeline
 from qcomm.communicator.ticket import Ticket, completed, device_future, failed
 from qcomm.communicator.worker import Communicator, is_agreed
 
 __all__ = [
     "UNTIMED",
+    "Agreed",
     "Communicator",
     "Fault",
     "Fields",
     "Group",
+    "Handshake",
+    "LateFaultError",
     "Phase",
     "Pipeline",
     "Ticket",

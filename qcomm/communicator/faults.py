@@ -4,7 +4,9 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import NamedTuple, ParamSpec, TypeVar
 
-__all__ = ["Fault", "Phase", "attempt"]
+from qcomm.errors import CollectiveError
+
+__all__ = ["Fault", "LateFaultError", "Phase", "attempt"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -43,6 +45,10 @@ class Fault(NamedTuple):
 
     phase: Phase
     error: Exception
+
+
+class LateFaultError(CollectiveError):
+    """This rank failed after its last message. The others went on, and are told in the next collective."""
 
 
 def attempt(phase: Phase, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, Fault | None]:

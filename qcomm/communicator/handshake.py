@@ -1,6 +1,8 @@
-"""What ranks tell each other before they exchange packets: that all is well, that they do the same, the sizes to come.
+"""Handshake: every collective starts with one header from each rank.
 
-A collective starts with one small header from every rank to every other. All ranks see the same W headers, so all take
+It says that all is well, which collective this is, and the sizes to come.
+
+The header goes from every rank to every other. All ranks see the same W headers, so all take
 the same decision: go on, or tell each other the details and raise. A rank that failed therefore still sends its header,
 and no rank waits for a packet that will not come. Faults between slices are told in
 :mod:`qcomm.communicator.messages`.
@@ -11,6 +13,7 @@ the packet for the receiver``, and nanoseconds of work and of waiting (:class:`T
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
@@ -20,7 +23,7 @@ from qcomm.communicator.faults import Fault, Phase
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.transport import Exchange, Traffic, Transport, TransportError
 
-__all__ = ["UNTIMED", "Agreement", "Fields", "Took", "agreed_time", "raise_faults"]
+__all__ = ["UNTIMED", "Agreed", "Fields", "Handshake", "Took", "agreed_time", "raise_faults"]
 
 # "qcomm" and the version of this protocol. It tells versions apart whose headers are equally long; gloo ends the
 # process on messages that are longer than expected.
@@ -80,7 +83,23 @@ def agreed_time(times: Sequence[Took]) -> int:
     return max(time.work for time in times) + min(time.wait for time in times)
 
 
-class Agreement:
+class Agreed(NamedTuple):
+    """The result of a handshake: all ranks are well and do the same.
+
+    Attributes:
+        sizes: bytes of each rank's packet for this one.
+        traffic: bytes of the headers.
+        last_time: nanoseconds of the last collective of this kind, the same on all ranks; 0 if it is unknown.
+        waited: nanoseconds that this rank waited for headers.
+    """
+
+    sizes: list[int]
+    traffic: Traffic
+    last_time: int
+    waited: int
+
+
+class Handshake:
     """Headers of one exchange under way; :meth:`finish` says whether all ranks are well and agree.
 
     What a rank computes in between hides their latency. It must be nothing that needs the agreement.
@@ -115,19 +134,15 @@ class Agreement:
         headers = [torch.tensor([MAGIC, sequence, phase, code, fields.fingerprint, size, *own_time]) for size in sizes]
         self._under_way: list[Exchange] = [transport.start_exchange(headers)]
 
-    def finish(self) -> tuple[list[int], int, Traffic]:
+    def finish(self) -> Agreed:
         """Waits for all headers; returns if all ranks are well and agree, and raises on every rank if not.
-
-        Returns:
-            (bytes of each rank's packet for this one, nanoseconds of the last collective of this kind or 0, bytes of
-            the headers).
 
         Raises:
             CollectiveError: some rank has a fault.
             TransportError: a peer is gone, or what it says is impossible.
             ConfigMismatchError: naming the fields that differ.
         """
-        transport = self._transport
+        begin, transport = time.perf_counter_ns(), self._transport
         # Whoever keeps a transfer, as the traceback of a later error does, keeps gloo's connections open.
         messages = transport.finish_exchange(self._under_way.pop(), f"after {self._phase}")
         received = [header.tolist() for header in messages]
@@ -154,7 +169,8 @@ class Agreement:
                     "here"
                 )
         traffic = HEADER_WORDS * 8 * (transport.world_size - 1)
-        return incoming, agreed_time([Took(*header[6:]) for header in received]), Traffic(traffic, traffic)
+        last_time = agreed_time([Took(*header[6:]) for header in received])
+        return Agreed(incoming, Traffic(traffic, traffic), last_time, time.perf_counter_ns() - begin)
 
 
 def raise_faults(transport: Transport, faults: Mapping[int, Phase], own: Fault | None) -> NoReturn:

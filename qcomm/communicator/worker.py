@@ -7,14 +7,13 @@ end, in order. The result or the error of a job is delivered through a ``torch.f
 
 import queue
 import threading
-import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar, cast
 
 import torch
 
 from qcomm.communicator.faults import Fault, Phase
-from qcomm.communicator.handshake import UNTIMED, Agreement, Fields, Took
+from qcomm.communicator.handshake import UNTIMED, Fields, Handshake, Took
 from qcomm.communicator.messages import Pipeline
 from qcomm.communicator.ticket import Ticket, failed
 from qcomm.errors import CollectiveError, ConfigMismatchError
@@ -32,18 +31,11 @@ class Communicator:
     Args:
         transport: carries its messages, and nobody else's; it is closed with the communicator.
 
-    Attributes:
-        agreements: how many collectives all ranks agreed to run.
-        agreed_time: nanoseconds of the last collective of its kind, as all ranks said in the last agreement; or 0.
-        time_to_agree: nanoseconds of this rank's last job that were for an agreement, not for its values.
     """
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._sequence = 0
-        self.agreements = 0
-        self.agreed_time = 0
-        self.time_to_agree = 0
         self._pending_fault: Fault | None = None
         self._broken: BaseException | None = None
         self._closed = False
@@ -62,6 +54,11 @@ class Communicator:
         """Ranks in the group."""
         return self._transport.world_size
 
+    @property
+    def collectives(self) -> int:
+        """Number of collectives that have begun: the same on all ranks."""
+        return self._sequence
+
     def submit(self, job: Callable[[], T]) -> Ticket[T]:
         """Queues ``job``. All ranks submit the same jobs in the same order; jobs that do not match are refused."""
         ticket: Ticket[T] = Ticket(self._thread)
@@ -71,16 +68,12 @@ class Communicator:
                 return ticket
         return failed(CollectiveError("the communicator is closed: its group was destroyed"))
 
-    @property
-    def pending_fault(self) -> Fault | None:
-        """What went wrong at the end of an earlier job, which the other ranks will hear of in the next exchange."""
+    def begin(self) -> Fault | None:
+        """Begins a collective; returns a fault of an earlier one that the other ranks have not been told of."""
+        self._sequence += 1
         return self._pending_fault
 
-    def begin(self) -> None:
-        """Called by a job at its start: counts it."""
-        self._sequence += 1
-
-    def agree(
+    def handshake(
         self,
         phase: Phase,
         fields: Fields,
@@ -88,31 +81,10 @@ class Communicator:
         limits: Sequence[int],
         fault: Fault | None,
         own_time: Took = UNTIMED,
-    ) -> tuple[list[int], Traffic]:
-        """Returns sizes to come and bytes of the headers, as ``Agreement.finish`` does."""
-        return self.finish_agreement(self.begin_agreement(phase, fields, sizes, limits, fault, own_time), phase)
-
-    def begin_agreement(
-        self,
-        phase: Phase,
-        fields: Fields,
-        sizes: Sequence[int],
-        limits: Sequence[int],
-        fault: Fault | None,
-        own_time: Took = UNTIMED,
-    ) -> Agreement:
-        """Sends this rank's headers; until :meth:`finish_agreement`, which has to follow, the job may compute."""
+    ) -> Handshake:
+        """Sends this rank's headers; until ``finish`` of the result, which has to follow, the job may compute."""
         self._pending_fault = None
-        return Agreement(self._transport, self._sequence, phase, fields, sizes, limits, fault, own_time)
-
-    def finish_agreement(self, agreement: Agreement, phase: Phase) -> tuple[list[int], Traffic]:
-        """The second half of :meth:`agree`."""
-        begin = time.perf_counter_ns()
-        incoming, agreed_time, traffic = agreement.finish()
-        if phase == Phase.ENCODE:
-            self.agreements += 1
-            self.agreed_time, self.time_to_agree = agreed_time, time.perf_counter_ns() - begin
-        return incoming, traffic
+        return Handshake(self._transport, self._sequence, phase, fields, sizes, limits, fault, own_time)
 
     def exchange(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], phase: Phase) -> Traffic:
         """Packets to and from every rank, of the sizes that were agreed on."""

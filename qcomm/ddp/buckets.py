@@ -4,16 +4,30 @@ import math
 import weakref
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from qcomm.codec import DTYPE_NUMBERS
-from qcomm.collectives import BucketLayout, TensorSpec
+from qcomm.collectives import BucketLayout, ReduceOptions, TensorSpec
 from qcomm.communicator import Fields
 
-__all__ = ["BucketTable"]
+__all__ = ["BucketTable", "KnownBucket"]
+
+
+class KnownBucket(NamedTuple):
+    """A bucket that has been looked up.
+
+    Attributes:
+        layout: of its buffer.
+        options: of the mean, for the present number of ranks.
+        fields: the configuration, which has to be equal on all ranks.
+    """
+
+    layout: BucketLayout
+    options: ReduceOptions
+    fields: Fields
 
 
 class BucketTable:
@@ -24,16 +38,17 @@ class BucketTable:
     every run of a program.
 
     Args:
-        options: of the state, as text, for the comparison between ranks.
-        min_elements, exclude: which parameters are not compressed.
+        options: of the mean, for any number of ranks.
+        described: further options of the state, as text, for the comparison between ranks.
+        exclude: patterns of the names of parameters that are not compressed.
     """
 
-    def __init__(self, options: Mapping[str, str], min_elements: int, exclude: Sequence[str]) -> None:
-        self._options = dict(options)
-        self._min_elements = min_elements
+    def __init__(self, options: ReduceOptions, described: Mapping[str, str], exclude: Sequence[str]) -> None:
+        self._options = options
+        self._described = dict(described)
         self._exclude = tuple(exclude)
         self._names: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}  # by id, while the parameter lives
-        self._layouts: dict[tuple[Any, ...], tuple[BucketLayout, Fields]] = {}
+        self._layouts: dict[tuple[Any, ...], KnownBucket] = {}
         self.has_names = False
         self.residuals_have_names = False
 
@@ -43,6 +58,11 @@ class BucketTable:
         state.update(_names={}, _layouts={}, has_names=False)
         state["residuals_have_names"] = self.has_names or self.residuals_have_names
         return state
+
+    def reconfigure(self, options: ReduceOptions) -> None:
+        """Goes on with other options of the mean."""
+        self._options = options
+        self._layouts.clear()
 
     def bind(self, model: torch.nn.Module) -> None:
         """Learns the names of a model's parameters.
@@ -62,8 +82,8 @@ class BucketTable:
         self._layouts.clear()
         self.has_names = True
 
-    def look_up(self, bucket: dist.GradBucket, world_size: int, warming_up: bool) -> tuple[BucketLayout, Fields]:
-        """Layout and configuration of a bucket; checks that it can be compressed.
+    def look_up(self, bucket: dist.GradBucket, world_size: int, warming_up: bool) -> KnownBucket:
+        """Returns layout and configuration of a bucket; checks that it can be compressed.
 
         Raises:
             TypeError, ValueError: gradients that are complex, sparse, of another dtype or device; names are needed
@@ -87,20 +107,21 @@ class BucketTable:
             for key, shape in zip(keys, shapes, strict=True):
                 numel = math.prod(shape)
                 may_round = not warming_up and not self._is_excluded(key)
-                compressed = may_round and numel >= max(self._min_elements, 1)
+                compressed = may_round and self._options.is_compressed(numel)
                 specs.append(TensorSpec(key, offset, numel, compressed, may_round))
                 offset += numel
-            layout = BucketLayout(specs, world_size)
+            layout, options = BucketLayout(specs, world_size), self._options.for_world(world_size)
             fields = {
                 "operation": "gradient bucket",
-                **self._options,
+                **options.describe(),
+                **self._described,
                 "bucket": str(bucket.index()),
                 "dtype": str(buffer.dtype),
                 "device": buffer.device.type,
                 "in warm-up": str(warming_up),
                 "layout": layout.description,
             }
-            self._layouts[signature] = layout, Fields(fields)
+            self._layouts[signature] = KnownBucket(layout, options, Fields(fields))
         return self._layouts[signature]
 
     def _is_excluded(self, key: str) -> bool:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
-from qcomm.collectives import PLAIN, BucketLayout, MeanTask, PlainValues, Telemetry, count_rings
+from qcomm.collectives import PLAIN, BucketLayout, PlainValues, Telemetry, count_rings
 from qcomm.communicator import Fault, Group, Phase, Ticket, failed
 from qcomm.ddp.gloo_exit import CallbackToken
 from qcomm.ddp.steps import LastError
@@ -146,22 +146,27 @@ class Bypass:
         """How many steps of bucket ``index`` have gone past since its last agreement."""
         return self._lanes[index].started if index in self._lanes else 0
 
-    def begin(self, bucket: dist.GradBucket, task: MeanTask, group: Group) -> Lane | None:
-        """A new lane for a bucket that is to be agreed on, None where it cannot pass; the caller sets its ticket."""
+    def begin(self, bucket: dist.GradBucket, layout: BucketLayout | None, group: Group) -> Lane | None:
+        """A new lane for a bucket that is to be agreed on, None where it cannot pass; the caller sets its ticket.
+
+        Args:
+            bucket: from DDP.
+            layout: of its buffer; None where a fault keeps this rank from agreeing.
+            group: to average over.
+        """
         self.flush()
-        lane = None
-        if task.layout is not None and task.can_bypass and not isinstance(group, MpiGroup):
-            lane = Lane(group, task.layout, task.buffer.dtype, tuple(map(weakref.ref, bucket.parameters())))
-            task.memory = lane.memory
+        index, lane = bucket.index(), None
+        if layout is not None and not isinstance(group, MpiGroup) and can_bypass(group):
+            lane = Lane(group, layout, bucket.buffer().dtype, tuple(map(weakref.ref, bucket.parameters())))
         with self._lock:
             before = self._lanes
-            if lane is not None and task.index in before and before[task.index].layout is lane.layout:
-                task.memory = lane.memory = before[task.index].memory
+            if lane is not None and index in before and before[index].layout is lane.layout:
+                lane.memory = before[index].memory
             # There were more before DDP rebuilt its buckets.
-            last = task.index if bucket.is_last() else max(before, default=0)
-            self._lanes = {index: kept for index, kept in before.items() if index != task.index and index <= last}
+            last = index if bucket.is_last() else max(before, default=0)
+            self._lanes = {number: kept for number, kept in before.items() if number != index and number <= last}
             if lane is not None:
-                self._lanes[task.index] = lane
+                self._lanes[index] = lane
         return lane
 
     def reduce(

@@ -5,8 +5,8 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from qcomm.collectives import MeanTask, Scale, Telemetry
-from qcomm.collectives_cuda import DeviceChoice
+from qcomm.collectives import Scale, Telemetry
+from qcomm.collectives_cuda import DeviceChoice, DevicePart
 from qcomm.communicator import Communicator, Group, device_future, is_agreed
 from qcomm.errors import CollectiveError
 
@@ -33,36 +33,36 @@ class DeviceHook:
         self._failed_serial = 0
         self._broken: Exception | None = None
 
-    def reduce(self, task: MeanTask, scale: Scale, serial: int) -> torch.futures.Future[torch.Tensor]:
+    def reduce(self, part: DevicePart, scale: Scale, serial: int) -> torch.futures.Future[torch.Tensor]:
         """Starts averaging a bucket; the host waits only as DeviceChoice does.
 
         Args:
-            task: of the bucket.
+            part: of this rank in the bucket.
             scale: the gradients' factor: a number, or a tensor of one element on the device.
             serial: of the step. After a failure the rest of the step is not exchanged.
         """
-        if task.buffer.device != self._device:
-            text = f"gradients must be on {self._device} like those before, got device {task.buffer.device}"
+        if part.buffer.device != self._device:
+            text = f"gradients must be on {self._device} like those before, got device {part.buffer.device}"
             raise ValueError(text)
         if self._broken is not None:
             text = f"an earlier collective ended half way on this rank, and the others wait for it: {self._broken}"
             raise CollectiveError(text)
         if serial == self._failed_serial:
-            text = f"bucket {task.index} was not exchanged, because an earlier one of this step failed"
+            text = f"bucket {part.index} was not exchanged, because an earlier one of this step failed"
             raise CollectiveError(text)
         with torch.no_grad(), self._beside():
-            task.telemetry.mark(task.index, "launch")
+            part.telemetry.mark(part.index, "launch")
             if self._stream is not None:
-                task.buffer.record_stream(self._stream)
+                part.buffer.record_stream(self._stream)
             try:
-                self._choice.average(task, scale)
+                self._choice.average(part, scale)
             except Exception as error:
-                told = task.fault is not None and error is task.fault.error  # this rank took part all the same
+                told = part.fault is not None and error is part.fault.error  # this rank took part all the same
                 if not told and not is_agreed(error):
                     self._broken = error  # whatever was exchanged next would meet the others' part of this collective
                 raise
-            task.telemetry.mark(task.index, "launched")
-            return device_future(task.buffer)
+            part.telemetry.mark(part.index, "launched")
+            return device_future(part.buffer)
 
     def serves(self, group: Group) -> bool:
         """Whether this is the group it was made for."""

@@ -42,7 +42,7 @@ def compression_hook(state: CompressionState, bucket: dist.GradBucket) -> torch.
         )
     if not _is(state, CompressionState):
         return failed(TypeError(f"state must be a qcomm.CompressionState, got {type(state).__name__}")).future
-    return state.reduce(bucket)
+    return state.reducer.reduce(bucket)
 
 
 def _is(value: object, kind: type) -> bool:
@@ -98,10 +98,10 @@ def attach(
     devices = {parameter.device for parameter in ddp_model.module.parameters() if parameter.requires_grad}
     for device in devices:
         if device.type == "cuda":
-            check_device_strategy(state.strategy)
+            check_device_strategy(state.options.strategy)
             check_group(group, device)
     state.bind(ddp_model.module, group)
-    if get_world_size(group) > 1 or state.strategy != "auto":
+    if get_world_size(group) > 1 or state.options.strategy != "auto":
         get_communicator(group)
     state.grad_scale = options.get("grad_scale", state.grad_scale)
     ddp_model.register_comm_hook(state, compression_hook)

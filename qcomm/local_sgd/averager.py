@@ -33,7 +33,7 @@ class _CompressedAverager(ModelAverager):
     """What both averagers do: count steps, exchange when one is due, remember."""
 
     def __init__(self, warmup_steps: int, process_group: dist.ProcessGroup | None, options: Mapping[str, Any]) -> None:
-        self._options = ExchangeOptions(**options)
+        self._options = ExchangeOptions.of(**options)
         if _is_member(process_group):
             resolve_group(process_group)
         super().__init__(process_group)
@@ -148,7 +148,7 @@ class CompressedModelAverager(_CompressedAverager):
             ``min_elements``: smaller parameters travel uncompressed; 1024 by default.
             ``buffers_of``: a module whose floating-point buffers, such as BatchNorm's statistics, are averaged with the
             parameters, uncompressed and in fp32. By default buffers are left alone, as torch's averagers do.
-            ``strategy``, ``ranks_per_node``, ``num_threads``: as in :func:`qcomm.all_reduce`.
+            ``strategy``, ``ranks_per_node``, ``num_threads``, ``profile``: as in :func:`qcomm.all_reduce`.
 
     Raises:
         TypeError, ValueError: naming the argument.

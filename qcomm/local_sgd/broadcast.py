@@ -7,8 +7,8 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
-from qcomm.codec import Grid, RangeGrid, check_num_threads
-from qcomm.collectives import check_grid, check_min_elements, no_bytes, raise_later
+from qcomm.codec import Grid, RangeGrid
+from qcomm.collectives import ReduceOptions, announce_late, no_bytes
 from qcomm.communicator import Communicator, Fault, Fields, Phase, attempt, get_communicator, get_ranks, resolve_group
 from qcomm.errors import PacketError
 from qcomm.local_sgd.parameters import Params, check_writable, described, named_tensors
@@ -69,9 +69,7 @@ def broadcast_parameters(
     tensors: Tensors = []
     packed, fields, fault = no_bytes(), Fields({}), None
     try:
-        check_grid(grid)
-        check_min_elements(min_elements)
-        check_num_threads(num_threads)
+        ReduceOptions(grid, min_elements, num_threads=num_threads)  # checks them
         if not _is(lossless, bool):
             raise TypeError(f"lossless must be a bool, got {type(lossless).__name__}")
         tensors = _tensors(module_or_params)
@@ -86,7 +84,7 @@ def broadcast_parameters(
         received = _spread(packed, packed_size_limit(tensors), ranks.index(src), communicator, fields, fault)
         restored, failure = attempt(Phase.DECODE, _unpacked, received, tensors, num_threads)
         if failure is not None or restored is None:
-            raise_later(communicator, failure or Fault(Phase.DECODE, PacketError("nothing was received")))
+            announce_late(failure or Fault(Phase.DECODE, PacketError("nothing was received")), communicator)
         return restored
 
     restored = communicator.submit(job).result()
@@ -130,12 +128,11 @@ def _spread(
     packed: torch.Tensor, limit: int, source: int, communicator: Communicator, fields: Fields, fault: Fault | None
 ) -> torch.Tensor:
     """The bytes of rank ``source`` of the group, on every rank: a scatter, then an all-gather."""
-    communicator.begin()
     own, world_size = communicator.rank, communicator.world_size
-    fault = communicator.pending_fault or fault
+    fault = communicator.begin() or fault
     limits = [limit if rank == source else 0 for rank in range(world_size)]
-    sizes, _ = communicator.agree(Phase.ENCODE, fields, [packed.numel()] * world_size, limits, fault)
-    size = sizes[source]
+    handshake = communicator.handshake(Phase.ENCODE, fields, [packed.numel()] * world_size, limits, fault)
+    size = handshake.finish().sizes[source]
     whole = packed if own == source else torch.empty(size, dtype=torch.uint8)
     cuts = [size * part // world_size for part in range(world_size + 1)]
     parts = [whole[begin:end] for begin, end in pairwise(cuts)]

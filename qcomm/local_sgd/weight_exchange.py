@@ -27,12 +27,22 @@ from qcomm.collectives import (
     BucketLayout,
     ErrorFeedback,
     MeanTask,
+    Rounds,
     Telemetry,
     TensorSpec,
     average,
-    resolve_ranks_per_node,
+    refuse,
 )
-from qcomm.communicator import Communicator, Fault, Fields, Phase, get_communicator, get_world_size, resolve_group
+from qcomm.communicator import (
+    Communicator,
+    Fault,
+    Fields,
+    Phase,
+    attempt,
+    get_communicator,
+    get_world_size,
+    resolve_group,
+)
 from qcomm.errors import ConfigMismatchError
 from qcomm.local_sgd.options import ExchangeOptions
 from qcomm.local_sgd.parameters import Params, check_averageable, described, floating_buffers, named_tensors
@@ -89,16 +99,14 @@ class WeightExchange:
         options = self._options
         group = resolve_group(self._group)
         world_size = get_world_size(group)
-        if world_size == 1 and options.strategy == "auto":
+        if world_size == 1 and options.reduce.strategy == "auto":
             return
         communicator = get_communicator(group)
-        entries: list[_Entry] = []
-        try:
-            entries = self._entries(params)
-            task = self._task(entries, step, world_size)
-        except Exception as error:  # noqa: BLE001 - any: the other ranks are already waiting for this one
-            fault = Fault(Phase.PREPARE, error)
-            task = MeanTask(torch.empty(0), None, options.chosen_grid, Fields({}), self._telemetry, fault=fault)
+        prepared, fault = attempt(Phase.PREPARE, self._prepare, params, step, world_size)
+        if prepared is None:
+            communicator.submit(lambda: refuse(fault or _no_fault(), communicator)).wait()
+            return
+        entries, task = prepared
         ticket = communicator.submit(lambda: self._run(task, communicator))
         with self._telemetry.timed("wait_seconds"):
             flat = ticket.result()
@@ -107,7 +115,7 @@ class WeightExchange:
                 _apply(entry, flat)
         self._count(entries, task)
         if options.exchange == "difference":
-            self._move_anchor(entries, task.agreed_layout)
+            self._move_anchor(entries, task.layout)
 
     def adopt(self, other: "WeightExchange") -> None:
         """Takes over the anchor of an exchange that has just ended on all ranks of this group, and of more."""
@@ -157,7 +165,7 @@ class WeightExchange:
         parameters = named_tensors(params)
         module = self._options.buffers_of
         buffers = [] if module is None else [(f"buffer {name}", buffer) for name, buffer in floating_buffers(module)]
-        entries, offset, smallest = [], 0, max(self._options.min_elements, 1)
+        entries, offset = [], 0
         for number, (name, tensor) in enumerate([*parameters, *buffers]):
             check_averageable(name, tensor)
             is_buffer, anchor = number >= len(parameters), self._anchor.get(name)
@@ -167,64 +175,52 @@ class WeightExchange:
                     "last: another model? Call reset() on every rank to begin anew"
                 )
             comparable = self._options.exchange == "weights" or anchor is not None
-            compressed = comparable and not is_buffer and tensor.numel() >= smallest
+            compressed = comparable and not is_buffer and self._options.reduce.is_compressed(tensor.numel())
             spec = TensorSpec(name, offset, tensor.numel(), compressed)
             entries.append(_Entry(spec, tensor, None if is_buffer else anchor, is_buffer))
             offset += tensor.numel()
         return entries
 
+    def _prepare(self, params: Params, step: int, world_size: int) -> tuple[list[_Entry], MeanTask]:
+        entries = self._entries(params)
+        return entries, self._task(entries, step, world_size)
+
     def _task(self, entries: Sequence[_Entry], step: int, world_size: int) -> MeanTask:
-        options = self._options
-        node_size = resolve_ranks_per_node(options.ranks_per_node, world_size, options.strategy)
+        options, reduce = self._options, self._options.reduce.for_world(world_size)
         layout = BucketLayout([entry.spec for entry in entries], world_size)
         listing = described([(entry.spec.key, entry.tensor) for entry in entries])
         fields = {
             "operation": "model averaging",
             "exchange": options.exchange,
-            "grid": options.chosen_grid.describe(),
+            **reduce.describe(),
             "error_feedback": str(options.uses_feedback),
-            "min_elements": str(options.min_elements),
-            "strategy": options.strategy,
-            "ranks_per_node": str(node_size),
             "step": str(step),
             "anchor": self._identity,
             "layout": layout.description,
             "parameters": listing,
         }
         return MeanTask(
-            _flatten(entries),
-            layout,
-            options.chosen_grid,
-            Fields(fields),
-            self._telemetry,
-            self._feedback,
-            index=self._index,
-            strategy=options.strategy,
-            num_threads=options.num_threads,
-            ranks_per_node=node_size,
+            _flatten(entries), layout, reduce, Fields(fields), self._telemetry, self._feedback, index=self._index
         )
 
     def _run(self, task: MeanTask, communicator: Communicator) -> torch.Tensor:
         self._agree(task, communicator)
         try:
-            return average(task, communicator)
+            average(task, communicator)
         except Exception:
             # Residuals were spent on values that nobody got. A rank that fails alone, after its last message, differs
             # from the others at the next averaging.
             self.reset()
             raise
+        return task.buffer
 
     def _agree(self, task: MeanTask, communicator: Communicator) -> None:
         """Raises on every rank what is wrong on one, before residuals are touched, as some strategies do early."""
-        communicator.begin()
-        nothing = [0] * communicator.world_size
-        fault = communicator.pending_fault or task.fault
         try:
-            _, traffic = communicator.agree(Phase.ENCODE, task.fields, nothing, nothing, fault)
+            Rounds(task, communicator).agree()
         except ConfigMismatchError:
-            self.reset()  # on all ranks: if anchors differ, nobody can tell which is right
+            self.reset()  # on all ranks: if anchors differ, no rank can tell which is right
             raise
-        self._telemetry.add_traffic("overhead", traffic)
 
     def _move_anchor(self, entries: Sequence[_Entry], layout: BucketLayout) -> None:
         """The weights as they are now, the same on all ranks."""
@@ -241,8 +237,12 @@ class WeightExchange:
     def _count(self, entries: Sequence[_Entry], task: MeanTask) -> None:
         self._telemetry.add(steps=1)
         # What the tensors take, and not the buffer, which holds 16-bit values in 32 bits.
-        self._telemetry.count_bucket(task.agreed_layout, 0)
+        self._telemetry.count_bucket(task.layout, 0)
         self._telemetry.add(bytes_uncompressed=sum(entry.tensor.nbytes for entry in entries))
+
+
+def _no_fault() -> Fault:
+    raise ValueError("an exchange that could not be prepared needs a fault")
 
 
 def _flatten(entries: Sequence[_Entry]) -> torch.Tensor:

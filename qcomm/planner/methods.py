@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qcomm.collectives import CodecProfile, Exchange, LinkProfile, Profile, TwoPhase, bytes_sent, two_phase_steps
+from qcomm.collectives import CodecProfile, Exchange, LinkProfile, Profile, TwoPhase, bytes_sent, two_phase_times
 from qcomm.collectives import seconds as collective_seconds
 from qcomm.planner.collectives import Cluster, all_reduce
 from qcomm.planner.errors import PlanError
@@ -148,7 +148,7 @@ def _qcomm(step: float) -> Callable[[Sequence[ParameterTensor], Setting], list[C
         flat = collective_seconds("two_phase", exchange, profile)
         if cluster.local > 1 and collective_seconds("hierarchical", exchange, profile) < flat:
             return [_hierarchical(exchange, profile)]
-        return _slices(two_phase_steps(exchange, profile))
+        return _slices(two_phase_times(exchange, profile))
 
     return chains
 

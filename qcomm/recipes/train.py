@@ -20,7 +20,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
-from qcomm.collectives import resolve_ranks_per_node
+from qcomm.collectives import ReduceOptions
 from qcomm.recipes import checkpoint, exchange
 from qcomm.recipes.config import TrainConfig, learning_rate
 from qcomm.recipes.datasets import Dataset, Split, augment, augmentation_generator, load_dataset
@@ -101,7 +101,7 @@ def check(config: TrainConfig, ranks: int) -> None:
         raise RecipeError(f"--ranks is {ranks}; it must be at least 1")
     if config.method == "qcomm":
         try:
-            resolve_ranks_per_node(config.ranks_per_node, ranks, config.strategy)
+            ReduceOptions(strategy=config.strategy, ranks_per_node=config.ranks_per_node).for_world(ranks)
         except ValueError as error:
             raise RecipeError(f"--strategy is {config.strategy}: {error}") from error
     _steps_per_epoch(config, load_dataset(config.dataset, config.data_dir), ranks)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from qcomm.codec import Grid, RangeGrid, check_num_threads
-from qcomm.collectives import check_grid, check_min_elements
+from qcomm.codec import Grid, RangeGrid
+from qcomm.collectives import ReduceOptions
 from qcomm.errors import PacketError
 from qcomm.state_dicts.format import pack_state, unpack_state
 
@@ -63,9 +63,7 @@ def save(
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a dictionary, got {type(state_dict).__name__}")
-    check_grid(grid)
-    check_min_elements(min_elements)
-    check_num_threads(num_threads)
+    ReduceOptions(grid, min_elements, num_threads=num_threads)  # checks them
     if isinstance(lossless, str) or not all(isinstance(pattern, str) for pattern in lossless):
         raise TypeError(f"lossless must be a sequence of patterns, such as ['*.bias'], got {lossless!r}")
     packed = pack_state(state_dict, grid, min_elements, lossless, num_threads)

@@ -10,8 +10,8 @@ from strategy_cases import COUNTS, GRIDS, KINDS, values
 import qcomm
 from qcomm.collectives import two_phase
 from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.options import owner_grid
 from qcomm.collectives.two_phase_schedule import cut_slices
-from qcomm.collectives.two_phase_steps import owner_grid
 
 pytestmark = pytest.mark.world
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcomm.collectives.layout import BucketLayout, TensorSpec, cut_points, gather_runs, scatter_chunk
+from qcomm.collectives.layout import BucketLayout, TensorSpec, cut_points
+from qcomm.collectives.packing import gather_runs, scatter_chunk
 
 
 def specs(sizes):

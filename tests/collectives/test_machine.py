@@ -18,7 +18,8 @@ import qcomm
 from qcomm.cli.main import app
 from qcomm.collectives import machine
 from qcomm.collectives.cost_model import CodecProfile, LinkProfile, Profile
-from qcomm.collectives.machine import describe, measure_codec, measure_link, resolve_profile, slowest
+from qcomm.collectives.machine import measure_codec, measure_link, slowest
+from qcomm.collectives.options import ReduceOptions
 from qcomm.transport.gloo import GlooTransport
 
 SLOW = Profile(LinkProfile(0.0001, 5.0), CodecProfile(2.0, 4.0, 15.0))
@@ -34,17 +35,16 @@ PROFILES = st.builds(
 
 @given(one=PROFILES, other=PROFILES)
 def test_a_description_tells_profiles_apart(one, other):
-    assert (describe(one) == describe(other)) == (one == other)
-    assert describe(one) != describe(None)
+    assert (one.describe() == other.describe()) == (one == other)
 
 
 def test_a_profile_is_an_object_or_its_file(tmp_path):
     path = tmp_path / "profile.json"
     SLOW.save(path)
-    assert resolve_profile(path, "auto") == resolve_profile(str(path), "auto") == resolve_profile(SLOW, "auto") == SLOW
+    assert all(ReduceOptions(profile=given).machine == SLOW for given in (path, str(path), SLOW))
     with pytest.raises(ValueError, match=r"profile must be given with strategy 'auto'.*got strategy 'two_phase'"):
         qcomm.CompressionState(profile=SLOW, strategy="two_phase")
-    with pytest.raises(TypeError, match=r"profile must be a qcomm.collectives.cost_model.Profile or its file, got int"):
+    with pytest.raises(TypeError, match=r"profile must be a qcomm.collectives.Profile or its file, got int"):
         qcomm.CompressionState(profile=3)
     with pytest.raises(FileNotFoundError):
         qcomm.CompressionState(profile=tmp_path / "nothing.json")

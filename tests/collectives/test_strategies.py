@@ -17,6 +17,7 @@ import qcomm
 from qcomm.collectives import strategies
 from qcomm.collectives import tuner as chooser
 from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.options import ReduceOptions
 from qcomm.collectives.tuner import Chooser
 from qcomm.collectives.two_phase_steps import MeanSteps
 from qcomm.communicator.handshake import Took, agreed_time
@@ -210,7 +211,7 @@ def case_residuals_are_sent(rank, world_size):
     state = attach(model, min_elements=100, grad_scale=4.0)
     sums = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
     for step in range(6):
-        state.strategy = "none" if step == 5 else "two_phase"
+        state.reconfigure(strategy="none" if step == 5 else "two_phase")
         got = backward(model, rank, step, scale=4.0)
         for total, g, wanted in zip(sums, got, exact_mean(rank, world_size, step), strict=True):
             total.add_(g.double() / 4 - wanted)
@@ -234,7 +235,8 @@ def case_alternating(rank, world_size, strategies_in_turn, options):
     state = attach(model, min_elements=100, grad_scale=4.0, **options)
     sums = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
     for step in range(9):
-        state.strategy = "none" if step == 8 else strategies_in_turn[step % len(strategies_in_turn)]
+        strategy = "none" if step == 8 else strategies_in_turn[step % len(strategies_in_turn)]
+        state.reconfigure(strategy=strategy)
         got = backward(model, rank, step, scale=4.0)
         for total, g, wanted in zip(sums, got, exact_mean(rank, world_size, step), strict=True):
             total.add_(g.double() / 4 - wanted)
@@ -262,11 +264,11 @@ def all_slow_but(winner, seconds):
     """Makes all ways to the mean but one take longer on this rank."""
 
     def slow(way):
-        def slowly(task, communicator):
+        def slowly(rounds):
             deadline = time.perf_counter() + seconds
             while time.perf_counter() < deadline:  # busy, as a slow codec would be
                 pass
-            return way(task, communicator)
+            way(rounds)
 
         return slowly
 
@@ -285,7 +287,7 @@ def error_of_auto(tensor):
 
 def case_auto(rank, world_size, winner, elements):
     tried = strategies.automatic_ways(
-        BucketLayout([TensorSpec("", 0, elements, True)], world_size), torch.float32, qcomm.SigmaGrid()
+        BucketLayout([TensorSpec("", 0, elements, True)], world_size), torch.float32, ReduceOptions()
     )
     assert winner in tried
     with all_slow_but(winner, 0.03):

@@ -15,8 +15,8 @@ import qcomm
 from qcomm.codec.packet import Segment
 from qcomm.codec.quantize import Quantizer
 from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.options import owner_grid
 from qcomm.collectives.two_phase_schedule import cut_slices
-from qcomm.collectives.two_phase_steps import owner_grid
 from qcomm.communicator.messages import HEADER_BYTES as MESSAGE_HEADER_BYTES
 
 pytestmark = pytest.mark.world

@@ -2,6 +2,7 @@
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -15,9 +16,9 @@ from test_device_mean import Side, buffer_of, make_layout, mean_of_residuals
 import qcomm
 from qcomm import SigmaGrid
 from qcomm.collectives import tuner as chooser
-from qcomm.collectives.task import MeanTask
 from qcomm.collectives_cuda import strategies as device_choice
 from qcomm.collectives_cuda import uncompressed as device_plain
+from qcomm.collectives_cuda.handshake import DevicePart
 from qcomm.collectives_cuda.strategies import TRIAL, DeviceChoice, Stopwatch
 from qcomm.collectives_cuda.two_phase import DeviceMean
 from qcomm.collectives_cuda.uncompressed import DevicePlain
@@ -70,8 +71,7 @@ def make_choice(side):
 
 def auto_task(side, buffer, layout, grid):
     task = side.task(buffer, layout, grid)
-    task.strategy = "auto"
-    return task
+    return DevicePart.of(replace(task, options=replace(task.options, strategy="auto")))
 
 
 def case_fastest(rank, world_size, path, grid, fastest):
@@ -150,14 +150,18 @@ def case_unfit(rank, world_size, path, value):
     layout, side = make_layout("one tensor", world_size), Side(error_feedback=True)
     with emulated_device(path):
         mean, plain = DeviceMean(dist.group.WORLD, get_communicator(dist.group.WORLD), side.telemetry), make_plain(rank)
-        mean.average(side.task(buffer_of(layout, rank, 0, torch.float32, ""), layout, COARSE))
+        mean.average(DevicePart.of(side.task(buffer_of(layout, rank, 0, torch.float32, ""), layout, COARSE)))
         before = side.feedback.norm()
         assert before > 0
         unfit = torch.zeros(layout.elements) if value == 0 else buffer_of(layout, rank, 1, torch.float32, "")
         unfit[5] = value
-        plain.average(side.task(unfit, layout, COARSE), 1.0, "none", dist.group.WORLD, with_residuals=True)
+        plain.average(
+            DevicePart.of(side.task(unfit, layout, COARSE)), 1.0, "none", dist.group.WORLD, with_residuals=True
+        )
         assert side.feedback.norm() == before
-        plain.average(side.task(torch.ones(layout.elements), layout, COARSE), 8.0, "none", dist.group.WORLD, True)
+        plain.average(
+            DevicePart.of(side.task(torch.ones(layout.elements), layout, COARSE)), 8.0, "none", dist.group.WORLD, True
+        )
         assert side.feedback.norm() == 0
 
 
@@ -181,9 +185,8 @@ def case_faults(rank, world_size, path, failing, known):
             task = auto_task(side, place.copy_(buffer_of(layout, rank, step, torch.float32, "")), layout, COARSE)
             if rank == 1 and step == failing:
                 error = ValueError("boom")
-                nothing = None if not known else layout
-                task = MeanTask(place, nothing, COARSE, task.fields, side.telemetry, fault=Fault(Phase.PREPARE, error))
-                task.strategy = "auto"
+                fault, nothing = Fault(Phase.PREPARE, error), None if not known else layout
+                task = DevicePart(task.index, place, side.telemetry, nothing, None, fault)
             try:
                 choice.average(task)
             except (ValueError, qcomm.CollectiveError) as error:

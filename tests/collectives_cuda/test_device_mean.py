@@ -4,6 +4,7 @@ The kernels run on the host's memory and gloo stands in for NCCL; streams are le
 """
 
 import math
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -16,10 +17,12 @@ import qcomm
 from qcomm import RangeGrid, SigmaGrid
 from qcomm.collectives.error_feedback import ErrorFeedback
 from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.options import ReduceOptions
+from qcomm.collectives.strategies import average
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.telemetry import Telemetry
-from qcomm.collectives.two_phase import two_phase_mean
 from qcomm.collectives_cuda import two_phase as device_mean
+from qcomm.collectives_cuda.handshake import DevicePart
 from qcomm.collectives_cuda.slots import Slots
 from qcomm.collectives_cuda.two_phase import DeviceMean
 from qcomm.communicator.groups import get_communicator
@@ -70,7 +73,8 @@ class Side:
 
     def task(self, buffer, layout, grid, scale=1.0):
         fields = Fields({"test": str(layout.description)})
-        return MeanTask(buffer, layout, grid, fields, self.telemetry, self.feedback, scale)
+        options = ReduceOptions(grid, strategy="two_phase")
+        return MeanTask(buffer, layout, options, fields, self.telemetry, self.feedback, scale)
 
     def residuals(self):
         return {} if self.feedback is None else self.feedback.state_dict()
@@ -115,8 +119,8 @@ def case_equal(rank, world_size, path, name, grid, error_feedback, dtype, kind, 
             buffer = buffer_of(layout, rank, step, dtype, kind) * scale
             expected = buffer.clone()
             task = cpu.task(expected, layout, grid, scale)
-            communicator.submit(lambda task=task: two_phase_mean(task, communicator)).wait()
-            mean.average(device.task(place.copy_(buffer), layout, grid), scale)
+            communicator.submit(lambda task=task: average(task, communicator)).wait()
+            mean.average(DevicePart.of(device.task(place.copy_(buffer), layout, grid)), scale)
             assert_same_bits(place, expected, (step, kind))
             assert_same_residuals(device.residuals(), cpu.residuals())
             assert_same_on_all_ranks(place)
@@ -166,7 +170,7 @@ def case_overflow(rank, world_size, path, steps):
         place = torch.empty(layout.elements)
         for step in range(steps):
             buffer = buffer_of(layout, rank, step, torch.float32, "")
-            mean.average(side.task(place.copy_(buffer), layout, SIGMA))
+            mean.average(DevicePart.of(side.task(place.copy_(buffer), layout, SIGMA)))
             assert_same_on_all_ranks(place)
             sums[0] += place.double()
             sums[1] += sum(gathered(buffer.double())) / world_size
@@ -202,7 +206,7 @@ def case_fault(rank, world_size, path):
             task = side.task(place.copy_(buffer_of(layout, rank, step, torch.float32, "")), layout, SIGMA)
             scale = "nonsense" if rank == 1 and step == 2 else 1.0
             try:
-                mean.average(task, scale)
+                mean.average(DevicePart.of(task), scale)
             except (TypeError, qcomm.CollectiveError) as error:
                 heard.append((step, type(error).__name__, str(error)))
             else:
@@ -225,11 +229,11 @@ def case_mismatch(rank, world_size, path):
     with emulated_device(path):
         mean = DeviceMean(dist.group.WORLD, get_communicator(dist.group.WORLD), side.telemetry)
         task = side.task(torch.ones(layout.elements), layout, SIGMA)
-        task.fields = Fields({"grid": str(rank)})
+        task = replace(task, fields=Fields({"grid": str(rank)}))
         with pytest.raises(qcomm.ConfigMismatchError, match="grid"):
-            mean.average(task)
+            mean.average(DevicePart.of(task))
         assert bool((task.buffer == 1).all())
-        mean.average(side.task(torch.ones(layout.elements), layout, SIGMA))
+        mean.average(DevicePart.of(side.task(torch.ones(layout.elements), layout, SIGMA)))
 
 
 def test_different_options_are_refused(emulated_path):

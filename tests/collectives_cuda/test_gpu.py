@@ -20,10 +20,12 @@ from qcomm.codec.packet import default_block_steps
 from qcomm.codec.plans_cuda import Decoder, Workspace, address, own_code_bits
 from qcomm.collectives.error_feedback import ErrorFeedback
 from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.options import ReduceOptions
+from qcomm.collectives.strategies import average
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.telemetry import Telemetry
-from qcomm.collectives.two_phase import two_phase_mean
 from qcomm.collectives_cuda import two_phase as device_mean
+from qcomm.collectives_cuda.handshake import DevicePart
 from qcomm.collectives_cuda.strategies import TRIAL, DeviceChoice
 from qcomm.collectives_cuda.two_phase import DeviceMean
 from qcomm.communicator.groups import get_communicator
@@ -116,7 +118,8 @@ class Side:
         self.feedback, self.telemetry = ErrorFeedback() if error_feedback else None, Telemetry()
 
     def task(self, buffer, layout, grid, scale=1.0):
-        return MeanTask(buffer, layout, grid, Fields({"test": ""}), self.telemetry, self.feedback, scale)
+        options = ReduceOptions(grid, strategy="two_phase")
+        return MeanTask(buffer, layout, options, Fields({"test": ""}), self.telemetry, self.feedback, scale)
 
 
 def bucket_layout(world_size=1, may_round=False):
@@ -139,8 +142,8 @@ def test_means_and_residuals_are_those_of_the_cpu(group, grid, dtype):
         place.copy_(expected)
         task = cpu.task(expected, layout, grid, 16.0)
         with mock.patch("qcomm.collectives.two_phase.SLICE_ELEMENTS", layout.elements):  # a device has one slice
-            communicator.submit(lambda task=task: two_phase_mean(task, communicator)).wait()
-        mean.average(gpu.task(place, layout, grid), 16.0)
+            communicator.submit(lambda task=task: average(task, communicator)).wait()
+        mean.average(DevicePart.of(gpu.task(place, layout, grid)), 16.0)
         assert torch.equal(place.cpu(), expected), step
     residuals = gpu.feedback.state_dict()["local"]
     for key, residual in cpu.feedback.state_dict()["local"].items():
@@ -154,11 +157,11 @@ def test_nobody_waits_after_the_first_collective(group):
     batches = [heavy(layout.elements, seed=step).cuda() for step in range(10)]
     with mock.patch.object(device_mean, "PERIOD", 3):
         mean = DeviceMean(group, get_communicator(group), side.telemetry)
-        mean.average(side.task(place.copy_(batches[0]), layout, SigmaGrid(1.0)), scale)
+        mean.average(DevicePart.of(side.task(place.copy_(batches[0]), layout, SigmaGrid(1.0))), scale)
         torch.cuda.set_sync_debug_mode("error")
         try:
             for batch in batches[1:]:
-                mean.average(side.task(place.copy_(batch), layout, SigmaGrid(1.0)), scale)
+                mean.average(DevicePart.of(side.task(place.copy_(batch), layout, SigmaGrid(1.0))), scale)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     mean.flush()
@@ -174,17 +177,17 @@ def test_a_graph_holds_a_collective(group):
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for batch in batches[:2]:
-            means[0].average(captured.task(place.copy_(batch), layout, SigmaGrid(1.0)))
+            means[0].average(DevicePart.of(captured.task(place.copy_(batch), layout, SigmaGrid(1.0))))
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # NCCL's thread looks at events
-        means[0].average(captured.task(place, layout, SigmaGrid(1.0)))
+        means[0].average(DevicePart.of(captured.task(place, layout, SigmaGrid(1.0))))
     for batch in batches[:2]:
-        means[1].average(plain.task(other.copy_(batch), layout, SigmaGrid(1.0)))
+        means[1].average(DevicePart.of(plain.task(other.copy_(batch), layout, SigmaGrid(1.0))))
     for batch in batches[2:]:
         place.copy_(batch)
         graph.replay()
-        means[1].average(plain.task(other.copy_(batch), layout, SigmaGrid(1.0)))
+        means[1].average(DevicePart.of(plain.task(other.copy_(batch), layout, SigmaGrid(1.0))))
         assert torch.equal(place, other)
 
 
@@ -202,7 +205,7 @@ def test_ways_are_tried_without_waiting(group):
                     torch.cuda.set_sync_debug_mode("error")
                 task = side.task(place.copy_(batches[step % len(batches)]), layout, SigmaGrid(1.0))
                 task.strategy = "auto"
-                choice.average(task)
+                choice.average(DevicePart.of(task))
                 ways.update(side.telemetry.stats()["strategies"].values())
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -285,8 +288,8 @@ def two_gpus(rank, folder):
         place.copy_(expected)
         task = cpu.task(expected, layout, SigmaGrid(1.0))
         with mock.patch("qcomm.collectives.two_phase.SLICE_ELEMENTS", layout.elements):  # a device has one slice
-            communicator.submit(lambda task=task: two_phase_mean(task, communicator)).wait()
-        mean.average(gpu.task(place, layout, SigmaGrid(1.0)))
+            communicator.submit(lambda task=task: average(task, communicator)).wait()
+        mean.average(DevicePart.of(gpu.task(place, layout, SigmaGrid(1.0))))
         assert torch.equal(place.cpu(), expected), step
     dist.destroy_process_group()
 

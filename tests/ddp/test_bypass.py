@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from unittest import mock
@@ -43,7 +44,7 @@ TORCHS_HOOKS = {"none": allreduce_hook, "bf16": in_bfloat16}
 
 
 def agreements():
-    return get_communicator(dist.group.WORLD).agreements
+    return get_communicator(dist.group.WORLD).collectives
 
 
 def case_plain(rank, world_size, strategy):
@@ -112,14 +113,14 @@ def case_auto(rank, world_size):
     model = wrap(process_group=group)
     state = qcomm.attach(model)
     with all_slow_but("none", 0.02):
-        ways = len(strategies.automatic_ways(next_layout(state, model), torch.float32, qcomm.SigmaGrid()))
+        ways = len(strategies.automatic_ways(next_layout(state, model), torch.float32, state.options))
         trials = ways * (2 * chooser.ROUNDS + chooser.DUEL_ROUNDS) + 3 + chooser.WARM_UP
         for _ in range(trials + 2):
             backward(model, rank)
-        before = get_communicator(group).agreements
+        before = get_communicator(group).collectives
         for _ in range(bypass.BYPASSED // 2):
             backward(model, rank)
-    assert get_communicator(group).agreements == before and set(state.stats()["strategies"].values()) == {"none"}
+    assert get_communicator(group).collectives == before and set(state.stats()["strategies"].values()) == {"none"}
     # What error feedback kept during the trials has been sent, and nothing was kept since.
     assert state.stats()["residual_norm"] == 0
     dist.destroy_process_group(group)
@@ -127,7 +128,7 @@ def case_auto(rank, world_size):
 
 def next_layout(state, model):
     backward(model, dist.get_rank())
-    return next(iter(state._table._layouts.values()))[0]
+    return next(iter(state._table._layouts.values())).layout
 
 
 def test_auto_bypasses_when_it_has_settled():
@@ -206,7 +207,7 @@ else:
     try:
         backward(model, rank)
     except ValueError:
-        sums += [lane.under_way for lane in state._bypass._lanes.values() if lane.under_way is not None]
+        sums += [lane.under_way for lane in state.reducer.bypass._lanes.values() if lane.under_way is not None]
         assert not all(future.done() for future in sums)
         exec(end)
 """
@@ -240,13 +241,16 @@ def case_mixed(rank, world_size):
     state = qcomm.attach(model)
     original = strategies.average
 
-    def by_size(task, communicator):
-        task.strategy = "none" if task.index == 0 else "two_phase"
-        return original(task, communicator)
+    def way(task):
+        return "none" if task.index == 0 else "two_phase"
+
+    def by_size(task, communicator, bypassing):
+        options = replace(task.options, strategy=way(task))
+        original(replace(task, options=options), communicator, bypassing)
 
     with (
-        mock.patch("qcomm.ddp.state.average", by_size),
-        mock.patch("qcomm.ddp.state.settled", lambda task, _: task.strategy),
+        mock.patch("qcomm.ddp.reducer.average", by_size),
+        mock.patch("qcomm.ddp.reducer.settled", lambda task, *_: way(task)),
     ):
         for step in range(bypass.BYPASSED + 10):
             failing = rank == 1 and step in (7, 20)
@@ -311,10 +315,10 @@ def case_another_group(rank, world_size):
         group = dist.new_group()
         model = wrap(torch.nn.Linear(48, 48), process_group=group)
         state = qcomm.attach(model, state=state) if state else qcomm.attach(model, strategy="none")
-        before = get_communicator(group).agreements
+        before = get_communicator(group).collectives
         gradients = [error_of(model, rank) for _ in range(AGREED + 2)]
         assert gradients == [None] * len(gradients)
-        assert get_communicator(group).agreements - before == AGREED
+        assert get_communicator(group).collectives - before == AGREED
         assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters()])
         del model
         dist.destroy_process_group(group)
@@ -332,10 +336,10 @@ def case_other_group_without_attach(rank, world_size):
     model.register_comm_hook(state, qcomm.compression_hook)
     for _ in range(AGREED + 1):
         backward(model, rank)
-    state.given_group = groups[1]
-    before = get_communicator(groups[1]).agreements
+    state.reducer.group = groups[1]
+    before = get_communicator(groups[1]).collectives
     backward(model, rank)
-    assert get_communicator(groups[1]).agreements > before
+    assert get_communicator(groups[1]).collectives > before
     for group in groups:
         dist.destroy_process_group(group)
 
@@ -399,9 +403,12 @@ def case_drained(rank, world_size):
     state = qcomm.attach(model)
     original, waited = strategies.average, []
 
-    def by_size(task, communicator):
-        task.strategy = "none" if task.index else "two_phase"
-        return original(task, communicator)
+    def way(task):
+        return "none" if task.index else "two_phase"
+
+    def by_size(task, communicator, bypassing):
+        options = replace(task.options, strategy=way(task))
+        original(replace(task, options=options), communicator, bypassing)
 
     def slow(*arguments):
         deadline = time.perf_counter() + 0.3
@@ -410,15 +417,15 @@ def case_drained(rank, world_size):
         return reduce(*arguments)
 
     def drained(*arguments):
-        waited.append(len([lane for lane in state._bypass._lanes.values() if lane.under_way is not None]))
+        waited.append(len([lane for lane in state.reducer.bypass._lanes.values() if lane.under_way is not None]))
         return drain(*arguments)
 
-    reduce, drain = state._bypass.reduce, state._bypass.drain
+    reduce, drain = state.reducer.bypass.reduce, state.reducer.bypass.drain
     with (
-        mock.patch("qcomm.ddp.state.average", by_size),
-        mock.patch("qcomm.ddp.state.settled", lambda task, _: task.strategy),
-        mock.patch.object(state._bypass, "reduce", slow),
-        mock.patch.object(state._bypass, "drain", drained),
+        mock.patch("qcomm.ddp.reducer.average", by_size),
+        mock.patch("qcomm.ddp.reducer.settled", lambda task, *_: way(task)),
+        mock.patch.object(state.reducer.bypass, "reduce", slow),
+        mock.patch.object(state.reducer.bypass, "drain", drained),
     ):
         for step in range(AGREED + 3):
             failing = mock.patch("qcomm.collectives.two_phase_steps.encode", side_effect=ZeroDivisionError("boom"))
@@ -426,7 +433,7 @@ def case_drained(rank, world_size):
                 error = error_of(model, rank)
             assert (error is not None) == (step == AGREED + 1), error
             if error is not None:
-                sums = [lane.under_way for lane in state._bypass._lanes.values() if lane.under_way is not None]
+                sums = [lane.under_way for lane in state.reducer.bypass._lanes.values() if lane.under_way is not None]
                 assert sums and all(future.done() for future in sums) and waited
             else:
                 assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters()])

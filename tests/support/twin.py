@@ -8,7 +8,7 @@ from qcomm.codec._native import GridKind
 from qcomm.codec.packet import Segment, decompress, encode
 from qcomm.codec.quantize import Quantizer, plan
 from qcomm.codec.statistics import measure
-from qcomm.collectives.two_phase_steps import owner_grid
+from qcomm.collectives.options import owner_grid
 
 
 def lossy(values, quantizer):

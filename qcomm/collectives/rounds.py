@@ -1,0 +1,192 @@
+"""Rounds: the frame of one collective on one rank, which owns its begin, its faults and their announcement.
+
+A strategy is a few rounds. In each of them the ranks compute a step, tell each other in a handshake whether it went
+well, and exchange packets::
+
+    compute      step 1           step 2           last step
+    handshake             round 1          round 2
+    packets               round 1          round 2              next collective
+
+A step that fails on one rank keeps that rank from computing further steps. Its next handshake says so, and the error is
+raised on all ranks. A fault of the last step is announced by the first handshake of the next collective, and raised
+here at once.
+"""
+
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import NoReturn, ParamSpec, TypeVar
+
+import torch
+
+from qcomm.collectives.packing import no_bytes
+from qcomm.collectives.task import MeanTask
+from qcomm.collectives.uncompressed_values import Bypassing
+from qcomm.communicator import (
+    UNTIMED,
+    Agreed,
+    Communicator,
+    Fault,
+    Fields,
+    Handshake,
+    LateFaultError,
+    Phase,
+    Pipeline,
+    Took,
+    attempt,
+)
+
+__all__ = ["Rounds", "announce_late", "refuse"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def refuse(fault: Fault, communicator: Communicator) -> NoReturn:
+    """Tells the other ranks of a fault in place of a collective, whatever they are about to do, and raises on all.
+
+    Raises:
+        CollectiveError: naming this rank.
+    """
+    nothing = [0] * communicator.world_size
+    pending = communicator.begin()
+    communicator.handshake(Phase.ENCODE, Fields({}), nothing, nothing, pending or fault).finish()
+    raise fault.error
+
+
+def announce_late(fault: Fault, communicator: Communicator) -> NoReturn:
+    """Raises a fault after the last exchange here, and on the other ranks in the next collective."""
+    communicator.announce_later(fault)
+    text = f"this rank failed while {fault.phase}: {fault.error}; the others are told in the next collective"
+    raise LateFaultError(text) from fault.error
+
+
+class Rounds:
+    """One collective under way. A context manager: leaving it well means that this rank has its result.
+
+    Args:
+        task: of the collective.
+        communicator: of the group.
+        own_time: of this rank's last collective of the kind, for the headers.
+        bypassing: collectives of the caller that run without an agreement; None where none may.
+
+    Attributes:
+        agreed: the result of the first handshake; None before it, and where it failed.
+        waited: nanoseconds for the agreement alone, in which the rank has not worked for its values.
+    """
+
+    def __init__(
+        self,
+        task: MeanTask,
+        communicator: Communicator,
+        own_time: Took = UNTIMED,
+        bypassing: Bypassing | None = None,
+    ) -> None:
+        self.task = task
+        self.bypassing = bypassing
+        self.agreed: Agreed | None = None
+        self.waited = 0
+        self._communicator = communicator
+        self._own_time = own_time
+        self._fields = task.fields
+        self._exchanges = 0
+        self._fault = communicator.begin()
+
+    def __enter__(self) -> "Rounds":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            if self._fault is not None:
+                announce_late(self._fault, self._communicator)
+            self.task.telemetry.mark(self.task.index, "done")
+
+    @property
+    def fault(self) -> Fault | None:
+        """The failure that keeps this rank from computing further steps."""
+        return self._fault
+
+    @property
+    def rank(self) -> int:
+        """This process within the group."""
+        return self._communicator.rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks in the group."""
+        return self._communicator.world_size
+
+    def require_equal(self, name: str, value: str) -> None:
+        """Adds a field to those that later handshakes compare."""
+        self._fields = self._fields.extended(name, value)
+
+    def compute(self, phase: Phase, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Returns the result of a step of this rank; None where it, or an earlier one, failed."""
+        if self._fault is not None:
+            return None
+        result, self._fault = attempt(phase, step, *args, **kwargs)
+        return result
+
+    def take_over(self, fault: Fault | None) -> None:
+        """Goes on with the fault of messages in a pipeline, which has told the other ranks or could not any more."""
+        self._fault = fault
+
+    def exchange(
+        self,
+        phase: Phase,
+        kind: str,
+        packets: Sequence[torch.Tensor] | None,
+        limits: Sequence[int],
+    ) -> list[torch.Tensor]:
+        """Sends packet r to each rank r and returns each rank's packet for this one; raises a fault on all ranks.
+
+        Args:
+            phase: that every rank has just finished.
+            kind: of the bytes, for telemetry: "phase1", "phase2", "inside" or "overhead".
+            packets: W of them, of no bytes where nothing goes to a rank; None after a fault.
+            limits: maximum bytes that each rank can send here, 0 where it sends nothing.
+        """
+        task, world_size = self.task, self.world_size
+        packets = packets or [no_bytes()] * world_size
+        self._exchanges += 1
+        task.telemetry.mark(task.index, f"exchange_{self._exchanges}")
+        with task.telemetry.timed("communication_seconds"):
+            sizes = self._finish(self._start(phase, [packet.numel() for packet in packets], limits)).sizes
+            incoming = [
+                packets[rank] if rank == self.rank else torch.empty(size, dtype=torch.uint8)
+                for rank, size in enumerate(sizes)
+            ]
+            traffic = self._communicator.exchange(packets, incoming, phase)
+        task.telemetry.add_traffic(kind, traffic)
+        return incoming
+
+    def agree(self) -> None:
+        """The first handshake, of a strategy that exchanges its packets by other means."""
+        with self.task.telemetry.timed("communication_seconds"):
+            self._finish(self.start_agreeing())
+
+    def start_agreeing(self) -> Handshake:
+        """Begins :meth:`agree`; this rank may compute before it calls :meth:`finish_agreeing`, which it must."""
+        nothing = [0] * self.world_size
+        return self._start(Phase.ENCODE, nothing, nothing)
+
+    def finish_agreeing(self, handshake: Handshake) -> None:
+        """Ends :meth:`agree`."""
+        self._finish(handshake)
+
+    def sum(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Replaces each of ``buffers`` by its sum over all ranks."""
+        self._communicator.sum(buffers)
+
+    def pipeline(self) -> Pipeline:
+        """Returns the messages of a collective in slices, under way while the rank computes."""
+        return self._communicator.pipeline()
+
+    def _start(self, phase: Phase, sizes: Sequence[int], limits: Sequence[int]) -> Handshake:
+        return self._communicator.handshake(phase, self._fields, sizes, limits, self._fault, self._own_time)
+
+    def _finish(self, handshake: Handshake) -> Agreed:
+        agreed = handshake.finish()
+        if self.agreed is None:
+            self.agreed, self.waited = agreed, self.waited + agreed.waited
+        self.task.telemetry.add_traffic("overhead", agreed.traffic)
+        return agreed
