@@ -15,9 +15,9 @@ from int8_two_phase import Int8
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
 import qcomm
+from qcomm.codec._native import measure
 from qcomm.codec.grids import Grid, SigmaGrid
 from qcomm.codec.quantize import plan
-from qcomm.codec.statistics import measure
 from qcomm.collectives.layout import BucketLayout
 from qcomm.collectives.options import owner_grid
 from qcomm.collectives.telemetry import Event

@@ -51,9 +51,9 @@ from rich.progress import track
 
 import qcomm
 from qcomm.codec import _native
+from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, decode_into, encode
 from qcomm.codec.quantize import dequantize, plan, quantize
-from qcomm.codec.statistics import measure
 
 STEPS = 512  # symbols a lane in a block; what large tensors get
 

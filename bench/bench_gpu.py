@@ -21,6 +21,7 @@ from gpu_peers import peers
 
 import qcomm
 from qcomm.codec import _native_cuda
+from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, default_block_steps, encode
 from qcomm.codec.plans_cuda import (
     ACCOUNT,
@@ -33,7 +34,6 @@ from qcomm.codec.plans_cuda import (
     own_code_bits,
 )
 from qcomm.codec.quantize import plan
-from qcomm.codec.statistics import measure
 
 MIB = 1 << 20
 LEAD_CYCLES = 3_000_000  # about 1.5 ms: longer than the host takes to launch an operation

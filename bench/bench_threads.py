@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 
 import qcomm
+from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, decode_into, encode
 from qcomm.codec.quantize import plan
-from qcomm.codec.statistics import measure
 
 GRIDS: dict[str, qcomm.codec.Grid] = {
     "sigma k=1": qcomm.SigmaGrid(1.0),

@@ -42,8 +42,8 @@ from qcomm.collectives.layout import BucketLayout, TensorSpec
 from qcomm.collectives.options import ReduceOptions
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.telemetry import Telemetry
-from qcomm.collectives.two_phase_schedule import SLICE_ELEMENTS, Step, cut_slices, schedule
-from qcomm.collectives.two_phase_steps import MeanSteps
+from qcomm.collectives.two_phase_schedule import SLICE_ELEMENTS, Step, schedule
+from qcomm.collectives.two_phase_steps import MeanSteps, plan_slices
 from qcomm.communicator.handshake import Fields
 from qcomm.planner import plan
 from qcomm.planner.collectives import Cluster, ring
@@ -86,11 +86,12 @@ def codec_timer(values: torch.Tensor, specs: Sequence[TensorSpec], method: str) 
     """Times what a rank computes in a mean, in the schedule's order, with packets that are made before."""
     rank, world = dist.get_rank(), dist.get_world_size()
     layout = BucketLayout(specs, world)
-    slices = cut_slices(layout, SLICE_ELEMENTS)
+    plan = plan_slices(layout, SLICE_ELEMENTS, torch.float32)
+    slices = plan.slices
 
     def steps_of(owner: int, buffer: torch.Tensor) -> MeanSteps:
         task = MeanTask(buffer, layout, ReduceOptions(GRIDS[method]), Fields({}), Telemetry())
-        steps = MeanSteps(task, owner, slices)
+        steps = MeanSteps(task, owner, plan)
         steps.begin()
         return steps
 
@@ -102,7 +103,8 @@ def codec_timer(values: torch.Tensor, specs: Sequence[TensorSpec], method: str) 
         incoming.append([[sender.encode(number)[owner]] * world for number in range(len(slices))])
         for number in range(len(slices)):
             receiver.encode(number)
-            mean = receiver.reduce(number, incoming[owner][number])
+            receiver.reduce(number, incoming[owner][number])
+            mean = receiver.encode_mean(number)
             means[number].append(None if mean is None else mean.clone())
 
     def time_once() -> Timings:
@@ -114,6 +116,7 @@ def codec_timer(values: torch.Tensor, specs: Sequence[TensorSpec], method: str) 
                 steps.encode(number)
             elif step is Step.REDUCE:
                 steps.reduce(number, incoming[rank][number])
+                steps.encode_mean(number)
             else:
                 steps.decode(number, means[number])
             timings[step.value] += time.thread_time() - begin

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 import qcomm
+from qcomm.codec._native import measure
 from qcomm.codec.huffman import code_lengths
 from qcomm.codec.packet import Segment, decode_into, encode
 from qcomm.codec.quantize import plan
-from qcomm.codec.statistics import measure
 
 ELEMENTS = 1 << 20
 GRIDS = {"k1": qcomm.SigmaGrid(step=1.0), "k2": qcomm.SigmaGrid(step=2.0), "range": qcomm.RangeGrid(c=2)}

@@ -7,6 +7,7 @@ from qcomm.codec._native import (
     Coding,
     GridKind,
     Quantizer,
+    Statistics,
     check_floats,
     check_num_threads,
     count_symbols,
@@ -14,6 +15,7 @@ from qcomm.codec._native import (
     divide_to_bfloat,
     histogram_entropy,
     is_usable,
+    measure,
 )
 from qcomm.codec._native_cuda import FAULTS, core, is_on_device
 from qcomm.codec.entropy import estimate_entropy
@@ -43,7 +45,6 @@ from qcomm.codec.plans_cuda import (
     read_quantizers,
 )
 from qcomm.codec.quantize import MAX_CODED_BITS, Code, plan, plan_step
-from qcomm.codec.statistics import Statistics, is_zero, measure
 
 __all__ = [
     "ACCOUNT",
@@ -88,7 +89,6 @@ __all__ = [
     "inspect",
     "is_on_device",
     "is_usable",
-    "is_zero",
     "measure",
     "own_code_bits",
     "plan",

@@ -3,8 +3,10 @@
 Everything here speaks torch; nothing above it speaks addresses.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
@@ -85,6 +87,27 @@ class Segment(NamedTuple):
     residual: torch.Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Statistics:
+    """Of ``count`` values: extremes, sum of squares, all finite or not.
+
+    The order in which squares are added, in float64, is part of the packet format.
+
+    Where ``finite`` is False the other figures say nothing.
+    """
+
+    count: int
+    minimum: float
+    maximum: float
+    sum_squares: float
+    finite: bool
+
+    @property
+    def rms(self) -> float:
+        """Root mean square; 0 for no values."""
+        return math.sqrt(self.sum_squares / self.count) if self.count else 0.0
+
+
 def check_num_threads(num_threads: object) -> int:
     """``num_threads`` if it is an int of at least 1."""
     if isinstance(num_threads, bool) or not isinstance(num_threads, int):
@@ -155,10 +178,22 @@ def _source(values: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, i
 
 
 def measure(
-    values: torch.Tensor, residual: torch.Tensor | None, inv_scale: float, num_threads: int
-) -> tuple[float, float, float, bool]:
-    """(minimum, maximum, sum of squares, all finite) of ``values * inv_scale + residual``."""
-    return _C.measure(*_source(values, residual), inv_scale, check_num_threads(num_threads))
+    values: torch.Tensor, residual: torch.Tensor | None = None, inv_scale: float = 1.0, *, num_threads: int = 1
+) -> Statistics:
+    """Statistics of ``u = values * inv_scale + residual``.
+
+    Args:
+        values: contiguous, any shape, float32, float16, bfloat16 or float64.
+        residual: contiguous float32 with as many elements, or None. Needs float32 or float64 values.
+        inv_scale: a factor, rounded to the arithmetic of the dtype.
+        num_threads: most that work at once; the result does not depend on it.
+
+    Example:
+        >>> measure(torch.tensor([3.0, -4.0])).sum_squares
+        25.0
+    """
+    found = _C.measure(*_source(values, residual), inv_scale, check_num_threads(num_threads))
+    return Statistics(values.numel(), *found)
 
 
 def histogram_entropy(

@@ -3,9 +3,9 @@
 import torch
 
 from qcomm.codec import _native, packet_cuda
+from qcomm.codec._native import measure
 from qcomm.codec._native_cuda import is_on_device
 from qcomm.codec.grids import RangeGrid
-from qcomm.codec.statistics import measure
 
 __all__ = ["estimate_entropy"]
 

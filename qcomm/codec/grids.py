@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 __all__ = ["Grid", "RangeGrid", "SigmaGrid"]
 
@@ -73,7 +74,7 @@ class SigmaGrid:
         if self.coding == "pair" and self.num_bits != PAIR_BITS:
             raise ValueError(f"coding 'pair' needs step >= 0.84, where 4 bits a symbol suffice; got step={step}")
 
-    @property
+    @cached_property
     def num_bits(self) -> int:
         """Bits of the alphabet before coding."""
         return sigma_num_bits(self.step)

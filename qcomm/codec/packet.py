@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from qcomm.codec import _native, packet_cuda
-from qcomm.codec._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, Segment
+from qcomm.codec._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, Segment, measure
 from qcomm.codec.grids import Grid, SigmaGrid
 from qcomm.codec.quantize import plan
-from qcomm.codec.statistics import measure
 from qcomm.errors import PacketError
 
 __all__ = ["PacketInfo", "Segment", "SegmentInfo", "compress", "decode_into", "decompress", "encode", "inspect"]

@@ -5,9 +5,8 @@ import math
 import torch
 
 from qcomm.codec import _native
-from qcomm.codec._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer
+from qcomm.codec._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, Statistics, measure
 from qcomm.codec.grids import MIN_SIGMA_STEP, PAIR_BITS, Grid, RangeGrid, SigmaGrid, sigma_num_bits
-from qcomm.codec.statistics import Statistics, measure
 
 __all__ = ["Code", "Quantizer", "dequantize", "plan", "plan_step", "quantize"]
 
@@ -31,7 +30,7 @@ def plan(
     constant.
 
     Args:
-        stats: from :func:`qcomm.codec.statistics.measure` of the same values.
+        stats: from :func:`qcomm.codec.measure` of the same values.
         grid: a SigmaGrid or RangeGrid.
         values, residual, inv_scale: as in ``measure``; a sample of them is read.
         code: of an earlier plan for a tensor like this one with the same SigmaGrid: saves sampling it again.

@@ -8,17 +8,34 @@ F. Seide et al., "1-bit stochastic gradient descent", Interspeech 2014; in both 
 "DoubleSqueeze", ICML 2019.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence, Set
+from typing import Any, NamedTuple
 
 import torch
 
-from qcomm.collectives.layout import BucketLayout
+from qcomm.collectives.layout import BucketLayout, Piece
 
 __all__ = ["ErrorFeedback"]
 
 FORMAT = 1
 CPU = torch.device("cpu")
+
+
+class Residuals(NamedTuple):
+    """Residuals of one collective, by the number of their tensor in the layout.
+
+    Attributes:
+        local: of each compressed tensor, whole.
+        owner: of the pieces whose means this rank makes.
+        spent: tensors whose local residual is known to be zero in that piece.
+    """
+
+    local: Mapping[int, torch.Tensor]
+    owner: Mapping[int, torch.Tensor]
+    spent: Set[int]
+
+
+NO_RESIDUALS = Residuals({}, {}, frozenset())
 
 
 class ErrorFeedback:
@@ -81,15 +98,29 @@ class ErrorFeedback:
             )
         return known[1]
 
-    def spend(self, key: str, start: int, length: int) -> None:
-        """Notes that elements [start, start + length) of a local residual are zero, until anybody may change them.
+    def for_two_phase(self, layout: BucketLayout, rank: int) -> "Residuals":
+        """Adopts a layout; returns all residuals that its collective uses on ``rank``, to be changed in place."""
+        self.adopt(layout, rank)
+        pieces = layout.chunks[rank].pieces
+        keys = {piece.tensor: layout.tensors[piece.tensor].key for piece in pieces}
+        spent = {p.tensor for p in pieces if self.is_spent(keys[p.tensor], p.start, p.length)}
+        numbers = [number for number, tensor in enumerate(layout.tensors) if tensor.compressed]
+        local = {number: self.local(layout.tensors[number].key, layout.tensors[number].numel) for number in numbers}
+        owner = {piece.tensor: self.owner(keys[piece.tensor], piece.start, piece.length) for piece in pieces}
+        return Residuals(local, owner, spent)
+
+    def spend(self, pieces: Iterable[tuple[str, Piece]]) -> None:
+        """Notes that pieces of local residuals are zero, until a caller may change them.
 
         An owner adds its values to the mean of its own part as they are, so that step after step nothing is left there.
+
+        Args:
+            pieces: each with the name of its parameter.
         """
-        self._spent[key] = start, length
+        self._spent.update((key, (piece.start, piece.length)) for key, piece in pieces)
 
     def is_spent(self, key: str, start: int, length: int) -> bool:
-        """Whether elements [start, start + length) of a local residual are known to be zero."""
+        """Returns whether elements [start, start + length) of a local residual are known to be zero."""
         return self._spent.get(key) == (start, length)
 
     def keeps(self, key: str) -> bool:

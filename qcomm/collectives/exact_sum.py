@@ -31,9 +31,9 @@ from typing import NamedTuple
 
 import torch
 
-from qcomm.codec import Quantizer, Segment, is_zero, measure
+from qcomm.codec import Quantizer, Segment, measure
 from qcomm.collectives.exact_sum_grid import RECORD_FIELDS, SharedGrid, Summary, lossless_quantizer, share, summarize
-from qcomm.collectives.packing import Measured, no_bytes, pack, pack_chunk, scatter_chunk, size_limit, unpack
+from qcomm.collectives.packing import Measured, is_zero, no_bytes, pack, pack_chunk, scatter_chunk, size_limit, unpack
 from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
 from qcomm.communicator import Phase

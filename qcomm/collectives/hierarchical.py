@@ -42,10 +42,20 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from qcomm.codec import Coding, Grid, Quantizer, Segment, is_zero, measure
+from qcomm.codec import Coding, Grid, Quantizer, Segment, measure
 from qcomm.collectives.layout import Chunk, Piece
 from qcomm.collectives.options import owner_grid
-from qcomm.collectives.packing import Measured, choose, gather_chunk, no_bytes, pack, scatter_chunk, size_limit, unpack
+from qcomm.collectives.packing import (
+    Measured,
+    choose,
+    gather_chunk,
+    is_zero,
+    no_bytes,
+    pack,
+    scatter_chunk,
+    size_limit,
+    unpack,
+)
 from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
 from qcomm.communicator import Phase

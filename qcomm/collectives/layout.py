@@ -12,10 +12,10 @@ rank owns as many bytes as its neighbours whatever the order of the tensors. A c
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
 __all__ = ["BucketLayout", "Chunk", "Piece", "TensorSpec", "cut_points"]
 
@@ -72,7 +72,7 @@ class Chunk:
         """Elements in raw runs."""
         return sum(length for _, length in self.raw_runs)
 
-    @property
+    @cached_property
     def count(self) -> int:
         """All elements; 0 where there are fewer elements than ranks, and then no packet either."""
         return self.compressed_count + self.raw_count
@@ -145,6 +145,7 @@ class BucketLayout:
 
     Attributes:
         elements, compressed_elements: how many there are.
+        plans: whatever collectives have derived from this layout and use again.
         exact_elements: how many are neither compressed nor may be rounded; ``exact_runs`` are these, as runs.
 
     Example:
@@ -158,6 +159,7 @@ class BucketLayout:
         self.tensors = tuple(tensors)
         self.world_size = world_size
         self._slices: dict[int, tuple[tuple[Chunk, ...], ...]] = {}
+        self.plans: dict[Hashable, Any] = {}
         compressed = [number for number, spec in enumerate(self.tensors) if spec.compressed]
         raw = [number for number, spec in enumerate(self.tensors) if not spec.compressed]
         self.compressed_elements = sum(self.tensors[number].numel for number in compressed)

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TypedDict
 
@@ -91,7 +92,7 @@ class ReduceOptions:
         """Number of ranks that form a node, of options for a world; 1 where nodes do not count."""
         return self.ranks_per_node or 1
 
-    @property
+    @cached_property
     def compresses(self) -> bool:
         """Whether the strategy is a named one that never exchanges all values uncompressed."""
         return self.strategy not in ("auto", "none", "bf16")
@@ -123,6 +124,7 @@ class ReduceOptions:
         }
 
 
+@lru_cache(maxsize=64)
 def owner_grid(grid: Grid) -> Grid:
     """Returns the grid for means: no coarser than the RMS, because nothing averages its error away."""
     return replace(grid, step=min(grid.step, 1.0)) if isinstance(grid, SigmaGrid) else grid

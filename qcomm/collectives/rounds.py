@@ -12,7 +12,7 @@ raised on all ranks. A fault of the last step is announced by the first handshak
 here at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import NoReturn, ParamSpec, TypeVar
 
@@ -34,6 +34,7 @@ from qcomm.communicator import (
     Took,
     attempt,
 )
+from qcomm.transport import Traffic
 
 __all__ = ["Rounds", "announce_late", "refuse"]
 
@@ -70,6 +71,7 @@ class Rounds:
         bypassing: collectives of the caller that run without an agreement; None where none may.
 
     Attributes:
+        rank, world_size: this process within the group, and the number of ranks in it.
         agreed: the result of the first handshake; None before it, and where it failed.
         waited: nanoseconds for the agreement alone, in which the rank has not worked for its values.
     """
@@ -82,6 +84,7 @@ class Rounds:
         bypassing: Bypassing | None = None,
     ) -> None:
         self.task = task
+        self.rank, self.world_size = communicator.rank, communicator.world_size
         self.bypassing = bypassing
         self.agreed: Agreed | None = None
         self.waited = 0
@@ -105,16 +108,6 @@ class Rounds:
         """The failure that keeps this rank from computing further steps."""
         return self._fault
 
-    @property
-    def rank(self) -> int:
-        """This process within the group."""
-        return self._communicator.rank
-
-    @property
-    def world_size(self) -> int:
-        """Number of ranks in the group."""
-        return self._communicator.world_size
-
     def require_equal(self, name: str, value: str) -> None:
         """Adds a field to those that later handshakes compare."""
         self._fields = self._fields.extended(name, value)
@@ -126,9 +119,10 @@ class Rounds:
         result, self._fault = attempt(phase, step, *args, **kwargs)
         return result
 
-    def take_over(self, fault: Fault | None) -> None:
-        """Goes on with the fault of messages in a pipeline, which has told the other ranks or could not any more."""
+    def take_over(self, fault: Fault | None, traffic: Mapping[str, Traffic]) -> None:
+        """Goes on after a pipeline, with its late fault; counts its traffic by kind."""
         self._fault = fault
+        self.task.telemetry.add_traffics(traffic)
 
     def exchange(
         self,

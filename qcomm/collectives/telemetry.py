@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -115,6 +115,12 @@ class Telemetry:
         """Counts bytes of ``kind``: one of TRAFFIC_KINDS."""
         self.add(**{f"bytes_sent_{kind}": traffic.sent, f"bytes_received_{kind}": traffic.received})
 
+    def add_traffics(self, traffic: Mapping[str, Traffic]) -> None:
+        """Counts bytes of several kinds."""
+        sent = {f"bytes_sent_{kind}": amount.sent for kind, amount in traffic.items()}
+        received = {f"bytes_received_{kind}": amount.received for kind, amount in traffic.items()}
+        self.add(**sent, **received)
+
     @contextmanager
     def timed(self, counter: str) -> Iterator[None]:
         """Adds the seconds that the body takes, whether or not it raises."""
@@ -141,6 +147,27 @@ class Telemetry:
                 raw += SEGMENT_BYTES + CHECKSUM_BYTES + -(-chunk.raw_count * item_bytes // 4) * 4
                 raw += 0 if chunk.compressed_count else PACKET_HEADER_BYTES
         self._count(phase, sum(sizes), raw, sum(c.count for c in chunks), sum(c.compressed_count for c in chunks))
+
+    def count_two_phases(
+        self,
+        packets: Mapping[int, Sequence[tuple[Chunk, int]]],
+        item_bytes: int,
+        quantizers: Mapping[str, Quantizer],
+        nonfinite_tensors: int,
+    ) -> None:
+        """Counts a collective in two phases.
+
+        Args:
+            packets: by phase: the chunks that packets carried, and their sizes in bytes.
+            item_bytes: of a raw value.
+            quantizers: of each tensor, by its key.
+            nonfinite_tensors: number of tensors that held NaN or infinity.
+        """
+        for phase, sized in packets.items():
+            self.count_packets(phase, [chunk for chunk, _ in sized], [size for _, size in sized], item_bytes)
+        with self._lock:
+            self._tensors.update(quantizers)
+            self._counters.nonfinite_tensors += nonfinite_tensors
 
     def count_plain(self, phase: int, layout: BucketLayout, item_bytes: int, more: int = 0, times: int = 1) -> None:
         """Counts an uncompressed phase, which carries every element once; ``more``: bytes for raw elements beside."""

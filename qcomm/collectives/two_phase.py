@@ -19,54 +19,76 @@ A large buffer goes through this in slices, so that codec and network work at th
 :mod:`qcomm.collectives.two_phase_steps` computes them and :mod:`qcomm.communicator.messages` carries the messages.
 """
 
-import torch
+import time
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
-from qcomm.collectives.packing import size_limit
 from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
-from qcomm.collectives.two_phase_schedule import SLICE_ELEMENTS, Slice, Step, cut_slices, schedule
-from qcomm.collectives.two_phase_steps import MeanSteps
+from qcomm.collectives.two_phase_schedule import SLICE_ELEMENTS, Step
+from qcomm.collectives.two_phase_steps import MeanSteps, Plan, plan_slices
 from qcomm.communicator import Phase, Pipeline
 
 __all__ = ["two_phase_mean"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def two_phase_mean(rounds: Rounds) -> None:
     """Replaces the buffer of ``rounds.task`` by its mean over all ranks. Runs on the communicator's thread."""
     task = rounds.task
-    slices = cut_slices(task.layout, SLICE_ELEMENTS)
-    rounds.require_equal("slices", str(len(slices)))
+    plan = _plan(task)
+    rounds.require_equal("slices", str(len(plan.slices)))
     rounds.agree()
-    steps = MeanSteps(task, rounds.rank, slices)
+    steps = MeanSteps(task, rounds.rank, plan)
     with rounds.pipeline() as pipeline:
-        _run(task, steps, slices, pipeline)
-    for kind, traffic in pipeline.traffic().items():
-        task.telemetry.add_traffic(kind, traffic)
-    rounds.take_over(pipeline.fault)
+        _run(task, steps, plan, pipeline)
+    rounds.take_over(pipeline.fault, pipeline.traffic())
     if pipeline.fault is None:
         steps.finish()
 
 
-def _run(task: MeanTask, steps: MeanSteps, slices: tuple[Slice, ...], pipeline: Pipeline) -> None:
-    """All steps of this rank, in the order of the schedule; once a rank has failed, only their messages."""
+def _plan(task: MeanTask) -> Plan:
+    key = SLICE_ELEMENTS, task.buffer.dtype
+    plan: Plan | None = task.layout.plans.get(key)
+    if plan is None:
+        plan = task.layout.plans[key] = plan_slices(task.layout, SLICE_ELEMENTS, task.wire_dtype)
+    return plan
 
-    def receive(exchange: int, number: int) -> list[torch.Tensor | None]:
-        task.telemetry.mark(task.index, f"exchange_{exchange}")
-        with task.telemetry.timed("communication_seconds"):
-            return pipeline.receive(exchange, number)
 
-    pipeline.attempt(Phase.ENCODE, steps.begin)
-    for step, number in schedule(len(slices)):
-        limits = [size_limit(chunk, steps.wire_dtype) for chunk in slices[number]]
-        if step is Step.ENCODE:
-            pipeline.expect(1, number, [limits[steps.rank]] * len(limits))
-            packets = pipeline.attempt(Phase.ENCODE, steps.encode, number)
-            pipeline.send(1, number, packets or [])
-        elif step is Step.REDUCE:
-            pipeline.expect(2, number, limits)
-            mean = pipeline.attempt(Phase.REDUCE, steps.reduce, number, receive(1, number))
-            pipeline.send(2, number, [mean] * len(limits))
-        else:
-            pipeline.attempt(Phase.DECODE, steps.decode, number, receive(2, number))
-    with task.telemetry.timed("communication_seconds"):
-        pipeline.finish()
+def _run(task: MeanTask, steps: MeanSteps, plan: Plan, pipeline: Pipeline) -> None:
+    """Runs all steps of this rank, in the order of the plan; once a rank has failed, only their messages."""
+    telemetry = task.telemetry
+    is_observed = telemetry.timeline is not None or telemetry.observer is not None
+    seconds = {"encode_seconds": 0.0, "decode_seconds": 0.0, "communication_seconds": 0.0}
+
+    def timed(kind: str, event: str, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        if is_observed and event:
+            telemetry.mark(task.index, event)
+        begin = time.perf_counter()
+        try:
+            return action(*args, **kwargs)
+        finally:
+            seconds[f"{kind}_seconds"] += time.perf_counter() - begin
+
+    try:
+        pipeline.attempt(Phase.ENCODE, steps.begin)
+        for step, number in plan.order:
+            limits = plan.limits[number]
+            if step is Step.ENCODE:
+                pipeline.expect(1, number, [limits[steps.rank]] * len(limits))
+                packets = timed("encode", "encode", pipeline.attempt, Phase.ENCODE, steps.encode, number)
+                pipeline.send(1, number, packets or [])
+            elif step is Step.REDUCE:
+                pipeline.expect(2, number, limits)
+                received = timed("communication", "exchange_1", pipeline.receive, 1, number)
+                timed("decode", "reduce", pipeline.attempt, Phase.REDUCE, steps.reduce, number, received)
+                mean = timed("encode", "", pipeline.attempt, Phase.REDUCE, steps.encode_mean, number)
+                pipeline.send(2, number, [mean] * len(limits))
+            else:
+                means = timed("communication", "exchange_2", pipeline.receive, 2, number)
+                timed("decode", "decode", pipeline.attempt, Phase.DECODE, steps.decode, number, means)
+        timed("communication", "", pipeline.finish)
+    finally:
+        telemetry.add(**seconds)

@@ -6,7 +6,8 @@ from typing import cast
 
 import torch
 
-from qcomm.codec import is_zero, measure
+from qcomm.codec import measure
+from qcomm.collectives.packing import is_zero
 from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.uncompressed_values import Bypassing, PlainValues, count_rings

@@ -1,7 +1,7 @@
 """The communicator: one ordered conversation of a group of ranks, on a background thread of its own."""
 
 from qcomm.communicator.faults import Fault, LateFaultError, Phase, attempt
-from qcomm.communicator.groups import Group, get_communicator, get_ranks, get_world_size, resolve_group
+from qcomm.communicator.groups import Group, connect, get_communicator, get_ranks, get_world_size, resolve_group
 from qcomm.communicator.handshake import UNTIMED, Agreed, Fields, Handshake, Took
 from qcomm.communicator.messages import Pipeline
 from qcomm.communicator.ticket import Ticket, completed, device_future, failed
@@ -22,6 +22,7 @@ __all__ = [
     "Took",
     "attempt",
     "completed",
+    "connect",
     "device_future",
     "failed",
     "get_communicator",

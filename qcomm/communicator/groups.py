@@ -8,7 +8,7 @@ import torch.distributed as dist
 from qcomm.communicator.worker import Communicator
 from qcomm.transport import GlooTransport, MpiGroup
 
-__all__ = ["Group", "get_communicator", "get_ranks", "get_world_size", "resolve_group"]
+__all__ = ["Group", "connect", "get_communicator", "get_ranks", "get_world_size", "resolve_group"]
 
 Group = dist.ProcessGroup | MpiGroup
 
@@ -79,6 +79,11 @@ def get_communicator(group: Group) -> Communicator:
             if isinstance(group, MpiGroup):
                 group.before_close(communicator.close)
         return place.communicator
+
+
+def connect(group: Group, alone: bool) -> Communicator | None:
+    """Returns the communicator of a group; None for a group of one rank that may do without, if ``alone`` is set."""
+    return None if alone and get_world_size(group) == 1 else get_communicator(group)
 
 
 def _is_registered(group: Group) -> bool:

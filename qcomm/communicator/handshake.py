@@ -33,6 +33,10 @@ HEADER_WORDS = 8
 DETAIL_BYTES = 4096
 
 
+# For error messages, made once.
+_AFTER = {phase: f"after {phase}" for phase in Phase}
+
+
 class Fields:
     """The configuration of one collective as text, field by field: what has to be equal on all ranks.
 
@@ -144,7 +148,7 @@ class Handshake:
         """
         begin, transport = time.perf_counter_ns(), self._transport
         # Whoever keeps a transfer, as the traceback of a later error does, keeps gloo's connections open.
-        messages = transport.finish_exchange(self._under_way.pop(), f"after {self._phase}")
+        messages = transport.finish_exchange(self._under_way.pop(), _AFTER[self._phase])
         received = [header.tolist() for header in messages]
         if any(header[0] != MAGIC for header in received):
             raise ConfigMismatchError(

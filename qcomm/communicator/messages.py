@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-from qcomm.communicator.faults import Fault, Phase, attempt
+from qcomm.communicator.faults import Fault, Phase
 from qcomm.communicator.handshake import MAGIC, raise_faults
 from qcomm.transport import Traffic, Transfer, Transport, TransportError
 
@@ -66,8 +66,11 @@ class Pipeline:
         """What ``step`` returns; None where some rank failed, in this step or before it."""
         if self._failing:
             return None
-        result, self.fault = attempt(phase, step, *args, **kwargs)
-        return result
+        try:
+            return step(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - any: it is raised again, on every rank, when the messages have ended
+            self.fault = Fault(phase, error)
+            return None
 
     def expect(self, exchange: int, slice_number: int, limits: Sequence[int]) -> None:
         """Gets ready for the messages of an exchange; ``limits``: most bytes that a packet of each rank can have."""

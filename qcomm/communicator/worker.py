@@ -29,11 +29,15 @@ class Communicator:
     """Runs jobs in order on a thread with connections of its own; ``get_communicator`` shares one for each group.
 
     Args:
-        transport: carries its messages, and nobody else's; it is closed with the communicator.
+        transport: carries its messages alone; it is closed with the communicator.
 
+    Attributes:
+        rank: this process within the group.
+        world_size: number of ranks in the group.
     """
 
     def __init__(self, transport: Transport) -> None:
+        self.rank, self.world_size = transport.rank, transport.world_size
         self._transport = transport
         self._sequence = 0
         self._pending_fault: Fault | None = None
@@ -43,16 +47,6 @@ class Communicator:
         self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Ticket[object]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"qcomm rank {self._transport.rank}", daemon=True)
         self._thread.start()
-
-    @property
-    def rank(self) -> int:
-        """This process within the group."""
-        return self._transport.rank
-
-    @property
-    def world_size(self) -> int:
-        """Ranks in the group."""
-        return self._transport.world_size
 
     @property
     def collectives(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from qcomm.codec import DTYPE_NUMBERS
+from qcomm.codec import DTYPE_NUMBERS, is_on_device
 from qcomm.collectives import BucketLayout, ReduceOptions, TensorSpec
 from qcomm.communicator import Fields
 
@@ -23,11 +23,13 @@ class KnownBucket(NamedTuple):
         layout: of its buffer.
         options: of the mean, for the present number of ranks.
         fields: the configuration, which has to be equal on all ranks.
+        on_device: whether the buffer is on a device where the codec runs.
     """
 
     layout: BucketLayout
     options: ReduceOptions
     fields: Fields
+    on_device: bool
 
 
 class BucketTable:
@@ -121,7 +123,7 @@ class BucketTable:
                 "in warm-up": str(warming_up),
                 "layout": layout.description,
             }
-            self._layouts[signature] = KnownBucket(layout, options, Fields(fields))
+            self._layouts[signature] = KnownBucket(layout, options, Fields(fields), is_on_device(buffer))
         return self._layouts[signature]
 
     def _is_excluded(self, key: str) -> bool:

@@ -24,15 +24,25 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo
 from qcomm.collectives import PLAIN, BucketLayout, PlainValues, Telemetry, count_rings
 from qcomm.communicator import Fault, Group, Phase, Ticket, failed
 from qcomm.ddp.gloo_exit import CallbackToken
-from qcomm.ddp.steps import LastError
 from qcomm.errors import CollectiveError
 from qcomm.transport import MpiGroup
 
-__all__ = ["BYPASSED", "Bypass", "Lane", "can_bypass"]
+__all__ = ["BYPASSED", "Bypass", "Lane", "LastError", "can_bypass"]
 
 # Collectives of a bucket between two agreements, which cost up to a tenth of an all-reduce. With the agreement they are
 # a prime number of steps, so that a model whose steps take turns is not always agreed on in the same turn.
 BYPASSED = 30
+
+
+class LastError:
+    """The last error of a model's steps, for whoever asks."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def note(self, error: Exception) -> None:
+        """Replaces the error before it."""
+        self.error = error
 
 
 def can_bypass(group: Group) -> bool:

@@ -10,13 +10,24 @@ It stays on its device where the codec runs there (:mod:`qcomm.ddp.cuda`). Other
 """
 
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from qcomm.codec import is_on_device
-from qcomm.collectives import Bypassing, ErrorFeedback, MeanTask, ReduceOptions, Telemetry, average, refuse, settled
+from qcomm.collectives import (
+    Bypassing,
+    ErrorFeedback,
+    MeanTask,
+    ReduceOptions,
+    Scale,
+    Telemetry,
+    average,
+    refuse,
+    settled,
+)
 from qcomm.collectives_cuda import DevicePart, check_device_strategy
 from qcomm.communicator import (
     Communicator,
@@ -24,21 +35,82 @@ from qcomm.communicator import (
     Group,
     LateFaultError,
     Phase,
-    attempt,
+    connect,
     device_future,
     failed,
-    get_communicator,
-    get_world_size,
     is_agreed,
     resolve_group,
 )
 from qcomm.ddp.buckets import BucketTable, KnownBucket
-from qcomm.ddp.bypass import BYPASSED, Bypass, Lane, can_bypass
+from qcomm.ddp.bypass import BYPASSED, Bypass, Lane, LastError, can_bypass
+from qcomm.ddp.checks import check_scale
 from qcomm.ddp.cuda import DeviceHook
-from qcomm.ddp.steps import GradScale, Steps
 from qcomm.errors import CollectiveError, ConfigMismatchError
 
-__all__ = ["Reducer"]
+__all__ = ["GradScale", "Reducer", "Steps"]
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+GradScale = Scale | Callable[[], Scale] | None
+
+
+class Steps:
+    """Counts steps by the buckets of which they consist, on the thread that backward runs on.
+
+    Attributes:
+        number: of the present step, as a checkpoint has it.
+        serial: of the present step among those of this object, which a loaded checkpoint does not change: jobs of a
+            step that failed may still be in the queue while the step that a checkpoint goes on with has its number.
+        failed_serial: the last one that failed on all ranks, whose remaining buckets are left out.
+        error_serial: the last one in which this rank saw an error.
+        scale: what the present step's gradients were multiplied by: a number, or a tensor that stays on its device.
+        last_error: of any step.
+        owed: a fault that the other ranks have not been told of.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.serial = 0
+        self.failed_serial = 0
+        self.error_serial = 0
+        self.scale: Scale = 1.0
+        self.last_error = LastError()
+        self.owed: Fault | None = None
+        self._last_index = -1
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without what belongs to the process: errors, and a scale that may be on a device."""
+        return {**self.__dict__, "scale": 1.0, "last_error": LastError(), "owed": None}
+
+    def begin(self, index: int) -> bool:
+        """Begins bucket ``index``, and a new step if it is a step's first; returns whether it is."""
+        # Buckets come in ascending order, so an index that does not ascend is a new step, also where the last ones of
+        # a step were left out.
+        first = index <= self._last_index or self._last_index < 0
+        self._last_index = index
+        if first:
+            self.number += 1
+            self.serial += 1
+        return first
+
+    def set_scale(self, grad_scale: GradScale) -> None:
+        """Reads the present step's scale; raises ValueError or TypeError where it is not one."""
+        scale = grad_scale() if callable(grad_scale) else grad_scale
+        # The value of a tensor on the device stays there: to look at it would be to wait.
+        if isinstance(scale, torch.Tensor) and scale.numel() == 1 and scale.is_cuda:
+            self.scale = scale
+        else:
+            self.scale = 1.0 if scale is None else check_scale(scale)
+
+    def owe(self, fault: Fault) -> None:
+        """Keeps a fault, if there is none yet, for the next agreement."""
+        self.owed = self.owed or fault
+
+    def take_owed(self) -> Fault | None:
+        """The fault that is to be told now."""
+        fault, self.owed = self.owed, None
+        return fault
 
 
 class Reducer:
@@ -100,31 +172,35 @@ class Reducer:
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Starts averaging a bucket. Never raises, because DDP could not go on; the Future does."""
-        _, fault = attempt(Phase.PREPARE, self._begin, bucket.index())
-        if fault is not None:
-            self.steps.owe(fault)
+        self._prepare(self._begin, bucket.index())
         try:
             group = resolve_group(self.group)
             lane = self.bypass.enter(bucket, group) if self._may_bypass else None
             if lane is not None:
                 return self._pass_by(lane, bucket)
-            world_size = get_world_size(group)
-            alone = world_size == 1 and self._options.strategy == "auto"
-            communicator = None if alone else get_communicator(group)
+            communicator = connect(group, alone=self._options.strategy == "auto")
         except (RuntimeError, ValueError) as error:
             return self._failed(error)
+        world_size = 1 if communicator is None else communicator.world_size
         # Looked up even where a fault is owed: on a device a rank must know whether the others wait for its part.
-        known, missing = attempt(Phase.PREPARE, self._table.look_up, bucket, world_size, self._is_warming_up)
-        task, fault = None, self.steps.take_owed() or missing
-        if known is not None and fault is None:
-            task, fault = attempt(Phase.PREPARE, self._task, bucket, known, group)
+        known = self._prepare(self._table.look_up, bucket, world_size, self._is_warming_up)
+        task = None if known is None or self.steps.owed else self._prepare(self._task, bucket, known, group)
+        fault = self.steps.take_owed()
         if communicator is None:
             return self._finished(task, fault, bucket)
-        if is_on_device(bucket.buffer()):
+        if known.on_device if known is not None else is_on_device(bucket.buffer()):
             layout = None if known is None else known.layout
             part = DevicePart(bucket.index(), bucket.buffer(), self._telemetry, layout, task, fault)
             return self._reduce_on_device(part, group, communicator)
         return self._submit(bucket, task, fault, group, communicator)
+
+    def _prepare(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Returns the result of a step before the collective; its error is owed to the other ranks, who wait."""
+        try:
+            return step(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - any: it is raised on every rank by the next agreement
+            self.steps.owe(Fault(Phase.PREPARE, error))
+            return None
 
     @property
     def _is_warming_up(self) -> bool:
@@ -143,7 +219,7 @@ class Reducer:
 
     def _task(self, bucket: dist.GradBucket, known: KnownBucket, group: Group) -> MeanTask:
         fields, scale = known.fields, self.steps.scale
-        if is_on_device(bucket.buffer()):
+        if known.on_device:
             check_device_strategy(self._options.strategy)
         elif self._may_bypass and can_bypass(group):
             fields = fields.extended("steps between agreements", str(BYPASSED))

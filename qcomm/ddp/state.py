@@ -14,8 +14,7 @@ from qcomm.communicator import Group
 from qcomm.ddp.buckets import BucketTable
 from qcomm.ddp.checkpoint import StateDict, restore, save
 from qcomm.ddp.checks import check_hook_options
-from qcomm.ddp.reducer import Reducer
-from qcomm.ddp.steps import GradScale
+from qcomm.ddp.reducer import GradScale, Reducer
 
 __all__ = ["CompressionState"]
 

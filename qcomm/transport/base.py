@@ -53,6 +53,12 @@ class Transport(ABC):
         ranks: names of the group's ranks for error messages, their numbers in the whole job.
         rank: this process, within the group.
         timeout: most that this rank waits for a message.
+
+    Attributes:
+        peers: the other ranks, as numbers within the group.
+        targets: the other ranks in the order of sending: round d to rank + d, so that no two senders meet at one
+            receiver.
+        sources: the other ranks in the order in which they send here.
     """
 
     def __init__(self, ranks: Sequence[int], rank: int, timeout: timedelta) -> None:
@@ -60,21 +66,10 @@ class Transport(ABC):
         self.rank = rank
         self.world_size = len(self.ranks)
         self.timeout = timeout
-
-    @property
-    def peers(self) -> list[int]:
-        """The other ranks, as numbers within the group."""
-        return [rank for rank in range(self.world_size) if rank != self.rank]
-
-    @property
-    def targets(self) -> list[int]:
-        """The other ranks in the order of sending: round d to rank + d, so that no two senders meet at one receiver."""
-        return [(self.rank + distance) % self.world_size for distance in range(1, self.world_size)]
-
-    @property
-    def sources(self) -> list[int]:
-        """The other ranks in the order in which they send here."""
-        return [(self.rank - distance) % self.world_size for distance in range(1, self.world_size)]
+        distances = range(1, self.world_size)
+        self.peers = [other for other in range(self.world_size) if other != rank]
+        self.targets = [(rank + distance) % self.world_size for distance in distances]
+        self.sources = [(rank - distance) % self.world_size for distance in distances]
 
     @property
     @abstractmethod

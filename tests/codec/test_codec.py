@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcomm
+from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, decode_into, encode
 from qcomm.codec.quantize import Quantizer, plan, quantize
-from qcomm.codec.statistics import measure
 
 GRIDS = {
     "sigma 0.0005": qcomm.SigmaGrid(0.0005),

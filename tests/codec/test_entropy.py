@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 import qcomm
 from qcomm.codec import _native
+from qcomm.codec._native import measure
 from qcomm.codec.grids import sigma_num_bits
 from qcomm.codec.quantize import dequantize, plan, quantize
-from qcomm.codec.statistics import measure
 
 
 def test_log2_is_right_to_the_last_of_its_24_bits() -> None:

@@ -11,9 +11,9 @@ from data import DTYPES, gaussian, student_t3
 import qcomm
 from qcomm import _C, reference
 from qcomm.codec import _native
+from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, decode_into, encode
 from qcomm.codec.quantize import plan
-from qcomm.codec.statistics import measure
 
 VERSIONS = qcomm.cpu_features()
 MARGIN = 64

@@ -12,9 +12,9 @@ from native_build import build, skip_unless_built
 
 import qcomm
 from qcomm.codec import _native
+from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, decode_into, encode
 from qcomm.codec.quantize import plan
-from qcomm.codec.statistics import measure
 
 VERSIONS = qcomm.cpu_features()
 VECTOR_VERSIONS = VERSIONS[1:]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 import qcomm
 from qcomm.codec import _native
+from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, encode
 from qcomm.codec.quantize import Quantizer, plan
-from qcomm.codec.statistics import measure
 
 HEADER_CHECKSUM_AT = 8
 

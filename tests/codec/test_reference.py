@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 import qcomm
 from qcomm import reference
 from qcomm.codec import _native
+from qcomm.codec._native import measure
 from qcomm.codec.huffman import canonical_codes, code_lengths
 from qcomm.codec.packet import Segment, encode
 from qcomm.codec.quantize import Quantizer, plan
-from qcomm.codec.statistics import measure
 from qcomm.reference.static_tables import STATIC_TABLES
 
 GRIDS = {

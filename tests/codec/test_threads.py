@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 import qcomm
 from qcomm.codec import _native
+from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, decode_into, encode
 from qcomm.codec.quantize import Quantizer, plan
-from qcomm.codec.statistics import measure
 
 PER_THREAD = 1 << 17  # parallel.h, kValuesPerThread
 THREADS = (2, 3, 5)

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcomm
+from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, decode_into, decompress, encode
 from qcomm.codec.quantize import Quantizer
-from qcomm.codec.statistics import measure
 from qcomm.collectives import exact_sum
 from qcomm.collectives.exact_sum_grid import SharedGrid, Summary, lossless_quantizer, share, summarize
 

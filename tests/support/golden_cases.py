@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 
 import qcomm
+from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, encode
 from qcomm.codec.quantize import Quantizer, plan
-from qcomm.codec.statistics import measure
 
 FOLDER = Path(__file__).parents[1] / "golden"
 

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 import twin
 
+from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, encode
 from qcomm.codec.quantize import Coding, Quantizer
-from qcomm.codec.statistics import measure
 from qcomm.collectives.exact_sum_grid import SharedGrid, lossless_quantizer, share, summarize
 from qcomm.communicator.handshake import HEADER_WORDS
 

@@ -4,10 +4,9 @@ import math
 
 import torch
 
-from qcomm.codec._native import GridKind
+from qcomm.codec._native import GridKind, measure
 from qcomm.codec.packet import Segment, decompress, encode
 from qcomm.codec.quantize import Quantizer, plan
-from qcomm.codec.statistics import measure
 from qcomm.collectives.options import owner_grid
 
 
