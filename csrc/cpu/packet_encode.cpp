@@ -46,33 +46,13 @@ std::int64_t sum_max_lengths(const std::vector<SegmentInput>& segments) {
 }
 
 Status check_segment(const SegmentInput& segment, DType dtype, std::int64_t index) {
-    const Quantizer& q = segment.quantizer;
     if (segment.values.dtype != dtype) return bad_argument("a segment's dtype differs from the packet's", index);
     if (segment.values.is_adjusted() && item_bytes(dtype) < 4) {
         return bad_argument("a residual or a scale needs float32 or float64 values: 16 bits cannot carry them exactly",
                             index);
     }
-    if (q.coding == Coding::kRaw || q.coding == Coding::kConstant) return {};
-    if (q.grid == Grid::kNone || q.num_bits < 1 || q.num_bits > 16)
-        return bad_argument("num_bits must be 1..16 on a range or sigma grid", index);
-    if (q.grid == Grid::kSigma && q.num_bits < 2) return bad_argument("num_bits must be 2..16 on a sigma grid", index);
-    if (!is_usable(q, dtype))
-        return bad_argument("the grid's parameters cannot represent the values; such a segment travels raw", index);
-    if (q.coding == Coding::kFixed)
-        return is_range(q.grid) ? Status{} : bad_argument("coding fixed needs a range grid", index);
-    if (q.coding == Coding::kPair && (q.grid != Grid::kSigma || q.num_bits != kPairBits)) {
-        return bad_argument("coding pair needs a sigma grid with num_bits 4", index);
-    }
-    if (q.table == kNoTable) return {};
-    if (q.table == kTableOnWire) {
-        return q.num_bits <= kMaxCodedBits
-                   ? Status{}
-                   : bad_argument("codes exist for num_bits <= 12; use table 255 beyond", index);
-    }
-    const StaticCode* code = find_static_code(q.table);
-    const bool fits =
-        code != nullptr && code->coding == q.coding && code->num_bits == q.num_bits && q.grid == Grid::kSigma;
-    return fits ? Status{} : bad_argument("no static table of this number fits the coding and num_bits", index);
+    const QuantizerFault fault = check(segment.quantizer, dtype);
+    return fault == QuantizerFault::kNone ? Status{} : bad_argument(refusal_of(fault), index);
 }
 
 void write_metadata(const SegmentEncoder& encoder, const EncodeOptions& options, std::int64_t payload_at,
@@ -107,12 +87,6 @@ void write_metadata(const SegmentEncoder& encoder, const EncodeOptions& options,
 }
 
 }  // namespace
-
-bool is_usable(const Quantizer& quantizer, DType dtype) {
-    return dispatch(dtype, [&](auto traits) {
-        return with_grid<decltype(traits)>(quantizer, [](const auto& grid) { return grid.usable(); });
-    });
-}
 
 std::int64_t encode_bound(const std::vector<SegmentInput>& segments, const EncodeOptions& options) {
     std::int64_t total = metadata_bytes(segments, options, sum_max_lengths(segments));

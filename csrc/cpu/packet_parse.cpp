@@ -49,25 +49,35 @@ Status check_dims(const std::vector<std::int64_t>& dims, std::uint64_t elements)
                                              : bad_packet("the dimensions do not agree with the element count");
 }
 
+// Of a fault that is not readable.
+const char* damage_of(QuantizerFault fault) {
+    switch (fault) {
+        case QuantizerFault::kNumBits:
+        case QuantizerFault::kSigmaNumBits:
+            return "num_bits does not fit the grid; segment";
+        case QuantizerFault::kUnusable:
+            return "a grid's parameters are not usable; segment";
+        case QuantizerFault::kFixedOnSigma:
+            return "coding fixed needs a range grid; segment";
+        case QuantizerFault::kPair:
+            return "coding pair needs a sigma grid of 4 bits; segment";
+        case QuantizerFault::kOwnCode:
+            return "no codes exist for so many bits; segment";
+        case QuantizerFault::kStaticCode:
+            return "unknown static table; segment";
+        case QuantizerFault::kStaticOnRange:
+        case QuantizerFault::kNone:
+            break;
+    }
+    return "";
+}
+
 Status check_record(const SegmentRecord& r, DType dtype, std::int64_t index) {
     if (r.count > kMaxElements) return bad_packet("a segment's count is out of range; segment", index);
     if (static_cast<unsigned>(r.grid) > 3 || static_cast<unsigned>(r.coding) > 4 || r.reserved != 0)
         return bad_packet("unknown grid or coding; segment", index);
-    if (r.coding == Coding::kRaw || r.coding == Coding::kConstant) return {};
-    const Quantizer q = quantizer_of(r);
-    if (q.grid == Grid::kNone || q.num_bits < (q.grid == Grid::kSigma ? 2 : 1) || q.num_bits > 16)
-        return bad_packet("num_bits does not fit the grid; segment", index);
-    if (!is_usable(q, dtype)) return bad_packet("a grid's parameters are not usable; segment", index);
-    if (q.coding == Coding::kFixed)
-        return is_range(q.grid) ? Status{} : bad_packet("coding fixed needs a range grid; segment", index);
-    if (q.coding == Coding::kPair && (q.grid != Grid::kSigma || q.num_bits != kPairBits))
-        return bad_packet("coding pair needs a sigma grid of 4 bits; segment", index);
-    if (q.table == kNoTable) return {};
-    if (q.table == kTableOnWire)
-        return q.num_bits <= kMaxCodedBits ? Status{} : bad_packet("no codes exist for so many bits; segment", index);
-    const StaticCode* code = find_static_code(q.table);
-    const bool fits = code != nullptr && code->coding == q.coding && code->num_bits == q.num_bits;
-    return fits ? Status{} : bad_packet("unknown static table; segment", index);
+    const QuantizerFault fault = check(quantizer_of(r), dtype);
+    return is_readable(fault) ? Status{} : bad_packet(damage_of(fault), index);
 }
 
 bool has_lengths(const SegmentRecord& r) { return is_block_coded(r.coding) && r.table == kTableOnWire; }

@@ -29,10 +29,9 @@ Status check_range(const Tensor& tensor, std::int64_t index) {
                           rule.max_bits <= 16;
         return good ? Status{} : bad_argument("a range grid's sample rule is out of range", index);
     }
-    const Coding coding = q.num_bits <= kMaxCodedBits ? Coding::kSingle : Coding::kFixed;
-    return q.coding == coding || q.coding == Coding::kFixed
-               ? Status{}
-               : bad_argument("a range grid is coded single up to 12 bits, and fixed", index);
+    const bool good =
+        (q.coding == Coding::kSingle || q.coding == Coding::kFixed) && check_coding(q, {}) == QuantizerFault::kNone;
+    return good ? Status{} : bad_argument("a range grid is coded single up to 12 bits, and fixed", index);
 }
 
 Status check_tensor(const Tensor& tensor, DType dtype, std::int64_t index) {
@@ -45,19 +44,12 @@ Status check_tensor(const Tensor& tensor, DType dtype, std::int64_t index) {
     if (tensor.as_it_is && q.coding != Coding::kRaw) return bad_argument("a tensor that is not measured is raw", index);
     if (q.coding == Coding::kRaw) return {};
     if (is_range(q.grid)) return check_range(tensor, index);
-    if (q.grid != Grid::kSigma || q.num_bits < 2 || q.num_bits > 16 || !is_block_coded(q.coding))
+    if (q.grid != Grid::kSigma || !is_block_coded(q.coding) || check_levels(q) != QuantizerFault::kNone)
         return bad_argument("a tensor is raw, on a range grid, or single or pair on a sigma grid of 2..16 bits", index);
-    if (q.coding == Coding::kPair && q.num_bits != kPairBits)
-        return bad_argument("coding pair needs a sigma grid with num_bits 4", index);
-    if (q.table == kNoTable || tensor.sample.choose_code) return {};
-    if (q.table == kTableOnWire) {
-        return q.num_bits <= kMaxCodedBits
-                   ? Status{}
-                   : bad_argument("codes exist for num_bits <= 12; use table 255 beyond", index);
-    }
-    const StaticCode* code = find_static_code(q.table);
-    const bool fits = code != nullptr && code->coding == q.coding && code->num_bits == q.num_bits;
-    return fits ? Status{} : bad_argument("no static table of this number fits the coding and num_bits", index);
+    Quantizer checked = q;
+    if (tensor.sample.choose_code) checked.table = kNoTable;  // the device puts another in its place
+    const QuantizerFault fault = check_coding(checked, static_alphabet(checked));
+    return fault == QuantizerFault::kNone ? Status{} : bad_argument(refusal_of(fault), index);
 }
 
 Status check_segment(const Segment& segment, const std::vector<Tensor>& tensors, std::int64_t index) {

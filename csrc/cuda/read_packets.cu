@@ -74,23 +74,12 @@ __device__ Fault check_record(const SegmentRecord& r, const DecodeTables& d) {
     if (r.count > kMaxElements || static_cast<unsigned>(r.grid) > 3 || static_cast<unsigned>(r.coding) > 4 ||
         r.reserved != 0)
         return Fault::kRecords;
-    if (r.coding == Coding::kRaw || r.coding == Coding::kConstant) return Fault::kNone;
-    const bool sigma = r.grid == Grid::kSigma;
-    if (r.grid == Grid::kNone || r.num_bits < (sigma ? 2 : 1) || r.num_bits > 16) return Fault::kRecords;
-    const bool usable = sigma ? SigmaQuantizer<typename Tr::Arithmetic>(r.num_bits, r.p1, Tr::kMax).usable()
-                              : RangeQuantizer(r.grid, r.num_bits, r.p0, r.p1).usable();
-    if (!usable) return Fault::kRecords;
-    if (r.coding == Coding::kFixed) return sigma ? Fault::kRecords : Fault::kNone;
-    if (r.coding == Coding::kPair && (!sigma || r.num_bits != kPairBits)) return Fault::kRecords;
-    if (r.table == kNoTable) return Fault::kNone;
-    if (r.table == kTableOnWire) {
-        const bool expected = r.num_bits <= kMaxCodedBits && alphabet_size(r.coding, r.num_bits) <= d.max_alphabet;
-        return expected ? Fault::kNone : Fault::kRecords;
-    }
-    const int index = StaticTables::index(r.table);
-    const bool fits =
-        index >= 0 && (index >= 22) == (r.coding == Coding::kPair) && d.codes->num_bits[index] == r.num_bits;
-    return fits ? Fault::kNone : Fault::kRecords;
+    const Quantizer q{r.grid, r.num_bits, r.coding, r.table, r.p0, r.p1};
+    const QuantizerFault fault = check<Tr>(q, has_static_table(q) ? d.codes->alphabet(q.table) : StaticAlphabet{});
+    if (!is_readable(fault)) return Fault::kRecords;
+    // The caller has made room for codes up to an alphabet only.
+    const bool own = is_block_coded(r.coding) && r.table == kTableOnWire;
+    return own && alphabet_size(r.coding, r.num_bits) > d.max_alphabet ? Fault::kRecords : Fault::kNone;
 }
 
 __device__ SegmentRecord load_record(const std::uint8_t* at) {

@@ -18,17 +18,24 @@ struct DecodeTables;
 
 // The static codes as tables. A caller fills one in host memory, once, and keeps a copy on each device.
 struct StaticTables {
-    static constexpr int kCodes = 32;         // ids 1..22 are codes 0..21, ids 64..73 are 22..31
+    static constexpr int kCodes = 32;  // ids 1..22 are codes 0..21, ids 64..73 are 22..31
+    static constexpr int kSingleCodes = 22;
     static constexpr int kMaxEntries = 4096;  // codewords of at most 12 bits
 
     std::uint32_t encode[kCodes][256];          // codeword | length << 16
     std::uint16_t decode[kCodes][kMaxEntries];  // symbol | length << 12
     std::uint32_t decode_mask[kCodes];
-    std::uint8_t num_bits[kCodes];  // of its symbols; the first 22 codes are for single symbols, the others for pairs
+    std::uint8_t num_bits[kCodes];  // of a symbol; the first kSingleCodes are for single symbols, the others for pairs
 
     // -1: no such code.
     QCOMM_HOST_DEVICE static constexpr int index(int id) {
-        return id >= 1 && id <= 22 ? id - 1 : id >= 64 && id <= 73 ? id - 42 : -1;
+        return id >= 1 && id <= kSingleCodes ? id - 1 : id >= 64 && id <= 73 ? id - 42 : -1;
+    }
+    // What check() of qcomm/quantize.h asks for, on a device.
+    QCOMM_HOST_DEVICE StaticAlphabet alphabet(int id) const {
+        const int i = index(id);
+        if (i < 0) return {};
+        return {i < kSingleCodes ? Coding::kSingle : Coding::kPair, num_bits[i]};
     }
 };
 void fill_static_tables(StaticTables* tables);

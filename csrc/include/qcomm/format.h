@@ -73,6 +73,8 @@ struct BlockInfo {
 };
 
 constexpr bool is_range(Grid grid) { return grid == Grid::kRangeCenter || grid == Grid::kRangeEndpoint; }
+// Whether values become symbols of a grid.
+constexpr bool has_symbols(Coding coding) { return coding != Coding::kRaw && coding != Coding::kConstant; }
 constexpr bool is_block_coded(Coding coding) { return coding == Coding::kSingle || coding == Coding::kPair; }
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }

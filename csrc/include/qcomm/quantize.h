@@ -141,6 +141,66 @@ QCOMM_INLINE decltype(auto) with_grid(const Quantizer& q, F&& f) {
 // Whether the grid can represent these values at all; if not, a segment travels raw.
 bool is_usable(const Quantizer& quantizer, DType dtype);
 
+// Why no segment of a packet may have a quantizer, in the order in which the reasons are looked for. This is the one
+// place that knows which grid, number of bits, coding and table go together: encoders refuse a request by it, decoders
+// a record.
+enum class QuantizerFault : std::uint8_t {
+    kNone,
+    kNumBits,       // a coding of symbols needs a grid, of 1..16 bits
+    kSigmaNumBits,  // ... and a sigma grid 2: zero, and the escape
+    kUnusable,      // see is_usable
+    kFixedOnSigma,  // a fixed segment has no place for escapes
+    kPair,          // the two symbols of a pair are nibbles, on a sigma grid
+    kOwnCode,       // too many symbols for a code
+    kStaticCode,    // the table does not exist, or is for another coding or number of bits
+    kStaticOnRange  // static tables are made for sigma grids: encoders refuse it, a decoder can read it
+};
+constexpr bool is_readable(QuantizerFault fault) {
+    return fault == QuantizerFault::kNone || fault == QuantizerFault::kStaticOnRange;
+}
+
+// The alphabet that a static table codes; num_bits 0: there is no such table.
+struct StaticAlphabet {
+    Coding coding = Coding::kSingle;
+    int num_bits = 0;
+};
+// Whether the quantizer's `table` is the number of a static one, whose alphabet check_coding() then asks for.
+constexpr bool has_static_table(const Quantizer& q) {
+    return is_block_coded(q.coding) && q.table != kTableOnWire && q.table != kNoTable;
+}
+
+// The parts of check(), for codings that have symbols: the number of levels, ...
+QCOMM_HOST_DEVICE inline QuantizerFault check_levels(const Quantizer& q) {
+    if (q.grid == Grid::kNone || q.num_bits < 1 || q.num_bits > 16) return QuantizerFault::kNumBits;
+    return q.grid == Grid::kSigma && q.num_bits < 2 ? QuantizerFault::kSigmaNumBits : QuantizerFault::kNone;
+}
+// ... and whether coding and table suit them. p0 and p1 may still be unknown. `alphabet`: that of the static table,
+// looked at if has_static_table().
+QCOMM_HOST_DEVICE inline QuantizerFault check_coding(const Quantizer& q, const StaticAlphabet& alphabet) {
+    if (q.coding == Coding::kFixed) return is_range(q.grid) ? QuantizerFault::kNone : QuantizerFault::kFixedOnSigma;
+    if (q.coding == Coding::kPair && (q.grid != Grid::kSigma || q.num_bits != kPairBits)) return QuantizerFault::kPair;
+    if (q.table == kNoTable) return QuantizerFault::kNone;
+    if (q.table == kTableOnWire) return q.num_bits <= kMaxCodedBits ? QuantizerFault::kNone : QuantizerFault::kOwnCode;
+    if (alphabet.coding != q.coding || alphabet.num_bits != q.num_bits) return QuantizerFault::kStaticCode;
+    return q.grid == Grid::kSigma ? QuantizerFault::kNone : QuantizerFault::kStaticOnRange;
+}
+
+// The whole rule, for values of the dtype of `Tr`. Looks at no field that has no meaning for the coding.
+template <class Tr>
+QCOMM_HOST_DEVICE inline QuantizerFault check(const Quantizer& q, const StaticAlphabet& alphabet) {
+    if (!has_symbols(q.coding)) return QuantizerFault::kNone;
+    const QuantizerFault levels = check_levels(q);
+    if (levels != QuantizerFault::kNone) return levels;
+    if (!with_grid<Tr>(q, [](const auto& grid) { return grid.usable(); })) return QuantizerFault::kUnusable;
+    return check_coding(q, alphabet);
+}
+
+// On the host, which finds the static table itself.
+QuantizerFault check(const Quantizer& quantizer, DType dtype);
+StaticAlphabet static_alphabet(const Quantizer& quantizer);
+// What a caller is told whose quantizer is refused: a static string, "" for kNone.
+const char* refusal_of(QuantizerFault fault);
+
 // The code of a sigma segment (single or pair; static, or a table on the wire), the cheapest by the counts of a sample;
 // see docs/format.md. On up to `threads` threads.
 struct SigmaCode {
