@@ -82,24 +82,11 @@ void BlockWriter::write(const SegmentInput& in, const Quantizer& q, const Encode
 BlockMode BlockWriter::write_block(const void* u, const std::uint16_t* symbols, int n, const SymbolScan& scan,
                                    const Quantizer& q, const EncodeTable* table, const Ahead& ahead) {
     const bool constant = scan.constant && symbols[0] != escape_of(q);
-    const bool too_many = 16 * std::int64_t{scan.escapes} > n;
-    int words = -1;
-    if (!constant && !too_many && table != nullptr) {
-        words = kernels_.encode_lanes(symbols, n, q.coding == Coding::kPair, *table, ahead, start_, words_end());
+    BlockShape shape{n, q.num_bits, static_cast<int>(item_bytes(options_.dtype)), scan.escapes, -1};
+    if (!constant && !shape.has_too_many_escapes() && table != nullptr) {
+        shape.words = kernels_.encode_lanes(symbols, n, q.coding == Coding::kPair, *table, ahead, start_, words_end());
     }
-    const std::int64_t item = item_bytes(options_.dtype);
-    const std::int64_t escape_bytes = scan.escapes * (item + 2);
-    const std::int64_t fixed_bytes = align4(kInfoBytes + escape_bytes + packed_bytes(n, q.num_bits));
-    const std::int64_t raw_bytes = align4(kInfoBytes + n * item);
-    const std::int64_t coded_bytes = align4(kInfoBytes + sizeof(start_) + escape_bytes + 2 * std::int64_t{words});
-    BlockMode mode = BlockMode::kRaw;
-    if (constant) {
-        mode = BlockMode::kConstant;
-    } else if (words >= 0 && coded_bytes <= fixed_bytes && coded_bytes <= raw_bytes) {
-        mode = BlockMode::kCoded;
-    } else if (!too_many && fixed_bytes <= raw_bytes) {
-        mode = BlockMode::kFixed;
-    }
+    const BlockMode mode = choose_mode(shape, constant, shape.words >= 0);
 
     std::uint8_t* const begin = out_ + bytes;
     std::uint8_t* at = begin;
@@ -112,7 +99,7 @@ BlockMode BlockWriter::write_block(const void* u, const std::uint16_t* symbols, 
     put(&info, kInfoBytes);
     if (mode == BlockMode::kCoded) put(start_, sizeof(start_));
     if (with_escapes) at = put_escapes(u, symbols, n, scan.escapes, escape_of(q), at);
-    if (mode == BlockMode::kCoded) put(words_end() - static_cast<std::size_t>(words), 2 * std::int64_t{words});
+    if (mode == BlockMode::kCoded) put(words_end() - shape.words, 2 * std::int64_t{shape.words});
     if (mode == BlockMode::kFixed) {
         pack_bits(symbols, n, q.num_bits, at);
         at += packed_bytes(n, q.num_bits);

@@ -1,5 +1,5 @@
-// The algebra that encoding and decoding kernels share: which code a segment has, how a block is laid out, symbols of N
-// bits in a row, the residual of a value.
+// The algebra that encoding and decoding kernels share: which code a segment has, symbols of N bits in a row, the
+// residual of a value.
 #pragma once
 
 #include "launch.h"
@@ -32,29 +32,6 @@ __device__ inline Code find_code(const EncodeTables& e, const Quantizer& q, int 
 // The symbol that stands for a value outside the levels; -1 for range grids, which have none.
 __device__ __forceinline__ int escape_of(const Quantizer& q) {
     return q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1;
-}
-
-// What decides a block's size.
-struct BlockShape {
-    int n, num_bits, item, escapes, words;
-
-    __device__ __forceinline__ int bytes(BlockMode mode) const {
-        const int info = 4, escape_bytes = escapes * (item + 2);
-        int body = 0;
-        if (mode == BlockMode::kFixed) body = escape_bytes + static_cast<int>(packed_bytes(n, num_bits));
-        if (mode == BlockMode::kCoded) body = 4 * kLanes + escape_bytes + 2 * words;
-        if (mode == BlockMode::kRaw) body = n * item;
-        return (info + body + 3) / 4 * 4;
-    }
-};
-
-__device__ __forceinline__ BlockMode choose_mode(const BlockShape& shape, bool constant, bool has_code) {
-    if (constant) return BlockMode::kConstant;
-    if (16 * shape.escapes > shape.n) return BlockMode::kRaw;
-    const int fixed = shape.bytes(BlockMode::kFixed), raw = shape.bytes(BlockMode::kRaw);
-    const int coded = shape.bytes(BlockMode::kCoded);
-    if (has_code && coded <= fixed && coded <= raw) return BlockMode::kCoded;
-    return fixed <= raw ? BlockMode::kFixed : BlockMode::kRaw;
 }
 
 // 32-bit word number `word` of n packed symbols: those of u[begin, begin + n). Index is int for a block, whose bits an

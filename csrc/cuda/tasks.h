@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "qcomm/block.h"
 #include "qcomm/cuda.h"
 #include "qcomm/format.h"
 #include "qcomm/quantize.h"
@@ -109,7 +110,7 @@ struct SlotShape {
 
     // A block with more escapes is raw.
     QCOMM_HOST_DEVICE static constexpr int max_escapes_in(int steps, bool pairs) {
-        return kLanes * steps * (pairs ? 2 : 1) / 16;
+        return kLanes * steps * (pairs ? 2 : 1) / kValuesPerEscape;
     }
 };
 static_assert(2 * kLanes >= kLanes * 16 / 8, "the words' area holds packed symbols of 16 bits as well");

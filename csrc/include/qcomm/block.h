@@ -18,6 +18,9 @@ namespace qcomm {
 // Codewords of one block at most, each of which writes at most one word.
 constexpr int kMaxCodewords = kLanes * kMaxSteps;
 constexpr int kMaxBlockValues = 2 * kMaxCodewords;
+// A block with more than one escape in this number of values is raw: its grid does not fit, and the room that an
+// encoder must have for escapes stays small beside the values.
+constexpr int kValuesPerEscape = 16;
 
 // `count` symbols of `num_bits` bits each, LSB first; packed_bytes() of output. unpack reads no more than that.
 constexpr std::int64_t packed_bytes(std::int64_t count, int num_bits) {
@@ -25,5 +28,35 @@ constexpr std::int64_t packed_bytes(std::int64_t count, int num_bits) {
 }
 void pack_bits(const std::uint16_t* symbols, std::int64_t count, int num_bits, std::uint8_t* out);
 void unpack_bits(const std::uint8_t* in, std::int64_t count, int num_bits, std::uint16_t* symbols);
+
+// What decides a block's size.
+struct BlockShape {
+    int n, num_bits, item, escapes;  // values, bits of a symbol, bytes of a value, escapes among the values
+    int words;                       // of its codewords beyond the start windows, if it is coded
+
+    QCOMM_INLINE bool has_too_many_escapes() const { return kValuesPerEscape * escapes > n; }
+
+    // Of the whole block, with its info word and the zeros that fill 4 bytes.
+    QCOMM_INLINE int bytes(BlockMode mode) const {
+        const int info = 4, escape_bytes = escapes * (item + 2);
+        int body = 0;
+        if (mode == BlockMode::kFixed) body = escape_bytes + static_cast<int>(packed_bytes(n, num_bits));
+        if (mode == BlockMode::kCoded) body = 4 * kLanes + escape_bytes + 2 * words;
+        if (mode == BlockMode::kRaw) body = n * item;
+        return (info + body + 3) / 4 * 4;
+    }
+};
+
+// The mode of a block: the smallest, of equal ones the first of coded, fixed, raw. All encoders must choose alike,
+// since the choice is visible in the bytes. `constant`: all values have one symbol, which is not the escape;
+// `has_code`: `words` is known, else the block cannot be coded.
+QCOMM_INLINE BlockMode choose_mode(const BlockShape& shape, bool constant, bool has_code) {
+    if (constant) return BlockMode::kConstant;
+    if (shape.has_too_many_escapes()) return BlockMode::kRaw;
+    const int fixed = shape.bytes(BlockMode::kFixed), raw = shape.bytes(BlockMode::kRaw);
+    const int coded = shape.bytes(BlockMode::kCoded);
+    if (has_code && coded <= fixed && coded <= raw) return BlockMode::kCoded;
+    return fixed <= raw ? BlockMode::kFixed : BlockMode::kRaw;
+}
 
 }  // namespace qcomm
