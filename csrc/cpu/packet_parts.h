@@ -40,6 +40,4 @@ inline std::int64_t plain_bytes(const SegmentRecord& r, DType dtype) {
     return r.coding == Coding::kFixed ? align4(packed_bytes(count, r.num_bits)) : 0;
 }
 
-inline Quantizer quantizer_of(const SegmentRecord& r) { return {r.grid, r.num_bits, r.coding, r.table, r.p0, r.p1}; }
-
 }  // namespace qcomm

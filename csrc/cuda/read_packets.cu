@@ -27,10 +27,29 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPieceWarps = 4;
 
+constexpr std::int64_t kDimsAt = sizeof(PacketHeader);
+
+// Of a segment, or of several: values, block ends, checksums, bytes that are not in blocks, and the units of work that
+// decode_packets, sum_packets and check_pieces make of them.
 struct Sizes {
-    std::int64_t values, blocks, checksums, plain, tiles, sum_tiles, pieces;
+    std::int64_t values = 0, blocks = 0, checksums = 0, plain = 0, tiles = 0, sum_tiles = 0, pieces = 0;
 };
 constexpr int kSizeFields = sizeof(Sizes) / sizeof(std::int64_t);
+
+// Calls f(field, number) for each field.
+template <class F>
+__device__ __forceinline__ void for_each_size(const F& f) {
+    constexpr std::int64_t Sizes::* kFields[kSizeFields] = {&Sizes::values, &Sizes::blocks, &Sizes::checksums,
+                                                            &Sizes::plain,  &Sizes::tiles,  &Sizes::sum_tiles,
+                                                            &Sizes::pieces};
+#pragma unroll
+    for (int i = 0; i < kSizeFields; ++i) f(kFields[i], i);
+}
+__device__ __forceinline__ Sizes operator+(const Sizes& a, const Sizes& b) {
+    Sizes sum;
+    for_each_size([&](auto field, int) { sum.*field = a.*field + b.*field; });
+    return sum;
+}
 
 struct Shared {
     std::int64_t scratch[kSizeFields][kMaxWarps];
@@ -74,7 +93,7 @@ __device__ Fault check_record(const SegmentRecord& r, const DecodeTables& d) {
     if (r.count > kMaxElements || static_cast<unsigned>(r.grid) > 3 || static_cast<unsigned>(r.coding) > 4 ||
         r.reserved != 0)
         return Fault::kRecords;
-    const Quantizer q{r.grid, r.num_bits, r.coding, r.table, r.p0, r.p1};
+    const Quantizer q = quantizer_of(r);
     const QuantizerFault fault = check<Tr>(q, has_static_table(q) ? d.codes->alphabet(q.table) : StaticAlphabet{});
     if (!is_readable(fault)) return Fault::kRecords;
     // The caller has made room for codes up to an alphabet only.
@@ -92,7 +111,10 @@ __device__ SegmentRecord load_record(const std::uint8_t* at) {
 
 __device__ Sizes sizes_of(const SegmentRecord& r, int steps, std::int64_t item, bool checksums) {
     const auto count = static_cast<std::int64_t>(r.count);
-    Sizes s{count, blocks_in(r, steps), checksums_in(r, steps), 0, 0, 0, 0};
+    Sizes s;
+    s.values = count;
+    s.blocks = blocks_in(r, steps);
+    s.checksums = checksums_in(r, steps);
     if (r.coding == Coding::kRaw) s.plain = align4(count * item);
     if (r.coding == Coding::kFixed) s.plain = align4(packed_bytes(count, r.num_bits));
     const std::int64_t units = is_block_coded(r.coding) ? s.blocks : ceil_div(count, unit_values(steps));
@@ -104,11 +126,11 @@ __device__ Sizes sizes_of(const SegmentRecord& r, int steps, std::int64_t item, 
 
 // Exclusive sums of all fields over the block; *total receives those over all its threads.
 __device__ Sizes scan(const Sizes& size, Shared* shared, Sizes* total) {
-    Sizes sum{};
-    const auto* from = &size.values;
-    auto *to = &sum.values, *all = &total->values;
-    for (int f = 0; f < kSizeFields; ++f) to[f] = block_exclusive_sum(from[f], shared->scratch[f], &all[f]);
-    return sum;
+    Sizes before;
+    for_each_size([&](auto field, int number) {
+        before.*field = block_exclusive_sum(size.*field, shared->scratch[number], &(total->*field));
+    });
+    return before;
 }
 
 // Where a segment begins in the payload: behind the last block before it, and the plain segments since.
@@ -136,95 +158,139 @@ __device__ bool read_code_lists(const DecodeTables& d, const std::uint8_t* lists
     return at == words;
 }
 
+// A packet whose header has been checked, and where the parts of its metadata begin.
+struct Reading {
+    const DecodeTask* task;
+    SegmentView* views;  // of its segments
+    int segments;
+    bool has_checksums;
+    std::int64_t total;  // bytes of the packet
+    std::int64_t records_at, lengths_at, ends_at;
+};
+
+__device__ Reading begin_reading(const DecodeTables& d, const DecodeTask& task, int number, const PacketHeader& h) {
+    Reading p{};
+    p.task = &task;
+    p.views = d.segments + d.place_of(number, 0);
+    p.segments = static_cast<int>(h.segment_count);
+    p.has_checksums = (h.flags & kFlagChecksums) != 0;
+    p.total = static_cast<std::int64_t>(h.total_bytes);
+    p.records_at = kDimsAt + 8 * h.ndim;
+    p.lengths_at = p.records_at + static_cast<std::int64_t>(sizeof(SegmentRecord)) * h.segment_count;
+    p.ends_at = p.lengths_at + std::int64_t{4} * h.lengths_words;
+    return p;
+}
+
+__device__ void put_view(SegmentView* view, const SegmentRecord& r, const Sizes& before, const Sizes& own) {
+    view->count = static_cast<std::int64_t>(r.count);
+    view->first_value = before.values;
+    view->plain_before = before.plain;
+    view->plain_bytes = own.plain;
+    view->payload = 0;  // check_ends() knows it
+    view->first_end = before.blocks;
+    view->first_checksum = before.checksums;
+    view->blocks = own.blocks;
+    view->first_tile = before.tiles;
+    view->first_sum_tile = before.sum_tiles;
+    view->first_piece = before.pieces;
+    view->quantizer = quantizer_of(r);
+    view->code_mask = 0;
+}
+
+// Checks the segment records, a thread each, and makes views of them. *all receives the sum of their sizes. The result
+// is this thread's: whether a record of its own is bad.
+template <class Tr>
+__device__ bool read_records(const Reading& p, const DecodeTables& d, Shared* shared, Sizes* all) {
+    bool bad = false;
+    *all = Sizes{};
+    for (int at = 0; at < p.segments; at += kThreads) {
+        const int i = at + static_cast<int>(threadIdx.x);
+        SegmentRecord record{};
+        Sizes size{};
+        if (i < p.segments) {
+            record = load_record(p.task->packet + p.records_at + static_cast<std::int64_t>(sizeof(record)) * i);
+            if (check_record<Tr>(record, d) != Fault::kNone) {
+                bad = true;
+            } else {
+                size = sizes_of(record, d.steps, sizeof(typename Tr::Storage), p.has_checksums);
+            }
+        }
+        Sizes round{};
+        const Sizes before = *all + scan(size, shared, &round);
+        if (i < p.segments) put_view(&p.views[i], record, before, size);
+        *all = *all + round;
+        __syncthreads();  // the next round uses the scratch again
+    }
+    return bad;
+}
+
+__device__ std::int64_t end_of_block(const std::uint8_t* ends, std::int64_t block) {
+    return 4 * static_cast<std::int64_t>(load_u32(ends + 4 * block));
+}
+
+// Checks that block ends ascend and that segments fill the payload, and notes where each segment begins there. The
+// result is this thread's: whether an end or a segment of its own is bad.
+__device__ bool check_ends(const Reading& p, std::int64_t blocks, std::int64_t payload_bytes) {
+    const std::uint8_t* const ends = p.task->packet + p.ends_at;
+    bool bad = false;
+    for (std::int64_t b = threadIdx.x; b < blocks; b += kThreads) {
+        const int s = find_task(p.views, p.segments, b, &SegmentView::first_end);
+        const std::int64_t begin =
+            b == p.views[s].first_end ? begin_of(p.views, p.segments, s, ends) : end_of_block(ends, b - 1);
+        const std::int64_t end = end_of_block(ends, b);
+        bad |= end <= begin || end > payload_bytes;
+    }
+    for (int s = static_cast<int>(threadIdx.x); s < p.segments; s += kThreads) {
+        SegmentView& view = p.views[s];
+        view.payload = begin_of(p.views, p.segments, s, ends);
+        std::int64_t end = view.payload + view.plain_bytes;
+        if (view.blocks > 0) end = end_of_block(ends, view.first_end + view.blocks - 1);
+        bad |= end > payload_bytes || (s == p.segments - 1 && end != payload_bytes);
+    }
+    return bad;
+}
+
+// By the first warp: whether the metadata, which end where the payload begins, have the checksum that the header says.
+__device__ Fault check_metadata(const std::uint8_t* packet, std::int64_t payload_at, std::uint32_t expected) {
+    WarpChecksum sum;
+    for (std::int64_t i = lane_number(); i < payload_at / 4; i += kWarpLanes) {
+        const bool own = i == offsetof(PacketHeader, header_checksum) / 4;
+        sum.absorb(own ? 0u : load_u32(packet + 4 * i));
+    }
+    return sum.finish(payload_at) == expected ? Fault::kNone : Fault::kHeader;
+}
+
 template <class Tr>
 __device__ Fault read_packet(const DecodeTables& d, const DecodeTask& task, int number, Shared* shared) {
     if (task.bytes < static_cast<std::int64_t>(sizeof(PacketHeader))) return Fault::kHeader;
     const PacketHeader h = load_header(task.packet);
     const Fault fault = check_header(h, task, d);
     if (fault != Fault::kNone) return fault;
-    const auto total = static_cast<std::int64_t>(h.total_bytes);
-    const std::int64_t dims_at = sizeof(PacketHeader), records_at = dims_at + 8 * h.ndim;
-    const std::int64_t lengths_at = records_at + static_cast<std::int64_t>(sizeof(SegmentRecord)) * h.segment_count;
-    const std::int64_t ends_at = lengths_at + std::int64_t{4} * h.lengths_words;
-    if (ends_at > total || total % 4 != 0) return Fault::kHeader;
-    if (check_dims(task.packet + dims_at, h.ndim, h.element_count) != Fault::kNone) return Fault::kRecords;
+    const Reading p = begin_reading(d, task, number, h);
+    if (p.ends_at > p.total || p.total % 4 != 0) return Fault::kHeader;
+    if (check_dims(p.task->packet + kDimsAt, h.ndim, h.element_count) != Fault::kNone) return Fault::kRecords;
 
-    const auto segment_count = static_cast<int>(h.segment_count);
-    const bool checksums = (h.flags & kFlagChecksums) != 0;
-    SegmentView* const views = d.segments + static_cast<std::int64_t>(number) * d.max_segments;
-    Sizes before{};
-    bool bad = false;
-    for (int at = 0; at < segment_count; at += kThreads) {
-        const int i = at + static_cast<int>(threadIdx.x);
-        SegmentRecord record{};
-        Sizes size{};
-        if (i < segment_count) {
-            record = load_record(task.packet + records_at + static_cast<std::int64_t>(sizeof(record)) * i);
-            if (check_record<Tr>(record, d) != Fault::kNone) {
-                bad = true;
-            } else {
-                size = sizes_of(record, d.steps, sizeof(typename Tr::Storage), checksums);
-            }
-        }
-        Sizes all{};
-        Sizes sum = scan(size, shared, &all);
-        for (int f = 0; f < kSizeFields; ++f) (&sum.values)[f] += (&before.values)[f];
-        if (i < segment_count) {
-            views[i] = {static_cast<std::int64_t>(record.count),
-                        sum.values,
-                        sum.plain,
-                        size.plain,
-                        0,
-                        sum.blocks,
-                        sum.checksums,
-                        size.blocks,
-                        sum.tiles,
-                        sum.sum_tiles,
-                        sum.pieces,
-                        {record.grid, record.num_bits, record.coding, record.table, record.p0, record.p1},
-                        0u};
-        }
-        for (int f = 0; f < kSizeFields; ++f) (&before.values)[f] += (&all.values)[f];
-        __syncthreads();
-    }
-    if (__syncthreads_or(bad) || before.values != task.elements) return Fault::kRecords;
-
-    if (!read_code_lists(d, task.packet + lengths_at, h.lengths_words, number, segment_count, shared))
+    Sizes all;
+    const bool bad_record = read_records<Tr>(p, d, shared, &all);
+    if (__syncthreads_or(bad_record) || all.values != task.elements) return Fault::kRecords;
+    if (!read_code_lists(d, p.task->packet + p.lengths_at, h.lengths_words, number, p.segments, shared))
         return Fault::kRecords;
 
-    const std::int64_t sums_at = ends_at + 4 * before.blocks;
-    const std::int64_t payload_at = sums_at + (checksums ? 4 * before.checksums : 0), payload = total - payload_at;
-    if (payload < 0) return Fault::kLayout;
-    const std::uint8_t* const ends = task.packet + ends_at;
-
-    // Block ends ascend, and segments fill the payload.
-    for (std::int64_t b = threadIdx.x; b < before.blocks; b += kThreads) {
-        const int s = find_task(views, segment_count, b, &SegmentView::first_end);
-        const std::int64_t begin = b == views[s].first_end
-                                       ? begin_of(views, segment_count, s, ends)
-                                       : 4 * static_cast<std::int64_t>(load_u32(ends + 4 * (b - 1)));
-        const std::int64_t end = 4 * static_cast<std::int64_t>(load_u32(ends + 4 * b));
-        bad |= end <= begin || end > payload;
+    const std::int64_t sums_at = p.ends_at + 4 * all.blocks;
+    const std::int64_t payload_at = sums_at + (p.has_checksums ? 4 * all.checksums : 0);
+    if (payload_at > p.total) return Fault::kLayout;
+    if (__syncthreads_or(check_ends(p, all.blocks, p.total - payload_at))) return Fault::kLayout;
+    if (threadIdx.x == 0) {
+        PacketView& view = d.packets[number];
+        view.ends = p.ends_at;
+        view.checksums = p.has_checksums ? sums_at : 0;
+        view.payload = payload_at;
+        view.tiles = all.tiles;
+        view.sum_tiles = all.sum_tiles;
+        view.pieces = all.pieces;
+        view.segments = p.segments;
     }
-    for (int s = static_cast<int>(threadIdx.x); s < segment_count; s += kThreads) {
-        SegmentView& view = views[s];
-        view.payload = begin_of(views, segment_count, s, ends);
-        std::int64_t end = view.payload + view.plain_bytes;
-        if (view.blocks > 0)
-            end = 4 * static_cast<std::int64_t>(load_u32(ends + 4 * (view.first_end + view.blocks - 1)));
-        bad |= end > payload || (s == segment_count - 1 && end != payload);
-    }
-    if (__syncthreads_or(bad)) return Fault::kLayout;
-    if (threadIdx.x == 0)
-        d.packets[number] = {ends_at,          checksums ? sums_at : 0, payload_at,   before.tiles,
-                             before.sum_tiles, before.pieces,           segment_count};
-    if (warp_number() != 0) return Fault::kNone;
-    WarpChecksum sum;
-    for (std::int64_t i = lane_number(); i < payload_at / 4; i += kWarpLanes) {
-        const bool own = i == offsetof(PacketHeader, header_checksum) / 4;
-        sum.absorb(own ? 0u : load_u32(task.packet + 4 * i));
-    }
-    return sum.finish(payload_at) == h.header_checksum ? Fault::kNone : Fault::kHeader;
+    return warp_number() == 0 ? check_metadata(p.task->packet, payload_at, h.header_checksum) : Fault::kNone;
 }
 
 // A packet a block: its metadata, or a fault.

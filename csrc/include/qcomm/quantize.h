@@ -20,6 +20,7 @@ struct Quantizer {
     double p0 = 0.0;
     double p1 = 0.0;
 };
+constexpr Quantizer quantizer_of(const SegmentRecord& r) { return {r.grid, r.num_bits, r.coding, r.table, r.p0, r.p1}; }
 
 // 2^N levels over [lo, hi] in float64. center: bin midpoints (the paper). endpoint: both ends are levels, so that
 // decoding and encoding again changes nothing. |error| <= half a level's distance plus half an ulp of the result.
