@@ -6,6 +6,7 @@
 #include "kernels.cuh"
 #include "packet_view.cuh"
 #include "qcomm/huffman.h"
+#include "workspace.h"
 
 namespace qcomm::cuda {
 namespace {
@@ -14,15 +15,11 @@ constexpr std::int64_t kMaxLaunch = 0x7FFFFFFF;  // thread blocks
 constexpr int kMaxSegments = 1 << 20;
 constexpr std::int64_t kPieceWarps = 4;  // of check_pieces
 
-std::int64_t align16(std::int64_t bytes) { return (bytes + 15) / 16 * 16; }
-
 // Of codes that segments have of their own; those of pairs count as 8 bits.
 int max_alphabet(int bits) { return bits == 0 ? 0 : 1 << std::max(bits, 2 * kPairBits); }
 int code_bits(int bits) { return length_limit(Coding::kSingle, bits); }
 
 }  // namespace
-
-enum DecodePlan::Place : int { kPackets, kSegments, kPieces, kCounters, kCodeLengths, kCodeEntries };
 
 DecodePlan::DecodePlan(DType dtype, int steps, int max_segments, const std::vector<DecodeTask>& tasks,
                        int own_code_bits)
@@ -57,37 +54,38 @@ DecodePlan::DecodePlan(DType dtype, int steps, int max_segments, const std::vect
 
     blob_.resize(sizeof(DecodeTask) * tasks.size());
     std::memcpy(blob_.data(), tasks.data(), blob_.size());
-    const std::int64_t sizes[] = {
-        static_cast<std::int64_t>(sizeof(PacketView)),
-        static_cast<std::int64_t>(sizeof(SegmentView)) * max_segments,
-        4 * kPieceWarps * piece_tiles_,
-        4,
-        std::int64_t{max_alphabet(own_code_bits)} * max_segments,
-        (std::int64_t{2} << code_bits(own_code_bits)) * (own_code_bits > 0 ? max_segments : 0)};
-    for (int place = kPackets; place <= kCodeEntries; ++place) {
-        workspace_at_[place] = workspace_bytes_;
-        workspace_bytes_ += align16(sizes[place] * packet_count_);
-    }
+    Workspace measured;
+    DecodeTables nowhere{};
+    place(&measured, &nowhere);
+    workspace_bytes_ = measured.bytes();
+}
+
+void DecodePlan::place(Workspace* workspace, DecodeTables* d) const {
+    const std::int64_t packets = packet_count_, segments = packets * max_segments_;
+    const std::int64_t own = own_code_bits_ > 0 ? segments : 0;
+    workspace->put(d->packets, packets);
+    workspace->put(d->segments, segments);
+    workspace->put(d->piece_sums, packets * kPieceWarps * piece_tiles_);
+    workspace->put(d->counters, packets);
+    workspace->put(d->code_lengths, own * max_alphabet(own_code_bits_));
+    workspace->put(d->code_entries, own << code_bits(own_code_bits_));
 }
 
 DecodeTables DecodePlan::tables(const void* blob, const StaticTables* codes, void* workspace, unsigned* faults) const {
-    const auto at = [&](Place place) { return static_cast<std::uint8_t*>(workspace) + workspace_at_[place]; };
-    return {static_cast<const DecodeTask*>(blob),
-            codes,
-            packet_count_,
-            max_segments_,
-            steps_,
-            dtype_,
-            reinterpret_cast<PacketView*>(at(kPackets)),
-            reinterpret_cast<SegmentView*>(at(kSegments)),
-            reinterpret_cast<std::uint32_t*>(at(kPieces)),
-            kPieceWarps * piece_tiles_,
-            reinterpret_cast<unsigned*>(at(kCounters)),
-            faults,
-            max_alphabet(own_code_bits_),
-            code_bits(own_code_bits_),
-            at(kCodeLengths),
-            reinterpret_cast<std::uint16_t*>(at(kCodeEntries))};
+    DecodeTables d{};
+    Workspace places(workspace);
+    place(&places, &d);
+    d.tasks = static_cast<const DecodeTask*>(blob);
+    d.codes = codes;
+    d.packet_count = packet_count_;
+    d.max_segments = max_segments_;
+    d.steps = steps_;
+    d.dtype = dtype_;
+    d.max_pieces = kPieceWarps * piece_tiles_;
+    d.faults = faults;
+    d.max_alphabet = max_alphabet(own_code_bits_);
+    d.code_bits = code_bits(own_code_bits_);
+    return d;
 }
 
 void DecodePlan::prepare(const DecodeTables& d, void* stream) const {

@@ -8,6 +8,7 @@
 #include "qcomm/block.h"
 #include "qcomm/huffman.h"
 #include "qcomm/sigma_code.h"
+#include "workspace.h"
 
 namespace qcomm::cuda {
 namespace {
@@ -15,8 +16,6 @@ namespace {
 constexpr std::int64_t kMaxElements = std::int64_t{1} << 42;
 constexpr std::int64_t kMaxPayloadBytes = std::int64_t{4} << 32;  // block ends count 4-byte units in 32 bits
 constexpr std::int64_t kMaxLaunch = 0x7FFFFFFF;                   // thread blocks
-
-std::int64_t align16(std::int64_t bytes) { return (bytes + 15) / 16 * 16; }
 
 Status check_range(const Tensor& tensor, std::int64_t index) {
     const Quantizer& q = tensor.quantizer;
@@ -154,8 +153,8 @@ private:
 };
 
 template <class T>
-T* at(const void* base, std::int64_t offset) {
-    return reinterpret_cast<T*>(static_cast<std::uint8_t*>(const_cast<void*>(base)) + offset);
+const T* at(const void* blob, std::int64_t offset) {
+    return reinterpret_cast<const T*>(static_cast<const std::uint8_t*>(blob) + offset);
 }
 
 }  // namespace
@@ -173,27 +172,10 @@ void fill_static_tables(StaticTables* tables) {
     }
 }
 
-// Where things are in the workspace.
-enum EncodePlan::Place : int {
-    kStatistics,
-    kQuantizers,
-    kTiles,
-    kBlocks,
-    kEnds,
-    kPieces,
-    kSegments,
-    kPackets,
-    kDropped,
-    kWanted,
-    kAbsent,
-    kCounters,
-    kSlots,
-    kListBytes,
-    kCounts,
-    kPackages,
-    kEntries,
-    kLists,
-    kSampleCounts
+// What measure() and encode() launch kernels with.
+struct EncodePlan::Arrays {
+    EncodeTables tables{};
+    TileStatistics* tiles = nullptr;
 };
 
 EncodePlan::EncodePlan(DType dtype, int steps, bool checksums, const std::vector<Tensor>& tensors,
@@ -231,7 +213,6 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
     std::vector<PacketTask> packet_tasks;
     std::vector<std::int64_t> dims;
     std::vector<std::int32_t> own_segments;
-    std::int64_t slots = 0;
     for (const Packet& packet : packets) {
         const auto number = static_cast<std::int64_t>(packet_tasks.size());
         if (packet.segments < 1) return bad_argument("a packet needs at least one segment", number);
@@ -261,12 +242,12 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
             const std::int64_t bytes = align4(segment.count * item), blocks = space.blocks;
             const std::int64_t units = std::max(blocks, ceil_div(bytes, kChecksumPiece));
             segment_tasks.push_back({segment.tensor, static_cast<std::int32_t>(number), segment.offset, segment.count,
-                                     segment.residual_out, encode_tiles_, units_, units, blocks_, blocks, slots,
+                                     segment.residual_out, encode_tiles_, units_, units, blocks_, blocks, slot_bytes_,
                                      histogram_tiles_, codewords_});
             encode_tiles_ += ceil_div(blocks, kEncodeWarps);
             units_ += units;
             blocks_ += blocks;
-            slots += space.slots;
+            slot_bytes_ += space.slots;
             bound += bytes + 16 * blocks + 4;  // every block may be raw, with its info, end, checksum and padding
             range_residuals_ |= is_range(tensor.quantizer.grid) && segment.residual_out != nullptr;
             if (!may_own_code(tensor)) continue;
@@ -296,39 +277,51 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
     own_segments_at_ = writer.put(own_segments);
     own_count_ = static_cast<std::int32_t>(own_segments.size());
 
-    const auto reserve = [&](Place place, std::int64_t bytes) {
-        workspace_at_[place] = workspace_bytes_;
-        workspace_bytes_ += align16(bytes);
-    };
-    reserve(kStatistics, static_cast<std::int64_t>(sizeof(Statistics)) * tensor_count_);
-    reserve(kQuantizers, static_cast<std::int64_t>(sizeof(Quantizer)) * tensor_count_);
-    reserve(kTiles, static_cast<std::int64_t>(sizeof(TileStatistics)) * tiles_);
-    reserve(kBlocks, static_cast<std::int64_t>(sizeof(BlockResult)) * blocks_);
-    reserve(kEnds, 4 * blocks_);
-    reserve(kPieces, 4 * units_);
-    reserve(kSegments, static_cast<std::int64_t>(sizeof(SegmentState)) * segment_count_);
-    reserve(kPackets, static_cast<std::int64_t>(sizeof(PacketState)) * packet_count_);
-    reserve(kDropped, 8 * std::int64_t{packet_count_});
-    reserve(kWanted, 8 * std::int64_t{packet_count_});
-    reserve(kAbsent, tensor_count_);
-    reserve(kCounters, 4 * (std::int64_t{2} * tensor_count_ + packet_count_));
-    reserve(kSlots, slots);
-    reserve(kListBytes, 4 * std::int64_t{segment_count_});
-    reserve(kCounts, 8 * codewords_);
-    reserve(kPackages, 8 * codewords_);
-    reserve(kEntries, 4 * codewords_);
-    reserve(kLists, codewords_);
-    reserve(kSampleCounts, 8 * bins_);
+    Workspace measured;
+    Arrays nowhere;
+    place(&measured, &nowhere);
+    workspace_bytes_ = measured.bytes();
     return {};
 }
 
-EncodeTables EncodePlan::tables(const void* blob, const StaticTables* codes, void* workspace) const {
-    EncodeTables e{};
-    e.tensors = at<const TensorTask>(blob, 0);
-    e.segments = at<const SegmentTask>(blob, segments_at_);
-    e.packets = at<const PacketTask>(blob, packets_at_);
-    e.dims = at<const std::int64_t>(blob, dims_at_);
-    e.own_segments = at<const std::int32_t>(blob, own_segments_at_);
+void EncodePlan::place(Workspace* workspace, Arrays* arrays) const {
+    EncodeTables& e = arrays->tables;
+    workspace->put(e.statistics, tensor_count_);
+    workspace->put(e.quantizers, tensor_count_);
+    workspace->put(arrays->tiles, tiles_);
+    workspace->put(e.blocks, blocks_);
+    workspace->put(e.ends, blocks_);
+    workspace->put(e.piece_sums, units_);
+    workspace->put(e.segment_states, segment_count_);
+    workspace->put(e.packet_states, packet_count_);
+    workspace->put(e.dropped, packet_count_);
+    workspace->put(e.wanted_bytes, packet_count_);
+    workspace->put(e.absent, tensor_count_);
+    workspace->put(e.counters, std::int64_t{2} * tensor_count_ + packet_count_);
+    workspace->put(e.slots, slot_bytes_);
+    workspace->put(e.list_bytes, segment_count_);
+    workspace->put(e.counts, codewords_);
+    workspace->put(e.packages, codewords_);
+    workspace->put(e.own_entries, codewords_);
+    workspace->put(e.lists, codewords_);
+    workspace->put(e.sample_counts, bins_);
+}
+
+EncodePlan::Arrays EncodePlan::placed(void* base) const {
+    Workspace workspace(base);
+    Arrays arrays;
+    place(&workspace, &arrays);
+    return arrays;
+}
+
+EncodePlan::Arrays EncodePlan::arrays(const void* blob, const StaticTables* codes, void* workspace) const {
+    Arrays arrays = placed(workspace);
+    EncodeTables& e = arrays.tables;
+    e.tensors = at<TensorTask>(blob, 0);
+    e.segments = at<SegmentTask>(blob, segments_at_);
+    e.packets = at<PacketTask>(blob, packets_at_);
+    e.dims = at<std::int64_t>(blob, dims_at_);
+    e.own_segments = at<std::int32_t>(blob, own_segments_at_);
     e.codes = codes;
     e.tensor_count = tensor_count_;
     e.segment_count = segment_count_;
@@ -337,43 +330,20 @@ EncodeTables EncodePlan::tables(const void* blob, const StaticTables* codes, voi
     e.dtype = dtype_;
     e.steps = steps_;
     e.checksums = checksums_;
-    e.statistics = statistics(workspace);
-    e.quantizers = quantizers(workspace);
-    e.blocks = at<BlockResult>(workspace, workspace_at_[kBlocks]);
-    e.ends = at<std::uint32_t>(workspace, workspace_at_[kEnds]);
-    e.piece_sums = at<std::uint32_t>(workspace, workspace_at_[kPieces]);
-    e.segment_states = at<SegmentState>(workspace, workspace_at_[kSegments]);
-    e.packet_states = at<PacketState>(workspace, workspace_at_[kPackets]);
-    e.dropped = dropped_values(workspace);
-    e.wanted_bytes = at<std::int64_t>(workspace, workspace_at_[kWanted]);
-    e.absent = absent(workspace);
-    e.counters = at<unsigned>(workspace, workspace_at_[kCounters]);
-    e.slots = at<std::uint8_t>(workspace, workspace_at_[kSlots]);
-    e.list_bytes = at<int>(workspace, workspace_at_[kListBytes]);
-    e.counts = at<Count>(workspace, workspace_at_[kCounts]);
-    e.packages = at<Count>(workspace, workspace_at_[kPackages]);
-    e.own_entries = at<std::uint32_t>(workspace, workspace_at_[kEntries]);
-    e.lists = at<std::uint8_t>(workspace, workspace_at_[kLists]);
-    e.sample_counts = at<Count>(workspace, workspace_at_[kSampleCounts]);
-    return e;
+    return arrays;
 }
 
-Statistics* EncodePlan::statistics(void* workspace) const {
-    return at<Statistics>(workspace, workspace_at_[kStatistics]);
-}
-Quantizer* EncodePlan::quantizers(void* workspace) const {
-    return at<Quantizer>(workspace, workspace_at_[kQuantizers]);
-}
-std::int64_t* EncodePlan::dropped_values(void* workspace) const {
-    return at<std::int64_t>(workspace, workspace_at_[kDropped]);
-}
-std::uint8_t* EncodePlan::absent(void* workspace) const { return at<std::uint8_t>(workspace, workspace_at_[kAbsent]); }
+Statistics* EncodePlan::statistics(void* workspace) const { return placed(workspace).tables.statistics; }
+Quantizer* EncodePlan::quantizers(void* workspace) const { return placed(workspace).tables.quantizers; }
+std::int64_t* EncodePlan::dropped_values(void* workspace) const { return placed(workspace).tables.dropped; }
+std::uint8_t* EncodePlan::absent(void* workspace) const { return placed(workspace).tables.absent; }
 
 Status EncodePlan::measure(const void* blob, const StaticTables* codes, void* workspace, void* stream) const {
     QCOMM_RETURN_IF_ERROR(status_);
-    const EncodeTables e = tables(blob, codes, workspace);
+    const Arrays a = arrays(blob, codes, workspace);
+    const EncodeTables& e = a.tables;
     launch_clear(e.counters, 8 * std::int64_t{tensor_count_}, stream);
-    launch_measure(e, adjusted_, at<TileStatistics>(workspace, workspace_at_[kTiles]), tiles_, stream);
+    launch_measure(e, adjusted_, a.tiles, tiles_, stream);
     if (sample_tiles_ > 0) {
         launch_clear(e.sample_counts, 8 * bins_, stream);
         launch_sample(e, adjusted_, sample_tiles_, stream);
@@ -384,7 +354,7 @@ Status EncodePlan::measure(const void* blob, const StaticTables* codes, void* wo
 Status EncodePlan::encode(const void* blob, const StaticTables* codes, void* workspace, std::int64_t* total_bytes,
                           void* stream) const {
     QCOMM_RETURN_IF_ERROR(status_);
-    const EncodeTables e = tables(blob, codes, workspace);
+    const EncodeTables e = arrays(blob, codes, workspace).tables;
     launch_clear(e.counters + 2 * tensor_count_, 4 * std::int64_t{packet_count_}, stream);
     if (own_count_ > 0) {
         launch_clear(e.counts, 8 * codewords_, stream);
@@ -401,7 +371,7 @@ Status EncodePlan::encode(const void* blob, const StaticTables* codes, void* wor
 Status EncodePlan::count(const void* blob, void* workspace, const std::int64_t* total_bytes, Account* account,
                          void* stream) const {
     QCOMM_RETURN_IF_ERROR(status_);
-    launch_count(tables(blob, nullptr, workspace), total_bytes, account, stream);
+    launch_count(arrays(blob, nullptr, workspace).tables, total_bytes, account, stream);
     return launch_status();
 }
 

@@ -13,8 +13,8 @@
 
 namespace qcomm::cuda {
 
-struct EncodeTables;
 struct DecodeTables;
+class Workspace;
 
 // The static codes as tables. A caller fills one in host memory, once, and keeps a copy on each device.
 struct StaticTables {
@@ -130,10 +130,13 @@ public:
     std::uint8_t* absent(void* workspace) const;
 
 private:
-    enum Place : int;  // in the workspace
+    struct Arrays;
     Status build(const std::vector<Tensor>& tensors, const std::vector<Segment>& segments,
                  const std::vector<Packet>& packets);
-    EncodeTables tables(const void* blob, const StaticTables* codes, void* workspace) const;
+    // Puts each array of the workspace in its place: the one list of them.
+    void place(Workspace* workspace, Arrays* arrays) const;
+    Arrays placed(void* workspace) const;
+    Arrays arrays(const void* blob, const StaticTables* codes, void* workspace) const;
 
     Status status_;
     DType dtype_;
@@ -142,9 +145,9 @@ private:
     std::int32_t tensor_count_, segment_count_, packet_count_, own_count_ = 0;
     int max_symbols_ = 1;  // of a code that encode_blocks needs
     std::int64_t tiles_ = 0, sample_tiles_ = 0, bins_ = 0;
-    std::int64_t encode_tiles_ = 0, histogram_tiles_ = 0, codewords_ = 0, units_ = 0, blocks_ = 0;
+    std::int64_t encode_tiles_ = 0, histogram_tiles_ = 0, codewords_ = 0, units_ = 0, blocks_ = 0, slot_bytes_ = 0;
     std::int64_t segments_at_ = 0, packets_at_ = 0, dims_at_ = 0, own_segments_at_ = 0;  // byte offsets in the blob
-    std::int64_t workspace_at_[19] = {}, workspace_bytes_ = 0;
+    std::int64_t workspace_bytes_ = 0;
     std::vector<std::uint8_t> blob_;
     std::vector<std::int64_t> bounds_;
 };
@@ -192,7 +195,7 @@ public:
                       bool add = false) const;
 
 private:
-    enum Place : int;  // in the workspace
+    void place(Workspace* workspace, DecodeTables* tables) const;  // as in EncodePlan
     DecodeTables tables(const void* blob, const StaticTables* codes, void* workspace, unsigned* faults) const;
     void prepare(const DecodeTables& d, void* stream) const;
 
@@ -200,7 +203,7 @@ private:
     DType dtype_;
     int steps_, max_segments_, packet_count_, own_code_bits_;
     std::int64_t tiles_ = 0, sum_tiles_ = 0, piece_tiles_ = 0;  // at most, of one packet
-    std::int64_t workspace_at_[6] = {}, workspace_bytes_ = 0;
+    std::int64_t workspace_bytes_ = 0;
     std::vector<std::uint8_t> blob_;
 };
 
