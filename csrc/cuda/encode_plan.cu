@@ -172,6 +172,15 @@ void fill_static_tables(StaticTables* tables) {
     }
 }
 
+// The lists of which the blob is made, as they grow.
+struct EncodePlan::Tasks {
+    std::vector<TensorTask> tensors;
+    std::vector<SegmentTask> segments;
+    std::vector<PacketTask> packets;
+    std::vector<std::int64_t> dims;
+    std::vector<std::int32_t> own_segments;
+};
+
 // What measure() and encode() launch kernels with.
 struct EncodePlan::Arrays {
     EncodeTables tables{};
@@ -192,96 +201,127 @@ EncodePlan::EncodePlan(DType dtype, int steps, bool checksums, const std::vector
 Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<Segment>& segments,
                          const std::vector<Packet>& packets) {
     if (steps_ < 1 || steps_ > kMaxSteps) return bad_argument("steps must be 1..512", steps_);
-    const std::int64_t item = item_bytes(dtype_);
-
-    std::vector<TensorTask> tensor_tasks;
-    for (const Tensor& t : tensors) {
-        QCOMM_RETURN_IF_ERROR(check_tensor(t, dtype_, static_cast<std::int64_t>(tensor_tasks.size())));
-        const SampleTask sample = make_sample(t, bins_);
-        tensor_tasks.push_back({t.values, t.residual, t.inv_scale, t.count, tiles_, t.k, make_wanted(t),
-                                t.nonfinite_is_constant, t.as_it_is, t.zero_keeps_residual, sample_tiles_, sample});
-        tiles_ += statistics_tiles(measured_count(tensor_tasks.back()));
-        bins_ += sample.bins;
-        sample_tiles_ += ceil_div(t.quantizer.grid == Grid::kSigma ? 2 * sample.count : sample.count, kSampleTile);
-        const bool has_code = is_block_coded(t.quantizer.coding) && t.quantizer.table != kNoTable;
-        if (has_code || may_own_code(t) || t.sample.choose_code)
-            max_symbols_ = std::max(max_symbols_, may_own_code(t) ? own_alphabet(t) : kMaxStaticSymbols);
-        adjusted_ |= t.residual != nullptr || t.inv_scale != nullptr;
-    }
-
-    std::vector<SegmentTask> segment_tasks;
-    std::vector<PacketTask> packet_tasks;
-    std::vector<std::int64_t> dims;
-    std::vector<std::int32_t> own_segments;
-    for (const Packet& packet : packets) {
-        const auto number = static_cast<std::int64_t>(packet_tasks.size());
-        if (packet.segments < 1) return bad_argument("a packet needs at least one segment", number);
-        if (packet.dims.size() > kMaxDims) return bad_argument("a tensor has at most 64 dimensions", number);
-        PacketTask task{packet.out,
-                        packet.capacity,
-                        static_cast<std::int64_t>(dims.size()),
-                        static_cast<std::int32_t>(packet.dims.size()),
-                        static_cast<std::int32_t>(segment_tasks.size()),
-                        packet.segments,
-                        blocks_,
-                        0,
-                        units_,
-                        0,
-                        false};
-        dims.insert(dims.end(), packet.dims.begin(), packet.dims.end());
-        std::int64_t bound =
-            static_cast<std::int64_t>(sizeof(PacketHeader) + 8 * packet.dims.size() +
-                                      sizeof(SegmentRecord) * static_cast<std::size_t>(packet.segments));
-        for (int i = 0; i < packet.segments; ++i) {
-            const std::size_t s = segment_tasks.size();
-            if (s == segments.size()) return bad_argument("the packets have more segments than there are", number);
-            const Segment& segment = segments[s];
-            QCOMM_RETURN_IF_ERROR(check_segment(segment, tensors, static_cast<std::int64_t>(s)));
-            const Tensor& tensor = tensors[static_cast<std::size_t>(segment.tensor)];
-            const BlockSpace space = block_space(tensor, segment.count, steps_, item);
-            const std::int64_t bytes = align4(segment.count * item), blocks = space.blocks;
-            const std::int64_t units = std::max(blocks, ceil_div(bytes, kChecksumPiece));
-            segment_tasks.push_back({segment.tensor, static_cast<std::int32_t>(number), segment.offset, segment.count,
-                                     segment.residual_out, encode_tiles_, units_, units, blocks_, blocks, slot_bytes_,
-                                     histogram_tiles_, codewords_});
-            encode_tiles_ += ceil_div(blocks, kEncodeWarps);
-            units_ += units;
-            blocks_ += blocks;
-            slot_bytes_ += space.slots;
-            bound += bytes + 16 * blocks + 4;  // every block may be raw, with its info, end, checksum and padding
-            range_residuals_ |= is_range(tensor.quantizer.grid) && segment.residual_out != nullptr;
-            if (!may_own_code(tensor)) continue;
-            own_segments.push_back(static_cast<std::int32_t>(s));
-            histogram_tiles_ += ceil_div(segment.count, kHistogramTile);
-            codewords_ += own_alphabet(tensor);
-            bound += own_alphabet(tensor);  // its list: three nibbles for two symbols at most
-        }
-        task.blocks = blocks_ - task.first_block;
-        task.units = units_ - task.first_unit;
-        // Thread blocks do not straddle packets, and each packet has one to complete it.
-        units_ = task.first_unit + kEncodeWarps * std::max<std::int64_t>(1, ceil_div(task.units, kEncodeWarps));
-        packet_tasks.push_back(task);
-        packet_tasks.back().may_drop = packet.capacity < bound;
-        if (bound >= kMaxPayloadBytes) return bad_argument("a packet holds at most 16 GiB; split the tensor", number);
-        bounds_.push_back(bound);
-    }
-    if (segment_tasks.size() != segments.size()) return bad_argument("there are segments that no packet holds");
+    Tasks tasks;
+    for (const Tensor& tensor : tensors) QCOMM_RETURN_IF_ERROR(add_tensor(tensor, &tasks));
+    for (const Packet& packet : packets) QCOMM_RETURN_IF_ERROR(add_packet(packet, tensors, segments, &tasks));
+    if (tasks.segments.size() != segments.size()) return bad_argument("there are segments that no packet holds");
     if (std::max({tiles_, sample_tiles_, histogram_tiles_, encode_tiles_, units_ / kEncodeWarps}) > kMaxLaunch)
         return bad_argument("too many values for one launch");
-
-    BlobWriter writer(&blob_);
-    writer.put(tensor_tasks);
-    segments_at_ = writer.put(segment_tasks);
-    packets_at_ = writer.put(packet_tasks);
-    dims_at_ = writer.put(dims);
-    own_segments_at_ = writer.put(own_segments);
-    own_count_ = static_cast<std::int32_t>(own_segments.size());
-
+    write_blob(tasks);
     Workspace measured;
     Arrays nowhere;
     place(&measured, &nowhere);
     workspace_bytes_ = measured.bytes();
     return {};
+}
+
+Status EncodePlan::add_tensor(const Tensor& t, Tasks* tasks) {
+    QCOMM_RETURN_IF_ERROR(check_tensor(t, dtype_, static_cast<std::int64_t>(tasks->tensors.size())));
+    TensorTask task{};
+    task.values = t.values;
+    task.residual = t.residual;
+    task.inv_scale = t.inv_scale;
+    task.count = t.count;
+    task.first_tile = tiles_;
+    task.k = t.k;
+    task.wanted = make_wanted(t);
+    task.nonfinite_is_constant = t.nonfinite_is_constant;
+    task.as_it_is = t.as_it_is;
+    task.zero_keeps_residual = t.zero_keeps_residual;
+    task.first_sample_tile = sample_tiles_;
+    task.sample = make_sample(t, bins_);
+    tasks->tensors.push_back(task);
+
+    const std::int64_t per_sample = t.quantizer.grid == Grid::kSigma ? 2 : 1;  // values: pairs on a sigma grid
+    tiles_ += statistics_tiles(measured_count(task));
+    bins_ += task.sample.bins;
+    sample_tiles_ += ceil_div(per_sample * task.sample.count, kSampleTile);
+    const bool has_code = is_block_coded(t.quantizer.coding) && t.quantizer.table != kNoTable;
+    if (has_code || may_own_code(t) || t.sample.choose_code)
+        max_symbols_ = std::max(max_symbols_, may_own_code(t) ? own_alphabet(t) : kMaxStaticSymbols);
+    adjusted_ |= t.residual != nullptr || t.inv_scale != nullptr;
+    return {};
+}
+
+Status EncodePlan::add_packet(const Packet& packet, const std::vector<Tensor>& tensors,
+                              const std::vector<Segment>& segments, Tasks* tasks) {
+    const auto number = static_cast<std::int64_t>(tasks->packets.size());
+    if (packet.segments < 1) return bad_argument("a packet needs at least one segment", number);
+    if (packet.dims.size() > kMaxDims) return bad_argument("a tensor has at most 64 dimensions", number);
+    PacketTask task{};
+    task.out = packet.out;
+    task.capacity = packet.capacity;
+    task.first_dim = static_cast<std::int64_t>(tasks->dims.size());
+    task.ndim = static_cast<std::int32_t>(packet.dims.size());
+    task.first_segment = static_cast<std::int32_t>(tasks->segments.size());
+    task.segments = packet.segments;
+    task.first_block = blocks_;
+    task.first_unit = units_;
+    tasks->dims.insert(tasks->dims.end(), packet.dims.begin(), packet.dims.end());
+
+    auto bound = static_cast<std::int64_t>(sizeof(PacketHeader) + 8 * packet.dims.size() +
+                                           sizeof(SegmentRecord) * static_cast<std::size_t>(packet.segments));
+    for (int i = 0; i < packet.segments; ++i) {
+        const std::size_t s = tasks->segments.size();
+        if (s == segments.size()) return bad_argument("the packets have more segments than there are", number);
+        QCOMM_RETURN_IF_ERROR(check_segment(segments[s], tensors, static_cast<std::int64_t>(s)));
+        bound += add_segment(segments[s], tensors[static_cast<std::size_t>(segments[s].tensor)], tasks);
+    }
+    task.blocks = blocks_ - task.first_block;
+    task.units = units_ - task.first_unit;
+    // Thread blocks do not straddle packets, and each packet has one to complete it.
+    units_ = task.first_unit + kEncodeWarps * std::max<std::int64_t>(1, ceil_div(task.units, kEncodeWarps));
+    task.may_drop = packet.capacity < bound;
+    tasks->packets.push_back(task);
+    if (bound >= kMaxPayloadBytes) return bad_argument("a packet holds at most 16 GiB; split the tensor", number);
+    bounds_.push_back(bound);
+    return {};
+}
+
+// Returns the most bytes that the segment adds to its packet, beyond its record.
+std::int64_t EncodePlan::add_segment(const Segment& segment, const Tensor& tensor, Tasks* tasks) {
+    const std::int64_t item = item_bytes(dtype_);
+    const BlockSpace space = block_space(tensor, segment.count, steps_, item);
+    const std::int64_t bytes = align4(segment.count * item);
+    SegmentTask task{};
+    task.tensor = segment.tensor;
+    task.packet = static_cast<std::int32_t>(tasks->packets.size());
+    task.offset = segment.offset;
+    task.count = segment.count;
+    task.residual_out = segment.residual_out;
+    task.first_tile = encode_tiles_;
+    task.first_unit = units_;
+    task.units = std::max(space.blocks, ceil_div(bytes, kChecksumPiece));
+    task.first_block = blocks_;
+    task.blocks = space.blocks;
+    task.slots = slot_bytes_;
+    task.first_histogram_tile = histogram_tiles_;
+    task.first_codeword = codewords_;
+    const auto number = static_cast<std::int32_t>(tasks->segments.size());
+    tasks->segments.push_back(task);
+
+    encode_tiles_ += ceil_div(task.blocks, kEncodeWarps);
+    units_ += task.units;
+    blocks_ += task.blocks;
+    slot_bytes_ += space.slots;
+    range_residuals_ |= is_range(tensor.quantizer.grid) && segment.residual_out != nullptr;
+    // Every block may be raw, with its info, end, checksum and padding.
+    const std::int64_t bound = bytes + 16 * task.blocks + 4;
+    if (!may_own_code(tensor)) return bound;
+    tasks->own_segments.push_back(number);
+    histogram_tiles_ += ceil_div(segment.count, kHistogramTile);
+    codewords_ += own_alphabet(tensor);
+    return bound + own_alphabet(tensor);  // its list: three nibbles for two symbols at most
+}
+
+void EncodePlan::write_blob(const Tasks& tasks) {
+    BlobWriter writer(&blob_);
+    writer.put(tasks.tensors);
+    segments_at_ = writer.put(tasks.segments);
+    packets_at_ = writer.put(tasks.packets);
+    dims_at_ = writer.put(tasks.dims);
+    own_segments_at_ = writer.put(tasks.own_segments);
+    own_count_ = static_cast<std::int32_t>(tasks.own_segments.size());
 }
 
 void EncodePlan::place(Workspace* workspace, Arrays* arrays) const {

@@ -130,9 +130,16 @@ public:
     std::uint8_t* absent(void* workspace) const;
 
 private:
+    struct Tasks;
     struct Arrays;
     Status build(const std::vector<Tensor>& tensors, const std::vector<Segment>& segments,
                  const std::vector<Packet>& packets);
+    // Each checks one, appends its task, and counts what it needs of blocks, tiles and memory.
+    Status add_tensor(const Tensor& tensor, Tasks* tasks);
+    Status add_packet(const Packet& packet, const std::vector<Tensor>& tensors, const std::vector<Segment>& segments,
+                      Tasks* tasks);
+    std::int64_t add_segment(const Segment& segment, const Tensor& tensor, Tasks* tasks);
+    void write_blob(const Tasks& tasks);
     // Puts each array of the workspace in its place: the one list of them.
     void place(Workspace* workspace, Arrays* arrays) const;
     Arrays placed(void* workspace) const;
