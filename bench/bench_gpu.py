@@ -20,7 +20,7 @@ import torch
 from gpu_peers import peers
 
 import qcomm
-from qcomm.codec import _native_cuda
+from qcomm.codec import CodedRange, DecodeTask, PacketSlot, _native_cuda
 from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, default_block_steps, encode
 from qcomm.codec.plans_cuda import (
@@ -99,11 +99,11 @@ class Case:
     def _encoder(self, out: torch.Tensor | None, capacity: int, feedback: bool) -> Encoder:
         residual = address(self.residual) if feedback else 0
         tensor = DeviceTensor(self.values.data_ptr(), self.count, self.grid, residual)
-        segment = (0, 0, self.count, residual)
-        return Encoder(torch.float32, self.steps, [tensor], [segment], [(1, address(out), capacity)], self.workspace)
+        segment, packet = CodedRange(0, 0, self.count, residual), PacketSlot(1, address(out), capacity)
+        return Encoder(torch.float32, self.steps, [tensor], [segment], [packet], self.workspace)
 
     def _decoder(self, packets: int) -> Decoder:
-        task = (self.out.data_ptr(), self.nbytes, self.decoded.data_ptr(), self.count)
+        task = DecodeTask(self.out.data_ptr(), self.nbytes, self.decoded.data_ptr(), self.count)
         bits = own_code_bits(self.grid)
         return Decoder(torch.float32, self.steps, 1, [task] * packets, bits, self.workspace)
 

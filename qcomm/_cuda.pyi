@@ -1,13 +1,6 @@
 from collections.abc import Sequence
 
-_Quantizer = tuple[int, int, int, int]
-_Rule = tuple[float, int, float, int, int, bool]
-_Flags = tuple[bool, bool, bool]
-_Tensor = tuple[int, int, int, int, _Quantizer, float, _Rule, _Flags]
-_Segment = tuple[int, int, int, int]
-_Packet = tuple[int, Sequence[int], int, int]
-_Task = tuple[int, int, int, int, bool]
-_Run = tuple[int, int, int, int, int, int, int]
+from qcomm.codec._native_cuda import CodedRange, DecodeTask, KernelTensor, PacketSlot, Run
 
 def static_tables() -> bytes: ...
 
@@ -17,9 +10,9 @@ class EncodePlan:
         dtype: int,
         steps: int,
         checksums: bool,
-        tensors: Sequence[_Tensor],
-        segments: Sequence[_Segment],
-        packets: Sequence[_Packet],
+        tensors: Sequence[KernelTensor],
+        segments: Sequence[CodedRange],
+        packets: Sequence[PacketSlot],
     ) -> None: ...
     def blob(self) -> bytes: ...
     def workspace_bytes(self) -> int: ...
@@ -30,7 +23,7 @@ class EncodePlan:
 
 class DecodePlan:
     def __init__(
-        self, dtype: int, steps: int, max_segments: int, tasks: Sequence[_Task], own_code_bits: int
+        self, dtype: int, steps: int, max_segments: int, tasks: Sequence[DecodeTask], own_code_bits: int
     ) -> None: ...
     def blob(self) -> bytes: ...
     def workspace_bytes(self) -> int: ...
@@ -38,7 +31,7 @@ class DecodePlan:
     def decode_sum(self, blob: int, codes: int, workspace: int, faults: int, add: bool, stream: int) -> None: ...
 
 class RunPlan:
-    def __init__(self, to: int, runs: Sequence[_Run]) -> None: ...
+    def __init__(self, to: int, runs: Sequence[Run]) -> None: ...
     def blob(self) -> bytes: ...
     def copy(self, blob: int, divisor: float, factor: int, faults: int, stream: int) -> None: ...
     def add_own(

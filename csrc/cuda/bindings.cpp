@@ -1,6 +1,6 @@
 // The CUDA core for Python, as a module of its own: one that has it imports on machines without a GPU, and the rest of
-// qcomm works without it. Device memory and streams arrive as addresses, checked by qcomm/codec/_native_cuda.py; nothing here
-// allocates device memory or waits. The GIL is released around launches.
+// qcomm works without it. Device memory and streams arrive as addresses, checked by qcomm/codec/_native_cuda.py;
+// nothing here allocates device memory or waits. The GIL is released around launches.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -32,24 +32,26 @@ T* pointer(Address address) {
 
 py::bytes to_bytes(const void* data, std::size_t size) { return {static_cast<const char*>(data), size}; }
 
+// The records of qcomm/codec/_native_cuda.py.
 // grid, num_bits, coding, table
 using QuantizerTuple = std::tuple<int, int, int, int>;
 // c, entropy_bits, fraction, max_bits, seed, choose_code
 using RuleTuple = std::tuple<double, int, double, int, std::uint32_t, bool>;
-// values, residual, inv_scale, count, quantizer, k, rule, (nonfinite_is_constant, as_it_is, zero_keeps_residual)
-using TensorTuple = std::tuple<Address, Address, Address, std::int64_t, QuantizerTuple, double, RuleTuple,
-                               std::tuple<bool, bool, bool>>;
+// values, count, residual, inv_scale, quantizer, k, rule, nonfinite_is_constant, as_it_is, zero_keeps_residual
+using TensorTuple =
+    std::tuple<Address, std::int64_t, Address, Address, QuantizerTuple, double, RuleTuple, bool, bool, bool>;
 // tensor, offset, count, residual_out
 using SegmentTuple = std::tuple<std::int32_t, std::int64_t, std::int64_t, Address>;
-// segments, dims, out, capacity
-using PacketTuple = std::tuple<std::int32_t, std::vector<std::int64_t>, Address, std::int64_t>;
+// segments, out, capacity, dims
+using PacketTuple = std::tuple<std::int32_t, Address, std::int64_t, std::vector<std::int64_t>>;
 // packet, bytes, out, elements, exact
 using TaskTuple = std::tuple<Address, std::int64_t, Address, std::int64_t, bool>;
 // from, to, count, first_fault, faults, tensor, residual
 using RunTuple = std::tuple<Address, Address, std::int64_t, std::int32_t, std::int32_t, std::int32_t, Address>;
 
 cuda::Tensor make_tensor(const TensorTuple& t) {
-    const auto& [values, residual, inv_scale, count, q, k, rule, flags] = t;
+    const auto& [values, count, residual, inv_scale, q, k, rule, nonfinite_is_constant, as_it_is, zero_keeps_residual] =
+        t;
     const auto& [c, entropy_bits, fraction, max_bits, seed, choose_code] = rule;
     const Quantizer quantizer{static_cast<Grid>(std::get<0>(q)),
                               static_cast<std::uint8_t>(std::get<1>(q)),
@@ -64,9 +66,9 @@ cuda::Tensor make_tensor(const TensorTuple& t) {
             quantizer,
             k,
             {c, entropy_bits, fraction, max_bits, seed, choose_code},
-            std::get<0>(flags),
-            std::get<1>(flags),
-            std::get<2>(flags)};
+            nonfinite_is_constant,
+            as_it_is,
+            zero_keeps_residual};
 }
 
 cuda::EncodePlan make_encode_plan(int dtype, int steps, bool checksums, const std::vector<TensorTuple>& tensors,
@@ -77,7 +79,7 @@ cuda::EncodePlan make_encode_plan(int dtype, int steps, bool checksums, const st
     for (const TensorTuple& t : tensors) made_tensors.push_back(make_tensor(t));
     for (const auto& [tensor, offset, count, residual_out] : segments)
         made_segments.push_back({tensor, offset, count, pointer<float>(residual_out)});
-    for (const auto& [count, dims, out, capacity] : packets)
+    for (const auto& [count, out, capacity, dims] : packets)
         made_packets.push_back({count, dims, pointer<std::uint8_t>(out), capacity});
     cuda::EncodePlan plan(static_cast<DType>(dtype), steps, checksums, made_tensors, made_segments, made_packets);
     raise_if_error(plan.status());

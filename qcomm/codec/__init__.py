@@ -17,7 +17,7 @@ from qcomm.codec._native import (
     is_usable,
     measure,
 )
-from qcomm.codec._native_cuda import FAULTS, core, is_on_device
+from qcomm.codec._native_cuda import FAULTS, CodedRange, DecodeTask, PacketSlot, Run, core, is_on_device
 from qcomm.codec.entropy import estimate_entropy
 from qcomm.codec.grids import RECONSTRUCTIONS, Grid, RangeGrid, SigmaGrid
 from qcomm.codec.huffman import code_lengths
@@ -56,15 +56,19 @@ __all__ = [
     "RECONSTRUCTIONS",
     "WIRE_TABLE",
     "Code",
+    "CodedRange",
     "Coding",
+    "DecodeTask",
     "Decoder",
     "DeviceTensor",
     "Encoder",
     "Grid",
     "GridKind",
     "PacketInfo",
+    "PacketSlot",
     "Quantizer",
     "RangeGrid",
+    "Run",
     "RunCopier",
     "Segment",
     "SegmentInfo",

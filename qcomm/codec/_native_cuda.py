@@ -1,16 +1,37 @@
-"""The CUDA core ``qcomm._cuda``: its only importer, with the little that torch has to do for it.
+"""The CUDA core ``qcomm._cuda``: its only importer, the records it takes, and the little that torch has to do for it.
 
 The kernels' bytes are those of the CPU codec. They have been run under an emulation on the host only, never on a GPU:
 see ``csrc/cuda/README.md``.
+
+``csrc/include/qcomm/cuda.h`` explains the records, which have its names and defaults. Its ``count`` is ``elements``
+here, because tuples have a method ``count``. The core takes the records as tuples, by position. Addresses are of device
+memory, 0 for none.
 """
 
 from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
-__all__ = ["FAULTS", "core", "is_on_device", "on_device", "static_codes", "stream"]
+from qcomm.codec._native import WIRE_TABLE, Coding, GridKind
+
+__all__ = [
+    "FAULTS",
+    "CodedRange",
+    "DecodeTask",
+    "KernelTensor",
+    "PacketSlot",
+    "QuantizerHead",
+    "Run",
+    "SampleRule",
+    "core",
+    "is_on_device",
+    "on_device",
+    "static_codes",
+    "stream",
+]
 
 # Device types whose tensors the kernels compress in place. The emulated core of the tests adds "cpu".
 KERNEL_DEVICES = frozenset({"cuda"})
@@ -25,6 +46,81 @@ FAULTS = (
     "the packet is not what its header said",
     "the metadata is damaged: wrong header checksum or size",
 )
+
+
+class QuantizerHead(NamedTuple):
+    """A :class:`~qcomm.codec.Quantizer` before its tensor is measured; raw by default."""
+
+    grid: GridKind = GridKind.NONE
+    num_bits: int = 0
+    coding: Coding = Coding.RAW
+    table: int = WIRE_TABLE
+
+
+class SampleRule(NamedTuple):
+    """The decisions that the kernels take by a sample of a tensor: a range grid's bits, a sigma grid's code."""
+
+    c: float = 6.0
+    entropy_bits: int = 4
+    fraction: float = 0.03
+    max_bits: int = 16
+    seed: int = 0
+    choose_code: bool = False
+
+
+class KernelTensor(NamedTuple):
+    """``cuda::Tensor``: ``values * inv_scale + residual``, measured as a whole."""
+
+    values: int
+    elements: int
+    residual: int = 0
+    inv_scale: int = 0
+    quantizer: QuantizerHead = QuantizerHead()
+    k: float = 1.0
+    sample: SampleRule = SampleRule()
+    nonfinite_is_constant: bool = False
+    as_it_is: bool = False
+    zero_keeps_residual: bool = False
+
+
+class CodedRange(NamedTuple):
+    """``cuda::Segment``: values [offset, offset + elements) of tensor number ``tensor``, one segment of a packet."""
+
+    tensor: int
+    offset: int
+    elements: int
+    residual_out: int = 0
+
+
+class PacketSlot(NamedTuple):
+    """``cuda::Packet``: memory of ``capacity`` bytes at ``out`` for a packet of the next ``segments`` segments."""
+
+    segments: int
+    out: int = 0
+    capacity: int = 0
+    dims: tuple[int, ...] = ()
+
+
+class DecodeTask(NamedTuple):
+    """``cuda::DecodeTask``: a packet within ``bytes`` bytes, or of exactly as many, and its ``elements`` values."""
+
+    packet: int
+    bytes: int
+    out: int
+    elements: int
+    exact: bool = False
+
+
+class Run(NamedTuple):
+    """``cuda::Run``: ``elements`` neighbouring values to copy or to add."""
+
+    source: int
+    target: int
+    elements: int
+    first_fault: int = 0
+    faults: int = 0
+    tensor: int = -1
+    residual: int = 0
 
 
 def core() -> ModuleType:

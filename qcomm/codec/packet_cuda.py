@@ -6,13 +6,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qcomm.codec import _native
-from qcomm.codec._native import DTYPE_NUMBERS, DTYPES, NO_TABLE, WIRE_TABLE, Coding, GridKind
-from qcomm.codec._native_cuda import FAULTS, core, on_device, static_codes, stream
-from qcomm.codec.grids import Grid, RangeGrid, SigmaGrid
+from qcomm.codec._native import DTYPE_NUMBERS, DTYPES, WIRE_TABLE, Coding
+from qcomm.codec._native_cuda import (
+    FAULTS,
+    CodedRange,
+    DecodeTask,
+    KernelTensor,
+    PacketSlot,
+    core,
+    on_device,
+    static_codes,
+    stream,
+)
+from qcomm.codec.grids import Grid
+from qcomm.codec.plans_cuda import kernel_grid
 from qcomm.errors import PacketError
 
-__all__ = ["MAX_CODED_BITS", "Request", "compress", "decompress", "extremes", "request", "sample"]
+__all__ = ["compress", "decompress", "extremes", "sample"]
 
 MAX_CODED_BITS = 12
 MAX_ELEMENTS = 1 << 42
@@ -22,46 +32,16 @@ MAGIC = 0x4D4D4351
 MASK = 0xFFFFFFFF
 
 
-class Request(NamedTuple):
-    """A grid as the kernels are told: (grid, num_bits, coding, table), k, and what a sample decides."""
-
-    quantizer: tuple[int, int, int, int]
-    k: float
-    rule: tuple[float, int, float, int, int, bool]
-
-
-def request(grid: Grid) -> Request:
-    """A grid in the kernels' terms."""
-    if isinstance(grid, SigmaGrid):
-        bits, coding, table = grid.num_bits, Coding.SINGLE, NO_TABLE
-        if bits <= MAX_CODED_BITS and grid.coding == "table":
-            table = WIRE_TABLE
-        elif bits <= MAX_CODED_BITS and grid.coding in ("single", "pair"):
-            coding = Coding.PAIR if grid.coding == "pair" else Coding.SINGLE
-            table = _native.nearest_static_table(coding, bits, grid.step)
-            table = table if table != NO_TABLE else WIRE_TABLE  # very fine steps have no built-in table
-        choose = grid.coding == "auto" and bits <= MAX_CODED_BITS
-        return Request((GridKind.SIGMA, bits, coding, table), grid.step, (6.0, 4, 0.03, 16, 0, choose))
-    if isinstance(grid, RangeGrid):
-        kind = GridKind.RANGE_CENTER if grid.reconstruction == "center" else GridKind.RANGE_ENDPOINT
-        bits = grid.num_bits or 0  # 0: the sample decides
-        coding = Coding.SINGLE if bits <= MAX_CODED_BITS else Coding.FIXED
-        rule = (grid.c, grid.entropy_bits, grid.sample_fraction, grid.max_bits, grid.seed, False)
-        return Request((kind, bits, coding, WIRE_TABLE), 1.0, rule)
-    raise TypeError(f"grid must be a SigmaGrid or a RangeGrid, got {type(grid).__name__}")
-
-
 def compress(values: torch.Tensor, grid: Grid, checksum: bool, block_steps: int) -> torch.Tensor:
     """The packet of a contiguous tensor, on its device. Waits for the device: the packet's size is known only there."""
-    device, (quantizer, k, rule) = values.device, request(grid)
-    tensor = (values.data_ptr(), 0, 0, values.numel(), quantizer, k, rule, (False, False, False))
-    segment = (0, 0, values.numel(), 0)
-    shape = list(values.shape)
+    device, count, asked = values.device, values.numel(), kernel_grid(grid)
+    tensor = KernelTensor(values.data_ptr(), count, quantizer=asked.quantizer, k=asked.k, sample=asked.sample)
+    segment, shape = CodedRange(0, 0, count), tuple(values.shape)
     with torch.cuda.device_of(values):
 
         def plan(out: int, capacity: int) -> Any:
             arguments = (DTYPE_NUMBERS[values.dtype], block_steps, checksum, [tensor], [segment])
-            return core().EncodePlan(*arguments, [(1, shape, out, capacity)])
+            return core().EncodePlan(*arguments, [PacketSlot(1, out, capacity, shape)])
 
         out = torch.empty(plan(0, 0).bound(0), dtype=torch.uint8, device=device)
         whole = plan(out.data_ptr(), out.numel())
@@ -148,7 +128,7 @@ def decompress(packet: torch.Tensor) -> torch.Tensor:
             out = torch.empty(expected.shape, dtype=DTYPES[expected.dtype], device=device)
         except RuntimeError as error:  # a constant packet of 80 bytes may claim terabytes
             raise PacketError(f"no memory for the tensor of shape {expected.shape} that the packet claims") from error
-        task = (packet.data_ptr(), packet.numel(), out.data_ptr(), expected.elements, True)
+        task = DecodeTask(packet.data_ptr(), packet.numel(), out.data_ptr(), expected.elements, exact=True)
         plan = core().DecodePlan(expected.dtype, expected.steps, expected.segments, [task], expected.own_code_bits)
         blob = on_device(plan.blob(), device)
         workspace = torch.empty(plan.workspace_bytes(), dtype=torch.uint8, device=device)

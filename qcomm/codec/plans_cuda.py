@@ -9,32 +9,68 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qcomm.codec import _native_cuda, packet_cuda
-from qcomm.codec._native import DTYPE_NUMBERS, WIRE_TABLE, Coding, GridKind, Quantizer
-from qcomm.codec.grids import Grid, RangeGrid
+from qcomm.codec import _native, _native_cuda
+from qcomm.codec._native import DTYPE_NUMBERS, NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer
+from qcomm.codec._native_cuda import CodedRange, DecodeTask, KernelTensor, PacketSlot, QuantizerHead, Run, SampleRule
+from qcomm.codec.grids import Grid, RangeGrid, SigmaGrid
+from qcomm.codec.quantize import MAX_CODED_BITS
 
 __all__ = [
     "Decoder",
     "DeviceTensor",
     "Encoder",
+    "KernelGrid",
     "RunCopier",
     "Workspace",
     "address",
+    "kernel_grid",
     "own_code_bits",
     "read_quantizers",
 ]
 
-RAW = (int(GridKind.NONE), 0, int(Coding.RAW), WIRE_TABLE)
-NO_RULE = (6.0, 4, 0.03, 16, 0, False)
 QUANTIZER_BYTES = 24  # csrc/include/qcomm/quantize.h
 # cuda.h, Account
 ACCOUNT = ("packet_bytes", "largest_packet", "dropped_values", "unsent_packets", "nonfinite_tensors")
 
 
-class DeviceTensor(NamedTuple):
-    """What a kernel measures as a whole: ``values * inv_scale + residual``.
+class KernelGrid(NamedTuple):
+    """A grid in the kernels' terms; uncompressed values by default."""
 
-    Addresses are of device memory, 0 for none. ``grid`` None: the values travel as they are, and are measured only
+    quantizer: QuantizerHead = QuantizerHead()
+    k: float = 1.0
+    sample: SampleRule = SampleRule()
+
+
+def kernel_grid(grid: Grid) -> KernelGrid:
+    """Translates a grid into the kernels' terms.
+
+    Example:
+        >>> kernel_grid(SigmaGrid(0.5, coding="table")).quantizer.coding.name
+        'SINGLE'
+    """
+    if isinstance(grid, SigmaGrid):
+        bits, coding, table = grid.num_bits, Coding.SINGLE, NO_TABLE
+        if bits <= MAX_CODED_BITS and grid.coding == "table":
+            table = WIRE_TABLE
+        elif bits <= MAX_CODED_BITS and grid.coding in ("single", "pair"):
+            coding = Coding.PAIR if grid.coding == "pair" else Coding.SINGLE
+            table = _native.nearest_static_table(coding, bits, grid.step)
+            table = table if table != NO_TABLE else WIRE_TABLE  # very fine steps have no built-in table
+        rule = SampleRule(choose_code=grid.coding == "auto" and bits <= MAX_CODED_BITS)
+        return KernelGrid(QuantizerHead(GridKind.SIGMA, bits, coding, table), grid.step, rule)
+    if isinstance(grid, RangeGrid):
+        kind = GridKind.RANGE_CENTER if grid.reconstruction == "center" else GridKind.RANGE_ENDPOINT
+        bits = grid.num_bits or 0  # 0: the sample decides
+        coding = Coding.SINGLE if bits <= MAX_CODED_BITS else Coding.FIXED
+        rule = SampleRule(grid.c, grid.entropy_bits, grid.sample_fraction, grid.max_bits, grid.seed)
+        return KernelGrid(QuantizerHead(kind, bits, coding, WIRE_TABLE), sample=rule)
+    raise TypeError(f"grid must be a SigmaGrid or a RangeGrid, got {type(grid).__name__}")
+
+
+class DeviceTensor(NamedTuple):
+    """A tensor that the kernels measure as a whole: ``values * inv_scale + residual``.
+
+    Addresses are of device memory, 0 for none. ``grid`` None: the values travel uncompressed, and are measured only
     where ``measured`` says so. ``keeps_zero``: where all values are 0, the residual takes no part.
     """
 
@@ -46,16 +82,22 @@ class DeviceTensor(NamedTuple):
     measured: bool = True
     keeps_zero: bool = False
 
-    def described(self) -> tuple[Any, ...]:
-        """As the core takes it."""
-        request = None if self.grid is None else packet_cuda.request(self.grid)
-        quantizer, k, rule = (RAW, 1.0, NO_RULE) if request is None else request
-        flags = (self.measured, not self.measured, self.keeps_zero)
-        return self.values, self.residual, self.inv_scale, self.elements, quantizer, k, rule, flags
+    def described(self) -> KernelTensor:
+        """Returns the record that the core takes."""
+        return KernelTensor(
+            self.values,
+            self.elements,
+            self.residual,
+            self.inv_scale,
+            *(KernelGrid() if self.grid is None else kernel_grid(self.grid)),
+            nonfinite_is_constant=self.measured,
+            as_it_is=not self.measured,
+            zero_keeps_residual=self.keeps_zero,
+        )
 
 
 def address(tensor: torch.Tensor | None, element: int = 0) -> int:
-    """Of an element; 0 for None.
+    """Returns the address of an element; 0 for None.
 
     Example:
         >>> address(None)
@@ -65,21 +107,22 @@ def address(tensor: torch.Tensor | None, element: int = 0) -> int:
 
 
 def own_code_bits(grid: Grid) -> int:
-    """Most bits of a symbol in a segment that may bring a code of its own; 0 where none does.
+    """Returns the maximum number of bits of a symbol in a segment that may bring its own code; 0 where none does.
 
     Example:
         >>> from qcomm import SigmaGrid
         >>> own_code_bits(SigmaGrid(1.0, coding="single")), own_code_bits(RangeGrid())
         (0, 10)
     """
-    (_, bits, _, table), _, (*_, choose) = packet_cuda.request(grid)
     if isinstance(grid, RangeGrid):
-        return min(grid.num_bits or grid.bits_for(float(grid.entropy_bits)), packet_cuda.MAX_CODED_BITS)
-    return bits if bits <= packet_cuda.MAX_CODED_BITS and (choose or table == WIRE_TABLE) else 0
+        return min(grid.num_bits or grid.bits_for(float(grid.entropy_bits)), MAX_CODED_BITS)
+    asked = kernel_grid(grid)
+    brings_code = asked.sample.choose_code or asked.quantizer.table == WIRE_TABLE
+    return grid.num_bits if brings_code and grid.num_bits <= MAX_CODED_BITS else 0
 
 
 def read_quantizers(found: torch.Tensor) -> list[Quantizer]:
-    """Of the bytes that :meth:`Encoder.run` copies out; waits for the device."""
+    """Reads the quantizers in the bytes that :meth:`Encoder.run` copies out; waits for the device."""
     head = found.cpu().view(-1, QUANTIZER_BYTES)
     rows = zip(head[:, :4].tolist(), head[:, 8:].contiguous().view(torch.float64).tolist(), strict=True)
     return [Quantizer(GridKind(g), n, Coding(c), t, p0, p1) for (g, n, c, t), (p0, p1) in rows]
@@ -112,9 +155,9 @@ class Encoder:
     Args:
         dtype: of the packets, float32 or float64.
         steps: symbols per lane in a block.
-        tensors: what is measured.
-        segments: (number of the tensor, first value, how many values, address of its new residual or 0).
-        packets: (how many of the next segments, address, capacity in bytes).
+        tensors: measured, each as a whole.
+        segments: ranges of the tensors, in the order in which the packets carry them.
+        packets: their dimensions are not looked at: a packet is flat.
         workspace: on the device of all of this; other plans that use it do not run between :meth:`run` and
             :meth:`add_own`.
     """
@@ -124,18 +167,18 @@ class Encoder:
         dtype: torch.dtype,
         steps: int,
         tensors: Sequence[DeviceTensor],
-        segments: Sequence[tuple[int, int, int, int]],
-        packets: Sequence[tuple[int, int, int]],
+        segments: Sequence[CodedRange],
+        packets: Sequence[PacketSlot],
         workspace: Workspace,
     ) -> None:
         device = workspace.device
-        described, first = [], 0
-        for count, out, capacity in packets:
-            elements = sum(segment[2] for segment in segments[first : first + count])
-            described.append((count, [elements], out, capacity))
-            first += count
-        rows = [tensor.described() for tensor in tensors]
-        self._plan = _native_cuda.core().EncodePlan(DTYPE_NUMBERS[dtype], steps, True, rows, segments, described)
+        flat, first = [], 0
+        for packet in packets:
+            last = first + packet.segments
+            flat.append(packet._replace(dims=(sum(segment.elements for segment in segments[first:last]),)))
+            first = last
+        described = [tensor.described() for tensor in tensors]
+        self._plan = _native_cuda.core().EncodePlan(DTYPE_NUMBERS[dtype], steps, True, described, segments, flat)
         self._blob = _native_cuda.on_device(self._plan.blob(), device)
         self._device, self._tensors, self._packets = device, len(tensors), len(packets)
         self._workspace, self._size = workspace, self._plan.workspace_bytes()
@@ -181,8 +224,8 @@ class Decoder:
 
     Args:
         dtype, steps: of the packets.
-        max_segments: most in a packet.
-        tasks: (address of the packet, bytes that may be read, address of its values, how many values).
+        max_segments: maximum number of segments in a packet.
+        tasks: one for each packet.
         own_code_bits: see :func:`own_code_bits`.
         workspace: on the device of all of this.
     """
@@ -192,13 +235,12 @@ class Decoder:
         dtype: torch.dtype,
         steps: int,
         max_segments: int,
-        tasks: Sequence[tuple[int, int, int, int]],
+        tasks: Sequence[DecodeTask],
         own_code_bits: int,
         workspace: Workspace,
     ) -> None:
         device = workspace.device
-        described = [(*task, False) for task in tasks]
-        plan = _native_cuda.core().DecodePlan(DTYPE_NUMBERS[dtype], steps, max_segments, described, own_code_bits)
+        plan = _native_cuda.core().DecodePlan(DTYPE_NUMBERS[dtype], steps, max_segments, tasks, own_code_bits)
         self._plan, self._blob = plan, _native_cuda.on_device(plan.blob(), device)
         self._device, self._workspace, self._size = device, workspace, plan.workspace_bytes()
 
@@ -226,13 +268,10 @@ class RunCopier:
 
     Args:
         dtype: of the targets; sources are float32, or float64 for float64.
-        runs: (address, address, how many values, first fault, how many faults, number of the tensor, residual).
-        device: where all of it is.
+        runs: all of them on ``device``.
     """
 
-    def __init__(
-        self, dtype: torch.dtype, runs: Sequence[tuple[int, int, int, int, int, int, int]], device: torch.device
-    ) -> None:
+    def __init__(self, dtype: torch.dtype, runs: Sequence[Run], device: torch.device) -> None:
         self.plan = _native_cuda.core().RunPlan(DTYPE_NUMBERS[dtype], runs)
         self.blob = _native_cuda.on_device(self.plan.blob(), device)
         self._device = device

@@ -12,11 +12,15 @@ import torch
 from qcomm.codec import (
     ACCOUNT,
     QUANTIZER_BYTES,
+    CodedRange,
     Decoder,
+    DecodeTask,
     DeviceTensor,
     Encoder,
     Grid,
+    PacketSlot,
     Quantizer,
+    Run,
     RunCopier,
     Workspace,
     address,
@@ -42,11 +46,11 @@ def packet_bounds(layout: BucketLayout, grid: Grid, dtype: torch.dtype, device: 
         for chunk in layout.chunks:
             if not chunk.count:
                 continue
-            segments += [(piece.tensor, 0, piece.length, 0) for piece in chunk.pieces]
+            segments += [CodedRange(piece.tensor, 0, piece.length) for piece in chunk.pieces]
             if chunk.raw_count:
-                segments.append((len(tensors), 0, chunk.raw_count, 0))
+                segments.append(CodedRange(len(tensors), 0, chunk.raw_count))
                 tensors.append(DeviceTensor(0, chunk.raw_count, measured=False))
-            packets.append((_segment_count(chunk), 0, 0))
+            packets.append(PacketSlot(_segment_count(chunk)))
         sizes.append(Encoder(dtype, _block_steps(layout), tensors, segments, packets, Workspace(device)).bound())
     return Slots(-(-sizes[0] // 16) * 16, -(-sizes[1] // 16) * 16)
 
@@ -194,7 +198,7 @@ class DeviceSteps:
         return {self._layout.tensors[number].key: quantizer for number, quantizer in found.items()}
 
     def _make_encoder(self) -> None:
-        item, layout, feedback = self._dtype.itemsize, self._layout, self._feedback
+        layout, feedback = self._layout, self._feedback
         inv_scale, keeps_zero = address(self._factors), feedback is not None
         tensors: list[DeviceTensor] = []
         numbers: dict[int, int] = {}  # of the compressed tensors, among those that are measured
@@ -209,34 +213,33 @@ class DeviceSteps:
         others = [chunk for owner, chunk in enumerate(layout.chunks) if owner != self._rank]
         self._raw = self._floats(sum(chunk.raw_count for chunk in others))
         self._value_quantizers = self._bytes(QUANTIZER_BYTES * (len(tensors) + sum(bool(c.raw_count) for c in others)))
-        segments: list[tuple[int, int, int, int]] = []
+        segments: list[CodedRange] = []
         packets, gather, raw = [], [], 0
         for owner, chunk in enumerate(layout.chunks):
             if owner == self._rank or not chunk.count:
                 continue
             for piece in chunk.pieces:
                 residual = 0 if feedback is None else self._local(piece.tensor, piece.start)
-                segments.append((numbers[piece.tensor], piece.start, piece.length, residual))
+                segments.append(CodedRange(numbers[piece.tensor], piece.start, piece.length, residual))
             if chunk.raw_count:
-                segments.append((len(tensors), 0, chunk.raw_count, 0))
+                segments.append(CodedRange(len(tensors), 0, chunk.raw_count))
                 tensors.append(
                     DeviceTensor(address(self._raw, raw), chunk.raw_count, inv_scale=inv_scale, measured=False)
                 )
             for offset, length in chunk.raw_runs:
-                gather.append((address(self._values, offset), address(self._raw, raw), length, 0, 0, -1, 0))
+                gather.append(Run(address(self._values, offset), address(self._raw, raw), length))
                 raw += length
-            packets.append((_segment_count(chunk), address(self.outgoing[owner]), self.slots.values))
+            packets.append(PacketSlot(_segment_count(chunk), address(self.outgoing[owner]), self.slots.values))
         self._gather = RunCopier(self._dtype, gather, self._device)
         self._encoder = Encoder(self._dtype, self._steps, tensors, segments, packets, self._workspaces.encode)
         own, position = [], 0
         for piece in self._chunk.pieces:
             residual = 0 if feedback is None else self._local(piece.tensor, piece.start)
-            source, target = address(self._values, piece.offset), self._mean.data_ptr() + position * item
-            own.append((source, target, piece.length, 0, 0, numbers[piece.tensor], residual))
+            source, target = address(self._values, piece.offset), address(self._mean, position)
+            own.append(Run(source, target, piece.length, tensor=numbers[piece.tensor], residual=residual))
             position += piece.length
         for offset, length in self._chunk.raw_runs:
-            target = self._mean.data_ptr() + position * item
-            own.append((address(self._values, offset), target, length, 0, 0, -1, 0))
+            own.append(Run(address(self._values, offset), address(self._mean, position), length))
             position += length
         self._own = RunCopier(self._dtype, own, self._device)
 
@@ -248,7 +251,7 @@ class DeviceSteps:
         self._first_after = sum(rank < self._rank for rank in senders)
         self._before = self._adder([rank for rank in senders if rank < self._rank], bits)
         self._after = self._adder([rank for rank in senders if rank > self._rank], bits)
-        whole = (self._mean.data_ptr(), self._mean.data_ptr(), chunk.count, 0, len(senders), -1, 0)
+        whole = Run(address(self._mean), address(self._mean), chunk.count, faults=len(senders))
         self._divide = RunCopier(self._dtype, [whole], self._device)
         tensors: list[DeviceTensor] = []
         segments, position = [], 0
@@ -259,22 +262,22 @@ class DeviceSteps:
                 residual = address(self._feedback.owner(key, piece.start, piece.length, self._device))
             at = address(self._mean, position)
             tensors.append(DeviceTensor(at, piece.length, grid, residual, keeps_zero=keeps_zero))
-            segments.append((number, 0, piece.length, residual))
+            segments.append(CodedRange(number, 0, piece.length, residual))
             position += piece.length
         if chunk.raw_count:
-            segments.append((len(tensors), 0, chunk.raw_count, 0))
+            segments.append(CodedRange(len(tensors), 0, chunk.raw_count))
             tensors.append(DeviceTensor(address(self._mean, position), chunk.raw_count, measured=False))
         self._mean_quantizers = self._bytes(QUANTIZER_BYTES * len(tensors))
         self._mean_encoder: Encoder | None = None
         if chunk.count:
-            packet = (len(segments), address(self.mean), self.slots.means)
+            packet = PacketSlot(len(segments), address(self.mean), self.slots.means)
             self._mean_encoder = Encoder(self._dtype, self._steps, tensors, segments, [packet], self._workspaces.encode)
 
     def _adder(self, senders: Sequence[int], bits: int) -> Decoder | None:
         if not senders:
             return None
         tasks = [
-            (address(self.incoming[rank]), self.slots.values, self._mean.data_ptr(), self._chunk.count)
+            DecodeTask(address(self.incoming[rank]), self.slots.values, address(self._mean), self._chunk.count)
             for rank in senders
         ]
         return Decoder(self._dtype, self._steps, _segment_count(self._chunk), tasks, bits, self._workspaces.decode)
@@ -292,9 +295,9 @@ class DeviceSteps:
         tasks, runs, position = [], [], 0
         for number, ((owner, chunk), here) in enumerate(zip(present, in_place, strict=True)):
             source = address(self._buffer, chunk.places[0][0]) if here else address(self._scratch, position)
-            tasks.append((address(self.means[owner]), self.slots.means, source, chunk.count))
+            tasks.append(DecodeTask(address(self.means[owner]), self.slots.means, source, chunk.count))
             for offset, length in chunk.places:
-                runs.append((source, address(self._buffer, offset), length, number, 1, -1, 0))
+                runs.append(Run(source, address(self._buffer, offset), length, first_fault=number, faults=1))
                 source += length * self._dtype.itemsize
             position += 0 if here else chunk.count
         segments = max((_segment_count(chunk) for _, chunk in present), default=1)

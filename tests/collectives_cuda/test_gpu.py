@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
 from qcomm import RangeGrid, SigmaGrid
+from qcomm.codec import DecodeTask
 from qcomm.codec.packet import default_block_steps
 from qcomm.codec.plans_cuda import Decoder, Workspace, address, own_code_bits
 from qcomm.collectives.error_feedback import ErrorFeedback
@@ -223,7 +224,7 @@ def test_a_sum_of_packets():
     for slot, packet in zip(slots, packets, strict=True):
         slot[: packet.numel()] = packet
     slots, total = slots.to(device), torch.ones(elements, device=device)
-    tasks = [(address(slot), slot.numel(), address(total), elements) for slot in slots]
+    tasks = [DecodeTask(address(slot), slot.numel(), address(total), elements) for slot in slots]
     faults = torch.zeros(ranks, dtype=torch.int32, device=device)
     steps, bits = default_block_steps(elements), own_code_bits(SigmaGrid(1.0))
     decoder = Decoder(torch.float32, steps, 1, tasks, bits, Workspace(device))
