@@ -1,8 +1,9 @@
-// The only file that knows Python. Tensors arrive as addresses, checked by qcomm/codec/_native.py; the GIL is released around
-// every operation that walks over data.
+// The only file that knows Python. Tensors arrive as addresses, checked by qcomm/codec/_native.py; the GIL is released
+// around every operation that walks over data.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstddef>
 #include <string>
 
 #include "qcomm/block.h"
@@ -161,8 +162,7 @@ PacketView parse(Address packet, std::int64_t bytes) {
     return view;
 }
 
-py::dict py_parse(Address packet, std::int64_t bytes) {
-    const PacketView view = parse(packet, bytes);
+py::dict describe_front(const PacketView& view) {
     py::list records;
     for (const SegmentRecord& r : view.records) {
         records.append(py::make_tuple(r.count, static_cast<int>(r.grid), static_cast<int>(r.num_bits),
@@ -174,10 +174,33 @@ py::dict py_parse(Address packet, std::int64_t bytes) {
     info["dims"] = view.dims;
     info["element_count"] = view.header.element_count;
     info["steps"] = static_cast<int>(view.header.steps);
-    info["checksums"] = view.checksums != nullptr;
-    info["payload_bytes"] = view.payload_bytes;
     info["records"] = records;
     return info;
+}
+
+py::dict py_parse(Address packet, std::int64_t bytes) {
+    const PacketView view = parse(packet, bytes);
+    py::dict info = describe_front(view);
+    info["checksums"] = view.checksums != nullptr;
+    info["payload_bytes"] = view.payload_bytes;
+    return info;
+}
+
+std::int64_t py_front_bytes(Address packet, std::int64_t present, std::int64_t bytes) {
+    std::int64_t size = 0;
+    raise_if_error(measure_front(pointer<const std::uint8_t>(packet), present, bytes, &size));
+    return size;
+}
+
+py::dict py_parse_front(Address packet, std::int64_t present, std::int64_t bytes) {
+    PacketView view;
+    raise_if_error(parse_front(pointer<const std::uint8_t>(packet), present, bytes, &view));
+    return describe_front(view);
+}
+
+void py_sample_indices(std::int64_t size, std::int64_t count, std::uint32_t seed, Address indices) {
+    py::gil_scoped_release nogil;
+    for (std::int64_t i = 0; i < size; ++i) pointer<std::int64_t>(indices)[i] = sample_index(i, size, count, seed);
 }
 
 void py_decode(Address packet, std::int64_t bytes, Address out, std::int64_t count, int dtype, bool accumulate,
@@ -229,9 +252,19 @@ py::list py_static_tables() {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "qcomm's native core; use it through the qcomm package, which checks its arguments.";
+    // The wire format's sizes (docs/format.md), and that of a Quantizer in a plan's workspace.
+    m.attr("PACKET_HEADER_BYTES") = sizeof(PacketHeader);
+    m.attr("TOTAL_BYTES_AT") = offsetof(PacketHeader, total_bytes);
+    m.attr("DIMENSION_BYTES") = kDimensionBytes;
+    m.attr("SEGMENT_RECORD_BYTES") = sizeof(SegmentRecord);
+    m.attr("CHECKSUM_BYTES") = kChecksumBytes;
+    m.attr("MAX_CODED_BITS") = kMaxCodedBits;
+    m.attr("QUANTIZER_BYTES") = sizeof(Quantizer);
     m.def("set_packet_error", [](py::object error) { packet_error() = std::move(error); });
     m.def("measure", &py_measure);
     m.def("entropy", &py_entropy);
+    m.def("sample_size", &sample_size);
+    m.def("sample_indices", &py_sample_indices);
     m.def("sigma_code", &py_sigma_code);
     m.def("nearest_static_table", &py_nearest_static_table);
     m.def("is_usable",
@@ -241,6 +274,8 @@ PYBIND11_MODULE(_C, m) {
     m.def("encode_bound", &py_encode_bound);
     m.def("encode", &py_encode);
     m.def("parse", &py_parse);
+    m.def("front_bytes", &py_front_bytes);
+    m.def("parse_front", &py_parse_front);
     m.def("decode", &py_decode);
     m.def("count_symbols", &py_count_symbols);
     m.def("code_lengths", &py_code_lengths);

@@ -4,15 +4,25 @@ from typing import TypedDict
 _Quantizer = tuple[int, int, int, int, float, float]
 _Segment = tuple[int, int, int, _Quantizer]
 
-class _Parsed(TypedDict):
+class _Front(TypedDict):
     version: int
     dtype: int
     dims: list[int]
     element_count: int
     steps: int
+    records: list[tuple[int, int, int, int, int, float, float]]
+
+class _Parsed(_Front):
     checksums: bool
     payload_bytes: int
-    records: list[tuple[int, int, int, int, int, float, float]]
+
+PACKET_HEADER_BYTES: int
+TOTAL_BYTES_AT: int
+DIMENSION_BYTES: int
+SEGMENT_RECORD_BYTES: int
+CHECKSUM_BYTES: int
+MAX_CODED_BITS: int
+QUANTIZER_BYTES: int
 
 def set_packet_error(error: type[Exception]) -> None: ...
 def measure(
@@ -31,6 +41,8 @@ def entropy(
     seed: int,
     threads: int,
 ) -> float: ...
+def sample_size(count: int, fraction: float) -> int: ...
+def sample_indices(size: int, count: int, seed: int, indices: int) -> None: ...
 def sigma_code(
     data: int,
     dtype: int,
@@ -60,6 +72,8 @@ def encode(
     capacity: int,
 ) -> int: ...
 def parse(packet: int, bytes: int) -> _Parsed: ...
+def front_bytes(packet: int, present: int, bytes: int) -> int: ...
+def parse_front(packet: int, present: int, bytes: int) -> _Front: ...
 def decode(packet: int, bytes: int, out: int, count: int, dtype: int, accumulate: bool, threads: int) -> None: ...
 def count_symbols(packet: int, bytes: int, segment: int, counts: int) -> None: ...
 def code_lengths(counts: int, size: int, limit: int, lengths: int) -> None: ...

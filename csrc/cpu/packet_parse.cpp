@@ -115,40 +115,66 @@ Status check_layout(const PacketView& view) {
     return at == view.payload_bytes ? Status{} : bad_packet("the payload has bytes that belong to no segment");
 }
 
+Status read_header(const std::uint8_t* packet, std::int64_t present, std::int64_t bytes, PacketHeader* h) {
+    if (present < static_cast<std::int64_t>(sizeof(*h)))
+        return bad_packet("a packet has at least 40 bytes; found", present);
+    std::memcpy(h, packet, sizeof(*h));
+    return check_header(*h, bytes);
+}
+
+std::uint64_t dims_bytes(const PacketHeader& h) { return std::uint64_t{kDimensionBytes} * h.ndim; }
+std::uint64_t records_bytes(const PacketHeader& h) { return sizeof(SegmentRecord) * std::uint64_t{h.segment_count}; }
+std::uint64_t front_bytes_of(const PacketHeader& h) { return sizeof(h) + dims_bytes(h) + records_bytes(h); }
+
 }  // namespace
 
-Status parse_packet(const std::uint8_t* packet, std::int64_t bytes, PacketView* view) {
-    Cursor cursor(packet, bytes);
-    const std::uint8_t* header = cursor.take(sizeof(PacketHeader));
-    if (header == nullptr) return bad_packet("a packet has at least 40 bytes; found", bytes);
+Status measure_front(const std::uint8_t* packet, std::int64_t present, std::int64_t bytes, std::int64_t* front_bytes) {
+    PacketHeader h;
+    QCOMM_RETURN_IF_ERROR(read_header(packet, present, bytes, &h));
+    if (front_bytes_of(h) > static_cast<std::uint64_t>(bytes)) return bad_packet("the packet's metadata is truncated");
+    *front_bytes = static_cast<std::int64_t>(front_bytes_of(h));
+    return {};
+}
+
+Status parse_front(const std::uint8_t* packet, std::int64_t present, std::int64_t bytes, PacketView* view) {
     PacketHeader& h = view->header;
-    std::memcpy(&h, header, sizeof(h));
-    QCOMM_RETURN_IF_ERROR(check_header(h, bytes));
-
-    const std::uint8_t* dims = cursor.take(std::uint64_t{8} * h.ndim);
-    const std::uint8_t* records = cursor.take(sizeof(SegmentRecord) * std::uint64_t{h.segment_count});
-    view->lengths = cursor.take(std::uint64_t{4} * h.lengths_words);
-    if (dims == nullptr || records == nullptr || view->lengths == nullptr)
-        return bad_packet("the packet's metadata is truncated");
+    QCOMM_RETURN_IF_ERROR(read_header(packet, present, bytes, &h));
+    Cursor cursor(packet + sizeof(h), present - static_cast<std::int64_t>(sizeof(h)));
+    const std::uint8_t* dims = cursor.take(dims_bytes(h));
+    const std::uint8_t* records = cursor.take(records_bytes(h));
+    if (dims == nullptr || records == nullptr) return bad_packet("the packet's metadata is truncated");
     view->dims.resize(h.ndim);
-    if (h.ndim > 0) std::memcpy(view->dims.data(), dims, std::size_t{8} * h.ndim);
+    if (h.ndim > 0) std::memcpy(view->dims.data(), dims, dims_bytes(h));
     view->records.resize(h.segment_count);
-    std::memcpy(view->records.data(), records, sizeof(SegmentRecord) * h.segment_count);
+    std::memcpy(view->records.data(), records, records_bytes(h));
 
-    std::uint64_t elements = 0, blocks = 0, sums = 0;
+    std::uint64_t elements = 0;
     for (std::size_t i = 0; i < view->records.size(); ++i) {
         const SegmentRecord& r = view->records[i];
         QCOMM_RETURN_IF_ERROR(check_record(r, h.dtype, static_cast<std::int64_t>(i)));
         elements += r.count;
-        blocks += static_cast<std::uint64_t>(blocks_in(r, h.steps));
-        sums += static_cast<std::uint64_t>(checksums_in(r, h.steps));
         if (elements > kMaxElements) return bad_packet("the segments' counts are out of range");
     }
     if (elements != h.element_count) return bad_packet("the segments' counts do not agree with the element count");
-    QCOMM_RETURN_IF_ERROR(check_dims(view->dims, elements));
+    return check_dims(view->dims, elements);
+}
+
+Status parse_packet(const std::uint8_t* packet, std::int64_t bytes, PacketView* view) {
+    QCOMM_RETURN_IF_ERROR(parse_front(packet, bytes, bytes, view));
+    const PacketHeader& h = view->header;
+    Cursor cursor(packet, bytes);
+    cursor.take(front_bytes_of(h));  // there: parse_front has read it
+    view->lengths = cursor.take(std::uint64_t{4} * h.lengths_words);
+    if (view->lengths == nullptr) return bad_packet("the packet's metadata is truncated");
+
+    std::uint64_t blocks = 0, sums = 0;
+    for (const SegmentRecord& r : view->records) {
+        blocks += static_cast<std::uint64_t>(blocks_in(r, h.steps));
+        sums += static_cast<std::uint64_t>(checksums_in(r, h.steps));
+    }
     const bool with_checksums = (h.flags & kFlagChecksums) != 0;
     view->block_ends = cursor.take(4 * blocks);
-    view->checksums = cursor.take(with_checksums ? 4 * sums : 0);
+    view->checksums = cursor.take(with_checksums ? kChecksumBytes * sums : 0);
     if (view->block_ends == nullptr || view->checksums == nullptr)
         return bad_packet("the packet's block table is truncated");
     if (!with_checksums) view->checksums = nullptr;

@@ -1,8 +1,15 @@
 """The codec: tensors to packets and back, on the CPU and on devices. docs/format.md describes the bytes."""
 
 from qcomm.codec._native import (
+    CHECKSUM_BYTES,
+    DIMENSION_BYTES,
     DTYPE_NUMBERS,
+    MAX_CODED_BITS,
     NO_TABLE,
+    PACKET_HEADER_BYTES,
+    QUANTIZER_BYTES,
+    SEGMENT_RECORD_BYTES,
+    TOTAL_BYTES_AT,
     WIRE_TABLE,
     Coding,
     GridKind,
@@ -34,7 +41,6 @@ from qcomm.codec.packet import (
 )
 from qcomm.codec.plans_cuda import (
     ACCOUNT,
-    QUANTIZER_BYTES,
     Decoder,
     DeviceTensor,
     Encoder,
@@ -44,16 +50,21 @@ from qcomm.codec.plans_cuda import (
     own_code_bits,
     read_quantizers,
 )
-from qcomm.codec.quantize import MAX_CODED_BITS, Code, plan, plan_step
+from qcomm.codec.quantize import Code, plan, plan_step
 
 __all__ = [
     "ACCOUNT",
+    "CHECKSUM_BYTES",
+    "DIMENSION_BYTES",
     "DTYPE_NUMBERS",
     "FAULTS",
     "MAX_CODED_BITS",
     "NO_TABLE",
+    "PACKET_HEADER_BYTES",
     "QUANTIZER_BYTES",
     "RECONSTRUCTIONS",
+    "SEGMENT_RECORD_BYTES",
+    "TOTAL_BYTES_AT",
     "WIRE_TABLE",
     "Code",
     "CodedRange",

@@ -22,6 +22,14 @@ DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
 WIRE_TABLE = 0
 MAX_THREADS = 1024
 NO_TABLE = 255
+# Of the core: csrc/include/qcomm/format.h, and a measured tensor's quantizer in a plan's workspace.
+PACKET_HEADER_BYTES = _C.PACKET_HEADER_BYTES
+TOTAL_BYTES_AT = _C.TOTAL_BYTES_AT  # the packet's size in its header
+DIMENSION_BYTES = _C.DIMENSION_BYTES
+SEGMENT_RECORD_BYTES = _C.SEGMENT_RECORD_BYTES
+CHECKSUM_BYTES = _C.CHECKSUM_BYTES
+MAX_CODED_BITS = _C.MAX_CODED_BITS
+QUANTIZER_BYTES = _C.QUANTIZER_BYTES
 
 
 class GridKind(IntEnum):
@@ -212,6 +220,14 @@ def histogram_entropy(
     return _C.entropy(*_source(values, residual), inv_scale, lo, hi, num_bits, fraction, seed, threads)
 
 
+def sample_indices(count: int, fraction: float, seed: int) -> torch.Tensor:
+    """Returns the int64 indices of the values of a tensor of ``count`` elements that the entropy estimate samples."""
+    size = _C.sample_size(count, fraction)
+    indices = torch.empty(size, dtype=torch.int64)
+    _C.sample_indices(size, count, seed, indices.data_ptr())
+    return indices
+
+
 def sigma_code(
     values: torch.Tensor,
     residual: torch.Tensor | None,
@@ -285,17 +301,51 @@ class ParsedPacket(NamedTuple):
 def parse(packet: torch.Tensor) -> ParsedPacket:
     """Checks a packet's metadata and returns it; raises ``PacketError``."""
     parsed = _C.parse(packet.data_ptr(), packet.numel())
-    records = [
-        (count, Quantizer(GridKind(g), n, Coding(c), t, p0, p1)) for count, g, n, c, t, p0, p1 in parsed["records"]
-    ]
     return ParsedPacket(
         DTYPES[parsed["dtype"]],
         tuple(parsed["dims"]),
         parsed["steps"],
         parsed["checksums"],
         parsed["payload_bytes"],
-        records,
+        _records(parsed["records"]),
     )
+
+
+def _records(records: Sequence[tuple[int, int, int, int, int, float, float]]) -> list[tuple[int, Quantizer]]:
+    return [(count, Quantizer(GridKind(g), n, Coding(c), t, p0, p1)) for count, g, n, c, t, p0, p1 in records]
+
+
+class PacketFront(NamedTuple):
+    """A packet's header, dimensions and segment records: enough to allocate memory before the rest is read."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    steps: int
+    records: list[tuple[int, Quantizer]]  # (count, quantizer)
+
+
+def front_bytes(header: torch.Tensor, packet_bytes: int) -> int:
+    """Returns the size of a packet's front; raises ``PacketError``.
+
+    Args:
+        header: the packet's first ``PACKET_HEADER_BYTES`` bytes, uint8 on the CPU.
+        packet_bytes: size of the whole packet, which bounds that of the front.
+    """
+    return _C.front_bytes(header.data_ptr(), header.numel(), packet_bytes)
+
+
+def parse_front(front: torch.Tensor, packet_bytes: int) -> PacketFront:
+    """Checks a packet's front and returns it; raises ``PacketError``.
+
+    The header checksum is not checked, because it covers more than the front.
+
+    Args:
+        front: the packet's first :func:`front_bytes` bytes, uint8 on the CPU.
+        packet_bytes: size of the whole packet.
+    """
+    parsed = _C.parse_front(front.data_ptr(), front.numel(), packet_bytes)
+    shape, records = tuple(parsed["dims"]), _records(parsed["records"])
+    return PacketFront(DTYPES[parsed["dtype"]], shape, parsed["steps"], records)
 
 
 def decode(packet: torch.Tensor, out: torch.Tensor, accumulate: bool, num_threads: int) -> None:

@@ -1,12 +1,11 @@
 """Packets in device memory: compress and decompress by the kernels, with the bytes of :mod:`qcomm.codec.packet`."""
 
-import math
-import struct
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from qcomm.codec._native import DTYPE_NUMBERS, DTYPES, WIRE_TABLE, Coding
+from qcomm.codec import _native
+from qcomm.codec._native import DTYPE_NUMBERS, PACKET_HEADER_BYTES, WIRE_TABLE, Coding, PacketFront
 from qcomm.codec._native_cuda import (
     FAULTS,
     CodedRange,
@@ -23,13 +22,6 @@ from qcomm.codec.plans_cuda import kernel_grid
 from qcomm.errors import PacketError
 
 __all__ = ["compress", "decompress", "extremes", "sample"]
-
-MAX_CODED_BITS = 12
-MAX_ELEMENTS = 1 << 42
-HEADER = struct.Struct("<IBBBBIIQQHHI")  # docs/format.md
-RECORD_BYTES = 32
-MAGIC = 0x4D4D4351
-MASK = 0xFFFFFFFF
 
 
 def compress(values: torch.Tensor, grid: Grid, checksum: bool, block_steps: int) -> torch.Tensor:
@@ -64,53 +56,24 @@ def extremes(values: torch.Tensor) -> tuple[float, float, bool]:
 
 
 def sample(values: torch.Tensor, fraction: float, seed: int) -> torch.Tensor:
-    """The values that ``sample_index`` of csrc/include/qcomm/entropy.h takes, in their order, 1-D on their device."""
-    count = values.numel()
-    size = min(count, max(1024, math.ceil(fraction * count)))
-    stride, number = count // size, torch.arange(size, device=values.device)
-    h = (number + seed) & MASK
-    h ^= h >> 16
-    h = h * 0x7FEB352D & MASK
-    h ^= h >> 15
-    h = h * 0x846CA68B & MASK
-    h ^= h >> 16
-    return values.reshape(-1)[number * stride + (h * stride >> 32)]
+    """Returns the values that an entropy estimate on the CPU samples, in their order, 1-D on their device."""
+    indices = _native.sample_indices(values.numel(), fraction, seed)
+    return values.reshape(-1)[indices.to(values.device)]
 
 
-class _Expected(NamedTuple):
-    dtype: int
-    shape: list[int]
-    elements: int
-    steps: int
-    segments: int
-    own_code_bits: int
+def _read_front(packet: torch.Tensor) -> PacketFront:
+    """Copies a packet's front to the host, and no more, and lets the core parse it. The kernels check it again."""
+    size = _native.front_bytes(packet[:PACKET_HEADER_BYTES].cpu(), packet.numel())
+    return _native.parse_front(packet[:size].cpu(), packet.numel())
 
 
-def _read_metadata(packet: torch.Tensor) -> _Expected:
-    """What a packet says of itself, as far as memory for it must be allocated; the kernels check all of it again."""
-    if packet.numel() < HEADER.size:
-        raise PacketError(f"a packet has at least {HEADER.size} bytes; found {packet.numel()}")
-    header = HEADER.unpack(packet[: HEADER.size].cpu().numpy().tobytes())
-    magic, version, dtype, _, ndim, _, segments, elements, _, steps, _, _ = header
-    if magic != MAGIC or version != 1:
-        raise PacketError("these bytes are not a qcomm packet of version 1")
-    records_at = HEADER.size + 8 * ndim
-    if (
-        dtype >= len(DTYPES)
-        or not 1 <= steps <= 512
-        or segments < 1
-        or records_at + RECORD_BYTES * segments > packet.numel()
-    ):
-        raise PacketError("the packet's metadata is damaged or truncated")
-    metadata = packet[HEADER.size : records_at + RECORD_BYTES * segments].cpu().numpy().tobytes()
-    shape = list(struct.unpack_from(f"<{ndim}Q", metadata))
-    if max(shape, default=0) > MAX_ELEMENTS or math.prod(shape) != elements or elements > MAX_ELEMENTS:
-        raise PacketError("the dimensions do not agree with the element count")
-    records = struct.iter_unpack("<QBBBB20x", metadata[8 * ndim :])
-    own = [
-        bits for _, _, bits, coding, table in records if coding in (Coding.SINGLE, Coding.PAIR) and table == WIRE_TABLE
-    ]
-    return _Expected(dtype, shape, elements, steps, segments, min(max(own, default=0), MAX_CODED_BITS))
+def _own_code_bits(front: PacketFront) -> int:
+    own = (
+        quantizer.num_bits
+        for _, quantizer in front.records
+        if quantizer.coding in (Coding.SINGLE, Coding.PAIR) and quantizer.table == WIRE_TABLE
+    )
+    return max(own, default=0)
 
 
 def decompress(packet: torch.Tensor) -> torch.Tensor:
@@ -123,13 +86,14 @@ def decompress(packet: torch.Tensor) -> torch.Tensor:
     if packet.data_ptr() % 4 != 0:
         packet = packet.clone()
     with torch.cuda.device_of(packet):
-        expected = _read_metadata(packet)
+        front = _read_front(packet)
         try:
-            out = torch.empty(expected.shape, dtype=DTYPES[expected.dtype], device=device)
+            out = torch.empty(front.shape, dtype=front.dtype, device=device)
         except RuntimeError as error:  # a constant packet of 80 bytes may claim terabytes
-            raise PacketError(f"no memory for the tensor of shape {expected.shape} that the packet claims") from error
-        task = DecodeTask(packet.data_ptr(), packet.numel(), out.data_ptr(), expected.elements, exact=True)
-        plan = core().DecodePlan(expected.dtype, expected.steps, expected.segments, [task], expected.own_code_bits)
+            raise PacketError(f"no memory for the tensor of shape {front.shape} that the packet claims") from error
+        task = DecodeTask(packet.data_ptr(), packet.numel(), out.data_ptr(), out.numel(), exact=True)
+        dtype, segments = DTYPE_NUMBERS[front.dtype], len(front.records)
+        plan = core().DecodePlan(dtype, front.steps, segments, [task], _own_code_bits(front))
         blob = on_device(plan.blob(), device)
         workspace = torch.empty(plan.workspace_bytes(), dtype=torch.uint8, device=device)
         fault = torch.zeros(1, dtype=torch.int32, device=device)

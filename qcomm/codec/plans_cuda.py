@@ -10,10 +10,18 @@ from typing import Any, NamedTuple
 import torch
 
 from qcomm.codec import _native, _native_cuda
-from qcomm.codec._native import DTYPE_NUMBERS, NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer
+from qcomm.codec._native import (
+    DTYPE_NUMBERS,
+    MAX_CODED_BITS,
+    NO_TABLE,
+    QUANTIZER_BYTES,
+    WIRE_TABLE,
+    Coding,
+    GridKind,
+    Quantizer,
+)
 from qcomm.codec._native_cuda import CodedRange, DecodeTask, KernelTensor, PacketSlot, QuantizerHead, Run, SampleRule
 from qcomm.codec.grids import Grid, RangeGrid, SigmaGrid
-from qcomm.codec.quantize import MAX_CODED_BITS
 
 __all__ = [
     "Decoder",
@@ -28,7 +36,6 @@ __all__ = [
     "read_quantizers",
 ]
 
-QUANTIZER_BYTES = 24  # csrc/include/qcomm/quantize.h
 # cuda.h, Account
 ACCOUNT = ("packet_bytes", "largest_packet", "dropped_values", "unsent_packets", "nonfinite_tensors")
 

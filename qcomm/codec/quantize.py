@@ -5,12 +5,19 @@ import math
 import torch
 
 from qcomm.codec import _native
-from qcomm.codec._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, Statistics, measure
+from qcomm.codec._native import (
+    MAX_CODED_BITS,
+    NO_TABLE,
+    WIRE_TABLE,
+    Coding,
+    GridKind,
+    Quantizer,
+    Statistics,
+    measure,
+)
 from qcomm.codec.grids import MIN_SIGMA_STEP, PAIR_BITS, Grid, RangeGrid, SigmaGrid, sigma_num_bits
 
 __all__ = ["Code", "Quantizer", "dequantize", "plan", "plan_step", "quantize"]
-
-MAX_CODED_BITS = 12
 
 Code = tuple[Coding, int]  # a segment's coding and table, as in a packet's segment record
 

@@ -16,7 +16,15 @@ grid's have none that would save anything, so without error feedback the ranks a
 import math
 from dataclasses import dataclass
 
-from qcomm.codec import Grid, RangeGrid, SigmaGrid
+from qcomm.codec import (
+    CHECKSUM_BYTES,
+    DIMENSION_BYTES,
+    PACKET_HEADER_BYTES,
+    SEGMENT_RECORD_BYTES,
+    Grid,
+    RangeGrid,
+    SigmaGrid,
+)
 from qcomm.collectives import Chunk
 
 __all__ = ["PERIOD", "Slots", "adjusted", "is_fixed", "nominal_bytes", "slot_bytes"]
@@ -28,8 +36,10 @@ SLACK_BYTES = 256
 ALIGNMENT = 16
 # A slot is kept as long as packets fill it between these parts.
 LEAST_FILLED, MOST_FILLED = 0.75, 0.97
-# docs/format.md: header and one dimension; a segment record and a checksum; start windows and the rest of a block.
-PACKET_BYTES, SEGMENT_BYTES, BLOCK_BYTES, LEAST_BLOCK_VALUES = 48, 36, 80, 8192
+# Of a flat packet and of each segment in it, besides values; start windows and the rest of a block, by experience.
+PACKET_BYTES = PACKET_HEADER_BYTES + DIMENSION_BYTES
+SEGMENT_BYTES = SEGMENT_RECORD_BYTES + CHECKSUM_BYTES
+BLOCK_BYTES, LEAST_BLOCK_VALUES = 80, 8192
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from qcomm.codec import (
     ACCOUNT,
     QUANTIZER_BYTES,
+    TOTAL_BYTES_AT,
     CodedRange,
     Decoder,
     DecodeTask,
@@ -34,7 +35,6 @@ from qcomm.collectives_cuda.slots import Slots
 __all__ = ["Accounts", "DeviceSteps", "Workspaces", "packet_bounds"]
 
 LARGEST = ACCOUNT.index("largest_packet")
-TOTAL_BYTES_AT = 24  # in a packet's header: docs/format.md
 
 
 def packet_bounds(layout: BucketLayout, grid: Grid, dtype: torch.dtype, device: torch.device) -> Slots:

@@ -62,6 +62,45 @@ def decode_or_packet_error(packet: torch.Tensor) -> torch.Tensor | None:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
+def test_a_front_says_what_the_packet_says(name: str) -> None:
+    packet = SAMPLES[name]
+    size = _native.front_bytes(packet[: _native.PACKET_HEADER_BYTES], packet.numel())
+    front, whole = _native.parse_front(packet[:size].clone(), packet.numel()), _native.parse(packet)
+    assert front == (whole.dtype, whole.shape, whole.steps, whole.records)
+    for present in range(size):
+        with pytest.raises(qcomm.PacketError):
+            _native.parse_front(packet[:present].clone(), packet.numel())
+    for present in range(_native.PACKET_HEADER_BYTES):
+        with pytest.raises(qcomm.PacketError, match="at least 40 bytes"):
+            _native.front_bytes(packet[:present].clone(), packet.numel())
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_damaged_front_is_read_or_refused(name: str) -> None:
+    packet, header_bytes = SAMPLES[name], _native.PACKET_HEADER_BYTES
+    whole = _native.front_bytes(packet[:header_bytes], packet.numel())
+    for at in range(whole):
+        for bit in range(8):
+            bad = packet.clone()
+            bad[at] ^= 1 << bit
+            try:
+                size = _native.front_bytes(bad[:header_bytes].clone(), bad.numel())
+                assert header_bytes <= size <= bad.numel()
+                _native.parse_front(bad[:size].clone(), bad.numel())
+            except qcomm.PacketError:
+                continue
+
+
+def test_a_front_is_no_larger_than_its_packet() -> None:
+    packet = SAMPLES["pair"].clone()
+    packet[12:16] = 255  # segment_count
+    with pytest.raises(qcomm.PacketError, match="metadata is truncated"):
+        _native.front_bytes(packet[: _native.PACKET_HEADER_BYTES], packet.numel())
+    with pytest.raises(qcomm.PacketError, match="metadata is truncated"):
+        _native.parse_front(packet, packet.numel())
+
+
+@pytest.mark.parametrize("name", SAMPLES)
 def test_every_truncation_is_an_error(name: str) -> None:
     packet = SAMPLES[name]
     for size in range(packet.numel()):

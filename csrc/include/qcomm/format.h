@@ -19,6 +19,8 @@ constexpr int kMaxCodeLength = 15;  // a length is a nibble on the wire
 constexpr int kWindowBits =
     16;                       // a lane holds at least this many bits before a lookup, so kMaxCodeLength < kWindowBits
 constexpr int kPairBits = 4;  // the two symbols of a pair code are nibbles
+constexpr int kDimensionBytes = 8;
+constexpr int kChecksumBytes = 4;
 constexpr int kChecksumPiece = 65536;  // bytes of a raw or fixed segment under one inner checksum
 constexpr std::uint8_t kTableOnWire = 0;
 constexpr std::uint8_t kNoTable = 255;

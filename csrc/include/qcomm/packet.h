@@ -49,6 +49,14 @@ struct PacketView {
 };
 Status parse_packet(const std::uint8_t* packet, std::int64_t bytes, PacketView* view);
 
+// The front of a packet is its header, dimensions and segment records: what a reader must know before it allocates
+// memory. Both functions are for a packet of `bytes` bytes of which only the first `present` are readable at `packet`.
+// *front_bytes receives the front's size, at most `bytes`; needs the header.
+Status measure_front(const std::uint8_t* packet, std::int64_t present, std::int64_t bytes, std::int64_t* front_bytes);
+// Fills header, dims and records of `view`; needs the front. Checks all of it but the header checksum, which covers
+// bytes behind the front.
+Status parse_front(const std::uint8_t* packet, std::int64_t present, std::int64_t bytes, PacketView* view);
+
 // Decodes all segments to `out` (header.element_count elements of header.dtype). With `accumulate` adds them to what is
 // there, in float32 or float64: 16-bit packets are refused. After an error the contents of `out` are unspecified. At
 // most `threads` threads work at once.
