@@ -9,7 +9,7 @@ import qcomm
 from qcomm.cli.bench import BENCH_HELP, bench
 from qcomm.cli.inspect import INSPECT_HELP, inspect
 from qcomm.cli.paper import app as paper_app
-from qcomm.cli.plan import plan
+from qcomm.cli.plan import PLAN_HELP, plan
 from qcomm.cli.train import TRAIN_HELP, train
 
 __all__ = ["app"]
@@ -42,5 +42,5 @@ def _root(
 app.add_typer(paper_app)
 app.command(help=BENCH_HELP)(bench)
 app.command(help=TRAIN_HELP)(train)
-app.command()(plan)
+app.command(help=PLAN_HELP)(plan)
 app.command(help=INSPECT_HELP)(inspect)

@@ -1,12 +1,11 @@
-"""``qcomm plan``."""
+"""The command ``qcomm plan``: the prediction of a training step, and advice on compression."""
 
-import dataclasses
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.console import Console
 
+from qcomm.cli.options import option, takes
 from qcomm.collectives import LinkProfile, Profile
 from qcomm.planner import (
     ASSUMED_CODEC,
@@ -22,6 +21,7 @@ from qcomm.planner import (
     Fabric,
     Horovod,
     Method,
+    ModelProfile,
     PlanError,
     Request,
     Scheduler,
@@ -45,189 +45,247 @@ from qcomm.planner import (
     verdict,
 )
 
-__all__ = ["plan"]
+__all__ = ["PLAN_HELP", "plan"]
 
-USER_ERROR = 2
 LEAST_WIDTH = 100
 METHODS = "fp32,bf16,powersgd-2,qcomm-1,qcomm-2"
+
+PLAN_HELP = """Predict a training step on a cluster, and say whether compressing gradients pays there.
+
+[bold]Examples[/bold]
+
+Summit-like nodes: [green]qcomm plan --model resnet50 --gpu v100 --gpus-per-node 6 --nodes 256 --network 200Gbps
+--inside 40GB/s[/green]
+
+From which bandwidth on it stops paying: [green]qcomm plan --network 10Gbps --sweep bandwidth --out plan[/green]
+
+A cluster with effective 4.1 Gb/s: [green]qcomm plan --model bert-large --batch 16 --precision amp --gpus-per-node 4
+--nodes 4 --network 4.1Gbps --fabric exact --no-overlap --methods fp16,qcomm-1[/green]
+
+Horovod: [green]qcomm plan --scheduler horovod --sweep gpus --nodes 128[/green]
+"""
 
 _MODEL, _CLUSTER, _EXCHANGE, _OUTPUT = "Model", "Cluster", "Gradient exchange", "Output"
 
 
-def plan(
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODEL_NAMES)}.", rich_help_panel=_MODEL)] = "resnet50",
-    batch: Annotated[int, typer.Option(help="Samples a GPU and step.", rich_help_panel=_MODEL)] = 32,
-    sequence: Annotated[
-        int | None,
-        typer.Option(help="Tokens a sample.", show_default="128 for BERT, 1024 for GPT-2", rich_help_panel=_MODEL),
-    ] = None,
-    precision: Annotated[
-        str, typer.Option(help="Of computing: fp32 (TF32 where there is that) or amp.", rich_help_panel=_MODEL)
-    ] = "fp32",
-    samples: Annotated[
-        int | None,
-        typer.Option(help="In an epoch.", show_default="ImageNet's for images", rich_help_panel=_MODEL),
-    ] = None,
-    gpu: Annotated[str, typer.Option(help=f"One of {', '.join(GPUS)}.", rich_help_panel=_CLUSTER)] = "v100",
-    samples_per_second: Annotated[
-        float | None,
-        typer.Option(help="Of one GPU that is alone, measured by you.", rich_help_panel=_CLUSTER),
-    ] = None,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a full node.", rich_help_panel=_CLUSTER)] = 8,
-    nodes: Annotated[int | None, typer.Option(help="Full nodes.", show_default="4", rich_help_panel=_CLUSTER)] = None,
-    gpus: Annotated[int | None, typer.Option(help="In all, instead of --nodes.", rich_help_panel=_CLUSTER)] = None,
-    network: Annotated[
-        str | None,
-        typer.Option(
-            help="Rate of a node, e.g. 100Gbps.", show_default="100Gbps, or --profile's", rich_help_panel=_CLUSTER
-        ),
-    ] = None,
-    fabric: Annotated[
-        str | None,
-        typer.Option(
-            help=f"One of {', '.join(FABRICS)}; exact: the rate is what gradients get.",
-            show_default="tcp below 40 Gb/s, otherwise rdma",
-            rich_help_panel=_CLUSTER,
-        ),
-    ] = None,
-    efficiency: Annotated[
-        float | None,
-        typer.Option(help="Share of the rate for gradients.", show_default="the fabric's", rich_help_panel=_CLUSTER),
-    ] = None,
-    latency_us: Annotated[
-        float | None,
-        typer.Option(help="Of a hop between nodes.", show_default="the fabric's", rich_help_panel=_CLUSTER),
-    ] = None,
-    congestion: Annotated[
-        float | None,
-        typer.Option(
-            help="Fraction of the time that each doubling of nodes adds.",
-            show_default="the fabric's",
-            rich_help_panel=_CLUSTER,
-        ),
-    ] = None,
-    inside: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Links of a node: {', '.join(INSIDE)}, or a rate each GPU.",
-            show_default="the GPU's usual ones",
-            rich_help_panel=_CLUSTER,
-        ),
-    ] = None,
-    straggler: Annotated[
-        float,
-        typer.Option(help="Standard deviation of a rank's computing time, a fraction.", rich_help_panel=_CLUSTER),
-    ] = JITTER,
-    profile: Annotated[
-        Path | None,
-        typer.Option(help="Measured link and codec, from qcomm bench --save-profile.", rich_help_panel=_CLUSTER),
-    ] = None,
-    methods: Annotated[
-        str,
-        typer.Option(help="fp32, fp16, bf16, powersgd-R, qcomm-1, qcomm-2, with commas.", rich_help_panel=_EXCHANGE),
-    ] = METHODS,
-    codec_gbps: Annotated[
-        float | None,
-        typer.Option(
-            help="10^9 bytes of fp32 gradients that a GPU's codec handles a second: an assumption.",
-            show_default=f"{ASSUMED_CODEC.encode_gb_per_s:g}, or --profile's",
-            rich_help_panel=_EXCHANGE,
-        ),
-    ] = None,
-    scheduler: Annotated[str, typer.Option(help=f"One of {', '.join(SCHEDULERS)}.", rich_help_panel=_EXCHANGE)] = "ddp",
-    overlap: Annotated[
-        bool, typer.Option(help="Exchange during backward, not after it (DDP).", rich_help_panel=_EXCHANGE)
-    ] = True,
-    bucket_mb: Annotated[float, typer.Option(help="Of DDP, MiB.", rich_help_panel=_EXCHANGE)] = 25.0,
-    cycle_ms: Annotated[float, typer.Option(help="Of Horovod.", rich_help_panel=_EXCHANGE)] = 1.0,
-    fusion_mb: Annotated[float, typer.Option(help="Of Horovod, MiB.", rich_help_panel=_EXCHANGE)] = 128.0,
-    sweep_axis: Annotated[
-        str | None, typer.Option("--sweep", help=f"Along {', '.join(SWEEPS)}.", rich_help_panel=_OUTPUT)
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Directory for plan.json, efficiency.png and speedup.png.", rich_help_panel=_OUTPUT),
-    ] = None,
-    trace: Annotated[
-        Path | None,
-        typer.Option(
-            help="A simulated step of each method for chrome://tracing, in this directory.", rich_help_panel=_OUTPUT
-        ),
-    ] = None,
-) -> None:
-    """Predict a training step on a cluster, and say whether compressing gradients pays there.
+@dataclass(frozen=True)
+class PlanOptions:
+    """The options of ``qcomm plan`` as they were given. None is an option that was left out.
 
-    [bold]Examples[/bold]
-
-    Summit-like nodes: [green]qcomm plan --model resnet50 --gpu v100 --gpus-per-node 6 --nodes 256 --network 200Gbps
-    --inside 40GB/s[/green]
-
-    From which bandwidth on it stops paying: [green]qcomm plan --network 10Gbps --sweep bandwidth --out plan[/green]
-
-    A cluster with effective 4.1 Gb/s: [green]qcomm plan --model bert-large --batch 16 --precision amp --gpus-per-node 4
-    --nodes 4 --network 4.1Gbps --fabric exact --no-overlap --methods fp16,qcomm-1[/green]
-
-    Horovod: [green]qcomm plan --scheduler horovod --sweep gpus --nodes 128[/green]
+    Raises:
+        PlanError: a value that is out of its range, or options that contradict each other. :class:`Request` and its
+            parts check the rest.
     """
-    try:
-        chosen = [method_named(name.strip()) for name in methods.split(",")]
-        measured = None if profile is None else _read_profile(profile)
-        link, between = _network(network, fabric, measured)
-        if latency_us is not None:
-            between = dataclasses.replace(between, latency_us=latency_us)
-        if congestion is not None:
-            between = dataclasses.replace(between, congestion=congestion)
-        profile_of_model = built_in(model, sequence)
-        if samples is not None:
-            if samples < 1:
-                raise PlanError(f"samples is {samples}; it must be at least 1")
-            profile_of_model = profile_of_model.with_dataset(samples)
-        request = Request(
-            model=profile_of_model,
-            batch=batch,
-            gpus=_gpus(gpus, nodes, gpus_per_node),
-            gpus_per_node=gpus_per_node,
-            network_gb_per_s=link,
-            gpu=gpu_named(gpu),
-            precision=precision,
-            fabric=between,
-            efficiency=efficiency,
-            inside=_inside(inside, measured),
-            scheduler=_scheduler(scheduler, overlap, bucket_mb, cycle_ms, fusion_mb),
-            codec=_codec(codec_gbps, measured),
-            jitter=straggler,
-            samples_per_second=samples_per_second,
+
+    model: str = field(default="resnet50", metadata=option("One of {choices}.", _MODEL, choices=MODEL_NAMES))
+    batch: int = field(default=32, metadata=option("Samples a GPU and step.", _MODEL))
+    sequence: int | None = field(
+        default=None, metadata=option("Tokens a sample.", _MODEL, shown="128 for BERT, 1024 for GPT-2")
+    )
+    precision: str = field(
+        default=Request.precision, metadata=option("Of computing: fp32 (TF32 where there is that) or amp.", _MODEL)
+    )
+    samples: int | None = field(default=None, metadata=option("In an epoch.", _MODEL, shown="ImageNet's for images"))
+    gpu: str = field(default="v100", metadata=option("One of {choices}.", _CLUSTER, choices=GPUS))
+    samples_per_second: float | None = field(
+        default=None, metadata=option("Of one GPU that is alone, measured by you.", _CLUSTER)
+    )
+    gpus_per_node: int = field(default=8, metadata=option("GPUs of a full node.", _CLUSTER))
+    nodes: int | None = field(default=None, metadata=option("Full nodes.", _CLUSTER, shown="4"))
+    gpus: int | None = field(default=None, metadata=option("In all, instead of --nodes.", _CLUSTER))
+    network: str | None = field(
+        default=None,
+        metadata=option("Rate of a node, e.g. 100Gbps.", _CLUSTER, shown="100Gbps, or --profile's"),
+    )
+    fabric: str | None = field(
+        default=None,
+        metadata=option(
+            "One of {choices}; exact: the rate is what gradients get.",
+            _CLUSTER,
+            choices=FABRICS,
+            shown="tcp below 40 Gb/s, otherwise rdma",
+        ),
+    )
+    efficiency: float | None = field(
+        default=None, metadata=option("Share of the rate for gradients.", _CLUSTER, shown="the fabric's")
+    )
+    latency_us: float | None = field(
+        default=None, metadata=option("Of a hop between nodes.", _CLUSTER, shown="the fabric's")
+    )
+    congestion: float | None = field(
+        default=None,
+        metadata=option("Fraction of the time that each doubling of nodes adds.", _CLUSTER, shown="the fabric's"),
+    )
+    inside: str | None = field(
+        default=None,
+        metadata=option(
+            "Links of a node: {choices}, or a rate each GPU.",
+            _CLUSTER,
+            choices=INSIDE,
+            shown="the GPU's usual ones",
+        ),
+    )
+    straggler: float = field(
+        default=JITTER,
+        metadata=option("Standard deviation of a rank's computing time, a fraction.", _CLUSTER),
+    )
+    profile: Path | None = field(
+        default=None,
+        metadata=option("Measured link and codec, from qcomm bench --save-profile.", _CLUSTER),
+    )
+    methods: str = field(
+        default=METHODS,
+        metadata=option("fp32, fp16, bf16, powersgd-R, qcomm-1, qcomm-2, with commas.", _EXCHANGE),
+    )
+    codec_gbps: float | None = field(
+        default=None,
+        metadata=option(
+            "10^9 bytes of fp32 gradients that a GPU's codec handles a second: an assumption.",
+            _EXCHANGE,
+            shown=f"{ASSUMED_CODEC.encode_gb_per_s:g}, or --profile's",
+        ),
+    )
+    scheduler: str = field(default="ddp", metadata=option("One of {choices}.", _EXCHANGE, choices=SCHEDULERS))
+    overlap: bool = field(
+        default=Ddp.overlap, metadata=option("Exchange during backward, not after it (DDP).", _EXCHANGE)
+    )
+    bucket_mb: float = field(default=Ddp.bucket_mib, metadata=option("Of DDP, MiB.", _EXCHANGE))
+    cycle_ms: float = field(default=Horovod.cycle_ms, metadata=option("Of Horovod.", _EXCHANGE))
+    fusion_mb: float = field(default=Horovod.fusion_mib, metadata=option("Of Horovod, MiB.", _EXCHANGE))
+    sweep: str | None = field(default=None, metadata=option("Along {choices}.", _OUTPUT, choices=SWEEPS))
+    out: Path | None = field(
+        default=None, metadata=option("Directory for plan.json, efficiency.png and speedup.png.", _OUTPUT)
+    )
+    trace: Path | None = field(
+        default=None,
+        metadata=option("A simulated step of each method for chrome://tracing, in this directory.", _OUTPUT),
+    )
+
+    def __post_init__(self) -> None:
+        for name, choices in (("fabric", FABRICS), ("scheduler", SCHEDULERS)):
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise PlanError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+        for name, value in (("samples", self.samples), ("gpus_per_node", self.gpus_per_node)):
+            if value is not None and value < 1:
+                raise PlanError(f"{name} is {value}; it must be at least 1")
+        in_nodes = None if self.nodes is None else self.nodes * self.gpus_per_node
+        if self.gpus is not None and in_nodes not in (None, self.gpus):
+            raise PlanError(
+                f"gpus is {self.gpus}, but {self.nodes} nodes of {self.gpus_per_node} are {in_nodes}; "
+                "give one of the two"
+            )
+        if self.gpus is None and self.nodes is not None and self.nodes < 1:
+            raise PlanError(f"nodes is {self.nodes}; it must be at least 1")
+        if self.scheduler == "horovod" and not self.overlap:
+            raise PlanError("--no-overlap belongs to --scheduler ddp: Horovod exchanges during backward")
+        if self.codec_gbps is not None and not 0 < self.codec_gbps < 1e6:
+            raise PlanError(
+                f"codec_gbps is {self.codec_gbps}; it must be positive, in GB/s of fp32 gradients, such as 25"
+            )
+
+    @property
+    def same_fabric(self) -> bool:
+        """True where a sweep over bandwidths keeps the kind of network."""
+        return self.fabric is not None or self.profile is not None
+
+    def request(self) -> Request:
+        """Reads the profile, and builds the question to the planner."""
+        measured = None if self.profile is None else _read_profile(self.profile)
+        rate, fabric = self._network(measured)
+        return Request(
+            model=self._model(),
+            batch=self.batch,
+            gpus=self._all_gpus(),
+            gpus_per_node=self.gpus_per_node,
+            network_gb_per_s=rate,
+            gpu=gpu_named(self.gpu),
+            precision=self.precision,
+            fabric=fabric,
+            efficiency=self.efficiency,
+            inside=self._inside(measured),
+            scheduler=self._scheduler(),
+            codec=self._codec(measured),
+            jitter=self.straggler,
+            samples_per_second=self.samples_per_second,
         )
-        _run(request, chosen, sweep_axis, fabric is not None or measured is not None, out, trace)
-    except (PlanError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(USER_ERROR) from error
+
+    def _all_gpus(self) -> int:
+        if self.gpus is not None:
+            return self.gpus
+        return (4 if self.nodes is None else self.nodes) * self.gpus_per_node
+
+    def _model(self) -> ModelProfile:
+        profile = built_in(self.model, self.sequence)
+        return profile if self.samples is None else profile.with_dataset(self.samples)
+
+    def _network(self, measured: Profile | None) -> tuple[float, Fabric]:
+        if measured is not None and self.network is None:
+            rate, fabric = measured.link.gb_per_s, replace(FABRICS["exact"], latency_us=measured.link.latency_us)
+        else:
+            rate = parse_bandwidth(self.network or "100Gbps")
+            fabric = FABRICS[self.fabric or default_fabric(rate)]
+        if self.latency_us is not None:
+            fabric = replace(fabric, latency_us=self.latency_us)
+        if self.congestion is not None:
+            fabric = replace(fabric, congestion=self.congestion)
+        return rate, fabric
+
+    def _inside(self, measured: Profile | None) -> LinkProfile | None:
+        if self.inside is not None:
+            return inside_link(self.inside)
+        return None if measured is None else measured.inside
+
+    def _codec(self, measured: Profile | None) -> Codec:
+        if self.codec_gbps is not None:
+            return replace(ASSUMED_CODEC, encode_gb_per_s=self.codec_gbps, decode_gb_per_s=self.codec_gbps)
+        if measured is None:
+            return ASSUMED_CODEC
+        codec = measured.codec
+        return Codec(codec.encode_gb_per_s, codec.decode_gb_per_s, on_gpu=False, assumed=False, ratio=codec.ratio)
+
+    def _scheduler(self) -> Scheduler:
+        if self.scheduler == "ddp":
+            return Ddp(bucket_mib=self.bucket_mb, overlap=self.overlap)
+        return Horovod(cycle_ms=self.cycle_ms, fusion_mib=self.fusion_mb)
 
 
-def _run(
-    request: Request, methods: list[Method], axis: str | None, same_fabric: bool, out: Path | None, trace: Path | None
-) -> None:
-    # Narrower than this a table is torn; a file or a pipe has no width of its own.
+@takes(PlanOptions, PlanError, OSError)
+def plan(options: PlanOptions) -> None:
+    """Predicts the step with every method, prints the advice, and writes the files that were asked for."""
+    methods = [method_named(name.strip()) for name in options.methods.split(",")]
+    request = options.request()
+    # A narrower table is torn, and a file or a pipe has no width of its own.
     console = Console(width=max(Console().width, LEAST_WIDTH))
-    points = [("", request)] if axis is None else sweep(request, axis, same_fabric)
+    points = [("", request)] if options.sweep is None else sweep(request, options.sweep, options.same_fabric)
     rows = [(label, [predict(at, method) for method in methods]) for label, at in points]
     print_table(console, request, rows)
     found = estimate(request.model, request.batch, request.gpus)
-    here = predict(request, methods[0])
-    print_estimate(console, request, found, here.samples_per_second)
+    print_estimate(console, request, found, predict(request, methods[0]).samples_per_second)
     for text in assumptions(request):
         console.print(text, style="yellow", highlight=False)
-    decision = verdict(request, methods, same_fabric)
+    decision = verdict(request, methods, options.same_fabric)
     if decision is not None:
         console.print(f"Verdict: {decision.text}.", style="bold", highlight=False)
-    if trace is not None:
-        trace.mkdir(parents=True, exist_ok=True)
-        for method in methods:
-            (trace / f"{method.name}.trace.json").write_text(chrome_trace(trace_step(request, method)))
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "plan.json").write_text(document(request, rows, found, decision) + "\n")
-        _plot(request, methods, same_fabric, out)
+    if options.trace is not None:
+        _write_traces(request, methods, options.trace)
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "plan.json").write_text(document(request, rows, found, decision) + "\n")
+        _plot(request, methods, options.same_fabric, options.out)
+
+
+def _read_profile(path: Path) -> Profile:
+    try:
+        return Profile.load(path)
+    except ValueError as error:
+        raise PlanError(f"{error}; write one with qcomm bench --save-profile {path}") from error
+
+
+def _write_traces(request: Request, methods: list[Method], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for method in methods:
+        (folder / f"{method.name}.trace.json").write_text(chrome_trace(trace_step(request, method)))
 
 
 def _plot(request: Request, methods: list[Method], same_fabric: bool, out: Path) -> None:
@@ -246,61 +304,3 @@ def _plot(request: Request, methods: list[Method], same_fabric: bool, out: Path)
         if request.codec.assumed:
             title += f"; assumed codec, {request.codec.encode_gb_per_s:g} GB/s"
         plot_heat_map(heat, title, out / "speedup.png")
-
-
-def _read_profile(path: Path) -> Profile:
-    try:
-        return Profile.load(path)
-    except ValueError as error:
-        raise PlanError(f"{error}; write one with qcomm bench --save-profile {path}") from error
-
-
-def _gpus(gpus: int | None, nodes: int | None, gpus_per_node: int) -> int:
-    if gpus_per_node < 1:
-        raise PlanError(f"gpus_per_node is {gpus_per_node}; it must be at least 1")
-    if gpus is not None and nodes is not None and gpus != nodes * gpus_per_node:
-        raise PlanError(
-            f"gpus is {gpus}, but {nodes} nodes of {gpus_per_node} are {nodes * gpus_per_node}; give one of the two"
-        )
-    if gpus is not None:
-        return gpus
-    nodes = 4 if nodes is None else nodes
-    if nodes < 1:
-        raise PlanError(f"nodes is {nodes}; it must be at least 1")
-    return nodes * gpus_per_node
-
-
-def _network(network: str | None, fabric: str | None, measured: Profile | None) -> tuple[float, Fabric]:
-    if fabric is not None and fabric not in FABRICS:
-        raise PlanError(f"fabric is {fabric!r}; it must be one of {', '.join(FABRICS)}")
-    if measured is not None and network is None:
-        return measured.link.gb_per_s, dataclasses.replace(FABRICS["exact"], latency_us=measured.link.latency_us)
-    rate = parse_bandwidth(network or "100Gbps")
-    return rate, FABRICS[fabric or default_fabric(rate)]
-
-
-def _inside(inside: str | None, measured: Profile | None) -> LinkProfile | None:
-    if inside is not None:
-        return inside_link(inside)
-    return None if measured is None else measured.inside
-
-
-def _codec(codec_gbps: float | None, measured: Profile | None) -> Codec:
-    if codec_gbps is not None:
-        if not 0 < codec_gbps < 1e6:
-            raise PlanError(f"codec_gbps is {codec_gbps}; it must be positive, in GB/s of fp32 gradients, such as 25")
-        return dataclasses.replace(ASSUMED_CODEC, encode_gb_per_s=codec_gbps, decode_gb_per_s=codec_gbps)
-    if measured is None:
-        return ASSUMED_CODEC
-    codec = measured.codec
-    return Codec(codec.encode_gb_per_s, codec.decode_gb_per_s, on_gpu=False, assumed=False, ratio=codec.ratio)
-
-
-def _scheduler(name: str, overlap: bool, bucket_mib: float, cycle_ms: float, fusion_mib: float) -> Scheduler:
-    if name == "ddp":
-        return Ddp(bucket_mib=bucket_mib, overlap=overlap)
-    if name == "horovod":
-        if not overlap:
-            raise PlanError("--no-overlap belongs to --scheduler ddp: Horovod exchanges during backward")
-        return Horovod(cycle_ms=cycle_ms, fusion_mib=fusion_mib)
-    raise PlanError(f"scheduler is {name!r}; it must be one of {', '.join(SCHEDULERS)}")
