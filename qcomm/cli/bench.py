@@ -1,18 +1,18 @@
-"""``qcomm bench``: measures codec and link, prints a table, and writes the profile by which ``auto`` chooses."""
+"""The command ``qcomm bench``: rates of codec and link, and the profile by which ``auto`` chooses."""
 
 import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NoReturn
 
 import torch
 import torch.distributed as dist
 import typer
 
+from qcomm.cli.options import option, takes
 from qcomm.codec import Grid, RangeGrid, SigmaGrid
 from qcomm.collectives import CodecProfile, LinkProfile, Profile, measure_codec, measure_link, slowest
-from qcomm.recipes import USER_ERROR, RecipeError, launch, launched_world_size
+from qcomm.recipes import RecipeError, launch, launched_world_size
 from qcomm.transport import GlooTransport, MpiGroup, Transport
 
 __all__ = ["BENCH_HELP", "bench"]
@@ -37,77 +37,74 @@ Then, in a program: [green]qcomm.attach(model, strategy="auto", profile="profile
 
 
 @dataclass(frozen=True)
-class _Bench:
-    """What every rank measures."""
+class BenchOptions:
+    """The options of ``qcomm bench``, which every rank receives.
 
-    data: str
-    mib: float
-    grid: Grid
-    threads: int
-    message_mib: float
-    ranks_per_node: int
-    repeats: int
-    mpi: bool
-    save_profile: Path | None
+    Raises:
+        RecipeError: a value that is out of its range.
+    """
 
+    data: str = field(
+        default="gauss",
+        metadata=option("Values: {choices}, or a file with a tensor that torch.save wrote.", choices=SYNTHETIC),
+    )
+    mib: float = field(default=25.0, metadata=option("MiB of float32 values, without a file."))
+    grid: str = field(default="sigma", metadata=option("One of {choices}.", choices=GRIDS))
+    step: float = field(default=1.0, metadata=option("Of the sigma grid, in standard deviations."))
+    c: float = field(default=6.0, metadata=option("Of the range grid, bits above the entropy."))
+    threads: int = field(default=1, metadata=option("Of the codec, per rank."))
+    ranks: int | None = field(default=None, metadata=option("Processes to start here.", shown="1, or the launcher's"))
+    message_mib: float = field(default=4.0, metadata=option("MiB of a message on the link."))
+    ranks_per_node: int = field(
+        default=1,
+        metadata=option("Measure links inside nodes of so many ranks and between nodes apart; 1: all alike."),
+    )
+    mpi: bool = field(default=False, metadata=option("Measure the link over MPI; under mpirun.", flag="--mpi"))
+    repeats: int = field(default=20, metadata=option("Of each measurement; medians count."))
+    save_profile: Path | None = field(
+        default=None, metadata=option("Write the profile, which attach and all_reduce read: profile=FILE.")
+    )
 
-def bench(
-    data: Annotated[
-        str, typer.Option(help=f"Values: {', '.join(SYNTHETIC)}, or a file with a tensor that torch.save wrote.")
-    ] = "gauss",
-    mib: Annotated[float, typer.Option(help="MiB of float32 values, without a file.")] = 25.0,
-    grid: Annotated[str, typer.Option(help=f"One of {', '.join(GRIDS)}.")] = "sigma",
-    step: Annotated[float, typer.Option(help="Of the sigma grid, in standard deviations.")] = 1.0,
-    c: Annotated[float, typer.Option("--c", help="Of the range grid, bits above the entropy.")] = 6.0,
-    threads: Annotated[int, typer.Option(help="Of the codec, per rank.")] = 1,
-    ranks: Annotated[
-        int | None, typer.Option(help="Processes to start here.", show_default="1, or the launcher's")
-    ] = None,
-    message_mib: Annotated[float, typer.Option(help="MiB of a message on the link.")] = 4.0,
-    ranks_per_node: Annotated[
-        int, typer.Option(help="Measure links inside nodes of so many ranks and between nodes apart; 1: all alike.")
-    ] = 1,
-    mpi: Annotated[bool, typer.Option("--mpi", help="Measure the link over MPI; under mpirun.")] = False,
-    repeats: Annotated[int, typer.Option(help="Of each measurement; medians count.")] = 20,
-    save_profile: Annotated[
-        Path | None, typer.Option(help="Write the profile, which attach and all_reduce read: profile=FILE.")
-    ] = None,
-) -> None:
-    """Check what can be checked without ranks, and launch."""
-    try:
-        for name, value in (
-            ("--threads", threads),
-            ("--ranks-per-node", ranks_per_node),
-            ("--repeats", repeats),
-            ("--mib", mib),
-            ("--message-mib", message_mib),
-        ):
-            if not value > 0:
-                raise RecipeError(f"{name} is {value}; it must be positive")
-        if grid not in GRIDS:
-            raise RecipeError(f"--grid is {grid!r}; it must be one of {', '.join(GRIDS)}")
+    def __post_init__(self) -> None:
+        for name in ("threads", "ranks_per_node", "repeats", "mib", "message_mib"):
+            if not getattr(self, name) > 0:
+                raise RecipeError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be positive")
+        if self.grid not in GRIDS:
+            raise RecipeError(f"--grid is {self.grid!r}; it must be one of {', '.join(GRIDS)}")
         try:
-            chosen: Grid = SigmaGrid(step=step) if grid == "sigma" else RangeGrid(c=c)
+            _ = self.chosen_grid
         except ValueError as error:
-            raise RecipeError(f"--grid {grid}: {error}") from error
-        launched = launched_world_size()
-        size = launched or ranks or 1
-        if size == 1 and save_profile is not None:
-            raise RecipeError("--save-profile needs a link to measure: use a launcher, or --ranks 2 for this machine's")
-        if size % ranks_per_node or (ranks_per_node > 1 and size == ranks_per_node):
-            raise RecipeError(f"--ranks-per-node is {ranks_per_node}; {size} ranks must be several such nodes")
-        if mpi and launched is None:
+            raise RecipeError(f"--grid {self.grid}: {error}") from error
+
+    @property
+    def chosen_grid(self) -> Grid:
+        """The grid with its step or its bits."""
+        return SigmaGrid(step=self.step) if self.grid == "sigma" else RangeGrid(c=self.c)
+
+
+@takes(BenchOptions, RecipeError)
+def bench(options: BenchOptions) -> None:
+    """Checks the parts that need no ranks, and launches."""
+    launched = launched_world_size()
+    size = launched or options.ranks or 1
+    _check_world(options, size)
+    if options.mpi:
+        if launched is None:
             raise RecipeError("--mpi needs the ranks of mpirun: mpirun -np 4 qcomm bench --mpi")
-        if mpi:
-            _start_mpi()
-        arguments = _Bench(data, mib, chosen, threads, message_mib, ranks_per_node, repeats, mpi, save_profile)
-        launch(_run, ranks if launched is not None else size, 1, arguments)
-    except RecipeError as error:
-        _fail(str(error))
+        _start_mpi()
+    launch(_run, options.ranks if launched is not None else size, 1, options)
+
+
+def _check_world(options: BenchOptions, size: int) -> None:
+    node = options.ranks_per_node
+    if size == 1 and options.save_profile is not None:
+        raise RecipeError("--save-profile needs a link to measure: use a launcher, or --ranks 2 for this machine's")
+    if size % node or (node > 1 and size == node):
+        raise RecipeError(f"--ranks-per-node is {node}; {size} ranks must be several such nodes")
 
 
 def _start_mpi() -> None:
-    """Before the launch, which ends the MPI that it starts itself."""
+    """Initializes MPI before the launch, which ends the MPI that it starts itself."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -116,12 +113,12 @@ def _start_mpi() -> None:
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
 
 
-def _run(options: _Bench) -> None:
-    """One rank's measurements; rank 0 prints and writes."""
+def _run(options: BenchOptions) -> None:
+    """Measures on this rank; rank 0 prints and writes."""
     world_size, rank = dist.get_world_size(), dist.get_rank()
     values = _values(options.data, options.mib, rank)
     if world_size == 1:
-        codec = measure_codec(values, options.grid, options.threads, options.repeats)
+        codec = measure_codec(values, options.chosen_grid, options.threads, options.repeats)
         _print(_codec_rows(codec))
         return
     try:
@@ -146,11 +143,11 @@ def _run(options: _Bench) -> None:
             typer.echo(f"written to {options.save_profile}")
 
 
-def _profile(options: _Bench, transport: Transport, values: torch.Tensor) -> Profile:
-    """What all ranks can do at once."""
+def _profile(options: BenchOptions, transport: Transport, values: torch.Tensor) -> Profile:
+    """Measures codec and links while all ranks work, and returns the slowest of each."""
     world_size, rank, node = transport.world_size, transport.rank, options.ranks_per_node
     transport.exchange_small([torch.zeros(1)] * world_size, "beginning together")
-    codec = measure_codec(values, options.grid, options.threads, options.repeats)
+    codec = measure_codec(values, options.chosen_grid, options.threads, options.repeats)
     size = max(1, int(options.message_mib * MIB))
     link = measure_link(transport, range(rank % node, world_size, node), size, options.repeats)
     inside: LinkProfile | None = None
@@ -205,8 +202,3 @@ def _link_rows(name: str, link: LinkProfile | None) -> list[tuple[str, str]]:
 def _print(rows: Sequence[tuple[str, str]]) -> None:
     for name, value in rows:
         typer.echo(f"{name:<16} {value}")
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(USER_ERROR)

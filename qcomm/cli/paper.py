@@ -1,15 +1,16 @@
-"""``qcomm paper``: a command for each experiment, all with the same options."""
+"""The commands ``qcomm paper``: one for each experiment, all with the same options."""
 
 import os
 import shlex
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
+from qcomm.cli.options import option, takes
 from qcomm.paper import DATASETS, EXPERIMENTS, Experiment, Settings, perform
-from qcomm.recipes import USER_ERROR, RecipeError
+from qcomm.recipes import RecipeError
 
 app = typer.Typer(
     name="paper",
@@ -21,12 +22,67 @@ app = typer.Typer(
 _NETWORK, _RUNS = "Network and data", "Runs"
 
 
+@dataclass(frozen=True)
+class PaperOptions:
+    """The options of every experiment. :class:`Settings` checks its fields, and ``perform`` the rest."""
+
+    dataset: str = field(default="digits", metadata=option("One of {choices}.", _NETWORK, choices=DATASETS))
+    data_dir: Path | None = field(default=None, metadata=option("Directory with the data set's files.", _NETWORK))
+    train_images: int | None = field(
+        default=None, metadata=option("Train on the first so many.", _NETWORK, shown="all")
+    )
+    epochs: int = field(
+        default=Settings.epochs,
+        metadata=option("Passes over the data; weights are exchanged after each.", _NETWORK),
+    )
+    workers: int = field(
+        default=Settings.workers, metadata=option("Share the images and average their weights.", _NETWORK)
+    )
+    batch_size: int = field(default=Settings.batch_size, metadata=option("Images per worker and step.", _NETWORK))
+    lr: float = field(default=Settings.learning_rate, metadata=option("Learning rate of SGD, constant.", _NETWORK))
+    runs: int = field(default=5, metadata=option("Seeds for each setting.", _RUNS))
+    seed: int = field(default=Settings.seed, metadata=option("The first of them.", _RUNS))
+    jobs: int | None = field(default=None, metadata=option("Runs at a time.", _RUNS, shown="one per core"))
+    processes: bool = field(
+        default=False,
+        metadata=option(
+            "Workers are processes that exchange over gloo. The weights are the same.",
+            _RUNS,
+            flag="--processes/--single-process",
+        ),
+    )
+    out: Path = field(
+        default=Path("runs/paper"), metadata=option("Directory for results, plots and finished runs.", _RUNS)
+    )
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that all runs share."""
+        return Settings(
+            dataset=self.dataset,
+            data_dir=self.data_dir,
+            train_images=self.train_images,
+            epochs=self.epochs,
+            seed=self.seed,
+            workers=self.workers,
+            batch_size=self.batch_size,
+            learning_rate=self.lr,
+        )
+
+    @property
+    def jobs_at_once(self) -> int:
+        """The number of runs at a time, where None stands for all cores."""
+        if self.jobs is not None:
+            return self.jobs
+        return max(1, _usable_cores() // (self.workers if self.processes else 1))
+
+
 def _usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _reproduce(experiment: Experiment, base: Settings, runs: int, in_processes: bool) -> list[str]:
-    """The command line with everything written out that the result depends on."""
+    """Returns the command line with every option that the result depends on."""
     options = {
         "--dataset": base.dataset,
         "--train-images": base.train_images,
@@ -42,71 +98,17 @@ def _reproduce(experiment: Experiment, base: Settings, runs: int, in_processes: 
 
 
 def _command(experiment: Experiment) -> Callable[..., None]:
-    def run(
-        dataset: Annotated[
-            str, typer.Option(help=f"One of {', '.join(DATASETS)}.", rich_help_panel=_NETWORK)
-        ] = "digits",
-        data_dir: Annotated[
-            Path | None, typer.Option(help="Directory with the data set's files.", rich_help_panel=_NETWORK)
-        ] = None,
-        train_images: Annotated[
-            int | None, typer.Option(help="Train on the first so many.", show_default="all", rich_help_panel=_NETWORK)
-        ] = None,
-        epochs: Annotated[
-            int, typer.Option(help="Passes over the data; weights are exchanged after each.", rich_help_panel=_NETWORK)
-        ] = 30,
-        workers: Annotated[
-            int, typer.Option(help="Share the images and average their weights.", rich_help_panel=_NETWORK)
-        ] = 2,
-        batch_size: Annotated[int, typer.Option(help="Images per worker and step.", rich_help_panel=_NETWORK)] = 20,
-        lr: Annotated[float, typer.Option(help="Learning rate of SGD, constant.", rich_help_panel=_NETWORK)] = 0.05,
-        runs: Annotated[int, typer.Option(help="Seeds for each setting.", rich_help_panel=_RUNS)] = 5,
-        seed: Annotated[int, typer.Option(help="The first of them.", rich_help_panel=_RUNS)] = 0,
-        jobs: Annotated[
-            int | None, typer.Option(help="Runs at a time.", show_default="one per core", rich_help_panel=_RUNS)
-        ] = None,
-        processes: Annotated[
-            bool,
-            typer.Option(
-                "--processes/--single-process",
-                help="Workers are processes that exchange over gloo. The weights are the same.",
-                rich_help_panel=_RUNS,
-            ),
-        ] = False,
-        out: Annotated[
-            Path, typer.Option(help="Directory for results, plots and finished runs.", rich_help_panel=_RUNS)
-        ] = Path("runs/paper"),
-    ) -> None:
-        try:
-            base = Settings(
-                dataset=dataset,
-                data_dir=data_dir,
-                train_images=train_images,
-                epochs=epochs,
-                seed=seed,
-                workers=workers,
-                batch_size=batch_size,
-                learning_rate=lr,
-            )
-            command = _reproduce(experiment, base, runs, processes)
-            default_jobs = max(1, _usable_cores() // (workers if processes else 1))
-            document = perform(
-                experiment,
-                base,
-                runs,
-                out,
-                command,
-                jobs=default_jobs if jobs is None else jobs,
-                in_processes=processes,
-            )
-        except RecipeError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(USER_ERROR) from None
+    @takes(PaperOptions, RecipeError)
+    def run(options: PaperOptions) -> None:
+        base = options.settings
+        command = _reproduce(experiment, base, options.runs, options.processes)
+        jobs, in_processes = options.jobs_at_once, options.processes
+        document = perform(experiment, base, options.runs, options.out, command, jobs=jobs, in_processes=in_processes)
         for claim in document["claims"]:
             typer.echo(f"{claim['quantity']}: paper says {claim['paper']} / here {claim['here']}")
-        typer.echo(f"Results: {out / dataset / experiment.name}.json and .png. To repeat: {shlex.join(command)}")
+        results = options.out / options.dataset / experiment.name
+        typer.echo(f"Results: {results}.json and .png. To repeat: {shlex.join(command)}")
 
-    run.__doc__ = experiment.help
     return run
 
 
