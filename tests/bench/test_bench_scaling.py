@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from test_launchers import environment
+from mpirun import environment
 
 BENCH = Path(__file__).parents[2] / "bench"
 METHODS = ["fp32", "qcomm k=1"]

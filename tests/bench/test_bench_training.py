@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_launchers import environment
+from mpirun import environment
 
 BENCH = Path(__file__).parents[2] / "bench"
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_launchers import is_gone
+from processes import is_gone
 
 BENCH = Path(__file__).parents[2] / "bench"
 # A command that tells its namespace and its process, and then does nothing for ever.

@@ -55,13 +55,13 @@ def test_there_is_a_corpus() -> None:
 
 
 @pytest.mark.parametrize("version", qcomm.cpu_features())
-def test_every_version_gives_the_answer_of_the_scalar_one(version: str) -> None:
-    for path in FILES:
-        packet = read(path)
-        with _native.using_cpu_feature("scalar"):
-            expected = answers(packet)
-        with _native.using_cpu_feature(version):
-            assert answers(packet) == expected, path
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_every_version_gives_the_answer_of_the_scalar_one(version: str, path: Path) -> None:
+    packet = read(path)
+    with _native.using_cpu_feature("scalar"):
+        expected = answers(packet)
+    with _native.using_cpu_feature(version):
+        assert answers(packet) == expected
 
 
 def verdict(decode: Callable[[torch.Tensor], torch.Tensor], packet: torch.Tensor) -> str:
@@ -72,9 +72,9 @@ def verdict(decode: Callable[[torch.Tensor], torch.Tensor], packet: torch.Tensor
     return f"{values.shape} {as_text(values.masked_fill(values.isnan(), 0.5))}"  # a NaN's bits mean nothing
 
 
-def test_the_specification_judges_alike() -> None:
-    for path in FILES:
-        packet = read(path)
-        if answers(packet) != [TOO_LARGE]:
-            specified = verdict(lambda p: reference.decode_packet(p.numpy().tobytes()), packet)
-            assert verdict(qcomm.decompress, packet) == specified, path
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_the_specification_judges_alike(path: Path) -> None:
+    packet = read(path)
+    if answers(packet) != [TOO_LARGE]:
+        specified = verdict(lambda p: reference.decode_packet(p.numpy().tobytes()), packet)
+        assert verdict(qcomm.decompress, packet) == specified

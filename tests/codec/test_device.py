@@ -59,12 +59,24 @@ def check(values: torch.Tensor, grid: qcomm.SigmaGrid | qcomm.RangeGrid, checksu
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_packets_are_the_bytes_of_the_cpu(grid: qcomm.SigmaGrid | qcomm.RangeGrid, dtype: torch.dtype) -> None:
-    torch.manual_seed(5)
-    for shape, steps in (((0, 3), 256), ((), 1), ((33,), 8), ((2, 4097), 64), ((4, 3, 11, 13), 17)):
-        check(torch.randn(shape).to(dtype), grid, True, steps)
+def test_constant_and_infinite_tensors_are_the_bytes_of_the_cpu(
+    grid: qcomm.SigmaGrid | qcomm.RangeGrid, dtype: torch.dtype
+) -> None:
     check(torch.full((40,), 2.5, dtype=dtype), grid, False, 8)
     check(torch.tensor([1.0, float("inf"), 2.0], dtype=dtype), grid, False, 8)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "steps"), [((0, 3), 256), ((), 1), ((33,), 8), ((2, 4097), 64), ((4, 3, 11, 13), 17)], ids=str
+)
+def test_shapes_and_steps_are_those_of_the_cpu(
+    grid: qcomm.SigmaGrid | qcomm.RangeGrid, dtype: torch.dtype, shape: tuple[int, ...], steps: int
+) -> None:
+    torch.manual_seed(5)
+    check(torch.randn(shape).to(dtype), grid, True, steps)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -84,19 +96,27 @@ def test_any_tensor(n: int, grid, dtype: torch.dtype, checksum: bool, steps: int
     check(values.to(dtype), grid, checksum, steps)
 
 
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("grid", [SigmaGrid(1.0), RangeGrid(num_bits=6)], ids=str)
-def test_damaged_packets_are_refused(grid: qcomm.SigmaGrid | qcomm.RangeGrid) -> None:
+def to_be_damaged(grid: qcomm.SigmaGrid | qcomm.RangeGrid) -> torch.Tensor:
     torch.manual_seed(7)
-    packet = check(torch.randn(3000), grid, True, 16)
-    for at in (0, 4, 5, 9, 12, 20, 30, 33, 37, 45, 50, 56, 58, 100, packet.numel() // 2, packet.numel() - 5):
-        bad = packet.clone()
-        bad[at] ^= 0x41
-        with pytest.raises(qcomm.PacketError):
-            packet_cuda.decompress(bad)
-    for size in (0, 39, 40, 71, packet.numel() - 4):
-        with pytest.raises(qcomm.PacketError):
-            packet_cuda.decompress(packet[:size])
+    return check(torch.randn(3000), grid, True, 16)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("at", [0, 4, 5, 9, 12, 20, 30, 33, 37, 45, 50, 56, 58, 100, "half", -5])
+@pytest.mark.parametrize("grid", [SigmaGrid(1.0), RangeGrid(num_bits=6)], ids=str)
+def test_damaged_packets_are_refused(grid: qcomm.SigmaGrid | qcomm.RangeGrid, at: int | str) -> None:
+    packet = to_be_damaged(grid)
+    packet[packet.numel() // 2 if isinstance(at, str) else at] ^= 0x41
+    with pytest.raises(qcomm.PacketError):
+        packet_cuda.decompress(packet)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("size", [0, 39, 40, 71, -4])
+@pytest.mark.parametrize("grid", [SigmaGrid(1.0), RangeGrid(num_bits=6)], ids=str)
+def test_cut_packets_are_refused(grid: qcomm.SigmaGrid | qcomm.RangeGrid, size: int) -> None:
+    with pytest.raises(qcomm.PacketError):
+        packet_cuda.decompress(to_be_damaged(grid)[:size])
 
 
 @pytest.mark.usefixtures("emulated")

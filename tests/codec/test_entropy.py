@@ -1,6 +1,7 @@
 """Sampled entropy, the number of bits that follows from it, and the statistics under both."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ from qcomm.codec.grids import sigma_num_bits
 from qcomm.codec.quantize import dequantize, plan, quantize
 
 
-def test_log2_is_right_to_the_last_of_its_24_bits() -> None:
-    for v in [1, 2, 3, 5, 255, 256, 1023, 10**6, 2**31, 2**32 - 1]:
-        assert 0 <= math.log2(v) - _native.log2_fixed(v) / 2**24 < 2**-22
+@pytest.mark.parametrize("v", [1, 2, 3, 5, 255, 256, 1023, 10**6, 2**31, 2**32 - 1])
+def test_log2_is_right_to_the_last_of_its_24_bits(v: int) -> None:
+    assert 0 <= math.log2(v) - _native.log2_fixed(v) / 2**24 < 2**-22
+
+
+def test_log2_of_zero_is_zero() -> None:
     assert _native.log2_fixed(0) == 0
 
 
@@ -81,10 +85,14 @@ def test_bits_follow_the_entropy(entropy: float, c: float, expected: int) -> Non
     assert qcomm.RangeGrid(c=c).bits_for(entropy) == expected
 
 
-def test_c_is_the_floor_and_c_plus_m_the_ceiling() -> None:
-    for make, expected in ((uniform, 10), (one_hot, 7)):  # one_hot: H is just above 0, so ceil(H + 6) = 7
-        quantizer = plan(measure(make(5000)), qcomm.RangeGrid("paper"), make(5000))
-        assert quantizer.num_bits == expected
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [(uniform, 10), (one_hot, 7)],  # one_hot: H is just above 0, so ceil(H + 6) = 7
+    ids=["ceiling", "floor"],
+)
+def test_c_is_the_floor_and_c_plus_m_the_ceiling(make: Callable[..., torch.Tensor], expected: int) -> None:
+    quantizer = plan(measure(make(5000)), qcomm.RangeGrid("paper"), make(5000))
+    assert quantizer.num_bits == expected
 
 
 def test_a_code_from_the_wrong_end_would_be_noticed() -> None:
@@ -146,13 +154,13 @@ def test_statistics_include_residual_and_scale() -> None:
 
 @pytest.mark.parametrize("at", [0, 17, 4095, 4096, 4999])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_non_finite_values_are_found_anywhere(bad: float, at: int) -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        x = gaussian(5000).to(dtype)
-        x[at] = bad
-        assert not measure(x).finite
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_non_finite_values_are_found_anywhere(bad: float, at: int, dtype: torch.dtype) -> None:
+    x = gaussian(5000).to(dtype)
+    x[at] = bad
+    assert not measure(x).finite
 
 
-def test_sampling_of_every_distribution_stays_inside() -> None:
-    for make in DISTRIBUTIONS.values():
-        assert 0.0 <= qcomm.estimate_entropy(make(40_000), 4) <= 4.0
+@pytest.mark.parametrize("make", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+def test_sampling_of_every_distribution_stays_inside(make: Callable[..., torch.Tensor]) -> None:
+    assert 0.0 <= qcomm.estimate_entropy(make(40_000), 4) <= 4.0

@@ -1,6 +1,7 @@
 """Every version of the inner loops writes and reads the same bytes."""
 
 import subprocess
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -58,21 +59,21 @@ def test_lanes_agree_for_any_code_and_any_words() -> None:
 
 @pytest.mark.parametrize("version", VECTOR_VERSIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_bytes_and_values_agree(version: str, dtype: torch.dtype) -> None:
-    for make in DISTRIBUTIONS.values():
-        for n in (1, 31, 32, 33, 63, 64, 65, 1023, BLOCK - 1, BLOCK + 33, 2 * BLOCK + 1, 40_001):
-            x = make(n).to(dtype)
-            for grid in GRIDS:
-                with _native.using_cpu_feature("scalar"):
-                    expected = qcomm.compress(x, grid)
-                    values = qcomm.decompress(expected)
-                with _native.using_cpu_feature(version):
-                    assert qcomm.compress(x, grid).equal(expected), (make.__name__, n, grid)
-                    assert qcomm.decompress(expected).view(torch.uint8).equal(values.view(torch.uint8)), (
-                        make.__name__,
-                        n,
-                        grid,
-                    )
+@pytest.mark.parametrize("make", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+def test_bytes_and_values_agree(version: str, dtype: torch.dtype, make: Callable[..., torch.Tensor]) -> None:
+    for n in (1, 31, 32, 33, 63, 64, 65, 1023, BLOCK - 1, BLOCK + 33, 2 * BLOCK + 1, 40_001):
+        x = make(n).to(dtype)
+        for grid in GRIDS:
+            with _native.using_cpu_feature("scalar"):
+                expected = qcomm.compress(x, grid)
+                values = qcomm.decompress(expected)
+            with _native.using_cpu_feature(version):
+                assert qcomm.compress(x, grid).equal(expected), (make.__name__, n, grid)
+                assert qcomm.decompress(expected).view(torch.uint8).equal(values.view(torch.uint8)), (
+                    make.__name__,
+                    n,
+                    grid,
+                )
 
 
 def encoded_with_feedback(x: torch.Tensor, grid: qcomm.codec.Grid) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -86,14 +87,16 @@ def encoded_with_feedback(x: torch.Tensor, grid: qcomm.codec.Grid) -> tuple[torc
 
 @pytest.mark.parametrize("version", VECTOR_VERSIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_feedback_and_accumulation_agree(version: str, dtype: torch.dtype) -> None:
-    for x in (laplace(20_011), student_t3(20_011), gaussian(77)):
-        for grid in GRIDS:
-            with _native.using_cpu_feature("scalar"):
-                expected = encoded_with_feedback(x.to(dtype), grid)
-            with _native.using_cpu_feature(version):
-                found = encoded_with_feedback(x.to(dtype), grid)
-            assert all(a.equal(b) for a, b in zip(expected, found, strict=True)), grid
+@pytest.mark.parametrize(
+    "x", [laplace(20_011), student_t3(20_011), gaussian(77)], ids=["laplace", "student_t3", "gaussian"]
+)
+def test_feedback_and_accumulation_agree(version: str, dtype: torch.dtype, x: torch.Tensor) -> None:
+    for grid in GRIDS:
+        with _native.using_cpu_feature("scalar"):
+            expected = encoded_with_feedback(x.to(dtype), grid)
+        with _native.using_cpu_feature(version):
+            found = encoded_with_feedback(x.to(dtype), grid)
+        assert all(a.equal(b) for a, b in zip(expected, found, strict=True)), grid
 
 
 @pytest.mark.parametrize("version", VECTOR_VERSIONS)

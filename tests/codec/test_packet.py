@@ -204,11 +204,11 @@ def test_sizes_that_no_machine_has_are_packet_errors(count: int, dims: tuple[int
         qcomm.decompress(packet)
 
 
-def test_destination_is_never_overrun() -> None:
+@pytest.mark.parametrize("packet", SAMPLES.values(), ids=SAMPLES)
+def test_destination_is_never_overrun(packet: torch.Tensor) -> None:
     """A canary on both sides of an encoder's and a decoder's output."""
-    for packet in SAMPLES.values():
-        info = qcomm.inspect(packet)
-        count = torch.Size(info.shape).numel()
-        arena = torch.full((count + 64,), 123.0, dtype=info.dtype)
-        _native.decode(packet, arena[32 : 32 + count], accumulate=False, num_threads=1)
-        assert bool((arena[:32] == 123).all()) and bool((arena[32 + count :] == 123).all())
+    info = qcomm.inspect(packet)
+    count = torch.Size(info.shape).numel()
+    arena = torch.full((count + 64,), 123.0, dtype=info.dtype)
+    _native.decode(packet, arena[32 : 32 + count], accumulate=False, num_threads=1)
+    assert bool((arena[:32] == 123).all()) and bool((arena[32 + count :] == 123).all())

@@ -8,7 +8,7 @@ from types import ModuleType
 import golden_cases
 import pytest
 import torch
-from data import DISTRIBUTIONS, DTYPES, gaussian, laplace, sparse, student_t3
+from data import DISTRIBUTIONS, DTYPES, as_tensor, gaussian, laplace, sparse, student_t3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,23 +52,20 @@ def mirrored(
     )
 
 
-def as_tensor(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_bytes_agree(grid: qcomm.codec.Grid, dtype: torch.dtype) -> None:
-    for make in DISTRIBUTIONS.values():
-        for n in (0, 1, 33, 300):
-            x = make(n).to(dtype)
-            quantizer = plan(measure(x), grid, x)
-            packet = encode([Segment(x, quantizer)], block_steps=4)
-            expected = reference.encode_packet([mirrored(x, quantizer)], [n], steps=4)
-            assert packet.equal(as_tensor(expected)), (make.__name__, n)
-            assert (
-                qcomm.decompress(packet).view(torch.uint8).equal(reference.decode_packet(expected).view(torch.uint8))
-            ), (make.__name__, n)
+@pytest.mark.parametrize("make", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+def test_bytes_agree(grid: qcomm.codec.Grid, dtype: torch.dtype, make: Callable[..., torch.Tensor]) -> None:
+    for n in (0, 1, 33, 300):
+        x = make(n).to(dtype)
+        quantizer = plan(measure(x), grid, x)
+        packet = encode([Segment(x, quantizer)], block_steps=4)
+        expected = reference.encode_packet([mirrored(x, quantizer)], [n], steps=4)
+        assert packet.equal(as_tensor(expected)), (make.__name__, n)
+        assert qcomm.decompress(packet).view(torch.uint8).equal(reference.decode_packet(expected).view(torch.uint8)), (
+            make.__name__,
+            n,
+        )
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in golden_cases.FOLDER.glob("*.qcm")))
@@ -114,19 +111,19 @@ def test_checksums_agree(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_choices_agree(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("make", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+def test_choices_agree(dtype: torch.dtype, make: Callable[..., torch.Tensor]) -> None:
     """Raw, constant or a grid; bits; step; code: what an encoder decides before it writes."""
-    for make in DISTRIBUTIONS.values():
-        for n in (0, 1, 2, 33, 700):
-            x = make(n).to(dtype)
-            for k, coding in ((1.0, "auto"), (2.0, "auto"), (0.3, "auto"), (0.05, "auto"), (0.001, "auto")):
-                check_plan(qcomm.SigmaGrid(k, coding), reference.sigma_segment(x, k, coding))
-            for k, coding in ((2.0, "single"), (1.5, "pair"), (0.05, "single"), (0.5, "table"), (0.5, "fixed")):
-                check_plan(qcomm.SigmaGrid(k, coding), reference.sigma_segment(x, k, coding))
-            check_plan(qcomm.RangeGrid("paper"), reference.range_segment(x, center=True))
-            check_plan(qcomm.RangeGrid(c=2.5, entropy_bits=6, seed=9), reference.range_segment(x, None, 2.5, 6, seed=9))
-            check_plan(qcomm.RangeGrid(max_bits=5), reference.range_segment(x, max_bits=5))
-            check_plan(qcomm.RangeGrid(num_bits=13), reference.range_segment(x, 13))
+    for n in (0, 1, 2, 33, 700):
+        x = make(n).to(dtype)
+        for k, coding in ((1.0, "auto"), (2.0, "auto"), (0.3, "auto"), (0.05, "auto"), (0.001, "auto")):
+            check_plan(qcomm.SigmaGrid(k, coding), reference.sigma_segment(x, k, coding))
+        for k, coding in ((2.0, "single"), (1.5, "pair"), (0.05, "single"), (0.5, "table"), (0.5, "fixed")):
+            check_plan(qcomm.SigmaGrid(k, coding), reference.sigma_segment(x, k, coding))
+        check_plan(qcomm.RangeGrid("paper"), reference.range_segment(x, center=True))
+        check_plan(qcomm.RangeGrid(c=2.5, entropy_bits=6, seed=9), reference.range_segment(x, None, 2.5, 6, seed=9))
+        check_plan(qcomm.RangeGrid(max_bits=5), reference.range_segment(x, max_bits=5))
+        check_plan(qcomm.RangeGrid(num_bits=13), reference.range_segment(x, 13))
 
 
 def check_plan(grid: qcomm.codec.Grid, found: reference.ReferenceSegment) -> None:
@@ -137,12 +134,12 @@ def check_plan(grid: qcomm.codec.Grid, found: reference.ReferenceSegment) -> Non
 
 
 @pytest.mark.parametrize("scale", [1e-44, 1e-39, 1e-30, 1e30, 3e38])
-def test_choices_agree_where_the_arithmetic_ends(scale: float) -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float64):
-        x = (gaussian(200).clamp(-1, 1).double() * scale).to(dtype)
-        for edge in (x, x * 1e-270 if dtype == torch.float64 else x, torch.cat([x, x.new_tensor([float("inf")])])):
-            check_plan(qcomm.SigmaGrid(1.0), reference.sigma_segment(edge, 1.0))
-            check_plan(qcomm.RangeGrid(), reference.range_segment(edge))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_choices_agree_where_the_arithmetic_ends(scale: float, dtype: torch.dtype) -> None:
+    x = (gaussian(200).clamp(-1, 1).double() * scale).to(dtype)
+    for edge in (x, x * 1e-270 if dtype == torch.float64 else x, torch.cat([x, x.new_tensor([float("inf")])])):
+        check_plan(qcomm.SigmaGrid(1.0), reference.sigma_segment(edge, 1.0))
+        check_plan(qcomm.RangeGrid(), reference.range_segment(edge))
 
 
 @settings(max_examples=40, deadline=None)
@@ -229,16 +226,16 @@ def table_maker() -> ModuleType:
     return module
 
 
-def test_statistics_and_entropy_agree() -> None:
-    for make in DISTRIBUTIONS.values():
-        for n in (1, 31, 4096, 4097, 50_000):
-            x = make(n)
-            stats = measure(x)
-            assert stats.sum_squares == reference.sum_squares(x)
-            if stats.minimum < stats.maximum:
-                for bits, fraction, seed in ((4, 0.03, 0), (8, 0.5, 7), (12, 1.0, 1)):
-                    expected = reference.entropy(x, stats.minimum, stats.maximum, bits, fraction, seed)
-                    assert qcomm.estimate_entropy(x, bits, fraction, seed=seed) == expected
+@pytest.mark.parametrize("make", DISTRIBUTIONS.values(), ids=DISTRIBUTIONS)
+def test_statistics_and_entropy_agree(make: Callable[..., torch.Tensor]) -> None:
+    for n in (1, 31, 4096, 4097, 50_000):
+        x = make(n)
+        stats = measure(x)
+        assert stats.sum_squares == reference.sum_squares(x)
+        if stats.minimum < stats.maximum:
+            for bits, fraction, seed in ((4, 0.03, 0), (8, 0.5, 7), (12, 1.0, 1)):
+                expected = reference.entropy(x, stats.minimum, stats.maximum, bits, fraction, seed)
+                assert qcomm.estimate_entropy(x, bits, fraction, seed=seed) == expected
 
 
 @settings(max_examples=200, deadline=None)

@@ -31,30 +31,30 @@ GRIDS = {
 
 @pytest.mark.parametrize("version", qcomm.cpu_features())
 @pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
-def test_packets_and_values_do_not_depend_on_threads(grid: qcomm.codec.Grid, version: str) -> None:
+@pytest.mark.parametrize("n", SIZES)
+def test_packets_and_values_do_not_depend_on_threads(grid: qcomm.codec.Grid, version: str, n: int) -> None:
     with _native.using_cpu_feature(version):
-        for n in SIZES:
-            x = student_t3(n)
-            x[n // 2 : n // 2 + 20_000] = 0.0  # some constant blocks
-            packet = qcomm.compress(x, grid)
-            values = qcomm.decompress(packet)
-            total = torch.ones(n)
-            decode_into(packet, total, accumulate=True)
-            for threads in THREADS:
-                assert qcomm.compress(x, grid, num_threads=threads).equal(packet), (n, threads)
-                assert qcomm.decompress(packet, num_threads=threads).equal(values)
-                again = torch.ones(n)
-                decode_into(packet, again, accumulate=True, num_threads=threads)
-                assert again.equal(total)
+        x = student_t3(n)
+        x[n // 2 : n // 2 + 20_000] = 0.0  # some constant blocks
+        packet = qcomm.compress(x, grid)
+        values = qcomm.decompress(packet)
+        total = torch.ones(n)
+        decode_into(packet, total, accumulate=True)
+        for threads in THREADS:
+            assert qcomm.compress(x, grid, num_threads=threads).equal(packet), (n, threads)
+            assert qcomm.decompress(packet, num_threads=threads).equal(values)
+            again = torch.ones(n)
+            decode_into(packet, again, accumulate=True, num_threads=threads)
+            assert again.equal(total)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_statistics_do_not_depend_on_threads(dtype: torch.dtype) -> None:
-    for n in (*SIZES, 8 * PER_THREAD + 4095, 12 * PER_THREAD + 1):
-        x = gaussian(n).to(dtype)
-        assert all(measure(x, num_threads=threads) == measure(x) for threads in THREADS)
-        x[-1] = float("nan")
-        assert not measure(x, num_threads=2).finite
+@pytest.mark.parametrize("n", [*SIZES, 8 * PER_THREAD + 4095, 12 * PER_THREAD + 1])
+def test_statistics_do_not_depend_on_threads(dtype: torch.dtype, n: int) -> None:
+    x = gaussian(n).to(dtype)
+    assert all(measure(x, num_threads=threads) == measure(x) for threads in THREADS)
+    x[-1] = float("nan")
+    assert not measure(x, num_threads=2).finite
 
 
 @settings(max_examples=15, deadline=None)
@@ -83,16 +83,16 @@ def test_residuals_do_not_depend_on_threads(sizes: list[int], grid: qcomm.codec.
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_what_is_stored_whole_does_not_depend_on_threads(dtype: torch.dtype) -> None:
-    for n in SIZES:
-        with_infinity = gaussian(n).to(dtype)
-        with_infinity[n // 3] = float("inf")
-        for x in (with_infinity, torch.full((n,), 0.1, dtype=dtype)):
-            packet = qcomm.compress(x)
-            assert qcomm.decompress(packet).equal(x)
-            for threads in THREADS:
-                assert qcomm.compress(x, num_threads=threads).equal(packet)
-                assert qcomm.decompress(packet, num_threads=threads).equal(x)
+@pytest.mark.parametrize("n", SIZES)
+def test_what_is_stored_whole_does_not_depend_on_threads(dtype: torch.dtype, n: int) -> None:
+    with_infinity = gaussian(n).to(dtype)
+    with_infinity[n // 3] = float("inf")
+    for x in (with_infinity, torch.full((n,), 0.1, dtype=dtype)):
+        packet = qcomm.compress(x)
+        assert qcomm.decompress(packet).equal(x)
+        for threads in THREADS:
+            assert qcomm.compress(x, num_threads=threads).equal(packet)
+            assert qcomm.decompress(packet, num_threads=threads).equal(x)
 
 
 def test_the_first_damaged_block_is_told_by_any_number_of_threads() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import twin
-from distributed import all_reduce, assert_same_on_all_ranks, gathered, run
+from distributed import all_reduce, assert_same_on_all_ranks, gathered, world
 from strategy_cases import COUNTS, GRIDS, KINDS, values
 
 import qcomm
@@ -34,7 +34,9 @@ def check_against_twin(rank, world_size, grid, kind, count, dtype, min_elements)
     assert bool(((tensor.double() - exact).abs() <= allowed).all()), message
 
 
-def case_twin(rank, world_size, grid):
+@world(*WORLDS)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_equals_twin_and_keeps_the_bound(rank, world_size, grid):
     for count in COUNTS:
         check_against_twin(rank, world_size, grid, "gauss", count, torch.float32, min_elements=0)
     check_against_twin(rank, world_size, grid, "gauss", 1023, torch.float32, min_elements=1024)
@@ -45,29 +47,20 @@ def case_twin(rank, world_size, grid):
         check_against_twin(rank, world_size, grid, "gauss", 100, dtype, min_elements=1024)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("world_size", WORLDS)
-def test_equals_twin_and_keeps_the_bound(world_size, grid):
-    run(world_size, case_twin, grid)
-
-
 def test_means_are_quantized_at_least_as_finely():
     assert owner_grid(qcomm.SigmaGrid(step=2.0, coding="pair")) == qcomm.SigmaGrid(step=1.0, coding="pair")
     for grid in (qcomm.SigmaGrid(step=0.5), qcomm.RangeGrid(c=2)):
         assert owner_grid(grid) == grid
 
 
-def case_million(rank, world_size):
+@world(2, 3)
+def test_a_million_elements(rank, world_size):
     for grid in (qcomm.SigmaGrid(step=1.0), qcomm.RangeGrid(c=2)):
         check_against_twin(rank, world_size, grid, "gauss", 1_000_003, torch.float32, min_elements=1024)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_million_elements(world_size):
-    run(world_size, case_million)
-
-
-def case_shapes(rank, world_size):
+@world(2, 3)
+def test_shapes_strides_and_parameters(rank, world_size):
     flat = values("gauss", 6144, rank)
     expected = flat.clone()
     all_reduce(expected)
@@ -96,12 +89,8 @@ def case_shapes(rank, world_size):
     assert torch.equal(parameter.detach(), expected) and parameter.requires_grad and parameter.grad is None
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_shapes_strides_and_parameters(world_size):
-    run(world_size, case_shapes)
-
-
-def case_world_of_one(rank, world_size):
+@world(1)
+def test_world_of_one_is_the_identity_unless_a_strategy_is_named(rank, world_size):
     x = values("gauss", 5000, 0)
     tensor = x.clone()
     assert all_reduce(tensor, strategy="auto") is None and torch.equal(tensor, x)
@@ -114,11 +103,8 @@ def case_world_of_one(rank, world_size):
             all_reduce(bad)
 
 
-def test_world_of_one_is_the_identity_unless_a_strategy_is_named():
-    run(1, case_world_of_one)
-
-
-def case_async(rank, world_size):
+@world(2, 3)
+def test_handles_of_several_at_once(rank, world_size):
     inputs = [values("gauss", 3000 + 7 * i, rank) for i in range(8)]
     expected = [x.clone() for x in inputs]
     for tensor in expected:
@@ -145,12 +131,8 @@ def case_async(rank, world_size):
     assert_same_on_all_ranks(tensor)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_handles_of_several_at_once(world_size):
-    run(world_size, case_async)
-
-
-def case_nonfinite(rank, world_size):
+@world(2, 3)
+def test_a_nonfinite_value_reaches_all_ranks(rank, world_size):
     for poison in (torch.nan, torch.inf, -torch.inf):
         for grid in (qcomm.SigmaGrid(), qcomm.RangeGrid(c=2)):
             tensor = values("gauss", 5000, rank)
@@ -166,18 +148,14 @@ def case_nonfinite(rank, world_size):
     assert_same_on_all_ranks(small)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_nonfinite_value_reaches_all_ranks(world_size):
-    run(world_size, case_nonfinite)
-
-
 def expect(error, match, action):
     """Runs ``action``, which has to raise."""
     with pytest.raises(error, match=match):
         action()
 
 
-def case_bad_arguments(rank, world_size):
+@world(3)
+def test_bad_arguments_are_named_and_reach_all_ranks(rank, world_size):
     good = torch.ones(2000)
     for bad, error, match in (
         ({"tensor": torch.ones(5, dtype=torch.int32)}, TypeError, "tensor must be float32.* got torch.int32"),
@@ -211,11 +189,8 @@ def case_bad_arguments(rank, world_size):
     )
 
 
-def test_bad_arguments_are_named_and_reach_all_ranks():
-    run(3, case_bad_arguments)
-
-
-def case_mismatch(rank, world_size):
+@world(3)
+def test_mismatch_names_field_and_ranks_on_every_rank(rank, world_size):
     odd = rank == 1
     for options, field in (
         (
@@ -242,11 +217,8 @@ def case_mismatch(rank, world_size):
     )  # nothing is out of step afterwards
 
 
-def test_mismatch_names_field_and_ranks_on_every_rank():
-    run(3, case_mismatch)
-
-
-def case_stats(rank, world_size):
+@world(2, 3)
+def test_stats_of_one_call(rank, world_size):
     tensor = values("gauss", 100_000, rank)
     stats = all_reduce(tensor, async_op=True)
     stats.wait()
@@ -259,8 +231,3 @@ def case_stats(rank, world_size):
     assert stats["bytes_sent"] == stats["bytes_sent_phase1"] + stats["bytes_sent_phase2"] + stats["bytes_sent_overhead"]
     totals = gathered((stats["bytes_sent"], stats["bytes_received"]))
     assert sum(sent for sent, _ in totals) == sum(received for _, received in totals)
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_stats_of_one_call(world_size):
-    run(world_size, case_stats)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from distributed import run
+from distributed import world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +22,11 @@ def test_every_way_has_a_cost():
     assert set(NAMES) == set(WAYS)
 
 
-def case_bytes(rank, world_size, ranks_per_node, dtype):
+@world()
+@pytest.mark.parametrize(
+    ("world_size", "ranks_per_node", "dtype"), [(1, 1, torch.float32), (2, 1, torch.float64), (4, 2, torch.bfloat16)]
+)
+def test_bytes_are_those_that_are_sent(rank, world_size, ranks_per_node, dtype):
     """Predicted from the ratio of the first phase alone; means cost up to 6 % less or more."""
     x = torch.randn(400_000, generator=torch.Generator().manual_seed(rank)).to(dtype)
     exchange = Exchange(x.numel(), world_size, x.element_size(), ranks_per_node)
@@ -35,14 +39,6 @@ def case_bytes(rank, world_size, ranks_per_node, dtype):
         ratio = 8 * exchange.value_bytes / x.numel() / bits if strategy not in PLAIN else 1.0
         sent = stats["bytes_sent_phase1"] + stats["bytes_sent_phase2"], stats["bytes_sent_inside"]
         assert sent == pytest.approx(bytes_sent(strategy, exchange, ratio), rel=0.08), strategy
-
-
-@pytest.mark.world
-@pytest.mark.parametrize(
-    ("world_size", "ranks_per_node", "dtype"), [(1, 1, torch.float32), (2, 1, torch.float64), (4, 2, torch.bfloat16)]
-)
-def test_bytes_are_those_that_are_sent(world_size, ranks_per_node, dtype):
-    run(world_size, case_bytes, ranks_per_node, dtype)
 
 
 def test_seconds():

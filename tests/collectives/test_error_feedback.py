@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import attach, gathered, run
+from distributed import attach, gathered, world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -186,13 +186,15 @@ def new_ddp(plain, group):
     return DistributedDataParallel(copy.deepcopy(plain), process_group=group, bucket_cap_mb=0.005)
 
 
-def case_resume(rank, world_size, sizes, grid):
+@world(3)
+@pytest.mark.parametrize("grid", [qcomm.SigmaGrid(step=1.0), qcomm.RangeGrid(c=2)], ids=["sigma", "range"])
+def test_checkpoint_and_another_number_of_ranks(rank, world_size, grid):
     """Trains with each number of ranks in turn, through saved states and new models. Nothing may be lost on the way."""
     plain = model()
     names = {name: p.numel() for name, p in plain.named_parameters()}
     sums = [torch.zeros(sum(names.values()), dtype=torch.float64) for _ in range(2)]
     states, seed = None, 0
-    for size in sizes:
+    for size in (3, 3, 2, 3):
         group = dist.new_group(list(range(size)))
         saved = None
         if rank < size:
@@ -216,13 +218,8 @@ def case_resume(rank, world_size, sizes, grid):
             dist.destroy_process_group(group)
 
 
-@pytest.mark.world
-@pytest.mark.parametrize("grid", [qcomm.SigmaGrid(step=1.0), qcomm.RangeGrid(c=2)], ids=["sigma", "range"])
-def test_checkpoint_and_another_number_of_ranks(grid):
-    run(3, case_resume, (3, 3, 2, 3), grid)
-
-
-def case_pickle(rank, world_size):
+@world(2)
+def test_a_pickled_state_goes_on(rank, world_size):
     plain = model()
     ddp_model = new_ddp(plain, None)
     state = attach(ddp_model, min_elements=0)
@@ -243,8 +240,3 @@ def case_pickle(rank, world_size):
     assert torch.allclose(sums[1] - sums[0], remaining(gathered(restored.state_dict()), names), rtol=0, atol=1e-4)
     with pytest.raises(TypeError, match="state must not be combined with options"):
         attach(new_ddp(plain, None), state=restored, min_elements=3)
-
-
-@pytest.mark.world
-def test_a_pickled_state_goes_on():
-    run(2, case_pickle)

@@ -8,7 +8,7 @@ import pytest
 import strategy_cases
 import torch
 from data import DISTRIBUTIONS
-from distributed import assert_same_on_all_ranks, run
+from distributed import assert_same_on_all_ranks, world
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -102,14 +102,14 @@ def test_what_cannot_be_added_exactly_is_not_quantized():
     assert share(qcomm.RangeGrid(), [Summary(0.0, 1.0, 1.0, 1e300)], 9, torch.float32).step == 2.0**-16
 
 
-@pytest.mark.world
+@world(1, 2, 3, 5)
 @pytest.mark.parametrize("grid", strategy_cases.GRIDS, ids=str)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_equals_twin_within_the_bound_for_the_bytes_of_the_formula(world_size, grid):
-    run(world_size, strategy_cases.case_kinds, "exact_sum", grid)
+def test_equals_twin_within_the_bound_for_the_bytes_of_the_formula(rank, world_size, grid):
+    strategy_cases.check_kinds(rank, world_size, "exact_sum", grid)
 
 
-def case_order(rank, world_size):
+@world(5)
+def test_the_order_of_ranks_does_not_matter(rank, world_size):
     """The bits of the result do not depend on which rank has which values, nor on what other tensors go along."""
     inputs = [strategy_cases.values("gauss", 20_000, seed) for seed in range(world_size)]
     results = []
@@ -123,12 +123,8 @@ def case_order(rank, world_size):
     assert_same_on_all_ranks(*results)
 
 
-@pytest.mark.world
-def test_the_order_of_ranks_does_not_matter():
-    run(5, case_order)
-
-
-def case_faults(rank, world_size):
+@world(2, 3)
+def test_faults_and_mismatches_reach_all_ranks(rank, world_size):
     steps = {
         "_measure": "measuring its values",
         "_share": "measuring its values",
@@ -151,13 +147,8 @@ def case_faults(rank, world_size):
     strategy_cases.check_works(rank, world_size, "exact_sum")
 
 
-@pytest.mark.world
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_faults_and_mismatches_reach_all_ranks(world_size):
-    run(world_size, case_faults)
-
-
-def case_lies(rank, world_size):
+@world(3)
+def test_bytes_that_are_no_packet_are_refused(rank, world_size):
     for size, match in ((10_000_000, "rank 1 announced a packet of 10000000 bytes"), (100, "packet of rank 1")):
         for name in ("_encode_values", "_add_chunk"):
             part = torch.zeros(size, dtype=torch.uint8)
@@ -165,12 +156,8 @@ def case_lies(rank, world_size):
             strategy_cases.check_lie(rank, world_size, "exact_sum", exact_sum, name, lie, match)
 
 
-@pytest.mark.world
-def test_bytes_that_are_no_packet_are_refused():
-    run(3, case_lies)
-
-
-def case_nonfinite(rank, world_size):
+@world(3)
+def test_a_nonfinite_value_reaches_all_ranks(rank, world_size):
     for grid in (qcomm.SigmaGrid(), qcomm.RangeGrid(c=2)):
         for poison in (torch.nan, torch.inf, -torch.inf):
             tensor = strategy_cases.values("gauss", 5000, rank)
@@ -179,8 +166,3 @@ def case_nonfinite(rank, world_size):
             qcomm.all_reduce(tensor, grid, strategy="exact_sum")
             assert bool(tensor.isnan().all())
     assert_same_on_all_ranks(tensor)
-
-
-@pytest.mark.world
-def test_a_nonfinite_value_reaches_all_ranks():
-    run(3, case_nonfinite)

@@ -9,7 +9,7 @@ import strategy_cases
 import torch
 import torch.distributed as dist
 from ddp_model import backward, error_of, wrap
-from distributed import TIMEOUT, assert_same_on_all_ranks, die, gathered, run, run_alone
+from distributed import TIMEOUT, assert_same_on_all_ranks, die, gathered, world
 
 import qcomm
 from qcomm.collectives import hierarchical
@@ -18,16 +18,26 @@ from qcomm.transport.base import TransportError
 pytestmark = pytest.mark.world
 
 
+# (ranks, ranks of a node); every grid where there are nodes of several ranks, the two kinds elsewhere.
+NODES = [(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (5, 5), (6, 2), (6, 3)]
+
+
+@world()
 @pytest.mark.parametrize(
-    ("world_size", "ranks_per_node"), [(1, 1), (2, 1), (2, 2), (3, 1), (4, 2), (5, 5), (6, 2), (6, 3)]
+    ("world_size", "ranks_per_node", "grid"),
+    [
+        (world_size, ranks_per_node, grid)
+        for world_size, ranks_per_node in NODES
+        for grid in (strategy_cases.GRIDS if world_size == 4 else strategy_cases.GRIDS[::3])
+    ],
+    ids=str,
 )
-def test_equals_twin_within_the_bound_for_the_bytes_of_the_formula(world_size, ranks_per_node):
-    # Every grid where there are nodes of several ranks, the two kinds elsewhere.
-    for grid in strategy_cases.GRIDS if world_size == 4 else strategy_cases.GRIDS[::3]:
-        run(world_size, strategy_cases.case_kinds, "hierarchical", grid, {"ranks_per_node": ranks_per_node})
+def test_equals_twin_within_the_bound_for_the_bytes_of_the_formula(rank, world_size, ranks_per_node, grid):
+    strategy_cases.check_kinds(rank, world_size, "hierarchical", grid, ranks_per_node=ranks_per_node)
 
 
-def case_bytes_between_nodes(rank, world_size):
+@world(4)
+def test_a_flat_exchange_sends_twice_as_much_between_nodes_of_two(rank, world_size):
     """Over the links between nodes goes half of what two_phase sends there."""
     x = torch.randn(200_000, generator=torch.Generator().manual_seed(rank))
     stats = {}
@@ -43,11 +53,8 @@ def case_bytes_between_nodes(rank, world_size):
     assert stats["hierarchical"]["bits_per_element"] == pytest.approx(stats["two_phase"]["bits_per_element"], rel=0.05)
 
 
-def test_a_flat_exchange_sends_twice_as_much_between_nodes_of_two():
-    run(4, case_bytes_between_nodes)
-
-
-def case_one_node(rank, world_size):
+@world(3)
+def test_on_one_node_nothing_is_lost(rank, world_size):
     inputs = [strategy_cases.values("heavy", 5000, seed) for seed in range(world_size)]
     tensor = inputs[rank].clone()
     qcomm.all_reduce(tensor, strategy="hierarchical", ranks_per_node=world_size)
@@ -57,11 +64,8 @@ def case_one_node(rank, world_size):
     assert torch.equal(tensor, total / world_size)
 
 
-def test_on_one_node_nothing_is_lost():
-    run(3, case_one_node)
-
-
-def case_faults(rank, world_size):
+@world(4)
+def test_faults_and_mismatches_reach_all_ranks(rank, world_size):
     steps = {
         "_split": "preparing the exchange",
         "_encode_sums": "adding and compressing its node's values",
@@ -76,11 +80,8 @@ def case_faults(rank, world_size):
     strategy_cases.check_works(rank, world_size, "hierarchical", ranks_per_node=2)
 
 
-def test_faults_and_mismatches_reach_all_ranks():
-    run(4, case_faults)
-
-
-def case_lies(rank, world_size):
+@world(4)
+def test_bytes_that_make_no_sense_are_refused(rank, world_size):
     def lie(name, size, match):
         parts = [torch.zeros(size, dtype=torch.uint8)] * 2
         strategy_cases.check_lie(rank, world_size, "hierarchical", hierarchical, name, parts, match, ranks_per_node=2)
@@ -99,11 +100,9 @@ def case_lies(rank, world_size):
     assert isinstance(error, qcomm.CollectiveError), error
 
 
-def test_bytes_that_make_no_sense_are_refused():
-    run(4, case_lies)
-
-
-def case_killed(rank, world_size, step):
+@world(4, alone=True, dying=(1,), seconds=TIMEOUT.total_seconds() / 2)
+@pytest.mark.parametrize("step", ["_encode_sums", "_decode_slice"])
+def test_a_killed_rank_is_an_error_on_the_others(rank, world_size, step):
     strategy_cases.check_works(rank, world_size, "hierarchical", ranks_per_node=2)
     if rank == 1:
         mock.patch.object(hierarchical, step, side_effect=lambda *_: die()).start()
@@ -111,12 +110,8 @@ def case_killed(rank, world_size, step):
     assert isinstance(error, TransportError) and "no answer from rank(s) " in str(error), error
 
 
-@pytest.mark.parametrize("step", ["_encode_sums", "_decode_slice"])
-def test_a_killed_rank_is_an_error_on_the_others(step):
-    run_alone(4, case_killed, step, dying=(1,), seconds=TIMEOUT.total_seconds() / 2)
-
-
-def case_nonfinite(rank, world_size):
+@world(4)
+def test_a_nonfinite_value_reaches_all_ranks(rank, world_size):
     for poison in (torch.nan, torch.inf, -torch.inf):
         tensor = strategy_cases.values("gauss", 5000, rank)
         if rank == world_size - 1:
@@ -126,11 +121,8 @@ def case_nonfinite(rank, world_size):
         assert_same_on_all_ranks(tensor)
 
 
-def test_a_nonfinite_value_reaches_all_ranks():
-    run(4, case_nonfinite)
-
-
-def case_arguments(rank, world_size):
+@world(6)
+def test_ranks_per_node(rank, world_size):
     tensor = torch.randn(5000)
     for given, error, match in (
         (0, ValueError, "ranks_per_node must be at least 1, got 0"),
@@ -159,7 +151,3 @@ def case_arguments(rank, world_size):
     assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
     ways = state.stats()["strategies"]
     assert gathered(ways) == [ways] * world_size and set(ways.values()) == {"hierarchical"}
-
-
-def test_ranks_per_node():
-    run(6, case_arguments)

@@ -6,18 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from layouts import specs
 
 from qcomm.collectives.layout import BucketLayout, TensorSpec, cut_points
 from qcomm.collectives.packing import gather_runs, scatter_chunk
-
-
-def specs(sizes):
-    """Tensors one after another; (numel, compressed) each."""
-    offset, tensors = 0, []
-    for number, (numel, compressed) in enumerate(sizes):
-        tensors.append(TensorSpec(f"t{number}", offset, numel, compressed))
-        offset += numel
-    return tensors
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 31, 32, 33, 1000, 1_000_003])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ddp_model import error_of, wrap
-from distributed import gathered, run
+from distributed import gathered, world
 from hypothesis import given
 from hypothesis import strategies as st
 from mpirun import environment, find_mpirun
@@ -62,8 +62,9 @@ def test_the_codec_is_checked_before_it_is_believed(grid):
         measure_codec(values, grid, repeats=1)
 
 
+@world(4)
 @mock.patch.object(machine, "LATENCY_REPEATS", 3)
-def case_link(rank, world_size):
+def test_all_ranks_get_the_slowest_link(rank, world_size):
     transport = GlooTransport(dist.group.WORLD)
     row = range(rank % 2, world_size, 2)
     link, inside = measure_link(transport, row, 10_000, 3), measure_link(transport, [rank - rank % 2, rank | 1], 100, 3)
@@ -87,12 +88,14 @@ def case_link(rank, world_size):
     transport.close()
 
 
-@pytest.mark.world
-def test_all_ranks_get_the_slowest_link():
-    run(4, case_link)
+@pytest.fixture
+def slow_profile(tmp_path):
+    SLOW.save(tmp_path / "slow.json")
+    return tmp_path / "slow.json"
 
 
-def case_auto(rank, world_size, path):
+@world(3)
+def test_auto_tries_what_may_be_fast_on_the_measured_machine(rank, world_size, slow_profile):
     """A profile decides what is tried; without one, or with another, everything may be."""
 
     def ways(count, **options):
@@ -106,7 +109,7 @@ def case_auto(rank, world_size, path):
     count = 200_000
     assert ways(count, profile=FAST) == {"none", "bf16"}
     # Compression is far ahead on this link; the plain ways are tried all the same, because a profile may be old.
-    assert ways(count, profile=path) == {"none", "bf16", "two_phase"}
+    assert ways(count, profile=slow_profile) == {"none", "bf16", "two_phase"}
     assert len(ways(50_001)) == 4
     with pytest.raises(
         qcomm.ConfigMismatchError, match=r"profile: link 0\.0001 GB/s .* on rank 0, None on rank"
@@ -115,20 +118,14 @@ def case_auto(rank, world_size, path):
     assert "strategy" not in str(error.value)
     # A file that one rank does not have.
     with pytest.raises(FileNotFoundError if rank == 1 else qcomm.CollectiveError, match="nothing"):
-        qcomm.all_reduce(torch.randn(5000), profile=path.with_name("nothing") if rank == 1 else path)
+        qcomm.all_reduce(torch.randn(5000), profile=slow_profile.with_name("nothing") if rank == 1 else slow_profile)
     model = wrap()
-    qcomm.attach(model, profile=path)
+    qcomm.attach(model, profile=slow_profile)
     assert error_of(model, rank) is None
     model = wrap()
     state = qcomm.attach(model, profile=FAST if rank else SLOW)
     assert "profile: link 0.0001" in str(error_of(model, rank))
     assert isinstance(state.exception(), qcomm.ConfigMismatchError)
-
-
-@pytest.mark.world
-def test_auto_tries_what_may_be_fast_on_the_measured_machine(tmp_path):
-    SLOW.save(tmp_path / "slow.json")
-    run(3, case_auto, tmp_path / "slow.json")
 
 
 QUICK = ["--mib", "0.2", "--message-mib", "0.1", "--repeats", "2"]

@@ -4,13 +4,13 @@ from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import pytest
-import test_ddp
 import torch
 import twin
-from distributed import all_reduce, assert_same_on_all_ranks, gathered, run, sliced
+from ddp_modes import check_mode
+from distributed import all_reduce, assert_same_on_all_ranks, gathered, sliced, world
 from hypothesis import given
 from hypothesis import strategies as st
-from test_layout import specs
+from layouts import specs
 
 import qcomm
 from qcomm.collectives import two_phase, two_phase_schedule
@@ -98,7 +98,9 @@ def in_slices(elements=None):
         yield
 
 
-def case_twin(rank, world_size, grid):
+@world(1, 2, 3, 5)
+@pytest.mark.parametrize("grid", [qcomm.SigmaGrid(step=1.0), qcomm.SigmaGrid(step=2.0), qcomm.RangeGrid(c=2)], ids=str)
+def test_slices_equal_their_twin_and_keep_the_bound(rank, world_size, grid):
     with in_slices():
         check_twins(rank, world_size, grid)
 
@@ -120,35 +122,22 @@ def check_twins(rank, world_size, grid):
     assert bool(poisoned.isnan().all())
 
 
-@pytest.mark.world
-@pytest.mark.parametrize("grid", [qcomm.SigmaGrid(step=1.0), qcomm.SigmaGrid(step=2.0), qcomm.RangeGrid(c=2)], ids=str)
-@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
-def test_slices_equal_their_twin_and_keep_the_bound(world_size, grid):
-    run(world_size, case_twin, grid)
-
-
-def case_large(rank, world_size):
+@world(2, 3)
+def test_a_large_tensor(rank, world_size):
     """As cut by default, on two threads."""
     check_against_twin(rank, world_size, qcomm.SigmaGrid(), 6_000_011, torch.float32, two_phase.SLICE_ELEMENTS)
 
 
-@pytest.mark.world
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_large_tensor(world_size):
-    run(world_size, case_large)
-
-
-def case_ddp(rank, world_size, mode, grid, error_feedback):
-    with in_slices(300):
-        test_ddp.case_mode(rank, world_size, mode, grid, error_feedback)
-
-
-@pytest.mark.world
+@world(2, 3)
+@pytest.mark.parametrize(
+    ("grid", "error_feedback"),
+    [(qcomm.SigmaGrid(step=1.0), True), (qcomm.RangeGrid(c=2), False)],
+    ids=["sigma-feedback", "range"],
+)
 @pytest.mark.parametrize("mode", ["plain", "unused", "channels_last", "bfloat16", "mixed dtypes"])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_the_hook_loses_nothing_in_slices(world_size, mode):
-    run(world_size, case_ddp, mode, qcomm.SigmaGrid(step=1.0), True)
-    run(world_size, case_ddp, mode, qcomm.RangeGrid(c=2), False)
+def test_the_hook_loses_nothing_in_slices(rank, world_size, mode, grid, error_feedback):
+    with in_slices(300):
+        check_mode(rank, world_size, mode, grid, error_feedback)
 
 
 ELEMENTS = 6 * 3 * 500  # of three ranks
@@ -180,7 +169,8 @@ def check_works(rank, world_size):
     assert torch.equal(tensor, torch.full((ELEMENTS,), (world_size - 1) / 2))
 
 
-def case_faults(rank, world_size):
+@world(3)
+def test_a_fault_in_any_step_of_any_slice_reaches_all_ranks(rank, world_size):
     phases = {"encode": "compressing its values", "reduce": "averaging its chunk", "decode": "decoding the result"}
     with in_slices(500):
         for step, phase in phases.items():
@@ -202,24 +192,16 @@ def case_faults(rank, world_size):
         check_works(rank, world_size)
 
 
-@pytest.mark.world
-def test_a_fault_in_any_step_of_any_slice_reaches_all_ranks():
-    run(3, case_faults)
-
-
-def case_mismatch(rank, world_size):
+@world(3)
+def test_ranks_that_cut_differently_are_told(rank, world_size):
     with in_slices(500 if rank == 1 else 1000), pytest.raises(qcomm.ConfigMismatchError) as caught:
         all_reduce(data(rank, ELEMENTS))
     assert "slices: 3 on ranks 0 2, 4 on rank 1" in str(caught.value)
     check_works(rank, world_size)
 
 
-@pytest.mark.world
-def test_ranks_that_cut_differently_are_told():
-    run(3, case_mismatch)
-
-
-def case_timeline(rank, world_size):
+@world(2)
+def test_the_timeline_shows_every_slice(rank, world_size):
     timeline = []
     with in_slices(500), mock.patch("qcomm.allreduce.Telemetry", return_value=Telemetry(timeline)):
         all_reduce(data(rank, 3 * world_size * 500))
@@ -229,12 +211,8 @@ def case_timeline(rank, world_size):
     ]
 
 
-@pytest.mark.world
-def test_the_timeline_shows_every_slice():
-    run(2, case_timeline)
-
-
-def case_threads(rank, world_size):
+@world(2)
+def test_results_do_not_depend_on_threads(rank, world_size):
     for bad, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)):
         with pytest.raises(error, match="num_threads must be"):
             all_reduce(torch.ones(2000), num_threads=bad)
@@ -245,8 +223,3 @@ def case_threads(rank, world_size):
         results.append(data(rank, 1_500_000))
         all_reduce(results[-1], num_threads=threads)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
-@pytest.mark.world
-def test_results_do_not_depend_on_threads():
-    run(2, case_threads)

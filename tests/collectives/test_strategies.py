@@ -1,7 +1,6 @@
 """Plain and compressed means behind one interface, and the choice between them, alike on all ranks."""
 
 import random
-import time
 from contextlib import nullcontext
 from unittest import mock
 
@@ -9,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from ddp_model import backward, error_of, exact_mean, wrap
-from distributed import all_reduce, assert_same_on_all_ranks, attach, gathered, run
+from distributed import all_reduce, assert_same_on_all_ranks, attach, gathered, world
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from slow_strategies import all_slow_but
 
 import qcomm
 from qcomm.collectives import strategies
@@ -163,7 +163,9 @@ def test_kinds_are_forgotten_when_there_are_too_many():
         c.finished("unknown", 0, Took())
 
 
-def case_plain(rank, world_size, dtype):
+@world(2, 3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_the_plain_mean(rank, world_size, dtype):
     x = torch.randn(5001, generator=torch.Generator().manual_seed(rank)).to(dtype)
     tensor = x.clone()
     work = all_reduce(tensor, strategy="none", async_op=True)
@@ -198,14 +200,8 @@ def test_collectives_without_an_agreement_count():
     assert looks <= 2 and calls == looks * -(-chooser.RECHECK // 31)
 
 
-@pytest.mark.world
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_the_plain_mean(world_size, dtype):
-    run(world_size, case_plain, dtype)
-
-
-def case_residuals_are_sent(rank, world_size):
+@world(2, 3)
+def test_a_plain_step_sends_what_error_feedback_kept(rank, world_size):
     """Compressed steps, then a plain one: what was kept arrives, and nothing is lost or kept."""
     model = wrap()
     state = attach(model, min_elements=100, grad_scale=4.0)
@@ -223,31 +219,7 @@ def case_residuals_are_sent(rank, world_size):
     assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
 
 
-@pytest.mark.world
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_a_plain_step_sends_what_error_feedback_kept(world_size):
-    run(world_size, case_residuals_are_sent)
-
-
-def case_alternating(rank, world_size, strategies_in_turn, options):
-    """Whatever one way keeps, the others send."""
-    model = wrap()
-    state = attach(model, min_elements=100, grad_scale=4.0, **options)
-    sums = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
-    for step in range(9):
-        strategy = "none" if step == 8 else strategies_in_turn[step % len(strategies_in_turn)]
-        state.reconfigure(strategy=strategy)
-        got = backward(model, rank, step, scale=4.0)
-        for total, g, wanted in zip(sums, got, exact_mean(rank, world_size, step), strict=True):
-            total.add_(g.double() / 4 - wanted)
-        assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
-        if step == 7:
-            assert state.stats()["residual_norm"] > 0 and max(float(total.abs().max()) for total in sums) > 1e-3
-    assert state.stats()["residual_norm"] == 0.0
-    assert max(float(total.abs().max()) for total in sums) < 1e-4
-
-
-@pytest.mark.world
+@world()
 @pytest.mark.parametrize(
     ("world_size", "names", "options"),
     [
@@ -256,23 +228,21 @@ def case_alternating(rank, world_size, strategies_in_turn, options):
         (4, ("hierarchical", "all_gather", "two_phase"), {"ranks_per_node": 4}),
     ],
 )
-def test_ways_hand_their_residuals_to_each_other(world_size, names, options):
-    run(world_size, case_alternating, names, options)
-
-
-def all_slow_but(winner, seconds):
-    """Makes all ways to the mean but one take longer on this rank."""
-
-    def slow(way):
-        def slowly(rounds):
-            deadline = time.perf_counter() + seconds
-            while time.perf_counter() < deadline:  # busy, as a slow codec would be
-                pass
-            way(rounds)
-
-        return slowly
-
-    return mock.patch.dict(strategies.WAYS, {n: slow(way) for n, way in strategies.WAYS.items() if n != winner})
+def test_ways_hand_their_residuals_to_each_other(rank, world_size, names, options):
+    """Whatever one way keeps, the others send."""
+    model = wrap()
+    state = attach(model, min_elements=100, grad_scale=4.0, **options)
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
+    for step in range(9):
+        state.reconfigure(strategy="none" if step == 8 else names[step % len(names)])
+        got = backward(model, rank, step, scale=4.0)
+        for total, g, wanted in zip(sums, got, exact_mean(rank, world_size, step), strict=True):
+            total.add_(g.double() / 4 - wanted)
+        assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
+        if step == 7:
+            assert state.stats()["residual_norm"] > 0 and max(float(total.abs().max()) for total in sums) > 1e-3
+    assert state.stats()["residual_norm"] == 0.0
+    assert max(float(total.abs().max()) for total in sums) < 1e-4
 
 
 def error_of_auto(tensor):
@@ -285,7 +255,12 @@ def error_of_auto(tensor):
     return None, work.stats()["strategies"]
 
 
-def case_auto(rank, world_size, winner, elements):
+@world()
+@pytest.mark.parametrize(
+    ("world_size", "winner", "elements"),
+    [(2, "two_phase", 5003), (2, "none", 5004), (2, "all_gather", 5005), (3, "two_phase", 5006)],
+)
+def test_auto_takes_the_faster_way(rank, world_size, winner, elements):
     tried = strategies.automatic_ways(
         BucketLayout([TensorSpec("", 0, elements, True)], world_size), torch.float32, ReduceOptions()
     )
@@ -304,16 +279,8 @@ def case_auto(rank, world_size, winner, elements):
         assert error is None and gathered(ways) == [{0: winner}] * world_size
 
 
-@pytest.mark.world
-@pytest.mark.parametrize(
-    ("world_size", "winner", "elements"),
-    [(2, "two_phase", 5003), (2, "none", 5004), (2, "all_gather", 5005), (3, "two_phase", 5006)],
-)
-def test_auto_takes_the_faster_way(world_size, winner, elements):
-    run(world_size, case_auto, winner, elements)
-
-
-def case_auto_with_nodes(rank, world_size):
+@world(4)
+def test_auto_considers_nodes_where_it_is_told_of_them(rank, world_size):
     work = None
     with all_slow_but("hierarchical", 0.05):
         for _ in range(len(strategies.AUTOMATIC) * chooser.ROUNDS + 2):
@@ -322,12 +289,8 @@ def case_auto_with_nodes(rank, world_size):
     assert work.stats()["strategies"] == {0: "hierarchical"}
 
 
-@pytest.mark.world
-def test_auto_considers_nodes_where_it_is_told_of_them():
-    run(4, case_auto_with_nodes)
-
-
-def case_auto_in_ddp(rank, world_size):
+@world(2)
+def test_auto_chooses_for_each_bucket(rank, world_size):
     group = dist.new_group()  # with a chooser that knows nothing yet
     model = wrap(process_group=group)
     state = qcomm.attach(model, min_elements=100)
@@ -341,8 +304,3 @@ def case_auto_in_ddp(rank, world_size):
     assert [ways[index] for index in sorted(ways)][1:] == ["two_phase"] * (len(ways) - 1)
     assert error_of(model, rank) is None
     dist.destroy_process_group(group)
-
-
-@pytest.mark.world
-def test_auto_chooses_for_each_bucket():
-    run(2, case_auto_in_ddp)

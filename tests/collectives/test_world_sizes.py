@@ -8,7 +8,7 @@ import pytest
 import strategy_cases
 import torch
 import twin
-from distributed import assert_same_on_all_ranks, counting_bytes, gathered, run, sliced
+from distributed import assert_same_on_all_ranks, counting_bytes, gathered, sliced, world
 from strategy_twins import HEADER_BYTES, size
 
 import qcomm
@@ -47,7 +47,9 @@ def packets_of_formula(buffers, layout, grid, slices):
     return values, means
 
 
-def case_two_phase(rank, world_size, grid):
+@world(2, 3, 5, 8)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_two_phase_sends_the_bytes_of_the_formula(rank, world_size, grid):
     for count in (5000, 9999):
         buffers = [strategy_cases.values("heavy", count, seed) for seed in range(world_size)]
         layout = BucketLayout([TensorSpec("tensor", 0, count, True)], world_size)
@@ -75,13 +77,8 @@ def case_two_phase(rank, world_size, grid):
         assert max(sent) <= 1.25 * min(sent)
 
 
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("world_size", [2, 3, 5, 8])
-def test_two_phase_sends_the_bytes_of_the_formula(world_size, grid):
-    run(world_size, case_two_phase, grid)
-
-
-def case_alone(rank, world_size):
+@world(1)
+def test_a_world_of_one_sends_nothing(rank, world_size):
     tensor = strategy_cases.values("heavy", 9999, 0)
     work = qcomm.all_reduce(tensor, strategy="two_phase", async_op=True)
     work.wait()
@@ -89,18 +86,7 @@ def case_alone(rank, world_size):
     assert stats["bytes_sent"] == stats["bytes_received"] == 0 and stats["bits_per_element_phase2"] > 0
 
 
-def test_a_world_of_one_sends_nothing():
-    run(1, case_alone)
-
-
-def case_eight(rank, world_size, strategy, grid, options):
-    for count in (0, 1, 7, 8, 9, 257, 4097):
-        inputs = [strategy_cases.values("gauss", count, seed) for seed in range(world_size)]
-        strategy_cases.check(rank, strategy, grid, inputs, **options)
-    inputs = [strategy_cases.values("heavy", 3000, seed, torch.bfloat16) for seed in range(world_size)]
-    strategy_cases.check(rank, strategy, grid, inputs, **options)
-
-
+@world(8)
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize(
     ("strategy", "options"),
@@ -111,5 +97,9 @@ def case_eight(rank, world_size, strategy, grid, options):
         ("hierarchical", {"ranks_per_node": 4}),
     ],
 )
-def test_eight_ranks(strategy, grid, options):
-    run(8, case_eight, strategy, grid, options)
+def test_eight_ranks(rank, world_size, strategy, grid, options):
+    for count in (0, 1, 7, 8, 9, 257, 4097):
+        inputs = [strategy_cases.values("gauss", count, seed) for seed in range(world_size)]
+        strategy_cases.check(rank, strategy, grid, inputs, **options)
+    inputs = [strategy_cases.values("heavy", 3000, seed, torch.bfloat16) for seed in range(world_size)]
+    strategy_cases.check(rank, strategy, grid, inputs, **options)

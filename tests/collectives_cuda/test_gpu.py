@@ -6,6 +6,7 @@ A world of one rank needs one GPU; the last test takes two where there are two. 
 import copy
 import os
 import tempfile
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -205,8 +206,8 @@ def test_ways_are_tried_without_waiting(group):
                 if step == 3 * TRIAL:
                     torch.cuda.set_sync_debug_mode("error")
                 task = side.task(place.copy_(batches[step % len(batches)]), layout, SigmaGrid(1.0))
-                task.strategy = "auto"
-                choice.average(DevicePart.of(task))
+                options = replace(task.options, strategy="auto")
+                choice.average(DevicePart.of(replace(task, options=options)))
                 ways.update(side.telemetry.stats()["strategies"].values())
     finally:
         torch.cuda.set_sync_debug_mode("default")

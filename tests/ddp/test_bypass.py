@@ -1,25 +1,18 @@
-"""Buckets that go past the worker thread: what DDP alone would compute, and all ranks in step whatever happens."""
+"""Buckets that go past the worker thread: DDP's own gradients, and ranks that agree when their options change."""
 
 import copy
 import itertools
-import os
 import pickle
-import subprocess
-import sys
-import time
 import warnings
-from contextlib import nullcontext
 from dataclasses import replace
-from datetime import timedelta
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from ddp_model import backward, error_of, exact_mean, inputs, mlp, wrap
-from distributed import TIMEOUT, assert_same_on_all_ranks, die, gathered, run, run_alone
-from test_strategies import all_slow_but
+from ddp_model import AGREED, backward, error_of, exact_mean, inputs, mlp, wrap
+from distributed import assert_same_on_all_ranks, gathered, world
+from slow_strategies import all_slow_but
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 
 import qcomm
@@ -27,12 +20,8 @@ from qcomm.collectives import strategies
 from qcomm.collectives import tuner as chooser
 from qcomm.communicator.groups import get_communicator
 from qcomm.ddp import bypass
-from qcomm.ddp import gloo_exit as callbacks
 
 pytestmark = pytest.mark.world
-
-PATHS = os.pathsep.join([str(Path(qcomm.__file__).parents[1]), str(Path(__file__).parents[1] / "support")])
-AGREED = 2  # before the first bypass: DDP rebuilds its buckets after the first step
 
 
 def in_bfloat16(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -47,7 +36,9 @@ def agreements():
     return get_communicator(dist.group.WORLD).collectives
 
 
-def case_plain(rank, world_size, strategy):
+@world(1, 2, 3)
+@pytest.mark.parametrize("strategy", ["none", "bf16"])
+def test_gradients_are_those_of_torchs_own_hooks(rank, world_size, strategy):
     model = wrap()
     other = wrap(copy.deepcopy(model.module))
     other.register_comm_hook(None, TORCHS_HOOKS[strategy])
@@ -78,13 +69,8 @@ def case_plain(rank, world_size, strategy):
     assert set(stats["strategies"].values()) == {strategy}
 
 
-@pytest.mark.parametrize("strategy", ["none", "bf16"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_gradients_are_those_of_torchs_own_hooks(world_size, strategy):
-    run(world_size, case_plain, strategy)
-
-
-def case_excluded(rank, world_size):
+@world(2, 3)
+def test_what_is_excluded_is_not_rounded(rank, world_size):
     """Parameters that are not to be compressed are not rounded either, whether a step is agreed on or not."""
     model = wrap()
     state = qcomm.attach(model, strategy="bf16", exclude=["4.weight"])
@@ -103,12 +89,8 @@ def case_excluded(rank, world_size):
     assert 16 < stats["bits_per_element"] < 22  # a sixth is excluded, and travels in float32 beside it
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_what_is_excluded_is_not_rounded(world_size):
-    run(world_size, case_excluded)
-
-
-def case_auto(rank, world_size):
+@world(2)
+def test_auto_bypasses_when_it_has_settled(rank, world_size):
     group = dist.new_group()  # the shared world's chooser knows buckets of this size already, or would from now on
     model = wrap(process_group=group)
     state = qcomm.attach(model)
@@ -131,111 +113,8 @@ def next_layout(state, model):
     return next(iter(state._table._layouts.values())).layout
 
 
-def test_auto_bypasses_when_it_has_settled():
-    run(2, case_auto)
-
-
-def case_scale(rank, world_size):
-    model = wrap()
-    scales = iter([1.0, 1.0, 1.0, -1.0 if rank == 1 else 1.0])
-    state = qcomm.attach(model, strategy="none", grad_scale=lambda: next(scales, 1.0))
-    # A sum does not need the scale; all ranks hear of the wrong one when they next agree.
-    for _ in range(AGREED + bypass.BYPASSED):
-        assert error_of(model, rank) is None
-    error = error_of(model, rank)
-    assert "rank 1 failed while preparing the exchange: ValueError: grad_scale must be positive" in str(error)
-    assert isinstance(state.exception(), qcomm.CollectiveError)
-    for _ in range(bypass.BYPASSED + 5):
-        assert error_of(model, rank) is None
-    assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters()])
-
-
-def test_a_fault_of_a_bypassed_step_is_told_later():
-    run(3, case_scale)
-
-
-def case_destroyed(rank, world_size):
-    """gloo's own threads must not be the last to hold a group: they would wait for themselves, and abort."""
-
-    def bypass_once():
-        group = dist.new_group()
-        model = wrap(process_group=group)
-        qcomm.attach(model, strategy="none")
-        for _ in range(AGREED + 1):
-            backward(model, rank)
-        dist.destroy_process_group(group)
-
-    for _ in range(50):
-        bypass_once()
-    assert gathered(rank) == list(range(world_size))
-
-
-def test_a_group_may_end_right_after_a_sum():
-    run(2, case_destroyed)
-    run(2, case_alive)  # which fails if a process has ended since
-
-
-def case_alive(rank, world_size):
-    assert gathered(rank) == list(range(world_size))
-
-
-# Rank 0 ends while sums of its are under way, because its backward has failed, and rank 1 comes late.
-LEAVING = """
-import atexit
-import sys
-import torch.distributed as dist
-atexit.register(lambda: print(all(future.done() for future in sums)))  # the first to be registered is the last called
-from ddp_model import backward, wrap
-import qcomm
-
-def fail(*_):
-    raise ValueError("boom")
-
-rank, folder, end = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{folder}/groups", rank=rank, world_size=2)
-words, sums = dist.FileStore(f"{folder}/words", 2), []
-model = wrap()
-state = qcomm.attach(model, strategy="none")
-for _ in range(3):
-    backward(model, rank)
-if rank == 1:
-    words.wait(["leaving"])
-    backward(model, rank)
-else:
-    atexit.register(words.set, "leaving", "")
-    model.module[2].register_full_backward_hook(fail)
-    try:
-        backward(model, rank)
-    except ValueError:
-        sums += [lane.under_way for lane in state.reducer.bypass._lanes.values() if lane.under_way is not None]
-        assert not all(future.done() for future in sums)
-        exec(end)
-"""
-
-
-@pytest.mark.parametrize("end", ["sys.exit(0)", "dist.destroy_process_group()", "model = state = None"])
-def test_a_process_does_not_end_during_a_sum(tmp_path, end):
-    """gloo's threads would find no Python any more, and abort."""
-
-    def start(rank):
-        command = [sys.executable, "-c", LEAVING, str(rank), str(tmp_path), end]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": PATHS})
-
-    leaving, late = start(0), start(1)
-    output, _ = leaving.communicate(timeout=60)
-    late.communicate(timeout=60)
-    assert (leaving.returncode, output) == (0, "True\n")
-
-
-def test_a_forked_process_does_not_wait_for_its_parents_sums():
-    token = callbacks.CallbackToken()
-    with mock.patch.object(callbacks, "_callbacks", callbacks._callbacks):
-        callbacks._forget()
-        del token
-        assert callbacks._callbacks._count == 0
-
-
-def case_mixed(rank, world_size):
+@world(2)
+def test_buckets_of_both_kinds(rank, world_size):
     """Some buckets are compressed and others bypass; a step in which a compressed one fails does not upset these."""
     model = wrap()
     state = qcomm.attach(model)
@@ -267,26 +146,8 @@ def case_mixed(rank, world_size):
     assert ways[0] == "none" and set(ways.values()) == {"none", "two_phase"}
 
 
-def test_buckets_of_both_kinds():
-    run(2, case_mixed)
-
-
-def case_dying(rank, world_size):
-    model = wrap()
-    state = qcomm.attach(model, strategy="none")
-    for _ in range(AGREED + 1):
-        backward(model, rank)
-    if rank == 1:
-        die()
-    error = error_of(model, rank)
-    assert "was not averaged" in str(error) and isinstance(state.exception(), qcomm.CollectiveError)
-
-
-def test_a_rank_that_dies_is_an_error_on_the_others():
-    run_alone(3, case_dying, dying=(1,), timeout=TIMEOUT)
-
-
-def case_pickled(rank, world_size):
+@world(2)
+def test_a_pickled_state_agrees_again(rank, world_size):
     model = wrap()
     state = qcomm.attach(model, strategy="none")
     for _ in range(AGREED + 1):
@@ -304,11 +165,8 @@ def case_pickled(rank, world_size):
     assert gathered(copied.stats()["steps"]) == [AGREED + 2] * world_size
 
 
-def test_a_pickled_state_agrees_again():
-    run(2, case_pickled)
-
-
-def case_another_group(rank, world_size):
+@world(2)
+def test_a_state_in_another_group_agrees_again(rank, world_size):
     """A state that goes on with a new model in a new group must not sum in the old one."""
     state = None
     for _ in range(2):
@@ -324,11 +182,8 @@ def case_another_group(rank, world_size):
         dist.destroy_process_group(group)
 
 
-def test_a_state_in_another_group_agrees_again():
-    run(2, case_another_group)
-
-
-def case_other_group_without_attach(rank, world_size):
+@world(2)
+def test_another_group_without_attach(rank, world_size):
     """``register_comm_hook`` tells the state nothing of the model: the group that is asked for may be another one."""
     groups = [dist.new_group() for _ in range(2)]
     model = wrap(process_group=groups[0])
@@ -344,11 +199,8 @@ def case_other_group_without_attach(rank, world_size):
         dist.destroy_process_group(group)
 
 
-def test_another_group_without_attach():
-    run(2, case_other_group_without_attach)
-
-
-def case_warm_up(rank, world_size):
+@world(2)
+def test_warm_up_is_not_bypassed(rank, world_size):
     """Warm-up steps are agreed on, also those that a checkpoint goes back to."""
     model = wrap()
     state = qcomm.attach(model, strategy="none", warmup_steps=3)
@@ -362,11 +214,8 @@ def case_warm_up(rank, world_size):
     assert counts == [True] * 4 + [False] * 3 + [True] * 3
 
 
-def test_warm_up_is_not_bypassed():
-    run(2, case_warm_up)
-
-
-def case_join(rank, world_size):
+@world(2)
+def test_join(rank, world_size):
     """A rank that runs out of images in a bypassed step takes part with zeros until the others do, too."""
     model = wrap()
     qcomm.attach(model, strategy="bf16", min_elements=0)
@@ -377,11 +226,8 @@ def case_join(rank, world_size):
     assert_same_on_all_ranks(*model.parameters())
 
 
-def test_join():
-    run(2, case_join)
-
-
-def case_reordered(rank, world_size):
+@world(2)
+def test_buckets_that_are_rebuilt_are_agreed_on_again(rank, world_size):
     """DDP turns the parameters of its one bucket round after the first step, and what is excluded moves."""
     model = torch.nn.parallel.DistributedDataParallel(mlp())
     qcomm.attach(model, strategy="bf16", exclude=["0.weight"], min_elements=0)
@@ -392,89 +238,13 @@ def case_reordered(rank, world_size):
             assert difference < 1e-6 if name == "0.weight" else 1e-4 < difference < 2**-7, (step, name, difference)
 
 
-def test_buckets_that_are_rebuilt_are_agreed_on_again():
-    run(2, case_reordered)
-
-
-def case_drained(rank, world_size):
-    """A step fails in one bucket while the sum of another, large one is under way: backward waits for it."""
-    large = torch.nn.Sequential(torch.nn.Linear(48, 30_000), torch.nn.Linear(30_000, 48))
-    model = torch.nn.parallel.DistributedDataParallel(large, bucket_cap_mb=1.0)
-    state = qcomm.attach(model)
-    original, waited = strategies.average, []
-
-    def way(task):
-        return "none" if task.index else "two_phase"
-
-    def by_size(task, communicator, bypassing):
-        options = replace(task.options, strategy=way(task))
-        original(replace(task, options=options), communicator, bypassing)
-
-    def slow(*arguments):
-        deadline = time.perf_counter() + 0.3
-        while rank == 1 and time.perf_counter() < deadline:  # as a rank whose backward takes longer
-            pass
-        return reduce(*arguments)
-
-    def drained(*arguments):
-        waited.append(len([lane for lane in state.reducer.bypass._lanes.values() if lane.under_way is not None]))
-        return drain(*arguments)
-
-    reduce, drain = state.reducer.bypass.reduce, state.reducer.bypass.drain
-    with (
-        mock.patch("qcomm.ddp.reducer.average", by_size),
-        mock.patch("qcomm.ddp.reducer.settled", lambda task, *_: way(task)),
-        mock.patch.object(state.reducer.bypass, "reduce", slow),
-        mock.patch.object(state.reducer.bypass, "drain", drained),
-    ):
-        for step in range(AGREED + 3):
-            failing = mock.patch("qcomm.collectives.two_phase_steps.encode", side_effect=ZeroDivisionError("boom"))
-            with failing if step == AGREED + 1 else nullcontext():
-                error = error_of(model, rank)
-            assert (error is not None) == (step == AGREED + 1), error
-            if error is not None:
-                sums = [lane.under_way for lane in state.reducer.bypass._lanes.values() if lane.under_way is not None]
-                assert sums and all(future.done() for future in sums) and waited
-            else:
-                assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters()])
-
-
-def test_backward_does_not_leave_sums_behind():
-    run(2, case_drained)
-
-
-def case_memory(rank, world_size):
-    """A rank that cannot take part in a sum says so, and adds to no other."""
-    model = wrap()
-    qcomm.attach(model, strategy="bf16", min_elements=0)
-    for _ in range(AGREED):
-        backward(model, rank)
-    out_of_memory = mock.patch.object(bypass.PlainValues, "load", side_effect=RuntimeError("can't allocate memory"))
-    with out_of_memory if rank == 1 else nullcontext():
-        error = error_of(model, rank)
-    assert ("can't allocate memory" if rank == 1 else "was not averaged") in str(error), error
-    store = dist.distributed_c10d._get_default_store()
-    store.set(f"failed on {rank}", "")
-    store.wait([f"failed on {other}" for other in range(world_size)], TIMEOUT)  # rank 0 after the group's timeout
-    # The group is gone, and when ranks next agree, over connections of qcomm's own, all hear why.
-    errors = [str(error_of(model, rank)) for _ in range(bypass.BYPASSED)]
-    assert "rank 1 failed while compressing its values: RuntimeError: can't allocate memory" in errors[-1], errors[-1]
-
-
-def test_a_rank_without_memory():
-    run_alone(2, case_memory, timeout=timedelta(seconds=3))
-
-
-def case_groups(rank, world_size):
+@world(1)
+def test_only_gloo_is_bypassed_to(rank, world_size):
     assert bypass.can_bypass(dist.group.WORLD)
     with mock.patch.object(dist.ProcessGroup, "_get_backend", side_effect=RuntimeError("no backend for cpu")):
         assert not bypass.can_bypass(dist.group.WORLD)
     with mock.patch.object(dist.ProcessGroup, "_get_backend", return_value=object()):
         assert not bypass.can_bypass(dist.group.WORLD)
-
-
-def test_only_gloo_is_bypassed_to():
-    run(1, case_groups)
 
 
 MODES = {
@@ -484,7 +254,10 @@ MODES = {
 }
 
 
-def case_mode(rank, world_size, mode, strategy):
+@world(2)
+@pytest.mark.parametrize("strategy", ["none", "bf16"])
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_of_ddp(rank, world_size, mode, strategy):
     model, expected = wrap(**MODES[mode]), wrap(**MODES[mode])
     expected.register_comm_hook(None, TORCHS_HOOKS[strategy])
     qcomm.attach(model, strategy=strategy, min_elements=0)
@@ -499,9 +272,3 @@ def case_mode(rank, world_size, mode, strategy):
             assert torch.equal(ours.grad, theirs.grad), step
         model.zero_grad()
         expected.zero_grad()
-
-
-@pytest.mark.parametrize("strategy", ["none", "bf16"])
-@pytest.mark.parametrize("mode", MODES)
-def test_modes_of_ddp(mode, strategy):
-    run(2, case_mode, mode, strategy)

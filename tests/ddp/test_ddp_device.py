@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from ddp_model import backward, error_of, exact_mean, wrap
-from distributed import assert_same_on_all_ranks, attach, run
+from ddp_modes import GRIDS, check_mode
+from distributed import assert_same_on_all_ranks, attach, world
 from emulated_core import emulated_device
-from test_ddp import GRIDS, case_mode
 
 import qcomm
 from qcomm import RangeGrid, SigmaGrid
@@ -17,11 +17,7 @@ from qcomm.collectives_cuda.two_phase import check_group
 pytestmark = pytest.mark.world
 
 
-def case_emulated_mode(rank, world_size, path, *arguments):
-    with emulated_device(path):
-        case_mode(rank, world_size, *arguments)
-
-
+@world(2)
 @pytest.mark.parametrize(
     ("mode", "grid", "error_feedback"),
     [
@@ -31,18 +27,25 @@ def case_emulated_mode(rank, world_size, path, *arguments):
         ("bfloat16", "sigma", True),
     ],
 )
-def test_mode(emulated_path, mode, grid, error_feedback):
-    run(2, case_emulated_mode, str(emulated_path), mode, GRIDS[grid], error_feedback)
+def test_mode(rank, world_size, emulated_path, mode, grid, error_feedback):
+    with emulated_device(emulated_path):
+        check_mode(rank, world_size, mode, GRIDS[grid], error_feedback)
 
 
-def case_like_the_cpu(rank, world_size, path, options, steps):
+@world(1, 3)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"grid": RangeGrid(c=2)}, {"grad_scale": torch.tensor(512.0)}, {"warmup_steps": 2}],
+    ids=["defaults", "range", "grad_scale", "warmup_steps"],
+)
+def test_gradients_of_the_cpu(rank, world_size, emulated_path, options):
     """The same gradients, bit for bit, as where the tensors are taken for what they are."""
     found = []
-    for device in (nullcontext(), emulated_device(path)):
+    for device in (nullcontext(), emulated_device(emulated_path)):
         with device:
             model = wrap()
             state = attach(model, min_elements=200, **options)
-            found.append([torch.cat([g.flatten() for g in backward(model, rank, step)]) for step in range(steps)])
+            found.append([torch.cat([g.flatten() for g in backward(model, rank, step)]) for step in range(4)])
             stats, residuals = state.stats(), state.state_dict()
         found[-1] += [residuals["error_feedback"]["local"][key] for key in sorted(residuals["error_feedback"]["local"])]
         found[-1].append(torch.tensor([stats["bits_per_element_compressed"], stats["residual_norm"]]))
@@ -51,20 +54,15 @@ def case_like_the_cpu(rank, world_size, path, options, steps):
         assert torch.equal(expected, got)
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-def test_gradients_of_the_cpu(emulated_path, world_size):
-    for options in ({}, {"grid": RangeGrid(c=2)}, {"grad_scale": torch.tensor(512.0)}, {"warmup_steps": 2}):
-        run(world_size, case_like_the_cpu, str(emulated_path), options, 4)
-
-
-def case_continue(rank, world_size, path):
+@world(2)
+def test_a_checkpoint_moves_between_cpu_and_device(rank, world_size, emulated_path):
     """What was saved on the CPU goes on on a device, and what was saved there, on the CPU, as if nothing had moved."""
     first = wrap()
     state = attach(first, min_elements=200)
     for step in range(2):
         backward(first, rank, step)
     found = []
-    for devices in ((nullcontext, nullcontext), (lambda: emulated_device(path), nullcontext)):
+    for devices in ((nullcontext, nullcontext), (lambda: emulated_device(emulated_path), nullcontext)):
         saved, found = state.state_dict(), [*found, []]
         for number, device in enumerate(devices):
             with device():
@@ -77,12 +75,10 @@ def case_continue(rank, world_size, path):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_a_checkpoint_moves_between_cpu_and_device(emulated_path):
-    run(2, case_continue, str(emulated_path))
-
-
-def case_plain(rank, world_size, path, strategy):
-    with emulated_device(path):
+@world(2)
+@pytest.mark.parametrize("strategy", ["none", "bf16"])
+def test_the_plain_strategies(rank, world_size, emulated_path, strategy):
+    with emulated_device(emulated_path):
         model = wrap()
         state = attach(model, strategy=strategy, min_elements=200)
         gradients = backward(model, rank)
@@ -96,17 +92,23 @@ def case_plain(rank, world_size, path, strategy):
         assert state.stats()["bits_per_element_compressed"] == {"none": 32, "bf16": 16}[strategy]
 
 
-@pytest.mark.parametrize("strategy", ["none", "bf16"])
-def test_the_plain_strategies(emulated_path, strategy):
-    run(2, case_plain, str(emulated_path), strategy)
-
-
-def case_all_reduce(rank, world_size, path, grid, dtype, shape):
+@world(2, 3)
+@pytest.mark.parametrize(
+    ("grid", "dtype", "shape"),
+    [
+        (SigmaGrid(1.0), torch.float32, (50, 61)),
+        (RangeGrid(), torch.bfloat16, (4, 700)),
+        (SigmaGrid(0.5), torch.float64, (3000,)),
+        (SigmaGrid(1.0), torch.float32, (3,)),
+    ],
+    ids=["float32", "bfloat16", "float64", "three_values"],
+)
+def test_all_reduce(rank, world_size, emulated_path, grid, dtype, shape):
     torch.manual_seed(rank)
     tensor = torch.randn(shape).to(dtype).transpose(0, -1)
     expected = tensor.clone()
     qcomm.all_reduce(expected, grid, strategy="two_phase")
-    with emulated_device(path):
+    with emulated_device(emulated_path):
         work = qcomm.all_reduce(tensor, grid, strategy="two_phase", async_op=True)
         assert work.wait()
         assert work.is_success()
@@ -117,25 +119,23 @@ def case_all_reduce(rank, world_size, path, grid, dtype, shape):
         for plain in ("none", "bf16"):
             qcomm.all_reduce(tensor, strategy=plain)
             assert torch.allclose(tensor.float(), expected.float(), atol=1e-6, rtol=1e-2)
-        for strategy in ("all_gather", "exact_sum", "hierarchical"):
-            with pytest.raises(ValueError, match=f"strategy must be one of .* for CUDA tensors, got '{strategy}'"):
-                qcomm.all_reduce(tensor, strategy=strategy)
     assert_same_on_all_ranks(tensor)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_all_reduce(emulated_path, world_size):
-    for grid, dtype, shape in (
-        (SigmaGrid(1.0), torch.float32, (50, 61)),
-        (RangeGrid(), torch.bfloat16, (4, 700)),
-        (SigmaGrid(0.5), torch.float64, (3000,)),
-        (SigmaGrid(1.0), torch.float32, (3,)),
+@world(2, 3)
+@pytest.mark.parametrize("strategy", ["all_gather", "exact_sum", "hierarchical"])
+def test_all_reduce_refuses_other_strategies(rank, world_size, emulated_path, strategy):
+    tensor = torch.randn(50, 61)
+    with (
+        emulated_device(emulated_path),
+        pytest.raises(ValueError, match=f"strategy must be one of .* for CUDA tensors, got '{strategy}'"),
     ):
-        run(world_size, case_all_reduce, str(emulated_path), grid, dtype, shape)
+        qcomm.all_reduce(tensor, strategy=strategy)
 
 
-def case_refused(rank, world_size, path):
-    with emulated_device(path):
+@world(2)
+def test_the_hook_refuses_other_strategies(rank, world_size, emulated_path):
+    with emulated_device(emulated_path):
         model = wrap()
         attach(model, strategy="exact_sum")
         assert "strategy must be one of ('auto', 'none', 'bf16', 'two_phase') for CUDA tensors" in str(
@@ -143,15 +143,8 @@ def case_refused(rank, world_size, path):
         )
 
 
-def test_other_strategies_are_refused(emulated_path):
-    run(2, case_refused, str(emulated_path))
-
-
-def case_without_kernels(rank, world_size):
+@world(1)
+def test_a_group_that_cannot_serve_a_device_is_refused(rank, world_size):
     check_group(dist.group.WORLD, torch.device("cpu"))
     with pytest.raises(ValueError, match="group must have the backend nccl for CUDA tensors, got"):
         check_group(dist.group.WORLD, torch.device("cuda"))
-
-
-def test_a_group_that_cannot_serve_a_device_is_refused():
-    run(1, case_without_kernels)

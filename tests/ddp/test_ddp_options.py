@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from ddp_model import backward, error_of, exact_mean, inputs, wrap
-from distributed import all_reduce, assert_same_on_all_ranks, attach, counting_bytes, gathered, run
+from distributed import all_reduce, assert_same_on_all_ranks, attach, counting_bytes, gathered, world
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import qcomm
@@ -16,7 +16,8 @@ from qcomm.transport.base import TransportError
 pytestmark = pytest.mark.world
 
 
-def case_warmup_and_exclude(rank, world_size):
+@world(2, 3)
+def test_warm_up_steps_are_exact(rank, world_size):
     wanted = exact_mean(rank, world_size)
     model = wrap()
     state = attach(model, warmup_steps=2, min_elements=0)
@@ -24,24 +25,30 @@ def case_warmup_and_exclude(rank, world_size):
         same = all(torch.equal(a, b) for a, b in zip(backward(model, rank), wanted, strict=True))
         assert same == (step < 2), step
     assert state.stats()["steps"] == 4
+
+
+@world(2, 3)
+def test_excluded_parameters_are_exact(rank, world_size):
+    wanted = exact_mean(rank, world_size)
     model = wrap()
     state = attach(model, exclude=["*.bias", "4.*"], min_elements=0)
     for _ in range(2):
         for (name, _), got, want in zip(model.module.named_parameters(), backward(model, rank), wanted, strict=True):
             assert torch.equal(got, want) == (name.endswith(".bias") or name.startswith("4.")), name
     assert set(state.stats()["tensors"]) == {f"{layer}.weight" for layer in (0, 2, 6, 8, 10)}
+
+
+@world(2, 3)
+def test_small_parameters_are_exact(rank, world_size):
+    wanted = exact_mean(rank, world_size)
     model = wrap()
-    state = attach(model, min_elements=100)
+    attach(model, min_elements=100)
     for (name, _), got, want in zip(model.module.named_parameters(), backward(model, rank), wanted, strict=True):
         assert torch.equal(got, want) == name.endswith(".bias"), name
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_what_is_not_compressed_is_exact(world_size):
-    run(world_size, case_warmup_and_exclude)
-
-
-def case_registered_by_hand(rank, world_size):
+@world(2)
+def test_a_hook_registered_by_hand_does_the_same(rank, world_size):
     model, other = wrap(), wrap()
     state = qcomm.CompressionState(min_elements=100, strategy="two_phase")
     model.register_comm_hook(state, qcomm.compression_hook)
@@ -62,33 +69,51 @@ def case_registered_by_hand(rank, world_size):
     assert "exclude needs the parameters' names" in str(error_of(model, rank))
 
 
-def test_a_hook_registered_by_hand_does_the_same():
-    run(2, case_registered_by_hand)
+# How a state reads the scale that a tensor has at the moment.
+SCALES = {
+    "a tensor": lambda current: current,
+    "a function's number": lambda current: lambda: float(current),
+    "a function's tensor": lambda current: lambda: current,
+}
 
 
-def case_scale(rank, world_size):
-    reference = wrap()
-    attach(reference, min_elements=100)
-    scales = [1024.0, 2048.0, 2048.0, 512.0]
+@world(2)
+@pytest.mark.parametrize("form", SCALES)
+def test_grad_scale_is_taken_out_and_put_back(rank, world_size, form):
     current = torch.tensor(1.0)
-    for grad_scale in (current, lambda: float(current), lambda: current):
-        model = wrap()
-        state = attach(model, min_elements=100, grad_scale=grad_scale)
-        reference_state = attach(wrap(), min_elements=100)
-        reference = wrap()
-        reference_state = attach(reference, min_elements=100)
-        for step, scale in enumerate(scales):
-            current.fill_(scale)
-            for a, b in zip(backward(model, rank, step, scale), backward(reference, rank, step), strict=True):
-                assert torch.equal(a, scale * b)  # powers of two: exact
-        for name, residual in state.state_dict()["error_feedback"]["local"].items():
-            assert torch.equal(residual, reference_state.state_dict()["error_feedback"]["local"][name])
-    for bad in (torch.inf, torch.nan, 0.0, -2.0):
-        current.fill_(bad if rank == 1 else 1.0)
-        error = error_of(model, rank)
-        assert "rank 1 failed while preparing the exchange: ValueError: grad_scale must be positive and finite" in str(
-            error
-        )
+    model, reference = wrap(), wrap()
+    state = attach(model, min_elements=100, grad_scale=SCALES[form](current))
+    reference_state = attach(reference, min_elements=100)
+    for step, scale in enumerate([1024.0, 2048.0, 2048.0, 512.0]):
+        current.fill_(scale)
+        for a, b in zip(backward(model, rank, step, scale), backward(reference, rank, step), strict=True):
+            assert torch.equal(a, scale * b)  # powers of two: exact
+    for name, residual in state.state_dict()["error_feedback"]["local"].items():
+        assert torch.equal(residual, reference_state.state_dict()["error_feedback"]["local"][name])
+
+
+@world(2)
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan, 0.0, -2.0])
+def test_a_scale_that_is_not_positive_and_finite_fails_one_step(rank, world_size, bad):
+    current = torch.tensor(1.0)
+    model = wrap()
+    attach(model, min_elements=100, grad_scale=lambda: current)
+    backward(model, rank)
+    current.fill_(bad if rank == 1 else 1.0)
+    error = error_of(model, rank)
+    assert "rank 1 failed while preparing the exchange: ValueError: grad_scale must be positive and finite" in str(
+        error
+    )
+    current.fill_(1.0)
+    assert error_of(model, rank) is None
+
+
+@world(2)
+def test_scales_that_differ_fail_one_step(rank, world_size):
+    current = torch.tensor(1.0)
+    model = wrap()
+    state = attach(model, min_elements=100, grad_scale=lambda: current)
+    backward(model, rank)
     current.fill_(1.0 + rank)
     error = error_of(model, rank)
     assert "grad_scale: 1.0 on rank 0, 2.0 on rank 1" in str(error) and isinstance(
@@ -98,11 +123,9 @@ def case_scale(rank, world_size):
     assert error_of(model, rank) is None
 
 
-def test_grad_scale_is_taken_out_and_put_back():
-    run(2, case_scale)
-
-
-def case_scaler(rank, world_size, grid):
+@world(2)
+@pytest.mark.parametrize("grid", [qcomm.SigmaGrid(step=1.0), qcomm.RangeGrid(c=2)], ids=["sigma", "range"])
+def test_grad_scaler_skips_and_recovers(rank, world_size, grid):
     model = wrap()
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
     state = attach(model, grid=grid, min_elements=100, grad_scale=scaler.get_scale)
@@ -136,12 +159,8 @@ def case_scaler(rank, world_size, grid):
     assert skipped == 2 and state.stats()["nonfinite_tensors"] > 0
 
 
-@pytest.mark.parametrize("grid", [qcomm.SigmaGrid(step=1.0), qcomm.RangeGrid(c=2)], ids=["sigma", "range"])
-def test_grad_scaler_skips_and_recovers(grid):
-    run(2, case_scaler, grid)
-
-
-def case_overlap(rank, world_size):
+@world(2, 3)
+def test_communication_overlaps_with_backward(rank, world_size):
     model = wrap()
     state = attach(model)
     for _ in range(2):  # the second step has the final buckets
@@ -187,12 +206,8 @@ def case_overlap(rank, world_size):
     assert all(a[2] <= b[2] for a, b in pairwise(timeline))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_communication_overlaps_with_backward(world_size):
-    run(world_size, case_overlap)
-
-
-def case_bytes(rank, world_size):
+@world(2, 3)
+def test_bytes_in_stats_are_those_handed_to_gloo(rank, world_size):
     model = wrap()
     state = attach(model, min_elements=100, warmup_steps=1)
     with counting_bytes() as counting:
@@ -213,12 +228,8 @@ def case_bytes(rank, world_size):
     assert 1.9 < stats["bits_per_element_phase1"] < 3.5 and stats["residual_norm"] > 0
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_bytes_in_stats_are_those_handed_to_gloo(world_size):
-    run(world_size, case_bytes)
-
-
-def case_join(rank, world_size):
+@world(2)
+def test_join_with_uneven_inputs(rank, world_size):
     model = wrap()
     state = attach(model, min_elements=100)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
@@ -232,11 +243,8 @@ def case_join(rank, world_size):
     assert set(gathered(state.stats()["steps"])) == {3 + 2 * (world_size - 1)}
 
 
-def test_join_with_uneven_inputs():
-    run(2, case_join)
-
-
-def case_wrapped(rank, world_size):
+@world(2)
+def test_the_hook_inside_torchs_fp16_wrapper(rank, world_size):
     model = wrap()
     state = qcomm.CompressionState(min_elements=100, strategy="two_phase")
     model.register_comm_hook(state, default_hooks.fp16_compress_wrapper(qcomm.compression_hook))
@@ -248,11 +256,8 @@ def case_wrapped(rank, world_size):
     assert state.stats()["bits_per_element_phase1"] < 3.5
 
 
-def test_the_hook_inside_torchs_fp16_wrapper():
-    run(2, case_wrapped)
-
-
-def case_two_models(rank, world_size):
+@world(2)
+def test_two_models_share_a_group(rank, world_size):
     models = [wrap(), wrap()]
     states = [attach(models[0]), attach(models[1], grid=qcomm.RangeGrid(c=2))]
     for step in range(3):
@@ -267,10 +272,6 @@ def case_two_models(rank, world_size):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         models[0](inputs(rank)).float().square().sum().backward()
     assert_same_on_all_ranks(*[p.grad for p in models[0].parameters()])
-
-
-def test_two_models_share_a_group():
-    run(2, case_two_models)
 
 
 def test_copying_a_model_and_process_errors():

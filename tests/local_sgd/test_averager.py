@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from averager_model import averager, exact_mean, flat, move, network, post_local_sgd, train
-from distributed import assert_same_on_all_ranks, counting_bytes, gathered, run
+from distributed import assert_same_on_all_ranks, counting_bytes, gathered, world
 from torch import nn
 from torch.distributed.algorithms.model_averaging.averagers import PeriodicModelAverager
 
@@ -45,7 +45,18 @@ BOUNDS = {
 }
 
 
-def case_equal_and_near(rank, world_size, name):
+@world()
+@pytest.mark.parametrize(
+    ("world_size", "name"),
+    [
+        (world_size, name)
+        for world_size in (1, 2, 3, 4)
+        for name in (
+            CASES if world_size == 2 else ["differences", "differences k=1/8", "weights", "all_gather", "auto"]
+        )
+    ],
+)
+def test_ranks_are_equal_and_near_the_mean(rank, world_size, name):
     options = dict(CASES[name])
     dtype = options.pop("dtype", torch.float32)
     model = network(dtype)
@@ -67,18 +78,11 @@ def case_equal_and_near(rank, world_size, name):
             assert error <= BOUNDS.get(name, 0.025) + 2 * torch.finfo(dtype).eps, (name, step, error)
         move(model, rank, step)
     assert compressed.step == 4
-    return compressed.stats()["steps"]
+    assert compressed.stats()["steps"] == (0 if world_size == 1 and name == "auto" else 4)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_ranks_are_equal_and_near_the_mean(world_size):
-    names = CASES if world_size == 2 else ["differences", "differences k=1/8", "weights", "all_gather", "auto"]
-    for name in names:
-        steps = run(world_size, case_equal_and_near, name)
-        assert steps == [0 if world_size == 1 and name == "auto" else 4] * world_size
-
-
-def case_nothing_is_lost(rank, world_size):
+@world(2, 3)
+def test_nothing_is_lost(rank, world_size):
     """With feedback the sum of all means is that of all movements but for the residuals that are left."""
     model = network()
     compressed = averager(min_elements=100)
@@ -101,12 +105,8 @@ def case_nothing_is_lost(rank, world_size):
     torch.testing.assert_close(flat(model.parameters()) - begin + kept, moved, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_nothing_is_lost(world_size):
-    run(world_size, case_nothing_is_lost)
-
-
-def case_bytes(rank, world_size):
+@world(2)
+def test_bytes_are_those_that_were_sent(rank, world_size):
     model = nn.Linear(300, 300)
     compressed = averager(4)
     compressed.average_parameters(model.parameters())
@@ -123,27 +123,25 @@ def case_bytes(rank, world_size):
     assert uncompressed["bytes_sent"] > 12 * stats["bytes_sent"] / 3
 
 
-def test_bytes_are_those_that_were_sent():
-    run(2, case_bytes)
-
-
-def case_like_torch(rank, world_size):
+@world(2)
+@pytest.mark.parametrize(("warmup", "period"), [(0, 3), (4, 2)])
+def test_averages_are_those_of_torchs_averager(rank, world_size, warmup, period):
     """Both are due at the same steps, and uncompressed both give the same weights but for rounding."""
-    for warmup, period in ((0, 3), (4, 2)):
-        models = network(), network()
-        mine = averager(period, warmup, min_elements=10**9)
-        theirs = PeriodicModelAverager(period, warmup)
-        for step in range(9):
-            for model, one in zip(models, (mine, theirs), strict=True):
-                move(model, rank, step)
-                for parameter in model.parameters():
-                    parameter.grad = torch.zeros_like(parameter)
-                one.average_parameters(model.parameters())
-            torch.testing.assert_close(flat(models[0].parameters()), flat(models[1].parameters()), rtol=0, atol=1e-6)
-        assert mine.step == theirs.step == 9
+    models = network(), network()
+    mine = averager(period, warmup, min_elements=10**9)
+    theirs = PeriodicModelAverager(period, warmup)
+    for step in range(9):
+        for model, one in zip(models, (mine, theirs), strict=True):
+            move(model, rank, step)
+            for parameter in model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
+            one.average_parameters(model.parameters())
+        torch.testing.assert_close(flat(models[0].parameters()), flat(models[1].parameters()), rtol=0, atol=1e-6)
+    assert mine.step == theirs.step == 9
 
 
-def case_post_local_sgd(rank, world_size):
+@world(2)
+def test_post_local_sgd_optimizer(rank, world_size):
     model = network()
     compressed = averager(4, warmup_steps=2, buffers_of=model)
     assert isinstance(compressed, torch.distributed.algorithms.model_averaging.averagers.ModelAverager)
@@ -162,12 +160,8 @@ def case_post_local_sgd(rank, world_size):
     assert set(compressed.stats()["tensors"]) == {"0.weight", "3.weight"}
 
 
-def test_instead_of_torchs_averager():
-    run(2, case_like_torch)
-    run(2, case_post_local_sgd)
-
-
-def case_missing_gradients(rank, world_size):
+@world(3)
+def test_ranks_that_lack_gradients(rank, world_size):
     """torch's averager leaves parameters without a gradient out, on this rank only."""
     model = nn.ModuleList(nn.Linear(48, 48) for _ in range(3))
     compressed = averager()
@@ -186,7 +180,8 @@ def case_missing_gradients(rank, world_size):
     assert_same_on_all_ranks(*model.parameters())
 
 
-def case_skipped_steps(rank, world_size):
+@world(2)
+def test_ranks_that_skip_steps(rank, world_size):
     """One rank's gradient overflows, its GradScaler skips the step: the loop's averaging goes on."""
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -206,7 +201,8 @@ def case_skipped_steps(rank, world_size):
     assert skipped == (3 if rank == 1 else 0) and bool(flat(model.parameters()).isfinite().all())
 
 
-def case_skipped_within_the_optimizer(rank, world_size):
+@world(2)
+def test_ranks_that_skip_steps_within_the_optimizer(rank, world_size):
     """There a skipped step is not counted either: averagings meet by their number, a step later on that rank."""
     model = network()
     compressed = averager(2)
@@ -222,13 +218,8 @@ def case_skipped_within_the_optimizer(rank, world_size):
             assert_same_on_all_ranks(*model.parameters())
 
 
-def test_ranks_that_skip_steps_or_lack_gradients():
-    run(3, case_missing_gradients)
-    run(2, case_skipped_steps)
-    run(2, case_skipped_within_the_optimizer)
-
-
-def case_layout(rank, world_size):
+@world(2)
+def test_layouts_in_memory(rank, world_size):
     torch.manual_seed(0)
     model = nn.Conv2d(16, 24, 3)
     other = copy.deepcopy(model)
@@ -246,7 +237,8 @@ def case_layout(rank, world_size):
     assert_same_on_all_ranks(model.weight)
 
 
-def case_mixed(rank, world_size):
+@world(2)
+def test_mixed_dtypes_and_shapes(rank, world_size):
     """Dtypes side by side, scalars, empty tensors, a frozen layer; parameters that come later."""
     torch.manual_seed(rank)
     parameters = [
@@ -277,7 +269,8 @@ def case_mixed(rank, world_size):
     assert torch.equal(before, flat([*parameters, new]))
 
 
-def case_buffers(rank, world_size):
+@world(2)
+def test_buffers(rank, world_size):
     model = network()
     model.register_buffer("mask", torch.full((3,), float("-inf")))
     model.register_buffer("steps", torch.tensor(rank))
@@ -304,13 +297,8 @@ def case_buffers(rank, world_size):
     assert fresh.step == 2 and (rank == 1 or torch.equal(before, flat(model.parameters())))
 
 
-def test_layouts_dtypes_and_buffers():
-    run(2, case_layout)
-    run(2, case_mixed)
-    run(2, case_buffers)
-
-
-def case_hierarchical(rank, world_size):
+@world(4)
+def test_groups_in_levels(rank, world_size):
     model = network()
     levels = OrderedDict([(2, 2), (4, 4)])
     compressed = qcomm.HierarchicalCompressedModelAverager(levels, warmup_steps=1, strategy="two_phase")
@@ -334,19 +322,28 @@ def case_hierarchical(rank, world_size):
             move(one, rank, step)
             its_averager.average_parameters(one.parameters())
         assert torch.equal(flat(model.parameters()), flat(twin.parameters()))
-    for bad, error, match in (
+
+
+@world(4)
+@pytest.mark.parametrize(
+    ("levels", "error", "match"),
+    [
         ({}, TypeError, "must be a dictionary of period to group size"),
         ({4: 2, 2: 4}, ValueError, "must have ascending periods"),
         ({2: 4, 4: 4}, ValueError, "must have ascending group sizes"),
         ({2: 3, 4: 4}, ValueError, "group sizes that divide each other, the last one 4"),
         ({2: 2}, ValueError, "the last one 4"),
         ({0: 2, 4: 4}, ValueError, "each of the periods must be >= 1, got 0"),
-    ):
-        with pytest.raises(error, match=match):
-            qcomm.HierarchicalCompressedModelAverager(bad)
+    ],
+    ids=["empty", "periods", "equal_sizes", "indivisible", "last_size", "period_0"],
+)
+def test_levels_that_cannot_be_are_refused(rank, world_size, levels, error, match):
+    with pytest.raises(error, match=match):
+        qcomm.HierarchicalCompressedModelAverager(levels)
 
 
-def case_subgroup(rank, world_size):
+@world(4)
+def test_a_group_of_some_ranks(rank, world_size):
     """A group of some ranks; the others call it, too, and nothing happens to them."""
     group = dist.new_group([0, 2])
     model = network()
@@ -360,8 +357,3 @@ def case_subgroup(rank, world_size):
     dist.barrier()
     if rank in (0, 2):
         dist.destroy_process_group(group)
-
-
-def test_groups_of_ranks():
-    run(4, case_hierarchical)
-    run(4, case_subgroup)

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from averager_model import averager, exact_mean, flat, move, network
-from distributed import assert_same_on_all_ranks, run
+from distributed import assert_same_on_all_ranks, run, world
 from torch import nn
 
 import qcomm
@@ -15,7 +15,13 @@ from qcomm.collectives.two_phase_steps import MeanSteps
 pytestmark = pytest.mark.world
 
 
-def case_resume(rank, world_size, options):
+@world(2)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"error_feedback": False}, {"strategy": "all_gather"}],
+    ids=["defaults", "no_feedback", "all_gather"],
+)
+def test_checkpoints_are_resumed_bit_for_bit(rank, world_size, options):
     """From a checkpoint in the middle, bit for bit what would have been; without it, something else."""
 
     def begin():
@@ -42,7 +48,8 @@ def case_resume(rank, world_size, options):
     assert torch.equal(results[0], results[2]) == (options.get("error_feedback") is False)
 
 
-def case_anchors_differ(rank, world_size):
+@world(3)
+def test_anchors_that_differ(rank, world_size):
     model, compressed = network(), averager()
     for step in range(3):
         move(model, rank, step)
@@ -63,12 +70,6 @@ def case_anchors_differ(rank, world_size):
     wanted = exact_mean(model.parameters())
     other.average_parameters(model.parameters())
     assert float((flat(model.parameters()) - wanted).abs().max()) < 1e-6
-
-
-def test_checkpoints():
-    for options in ({}, {"error_feedback": False}, {"strategy": "all_gather"}):
-        run(2, case_resume, options)
-    run(3, case_anchors_differ)
 
 
 def case_other_world(rank, world_size, states):
@@ -100,7 +101,8 @@ def failing(method):
     return mock.patch.object(MeanSteps, method, side_effect=ZeroDivisionError("boom"))
 
 
-def case_failures(rank, world_size):
+@world(2, 3)
+def test_failures_are_told_to_all_and_change_no_weight(rank, world_size):
     model, compressed = network(), averager()
 
     def fails(error, match, params=None):
@@ -164,13 +166,8 @@ def case_failures(rank, world_size):
     works(uncompressed=True)
 
 
-def test_failures_are_told_to_all_and_change_no_weight():
-    run(2, case_failures)
-    run(3, case_failures)
-    run(2, case_residuals_stay)
-
-
-def case_residuals_stay(rank, world_size):
+@world(2)
+def test_residuals_stay_where_another_rank_has_nan(rank, world_size):
     """Where a rank has NaN, the others keep what they have, also with a strategy that encodes first."""
     model, compressed = network(), averager(strategy="all_gather")
     for step in range(3):
@@ -188,22 +185,29 @@ def case_residuals_stay(rank, world_size):
         assert torch.equal(residual, after["error_feedback"]["local"][name]) and bool(residual.any())
 
 
-def case_options_differ(rank, world_size):
-    odd = rank == 1
-    for options, field in (
-        ({"grid": qcomm.SigmaGrid(2.0 if odd else 1.0)}, "grid: SigmaGrid"),
-        ({"exchange": "weights" if odd else "difference"}, "exchange: difference on rank 0, weights on rank 1"),
-        ({"error_feedback": not odd}, "error_feedback: True on rank 0, False on rank 1"),
-        ({"min_elements": 10 + odd}, "min_elements: 10 on rank 0"),
-        ({"strategy": "all_gather" if odd else "two_phase"}, "strategy: two_phase on rank 0"),
-    ):
-        with pytest.raises(qcomm.ConfigMismatchError, match=field):
-            averager(**options).average_parameters(network().parameters())
+@world(2)
+@pytest.mark.parametrize(
+    ("option", "common", "odd", "field"),
+    [
+        ("grid", qcomm.SigmaGrid(1.0), qcomm.SigmaGrid(2.0), "grid: SigmaGrid"),
+        ("exchange", "difference", "weights", "exchange: difference on rank 0, weights on rank 1"),
+        ("error_feedback", True, False, "error_feedback: True on rank 0, False on rank 1"),
+        ("min_elements", 10, 11, "min_elements: 10 on rank 0"),
+        ("strategy", "two_phase", "all_gather", "strategy: two_phase on rank 0"),
+    ],
+    ids=["grid", "exchange", "error_feedback", "min_elements", "strategy"],
+)
+def test_options_that_differ_are_refused(rank, world_size, option, common, odd, field):
+    options = {option: odd if rank == 1 else common}
+    with pytest.raises(qcomm.ConfigMismatchError, match=field):
+        averager(**options).average_parameters(network().parameters())
     averager().average_parameters(network().parameters())
 
 
-def case_bad_arguments(rank, world_size):
-    for arguments, options, error, match in (
+@world(2)
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "match"),
+    [
         ((0,), {}, ValueError, "period must be >= 1, got 0"),
         ((2.5,), {}, TypeError, "period must be an int, got float"),
         ((1, -1), {}, ValueError, "warmup_steps must be >= 0, got -1"),
@@ -213,27 +217,50 @@ def case_bad_arguments(rank, world_size):
         ((1,), {"grid": "sigma"}, TypeError, "grid must be"),
         ((1,), {"buffers_of": []}, TypeError, "buffers_of must be a torch.nn.Module"),
         ((1,), {"steps": 2}, TypeError, "unexpected keyword argument 'steps'"),
-    ):
-        with pytest.raises(error, match=match):
-            qcomm.CompressedModelAverager(*arguments, **options)
+    ],
+    ids=[
+        "period_0",
+        "period_2.5",
+        "warmup_steps",
+        "exchange",
+        "feedback_of_weights",
+        "error_feedback",
+        "grid",
+        "buffers_of",
+        "unknown",
+    ],
+)
+def test_bad_arguments_are_refused(rank, world_size, arguments, options, error, match):
+    with pytest.raises(error, match=match):
+        qcomm.CompressedModelAverager(*arguments, **options)
+
+
+def with_exchange(good, **changes):
+    return {**good, "exchanges": [{**good["exchanges"][0], **changes}]}
+
+
+# What damages the state of an averager, and the error that names it.
+DAMAGES = {
+    "nothing": (lambda good: {}, "must be of format 1"),
+    "no ranks": (lambda good: [], "must be of format 1"),
+    "step": (lambda good: {**good, "step": -1}, "must be of one step"),
+    "two steps": (lambda good: [good, {**good, "step": 3}], r"must be of one step on all ranks, got \[0, 3\]"),
+    "no exchanges": (lambda good: {**good, "exchanges": []}, "must hold 1 exchanges"),
+    "empty exchange": (lambda good: {**good, "exchanges": [{}]}, "needs identity, anchor and error_feedback"),
+    "anchor": (lambda good: with_exchange(good, anchor={"x": 3}), "last common weights"),
+    "identity": (lambda good: with_exchange(good, identity="abc"), "does not fit the anchor"),
+}
+
+
+@world(2)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_states_are_refused(rank, world_size, damage):
     one = averager()
-    good = one.state_dict()
-    for state, match in (
-        ({}, "must be of format 1"),
-        ([], "must be of format 1"),
-        ({**good, "step": -1}, "must be of one step"),
-        ([good, {**good, "step": 3}], r"must be of one step on all ranks, got \[0, 3\]"),
-        ({**good, "exchanges": []}, "must hold 1 exchanges"),
-        ({**good, "exchanges": [{}]}, "needs identity, anchor and error_feedback"),
-        ({**good, "exchanges": [{**good["exchanges"][0], "anchor": {"x": 3}}]}, "last common weights"),
-        ({**good, "exchanges": [{**good["exchanges"][0], "identity": "abc"}]}, "does not fit the anchor"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            one.load_state_dict(state)
+    make, match = DAMAGES[damage]
+    with pytest.raises(ValueError, match=match):
+        one.load_state_dict(make(one.state_dict()))
 
 
-def test_what_is_refused():
-    run(2, case_options_differ)
-    run(2, case_bad_arguments)
+def test_without_a_process_group_it_says_so():
     with pytest.raises(RuntimeError, match=r"torch.distributed is not initialised"):
         qcomm.CompressedModelAverager(1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import assert_same_on_all_ranks, counting_bytes, gathered, run
+from distributed import assert_same_on_all_ranks, counting_bytes, gathered, world
 from torch import nn
 
 import qcomm
@@ -25,7 +25,7 @@ def network(rank, dtype=torch.float32):
     return model
 
 
-def case_equal(rank, world_size, src, dtype, options):
+def check_equal(rank, world_size, src, dtype, options):
     model, original = network(rank, dtype), network(src, dtype)
     strides, addresses = model[0].weight.stride(), [p.data_ptr() for p in model.parameters()]
     qcomm.broadcast_parameters(model, src=src, **options)
@@ -42,17 +42,28 @@ def case_equal(rank, world_size, src, dtype, options):
         assert torch.equal(wanted, got), name
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_all_ranks_are_equal(world_size):
-    for src in range(world_size):
-        run(world_size, case_equal, src, torch.float32, {})
-    for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        run(world_size, case_equal, 0, dtype, {})
-    run(world_size, case_equal, world_size - 1, torch.float32, {"lossless": True})
-    run(world_size, case_equal, 0, torch.float32, {"grid": qcomm.SigmaGrid(0.02), "num_threads": 2})
+WAYS = {
+    **{dtype: (0, getattr(torch, dtype), {}) for dtype in ("bfloat16", "float16", "float64")},
+    "lossless": (-1, torch.float32, {"lossless": True}),
+    "two threads": (0, torch.float32, {"grid": qcomm.SigmaGrid(0.02), "num_threads": 2}),
+}
 
 
-def case_forms(rank, world_size):
+@world()
+@pytest.mark.parametrize(("world_size", "src"), [(size, src) for size in (1, 2, 3, 4) for src in range(size)])
+def test_all_ranks_are_equal(rank, world_size, src):
+    check_equal(rank, world_size, src, torch.float32, {})
+
+
+@world(1, 2, 3, 4)
+@pytest.mark.parametrize("way", WAYS)
+def test_dtypes_and_options(rank, world_size, way):
+    src, dtype, options = WAYS[way]
+    check_equal(rank, world_size, src % world_size, dtype, options)
+
+
+@world(2, 3)
+def test_forms_of_parameters(rank, world_size):
     """Parameters, names, groups, integers; weights with NaN; more ranks than bytes in a part."""
     layer = nn.Linear(50, 50)
     for params in (layer.parameters(), layer.named_parameters(), torch.optim.SGD(layer.parameters()).param_groups):
@@ -73,7 +84,8 @@ def case_forms(rank, world_size):
     torch.testing.assert_close(before, layer.weight.detach(), rtol=0, atol=1e-6)
 
 
-def case_bytes(rank, world_size):
+@world(2, 4)
+def test_bytes_that_are_sent(rank, world_size):
     layer = nn.Linear(400, 400)
     qcomm.broadcast_parameters(layer)  # connects
     with counting_bytes() as counting:
@@ -88,7 +100,8 @@ def case_bytes(rank, world_size):
         assert counting.sent < packed * (world_size - 2) / world_size + 1000
 
 
-def case_subgroup(rank, world_size):
+@world(3)
+def test_a_group_of_some_ranks(rank, world_size):
     """``src`` is the rank in the whole world, as in torch.distributed.broadcast."""
     group = dist.new_group([1, 2])
     layer = nn.Linear(50, 50)
@@ -104,15 +117,8 @@ def case_subgroup(rank, world_size):
         dist.destroy_process_group(group)
 
 
-def test_what_can_be_sent_and_to_whom():
-    run(2, case_forms)
-    run(3, case_forms)
-    for world_size in (2, 4):
-        run(world_size, case_bytes)
-    run(3, case_subgroup)
-
-
-def case_failures(rank, world_size):
+@world(2, 3)
+def test_failures_are_told_to_all(rank, world_size):
     layer, odd = nn.Linear(50, 50), rank == 1
     before = [p.detach().clone() for p in layer.parameters()]
 
@@ -154,8 +160,3 @@ def case_failures(rank, world_size):
     fails(qcomm.CollectiveError, "rank 1 failed while decoding the result")
     qcomm.broadcast_parameters(layer)
     assert_same_on_all_ranks(*layer.parameters())
-
-
-def test_failures_are_told_to_all():
-    run(2, case_failures)
-    run(3, case_failures)

@@ -208,21 +208,32 @@ def test_what_cannot_be_stored_is_named(tmp_path, value, error, match):
     assert path.read_bytes() == b"as it was" and list(tmp_path.iterdir()) == [path]
 
 
-def test_bad_arguments(tmp_path):
+def test_a_state_that_contains_itself_is_refused(tmp_path):
     endless = {}
     endless["self"] = endless
     with pytest.raises(ValueError, match="deeper than 64 levels; does it contain itself"):
         qcomm.save(endless, tmp_path / "x")
-    for options, error, match in (
-        ({"grid": 8}, TypeError, "grid must be"),
-        ({"min_elements": -1}, ValueError, "min_elements must be >= 0, got -1"),
-        ({"num_threads": 0}, ValueError, "num_threads must be at least 1"),
-        ({"lossless": "*.bias"}, TypeError, "lossless must be a sequence of patterns"),
-    ):
-        with pytest.raises(error, match=match):
-            qcomm.save({}, tmp_path / "x", **options)
-    with pytest.raises(TypeError, match="state_dict must be a dictionary, got list"):
-        qcomm.save([], tmp_path / "x")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("state", "options", "error", "match"),
+    [
+        ({}, {"grid": 8}, TypeError, "grid must be"),
+        ({}, {"min_elements": -1}, ValueError, "min_elements must be >= 0, got -1"),
+        ({}, {"num_threads": 0}, ValueError, "num_threads must be at least 1"),
+        ({}, {"lossless": "*.bias"}, TypeError, "lossless must be a sequence of patterns"),
+        ([], {}, TypeError, "state_dict must be a dictionary, got list"),
+    ],
+    ids=["grid", "min_elements", "num_threads", "lossless", "state_dict"],
+)
+def test_bad_arguments(tmp_path, state, options, error, match):
+    with pytest.raises(error, match=match):
+        qcomm.save(state, tmp_path / "x", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_missing_files_and_folders(tmp_path):
     with pytest.raises(FileNotFoundError):
         qcomm.save({}, tmp_path / "none" / "x")
     with pytest.raises(FileNotFoundError):
@@ -333,22 +344,37 @@ def test_hostile_headers(name):
         unpack_state(forged(header, payload))
 
 
-def test_hostile_sizes_and_depth(tmp_path):
-    for claimed in (0, 1, 10**6, 2**64 - 1):
-        with pytest.raises(qcomm.PacketError, match=r"claims|not JSON"):
-            unpack_state(forged({"state": 1, "tensors": []}, header_bytes=claimed))
+@pytest.mark.parametrize("claimed", [0, 1, 10**6, 2**64 - 1])
+def test_a_header_of_another_size_than_it_claims(claimed):
+    with pytest.raises(qcomm.PacketError, match=r"claims|not JSON"):
+        unpack_state(forged({"state": 1, "tensors": []}, header_bytes=claimed))
+
+
+def test_a_state_that_is_too_deep():
     state = 1
     for _ in range(80):
         state = {"list": [state]}
     with pytest.raises(qcomm.PacketError, match="deeper than 64"):
         unpack_state(forged({"state": state, "tensors": []}))
-    path = tmp_path / "number"
-    path.write_bytes(bytes(forged({"state": 1, "tensors": []}).tolist()))
-    with pytest.raises(qcomm.PacketError, match="holds no dictionary"):
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (bytes(forged({"state": 1, "tensors": []}).tolist()), "holds no dictionary"),
+        (b"PK\3\4 a zip file, as torch.save writes", "state: a state dict begins with"),
+    ],
+    ids=["a_number", "a_zip_file"],
+)
+def test_files_of_something_else(tmp_path, content, match):
+    path = tmp_path / "state"
+    path.write_bytes(content)
+    with pytest.raises(qcomm.PacketError, match=match):
         qcomm.load(path)
-    path.write_bytes(b"PK\3\4 a zip file, as torch.save writes")
-    with pytest.raises(qcomm.PacketError, match="number: a state dict begins with"):
-        qcomm.load(path)
+
+
+def test_a_small_file_of_large_tensors(tmp_path):
+    path = tmp_path / "zeros"
     qcomm.save({"zeros": torch.zeros(10**6)}, path)
     assert path.stat().st_size < 400
     with pytest.raises(qcomm.PacketError, match="take 4000000 bytes, more than max_bytes=3999999"):

@@ -60,3 +60,8 @@ def ulp(x: torch.Tensor) -> torch.Tensor:
     if x.dtype in (torch.float16, torch.bfloat16):
         return ((a.view(torch.int16) + 1).view(x.dtype)).double() - a.double()
     return torch.nextafter(a, torch.full_like(a, float("inf"))).double() - a.double()
+
+
+def as_tensor(data: bytes | bytearray) -> torch.Tensor:
+    """A packet's bytes, copied, as functions of qcomm take them."""
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -1,10 +1,14 @@
-"""Worlds of gloo processes that tests share: a launch costs seconds, so one world of each size runs all cases.
+"""Worlds of gloo processes that tests share: a launch costs seconds, so one world of each size runs all tests.
 
-A case is a top-level function ``case(rank, world_size, *args)``; it runs on all ranks at once, in the default process
-group, and fails by raising.
+``@world(3)`` above a test makes its body run on all ranks of a world at once, in the default process group. A test that
+compares the ranks' results calls ``run`` with a case instead: a top-level function ``case(rank, world_size, *args)``
+that fails by raising.
 """
 
 import atexit
+import functools
+import importlib
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -16,6 +20,7 @@ from datetime import timedelta
 from multiprocessing.connection import wait
 from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -137,6 +142,53 @@ def run_alone(world_size, case, *args, timeout=TIMEOUT, **options):
         return world.run(case, *args, **options)
     finally:
         world.close(kill=True)
+
+
+def world(*sizes, alone=False, **options):
+    """Makes the body of a test run on all ranks of a world.
+
+    The test is a top-level function ``test(rank, world_size, <arguments>)``. It fails with the tracebacks of the ranks
+    that failed. Its other arguments come from ``pytest.mark.parametrize`` and from fixtures, and are pickled for the
+    ranks.
+
+    Several sizes parametrize ``world_size``, with ids as ``world_of_2``. No size at all leaves this to the test's own
+    ``parametrize``, where a size depends on another argument.
+
+    ::
+
+        @world(2, 3)
+        @pytest.mark.parametrize("strategy", ["none", "bf16"])
+        def test_mean(rank, world_size, strategy): ...
+
+    Args:
+        *sizes: Numbers of ranks.
+        alone: Runs the test in a world of its own, which it may leave unusable.
+        **options: As of ``World.run``: ``seconds`` that a rank may take, and ``dying`` ranks. With ``alone`` also the
+            ``timeout`` of the process group.
+    """
+
+    def decorate(body):
+        start = run_alone if alone else run
+
+        @functools.wraps(body)
+        def test(world_size=sizes[0] if sizes else None, **arguments):
+            start(world_size, _run_body, body.__module__, body.__qualname__, arguments, **options)
+
+        # The arguments that pytest has to find: not the rank, and no size where there is only one.
+        rank, world_size, *others = inspect.signature(body).parameters.values()
+        assert (rank.name, world_size.name) == ("rank", "world_size"), f"{body.__qualname__} needs rank and world_size"
+        shown = others if len(sizes) == 1 else [world_size, *others]
+        test.__signature__ = inspect.Signature(shown)
+        if len(sizes) > 1:
+            test = pytest.mark.parametrize("world_size", sizes, ids=[f"world_of_{size}" for size in sizes])(test)
+        return pytest.mark.world(test)
+
+    return decorate
+
+
+def _run_body(rank, world_size, module, name, arguments):
+    """Finds a test by its name, which on pickling stands for the decorated function, and runs its body."""
+    return getattr(importlib.import_module(module), name).__wrapped__(rank, world_size, **arguments)
 
 
 @atexit.register

@@ -75,10 +75,6 @@ def check_kinds(rank, world_size, strategy, grid, **options):
             check(rank, strategy, grid, inputs, min_elements, **options)
 
 
-def case_kinds(rank, world_size, strategy, grid, options=None):
-    check_kinds(rank, world_size, strategy, grid, **(options or {}))
-
-
 def error_of(strategy, count=5000, **options):
     """The error of one all-reduce, or None."""
     try:

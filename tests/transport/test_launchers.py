@@ -1,14 +1,13 @@
 """Processes that mpirun, srun or torchrun started find each other; real ones, with MPICH where it is installed."""
 
-import os
 import re
-import select
 import socket
 import subprocess
 import sys
 
 import pytest
 from mpirun import environment, find_mpirun
+from processes import is_gone
 
 from qcomm.transport import launchers
 from qcomm.transport.launchers import Place, find_place
@@ -51,6 +50,19 @@ TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "71"}, None),
         ({"RANK": "0"}, None),
     ],
+    ids=[
+        "none",
+        "open_mpi",
+        "mpich",
+        "slurm",
+        "torchrun",
+        "slurm_on_a_smaller_node",
+        "open_mpi_in_slurm",
+        "torchrun_in_mpich_in_slurm",
+        "mpich_without_local_ranks",
+        "a_batch_script",
+        "a_rank_without_a_size",
+    ],
 )
 def test_every_launcher_is_understood(environment, place):
     assert find_place(environment) == place
@@ -64,6 +76,7 @@ def test_every_launcher_is_understood(environment, place):
         ({"PMI_SIZE": "3"}, "PMI_RANK must be below PMI_SIZE, got 3 and 3"),
         ({"MPI_LOCALNRANKS": ""}, "MPI_LOCALNRANKS must be a number, got ''"),
     ],
+    ids=["no_number", "negative", "beyond_the_size", "empty"],
 )
 def test_nonsense_is_named(change, match):
     with pytest.raises(ValueError, match=match):
@@ -173,17 +186,30 @@ def run_program(program, **variables):
     )
 
 
-def test_without_a_launcher_or_a_way_to_meet_it_says_what_to_do():
+def test_without_a_launcher_it_says_so():
     ended = run_program(PROGRAM)
     assert ended.returncode == 1 and "no launcher started this process" in ended.stderr
+
+
+def test_without_a_way_to_meet_it_says_what_to_do():
     without = "import sys\nsys.modules['mpi4py'] = None\n" + PROGRAM
     ended = run_program(without, PMI_RANK="0", PMI_SIZE="2")
     assert ended.returncode == 1 and "MPICH does not tell where the ranks meet: set MASTER_ADDR" in ended.stderr
-    twice = PROGRAM + "\nqcomm.init_from_environment()"
-    ended = run_program(twice, PMI_RANK="0", PMI_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
-    assert ended.returncode == 0, ended.stderr  # after destroy_process_group it may be called again
-    once = PROGRAM.replace("tensor = torch.full", "qcomm.init_from_environment(); tensor = torch.full", 1)
-    ended = run_program(once, PMI_RANK="0", PMI_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+
+
+def alone():
+    """The environment of a rank without others."""
+    return {"PMI_RANK": "0", "PMI_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+
+
+def test_a_process_may_begin_again_after_destroy_process_group():
+    ended = run_program(PROGRAM + "\nqcomm.init_from_environment()", **alone())
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_process_may_not_begin_twice():
+    twice = PROGRAM.replace("tensor = torch.full", "qcomm.init_from_environment(); tensor = torch.full", 1)
+    ended = run_program(twice, **alone())
     assert ended.returncode == 1 and "torch.distributed is initialised already" in ended.stderr
 
 
@@ -237,18 +263,6 @@ mock.patch.object(two_phase, "SLICE_ELEMENTS", 200).start()
 qcomm.all_reduce(torch.ones(3000), strategy="two_phase")
 print("went on")
 """
-
-
-def is_gone(process, seconds):
-    """Whether a process has ended, waiting for it no longer than so many seconds."""
-    try:
-        descriptor = os.pidfd_open(process)
-    except ProcessLookupError:
-        return True
-    try:
-        return bool(select.select([descriptor], [], [], seconds)[0])
-    finally:
-        os.close(descriptor)
 
 
 @pytest.mark.world

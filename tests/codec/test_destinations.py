@@ -1,0 +1,91 @@
+"""Destinations of encoder and decoder: those that do not fit are refused, and nothing beside them is written."""
+
+import pytest
+import torch
+from data import DTYPES, gaussian, student_t3
+
+import qcomm
+from qcomm import _C
+from qcomm.codec import _native
+from qcomm.codec._native import measure
+from qcomm.codec.packet import Segment, decode_into
+from qcomm.codec.quantize import plan
+
+VERSIONS = qcomm.cpu_features()
+MARGIN = 64
+
+
+def packets() -> dict[str, torch.Tensor]:
+    """One of every coding."""
+    x = gaussian(700)
+    return {
+        "pair": qcomm.compress(x, qcomm.SigmaGrid(1.0, coding="pair")),
+        "escapes": qcomm.compress(student_t3(701), qcomm.SigmaGrid(1.0, coding="single")),
+        "fixed": qcomm.compress(x[:333], qcomm.RangeGrid(num_bits=14)),
+        "raw": qcomm.compress(torch.tensor([1.0, float("nan")] * 30)),
+        "constant": qcomm.compress(torch.full((55,), 2.5)),
+        "bfloat16": qcomm.compress(x.bfloat16(), qcomm.SigmaGrid(0.5)),
+        "float64": qcomm.compress(x.double(), qcomm.SigmaGrid(2.0)),
+    }
+
+
+PACKETS = packets()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", PACKETS)
+def test_a_destination_of_another_size_is_refused_and_left_alone(name: str, version: str) -> None:
+    packet = PACKETS[name]
+    info = qcomm.inspect(packet)
+    count = torch.Size(info.shape).numel()
+    arena = torch.full((count + 2 * MARGIN,), 123.0, dtype=info.dtype)
+    for size in (0, 1, count - 1, count + 1, count + 32):
+        for accumulate in (False, True):
+            with _native.using_cpu_feature(version), pytest.raises(ValueError, match=f"out must have .*{count}"):
+                decode_into(packet, arena[MARGIN : MARGIN + size], accumulate=accumulate)
+    assert bool((arena == 123).all())
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name, packet in PACKETS.items() for dtype in DTYPES if dtype != qcomm.inspect(packet).dtype],
+    ids=str,
+)
+def test_a_destination_of_another_dtype_is_refused_and_left_alone(name: str, dtype: torch.dtype) -> None:
+    packet = PACKETS[name]
+    out = torch.full(qcomm.inspect(packet).shape, 123.0, dtype=dtype)
+    with pytest.raises(ValueError, match="out must have the packet's dtype"):
+        decode_into(packet, out)
+    assert bool((out == 123).all())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(
+    ("name", "accumulate"),
+    [(name, False) for name in PACKETS]
+    + [(name, True) for name, packet in PACKETS.items() if qcomm.inspect(packet).dtype.itemsize > 2],
+)
+def test_a_destination_that_fits_is_filled_to_its_ends_only(version: str, name: str, accumulate: bool) -> None:
+    packet = PACKETS[name]
+    info = qcomm.inspect(packet)
+    count = torch.Size(info.shape).numel()
+    for begin in (MARGIN, MARGIN + 1, MARGIN + 3):  # no alignment beyond that of an element is promised
+        arena = torch.full((count + 2 * MARGIN,), 123.0, dtype=info.dtype)
+        with _native.using_cpu_feature(version):
+            decode_into(packet, arena[begin : begin + count], accumulate=accumulate)
+        expected = qcomm.decompress(packet) + (123 if accumulate else 0)
+        assert bool((arena[:begin] == 123).all()) and bool((arena[begin + count :] == 123).all()), begin
+        assert torch.equal(arena[begin : begin + count].nan_to_num(7.0), expected.nan_to_num(7.0)), begin
+
+
+def test_a_destination_one_byte_below_the_bound_is_not_written() -> None:
+    x, residual = student_t3(3000), gaussian(3000, 1)
+    before = residual.clone()
+    quantizer = plan(measure(x, residual, 1.0), qcomm.SigmaGrid(1.0), x, residual, 1.0)
+    segment = Segment(x, quantizer, residual)
+    described = [(x.data_ptr(), x.numel(), residual.data_ptr(), segment.quantizer)]
+    bound = _C.encode_bound(described, 0, [3000], True, 16)
+    out = torch.full((bound,), 123, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="destination is smaller than encode_bound"):
+        _C.encode(described, 1.0, 0, [3000], True, 16, 1, out.data_ptr(), bound - 1)
+    assert bool((out == 123).all()) and residual.equal(before)
