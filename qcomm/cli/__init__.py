@@ -1,4 +1,4 @@
-"""The command line ``qcomm``: one module a command, of which ``main`` makes one application."""
+"""The command line ``qcomm``: one module per command, and ``main``, which assembles them."""
 
 from qcomm.cli.main import app
 

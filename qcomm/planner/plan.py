@@ -1,4 +1,4 @@
-"""Predictions with error bars, and what they say: does compression pay here?"""
+"""Predictions of a training step with error bars, and the speed-up that compression gives."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -28,19 +28,19 @@ __all__ = [
 ]
 
 MOST_GPUS = 65_536
-# dietGPU codes at 250 GB/s and more on an A100, entropy coding alone; a tenth of that until somebody has measured it.
+# dietGPU codes at 250 GB/s and more on an A100, entropy coding alone. A tenth of that is assumed until it is measured.
 ASSUMED_CODEC = Codec(25.0, 25.0, on_gpu=True, assumed=True)
 JITTER = 0.01
 
-# How far inputs may be off, as factors.
+# Uncertainties of the inputs, as factors.
 NETWORK_FACTOR, LATENCY_FACTOR, JITTER_FACTOR = 1.1, 2.0, 2.0
-MEASURED_FACTOR = 1.03  # of a step that was measured where it is planned for
+MEASURED_FACTOR = 1.03  # of a step that was measured on the planned machine
 CODEC_FACTOR, ASSUMED_CODEC_FACTOR = 1.2, 4.0
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked about: a model on GPUs behind a network.
+    """The question to the planner: a model on GPUs behind a network.
 
     Args:
         model: profile.
@@ -49,7 +49,7 @@ class Request:
         network_gb_per_s: nominal rate of a node, 10^9 bytes a second each way.
         gpu: preset; None with a measured profile or rate.
         precision: "fp32" or "amp", of computing; gradients are fp32 unless a method says otherwise.
-        fabric: what the network makes of its rate.
+        fabric: kind of network, which determines the usable share of its rate.
         efficiency: instead of the fabric's.
         inside: links of a node; the GPU's usual ones by default.
         scheduler: DDP's buckets or Horovod's cycles.
@@ -58,7 +58,7 @@ class Request:
         samples_per_second: of one GPU that is alone, if measured.
 
     Raises:
-        PlanError: naming what cannot be, and what could.
+        PlanError: a field is out of its range; the message names it and a right value.
 
     Example:
         >>> from qcomm.planner.hardware import GPUS
@@ -96,7 +96,7 @@ class Request:
 
     @property
     def cluster(self) -> Cluster:
-        """With the links that gradients see."""
+        """The GPUs with the links that gradients see."""
         inside = self.inside or INSIDE["pcie" if self.gpu is None else self.gpu.inside]
         nodes = max(1, self.gpus // max(1, self.gpus_per_node))
         between = self.fabric.link(self.network_gb_per_s, nodes, self.efficiency)
@@ -104,20 +104,20 @@ class Request:
 
     @property
     def times(self) -> ComputeTimes:
-        """Of one GPU."""
+        """The computing times of one GPU."""
         return compute_times(self.model, self.batch, self.gpu, self.precision, self.samples_per_second)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A method's step; seconds are means over the slowest rank's luck.
+    """The step of a method. Seconds are means over the jitter of the slowest rank.
 
     Args:
         method: its name.
-        gpus: how many.
-        seconds, low, high: of a step, and between which it is likely.
+        gpus: number of GPUs.
+        seconds, low, high: of a step, and its likely bounds.
         samples_per_second: of all GPUs.
-        efficiency, efficiency_low, efficiency_high: against as many GPUs that wait for nobody.
+        efficiency, efficiency_low, efficiency_high: compared with as many GPUs that do not exchange.
         exposed: seconds after backward until the last gradient is there.
         overlap: share of the link's time that backward hides.
         link, codec: seconds in which they are busy.
@@ -140,7 +140,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Speedup:
-    """How many times faster a method is than another, and between which bounds that likely is."""
+    """The factor by which a method is faster than another, with its likely bounds."""
 
     factor: float
     low: float
@@ -148,7 +148,7 @@ class Speedup:
 
 
 def jobs(request: Request, method: Method) -> list[Job]:
-    """A step's buckets and their work."""
+    """Returns the buckets of a step and their work."""
     memory = 900.0 if request.gpu is None else request.gpu.memory_gb_per_s  # a V100's
     setting = Setting(request.cluster, request.codec, memory)
     found = []
@@ -159,20 +159,20 @@ def jobs(request: Request, method: Method) -> list[Job]:
 
 
 def simulated(request: Request, method: Method, draws: int = DRAWS) -> Step:
-    """The mean step over ``draws`` quantiles of the slowest rank's luck."""
+    """Returns the mean step over ``draws`` quantiles of the slowest rank's jitter."""
     work, share = jobs(request, method), _codec_share(request, method)
     factors = slowest_factors(request.gpus, request.jitter, draws)
     return mean_step([simulate(request.times, work, factor=factor, codec_share=share) for factor in factors])
 
 
 def trace_step(request: Request, method: Method) -> Step:
-    """One step of the rank with median luck among the slowest, with its spans."""
+    """Returns one step with its spans, at the median jitter of the slowest rank."""
     factor = slowest_factors(request.gpus, request.jitter, draws=1)[0]
     return simulate(request.times, jobs(request, method), factor=factor, codec_share=_codec_share(request, method))
 
 
 def _codec_share(request: Request, method: Method) -> float:
-    """PowerSGD and casts run on the GPU wherever qcomm's codec does."""
+    """Returns the share of the GPU that a busy codec takes. PowerSGD and casts always run on the GPU."""
     return 0.0 if method.name.startswith("qcomm") and not request.codec.on_gpu else 1.0
 
 
@@ -200,7 +200,7 @@ def _scaled_codec(request: Request, factor: float) -> Request:
 
 
 def variations(request: Request) -> Iterator[tuple[str, Request]]:
-    """The request with one input at a time off by what it may be off, to both sides."""
+    """Yields the request with one input at a time changed by its uncertainty, to both sides."""
     measured = request.samples_per_second is not None or request.model.measured_batch > 0
     compute = MEASURED_FACTOR if measured or request.gpu is None else 1 + request.gpu.uncertainty
     codec = ASSUMED_CODEC_FACTOR if request.codec.assumed else CODEC_FACTOR
@@ -217,14 +217,14 @@ def variations(request: Request) -> Iterator[tuple[str, Request]]:
 
 
 def _bounds(value: float, others: Sequence[float]) -> tuple[float, float]:
-    """Deviations of independent inputs add up as squares; of the two of an input each counts on its own side."""
+    """Adds deviations of independent inputs as squares, those below and those above ``value`` apart."""
     below = math.sqrt(sum(min(0.0, other - value) ** 2 for other in others))
     above = math.sqrt(sum(max(0.0, other - value) ** 2 for other in others))
     return max(0.0, value - below), value + above
 
 
 def predict(request: Request, method: Method) -> Prediction:
-    """A method's step, with error bars from what its inputs may be off by."""
+    """Predicts the step of a method, with error bars from the uncertainties of its inputs."""
     step = simulated(request, method)
     alone = request.times.step
     others = [(other.times.step, simulated(other, method, draws=1).seconds) for _, other in variations(request)]
@@ -250,7 +250,7 @@ def predict(request: Request, method: Method) -> Prediction:
 
 
 def speedup(request: Request, method: Method, base: Method, bars: bool = True) -> Speedup:
-    """How many times faster ``method`` is than ``base``; both are subject to the same errors of the inputs."""
+    """Returns how many times faster ``method`` is than ``base``, under the same errors of the inputs."""
 
     def factor(at: Request) -> float:
         return simulated(at, base, draws=1).seconds / simulated(at, method, draws=1).seconds

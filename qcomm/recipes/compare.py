@@ -1,4 +1,4 @@
-"""The comparison that ``qcomm train`` ends with: the same training with each gradient exchange, and one table."""
+"""The comparison of gradient exchanges: the same training with each of them, and one table."""
 
 import json
 import math
@@ -29,7 +29,7 @@ _HEADINGS = (
 
 
 def comparison_configs(base: TrainConfig) -> list[TrainConfig]:
-    """The runs of the comparison: fp32, bf16, and qcomm at one and two standard deviations a step.
+    """Returns the runs of the comparison: fp32, bf16, and qcomm at one and two standard deviations a step.
 
     Example:
         >>> [config.label for config in comparison_configs(TrainConfig())]
@@ -40,7 +40,7 @@ def comparison_configs(base: TrainConfig) -> list[TrainConfig]:
 
 
 def run_all(configs: Sequence[TrainConfig]) -> None:
-    """Train every configuration in the present process group; rank 0 prints the table and writes the results."""
+    """Trains every configuration in the present process group; rank 0 prints the table and writes the results."""
     results = [train(config) for config in configs]
     if dist.get_rank() != 0:
         return
@@ -71,7 +71,7 @@ def _row(result: TrainResult) -> tuple[str, ...]:
 
 
 def print_table(results: Sequence[TrainResult]) -> None:
-    """Print one row per run: a drawn table on a terminal, aligned text elsewhere."""
+    """Prints one row per run: a drawn table on a terminal, aligned text elsewhere."""
     rows = [_row(result) for result in results]
     if sys.stdout.isatty():
         table = Table()
@@ -97,7 +97,7 @@ def print_table(results: Sequence[TrainResult]) -> None:
 
 
 def verdict(results: Sequence[TrainResult]) -> str:
-    """One sentence: is each compressed run within two standard errors of the first run?
+    """Says in one sentence whether each compressed run is within two standard errors of the first run.
 
     The standard error is that of the difference of two independent binomial shares.
     """

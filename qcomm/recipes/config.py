@@ -1,4 +1,4 @@
-"""Everything a training run is determined by, validated once, and the learning-rate schedule."""
+"""The configuration of a training run, validated once, and the learning-rate schedule."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -14,13 +14,13 @@ METHODS = ("fp32", "bf16", "qcomm")
 GRIDS = ("sigma", "range")
 AMP_MODES = ("none", "bf16", "fp16")
 
-# What may differ between a run and the one that resumes it: where it writes, and what has no part in the arithmetic.
+# These may differ between a run and the one that resumes it: they have no part in the arithmetic.
 _FREE_ON_RESUME = frozenset({"out", "resume", "checkpoint_every", "data_dir"})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. Field names are the command line's options.
+    """The configuration of one training run. Field names are the command line's options.
 
     Attributes:
         model: one of ``models.MODEL_NAMES``.
@@ -28,27 +28,27 @@ class TrainConfig:
         data_dir: directory with the data set's files, where it needs one.
         epochs: passes over the training images.
         batch_size: images per rank and step.
-        learning_rate: its maximum, after the warm-up and before the cosine.
+        learning_rate: maximum, which is reached after the warm-up and before the cosine.
         momentum: of SGD.
         nesterov: Nesterov's variant of momentum.
         weight_decay: coefficient of the L2 penalty.
         decay_norm: whether it also applies to biases and batch normalisation.
-        warmup_epochs: length of the linear warm-up; may be a fraction.
+        warmup_epochs: length of the linear warm-up, which may be a fraction.
         seed: determines weights, order and augmentation.
         amp: autocast dtype of forward and backward, "none", "bf16" or "fp16" (with a GradScaler).
         channels_last: memory format of weights and images.
         augment: random shifts and, where the data set allows it, mirror images.
-        train_images: use only the first so many training images; None for all.
+        train_images: number of initial training images to use; None for all.
         stem_stride: stride of the first convolution; None for the model's default.
-        method: how gradients are averaged, "fp32" (plain all-reduce), "bf16" (torch's bf16_compress_hook) or "qcomm".
+        method: average of the gradients, "fp32" (plain all-reduce), "bf16" (torch's bf16_compress_hook) or "qcomm".
         grid: of qcomm, "sigma" or "range".
         step: of the sigma grid, in standard deviations.
         c: of the range grid, bits above the entropy.
         error_feedback: of qcomm.
         strategy: of qcomm; by default it compresses even where that is slower, so that runs can be compared.
-        ranks_per_node: of qcomm's strategy hierarchical; None for what the launcher says.
+        ranks_per_node: of qcomm's strategy hierarchical; None takes the launcher's.
         min_elements: of qcomm; smaller tensors travel uncompressed.
-        compression_warmup_steps: of qcomm; so many first steps travel uncompressed.
+        compression_warmup_steps: of qcomm; number of initial steps whose gradients travel uncompressed.
         threads: of torch, per rank.
         out: directory for the log and the checkpoints; None writes nothing.
         checkpoint_every: epochs between checkpoints; 0 for none.
@@ -153,11 +153,11 @@ class TrainConfig:
         return self.label.replace(" ", "-").replace("=", "")
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON types."""
+        """Returns the fields as JSON types."""
         return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
     def difference(self, stored: dict[str, Any]) -> str | None:
-        """The first option whose value differs from ``stored`` (of :meth:`to_json`) and would change the result."""
+        """Returns the first option that differs from ``stored`` (of :meth:`to_json`) and would change the result."""
         for name, value in self.to_json().items():
             if name not in _FREE_ON_RESUME and stored.get(name) != value:
                 return f"{_option(name)} is {value!r} here and {stored.get(name)!r} there"
@@ -169,16 +169,18 @@ def _option(name: str) -> str:
 
 
 def learning_rate(step: int, total_steps: int, warmup_steps: int, maximum: float) -> float:
-    """Linear warm-up, then half a cosine down to zero (arXiv:1706.02677, arXiv:1608.03983).
+    """Returns the rate of a linear warm-up and then half a cosine down to zero.
 
     Args:
         step: 0-based optimiser step, below ``total_steps``.
         total_steps: steps of the whole run.
         warmup_steps: steps until ``maximum`` is reached; 0 for none.
-        maximum: the peak.
+        maximum: peak of the schedule.
 
     Returns:
-        The rate that step ``step`` is taken with: positive at every step.
+        The learning rate of step ``step``, which is positive at every step.
+
+    Source: arXiv:1706.02677 (warm-up) and arXiv:1608.03983 (cosine).
 
     Example:
         >>> [round(learning_rate(step, 6, 2, 1.0), 3) for step in range(6)]
