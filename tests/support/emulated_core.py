@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
+import pytest
+
 from qcomm.codec import _native_cuda
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_emulation"))
@@ -46,7 +48,9 @@ def emulated_core(path: str | Path) -> Iterator[None]:
     """The kernels' module is the emulated one meanwhile, and works on the host's memory."""
     module = load(path)
     _native_cuda.static_codes.cache_clear()
-    with mock.patch.dict(sys.modules, {"qcomm._cuda": module}):
+    # Not mock.patch.dict, which at its end drops every module that was imported meanwhile.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "qcomm._cuda", module)
         yield
     _native_cuda.static_codes.cache_clear()
 
