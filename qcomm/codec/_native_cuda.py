@@ -8,7 +8,6 @@ here, because tuples have a method ``count``. The core takes the records as tupl
 memory, 0 for none.
 """
 
-from functools import lru_cache
 from importlib import import_module
 from types import ModuleType
 from typing import NamedTuple
@@ -148,9 +147,11 @@ def is_on_device(tensor: torch.Tensor) -> bool:
     return tensor.device.type in KERNEL_DEVICES
 
 
-@lru_cache(maxsize=64)
 def static_codes(device: torch.device) -> torch.Tensor:
-    """The static codes on a device. They are there when this returns, for whatever stream."""
+    """Copies the static codes to a device. The copy is complete when this returns, for any stream.
+
+    The caller keeps it as long as kernels may read it.
+    """
     return torch.frombuffer(bytearray(core().static_tables()), dtype=torch.uint8).to(device)
 
 

@@ -39,10 +39,9 @@ def compress(values: torch.Tensor, grid: Grid, checksum: bool, block_steps: int)
         whole = plan(out.data_ptr(), out.numel())
         blob = on_device(whole.blob(), device)
         workspace = torch.empty(whole.workspace_bytes(), dtype=torch.uint8, device=device)
+        codes = static_codes(device)
         size = torch.zeros(1, dtype=torch.int64, device=device)
-        whole.encode(
-            blob.data_ptr(), static_codes(device).data_ptr(), workspace.data_ptr(), size.data_ptr(), stream(device)
-        )
+        whole.encode(blob.data_ptr(), codes.data_ptr(), workspace.data_ptr(), size.data_ptr(), stream(device))
         return out[: int(size.item())].clone()  # the buffer is as large as the worst case
 
 
@@ -96,10 +95,9 @@ def decompress(packet: torch.Tensor) -> torch.Tensor:
         plan = core().DecodePlan(dtype, front.steps, segments, [task], _own_code_bits(front))
         blob = on_device(plan.blob(), device)
         workspace = torch.empty(plan.workspace_bytes(), dtype=torch.uint8, device=device)
+        codes = static_codes(device)
         fault = torch.zeros(1, dtype=torch.int32, device=device)
-        plan.decode(
-            blob.data_ptr(), static_codes(device).data_ptr(), workspace.data_ptr(), fault.data_ptr(), stream(device)
-        )
+        plan.decode(blob.data_ptr(), codes.data_ptr(), workspace.data_ptr(), fault.data_ptr(), stream(device))
         found = int(fault.item())
     if found != 0:
         raise PacketError(FAULTS[found])

@@ -138,6 +138,8 @@ def read_quantizers(found: torch.Tensor) -> list[Quantizer]:
 class Workspace:
     """Memory that plans use one after another, on one stream: as much as the most demanding of them needs.
 
+    The static codes, which all plans read, are part of it and are freed with it.
+
     Args:
         device: where it is.
     """
@@ -146,6 +148,18 @@ class Workspace:
         self.device = device
         self._memory = torch.empty(0, dtype=torch.uint8, device=device)
         self._captured: list[torch.Tensor] = []
+        self._codes: torch.Tensor | None = None  # plans that are only asked for their bounds need none
+
+    def codes(self) -> torch.Tensor:
+        """Returns the static codes on the device, always the same tensor. The first call copies them there."""
+        if self._codes is None:
+            self._codes = _native_cuda.static_codes(self.device)
+        return self._codes
+
+    def reserve(self, size: int) -> None:
+        """Takes ``size`` bytes and the codes, so that later runs allocate nothing."""
+        self.codes()
+        self.take(size)
 
     def take(self, size: int) -> torch.Tensor:
         """At least ``size`` bytes, until the next call. New memory only if ``size`` is larger than ever before."""
@@ -197,7 +211,7 @@ class Encoder:
 
     def reserve(self) -> None:
         """Takes the memory that runs need, so that none of them has to."""
-        self._workspace.take(self._size)
+        self._workspace.reserve(self._size)
 
     def run(self, account: torch.Tensor, quantizers: torch.Tensor) -> None:
         """Measures and encodes; adds what it came to to the ``account``, and copies the ``quantizers`` out.
@@ -207,7 +221,7 @@ class Encoder:
             quantizers: uint8 of 24 bytes a tensor.
         """
         workspace = self._workspace.take(self._size)
-        codes, stream = _native_cuda.static_codes(self._device), _native_cuda.stream(self._device)
+        codes, stream = self._workspace.codes(), _native_cuda.stream(self._device)
         places = self._blob.data_ptr(), codes.data_ptr(), workspace.data_ptr(), self.sizes.data_ptr()
         self._plan.encode(*places, stream)
         self._plan.count(places[0], places[2], places[3], account.data_ptr(), stream)
@@ -253,7 +267,7 @@ class Decoder:
 
     def reserve(self) -> None:
         """Takes the memory that runs need, so that none of them has to."""
-        self._workspace.take(self._size)
+        self._workspace.reserve(self._size)
 
     def decode(self, faults: int) -> None:
         """Each packet to its own values; ``faults``: address of an int32 a packet."""
@@ -265,8 +279,7 @@ class Decoder:
 
     def _run(self, operation: Any, faults: int, *options: bool) -> None:
         workspace = self._workspace.take(self._size)
-        codes = _native_cuda.static_codes(self._device)
-        stream = _native_cuda.stream(self._device)
+        codes, stream = self._workspace.codes(), _native_cuda.stream(self._device)
         operation(self._blob.data_ptr(), codes.data_ptr(), workspace.data_ptr(), faults, *options, stream)
 
 

@@ -4,6 +4,7 @@ What this cannot show is left to a machine with a GPU: streams, devices, and the
 """
 
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -18,6 +19,7 @@ import qcomm
 from qcomm import RangeGrid, SigmaGrid
 from qcomm.codec import _native_cuda, packet_cuda
 from qcomm.codec.packet import Segment, encode
+from qcomm.codec.plans_cuda import Workspace
 from qcomm.codec.quantize import Quantizer
 
 GRIDS = [
@@ -117,6 +119,15 @@ def test_damaged_packets_are_refused(grid: qcomm.SigmaGrid | qcomm.RangeGrid, at
 def test_cut_packets_are_refused(grid: qcomm.SigmaGrid | qcomm.RangeGrid, size: int) -> None:
     with pytest.raises(qcomm.PacketError):
         packet_cuda.decompress(to_be_damaged(grid)[:size])
+
+
+@pytest.mark.usefixtures("emulated")
+def test_static_codes_are_freed_with_their_workspace() -> None:
+    workspace = Workspace(torch.device("cpu"))
+    codes = weakref.ref(workspace.codes())
+    assert codes() is workspace.codes()
+    del workspace
+    assert codes() is None
 
 
 @pytest.mark.usefixtures("emulated")

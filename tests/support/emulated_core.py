@@ -47,12 +47,10 @@ def load(path: str | Path) -> ModuleType:
 def emulated_core(path: str | Path) -> Iterator[None]:
     """The kernels' module is the emulated one meanwhile, and works on the host's memory."""
     module = load(path)
-    _native_cuda.static_codes.cache_clear()
     # Not mock.patch.dict, which at its end drops every module that was imported meanwhile.
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "qcomm._cuda", module)
         yield
-    _native_cuda.static_codes.cache_clear()
 
 
 @contextmanager
