@@ -54,29 +54,36 @@ def test_means_are_quantized_at_least_as_finely():
 
 
 @world(2, 3)
-def test_a_million_elements(rank, world_size):
-    for grid in (qcomm.SigmaGrid(step=1.0), qcomm.RangeGrid(c=2)):
-        check_against_twin(rank, world_size, grid, "gauss", 1_000_003, torch.float32, min_elements=1024)
+@pytest.mark.parametrize("grid", [qcomm.SigmaGrid(step=1.0), qcomm.RangeGrid(c=2)], ids=["sigma", "range"])
+def test_a_million_elements(rank, world_size, grid):
+    check_against_twin(rank, world_size, grid, "gauss", 1_000_003, torch.float32, min_elements=1024)
+
+
+VIEWS = {
+    "contiguous": lambda x: x.view(16, 3, 8, 16),
+    "transposed": lambda x: x.view(96, 64).t(),  # it is sent in its own row-major order
+    "channels_last": lambda x: x.view(16, 3, 8, 16).contiguous(memory_format=torch.channels_last),
+    "strided": lambda x: torch.stack([x, torch.full_like(x, 7.0)], dim=1)[:, 0],
+}
 
 
 @world(2, 3)
-def test_shapes_strides_and_parameters(rank, world_size):
+@pytest.mark.parametrize("view", VIEWS)
+def test_shapes_and_strides(rank, world_size, view):
+    tensor = VIEWS[view](values("gauss", 6144, rank))
+    strides = tensor.stride()
+    reference = tensor.contiguous().clone()
+    all_reduce(reference)
+    all_reduce(tensor)
+    assert tensor.stride() == strides
+    assert torch.equal(tensor, reference)
+
+
+@world(2, 3)
+def test_neighbours_scalars_and_parameters(rank, world_size):
     flat = values("gauss", 6144, rank)
     expected = flat.clone()
     all_reduce(expected)
-    for view in (
-        lambda x: x.view(16, 3, 8, 16),
-        lambda x: x.view(96, 64).t(),  # a transposed tensor is sent in its own row-major order
-        lambda x: x.view(16, 3, 8, 16).contiguous(memory_format=torch.channels_last),
-        lambda x: torch.stack([x, torch.full_like(x, 7.0)], dim=1)[:, 0],  # a strided view
-    ):
-        tensor = view(flat.clone())
-        strides = tensor.stride()
-        reference = tensor.contiguous().clone()
-        all_reduce(reference)
-        all_reduce(tensor)
-        assert tensor.stride() == strides
-        assert torch.equal(tensor, reference)
     beside = torch.full((2, 5000), 7.0)
     beside[0] = flat[:5000]
     all_reduce(beside[0])
@@ -132,14 +139,18 @@ def test_handles_of_several_at_once(rank, world_size):
 
 
 @world(2, 3)
-def test_a_nonfinite_value_reaches_all_ranks(rank, world_size):
-    for poison in (torch.nan, torch.inf, -torch.inf):
-        for grid in (qcomm.SigmaGrid(), qcomm.RangeGrid(c=2)):
-            tensor = values("gauss", 5000, rank)
-            if rank == world_size - 1:
-                tensor[4321] = poison
-            all_reduce(tensor, grid)
-            assert bool(tensor.isnan().all())
+@pytest.mark.parametrize("grid", [qcomm.SigmaGrid(), qcomm.RangeGrid(c=2)], ids=["sigma", "range"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_a_nonfinite_value_reaches_all_ranks(rank, world_size, poison, grid):
+    tensor = values("gauss", 5000, rank)
+    if rank == world_size - 1:
+        tensor[4321] = poison
+    all_reduce(tensor, grid)
+    assert bool(tensor.isnan().all())
+
+
+@world(2, 3)
+def test_a_nonfinite_value_of_a_small_tensor_stays_alone(rank, world_size):
     small = values("gauss", 10, rank)
     if rank == 0:
         small[3] = torch.inf
@@ -148,73 +159,71 @@ def test_a_nonfinite_value_reaches_all_ranks(rank, world_size):
     assert_same_on_all_ranks(small)
 
 
-def expect(error, match, action):
-    """Runs ``action``, which has to raise."""
-    with pytest.raises(error, match=match):
-        action()
+# An argument that is refused, and the error.
+BAD_ARGUMENTS = {
+    "int32": ({"tensor": torch.ones(5, dtype=torch.int32)}, TypeError, "tensor must be float32.* got torch.int32"),
+    "complex": ({"tensor": torch.ones(5, dtype=torch.complex64)}, TypeError, "view_as_real"),
+    "sparse": ({"tensor": torch.ones(5, 5).to_sparse()}, TypeError, "tensor must be a dense tensor"),
+    "a list": ({"tensor": [1.0]}, TypeError, "tensor must be a torch.Tensor, got list"),
+    "meta": ({"tensor": torch.ones(5, device="meta")}, ValueError, "tensor must be on the CPU"),
+    "expanded": ({"tensor": torch.ones(1).expand(5)}, ValueError, "tensor must not be expanded"),
+    "grid": ({"grid": "sigma"}, TypeError, "grid must be a qcomm.SigmaGrid or qcomm.RangeGrid, got str"),
+    "negative min_elements": ({"min_elements": -1}, ValueError, "min_elements must be >= 0, got -1"),
+    "min_elements": ({"min_elements": 1.5}, TypeError, "min_elements must be an int, got float"),
+    "strategy": ({"strategy": "ring"}, ValueError, "strategy must be one of .* got 'ring'"),
+}
 
 
 @world(3)
-def test_bad_arguments_are_named_and_reach_all_ranks(rank, world_size):
+@pytest.mark.parametrize("argument", BAD_ARGUMENTS)
+def test_bad_arguments_are_named_and_reach_all_ranks(rank, world_size, argument):
+    bad, error, match = BAD_ARGUMENTS[argument]
     good = torch.ones(2000)
-    for bad, error, match in (
-        ({"tensor": torch.ones(5, dtype=torch.int32)}, TypeError, "tensor must be float32.* got torch.int32"),
-        ({"tensor": torch.ones(5, dtype=torch.complex64)}, TypeError, "view_as_real"),
-        ({"tensor": torch.ones(5, 5).to_sparse()}, TypeError, "tensor must be a dense tensor"),
-        ({"tensor": [1.0]}, TypeError, "tensor must be a torch.Tensor, got list"),
-        ({"tensor": torch.ones(5, device="meta")}, ValueError, "tensor must be on the CPU"),
-        ({"tensor": torch.ones(1).expand(5)}, ValueError, "tensor must not be expanded"),
-        ({"grid": "sigma"}, TypeError, "grid must be a qcomm.SigmaGrid or qcomm.RangeGrid, got str"),
-        ({"min_elements": -1}, ValueError, "min_elements must be >= 0, got -1"),
-        ({"min_elements": 1.5}, TypeError, "min_elements must be an int, got float"),
-        ({"strategy": "ring"}, ValueError, "strategy must be one of .* got 'ring'"),
-    ):
-        # All ranks, then only one: it gets the error itself, and the others hear of it.
-        expect(error, match, lambda bad=bad: all_reduce(**{"tensor": good, **bad}))
-        if rank == 1:
-            expect(error, match, lambda bad=bad: all_reduce(**{"tensor": good, **bad}))
-        else:
-            expect(
-                qcomm.CollectiveError,
-                f"rank 1 failed while preparing.*{error.__name__}",
-                lambda: all_reduce(torch.ones(2000)),
-            )
+    # All ranks, then only one: it gets the error itself, and the others hear of it.
+    with pytest.raises(error, match=match):
+        all_reduce(**{"tensor": good, **bad})
+    heard = (error, match) if rank == 1 else (qcomm.CollectiveError, f"rank 1 failed while preparing.*{error.__name__}")
+    with pytest.raises(heard[0], match=heard[1]):
+        all_reduce(**{"tensor": good, **bad} if rank == 1 else {"tensor": torch.ones(2000)})
     assert torch.equal(good, torch.ones(2000))
     all_reduce(good)
     assert torch.equal(good, torch.ones(2000))
-    expect(
-        ValueError,
-        "group must be a process group that this rank belongs to",
-        lambda: all_reduce(good, group=dist.GroupMember.NON_GROUP_MEMBER),
-    )
 
 
 @world(3)
-def test_mismatch_names_field_and_ranks_on_every_rank(rank, world_size):
-    odd = rank == 1
-    for options, field in (
+def test_a_group_without_this_rank_is_refused(rank, world_size):
+    with pytest.raises(ValueError, match="group must be a process group that this rank belongs to"):
+        all_reduce(torch.ones(2000), group=dist.GroupMember.NON_GROUP_MEMBER)
+
+
+@world(3)
+@pytest.mark.parametrize(
+    ("argument", "common", "odd", "field"),
+    [
         (
-            {"grid": qcomm.SigmaGrid(step=2.0 if odd else 1.0)},
+            "grid",
+            qcomm.SigmaGrid(step=1.0),
+            qcomm.SigmaGrid(step=2.0),
             "grid: SigmaGrid.step=1.0.* on ranks 0 2, SigmaGrid.step=2.0.* on rank 1",
         ),
-        ({"grid": qcomm.RangeGrid(c=2) if odd else qcomm.SigmaGrid()}, "grid: SigmaGrid.* on ranks 0 2, RangeGrid"),
-        ({"min_elements": 7 if odd else 1024}, "min_elements: 1024 on ranks 0 2, 7 on rank 1"),
-        ({"strategy": "two_phase" if odd else "auto"}, "strategy: auto on ranks 0 2, two_phase on rank 1"),
-        ({"tensor": torch.zeros(999 if odd else 2000)}, r"shape: \[2000\] on ranks 0 2, \[999\] on rank 1"),
+        ("grid", qcomm.SigmaGrid(), qcomm.RangeGrid(c=2), "grid: SigmaGrid.* on ranks 0 2, RangeGrid"),
+        ("min_elements", 1024, 7, "min_elements: 1024 on ranks 0 2, 7 on rank 1"),
+        ("strategy", "auto", "two_phase", "strategy: auto on ranks 0 2, two_phase on rank 1"),
+        ("tensor", torch.zeros(2000), torch.zeros(999), r"shape: \[2000\] on ranks 0 2, \[999\] on rank 1"),
         (
-            {"tensor": torch.zeros(2000, dtype=torch.float64 if odd else torch.float32)},
+            "tensor",
+            torch.zeros(2000),
+            torch.zeros(2000, dtype=torch.float64),
             "dtype: torch.float32 on ranks 0 2, torch.float64 on rank 1",
         ),
-    ):
-        tensor = options.get("tensor", torch.zeros(2000))
-        expect(
-            qcomm.ConfigMismatchError,
-            field,
-            lambda options=options, tensor=tensor: all_reduce(**{"tensor": tensor, **options}),
-        )
-    check_against_twin(
-        rank, world_size, qcomm.SigmaGrid(), "gauss", 5000, torch.float32, 0
-    )  # nothing is out of step afterwards
+    ],
+    ids=["step", "grid", "min_elements", "strategy", "shape", "dtype"],
+)
+def test_mismatch_names_field_and_ranks_on_every_rank(rank, world_size, argument, common, odd, field):
+    with pytest.raises(qcomm.ConfigMismatchError, match=field):
+        all_reduce(**{"tensor": torch.zeros(2000), argument: odd if rank == 1 else common})
+    # Nothing is out of step afterwards.
+    check_against_twin(rank, world_size, qcomm.SigmaGrid(), "gauss", 5000, torch.float32, 0)
 
 
 @world(2, 3)

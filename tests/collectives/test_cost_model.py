@@ -128,27 +128,43 @@ def test_what_is_left_out():
     assert candidates(Exchange(6_553_600, 4), ("none", "all_gather", "two_phase"), fast) == ("none",)
 
 
-def test_a_profile_survives_a_file(tmp_path):
+@pytest.mark.parametrize("inside", [None, LinkProfile(50.0, 3.5)], ids=["one_link", "two_links"])
+def test_a_profile_survives_a_file(tmp_path, inside):
     path = tmp_path / "profile.json"
-    for profile in (Profile(LINK, CODEC), Profile(LINK, CODEC, LinkProfile(50.0, 3.5))):
-        profile.save(path)
-        assert Profile.load(path) == profile
-    good = json.loads(path.read_text())
-    for change, match in (
+    profile = Profile(LINK, CODEC, inside)
+    profile.save(path)
+    assert Profile.load(path) == profile
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
         ({"format": 2}, "not of format 1"),
         ({"link": None}, "it has no 'link'"),
         ({"codec": {"ratio": 3.0}}, "encode_gb_per_s"),
         ({"link": {"gb_per_s": "fast", "latency_us": 1.0}}, "gb_per_s must be a number, got str"),
         ({"link": {"gb_per_s": 1.0, "latency_us": 0}}, "latency_us must be positive and finite, got 0"),
         ({"inside": []}, "it has no 'inside'"),
-    ):
-        path.write_text(json.dumps({**good, **change}))
-        with pytest.raises(ValueError, match=match):
-            Profile.load(path)
-    for text in ("", "[]", "{"):
-        path.write_text(text)
-        with pytest.raises(ValueError, match="is not a profile"):
-            Profile.load(path)
+    ],
+    ids=["format", "no_link", "codec", "rate", "latency", "inside"],
+)
+def test_files_of_wrong_profiles_are_refused(tmp_path, change, match):
+    path = tmp_path / "profile.json"
+    Profile(LINK, CODEC, LinkProfile(50.0, 3.5)).save(path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=match):
+        Profile.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_files_that_hold_no_profile_are_refused(tmp_path, text):
+    path = tmp_path / "profile.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match="is not a profile"):
+        Profile.load(path)
+
+
+def test_a_missing_file_of_a_profile(tmp_path):
     with pytest.raises(FileNotFoundError):
         Profile.load(tmp_path / "nothing")
 

@@ -75,26 +75,26 @@ def test_a_rebuilt_bucket_moves_owner_residuals(world_size):
     assert_kept(ranks, before)
 
 
-def test_what_is_spent_is_forgotten_when_somebody_may_change_it():
-    feedback, chunks = ErrorFeedback(), layout(2)
-
-    def prepared():
-        feedback.adopt(chunks, 0)
-        feedback.local("a", 700)
-        feedback.owner("a", 0, 700).fill_(1.0)
-        feedback.spend([("a", Piece(0, 0, 700, 0))])
-        assert feedback.is_spent("a", 0, 700) and not feedback.is_spent("a", 0, 64)
-
-    for change in (
-        lambda: feedback.local("a", 700),
-        lambda: feedback.take("a", 700),
-        lambda: feedback.adopt(layout(2, ("c", "a")), 0),  # the owner residual moves
-        lambda: feedback.load_state_dict(feedback.state_dict()),
-        feedback.clear,
-    ):
-        prepared()
-        change()
-        assert not feedback.is_spent("a", 0, 700)
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda feedback: feedback.local("a", 700),
+        lambda feedback: feedback.take("a", 700),
+        lambda feedback: feedback.adopt(layout(2, ("c", "a")), 0),  # the owner residual moves
+        lambda feedback: feedback.load_state_dict(feedback.state_dict()),
+        lambda feedback: feedback.clear(),
+    ],
+    ids=["local", "take", "adopt", "load_state_dict", "clear"],
+)
+def test_what_is_spent_is_forgotten_when_somebody_may_change_it(change):
+    feedback = ErrorFeedback()
+    feedback.adopt(layout(2), 0)
+    feedback.local("a", 700)
+    feedback.owner("a", 0, 700).fill_(1.0)
+    feedback.spend("a", 0, 700)
+    assert feedback.is_spent("a", 0, 700) and not feedback.is_spent("a", 0, 64)
+    change(feedback)
+    assert not feedback.is_spent("a", 0, 700)
 
 
 @given(st.integers(1, 5), st.integers(1, 5))
@@ -126,20 +126,27 @@ def test_state_dict_is_a_copy_and_round_trips():
     assert bool(state["local"]["a"].any())
 
 
-def test_wrong_checkpoints_are_refused_and_change_nothing():
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (lambda good: {**good, "format": 7}, "state has format 7"),
+        (lambda good: [good, filled(3)[0].state_dict()], "saved by 2 and by 3 ranks"),
+        (lambda good: [], "at least one"),
+        (lambda good: {**good, "owner": {"a": (690, torch.zeros(50))}}, "owner residual of 'a' does not fit"),
+        (lambda good: {**good, "owner": {"z": (0, torch.zeros(5))}}, "owner residual of 'z' does not fit"),
+    ],
+    ids=["format", "other_ranks", "none", "place", "name"],
+)
+def test_wrong_checkpoints_are_refused_and_change_nothing(damage, match):
     feedback = filled(2)[0]
     before = feedback.state_dict()
-    good, other = feedback.state_dict(), filled(3)[0].state_dict()
-    for bad, match in (
-        ({**good, "format": 7}, "state has format 7"),
-        ([good, other], "saved by 2 and by 3 ranks"),
-        ([], "at least one"),
-        ({**good, "owner": {"a": (690, torch.zeros(50))}}, "owner residual of 'a' does not fit"),
-        ({**good, "owner": {"z": (0, torch.zeros(5))}}, "owner residual of 'z' does not fit"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            feedback.load_state_dict(bad)
+    with pytest.raises(ValueError, match=match):
+        feedback.load_state_dict(damage(feedback.state_dict()))
     assert torch.equal(feedback.state_dict()["local"]["a"], before["local"]["a"])
+
+
+def test_a_parameter_of_another_size_is_refused():
+    feedback = filled(2)[0]
     with pytest.raises(ValueError, match="residual of 'a' has 700 elements, the parameter 5"):
         feedback.local("a", 5)
     feedback.clear()

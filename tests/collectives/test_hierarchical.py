@@ -111,37 +111,56 @@ def test_a_killed_rank_is_an_error_on_the_others(rank, world_size, step):
 
 
 @world(4)
-def test_a_nonfinite_value_reaches_all_ranks(rank, world_size):
-    for poison in (torch.nan, torch.inf, -torch.inf):
-        tensor = strategy_cases.values("gauss", 5000, rank)
-        if rank == world_size - 1:
-            tensor[4321] = poison
-        qcomm.all_reduce(tensor, strategy="hierarchical", ranks_per_node=2)
-        assert bool(tensor[4321].isnan()) and 0 < int(tensor.isfinite().sum()) < 5000
-        assert_same_on_all_ranks(tensor)
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
+def test_a_nonfinite_value_reaches_all_ranks(rank, world_size, poison):
+    tensor = strategy_cases.values("gauss", 5000, rank)
+    if rank == world_size - 1:
+        tensor[4321] = poison
+    qcomm.all_reduce(tensor, strategy="hierarchical", ranks_per_node=2)
+    assert bool(tensor[4321].isnan()) and 0 < int(tensor.isfinite().sum()) < 5000
+    assert_same_on_all_ranks(tensor)
 
 
 @world(6)
-def test_ranks_per_node(rank, world_size):
-    tensor = torch.randn(5000)
-    for given, error, match in (
+@pytest.mark.parametrize(
+    ("given", "error", "match"),
+    [
         (0, ValueError, "ranks_per_node must be at least 1, got 0"),
         (2.0, TypeError, "ranks_per_node must be an int or None, got float"),
         (4, ValueError, "ranks_per_node must divide the number of ranks, 6, got 4"),
-    ):
-        with pytest.raises(error, match=match):
-            qcomm.all_reduce(tensor, strategy="hierarchical", ranks_per_node=given)
+    ],
+    ids=["0", "2.0", "4"],
+)
+def test_ranks_per_node_that_cannot_be_are_refused(rank, world_size, given, error, match):
+    with pytest.raises(error, match=match):
+        qcomm.all_reduce(torch.randn(5000), strategy="hierarchical", ranks_per_node=given)
+
+
+def test_a_state_refuses_no_ranks_per_node():
     with pytest.raises(ValueError, match="ranks_per_node must be at least 1, got 0"):
         qcomm.CompressionState(ranks_per_node=0)
+
+
+@world(6)
+def test_ranks_per_node_come_from_the_launcher(rank, world_size):
+    tensor = torch.randn(5000)
     with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE="3"):
         ours, theirs = tensor.clone(), tensor.clone()
         qcomm.all_reduce(ours, strategy="hierarchical")
         qcomm.all_reduce(theirs, strategy="hierarchical", ranks_per_node=3)
         assert torch.equal(ours, theirs)
-    for text in ("", "many", "0", "5"):
-        with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=text), pytest.raises(ValueError, match="LOCAL_WORLD_SIZE"):
-            qcomm.all_reduce(tensor, strategy="hierarchical")
-    # In DDP a number that does not fit is an error of every rank at the end of backward.
+
+
+@world(6)
+@pytest.mark.parametrize("text", ["", "many", "0", "5"])
+def test_a_launcher_that_says_nonsense_is_refused(rank, world_size, text):
+    with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=text), pytest.raises(ValueError, match="LOCAL_WORLD_SIZE"):
+        qcomm.all_reduce(torch.randn(5000), strategy="hierarchical")
+
+
+@world(6)
+def test_ranks_per_node_in_ddp(rank, world_size):
+    """A number that does not fit is an error of every rank at the end of backward."""
     model = wrap()
     qcomm.attach(model, strategy="hierarchical", ranks_per_node=4)
     assert "ranks_per_node must divide the number of ranks, 6, got 4" in str(error_of(model, rank))
