@@ -47,7 +47,9 @@ def load(path: str | Path) -> ModuleType:
 def emulated_core(path: str | Path) -> Iterator[None]:
     """The kernels' module is the emulated one meanwhile, and works on the host's memory."""
     module = load(path)
-    # Not mock.patch.dict, which at its end drops every module that was imported meanwhile.
+    _native_cuda.static_codes.cache_clear()
+    # This restores one entry. mock.patch.dict would also drop modules that are imported meanwhile, such as
+    # torch._dynamo, which cannot be imported twice.
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "qcomm._cuda", module)
         yield
