@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from ddp_model import backward, error_of, wrap
-from distributed import assert_same_on_all_ranks, gathered, run, run_alone
+from device_buckets import Side, buffer_of, make_layout, mean_of_residuals
+from distributed import assert_same_on_all_ranks, gathered, run, world
 from emulated_core import emulated_device
-from test_device_mean import Side, buffer_of, make_layout, mean_of_residuals
 
 import qcomm
 from qcomm import SigmaGrid
@@ -74,14 +74,16 @@ def auto_task(side, buffer, layout, grid):
     return DevicePart.of(replace(task, options=replace(task.options, strategy="auto")))
 
 
-def case_fastest(rank, world_size, path, grid, fastest):
+@world(1, 3)
+@pytest.mark.parametrize(("grid", "fastest"), [(grid, way) for grid, ways in WAYS.items() for way in ways], ids=str)
+def test_the_fastest_way_is_taken(rank, world_size, emulated_path, grid, fastest):
     layout, side = make_layout("small", world_size), Side(error_feedback=True)
     # Only the rank that waits for nobody, here another one for each way, tells what a way takes.
     taken = {
         way: (100 if way == fastest else 200) * (1 if rank == number % world_size else 10)
         for number, way in enumerate(WAYS[grid])
     }
-    with emulated_device(path), costs(taken) as ways:
+    with emulated_device(emulated_path), costs(taken) as ways:
         choice = make_choice(side)
         place = torch.empty(layout.elements)
         steps = trials(len(WAYS[grid])) + 2 * PERIOD
@@ -96,17 +98,12 @@ def case_fastest(rank, world_size, path, grid, fastest):
     assert set(side.telemetry.stats()["strategies"].values()) == {fastest}
 
 
-@pytest.mark.parametrize("world_size", [1, 3])
-@pytest.mark.parametrize(("grid", "fastest"), [(grid, way) for grid, ways in WAYS.items() for way in ways], ids=str)
-def test_the_fastest_way_is_taken(emulated_path, world_size, grid, fastest):
-    run(world_size, case_fastest, str(emulated_path), grid, fastest)
-
-
-def case_slower(rank, world_size, path):
+@world(2)
+def test_what_has_become_slow_is_left(rank, world_size, emulated_path):
     """What was chosen becomes slow: the others are tried again."""
     layout, side = make_layout("small", world_size), Side(error_feedback=True)
     taken = {"none": 200, "two_phase": 100}
-    with emulated_device(path), costs(taken) as ways:
+    with emulated_device(emulated_path), costs(taken) as ways:
         choice = make_choice(side)
         place = torch.empty(layout.elements)
         for step in range(trials(2) + 2 * RECHECK + chooser.RECENT * PERIOD):
@@ -118,15 +115,13 @@ def case_slower(rank, world_size, path):
     assert all(other == ways for other in gathered(ways))
 
 
-def test_what_has_become_slow_is_left(emulated_path):
-    run(2, case_slower, str(emulated_path))
-
-
-def case_nothing_lost(rank, world_size, path, kind):
+@world(1, 2, 3)
+@pytest.mark.parametrize("kind", ["", "zero"])
+def test_nothing_is_lost_between_ways(rank, world_size, emulated_path, kind):
     """Whatever ways are tried in turn: what has not been sent is in the residuals."""
     layout, side = make_layout("uneven", world_size), Side(error_feedback=True)
     sums = [torch.zeros(layout.elements, dtype=torch.float64) for _ in range(2)]
-    with emulated_device(path), costs({"none": 100, "two_phase": 100}) as ways:
+    with emulated_device(emulated_path), costs({"none": 100, "two_phase": 100}) as ways:
         choice = make_choice(side)
         place = torch.empty(layout.elements)
         for step in range(trials(2)):
@@ -139,16 +134,12 @@ def case_nothing_lost(rank, world_size, path, kind):
     assert torch.allclose(sums[1] - sums[0], kept, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["", "zero"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_nothing_is_lost_between_ways(emulated_path, world_size, kind):
-    run(world_size, case_nothing_lost, str(emulated_path), kind)
-
-
-def case_unfit(rank, world_size, path, value):
+@world(2)
+@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
+def test_an_unfit_gradient_takes_no_residual(rank, world_size, emulated_path, value):
     """A gradient that is not finite, or zero as of a parameter that was not used, takes no residual with it."""
     layout, side = make_layout("one tensor", world_size), Side(error_feedback=True)
-    with emulated_device(path):
+    with emulated_device(emulated_path):
         mean, plain = DeviceMean(dist.group.WORLD, get_communicator(dist.group.WORLD), side.telemetry), make_plain(rank)
         mean.average(DevicePart.of(side.task(buffer_of(layout, rank, 0, torch.float32, ""), layout, COARSE)))
         before = side.feedback.norm()
@@ -167,11 +158,6 @@ def case_unfit(rank, world_size, path, value):
 
 def make_plain(rank):
     return DevicePlain(get_communicator(dist.group.WORLD), rank)
-
-
-@pytest.mark.parametrize("value", [0.0, math.nan, math.inf])
-def test_an_unfit_gradient_takes_no_residual(emulated_path, value):
-    run(2, case_unfit, str(emulated_path), value)
 
 
 def case_faults(rank, world_size, path, failing, known):
@@ -211,8 +197,9 @@ def test_a_rank_that_fails_stays_in_step(emulated_path, failing, known):
     assert theirs or failing not in (0,)
 
 
-def case_hook(rank, world_size, path):
-    with emulated_device(path), costs({"none": 100, "bf16": 300, "two_phase": 200}):
+@world(2)
+def test_the_hook(rank, world_size, emulated_path):
+    with emulated_device(emulated_path), costs({"none": 100, "bf16": 300, "two_phase": 200}):
         model = wrap()
         state = qcomm.attach(model)
         for step in range(trials(3)):
@@ -222,13 +209,11 @@ def case_hook(rank, world_size, path):
     assert stats["steps"] == trials(3)
 
 
-def test_the_hook(emulated_path):
-    run(2, case_hook, str(emulated_path))
-
-
-def case_fault_after_warm_up(rank, world_size, path, strategy):
+@world(2, seconds=40)
+@pytest.mark.parametrize("strategy", ["none", "auto", "two_phase"])
+def test_a_fault_right_after_warm_up(rank, world_size, emulated_path, strategy):
     """The first step after warm-up has other layouts of the same size: a rank with a fault knows that all agree."""
-    with emulated_device(path):
+    with emulated_device(emulated_path):
         model = wrap()
         scales = iter([1.0, 1.0, -1.0 if rank == 1 else 1.0])
         qcomm.attach(model, strategy=strategy, warmup_steps=2, grad_scale=lambda: next(scales, 1.0))
@@ -240,14 +225,10 @@ def case_fault_after_warm_up(rank, world_size, path, strategy):
         assert error is None
 
 
-@pytest.mark.parametrize("strategy", ["none", "auto", "two_phase"])
-def test_a_fault_right_after_warm_up(emulated_path, strategy):
-    run(2, case_fault_after_warm_up, str(emulated_path), strategy, seconds=40)
-
-
-def case_half_way(rank, world_size, path):
+@world(2, alone=True)
+def test_a_rank_that_ends_half_way_stays_out(rank, world_size, emulated_path):
     """A rank that cannot even take part without values does not go on with another collective."""
-    with emulated_device(path):
+    with emulated_device(emulated_path):
         model = wrap()
         scales = iter([1.0, 1.0, 1.0, -1.0 if rank == 1 else 1.0])
         state = qcomm.attach(model, strategy="two_phase", grad_scale=lambda: next(scales, 1.0))
@@ -261,11 +242,8 @@ def case_half_way(rank, world_size, path):
         assert "an earlier collective ended half way" in str(state.exception())
 
 
-def test_a_rank_that_ends_half_way_stays_out(emulated_path):
-    run_alone(2, case_half_way, str(emulated_path))
-
-
-def case_memory(rank, world_size, path):
+@world(2)
+def test_a_way_without_memory(rank, world_size, emulated_path):
     """A rank without memory for a way tells the others before they begin with it."""
     layout, side = make_layout("uneven", world_size), Side(error_feedback=True)
     original, errors = device_plain.PlainValues, []
@@ -276,7 +254,7 @@ def case_memory(rank, world_size, path):
         return original(strategy, *rest)
 
     with (
-        emulated_device(path),
+        emulated_device(emulated_path),
         mock.patch.object(device_plain, "PlainValues", make),
         costs(dict.fromkeys(WAYS[COARSE], 9)),
     ):
@@ -292,7 +270,3 @@ def case_memory(rank, world_size, path):
             else:
                 assert_same_on_all_ranks(place)
     assert len(errors) == 1 and "rank 1 failed while preparing the exchange: MemoryError: no room" in errors[0]
-
-
-def test_a_way_without_memory(emulated_path):
-    run(2, case_memory, str(emulated_path))

@@ -3,24 +3,18 @@
 The kernels run on the host's memory and gloo stands in for NCCL; streams are left to a machine with a GPU.
 """
 
-import math
-from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from distributed import assert_same_on_all_ranks, gathered, run
+from device_buckets import Side, buffer_of, make_layout, mean_of_residuals
+from distributed import assert_same_on_all_ranks, gathered, run, world
 from emulated_core import emulated_device
 
 import qcomm
 from qcomm import RangeGrid, SigmaGrid
-from qcomm.collectives.error_feedback import ErrorFeedback
-from qcomm.collectives.layout import BucketLayout, TensorSpec
-from qcomm.collectives.options import ReduceOptions
-from qcomm.collectives.strategies import average
-from qcomm.collectives.task import MeanTask
-from qcomm.collectives.telemetry import Telemetry
+from qcomm.collectives.two_phase import two_phase_mean
 from qcomm.collectives_cuda import two_phase as device_mean
 from qcomm.collectives_cuda.handshake import DevicePart
 from qcomm.collectives_cuda.slots import Slots
@@ -29,69 +23,6 @@ from qcomm.communicator.groups import get_communicator
 from qcomm.communicator.handshake import Fields
 
 pytestmark = pytest.mark.world
-
-# (elements, compressed), uneven, so that chunks begin inside of tensors and hold several
-TENSORS = {
-    "uneven": [(3001, True), (7, False), (2050, True), (33, False), (4097, True), (1, False)],
-    "raw only": [(5, False), (300, False)],
-    "one value": [(1, False)],
-    "one tensor": [(9000, True)],
-    "small": [(700, True), (3, False)],
-}
-
-
-def make_layout(name, world_size):
-    specs, offset = [], 0
-    for number, (count, compressed) in enumerate(TENSORS[name]):
-        specs.append(TensorSpec(f"{name} {number}", offset, count, compressed))
-        offset += count
-    return BucketLayout(specs, world_size)
-
-
-def buffer_of(layout, rank, step, dtype, kind):
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    values = torch.randn(layout.elements, generator=generator) * 0.01
-    first = layout.tensors[0]
-    part = values[first.offset : first.offset + first.numel]
-    if kind == "zero":  # a parameter that no rank used, in every second step
-        part.zero_() if step % 2 else None
-    elif kind == "nan" and rank == 0 and step == 1:
-        part[-1] = math.nan
-    elif kind == "heavy":
-        part[::50] *= 100
-    elif kind == "constant":
-        part.fill_(0.25 if rank else 0.0)
-    return values.to(dtype)
-
-
-class Side:
-    """One of the two ways: its residuals and its counters."""
-
-    def __init__(self, error_feedback):
-        self.feedback = ErrorFeedback() if error_feedback else None
-        self.telemetry = Telemetry()
-
-    def task(self, buffer, layout, grid, scale=1.0):
-        fields = Fields({"test": str(layout.description)})
-        options = ReduceOptions(grid, strategy="two_phase")
-        return MeanTask(buffer, layout, options, fields, self.telemetry, self.feedback, scale)
-
-    def residuals(self):
-        return {} if self.feedback is None else self.feedback.state_dict()
-
-
-def mean_of_residuals(side, layout, world_size):
-    """What all ranks still owe the mean, in float64, in the places of the buffer."""
-    kept = torch.zeros(layout.elements, dtype=torch.float64)
-    for state in gathered(side.residuals()):
-        for tensor in layout.tensors:
-            part = kept[tensor.offset : tensor.offset + tensor.numel]
-            if tensor.key in state["local"]:
-                part += state["local"][tensor.key].double() / world_size
-            if tensor.key in state["owner"]:
-                start, residual = state["owner"][tensor.key]
-                part[start : start + residual.numel()] += residual.double()
-    return kept
 
 
 def assert_same_bits(a, b, what):
@@ -106,30 +37,6 @@ def assert_same_residuals(mine, other):
         assert torch.equal(mine["local"][key], residual), key
     for key, (start, residual) in other.get("owner", {}).items():
         assert mine["owner"][key][0] == start and torch.equal(mine["owner"][key][1], residual), key
-
-
-def case_equal(rank, world_size, path, name, grid, error_feedback, dtype, kind, scale, steps):
-    layout = make_layout(name, world_size)
-    communicator = get_communicator(dist.group.WORLD)
-    cpu, device = Side(error_feedback), Side(error_feedback)
-    with emulated_device(path):
-        mean = DeviceMean(dist.group.WORLD, communicator, device.telemetry)
-        place = torch.empty(layout.elements, dtype=dtype)  # as of DDP's buckets, whose memory stays
-        for step in range(steps):
-            buffer = buffer_of(layout, rank, step, dtype, kind) * scale
-            expected = buffer.clone()
-            task = cpu.task(expected, layout, grid, scale)
-            communicator.submit(lambda task=task: average(task, communicator)).wait()
-            mean.average(DevicePart.of(device.task(place.copy_(buffer), layout, grid)), scale)
-            assert_same_bits(place, expected, (step, kind))
-            assert_same_residuals(device.residuals(), cpu.residuals())
-            assert_same_on_all_ranks(place)
-        mean.flush()
-    ours, theirs = device.telemetry.stats(), cpu.telemetry.stats()
-    same = ("bits_per_element_phase1", "bits_per_element_phase2", "bits_per_element", "nonfinite_tensors", "tensors")
-    for key in same if kind != "nan" else same[:-1]:  # NaN is not equal to itself
-        assert ours[key] == theirs[key], key
-    assert ours["dropped_values"] == 0
 
 
 SIGMA = SigmaGrid(1.0)
@@ -154,10 +61,31 @@ CASES = {
 }
 
 
+@world(1, 2, 3)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_means_and_residuals_are_those_of_the_cpu(emulated_path, world_size, case):
-    run(world_size, case_equal, str(emulated_path), *CASES[case])
+def test_means_and_residuals_are_those_of_the_cpu(rank, world_size, emulated_path, case):
+    name, grid, error_feedback, dtype, kind, scale, steps = CASES[case]
+    layout = make_layout(name, world_size)
+    communicator = get_communicator(dist.group.WORLD)
+    cpu, device = Side(error_feedback), Side(error_feedback)
+    with emulated_device(emulated_path):
+        mean = DeviceMean(dist.group.WORLD, communicator, device.telemetry)
+        place = torch.empty(layout.elements, dtype=dtype)  # as of DDP's buckets, whose memory stays
+        for step in range(steps):
+            buffer = buffer_of(layout, rank, step, dtype, kind) * scale
+            expected = buffer.clone()
+            task = cpu.task(expected, layout, grid, scale)
+            communicator.submit(lambda task=task: two_phase_mean(task, communicator)).wait()
+            mean.average(device.task(place.copy_(buffer), layout, grid), scale)
+            assert_same_bits(place, expected, (step, kind))
+            assert_same_residuals(device.residuals(), cpu.residuals())
+            assert_same_on_all_ranks(place)
+        mean.flush()
+    ours, theirs = device.telemetry.stats(), cpu.telemetry.stats()
+    same = ("bits_per_element_phase1", "bits_per_element_phase2", "bits_per_element", "nonfinite_tensors", "tensors")
+    for key in same if kind != "nan" else same[:-1]:  # NaN is not equal to itself
+        assert ours[key] == theirs[key], key
+    assert ours["dropped_values"] == 0
 
 
 def case_overflow(rank, world_size, path, steps):
@@ -223,18 +151,15 @@ def test_a_rank_that_fails_is_heard_of(emulated_path):
     assert "a rank failed" in found[0][-1][2]
 
 
-def case_mismatch(rank, world_size, path):
+@world(2)
+def test_different_options_are_refused(rank, world_size, emulated_path):
     layout = make_layout("uneven", world_size)
     side = Side(error_feedback=True)
-    with emulated_device(path):
+    with emulated_device(emulated_path):
         mean = DeviceMean(dist.group.WORLD, get_communicator(dist.group.WORLD), side.telemetry)
         task = side.task(torch.ones(layout.elements), layout, SIGMA)
         task = replace(task, fields=Fields({"grid": str(rank)}))
         with pytest.raises(qcomm.ConfigMismatchError, match="grid"):
             mean.average(DevicePart.of(task))
         assert bool((task.buffer == 1).all())
-        mean.average(DevicePart.of(side.task(torch.ones(layout.elements), layout, SIGMA)))
-
-
-def test_different_options_are_refused(emulated_path):
-    run(2, case_mismatch, str(emulated_path))
+        mean.average(side.task(torch.ones(layout.elements), layout, SIGMA))

@@ -1,0 +1,74 @@
+"""Buckets of the tests of means on a device: their layouts, values and residuals."""
+
+import math
+
+import torch
+from distributed import gathered
+
+from qcomm.collectives.error_feedback import ErrorFeedback
+from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.task import MeanTask
+from qcomm.collectives.telemetry import Telemetry
+from qcomm.communicator.handshake import Fields
+
+# (elements, compressed), uneven, so that chunks begin inside of tensors and hold several
+TENSORS = {
+    "uneven": [(3001, True), (7, False), (2050, True), (33, False), (4097, True), (1, False)],
+    "raw only": [(5, False), (300, False)],
+    "one value": [(1, False)],
+    "one tensor": [(9000, True)],
+    "small": [(700, True), (3, False)],
+}
+
+
+def make_layout(name, world_size):
+    specs, offset = [], 0
+    for number, (count, compressed) in enumerate(TENSORS[name]):
+        specs.append(TensorSpec(f"{name} {number}", offset, count, compressed))
+        offset += count
+    return BucketLayout(specs, world_size)
+
+
+def buffer_of(layout, rank, step, dtype, kind):
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    values = torch.randn(layout.elements, generator=generator) * 0.01
+    first = layout.tensors[0]
+    part = values[first.offset : first.offset + first.numel]
+    if kind == "zero":  # a parameter that no rank used, in every second step
+        part.zero_() if step % 2 else None
+    elif kind == "nan" and rank == 0 and step == 1:
+        part[-1] = math.nan
+    elif kind == "heavy":
+        part[::50] *= 100
+    elif kind == "constant":
+        part.fill_(0.25 if rank else 0.0)
+    return values.to(dtype)
+
+
+class Side:
+    """One of the two ways: its residuals and its counters."""
+
+    def __init__(self, error_feedback):
+        self.feedback = ErrorFeedback() if error_feedback else None
+        self.telemetry = Telemetry()
+
+    def task(self, buffer, layout, grid, scale=1.0):
+        fields = Fields({"test": str(layout.description)})
+        return MeanTask(buffer, layout, grid, fields, self.telemetry, self.feedback, scale)
+
+    def residuals(self):
+        return {} if self.feedback is None else self.feedback.state_dict()
+
+
+def mean_of_residuals(side, layout, world_size):
+    """What all ranks still owe the mean, in float64, in the places of the buffer."""
+    kept = torch.zeros(layout.elements, dtype=torch.float64)
+    for state in gathered(side.residuals()):
+        for tensor in layout.tensors:
+            part = kept[tensor.offset : tensor.offset + tensor.numel]
+            if tensor.key in state["local"]:
+                part += state["local"][tensor.key].double() / world_size
+            if tensor.key in state["owner"]:
+                start, residual = state["owner"][tensor.key]
+                part[start : start + residual.numel()] += residual.double()
+    return kept
