@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed import gathered, run
+from distributed import gathered, world
 
 BENCH = str(Path(__file__).parents[2] / "bench")
 
@@ -35,7 +35,9 @@ def make_bucket(rank, elements=40_000):
     return gradient_data.bucket([1e-3 * torch.randn(shape, generator=generator) for shape in shapes], elements)
 
 
-def case_methods(rank, world_size):
+@world(2, 3)
+@pytest.mark.usefixtures("bench")
+def test_methods_are_right_and_what_is_wrong_is_counted(rank, world_size):
     bucket = make_bucket(rank)
     import allreduce_methods
     import bench_allreduce
@@ -77,13 +79,9 @@ def case_methods(rank, world_size):
         assert bench_allreduce.count_wrong(result, mean, allowed) >= 2 * world_size
 
 
-@pytest.mark.world
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_methods_are_right_and_what_is_wrong_is_counted(bench, world_size):
-    run(world_size, case_methods)
-
-
-def case_pairs(rank, world_size):
+@world(2)
+@pytest.mark.usefixtures("bench")
+def test_pairs(rank, world_size):
     bucket = make_bucket(rank)
     import allreduce_pairs
 
@@ -93,11 +91,6 @@ def case_pairs(rank, world_size):
     for row in rows:
         assert row.chosen in {"none", "bf16", "all_gather", "two_phase"}
         assert 0 < row.lower <= row.geometric_mean <= row.upper and row.median_lower <= row.median
-
-
-@pytest.mark.world
-def test_pairs(bench):
-    run(2, case_pairs)
 
 
 def test_the_bounds_of_pairs_hold_as_often_as_they_say(bench):

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
 from qcomm.collectives.error_feedback import ErrorFeedback
-from qcomm.collectives.layout import BucketLayout, Piece, TensorSpec
+from qcomm.collectives.layout import BucketLayout, TensorSpec
 
 SIZES = {"a": 700, "b": 33, "c": 5000}
 
@@ -91,7 +91,7 @@ def test_what_is_spent_is_forgotten_when_somebody_may_change_it(change):
     feedback.adopt(layout(2), 0)
     feedback.local("a", 700)
     feedback.owner("a", 0, 700).fill_(1.0)
-    feedback.spend("a", 0, 700)
+    feedback.spend([("a", Piece(0, 0, 700, 0))])
     assert feedback.is_spent("a", 0, 700) and not feedback.is_spent("a", 0, 64)
     change(feedback)
     assert not feedback.is_spent("a", 0, 700)

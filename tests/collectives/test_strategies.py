@@ -234,7 +234,7 @@ def test_ways_hand_their_residuals_to_each_other(rank, world_size, names, option
     state = attach(model, min_elements=100, grad_scale=4.0, **options)
     sums = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
     for step in range(9):
-        state.strategy = "none" if step == 8 else names[step % len(names)]
+        state.reconfigure(strategy="none" if step == 8 else names[step % len(names)])
         got = backward(model, rank, step, scale=4.0)
         for total, g, wanted in zip(sums, got, exact_mean(rank, world_size, step), strict=True):
             total.add_(g.double() / 4 - wanted)

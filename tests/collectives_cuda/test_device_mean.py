@@ -3,6 +3,7 @@
 The kernels run on the host's memory and gloo stands in for NCCL; streams are left to a machine with a GPU.
 """
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
