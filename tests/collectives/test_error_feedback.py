@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
 from qcomm.collectives.error_feedback import ErrorFeedback
-from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.layout import BucketLayout, Piece, TensorSpec
 
 SIZES = {"a": 700, "b": 33, "c": 5000}
 
