@@ -139,7 +139,7 @@ class Compressed:
     def average(self, buffer: torch.Tensor) -> None:
         """The mean alone: counters are not read at every step, nor is the norm of residuals computed."""
         self.timeline.clear()
-        self._state.reduce(_HookBucket(self.bucket, buffer, self._parameters)).wait()  # type: ignore[arg-type]
+        self._state.reducer.reduce(_HookBucket(self.bucket, buffer, self._parameters)).wait()  # type: ignore[arg-type]
 
     @property
     def chosen(self) -> str:
