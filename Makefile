@@ -52,7 +52,7 @@ bench-ci: $(BUILT)  ## run the microbenchmarks, results in build/bench-ci.json (
 	$(BIN)/python -m pytest bench/test_micro.py --benchmark-only --benchmark-json=build/bench-ci.json \
 		--benchmark-group-by=func --benchmark-columns=min,median,iqr,rounds
 
-results: $(BUILT)  ## measure what the README shows of networks again; as root, on an idle machine (about 25 minutes)
+results: $(BUILT)  ## measure again what docs/measurements.md shows of networks; as root, on an idle machine (about 25 minutes)
 	PYTHON=$(BIN)/python bench/run_all.sh $(STEPS)
 
 clean:  ## remove what was built; the environment stays

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measures again what the README shows of networks, with plots and tables: bench/run_all.sh [STEP ...], or make results.
+# Measures again what docs/measurements.md shows of networks, with plots and tables: bench/run_all.sh [STEP ...], or make results.
 # As root on Linux, for the limited links; on an otherwise idle machine, because ranks and hosts share its cores.
 # Interpreter: PYTHON, otherwise .venv's, otherwise python3. Without STEP all of them, with minutes on two idle cores:
 #   allreduce 8    all methods on 25 MiB: 100 Mb/s and 1 Gb/s, 2 and 4 hosts
@@ -12,7 +12,7 @@
 #   scaling   4    weak and strong, 1 to 4 ranks of this machine, torchrun and mpirun
 #   bitrate   1    bits by layer over a training run
 #   accuracy  8    time to 90 % over 100 Mb/s, 2 hosts
-#   plots     0    PNGs, and the README's tables
+#   plots     0    PNGs, and the tables of README and docs/measurements.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
