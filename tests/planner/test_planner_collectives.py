@@ -50,11 +50,13 @@ def test_a_torus_takes_fewer_steps_than_a_ring():
     assert torus(c, 1, columns=4) == pytest.approx(12 * 20e-6, rel=1e-4)
     assert ring(c, 1) == pytest.approx(30 * 20e-6, rel=1e-4)
     assert torus(c, GB, columns=1) == pytest.approx(ring(c, GB))
-    for columns in (0, 3, 32):
-        with pytest.raises(PlanError, match=f"columns is {columns}; it must divide 16"):
-            torus(c, GB, columns=columns)
-    with pytest.raises(PlanError, match="columns is 6"):
-        torus(cluster(24, 4), GB, columns=6)
+
+
+@pytest.mark.parametrize(("gpus", "gpus_per_node", "columns"), [(16, 1, 0), (16, 1, 3), (16, 1, 32), (24, 4, 6)])
+def test_columns_that_do_not_divide_a_torus_are_refused(gpus, gpus_per_node, columns):
+    match = f"columns is {columns}; it must divide 16" if gpus == 16 else f"columns is {columns}"
+    with pytest.raises(PlanError, match=match):
+        torus(cluster(gpus, gpus_per_node), GB, columns=columns)
 
 
 CLUSTERS = st.builds(
@@ -100,17 +102,29 @@ def test_part_of_a_node_is_one_node():
     assert ring(c, GB) == pytest.approx(2 * 2 / 3 * (0.01 + 3 * 5e-6))
 
 
-def test_bandwidths_are_read_as_written():
-    for text, expected in (
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
         ("100Gbps", 12.5), ("100 gbps", 12.5), ("1gbit", 0.125), ("100mbit", 0.0125), ("25 Gb/s", 3.125),
         ("4.1Gbps", 0.5125), ("12.5GB/s", 12.5), ("1Tbps", 125.0), ("40GBps", 40.0), ("500kbit", 62.5e-6),
-    ):  # fmt: skip
-        assert parse_bandwidth(text) == pytest.approx(expected), text
-    for text in ("", "100", "fast", "Gbps", "-1Gbps", "1 Gx", "nanGbps", "1GBit", "1e400Gbps"):
-        with pytest.raises(PlanError, match=r"network is .*; write a rate with its unit, such as 100Gbps"):
-            parse_bandwidth(text)
+    ],
+)  # fmt: skip
+def test_bandwidths_are_read_as_written(text, expected):
+    assert parse_bandwidth(text) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text", ["", "100", "fast", "Gbps", "-1Gbps", "1 Gx", "nanGbps", "1GBit", "1e400Gbps"])
+def test_bandwidths_without_a_rate_and_a_unit_are_refused(text):
+    with pytest.raises(PlanError, match=r"network is .*; write a rate with its unit, such as 100Gbps"):
+        parse_bandwidth(text)
+
+
+def test_a_bandwidth_of_zero_is_refused():
     with pytest.raises(PlanError, match="must be above zero, such as 100Gbps"):
         parse_bandwidth("0Gbps")
+
+
+def test_links_inside_a_node_have_names_or_rates():
     assert inside_link("nvlink2").gb_per_s == 120.0
     assert inside_link("40GB/s").gb_per_s == 40.0
     with pytest.raises(PlanError, match="inside is 'nvlink9'; it must be one of pcie, nvlink2"):
@@ -263,9 +277,14 @@ def test_methods_cost_what_they_send():
     ]
     packets = (512 * 1024 * 2.14 / 8 + 512 * 4) * 7 / 8
     assert link("qcomm-1") == [pytest.approx(packets / 10e9)] * 2
-    for name in ("fp8", "qcomm", "qcomm-3", "qcomm-x", "powersgd-0", "powersgd-", "powersgd-1.5", "powersgd-999", ""):
-        with pytest.raises(PlanError, match=f"method is '{name}'; it must be fp32"):
-            method_named(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["fp8", "qcomm", "qcomm-3", "qcomm-x", "powersgd-0", "powersgd-", "powersgd-1.5", "powersgd-999", ""]
+)
+def test_unknown_methods_are_refused(name):
+    with pytest.raises(PlanError, match=f"method is '{name}'; it must be fp32"):
+        method_named(name)
 
 
 def test_on_nodes_only_what_crosses_them_is_compressed():
