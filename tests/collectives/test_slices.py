@@ -212,12 +212,16 @@ def test_the_timeline_shows_every_slice(rank, world_size):
 
 
 @world(2)
+@pytest.mark.parametrize(("bad", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)])
+def test_a_number_of_threads_that_is_none_is_refused(rank, world_size, bad, error):
+    with pytest.raises(error, match="num_threads must be"):
+        all_reduce(torch.ones(2000), num_threads=bad)
+    with pytest.raises(error, match="num_threads must be"):
+        qcomm.CompressionState(num_threads=bad)
+
+
+@world(2)
 def test_results_do_not_depend_on_threads(rank, world_size):
-    for bad, error in ((0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)):
-        with pytest.raises(error, match="num_threads must be"):
-            all_reduce(torch.ones(2000), num_threads=bad)
-        with pytest.raises(error, match="num_threads must be"):
-            qcomm.CompressionState(num_threads=bad)
     results = []
     for threads in (1, 3, 1 + rank):
         results.append(data(rank, 1_500_000))
