@@ -5,8 +5,8 @@
 //   info u32 | 32 start windows u32 | escapes | words u16, lane 0 first in each step | zeros to 4 bytes
 //
 // Invariant while words remain: a lane holds 16..31 bits, a codeword has at most 15. The encoder runs backwards and
-// therefore writes downwards; what it writes last is what the decoder reads first. The loops over lanes are in
-// csrc/cpu/kernels_*.
+// therefore writes downwards; the word that it writes last is the one that a decoder reads first. The loops over lanes
+// are in csrc/cpu/kernels_*.
 #pragma once
 
 #include <cstdint>
@@ -22,21 +22,25 @@ constexpr int kMaxBlockValues = 2 * kMaxCodewords;
 // encoder must have for escapes stays small beside the values.
 constexpr int kValuesPerEscape = 16;
 
-// `count` symbols of `num_bits` bits each, LSB first; packed_bytes() of output. unpack reads no more than that.
+// Returns the bytes of `count` symbols of `num_bits` bits each, which are packed LSB first without gaps.
 constexpr std::int64_t packed_bytes(std::int64_t count, int num_bits) {
     return count / 8 * num_bits + ceil_div(count % 8 * num_bits, 8);  // in this order a huge count does not overflow
 }
+// Packs symbols below 2^num_bits, 1 <= num_bits <= 16, to packed_bytes() of output; unused bits of the last byte are 0.
+// Eight symbols fill whole bytes, so a row can be packed in parts that begin at multiples of eight.
 void pack_bits(const std::uint16_t* symbols, std::int64_t count, int num_bits, std::uint8_t* out);
+// The inverse. It reads packed_bytes() of input and no more; every result is a symbol, whatever the bytes are.
 void unpack_bits(const std::uint8_t* in, std::int64_t count, int num_bits, std::uint16_t* symbols);
 
-// What decides a block's size.
+// The numbers that decide a block's size. CPU and CUDA fill one and ask it.
 struct BlockShape {
     int n, num_bits, item, escapes;  // values, bits of a symbol, bytes of a value, escapes among the values
     int words;                       // of its codewords beyond the start windows, if it is coded
 
+    // Such a block is raw, so an encoder need not code it first.
     QCOMM_INLINE bool has_too_many_escapes() const { return kValuesPerEscape * escapes > n; }
 
-    // Of the whole block, with its info word and the zeros that fill 4 bytes.
+    // Returns the size of the whole block in a mode, with its info word and the zeros that fill 4 bytes.
     QCOMM_INLINE int bytes(BlockMode mode) const {
         const int info = 4, escape_bytes = escapes * (item + 2);
         int body = 0;
@@ -47,8 +51,8 @@ struct BlockShape {
     }
 };
 
-// The mode of a block: the smallest, of equal ones the first of coded, fixed, raw. All encoders must choose alike,
-// since the choice is visible in the bytes. `constant`: all values have one symbol, which is not the escape;
+// Returns the mode of a block: the smallest, of equal ones the first of coded, fixed, raw. All encoders must choose
+// alike, since the choice is visible in the bytes. `constant`: all values have one symbol, which is not the escape;
 // `has_code`: `words` is known, else the block cannot be coded.
 QCOMM_INLINE BlockMode choose_mode(const BlockShape& shape, bool constant, bool has_code) {
     if (constant) return BlockMode::kConstant;

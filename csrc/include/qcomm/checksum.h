@@ -6,12 +6,12 @@
 
 namespace qcomm {
 
-// Of `bytes` bytes at `data`, read as little-endian u32 words with zeros after the end. Any alignment; 0 bytes is
-// valid.
+// Returns the checksum of `bytes` bytes at `data`, read as little-endian u32 words with zeros after the end. Any
+// alignment will do, and 0 bytes are valid.
 std::uint32_t checksum(const std::uint8_t* data, std::int64_t bytes);
 
-// Of a raw or fixed segment: the checksum of the checksums of its pieces of kChecksumPiece bytes. On up to
-// `threads` threads.
+// Returns the checksum of a raw or fixed segment: that of the checksums of its pieces of kChecksumPiece bytes. It works
+// on up to `threads` threads, and the result does not depend on their number.
 std::uint32_t checksum_pieces(const std::uint8_t* data, std::int64_t bytes, int threads = 1);
 
 }  // namespace qcomm

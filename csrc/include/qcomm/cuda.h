@@ -1,6 +1,15 @@
 // Encoding and decoding on a CUDA device: the operations of packet.h and statistics.h on device memory, with the same
 // bytes. Nothing here allocates or waits: the caller owns all memory, and every call enqueues kernels on `stream`, a
 // cudaStream_t of the current device. Pointers are to device memory unless they say otherwise.
+//
+// A plan is made once, on the host, for tensors whose addresses do not change, and run in every step. The work of a
+// step is then a handful of launches whatever the number of tensors, and it can be captured in a CUDA graph. The caller
+//
+//   1. makes a plan, and asks status(): the constructor checks everything and launches nothing;
+//   2. copies blob() to device memory, and allocates workspace_bytes() there, both aligned to 16;
+//   3. passes both to every call. One workspace serves one call at a time, so two streams need two.
+//
+// After a launch error (kDeviceError) the contents of outputs, residuals and workspace are unspecified.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +25,7 @@ namespace qcomm::cuda {
 struct DecodeTables;
 class Workspace;
 
-// The static codes as tables. A caller fills one in host memory, once, and keeps a copy on each device.
+// The static codes as tables, 288 KiB. A caller fills one in host memory, once, and keeps a copy on each device.
 struct StaticTables {
     static constexpr int kCodes = 32;  // ids 1..22 are codes 0..21, ids 64..73 are 22..31
     static constexpr int kSingleCodes = 22;
@@ -27,20 +36,23 @@ struct StaticTables {
     std::uint32_t decode_mask[kCodes];
     std::uint8_t num_bits[kCodes];  // of a symbol; the first kSingleCodes are for single symbols, the others for pairs
 
-    // -1: no such code.
+    // Returns the number of a table's code, or -1 when there is no such table. It is arithmetic, so that a kernel need
+    // not search.
     QCOMM_HOST_DEVICE static constexpr int index(int id) {
         return id >= 1 && id <= kSingleCodes ? id - 1 : id >= 64 && id <= 73 ? id - 42 : -1;
     }
-    // What check() of qcomm/quantize.h asks for, on a device.
+    // Returns the alphabet that check() of qcomm/quantize.h asks for, on a device.
     QCOMM_HOST_DEVICE StaticAlphabet alphabet(int id) const {
         const int i = index(id);
         if (i < 0) return {};
         return {i < kSingleCodes ? Coding::kSingle : Coding::kPair, num_bits[i]};
     }
 };
+// Fills tables in host memory.
 void fill_static_tables(StaticTables* tables);
 
-// What a sample of a tensor's values decides on the device, as plan() of qcomm/codec/quantize.py does on the host.
+// The choices that a sample of a tensor's values decides on the device, as plan() of qcomm/codec/quantize.py does on
+// the host.
 struct SampleRule {
     // Range grid with num_bits 0: N = min(ceil(H + c), floor(c + entropy_bits), max_bits), at least 1, H being the
     // entropy in bits of 2^entropy_bits bins of a part `fraction` of the values.
@@ -53,14 +65,16 @@ struct SampleRule {
     bool choose_code = false;
 };
 
-// u = values * inv_scale + residual, as in values.h; measured as a whole.
+// u = values * inv_scale + residual, as in values.h; measured as a whole. The scale is read from device memory when the
+// kernels run, since a loss scaler changes it there and the host does not know it.
 struct Tensor {
     const void* values = nullptr;       // of the packets' dtype, aligned to it
     const float* residual = nullptr;    // or null; needs float32 or float64 values, like inv_scale
     const double* inv_scale = nullptr;  // one number; or null for 1
     std::int64_t count = 0;
-    // Grid, num_bits, coding and table; on a sigma grid the step is k times the RMS, range grids get lo and hi. Range
-    // grids: single with table 0 up to 12 bits, fixed otherwise, and num_bits 0 where the sample decides.
+    // Grid, num_bits, coding and table are the caller's; p0 and p1 are measured: on a sigma grid the step is k times
+    // the RMS, range grids get lo and hi. Range grids are single with table 0 up to 12 bits, fixed otherwise, and
+    // num_bits is 0 where the sample decides.
     Quantizer quantizer;
     double k = 1.0;
     SampleRule sample;
@@ -70,14 +84,15 @@ struct Tensor {
     bool zero_keeps_residual = false;
 };
 
-// Values [offset, offset + count) of tensor number `tensor`.
+// Values [offset, offset + count) of tensor number `tensor`. Segments of one tensor share its grid, in whichever
+// packets they are.
 struct Segment {
     std::int32_t tensor = 0;
     std::int64_t offset = 0, count = 0;
     float* residual_out = nullptr;  // `count` numbers, or null; may be the tensor's residual at `offset`
 };
 
-// The next `segments` segments. `dims` multiply to the sum of their counts.
+// The next `segments` of the plan's segments, in order. `dims` multiply to the sum of their counts.
 struct Packet {
     std::int32_t segments = 1;
     std::vector<std::int64_t> dims;
@@ -85,7 +100,8 @@ struct Packet {
     std::int64_t capacity = 0;
 };
 
-// Sums over encodings, for whoever reads them seldom.
+// Sums over encodings, kept on the device and zeroed by the caller: they are read seldom, so that steps need not wait
+// for numbers.
 struct Account {
     std::int64_t packet_bytes = 0;
     std::int64_t largest_packet = 0;  // the most bytes that a packet needed to hold all its values
@@ -94,39 +110,40 @@ struct Account {
     std::int64_t nonfinite_tensors = 0;
 };
 
-// What is encoded again and again: the tensors of a bucket, cut into segments, gathered in packets. Device memory is
-// needed for blob() (a copy of it; it holds the pointers above) and for a workspace.
+// An encoding that is run again and again: the tensors of a bucket, cut into segments, gathered in packets. blob()
+// holds the pointers above, so they stay valid as long as the plan is used.
 class EncodePlan {
 public:
-    // Checks everything; status() tells. `steps` as in EncodeOptions.
+    // Checks everything; status() tells. `steps` and `checksums` are those of EncodeOptions.
     EncodePlan(DType dtype, int steps, bool checksums, const std::vector<Tensor>& tensors,
                const std::vector<Segment>& segments, const std::vector<Packet>& packets);
 
     const Status& status() const { return status_; }
-    const std::vector<std::uint8_t>& blob() const { return blob_; }    // host memory
-    std::int64_t workspace_bytes() const { return workspace_bytes_; }  // aligned to 16
-    std::int64_t bound(int packet) const {
-        return bounds_[static_cast<std::size_t>(packet)];
-    }  // a capacity for any values
+    // The tasks as the kernels read them, in host memory; a copy of it on the device is needed.
+    const std::vector<std::uint8_t>& blob() const { return blob_; }
+    std::int64_t workspace_bytes() const { return workspace_bytes_; }
+    // Returns the capacity that suffices for a packet whatever the values are.
+    std::int64_t bound(int packet) const { return bounds_[static_cast<std::size_t>(packet)]; }
 
-    // Statistics and quantizers of the tensors, into the workspace. There may be no packets, if there are no segments.
+    // Puts statistics and quantizers of the tensors into the workspace. A plan may have no packets, if it has no
+    // segments.
     Status measure(const void* blob, const StaticTables* codes, void* workspace, void* stream) const;
-    // The packets, with what measure() has found. total_bytes[packet] receives its size. Where a capacity is below
-    // bound() and too small, blocks of sigma segments with a residual are replaced by zeros, from the packet's end on,
-    // and the residual keeps their values; if that does not suffice, total_bytes is minus the least size, nothing of
-    // the packet is written, and the residuals keep all of u.
+    // Writes the packets, with the quantizers that measure() has found in the same workspace. total_bytes[packet]
+    // receives each size. Where a capacity is below bound() and too small, blocks of sigma segments with a residual are
+    // replaced by zeros, from the packet's end on, and the residual keeps their values; if that does not suffice,
+    // total_bytes is minus the least size, nothing of the packet is written, and the residuals keep all of u.
     Status encode(const void* blob, const StaticTables* codes, void* workspace, std::int64_t* total_bytes,
                   void* stream) const;
-    // Adds to `account`, one in device memory, what encode() has come to.
+    // Adds the results of the last encode() to `account`, one in device memory.
     Status count(const void* blob, void* workspace, const std::int64_t* total_bytes, Account* account,
                  void* stream) const;
 
-    // Where measure() leaves its results: [tensors].
+    // Return where measure() leaves its results in a workspace: [tensors].
     Statistics* statistics(void* workspace) const;
     Quantizer* quantizers(void* workspace) const;
-    // Where encode() leaves how many values were replaced by zeros: [packets].
+    // Returns where encode() leaves how many values were replaced by zeros: [packets].
     std::int64_t* dropped_values(void* workspace) const;
-    // Where measure() leaves whether the residual takes no part, because all values are 0: [tensors].
+    // Returns where measure() leaves whether the residual takes no part, because all values are 0: [tensors].
     std::uint8_t* absent(void* workspace) const;
 
 private:
@@ -134,7 +151,7 @@ private:
     struct Arrays;
     Status build(const std::vector<Tensor>& tensors, const std::vector<Segment>& segments,
                  const std::vector<Packet>& packets);
-    // Each checks one, appends its task, and counts what it needs of blocks, tiles and memory.
+    // Each checks one, appends its task, and counts the blocks, tiles and memory that it needs.
     Status add_tensor(const Tensor& tensor, Tasks* tasks);
     Status add_packet(const Packet& packet, const std::vector<Tensor>& tensors, const std::vector<Segment>& segments,
                       Tasks* tasks);
@@ -159,7 +176,8 @@ private:
     std::vector<std::int64_t> bounds_;
 };
 
-// What is wrong with a packet, in its status word; the largest number where several things are.
+// The status word of a packet. Threads that find something wrong take the maximum, so where several things are wrong
+// the word does not depend on their order.
 enum class Fault : unsigned {
     kNone,
     kPiece,     // the checksum of a raw or fixed segment
@@ -179,25 +197,28 @@ struct DecodeTask {
     bool exact = false;
 };
 
-// Packets that are decoded together. What they hold besides is expected, and checked on the device: the bytes are not
-// trusted, no read leaves [packet, packet + bytes), and no packet makes a kernel run longer than its size allows.
+// Packets that are decoded together. The launches are sized for their expected shape before anything is read. The bytes
+// are checked on the device, and not trusted: no read leaves [packet, packet + bytes), no write leaves `out`, and no
+// packet makes a kernel run longer than its size allows.
 class DecodePlan {
 public:
-    // `steps` of the packets; none has more segments than max_segments. own_code_bits: the most bits of a symbol in a
-    // segment that has a code of its own, 4 with pairs; it has room for one for each segment, from 8.5 KiB up to 8 bits
-    // to 68 KiB with 12. 0: no code lengths are expected, and packets with some are refused.
+    // All packets have `steps` and at most max_segments segments. own_code_bits is the maximum number of bits of a
+    // symbol in a segment that has a code of its own, 4 with pairs. The workspace has room for one code for each
+    // segment, from 8.5 KiB up to 8 bits to 68 KiB with 12. With 0 no code lengths are expected, and packets with some
+    // are refused.
     DecodePlan(DType dtype, int steps, int max_segments, const std::vector<DecodeTask>& tasks, int own_code_bits = 0);
 
     const Status& status() const { return status_; }
-    const std::vector<std::uint8_t>& blob() const {
-        return blob_;
-    }  // host memory; a copy of it on the device is needed
-    std::int64_t workspace_bytes() const { return workspace_bytes_; }  // aligned to 16
+    // The tasks as the kernels read them, in host memory; a copy of it on the device is needed.
+    const std::vector<std::uint8_t>& blob() const { return blob_; }
+    std::int64_t workspace_bytes() const { return workspace_bytes_; }
 
-    // Each packet to its own `out`. faults[packet] receives a Fault; after one the contents of `out` are unspecified.
+    // Decodes each packet to its own `out`. faults[packet] receives a Fault; after one the contents of `out` are
+    // unspecified.
     Status decode(const void* blob, const StaticTables* codes, void* workspace, unsigned* faults, void* stream) const;
-    // The sum of the packets' values, in their order, to the first task's `out`, or, with `add`, added to what is there
-    // already; all have its number of elements and its segments. float32 and float64 only.
+    // Stores the sum of the packets' values in the first task's `out`, or, with `add`, adds it to the values there. It
+    // is added in the order of the tasks, whatever their number, so that all ranks get the same bits. All packets have
+    // the first one's number of elements and its segments. float32 and float64 only.
     Status decode_sum(const void* blob, const StaticTables* codes, void* workspace, unsigned* faults, void* stream,
                       bool add = false) const;
 
@@ -214,7 +235,8 @@ private:
     std::vector<std::uint8_t> blob_;
 };
 
-// `count` neighbouring values that RunPlan copies or adds. Both pointers are aligned to their types.
+// `count` neighbouring values that RunPlan copies or adds, such as a tensor and its place in a bucket. Both pointers
+// are aligned to their types.
 struct Run {
     const void* from = nullptr;
     void* to = nullptr;
@@ -227,13 +249,12 @@ struct Run {
 // Many runs of values in one launch.
 class RunPlan {
 public:
-    // `from` is float32 or, where `to` is, float64.
+    // `to` is the dtype of Run::to. Run::from is float64 where `to` is, and float32 otherwise.
     RunPlan(DType to, const std::vector<Run>& runs);
 
     const Status& status() const { return status_; }
-    const std::vector<std::uint8_t>& blob() const {
-        return blob_;
-    }  // host memory; a copy of it on the device is needed
+    // The tasks as the kernels read them, in host memory; a copy of it on the device is needed. There is no workspace.
+    const std::vector<std::uint8_t>& blob() const { return blob_; }
 
     // to = from / divisor * factor, in the arithmetic of `from`; NaN where one of the run's faults is not 0. `factor`,
     // in device memory, may be null for 1, and `faults` may be null for none. A run's `to` may be its `from`.

@@ -1,5 +1,6 @@
 // Element types: storage, the arithmetic T in which their grids compute, and conversions that are the same bits on
-// every machine.
+// every machine. Those of 16-bit types use integers and additions of normal float32 numbers only, so that a mode which
+// flushes subnormals to zero changes nothing.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +21,10 @@ namespace qcomm {
 
 enum class DType : std::uint8_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 
+// Tells whether a number that comes from a packet is a dtype.
 inline bool is_valid(DType dtype) { return static_cast<unsigned>(dtype) <= 3; }
 
+// std::bit_cast of C++20.
 template <class To, class From>
 QCOMM_INLINE To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
@@ -30,7 +33,8 @@ QCOMM_INLINE To bit_cast(From from) {
     return to;
 }
 
-// float16 -> float32, exact.
+// float16 -> float32, exact. An exponent of float16 is rebased by adding 127 - 15 = 112 to it; the 10 bits of the
+// fraction become the highest of 23.
 QCOMM_INLINE float half_to_float(std::uint16_t h) {
     const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
     const std::uint32_t magnitude = h & 0x7FFFu;
@@ -43,7 +47,9 @@ QCOMM_INLINE float half_to_float(std::uint16_t h) {
     return bit_cast<float>(sign | ((magnitude << 13) + (112u << 23)));
 }
 
-// float32 -> float16, to nearest even; overflow becomes infinity.
+// float32 -> float16, to nearest even; overflow becomes infinity. In the ordinary case the 13 bits that do not fit are
+// rounded by one addition: 0xFFF, and 1 more where the last bit that stays is odd, carries into it exactly when the
+// rest is above half, or half and odd. A carry out of the fraction rightly raises the exponent.
 QCOMM_INLINE std::uint16_t float_to_half(float f) {
     const std::uint32_t bits = bit_cast<std::uint32_t>(f);
     const auto sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000u);
@@ -60,21 +66,25 @@ QCOMM_INLINE std::uint16_t float_to_half(float f) {
 
 QCOMM_INLINE float bfloat_to_float(std::uint16_t b) { return bit_cast<float>(static_cast<std::uint32_t>(b) << 16); }
 
-// float32 -> bfloat16, to nearest even; overflow becomes infinity.
+// The parts of float_to_bfloat(), which divide_to_bfloat() of rounding.h puts together in another way.
 QCOMM_INLINE bool is_nan(std::uint32_t float_bits) { return (float_bits & 0x7FFFFFFFu) > 0x7F800000u; }
-// A bfloat16 in the upper half, the rest is to be cut off; of a NaN, anything.
+// Leaves a bfloat16 in the upper half, by the addition that float_to_half() explains. The lower half is to be cut off.
+// Of a NaN the result means nothing, since the carry may turn it into an infinity.
 QCOMM_INLINE std::uint32_t round_to_upper_half(std::uint32_t float_bits) {
     return float_bits + 0x7FFFu + (float_bits >> 16 & 1u);
 }
 QCOMM_INLINE std::uint16_t quiet_bfloat(std::uint32_t nan_bits) {
     return static_cast<std::uint16_t>(nan_bits >> 16 | 0x40u);
 }
+// float32 -> bfloat16, to nearest even; overflow becomes infinity.
 QCOMM_INLINE std::uint16_t float_to_bfloat(float f) {
     const std::uint32_t bits = bit_cast<std::uint32_t>(f);
     return is_nan(bits) ? quiet_bfloat(bits) : static_cast<std::uint16_t>(round_to_upper_half(bits) >> 16);
 }
 
-// widen(): storage -> T, exact. narrow(): one rounding from T (16-bit types: to float32 before).
+// A dtype at compile time. Storage is the type in memory and in packets, Arithmetic is T. kMax is the largest finite
+// value: levels of a grid beyond it would overflow when they are decoded. widen(): storage -> T, exact. narrow(): one
+// rounding from T, except that a float64 goes to the 16-bit types by way of float32, as docs/format.md says.
 template <DType>
 struct Traits;
 
@@ -114,7 +124,7 @@ struct Traits<DType::kFloat64> {
     static QCOMM_INLINE double narrow(double v) { return v; }
 };
 
-// Calls f(Traits<dtype>{}); the one place where a run-time dtype becomes a compile-time one.
+// Calls f(Traits<dtype>{}); the one place where a run-time dtype becomes a compile-time one. Precondition: is_valid.
 template <class F>
 QCOMM_INLINE decltype(auto) dispatch(DType dtype, F&& f) {
     switch (dtype) {
@@ -130,6 +140,7 @@ QCOMM_INLINE decltype(auto) dispatch(DType dtype, F&& f) {
     return f(Traits<DType::kFloat32>{});
 }
 
+// Returns the bytes of an element, in memory and in packets.
 inline std::int64_t item_bytes(DType dtype) {
     return dispatch(dtype,
                     [](auto traits) { return static_cast<std::int64_t>(sizeof(typename decltype(traits)::Storage)); });

@@ -1,6 +1,7 @@
 // Entropy of a sampled M-bit histogram, in exact integer arithmetic: the number of bits N that follows from it is the
-// same on every machine. The method: Oland and Raj, "Reducing communication overhead in distributed learning by an
-// order of magnitude", ICASSP 2015.
+// same on every machine. A logarithm of the C library is not, since libraries differ in its last bit, and N is rounded
+// up from it. The method: Oland and Raj, "Reducing communication overhead in distributed learning by an order of
+// magnitude", ICASSP 2015.
 #pragma once
 
 #include <cstdint>
@@ -10,10 +11,12 @@
 
 namespace qcomm {
 
-constexpr int kLogFractionBits = 24;
-constexpr int kMaxEntropyBits = 12;
+constexpr int kLogFractionBits = 24;  // of a logarithm or an entropy in fixed point
+constexpr int kMaxEntropyBits = 12;   // M: at most 4096 bins
 
-// floor(2^24 * log2(v)) to within the last bit, by repeated squaring; 0 for v = 0.
+// Returns floor(2^24 * log2(v)) to within the last bit, and 0 for v = 0. The integer part is the highest bit's
+// position. Squaring the mantissa m in [1, 2) doubles its logarithm: the next bit of the fraction is 1 if m^2 >= 2, and
+// then m^2 is halved. A product of two numbers of 32 bits fits 64, so no bit is lost before it is shifted out.
 QCOMM_HOST_DEVICE inline std::uint64_t log2_fixed(std::uint32_t v) {
     if (v == 0) return 0;
     int exponent = 0;
@@ -30,7 +33,9 @@ QCOMM_HOST_DEVICE inline std::uint64_t log2_fixed(std::uint32_t v) {
     return result;
 }
 
-// Entropy in bits * 2^24 of counts that sum to n < 2^32, `weighted` being the sum of count * log2_fixed(count).
+// Returns the entropy in bits * 2^24 of counts that sum to 0 < n < 2^32, `weighted` being the sum of count *
+// log2_fixed(count): H = log2(n) - sum(c * log2(c)) / n. Sums of integers have no order, so threads may add their parts
+// as they come. The errors of the logarithms could leave [0, log2(bins)], hence the bounds.
 QCOMM_HOST_DEVICE inline std::uint64_t entropy_of_sums(std::uint64_t n, std::uint64_t weighted, int bins) {
     std::uint64_t most = 0;  // log2(bins)
     while (bins >> most > 1) ++most;
@@ -39,13 +44,15 @@ QCOMM_HOST_DEVICE inline std::uint64_t entropy_of_sums(std::uint64_t n, std::uin
     const std::uint64_t h = whole > weighted ? (whole - weighted) / n : 0;
     return h < most ? h : most;
 }
-// Of a histogram.
+// The same of a histogram of `bins` counts.
 std::uint64_t entropy_fixed(const std::uint32_t* counts, int bins);
 
-// How many of `count` values are looked at: max(1024, ceil(fraction * count)), but not more than there are.
+// Returns how many of `count` values are sampled: max(1024, ceil(fraction * count)), but not more than there are.
 std::int64_t sample_size(std::int64_t count, double fraction);
 
-// Index of sample i of n: one from each stride, where in the stride a hash of `seed` decides.
+// Returns the index of sample i of n <= count values: one from each stride of count / n, and a hash of i and `seed`
+// says where in the stride. Strides spread the sample over the tensor; the hash keeps it from falling in step with a
+// period of the values, such as the length of a row. The hash: the "lowbias32" finalizer of C. Wellons, 2018.
 QCOMM_HOST_DEVICE inline std::int64_t sample_index(std::int64_t i, std::int64_t n, std::int64_t count,
                                                    std::uint32_t seed) {
     const std::int64_t stride = count / n;
@@ -59,8 +66,8 @@ QCOMM_HOST_DEVICE inline std::int64_t sample_index(std::int64_t i, std::int64_t 
     return i * stride + static_cast<std::int64_t>(h * static_cast<std::uint64_t>(stride) >> 32);
 }
 
-// Histogram of the sample over 2^num_bits floor bins of [lo, hi]; all in bin 0 when lo == hi. On
-// up to `threads` threads.
+// Returns the sample's histogram over 2^num_bits floor bins of [lo, hi], the extremes of u; all is in bin 0 when they
+// are equal. It works on up to `threads` threads.
 std::vector<std::uint32_t> sample_histogram(const Values& values, double lo, double hi, int num_bits, double fraction,
                                             std::uint32_t seed, int threads = 1);
 

@@ -1,4 +1,9 @@
 // The wire format as structs. docs/format.md describes every byte and is the contract; this header is its C++ form.
+//
+//   header 40 | dimensions 8*ndim | records 32*segments | code lengths | block ends 4*B | checksums 4*C | payload
+//
+// A packet is a pure function of its input: every encoder writes the same bytes, so nothing here may change without a
+// new version. Structs are copied to and from the bytes as they are; they have no padding and no pointers.
 #pragma once
 
 #include <cstdint>
@@ -9,43 +14,63 @@ namespace qcomm {
 
 constexpr std::uint32_t kMagic = 0x4D4D4351;  // "QCMM"
 constexpr std::uint8_t kVersion = 1;
+// A bit of PacketHeader::flags: the payload has checksums. The metadata always have one.
 constexpr std::uint8_t kFlagChecksums = 1;
 
-constexpr int kLanes = 32;          // lanes of a block: one GPU warp
-constexpr int kMaxSteps = 512;      // symbols per lane: escape positions fit u16, a block's scratch fits a core's cache
-constexpr int kMaxDims = 64;        // torch's own limit
-constexpr int kMaxCodedBits = 12;   // widest single symbols with a Huffman code; beyond that fixed width
+// Lanes of a block: one GPU warp. A block's codewords are dealt to them in turn, so 32 are decoded at a time.
+constexpr int kLanes = 32;
+// Symbols per lane of a block. Positions in the largest block, one of pairs, still fit an escape's u16, and a block's
+// scratch fits a core's cache.
+constexpr int kMaxSteps = 512;
+constexpr int kMaxDims = 64;  // torch's own limit
+// Widest single symbols with a Huffman code: an entry of a decoding table is a u16, of which a length takes 4 bits.
+constexpr int kMaxCodedBits = 12;
 constexpr int kMaxCodeLength = 15;  // a length is a nibble on the wire
-constexpr int kWindowBits =
-    16;                       // a lane holds at least this many bits before a lookup, so kMaxCodeLength < kWindowBits
+// A lane holds at least this number of bits before a lookup, so no codeword is cut off by the end of its window.
+constexpr int kWindowBits = 16;
+static_assert(kMaxCodeLength < kWindowBits, "a lane always holds a whole codeword");
 constexpr int kPairBits = 4;  // the two symbols of a pair code are nibbles
 constexpr int kDimensionBytes = 8;
 constexpr int kChecksumBytes = 4;
-constexpr int kChecksumPiece = 65536;  // bytes of a raw or fixed segment under one inner checksum
+// Bytes of a raw or fixed segment under one inner checksum. Pieces let threads and warps share a long segment.
+constexpr int kChecksumPiece = 65536;
+
+// Two numbers of SegmentRecord::table name no static table: the packet has the segment's code lengths, or the segment
+// has no code and therefore no coded blocks.
 constexpr std::uint8_t kTableOnWire = 0;
 constexpr std::uint8_t kNoTable = 255;
 
+// The kind of levels to which a segment's values are rounded; quantize.h has the arithmetic.
 enum class Grid : std::uint8_t { kNone = 0, kRangeCenter = 1, kRangeEndpoint = 2, kSigma = 3 };
-// 5 is reserved for rANS: its 32-bit states and 16-bit words fit the same blocks.
+// A segment's payload: the values as they are; nothing, since all are one value; symbols of N bits in a row; blocks of
+// codewords for single symbols, or for pairs of neighbours. 5 is reserved for rANS: its 32-bit states and 16-bit words
+// fit the same blocks.
 enum class Coding : std::uint8_t { kRaw = 0, kConstant = 1, kFixed = 2, kSingle = 3, kPair = 4 };
+// The form of one block of a segment that is coded single or pair; choose_mode() of block.h picks it.
 enum class BlockMode : std::uint8_t { kConstant = 0, kFixed = 1, kCoded = 2, kRaw = 3 };
 
+// Every field of a packet that is read is hostile until parse_packet() has checked it: sizes are compared with the
+// bytes present before they are used, and in an order in which no sum overflows.
 struct PacketHeader {
     std::uint32_t magic;
     std::uint8_t version;
     DType dtype;
     std::uint8_t flags;
     std::uint8_t ndim;
+    // Covers bytes [0, payload) with this field zero, so all that is decoded before the payload.
     std::uint32_t header_checksum;
     std::uint32_t segment_count;
+    // Is the product of the dimensions as well as the sum of the segments' counts; a reader checks both.
     std::uint64_t element_count;
     std::uint64_t total_bytes;
-    std::uint16_t steps;
+    std::uint16_t steps;  // symbols per lane in a whole block
     std::uint16_t reserved;
+    // Says how large all lists of code lengths are together: only its contents tell where one list ends.
     std::uint32_t lengths_words;
 };
 static_assert(sizeof(PacketHeader) == 40, "the header is 40 bytes on the wire");
 
+// A segment is a run of values that share one grid: a tensor, or the part of one that falls into a packet.
 struct SegmentRecord {
     std::uint64_t count;
     Grid grid;
@@ -60,7 +85,8 @@ static_assert(sizeof(SegmentRecord) == 32, "a segment record is 32 bytes on the 
 
 static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "packets are little-endian and are read in place");
 
-// A block's first word.
+// A block's first word: mode in bits 0-1, escapes in 2-15, a constant's symbol in 16-31. 14 bits suffice for the
+// escapes, because a block with more than one in 16 values is raw.
 struct BlockInfo {
     BlockMode mode;
     int escape_count;
@@ -75,16 +101,20 @@ struct BlockInfo {
 };
 
 constexpr bool is_range(Grid grid) { return grid == Grid::kRangeCenter || grid == Grid::kRangeEndpoint; }
-// Whether values become symbols of a grid.
+// Whether values become symbols of a grid, and whether those are kept in blocks.
 constexpr bool has_symbols(Coding coding) { return coding != Coding::kRaw && coding != Coding::kConstant; }
 constexpr bool is_block_coded(Coding coding) { return coding == Coding::kSingle || coding == Coding::kPair; }
 
+// Precondition of both: the number is not negative, and the sum that rounds it up does not overflow.
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 constexpr std::int64_t align4(std::int64_t bytes) { return (bytes + 3) & ~std::int64_t{3}; }
 
+// Returns the values of a whole block; only the last block of a segment may be shorter.
 constexpr std::int64_t values_per_block(Coding coding, int steps) {
     return std::int64_t{kLanes} * steps * (coding == Coding::kPair ? 2 : 1);
 }
+// Return how many block ends, and how many checksums, a segment has in the metadata. Both follow from the record alone,
+// so a reader knows where the payload begins before it has looked at it.
 constexpr std::int64_t blocks_in(const SegmentRecord& segment, int steps) {
     if (!is_block_coded(segment.coding)) return 0;
     const std::int64_t per_block = values_per_block(segment.coding, steps);

@@ -1,5 +1,5 @@
 // Packets: segments of values to bytes and back; docs/format.md is the contract. Encoding a well-formed request cannot
-// fail half-way: what can go wrong is checked before the first byte, and before the first residual, is written.
+// fail half-way: every precondition is checked before the first byte, and before the first residual, is written.
 #pragma once
 
 #include <cstdint>
@@ -12,30 +12,35 @@
 
 namespace qcomm {
 
+// A segment to encode. It borrows its values and residuals; residual_out is written while the segment is encoded.
 struct SegmentInput {
     Values values;  // all segments of a packet have the dtype of its options
     Quantizer quantizer;
-    float* residual_out = nullptr;  // receives u - decoded(u); may be values.residual. Untouched by a constant NaN
+    // Receives u - decoded(u) of each value, or null. It may be values.residual. A constant NaN leaves it untouched: a
+    // step in which a gradient is not finite is skipped, and must not poison the residual.
+    float* residual_out = nullptr;
 };
 
 struct EncodeOptions {
     DType dtype = DType::kFloat32;
-    std::vector<std::int64_t> dims;  // their product is the sum of the counts
+    // At most kMaxDims. Precondition, not checked: their product is the sum of the segments' counts.
+    std::vector<std::int64_t> dims;
     bool checksums = true;
     int steps = 256;  // symbols per lane in a block, 1..kMaxSteps
-    int threads = 1;  // most that work at once; the bytes do not depend on it
+    int threads = 1;  // maximum number of threads; the bytes do not depend on it
 };
 
-// An upper bound of the packet's size, whatever the values are.
+// Returns an upper bound of the packet's size, whatever the values are: every block raw, every list at its longest.
+// encode_packet() needs that much room even if the packet turns out smaller, since it writes before it knows.
 std::int64_t encode_bound(const std::vector<SegmentInput>& segments, const EncodeOptions& options);
 
-// Writes a packet to [out, out + capacity), capacity >= encode_bound(...); *total_bytes receives its size. Bytes behind
-// it may be overwritten.
+// Writes a packet to [out, out + capacity), capacity >= encode_bound(...); *total_bytes receives its size. Bytes
+// between there and `capacity` may be overwritten. After an error nothing has been written, the residuals included.
 Status encode_packet(const std::vector<SegmentInput>& segments, const EncodeOptions& options, std::uint8_t* out,
                      std::int64_t capacity, std::int64_t* total_bytes);
 
-// A packet whose metadata has been checked: header, records, code lengths, sizes, header checksum. Pointers refer to
-// the caller's bytes.
+// A packet whose metadata has been checked: header, records, code lengths, sizes, header checksum. It borrows the
+// caller's bytes, which must stay as they are while the view is used: they are not checked a second time.
 struct PacketView {
     PacketHeader header;
     std::vector<std::int64_t> dims;
@@ -47,6 +52,8 @@ struct PacketView {
     const std::uint8_t* payload = nullptr;
     std::int64_t payload_bytes = 0;
 };
+// Fills *view, or says why [packet, packet + bytes) is no packet. It trusts nothing and reads nothing outside. `bytes`
+// must be the packet's size exactly; its memory is bounded by a small multiple of them. The payload is not looked at.
 Status parse_packet(const std::uint8_t* packet, std::int64_t bytes, PacketView* view);
 
 // The front of a packet is its header, dimensions and segment records: what a reader must know before it allocates
@@ -57,13 +64,15 @@ Status measure_front(const std::uint8_t* packet, std::int64_t present, std::int6
 // bytes behind the front.
 Status parse_front(const std::uint8_t* packet, std::int64_t present, std::int64_t bytes, PacketView* view);
 
-// Decodes all segments to `out` (header.element_count elements of header.dtype). With `accumulate` adds them to what is
-// there, in float32 or float64: 16-bit packets are refused. After an error the contents of `out` are unspecified. At
-// most `threads` threads work at once.
+// Decodes all segments to `out` (header.element_count elements of header.dtype). With `accumulate` it adds them to the
+// values there, in float32 or float64; 16-bit packets are refused, since their sums would be rounded to 16 bits each
+// time. Blocks are checked as they are met, so after an error the contents of `out` are unspecified. At most `threads`
+// threads work at once, and the values do not depend on their number.
 Status decode_packet(const PacketView& view, void* out, bool accumulate, int threads = 1);
 
 // Adds how often each symbol occurs in segment `index` to counts[65536]. Values that have no symbol (raw, constant)
 // count nothing.
+// Preconditions: index < view.records.size(), and the counts are initialised.
 Status count_symbols(const PacketView& view, std::size_t index, std::uint64_t* counts);
 
 }  // namespace qcomm

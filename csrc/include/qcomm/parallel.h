@@ -11,17 +11,18 @@
 
 namespace qcomm {
 
-// Values of which a thread has at least so many, else there is none: about 0.1 ms of encoding.
+// The least number of values that a thread is started for: about 0.1 ms of encoding.
 constexpr std::int64_t kValuesPerThread = 1 << 17;
 
-// How many parts parallel_for makes: one where there is too little for two.
+// Returns how many parts of `count` units are worth a thread each, if each has at least `grain` units: 1 to `threads`.
 inline int part_count(std::int64_t count, std::int64_t grain, int threads) {
     const std::int64_t parts = std::min<std::int64_t>(threads, count / std::max<std::int64_t>(1, grain));
     return static_cast<int>(std::max<std::int64_t>(1, parts));
 }
 
-// Calls f(part, begin, end) for `parts` contiguous parts of [0, count), each on a thread of its own, the first on this
-// one. f must not throw.
+// Calls f(part, begin, end) for `parts` contiguous parts of [0, count), each on a thread of its own, the first on the
+// caller's. It returns when all have. f must not throw, and no part may write memory that another touches. Where no
+// thread can be started the part runs on the caller's, so memory that is short costs time and never a result.
 template <class F>
 void parallel_for(std::int64_t count, int parts, F f) {
     const auto run = [&](int part) noexcept { f(part, count * part / parts, count * (part + 1) / parts); };
@@ -38,7 +39,7 @@ void parallel_for(std::int64_t count, int parts, F f) {
     for (std::thread& other : others) other.join();
 }
 
-// Calls f(begin, end) for contiguous parts of `count` values, on up to `threads` threads where there are many.
+// The same for `count` values, on up to `threads` threads where there are enough values: calls f(begin, end).
 template <class F>
 void parallel_for_values(std::int64_t count, int threads, F f) {
     parallel_for(count, part_count(count, kValuesPerThread, threads),

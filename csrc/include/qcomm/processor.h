@@ -7,10 +7,10 @@
 
 namespace qcomm {
 
-// Names of the versions that this processor can run, the best last: "scalar", "avx2", "avx512".
+// Returns the names of the versions that this processor can run, the best last: "scalar", "avx2", "avx512".
 std::vector<std::string> kernel_versions();
 
-// The one in use.
+// Returns the name of the version in use; the best one until a caller chooses another.
 std::string kernel_version();
 
 // Uses the named version from now on, in all threads; false when this processor, or this build, has no such version.

@@ -11,7 +11,8 @@
 
 namespace qcomm {
 
-// What a segment record says about a grid and its code: everything needed to encode a tensor once it has been measured.
+// The part of a segment record that describes its grid and its code: everything needed to encode a tensor once it has
+// been measured. check() below says which combinations are legal. A constant segment's value is p0; a raw one has none.
 struct Quantizer {
     Grid grid = Grid::kNone;
     std::uint8_t num_bits = 0;
@@ -22,8 +23,12 @@ struct Quantizer {
 };
 constexpr Quantizer quantizer_of(const SegmentRecord& r) { return {r.grid, r.num_bits, r.coding, r.table, r.p0, r.p1}; }
 
-// 2^N levels over [lo, hi] in float64. center: bin midpoints (the paper). endpoint: both ends are levels, so that
-// decoding and encoding again changes nothing. |error| <= half a level's distance plus half an ulp of the result.
+// 2^N levels over [lo, hi] in float64, whatever the dtype. center: bin midpoints (Oland and Raj, ICASSP 2015).
+// endpoint: both ends are levels, so that decoding and encoding again changes nothing. |error| <= half a level's
+// distance plus half an ulp of the result.
+//
+// Both are one formula: q = floor((x - lo) * inv + (0.5 - offset)) and value = lo + (q + offset) * step, where center
+// has 2^N intervals and offset 0.5, endpoint 2^N - 1 intervals and offset 0.
 class RangeQuantizer {
 public:
     QCOMM_INLINE RangeQuantizer(Grid grid, int num_bits, double lo, double hi)
@@ -35,12 +40,14 @@ public:
           inv_(intervals_ / (hi - lo)),
           step_((hi - lo) / intervals_) {}
 
-    // Whether every value of [lo, hi] has a symbol: false for a range that overflows or is too small to divide by.
+    // Tells whether every value of [lo, hi] has a symbol. It is false for a range that overflows or is too small to
+    // divide by: its inverse is infinite, and 0 * infinity would be NaN at lo itself.
     QCOMM_INLINE bool usable() const {
         return __builtin_isfinite(lo_) && __builtin_isfinite(hi_) && __builtin_isfinite(hi_ - lo_) && lo_ < hi_ &&
                __builtin_isfinite(inv_);
     }
 
+    // Returns the symbol of x: the level nearest to it, or its bin. Precondition: usable(), x is not NaN.
     QCOMM_INLINE std::uint32_t operator()(double x) const {
         const double q = (x - lo_) * inv_ + (0.5 - offset_);
         // Below lo there should be nothing; a symbol outside the alphabet would be written out of bounds.
@@ -48,11 +55,13 @@ public:
         // By way of a signed integer, for which all processors have an instruction.
         return static_cast<std::uint32_t>(static_cast<std::int32_t>(low < top ? low : top));
     }
+    // Returns the value of a symbol. The fused multiply-add is part of the format. It rounds once, but the last
+    // endpoint level would still miss hi by that rounding, so it is hi by definition.
     QCOMM_INLINE double decode(std::uint32_t symbol) const {
         return offset_ == 0.0 && symbol == top_ ? hi_
                                                 : __builtin_fma(static_cast<double>(symbol) + offset_, step_, lo_);
     }
-    // As of SigmaQuantizer: all levels have symbols.
+    // The interface that SigmaQuantizer shares: here all levels have symbols.
     QCOMM_INLINE bool has_all_levels() const { return true; }
     QCOMM_INLINE std::uint32_t symbol_of_all(double x) const { return (*this)(x); }
     // For vector versions of decode().
@@ -68,8 +77,13 @@ private:
     double offset_, intervals_, inv_, step_;
 };
 
-// Levels at multiples of `step`, zero among them; what lies outside gets the escape symbol and keeps its value. |error|
-// <= step / 2 plus rounding.
+// Levels at multiples of `step`, zero among them (mid-tread), rounded to nearest even, computed in T. A value outside
+// the levels gets the escape symbol and keeps its value, so nothing is clipped. |error| <= step / 2 plus rounding.
+//
+//   symbol  0 .. R-1     R    R+1 .. 2R     2^N - 1       R = 2^(N-1) - 1 levels each side of zero
+//   level   -R .. -1     0    1 .. R        escape
+//
+// Where R * step exceeds the largest finite value, only `limit` < R levels each side are used.
 template <class T>
 class SigmaQuantizer {
 public:
@@ -83,22 +97,24 @@ public:
           lowest_(bit_cast<Bits>(kMagic) - static_cast<Bits>(limit_)),
           shift_(static_cast<std::uint32_t>(radius_ - limit_)) {}
 
-    // Both are positive normal numbers.
+    // Tells whether step and inverse are positive normal numbers, which no processor flushes to zero.
     QCOMM_INLINE bool usable() const {
         return step_ >= kSmallest && step_ <= kLargest && inv_ >= kSmallest && inv_ <= kLargest;
     }
 
+    // Returns the symbol of any x, NaN and infinities included, without a branch. Precondition: usable().
     QCOMM_INLINE std::uint32_t operator()(T x) const {
         // Adding 1.5 * 2^(mantissa bits) rounds to the nearest even integer, which the sum's bits count from those of
         // the constant. A value that is too large for that, or not finite, has bits far outside the levels.
         const Bits above = bit_cast<Bits>(x * inv_ + kMagic) - lowest_;
         return above <= 2u * static_cast<Bits>(limit_) ? static_cast<std::uint32_t>(above) + shift_ : escape_;
     }
+    // Returns the value of a level's symbol; of the escape symbol, a number that means nothing.
     QCOMM_INLINE T decode(std::uint32_t symbol) const {
         return static_cast<T>(static_cast<std::int32_t>(symbol) - radius_) * step_;
     }
-    // Whether every level is a value of the packet's dtype, as always but for steps near its largest value. Then no
-    // symbol lies between the highest level's and the escape, and a minimum finds it.
+    // Tells whether every level is a value of the packet's dtype, as always but for steps near its largest value. Then
+    // no symbol lies between the highest level's and the escape, and a minimum finds it.
     QCOMM_INLINE bool has_all_levels() const { return limit_ == radius_; }
     QCOMM_INLINE std::uint32_t symbol_of_all(T x) const {
         const Bits above = bit_cast<Bits>(x * inv_ + kMagic) - lowest_, escape = escape_;
@@ -114,6 +130,8 @@ public:
 private:
     static constexpr T kSmallest = std::numeric_limits<T>::min(), kLargest = std::numeric_limits<T>::max();
     using Bits = std::conditional_t<sizeof(T) == sizeof(std::uint32_t), std::uint32_t, std::uint64_t>;
+    // The constant 1.5 * 2^(digits - 1): between 2^(digits - 1) and 2^digits the spacing of T is 1. The half keeps a
+    // negative addend in that range, so sums of both signs count up by one for each integer.
     static constexpr T kMagic = T(1.5) * static_cast<T>(std::int64_t{1} << (std::numeric_limits<T>::digits - 1));
 
     T step_, inv_;
@@ -124,6 +142,7 @@ private:
     std::uint32_t shift_;  // the lowest level's symbol
 };
 
+// The grid of a quantizer, for values of the dtype of `Tr`. Precondition: the quantizer has a grid of this kind.
 template <class Tr>
 QCOMM_INLINE SigmaQuantizer<typename Tr::Arithmetic> sigma_quantizer(const Quantizer& q) {
     return SigmaQuantizer<typename Tr::Arithmetic>(q.num_bits, q.p1, Tr::kMax);
@@ -132,14 +151,15 @@ QCOMM_INLINE RangeQuantizer range_quantizer(const Quantizer& q) {
     return RangeQuantizer(q.grid, q.num_bits, q.p0, q.p1);
 }
 
-// Calls f(quantizer) with the RangeQuantizer or SigmaQuantizer<T> of a grid that is not kNone.
+// Calls f(grid) with the RangeQuantizer or SigmaQuantizer<T> of a quantizer whose grid is not kNone: a loop inside f is
+// compiled for each grid and asks for its kind only once.
 template <class Tr, class F>
 QCOMM_INLINE decltype(auto) with_grid(const Quantizer& q, F&& f) {
     if (q.grid == Grid::kSigma) return f(sigma_quantizer<Tr>(q));
     return f(range_quantizer(q));
 }
 
-// Whether the grid can represent these values at all; if not, a segment travels raw.
+// Tells whether the grid can represent these values at all; if not, a segment travels raw.
 bool is_usable(const Quantizer& quantizer, DType dtype);
 
 // Why no segment of a packet may have a quantizer, in the order in which the reasons are looked for. This is the one
@@ -165,18 +185,18 @@ struct StaticAlphabet {
     Coding coding = Coding::kSingle;
     int num_bits = 0;
 };
-// Whether the quantizer's `table` is the number of a static one, whose alphabet check_coding() then asks for.
+// Tells whether the quantizer's `table` is the number of a static one, whose alphabet check_coding() then asks for.
 constexpr bool has_static_table(const Quantizer& q) {
     return is_block_coded(q.coding) && q.table != kTableOnWire && q.table != kNoTable;
 }
 
-// The parts of check(), for codings that have symbols: the number of levels, ...
+// The parts of check(), for codings that have symbols. This one looks at the number of levels, ...
 QCOMM_HOST_DEVICE inline QuantizerFault check_levels(const Quantizer& q) {
     if (q.grid == Grid::kNone || q.num_bits < 1 || q.num_bits > 16) return QuantizerFault::kNumBits;
     return q.grid == Grid::kSigma && q.num_bits < 2 ? QuantizerFault::kSigmaNumBits : QuantizerFault::kNone;
 }
-// ... and whether coding and table suit them. p0 and p1 may still be unknown. `alphabet`: that of the static table,
-// looked at if has_static_table().
+// ... and this one at whether coding and table suit them, while p0 and p1 may still be unknown. `alphabet` is that of
+// the static table, looked at if has_static_table().
 QCOMM_HOST_DEVICE inline QuantizerFault check_coding(const Quantizer& q, const StaticAlphabet& alphabet) {
     if (q.coding == Coding::kFixed) return is_range(q.grid) ? QuantizerFault::kNone : QuantizerFault::kFixedOnSigma;
     if (q.coding == Coding::kPair && (q.grid != Grid::kSigma || q.num_bits != kPairBits)) return QuantizerFault::kPair;
@@ -186,7 +206,7 @@ QCOMM_HOST_DEVICE inline QuantizerFault check_coding(const Quantizer& q, const S
     return q.grid == Grid::kSigma ? QuantizerFault::kNone : QuantizerFault::kStaticOnRange;
 }
 
-// The whole rule, for values of the dtype of `Tr`. Looks at no field that has no meaning for the coding.
+// The whole rule, for values of the dtype of `Tr`. It looks at no field that has no meaning for the coding.
 template <class Tr>
 QCOMM_HOST_DEVICE inline QuantizerFault check(const Quantizer& q, const StaticAlphabet& alphabet) {
     if (!has_symbols(q.coding)) return QuantizerFault::kNone;
@@ -196,18 +216,20 @@ QCOMM_HOST_DEVICE inline QuantizerFault check(const Quantizer& q, const StaticAl
     return check_coding(q, alphabet);
 }
 
-// On the host, which finds the static table itself.
+// The same on the host, which finds the static table itself.
 QuantizerFault check(const Quantizer& quantizer, DType dtype);
 StaticAlphabet static_alphabet(const Quantizer& quantizer);
-// What a caller is told whose quantizer is refused: a static string, "" for kNone.
+// Returns the text for a caller whose quantizer is refused: a static string, "" for kNone.
 const char* refusal_of(QuantizerFault fault);
 
-// The code of a sigma segment (single or pair; static, or a table on the wire), the cheapest by the counts of a sample;
-// see docs/format.md. On up to `threads` threads.
+// The code of a sigma segment: single or pair, with a static table or one on the wire.
 struct SigmaCode {
     Coding coding;
     std::uint8_t table;
 };
+// Returns the cheapest code by the counts of a sample; `k` is the step in units of the RMS, for which static tables
+// were made. An encoder may use any legal code, so a choice can be kept for later tensors of the same kind. See
+// sigma_code.h.
 SigmaCode choose_sigma_code(const Values& values, int num_bits, double step, double k, std::uint32_t seed,
                             int threads = 1);
 

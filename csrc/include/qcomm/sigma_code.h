@@ -1,6 +1,7 @@
-// What decides on the code of a sigma segment: a sample of neighbouring pairs is quantized and each candidate is
-// priced, a static code by its lengths, a code of the segment's own by its entropy (corrected for the sample's size)
-// and its table. In float64 and in the order written, which is part of docs/format.md; csrc/cpu and csrc/cuda share it.
+// The choice of a sigma segment's code: a sample of neighbouring pairs is quantized and each candidate is priced, a
+// static code by its lengths, a code of the segment's own by its entropy (corrected for the sample's size) and its
+// table. All of it is float64 arithmetic in the order written, which docs/format.md defines: csrc/cpu and csrc/cuda
+// share it so that both write the same packets. A decoder needs none of it.
 #pragma once
 
 #include <cstdint>
@@ -20,15 +21,15 @@ constexpr double kTableBits = 6.0;                  // a used symbol in a list o
 constexpr double kLn2 = 0x1.62e42fefa39efp-1;
 constexpr std::int64_t kTypicalBlockBytes = 40;  // of a coded block beyond its codewords
 
-// How many neighbouring pairs of `count` values are looked at.
+// Returns how many neighbouring pairs of `count` values are sampled.
 inline std::int64_t sampled_pairs(std::int64_t count) {
     const std::int64_t wanted = (sample_size(count, kSigmaSampleFraction) + 1) / 2;
     const std::int64_t most = wanted < kMaxSampledPairs ? wanted : kMaxSampledPairs;
     return count / 2 < most ? count / 2 : most;
 }
 
-// What a sample's histogram says about a code: its counts' sum, the sum of count * log2_fixed(count), how many are not
-// 0, and the sum of count * length in a static code.
+// The sums of a sample's histogram that price a code: of the counts, of count * log2_fixed(count), of counts that are
+// not 0, and of count * length in a static code. They are integers, so threads may add them in any order.
 struct CodeSample {
     std::uint64_t n = 0, weighted = 0, used = 0, static_bits = 0;
 
@@ -38,10 +39,12 @@ struct CodeSample {
         used += count > 0;
         static_bits += std::uint64_t{count} * static_length;
     }
-    // Bits of `codewords` codewords.
+    // Returns the bits of `codewords` codewords of the static code: its mean length in the sample, times their number.
     QCOMM_HOST_DEVICE double static_cost(double codewords) const {
         return codewords * static_cast<double>(static_bits) / static_cast<double>(n);
     }
+    // Returns the bits of as many codewords of a code made for the segment, its table included. A Huffman codeword has
+    // at least one bit, however small the entropy.
     QCOMM_HOST_DEVICE double own_cost(double codewords, int bins) const {
         const double entropy = static_cast<double>(entropy_of_sums(n, weighted, bins)) / (1 << kLogFractionBits);
         const auto found = static_cast<double>(used);
@@ -52,8 +55,9 @@ struct CodeSample {
     }
 };
 
-// The cheapest code of `count` symbols. Tables are kNoTable where there is no such static code; `pairs` is null where
-// the alphabet has none.
+// Returns the cheapest code of `count` symbols. Tables are kNoTable where there is no such static code; `pairs` is null
+// where the alphabet has none. On a tie single symbols win, and a static table wins unless a list on the wire saves
+// kOwnTableMustSave of the bits: a static code needs no histogram and no table in the packet.
 QCOMM_HOST_DEVICE inline SigmaCode cheapest_sigma_code(const CodeSample& singles, const CodeSample* pairs,
                                                        std::int64_t count, int num_bits, std::uint8_t single_table,
                                                        std::uint8_t pair_table) {
@@ -81,8 +85,9 @@ QCOMM_HOST_DEVICE inline SigmaCode cheapest_sigma_code(const CodeSample& singles
     return !has_static || own_cost < (1.0 - kOwnTableMustSave) * static_cost ? best_own : best_static;
 }
 
-// Whether a list of `list_bytes` for codewords of `bits` bits pays in a sigma segment. Such a segment cannot be written
-// a second time, its residual being updated as blocks are written: so this is a forecast.
+// Tells whether a list of `list_bytes` for codewords of `bits` bits pays in a sigma segment that takes `fixed_bytes` at
+// fixed width. Such a segment cannot be written a second time, its residual being updated as blocks are written: so
+// this is a forecast.
 QCOMM_HOST_DEVICE inline bool sigma_table_pays(std::uint64_t bits, std::int64_t list_bytes, std::int64_t blocks,
                                                std::int64_t fixed_bytes) {
     return static_cast<std::int64_t>(bits / 8) + list_bytes + kTypicalBlockBytes * blocks < fixed_bytes;

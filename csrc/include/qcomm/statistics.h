@@ -8,6 +8,8 @@
 
 namespace qcomm {
 
+// Everything that choosing a grid needs to know of a tensor: a range grid its extremes, a sigma grid its RMS, and both
+// whether it may be quantized at all. On CUDA the struct stays in device memory as it is.
 struct Statistics {
     double minimum = 0.0;  // 0 for an empty tensor; never -0.0
     double maximum = 0.0;
@@ -15,7 +17,8 @@ struct Statistics {
     bool finite = true;        // when false the other fields say nothing
 };
 
-// On up to `threads` threads; the result does not depend on their number.
+// Measures u in one pass, on up to `threads` threads. The result does not depend on their number: the sum is that of
+// blocks of 4096 values, added in a fixed tree, because every rank and every device must find the same step.
 Statistics measure(const Values& values, int threads = 1);
 
 }  // namespace qcomm

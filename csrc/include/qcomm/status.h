@@ -1,5 +1,6 @@
-// What every operation returns. Status is a value: no exceptions cross the core, and bindings.cpp alone turns one into
-// a Python error.
+// The result of every operation that can fail. Status is a value: no exceptions cross the core, and the bindings alone
+// turn one into a Python error. So the core can be called from threads, from CUDA's host code and from C++ without
+// exceptions, and an error names its place without memory being allocated.
 #pragma once
 
 #include <cstdint>
@@ -14,9 +15,11 @@ enum class StatusCode : std::uint8_t {
     kDeviceError,  // a CUDA kernel could not be launched
 };
 
+// A caller that drops one is warned by the compiler.
 struct [[nodiscard]] Status {
     StatusCode code = StatusCode::kOk;
-    const char* what = "";   // a static string: what is wrong and what would be right
+    // A static string that names the fault and the remedy. The binding appends `where` to it, unless that is 0.
+    const char* what = "";
     std::int64_t where = 0;  // segment or block number, byte offset: `what` says which
 
     bool ok() const { return code == StatusCode::kOk; }
@@ -26,6 +29,7 @@ inline Status bad_argument(const char* what, std::int64_t where = 0) { return {S
 inline Status bad_packet(const char* what, std::int64_t where = 0) { return {StatusCode::kBadPacket, what, where}; }
 inline Status no_space(const char* what, std::int64_t where = 0) { return {StatusCode::kNoSpace, what, where}; }
 
+// Returns the status from the enclosing function, if it is an error.
 #define QCOMM_RETURN_IF_ERROR(expression)             \
     do {                                              \
         const ::qcomm::Status result_ = (expression); \

@@ -1,5 +1,8 @@
-// What is compressed: u = values * inv_scale + residual, in the arithmetic T of the dtype with one rounding per
+// The input of compression: u = values * inv_scale + residual, in the arithmetic T of the dtype with one rounding per
 // operation. Without a residual and with inv_scale 1, u is the value itself.
+//
+// Error feedback adds to a gradient the part of earlier ones that quantization lost, and a scaled loss is unscaled on
+// the way. Both happen while values are read, so that no tensor of sums is ever stored.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +11,7 @@
 
 namespace qcomm {
 
+// Borrows all it points to. The elements must be contiguous; count may be 0, and `data` may then be null.
 struct Values {
     const void* data = nullptr;  // `count` elements of `dtype`
     DType dtype = DType::kFloat32;
@@ -19,7 +23,8 @@ struct Values {
     bool is_adjusted() const { return residual != nullptr || inv_scale != 1.0; }
 };
 
-// Random access to u, for the compile-time dtype of `Tr`.
+// Random access to u, for the compile-time dtype of `Tr`. It asks at every element whether there is a scale or
+// residual, which loops over all values cannot afford: they take with_values() of csrc/cpu/kernels_loops.inl instead.
 template <class Tr>
 class Reader {
 public:
