@@ -15,7 +15,7 @@ from emulated_core import emulated_device
 
 import qcomm
 from qcomm import RangeGrid, SigmaGrid
-from qcomm.collectives.two_phase import two_phase_mean
+from qcomm.collectives.strategies import average
 from qcomm.collectives_cuda import two_phase as device_mean
 from qcomm.collectives_cuda.handshake import DevicePart
 from qcomm.collectives_cuda.slots import Slots
@@ -76,8 +76,8 @@ def test_means_and_residuals_are_those_of_the_cpu(rank, world_size, emulated_pat
             buffer = buffer_of(layout, rank, step, dtype, kind) * scale
             expected = buffer.clone()
             task = cpu.task(expected, layout, grid, scale)
-            communicator.submit(lambda task=task: two_phase_mean(task, communicator)).wait()
-            mean.average(device.task(place.copy_(buffer), layout, grid), scale)
+            communicator.submit(lambda task=task: average(task, communicator)).wait()
+            mean.average(DevicePart.of(device.task(place.copy_(buffer), layout, grid)), scale)
             assert_same_bits(place, expected, (step, kind))
             assert_same_residuals(device.residuals(), cpu.residuals())
             assert_same_on_all_ranks(place)
@@ -163,4 +163,4 @@ def test_different_options_are_refused(rank, world_size, emulated_path):
         with pytest.raises(qcomm.ConfigMismatchError, match="grid"):
             mean.average(DevicePart.of(task))
         assert bool((task.buffer == 1).all())
-        mean.average(side.task(torch.ones(layout.elements), layout, SIGMA))
+        mean.average(DevicePart.of(side.task(torch.ones(layout.elements), layout, SIGMA)))

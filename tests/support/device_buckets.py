@@ -7,6 +7,7 @@ from distributed import gathered
 
 from qcomm.collectives.error_feedback import ErrorFeedback
 from qcomm.collectives.layout import BucketLayout, TensorSpec
+from qcomm.collectives.options import ReduceOptions
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.telemetry import Telemetry
 from qcomm.communicator.handshake import Fields
@@ -54,7 +55,8 @@ class Side:
 
     def task(self, buffer, layout, grid, scale=1.0):
         fields = Fields({"test": str(layout.description)})
-        return MeanTask(buffer, layout, grid, fields, self.telemetry, self.feedback, scale)
+        options = ReduceOptions(grid, strategy="two_phase")
+        return MeanTask(buffer, layout, options, fields, self.telemetry, self.feedback, scale)
 
     def residuals(self):
         return {} if self.feedback is None else self.feedback.state_dict()

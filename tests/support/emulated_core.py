@@ -47,7 +47,6 @@ def load(path: str | Path) -> ModuleType:
 def emulated_core(path: str | Path) -> Iterator[None]:
     """The kernels' module is the emulated one meanwhile, and works on the host's memory."""
     module = load(path)
-    _native_cuda.static_codes.cache_clear()
     # This restores one entry. mock.patch.dict would also drop modules that are imported meanwhile, such as
     # torch._dynamo, which cannot be imported twice.
     with pytest.MonkeyPatch.context() as patch:
