@@ -1,5 +1,6 @@
 // Runs of values, copied or added: what a collective does with values that no packet holds (specification: _add_own()
-// and decode() of qcomm/collectives/two_phase_steps.py, gather_runs() and scatter_chunk() of qcomm/collectives/layout.py).
+// and decode() of qcomm/collectives/two_phase_steps.py, gather_runs() and scatter_chunk() of
+// qcomm/collectives/layout.py).
 //
 //   copy      to = from / divisor * factor, NaN where a packet that it comes from is damaged
 //   add_own   to = [to +] from * inv_scale, to += residual, residual = 0

@@ -1,4 +1,5 @@
-// Statistics and quantizers of many tensors in one launch (specification: qcomm/codec/statistics.py, qcomm/codec/quantize.py).
+// Statistics and quantizers of many tensors in one launch (specification: qcomm/codec/_native.py,
+// qcomm/codec/quantize.py).
 //
 //   sum = a pairwise tree over blocks of 4096 values, each of which is summed in 32 lanes; sigma = sqrt(sum / count)
 //
