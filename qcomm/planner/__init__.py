@@ -1,10 +1,10 @@
-"""Predicts a training step on a cluster: will compressed gradients pay there, and how far does training scale?
+"""Predictions of a training step on a cluster: the gain of compressed gradients, and the scaling of training.
 
-``profiles`` says what a model asks, by formula (``networks``, ``transformers``, ``models``) or measured (``measure``);
-``hardware`` what GPUs and links give, ``compute`` the times of forward and backward; ``collectives`` and ``methods``
-what an exchange costs, ``schedulers`` when it may begin, and ``simulator`` what then happens. ``plan`` puts it together
-with error bars, ``sweeps``, ``advice``, ``estimate``, ``report`` and ``plots`` say it. docs/planner.md has the model,
-its parameters with their sources, and how far predictions were off.
+``profiles`` describes a model, by formula (``networks``, ``transformers``, ``models``) or measured (``measure``).
+``hardware`` has the rates of GPUs and links, and ``compute`` the times of forward and backward. ``collectives`` and
+``methods`` give the cost of an exchange, ``schedulers`` its earliest start, and ``simulator`` runs the step. ``plan``
+combines them with error bars; ``sweeps``, ``advice``, ``estimate``, ``report`` and ``plots`` present the result.
+docs/planner.md has the model, its parameters with their sources, and the measured errors of predictions.
 """
 
 from qcomm.planner.advice import bandwidth_text, verdict

@@ -1,4 +1,4 @@
-"""Does it pay, and up to which bandwidth? In one sentence."""
+"""Verdict on compression in one sentence: its gain, and the bandwidth up to which it pays."""
 
 import math
 from collections.abc import Sequence
@@ -10,25 +10,26 @@ from qcomm.planner.plan import Request, Speedup, speedup
 
 __all__ = ["Verdict", "bandwidth_text", "break_even", "verdict"]
 
-# Less than this is not worth a lossy codec.
+# A smaller gain is not worth a lossy codec.
 WORTH = 1.05
 SLOWEST, FASTEST = 0.00125, 200.0  # GB/s: 10 Mb/s to 1.6 Tb/s
 POINTS_A_DECADE = 6
-# A network for the other half of the sentence.
+# The second network that a sentence mentions.
 SLOW, FAST = 1.25, 12.5
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What to do.
+    """A recommendation.
 
     Args:
         text: one sentence.
-        method: of qcomm's, the fastest; the finer step where they are as fast as each other.
-        base: the fastest without compression.
-        gain: of the one over the other, on the network in question.
-        pays: whether it is worth it there.
-        break_even_gb_per_s: where both are equally fast; None if compression never, infinite if it always wins.
+        method: the fastest of qcomm's methods; of equally fast ones, the one with the finer step.
+        base: the fastest method without compression.
+        gain: speed-up of ``method`` over ``base`` on the requested network.
+        pays: whether the gain is worth a lossy codec.
+        break_even_gb_per_s: bandwidth at which both are equally fast; None if compression never wins, infinite if it
+            always does.
     """
 
     text: str
@@ -40,7 +41,7 @@ class Verdict:
 
 
 def bandwidth_text(gb_per_s: float) -> str:
-    """In bits a second, as networks are sold.
+    """Formats a bandwidth in bits a second, the unit of network vendors.
 
     Example:
         >>> bandwidth_text(12.5), bandwidth_text(0.0125), bandwidth_text(4.7321)
@@ -53,13 +54,13 @@ def bandwidth_text(gb_per_s: float) -> str:
 
 
 def at_bandwidth(request: Request, gb_per_s: float, same_fabric: bool) -> Request:
-    """The request on another network, of the kind that networks of that rate are unless the kind was given."""
+    """Returns the request on another network, of the usual kind for that rate unless ``same_fabric``."""
     fabric = request.fabric if same_fabric else FABRICS[default_fabric(gb_per_s)]
     return replace(request, network_gb_per_s=gb_per_s, fabric=fabric)
 
 
 def break_even(request: Request, method: Method, base: Method, same_fabric: bool = False) -> float | None:
-    """The bandwidth in GB/s above which ``method`` is never faster than ``base``.
+    """Returns the bandwidth in GB/s above which ``method`` is never faster than ``base``.
 
     Returns:
         None if it is never faster, infinity if it still is at 1.6 Tb/s.
@@ -88,12 +89,12 @@ def break_even(request: Request, method: Method, base: Method, same_fabric: bool
 
 
 def verdict(request: Request, methods: Sequence[Method], same_fabric: bool = False) -> Verdict | None:
-    """What to do on the request's network.
+    """Recommends a method for the request's network.
 
     Args:
-        request: where.
-        methods: what is compared.
-        same_fabric: whether another bandwidth would be of the same kind of network.
+        request: the model and the cluster.
+        methods: the methods to compare.
+        same_fabric: whether other bandwidths are of the same kind of network.
 
     Returns:
         None if the methods do not hold both qcomm and something without compression.

@@ -1,4 +1,4 @@
-"""How long collectives take on a cluster of nodes, in the alpha-beta model.
+"""Times of collectives on a cluster of nodes, in the alpha-beta model.
 
 N GPUs on n nodes, g = N / n of them each; S bytes a GPU; B and alpha of a node's link, b and a of the links inside a
 node. All of a node's GPUs share its link::
@@ -30,12 +30,12 @@ class Cluster:
 
     Args:
         gpus: at least 1.
-        gpus_per_node: what a full node has. With fewer GPUs than that there is one node; otherwise nodes are full.
-        between: of a whole node, its GPUs together.
-        inside: of each GPU, to the others of its node.
+        gpus_per_node: GPUs of a full node. With fewer GPUs than that there is one node; otherwise nodes are full.
+        between: link of a whole node, shared by its GPUs.
+        inside: link of each GPU to the others of its node.
 
     Raises:
-        PlanError: numbers that are no cluster.
+        PlanError: the numbers do not describe a cluster.
 
     Example:
         >>> cluster = Cluster(16, 8, LinkProfile(12.5, 10.0), LinkProfile(120.0, 3.4))
@@ -61,17 +61,17 @@ class Cluster:
 
     @property
     def nodes(self) -> int:
-        """Number of nodes."""
+        """Returns the number of nodes."""
         return max(1, self.gpus // self.gpus_per_node)
 
     @property
     def local(self) -> int:
-        """GPUs on each node."""
+        """Returns the number of GPUs on each node."""
         return self.gpus // self.nodes
 
 
 def _hops(cluster: Cluster) -> float:
-    """Seconds of latency once around the ring, which crosses every node's link once."""
+    """Returns the seconds of latency once around the ring, which crosses every node's link once."""
     if cluster.nodes == 1:
         return cluster.gpus * 1e-6 * cluster.inside.latency_us
     away, near = cluster.nodes, cluster.gpus - cluster.nodes
@@ -79,14 +79,14 @@ def _hops(cluster: Cluster) -> float:
 
 
 def _slowest(cluster: Cluster) -> float:
-    """Bytes a second of the slowest link of a ring."""
+    """Returns the bytes a second of a ring's slowest link."""
     rates = [cluster.inside.gb_per_s] if cluster.local > 1 else []
     rates += [cluster.between.gb_per_s] if cluster.nodes > 1 else []
     return 1e9 * min(rates)
 
 
 def ring(cluster: Cluster, size: float) -> float:
-    """Seconds of an all-reduce of ``size`` bytes in one ring."""
+    """Returns the seconds of an all-reduce of ``size`` bytes in one ring."""
     if cluster.gpus == 1 or size == 0:
         return 0.0
     share = (cluster.gpus - 1) / cluster.gpus
@@ -94,7 +94,7 @@ def ring(cluster: Cluster, size: float) -> float:
 
 
 def tree(cluster: Cluster, size: float) -> float:
-    """Seconds of an all-reduce of ``size`` bytes in a double binary tree of nodes."""
+    """Returns the seconds of an all-reduce of ``size`` bytes in a double binary tree of nodes."""
     if cluster.gpus == 1 or size == 0:
         return 0.0
     levels = math.ceil(math.log2(cluster.nodes))
@@ -103,7 +103,7 @@ def tree(cluster: Cluster, size: float) -> float:
 
 
 def _grid(size: float, columns: int, inner: LinkProfile, rows: int, outer: LinkProfile) -> float:
-    """Seconds of an all-reduce on a grid: along rows of ``columns``, then a part of it along columns."""
+    """Returns the seconds of an all-reduce on a grid: along rows of ``columns``, then a part of it along columns."""
     time = 0.0
     if columns > 1:
         time += 2 * (columns - 1) * (size / columns / (1e9 * inner.gb_per_s) + 1e-6 * inner.latency_us)
@@ -114,19 +114,19 @@ def _grid(size: float, columns: int, inner: LinkProfile, rows: int, outer: LinkP
 
 
 def hierarchical(cluster: Cluster, size: float) -> float:
-    """Seconds of an all-reduce inside nodes, then between them, then inside again; between them as NCCL would."""
+    """Returns the seconds of an all-reduce inside nodes, then between them as NCCL would, then inside again."""
     if cluster.gpus == 1 or size == 0:
         return 0.0
     near = _grid(size, cluster.local, cluster.inside, 1, cluster.between)
     if cluster.nodes == 1:
         return near
-    # The g GPUs of a node each exchange S / g at once: the node's link carries what one GPU with all of it would.
+    # The g GPUs of a node each exchange S / g at once: the node's link carries as much as for one GPU with all of it.
     nodes = Cluster(cluster.nodes, 1, cluster.between, cluster.inside)
     return near + min(ring(nodes, size), tree(nodes, size))
 
 
 def torus(cluster: Cluster, size: float, columns: int | None = None) -> float:
-    """Seconds of an all-reduce on a grid of ``columns`` times the rest, by rings; a row is a node by default.
+    """Returns the seconds of an all-reduce by rings on a grid of ``columns`` times the rest; a row defaults to a node.
 
     Raises:
         PlanError: the columns do not divide the GPUs, or rows are neither whole nodes nor parts of one.
@@ -147,7 +147,7 @@ def torus(cluster: Cluster, size: float, columns: int | None = None) -> float:
 
 
 def all_gather(cluster: Cluster, size: float) -> float:
-    """Seconds until every GPU has the ``size`` bytes of every other, in a ring."""
+    """Returns the seconds until every GPU has the ``size`` bytes of every other, in a ring."""
     if cluster.gpus == 1 or size == 0:
         return 0.0
     share = (cluster.gpus - 1) / cluster.gpus
@@ -155,5 +155,5 @@ def all_gather(cluster: Cluster, size: float) -> float:
 
 
 def all_reduce(cluster: Cluster, size: float) -> float:
-    """Seconds of NCCL's all-reduce of ``size`` bytes."""
+    """Returns the seconds of NCCL's all-reduce of ``size`` bytes."""
     return min(ring(cluster, size), tree(cluster, size))

@@ -1,4 +1,4 @@
-"""How long forward and backward take, and when which gradient is ready."""
+"""Times of forward and backward, and the time at which each gradient is ready."""
 
 import itertools
 import math
@@ -10,18 +10,19 @@ from qcomm.planner.profiles import ModelProfile
 
 __all__ = ["ComputeTimes", "compute_times"]
 
-# Seconds in which eager PyTorch starts what one parameter tensor stands for, in forward as in backward: ResNet-50's
-# forward of 161 tensors takes 10.4 ms on a V100 with 1 image as with 4 (NVIDIA DeepLearningExamples, resnet50v1.5).
+# Seconds in which eager PyTorch launches the kernels of one parameter tensor, in forward and again in backward:
+# ResNet-50's forward of 161 tensors takes 10.4 ms on a V100 with 1 image and with 4 (NVIDIA DeepLearningExamples,
+# resnet50v1.5).
 LAUNCH_SECONDS = 65e-6
 
 
 @dataclass(frozen=True)
 class ComputeTimes:
-    """Of one GPU that is alone.
+    """Computing times of one GPU that trains alone.
 
     Args:
-        forward: seconds.
-        ready: seconds from the beginning of backward until each tensor's gradient is there, in the profile's order.
+        forward: seconds of forward.
+        ready: seconds from the beginning of backward until each tensor's gradient is ready, in the profile's order.
     """
 
     forward: float
@@ -29,12 +30,12 @@ class ComputeTimes:
 
     @property
     def backward(self) -> float:
-        """Seconds."""
+        """Returns the seconds of backward."""
         return self.ready[-1]
 
     @property
     def step(self) -> float:
-        """Seconds of forward and backward; the optimizer's are in the rates that both come from."""
+        """Returns the seconds of forward and backward; the rates behind both include the optimizer."""
         return self.forward + self.backward
 
 
@@ -45,17 +46,17 @@ def compute_times(
     precision: str = "fp32",
     samples_per_second: float | None = None,
 ) -> ComputeTimes:
-    """From a measured profile, from a measured rate, or from a preset, in this order.
+    """Derives the times from a measured profile, from a measured rate, or from a preset, in this order.
 
     Args:
-        model: profile.
-        batch: samples a GPU and step.
+        model: profile of the model.
+        batch: samples per GPU and step.
         gpu: preset; may be None with a measured profile or rate.
-        precision: of the preset, "fp32" or "amp".
-        samples_per_second: of a training step of one GPU that is alone, as measured.
+        precision: precision of the preset, "fp32" or "amp".
+        samples_per_second: measured training rate of one GPU that trains alone.
 
     Raises:
-        PlanError: a number is not positive, or nothing says how fast a GPU is.
+        PlanError: a number is not positive, or the speed of a GPU is unknown.
     """
     if batch < 1:
         raise PlanError(f"batch is {batch}; it must be at least 1 sample a GPU")

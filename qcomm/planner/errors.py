@@ -4,4 +4,4 @@ __all__ = ["PlanError"]
 
 
 class PlanError(ValueError):
-    """What was asked for cannot be planned; the message says what would be right."""
+    """A request that cannot be planned; the message names a valid value."""

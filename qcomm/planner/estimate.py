@@ -1,13 +1,14 @@
-"""What training moves, before anything is simulated: data against gradients.
+"""Volume of training traffic without a simulation: data against gradients.
 
-A data set of N samples of n values, M parameters, P workers with a batch of b each. In an epoch every worker reads
-N n / P values. In a step it sends 2 (P - 1) / P M gradient values in a ring, in an epoch N / (P b) times as many: what
-data saves by being shared out, gradients do not. Per worker::
+A data set has N samples of n values, a model M parameters, and each of P workers a batch of b. In an epoch every worker
+reads N n / P values. In a step it sends 2 (P - 1) / P M gradient values in a ring, in an epoch N / (P b) times as many.
+More workers reduce the data of each, but not its gradients. Per worker::
 
     gradient values / data values = 2 M (P - 1) / (P b n)          1 where b = 2 M (P - 1) / (P n)
 
-For ResNet-50, M = 25.6 million, on images of n = 150,528 values that is a batch of 340 a worker; below it, and so at
-usual batches, gradients are the larger part, and in bytes, float32 against uint8, up to a batch four times as large.
+For ResNet-50, M = 25.6 million, on images of n = 150,528 values, that is a batch of 340 per worker. Below it, and so at
+usual batches, gradients are the larger part. In bytes, float32 against uint8, they are so up to a batch four times as
+large.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ VALUE_BYTES = 4
 
 @dataclass(frozen=True)
 class Estimate:
-    """Of one worker, unless it says otherwise. An epoch's figures are 0 where the size of the data set is unknown."""
+    """Volumes of one worker unless named otherwise. Figures per epoch are 0 if the size of the data set is unknown."""
 
     workers: int
     parameters: int
@@ -42,12 +43,12 @@ class Estimate:
 
 
 def estimate(model: ModelProfile, batch: int, workers: int) -> Estimate:
-    """Data and gradients of float32 in a ring, without compression.
+    """Estimates data and float32 gradients in a ring, without compression.
 
     Args:
-        model: profile.
-        batch: samples a worker and step.
-        workers: GPUs.
+        model: profile of the model.
+        batch: samples per worker and step.
+        workers: number of GPUs.
 
     Raises:
         PlanError: a number is not positive.

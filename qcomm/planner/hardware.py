@@ -1,7 +1,8 @@
-"""GPUs and links: what they reach in training, and where the figures are from.
+"""GPUs and links: their rates in training, and the sources of the figures.
 
-A rate is a whole training step's: three times the forward operations of a batch over the time of a step on one GPU,
-optimizer and input pipeline included, at a batch that fills the GPU. Sources, all for one GPU of several in a server:
+A rate is that of a whole training step: three times the forward operations of a batch over the time of a step on one
+GPU. It includes optimizer and input pipeline, at a batch that fills the GPU. The sources are all for one GPU of several
+in a server:
 
 resnet       images/s of ResNet-50: NVIDIA DeepLearningExamples, PyTorch/Classification/ConvNets/resnet50v1.5,
              container 21.03 (V100: DGX-1 16 GB; A100: DGX A100 80 GB, where fp32 is TF32); P100: TensorFlow's benchmark
@@ -11,9 +12,9 @@ vgg          resnet's rate times VGG_FP32 (cuDNN's Winograd convolutions; from t
 transformer  V100: BERT-base of Oneflow-Inc/DLPerf, NVIDIADeepLearningExamples/PyTorch/BERT, batch 48 and 96; A100:
              BERT-large, NVIDIA DeepLearningExamples, PyTorch/LanguageModeling/BERT, container 21.11, length 128.
 
-Nothing measured was at hand for the other entries. T4: the V100's rates times those of inference in the README above.
-H100 and H200: the A100's times the ratio of memory bandwidths, for transformers the geometric mean of that and of the
-ratio of tensor-core peaks. Their uncertainty says so.
+The other entries are derived, not measured, and their uncertainty is larger. T4: the V100's rates times the ratio of
+inference rates in the README above. H100 and H200: the A100's rates times the ratio of memory bandwidths. For
+transformers the factor is the geometric mean of that ratio and the ratio of tensor-core peaks.
 """
 
 import math
@@ -42,14 +43,14 @@ VGG_FP32, VGG_TENSOR = 2.66, 1.46
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a GPU reaches.
+    """The rates of a GPU in training.
 
     Args:
-        name: for tables.
+        name: name in tables.
         rates: 10^12 operations a second of a training step, by (family of the model, precision).
-        memory_gb_per_s: 10^9 bytes a second.
+        memory_gb_per_s: memory bandwidth, 10^9 bytes a second.
         inside: key of ``INSIDE`` for its usual link in a node.
-        uncertainty: of the rates, as a fraction.
+        uncertainty: uncertainty of the rates, as a fraction.
     """
 
     name: str
@@ -59,10 +60,10 @@ class Gpu:
     uncertainty: float
 
     def flops_per_second(self, family: str, precision: str) -> float:
-        """Of a training step.
+        """Returns the operations a second of a training step.
 
         Raises:
-            PlanError: the precision is unknown, or this GPU has nothing to gain from it.
+            PlanError: the precision is unknown, or this GPU gains nothing from it.
         """
         if precision not in PRECISIONS:
             raise PlanError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}")
@@ -74,7 +75,7 @@ class Gpu:
 def _rates(
     resnet: tuple[float, ...], transformer: tuple[float, ...], vgg: tuple[float, ...]
 ) -> dict[tuple[str, str], float]:
-    """By family and precision, from (fp32, amp); VGG as a factor of ResNet."""
+    """Returns rates by family and precision, from (fp32, amp); VGG's are a factor of ResNet's."""
     rates = {}
     for number, precision in enumerate(PRECISIONS[: len(resnet)]):
         rates["resnet", precision] = resnet[number]
@@ -87,7 +88,7 @@ _A100 = (23.0, 60.6), (76.2, 139.5)  # 938 and 2470 images/s; 317 and 580 sequen
 
 
 def _as_a100(memory: float, tensor: float) -> dict[tuple[str, str], float]:
-    """The A100's rates times ratios of peaks."""
+    """Returns the A100's rates times ratios of peaks."""
     wide = (memory * tensor) ** 0.5
     resnet, transformer = _A100
     return _rates(tuple(memory * r for r in resnet), tuple(wide * r for r in transformer), (VGG_TENSOR, VGG_TENSOR))
@@ -121,18 +122,18 @@ INSIDE: Mapping[str, LinkProfile] = {
 
 @dataclass(frozen=True)
 class Fabric:
-    """What a network makes of its nominal rate.
+    """A kind of network: the usable share of its nominal rate, and its latency.
 
     Args:
-        name: for tables.
+        name: name in tables.
         efficiency: share of the nominal rate that carries gradients.
-        most_gb_per_s: what hosts can drive, whatever the rate.
-        latency_us: of one hop.
-        congestion: for each doubling of the nodes, this fraction of the time is added: flows that share a link of the
-            switches, and switches further apart.
+        most_gb_per_s: maximum rate that hosts can drive, regardless of the nominal rate.
+        latency_us: latency of one hop.
+        congestion: fraction of the time added per doubling of the nodes, for flows that share a link between switches
+            and for more distant switches.
 
     Raises:
-        PlanError: a number cannot be.
+        PlanError: a number is out of its range.
     """
 
     name: str
@@ -148,7 +149,7 @@ class Fabric:
             raise PlanError(f"congestion is {self.congestion}; it must be at least 0, such as 0.02")
 
     def link(self, gb_per_s: float, nodes: int, efficiency: float | None = None) -> LinkProfile:
-        """Of one node among so many, all of which send."""
+        """Returns the link of one node while all ``nodes`` send."""
         share = self.efficiency if efficiency is None else efficiency
         doublings = max(0, nodes - 1).bit_length()
         return LinkProfile(
@@ -164,19 +165,19 @@ FABRICS: Mapping[str, Fabric] = {
         Fabric("tcp", 0.92, 4.0, 50.0, 0.02),
         # InfiniBand or RoCE with GPUDirect; NCCL's model has 14 us for a hop.
         Fabric("rdma", 0.9, 1e6, 14.0, 0.02),
-        # One switch that is in nobody's way, and the rate is what values get: for effective bandwidths.
+        # One switch without congestion, and the rate is all for values: for effective bandwidths.
         Fabric("exact", 1.0, 1e6, 50.0, 0.0),
     )
 }
 
 
 def default_fabric(gb_per_s: float) -> str:
-    """Slow networks are mostly Ethernet with TCP, fast ones RDMA: "tcp" below 40 Gb/s, otherwise "rdma"."""
+    """Returns "tcp" below 40 Gb/s, where most networks are Ethernet with TCP, and "rdma" otherwise."""
     return "tcp" if gb_per_s < 5.0 else "rdma"
 
 
 def gpu_named(name: str) -> Gpu:
-    """One of ``GPUS``.
+    """Returns one of ``GPUS``.
 
     Raises:
         PlanError: there is no such preset.
@@ -194,10 +195,10 @@ _PREFIXES = {"k": 1e-6, "m": 1e-3, "g": 1.0, "t": 1e3}
 
 
 def parse_bandwidth(text: str, name: str = "network") -> float:
-    """GB/s from a rate as people write it: a small b is bits, a large B is bytes.
+    """Parses a rate into GB/s: a small b is bits, a large B is bytes.
 
     Raises:
-        PlanError: it is no rate, or not a positive one; the message says how to write one.
+        PlanError: the text is not a positive rate; the message shows a valid one.
 
     Example:
         >>> parse_bandwidth("100Gbps"), parse_bandwidth("1gbit"), parse_bandwidth("12.5 GB/s")
@@ -216,10 +217,10 @@ def parse_bandwidth(text: str, name: str = "network") -> float:
 
 
 def inside_link(text: str) -> LinkProfile:
-    """A key of ``INSIDE``, or a rate, whose latency is then NVLink's.
+    """Parses a key of ``INSIDE``, or a rate, whose latency is then NVLink's.
 
     Raises:
-        PlanError: it is neither.
+        PlanError: the text is neither.
     """
     if text in INSIDE:
         return INSIDE[text]

@@ -1,4 +1,4 @@
-"""A profile measured from any module: which gradient is ready when."""
+"""A profile measured from any module: the time at which each gradient is ready."""
 
 import statistics
 import time
@@ -24,18 +24,18 @@ def profile(
 ) -> ModelProfile:
     """Runs forward and backward, and notes when each parameter's gradient has been made.
 
-    The model is left as it was: its gradients are, and modes and buffers that forward changes are not touched up.
+    The model's gradients are left as they were. Modes and buffers that forward changes are not restored.
 
     Args:
         model: any module, on any one device.
-        example: a batch: a tensor whose first dimension is the batch, or a tuple of such, or a mapping of keyword
+        example: a batch: a tensor whose first dimension is the batch, a tuple of such, or a mapping of keyword
             arguments.
         loss: makes a scalar of the model's output; by default the mean of the first floating-point tensor in it.
-        repeats: of which the median counts, after one run that does not.
-        name: for tables; the class's by default.
+        repeats: number of timed runs, of which the median counts; an untimed run precedes them.
+        name: name in tables; that of the class by default.
 
     Returns:
-        A profile that needs no GPU preset: times are those of this device and this batch.
+        A profile that needs no GPU preset: its times are those of this device and this batch.
 
     Raises:
         PlanError: the example holds no tensor, the output holds nothing to differentiate, or ``repeats`` is below 1.
@@ -72,7 +72,7 @@ def profile(
             middle = clock()
             scalar.backward()
             if run == 0:
-                continue  # it makes caches and allocates
+                continue  # the first run fills caches and allocates
             forward.append(middle - begin)
             order, before = sorted(ready, key=ready.__getitem__), middle
             for key in order:
@@ -102,7 +102,7 @@ def profile(
 
 
 def _clock(device: torch.device) -> Callable[[], float]:
-    """Seconds now, when the device has done what it was given."""
+    """Returns a clock, in seconds, that first waits until the device has finished its work."""
     if device.type == "cpu":
         return time.perf_counter
 
@@ -131,7 +131,7 @@ def _call(model: nn.Module, example: Any) -> Any:
 
 
 def _mean(output: Any) -> torch.Tensor:
-    """Of the first floating-point tensor; models of transformers return mappings and tuples."""
+    """Returns the mean of the first floating-point tensor; models of transformers return mappings and tuples."""
     for tensor in _tensors(output if not hasattr(output, "to_tuple") else output.to_tuple()):
         if tensor.is_floating_point() and tensor.requires_grad:
             return tensor.mean()

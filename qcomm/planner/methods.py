@@ -1,10 +1,10 @@
-"""What each way to exchange gradients asks of codec and link for a bucket.
+"""Work of each exchange method: the time that a bucket takes on codec and link.
 
-A bucket's work is a list of chains, one a slice; a chain is steps that follow each other. ``fp32`` and ``bf16`` (or
-fp16, which costs the same) are NCCL's all-reduce; PowerSGD is torch's hook: two all-reduces of factors between
-products with the gradient matrices. qcomm compresses between nodes, after an uncompressed reduce-scatter inside each
-(``hierarchical``), or between all GPUs (``two_phase``), whichever the cost model finds faster; like the
-library with a ``strategy`` that is not ``auto``, it compresses where it had better not, except on a single node.
+A bucket's work is a list of chains, one per slice; a chain is a sequence of steps. ``fp32`` and ``bf16`` (or fp16, at
+the same cost) are NCCL's all-reduce. PowerSGD is torch's hook: two all-reduces of factors between products with the
+gradient matrices. qcomm compresses between nodes, after an uncompressed reduce-scatter inside each (``hierarchical``),
+or between all GPUs (``two_phase``); the cost model picks the faster. As in the library with a ``strategy`` other than
+``auto``, it compresses even at a loss, except on a single node.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from qcomm.planner.profiles import ParameterTensor
 
 __all__ = ["RATIOS", "Chain", "Codec", "Method", "Setting", "Work", "method_named"]
 
-# Compression of gradients in tensors of at least MIN_ELEMENTS values, both phases together, all headers counted:
+# Compression of gradients in tensors of at least MIN_ELEMENTS values, both phases together, including all headers:
 # bench/results/train_digits.json, ResNet-20: 2.14 and 1.70 bits a value.
 RATIOS = {1.0: 32 / 2.14, 2.0: 32 / 1.70}
 MIN_ELEMENTS = 1024  # smaller tensors travel uncompressed
@@ -35,7 +35,7 @@ POWERSGD_LEAST_RATIO = 2  # torch's min_compression_rate: other tensors are not 
 
 
 class Work(NamedTuple):
-    """A step: ``resource`` is "codec", "link", or "wait" for latency that keeps nothing busy."""
+    """A step: ``resource`` is "codec", "link", or "wait" for latency that occupies neither."""
 
     resource: str
     seconds: float
@@ -51,9 +51,9 @@ class Codec:
 
     Args:
         encode_gb_per_s, decode_gb_per_s: 10^9 bytes of uncompressed values a second on each GPU's codec.
-        on_gpu: whether it takes the time from backward, as a GPU's does here: its kernels are taken to fill the GPU.
-        assumed: whether nobody has measured it.
-        ratio: as measured with a step of one standard deviation; that of ``RATIOS`` by default.
+        on_gpu: whether the codec takes its time from backward: its kernels are assumed to fill the GPU.
+        assumed: whether the rates are unmeasured.
+        ratio: ratio measured with a step of one standard deviation; that of ``RATIOS`` by default.
     """
 
     encode_gb_per_s: float
@@ -63,14 +63,14 @@ class Codec:
     ratio: float = RATIOS[1.0]
 
     def profile(self, step: float) -> CodecProfile:
-        """For a grid of so many standard deviations a step, as the cost model wants it."""
+        """Returns the cost model's profile for a grid whose step is ``step`` standard deviations."""
         ratio = max(1.0, self.ratio * RATIOS[step] / RATIOS[1.0])
         return CodecProfile(self.encode_gb_per_s, self.decode_gb_per_s, ratio)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Where gradients are exchanged."""
+    """The surroundings of an exchange of gradients."""
 
     cluster: Cluster
     codec: Codec
@@ -82,9 +82,9 @@ class Method:
     """A way to exchange gradients.
 
     Args:
-        name: as in ``--methods``.
-        compresses: whether it is qcomm or another lossy codec: what a verdict is about.
-        chains: of a bucket in a setting.
+        name: name in ``--methods``.
+        compresses: whether it is qcomm or another lossy codec, the subject of a verdict.
+        chains: makes the chains of a bucket in a setting.
     """
 
     name: str
@@ -167,7 +167,7 @@ def _slices(steps: TwoPhase) -> list[Chain]:
 
 
 def _hierarchical(exchange: Exchange, profile: Profile) -> Chain:
-    """In one piece, as the library does it: each GPU codes its share of the node's sum, its own chunk included."""
+    """Returns one chain, as in the library: each GPU codes its share of the node's sum, including its own chunk."""
     inner, world = exchange.ranks_per_node, exchange.world_size
     between, inside = bytes_sent("hierarchical", exchange, profile.codec.ratio)
     encode, decode = 1e-9 / profile.codec.encode_gb_per_s, 1e-9 / profile.codec.decode_gb_per_s
@@ -185,10 +185,10 @@ def _hierarchical(exchange: Exchange, profile: Profile) -> Chain:
 
 
 def method_named(name: str) -> Method:
-    """A method by the name that ``--methods`` has for it.
+    """Returns a method by its name in ``--methods``.
 
     Args:
-        name: "fp32", "fp16", "bf16", "powersgd-R" with a rank R, "qcomm-K" with K 1 or 2 (standard deviations a step).
+        name: "fp32", "fp16", "bf16", "powersgd-R" with a rank R, "qcomm-K" with a step of K = 1 or 2 deviations.
 
     Raises:
         PlanError: there is no such method.

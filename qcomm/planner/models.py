@@ -1,4 +1,4 @@
-"""The models that the planner knows by name."""
+"""The built-in models of the planner, by name."""
 
 import difflib
 
@@ -13,11 +13,11 @@ MODEL_NAMES = (*RESNETS, "vgg16", *BERTS, *GPT2S)
 
 
 def built_in(name: str, sequence: int | None = None) -> ModelProfile:
-    """The profile of a well-known model.
+    """Returns the profile of a well-known model.
 
     Args:
         name: one of ``MODEL_NAMES``.
-        sequence: tokens of a sample; by default 128 for BERT and 1024 for GPT-2. Of transformers only.
+        sequence: tokens of a sample, for transformers only; by default 128 for BERT and 1024 for GPT-2.
 
     Raises:
         PlanError: the model is unknown, or cannot have such a sequence.

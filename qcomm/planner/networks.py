@@ -1,8 +1,8 @@
 """Convolutional networks by formula: ResNet-18 to 152 and VGG16 on images of 224 x 224.
 
 The ResNets are those of :mod:`qcomm.recipes.models` with 1000 classes, a multiply-add counted as two operations:
-``flops = 2 * c_in * k * k * c_out * height * width`` for a convolution with so large an output. Batch normalisation
-and activations are bound by memory and show up in the rate that a GPU reaches, not in the count.
+``flops = 2 * c_in * k * k * c_out * height * width`` for a convolution with an output of that size. Batch normalisation
+and activations are bound by memory: they lower the rate of a GPU and are not in the count.
 """
 
 from collections.abc import Mapping
@@ -49,7 +49,7 @@ def _profile(name: str, family: str, forward: list[ParameterTensor]) -> ModelPro
 
 
 def resnet(name: str) -> ModelProfile:
-    """A residual network of ``RESNETS``.
+    """Returns the profile of a residual network of ``RESNETS``.
 
     Example:
         >>> resnet("resnet50").parameters, round(resnet("resnet50").forward_flops / 1e9, 2)
@@ -83,7 +83,7 @@ def resnet(name: str) -> ModelProfile:
 
 
 def vgg16() -> ModelProfile:
-    """VGG16, configuration D, without batch normalisation.
+    """Returns the profile of VGG16, configuration D, without batch normalisation.
 
     Example:
         >>> vgg16().parameters

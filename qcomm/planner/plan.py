@@ -43,22 +43,22 @@ class Request:
     """The question to the planner: a model on GPUs behind a network.
 
     Args:
-        model: profile.
-        batch: samples a GPU and step.
-        gpus, gpus_per_node: of the cluster, at most ``MOST_GPUS``.
+        model: profile of the model.
+        batch: samples per GPU and step.
+        gpus, gpus_per_node: size of the cluster, at most ``MOST_GPUS``.
         network_gb_per_s: nominal rate of a node, 10^9 bytes a second each way.
         gpu: preset; None with a measured profile or rate.
-        precision: "fp32" or "amp", of computing; gradients are fp32 unless a method says otherwise.
+        precision: computing precision, "fp32" or "amp"; gradients are fp32 unless a method casts them.
         fabric: kind of network, which determines the usable share of its rate.
-        efficiency: instead of the fabric's.
+        efficiency: usable share of the rate, in place of the fabric's.
         inside: links of a node; the GPU's usual ones by default.
         scheduler: DDP's buckets or Horovod's cycles.
-        codec: of qcomm.
+        codec: qcomm's codec.
         jitter: standard deviation of a rank's computing time, as a fraction.
-        samples_per_second: of one GPU that is alone, if measured.
+        samples_per_second: measured rate of one GPU that trains alone, if known.
 
     Raises:
-        PlanError: a field is out of its range; the message names it and a right value.
+        PlanError: a field is out of its range; the message names it and a valid value.
 
     Example:
         >>> from qcomm.planner.hardware import GPUS
@@ -96,7 +96,7 @@ class Request:
 
     @property
     def cluster(self) -> Cluster:
-        """The GPUs with the links that gradients see."""
+        """Returns the GPUs with their effective links."""
         inside = self.inside or INSIDE["pcie" if self.gpu is None else self.gpu.inside]
         nodes = max(1, self.gpus // max(1, self.gpus_per_node))
         between = self.fabric.link(self.network_gb_per_s, nodes, self.efficiency)
@@ -104,7 +104,7 @@ class Request:
 
     @property
     def times(self) -> ComputeTimes:
-        """The computing times of one GPU."""
+        """Returns the computing times of one GPU."""
         return compute_times(self.model, self.batch, self.gpu, self.precision, self.samples_per_second)
 
 
@@ -113,14 +113,14 @@ class Prediction:
     """The step of a method. Seconds are means over the jitter of the slowest rank.
 
     Args:
-        method: its name.
+        method: name of the method.
         gpus: number of GPUs.
-        seconds, low, high: of a step, and its likely bounds.
-        samples_per_second: of all GPUs.
-        efficiency, efficiency_low, efficiency_high: compared with as many GPUs that do not exchange.
-        exposed: seconds after backward until the last gradient is there.
+        seconds, low, high: seconds of a step, and their likely bounds.
+        samples_per_second: rate of all GPUs together.
+        efficiency, efficiency_low, efficiency_high: rate relative to as many GPUs that do not exchange.
+        exposed: seconds after backward until the last gradient is exchanged.
         overlap: share of the link's time that backward hides.
-        link, codec: seconds in which they are busy.
+        link, codec: seconds in which each is busy.
     """
 
     method: str
@@ -250,7 +250,7 @@ def predict(request: Request, method: Method) -> Prediction:
 
 
 def speedup(request: Request, method: Method, base: Method, bars: bool = True) -> Speedup:
-    """Returns how many times faster ``method`` is than ``base``, under the same errors of the inputs."""
+    """Returns the speed-up of ``method`` over ``base``, under the same errors of the inputs."""
 
     def factor(at: Request) -> float:
         return simulated(at, base, draws=1).seconds / simulated(at, method, draws=1).seconds

@@ -1,4 +1,4 @@
-"""The planner's figures, by matplotlib, which is imported only when one is drawn."""
+"""Figures of the planner. Matplotlib is imported only when one is drawn."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,16 +10,16 @@ from qcomm.planner.sweeps import HeatMap
 __all__ = ["plot_efficiency", "plot_heat_map"]
 
 DPI = 130
-LEAST_FACTOR, MOST_FACTOR = 0.5, 4.0  # where the map's colours end
+LEAST_FACTOR, MOST_FACTOR = 0.5, 4.0  # the ends of the map's colour scale
 
 
 def plot_efficiency(rows: Sequence[Sequence[Prediction]], title: str, path: Path) -> None:
-    """Scaling efficiency of each method over the number of GPUs, and between which bounds it likely is.
+    """Draws the scaling efficiency of each method over the number of GPUs, with its likely bounds.
 
     Args:
-        rows: one for each number of GPUs, all of the same methods.
-        title: above the axes.
-        path: of the PNG.
+        rows: one row for each number of GPUs, all of the same methods.
+        title: text above the axes.
+        path: file of the PNG.
     """
     from matplotlib.figure import Figure
 
@@ -44,12 +44,12 @@ def plot_efficiency(rows: Sequence[Sequence[Prediction]], title: str, path: Path
 
 
 def plot_heat_map(heat: HeatMap, title: str, path: Path) -> None:
-    """How many times faster a method is than another, over bandwidth and number of GPUs.
+    """Draws the speed-up of a method over another, by bandwidth and number of GPUs.
 
     Args:
         heat: the factors.
-        title: above the axes.
-        path: of the PNG.
+        title: text above the axes.
+        path: file of the PNG.
     """
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""What a model asks of a training step: its parameter tensors in the order of backward, and the work behind each."""
+"""Profiles of models: the parameter tensors in the order of backward, and the work behind each gradient."""
 
 from dataclasses import dataclass, replace
 from math import prod
@@ -10,14 +10,15 @@ __all__ = ["ModelProfile", "ParameterTensor"]
 
 @dataclass(frozen=True)
 class ParameterTensor:
-    """A parameter, and what is computed before its gradient is ready.
+    """A parameter, and the work that precedes its gradient.
 
     Args:
-        name: as in the module.
-        shape: of the parameter.
+        name: name in the module.
+        shape: shape of the parameter.
         forward_flops: floating-point operations of one sample's forward pass that use it, a multiply-add counted
             twice; its backward takes twice as many. 0 in a measured profile.
-        backward_seconds: of the measured batch, from the gradient before it to its own; 0 in a profile by formula.
+        backward_seconds: seconds from the preceding gradient to its own, for the measured batch; 0 in a profile by
+            formula.
     """
 
     name: str
@@ -27,27 +28,27 @@ class ParameterTensor:
 
     @property
     def elements(self) -> int:
-        """Number of values."""
+        """Returns the number of values."""
         return prod(self.shape)
 
 
 @dataclass(frozen=True)
 class ModelProfile:
-    """A model as the planner sees it.
+    """The planner's description of a model.
 
     Args:
-        name: for tables.
-        family: "resnet", "vgg" or "transformer", which decides what a GPU reaches, or "measured".
-        tensors: in the order in which backward makes their gradients.
-        sample: what a batch counts, e.g. ``"images"``.
-        sample_values: numbers in one sample.
-        sample_bytes: of one stored sample.
-        dataset_samples: in an epoch; 0 where that is unknown.
+        name: name in tables.
+        family: "resnet", "vgg" or "transformer", which determines the rate of a GPU, or "measured".
+        tensors: parameters in the order in which backward makes their gradients.
+        sample: unit of a batch, e.g. ``"images"``.
+        sample_values: number of values in one sample.
+        sample_bytes: bytes of one stored sample.
+        dataset_samples: samples in an epoch; 0 if unknown.
         measured_batch: samples in the measured batch; 0 in a profile by formula.
-        measured_forward_seconds: of the measured batch.
+        measured_forward_seconds: seconds of forward for the measured batch.
 
     Raises:
-        PlanError: there is no parameter to exchange.
+        PlanError: the model has no parameter to exchange.
 
     Example:
         >>> weight = ParameterTensor("weight", (10, 20), forward_flops=400.0)
@@ -71,14 +72,14 @@ class ModelProfile:
 
     @property
     def parameters(self) -> int:
-        """Number of trainable values."""
+        """Returns the number of trainable values."""
         return sum(tensor.elements for tensor in self.tensors)
 
     @property
     def forward_flops(self) -> float:
-        """Of one sample; a training step of it takes three times as many."""
+        """Returns the operations of one sample's forward; its training step takes three times as many."""
         return sum(tensor.forward_flops for tensor in self.tensors)
 
     def with_dataset(self, samples: int) -> "ModelProfile":
-        """The same model on a data set of so many samples."""
+        """Returns the same model on a data set of ``samples`` samples."""
         return replace(self, dataset_samples=samples)

@@ -1,8 +1,8 @@
-"""What others measured and published, with the request that stands for it: the planner's examination.
+"""Published measurements, each with the request that stands for it: a test of the planner's accuracy.
 
-Model, batch, GPUs, nodes and network are the sources', and in one case the rate of one GPU is; nothing is fitted. The
-rates of presets are from other runs than these but for BERT-base with one GPU. What a source leaves open is said beside
-the request. docs/planner.md has predictions beside it.
+Model, batch, GPUs, nodes and network are those of the sources, and in one case so is the rate of one GPU. Nothing is
+fitted. The rates of presets come from other runs, except for BERT-base with one GPU. Assumptions where a source is
+silent stand beside the request. docs/planner.md compares these figures with predictions.
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,13 @@ class Point:
     """A published figure.
 
     Args:
-        name: of the experiment.
-        source: where it is from.
-        request: what it was.
+        name: name of the experiment.
+        source: publication of the figure.
+        request: the experiment as a request.
         published: the figure.
-        tolerance: by which fraction the prediction may be off; tests insist on it.
-        measure: the field of a prediction that it is, "samples_per_second" or "efficiency".
-        method: how gradients were exchanged.
+        tolerance: permitted error of the prediction, as a fraction; tests enforce it.
+        measure: the corresponding field of a prediction, "samples_per_second" or "efficiency".
+        method: method by which gradients were exchanged.
     """
 
     name: str

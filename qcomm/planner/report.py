@@ -1,4 +1,4 @@
-"""What ``qcomm plan`` prints and writes."""
+"""Printed tables and JSON documents of ``qcomm plan``."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def _milliseconds(seconds: float) -> str:
 
 
 def assumptions(request: Request) -> list[str]:
-    """What the prediction rests on that nobody has measured here, a sentence each."""
+    """Lists the unmeasured inputs of the prediction, one sentence each."""
     codec, found = request.codec, []
     if codec.assumed:
         found.append(
@@ -47,7 +47,7 @@ def _table(title: str) -> Table:
 
 
 def print_table(console: Console, request: Request, rows: Rows) -> None:
-    """One line a method and point."""
+    """Prints one line per method and point."""
     model, cluster = request.model, request.cluster
     place = f"{request.gpus} GPUs on {cluster.nodes} nodes, {bandwidth_text(request.network_gb_per_s)} a node"
     title = f"{model.name}, {model.parameters / 1e6:.1f} M parameters, batch {request.batch} a GPU, {place}"
@@ -69,7 +69,7 @@ def print_table(console: Console, request: Request, rows: Rows) -> None:
 
 
 def print_estimate(console: Console, request: Request, found: Estimate, samples_per_second: float) -> None:
-    """What moves, whatever the method."""
+    """Prints the volume of data and gradients, which is independent of the method."""
     model = request.model
     table = _table("What moves, each GPU, fp32 gradients in a ring")
     table.add_column("")
@@ -93,7 +93,7 @@ def print_estimate(console: Console, request: Request, found: Estimate, samples_
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN."""
+    """Replaces infinity and NaN by None, since JSON has neither."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -102,7 +102,7 @@ def _finite(value: Any) -> Any:
 
 
 def document(request: Request, rows: Rows, found: Estimate, decision: Verdict | None) -> str:
-    """All of it as JSON; a break-even of null with ``pays`` true is one beyond all networks."""
+    """Returns the whole plan as JSON; a null break-even with ``pays`` true lies beyond all networks."""
     cluster = request.cluster
     return json.dumps(
         _finite(

@@ -1,4 +1,4 @@
-"""Which gradients travel together, and when: DDP's buckets and Horovod's cycles."""
+"""Schedules of the exchange of gradients: DDP's buckets and Horovod's cycles."""
 
 import math
 from collections.abc import Sequence
@@ -19,9 +19,9 @@ class Bucket:
     """Gradients that are exchanged together.
 
     Args:
-        tensors: in the order of backward.
-        ready: seconds of backward after which the last of them is there.
-        delay: seconds more until the exchange may begin.
+        tensors: parameters in the order of backward.
+        ready: seconds of backward after which the last gradient is ready.
+        delay: further seconds until the exchange may begin.
     """
 
     tensors: tuple[ParameterTensor, ...]
@@ -34,8 +34,8 @@ class Ddp:
     """torch's DistributedDataParallel: a bucket is full when it has reached its size, and starts at once.
 
     Args:
-        first_mib: of the first bucket.
-        bucket_mib: of all others.
+        first_mib: size of the first bucket.
+        bucket_mib: size of all others.
         overlap: False for frameworks that exchange after backward, such as DeepSpeed and NVIDIA's BERT.
 
     Raises:
@@ -52,7 +52,7 @@ class Ddp:
                 raise PlanError(f"{name} is {getattr(self, name)}; it must be positive, such as 25")
 
     def buckets(self, model: ModelProfile, times: ComputeTimes, ranks: int) -> list[Bucket]:
-        """Of a step; ``ranks`` do not matter here."""
+        """Returns the buckets of a step; ``ranks`` has no effect here."""
         del ranks
         found: list[Bucket] = []
         waiting: list[ParameterTensor] = []
@@ -70,17 +70,17 @@ class Ddp:
 
 @dataclass(frozen=True)
 class Horovod:
-    """Horovod: every cycle rank 0 hears from all what is ready, and says what is exchanged.
+    """Horovod: in every cycle all ranks report ready gradients to rank 0, which announces the next exchange.
 
-    A cycle that has something to agree on takes the time of a gather and a broadcast: latencies of a tree, and at rank
-    0 the reading of a message from each rank, which is what grows past a thousand ranks (T. Kurth et al., "Exascale
-    deep learning for climate analytics", SC 2018).
+    A cycle with ready gradients takes the time of a gather and a broadcast: latencies of a tree, and at rank 0 the
+    reading of a message from each rank. The reading dominates past a thousand ranks (T. Kurth et al., "Exascale deep
+    learning for climate analytics", SC 2018).
 
     Args:
         cycle_ms: HOROVOD_CYCLE_TIME.
-        fusion_mib: HOROVOD_FUSION_THRESHOLD: most that travels together.
-        latency_us: of a control message.
-        rank_us: that rank 0 spends on a rank's message.
+        fusion_mib: HOROVOD_FUSION_THRESHOLD: maximum size of a fused exchange.
+        latency_us: latency of a control message.
+        rank_us: time that rank 0 spends on one rank's message.
 
     Raises:
         PlanError: a number is not positive.
@@ -97,18 +97,18 @@ class Horovod:
                 raise PlanError(f"{name} is {getattr(self, name)}; it must be positive")
 
     def negotiation(self, ranks: int) -> float:
-        """Seconds of agreeing once."""
+        """Returns the seconds of one negotiation."""
         if ranks == 1:
             return 0.0
         return 1e-6 * (2 * math.ceil(math.log2(ranks)) * self.latency_us + (ranks - 1) * self.rank_us)
 
     def buckets(self, model: ModelProfile, times: ComputeTimes, ranks: int) -> list[Bucket]:
-        """Of a step of ``ranks``."""
+        """Returns the buckets of a step of ``ranks`` ranks."""
         cycle, agree = 1e-3 * self.cycle_ms, self.negotiation(ranks)
         found: list[Bucket] = []
         index, now = 0, 0.0
         while index < len(model.tensors):
-            # Cycles in which nothing is ready pass by.
+            # Cycles without a ready gradient are skipped.
             first = times.ready[index]
             now += max(1, math.ceil((first - now) / cycle)) * cycle
             last = index

@@ -1,14 +1,14 @@
 """One training step as a discrete-event simulation.
 
-Three things go on at once: backward, the codec, and the link. Backward makes gradients; a full bucket's chains of work
-queue for codec and link, which each do one thing at a time, first come, first served::
+Backward, the codec, and the link run concurrently. Backward makes gradients; a full bucket's chains of work queue for
+codec and link. Each of these serves one step at a time, first come, first served::
 
     backward  ████████████████░░████████████░░██████████        slower while others use the GPU
     codec             ▒▒      ▒▒  ▒▒      ▒▒         ▒▒
     link                ▓▓▓▓▓▓▓▓▓▓  ▓▓▓▓▓▓▓▓  ▓▓▓▓▓▓▓▓▓▓▓▓
                                                     |----|      exposed
 
-Ranks are alike but for chance. A collective waits for the slowest, so the step is that of the slowest of N ranks, whose
+Ranks differ only by chance. A collective waits for the slowest, so the step is that of the slowest of N ranks. Its
 computing time is the largest of N draws from a normal distribution; the mean over its quantiles is reported.
 """
 
@@ -30,7 +30,7 @@ __all__ = ["Job", "Span", "Step", "chrome_trace", "mean_step", "simulate", "slow
 
 # NCCL's kernels hold about a tenth of the GPU's processors while they run.
 LINK_SHARE = 0.1
-# Quantiles of the slowest rank's luck that are simulated.
+# Number of simulated quantiles of the slowest rank's jitter.
 DRAWS = 5
 
 
@@ -43,7 +43,7 @@ class Job(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Something that went on, for a trace; seconds from the beginning of the step."""
+    """An activity in a trace, in seconds from the beginning of the step."""
 
     lane: str
     label: str
@@ -53,15 +53,15 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """What a step took, in seconds.
+    """The times of a step, in seconds.
 
     Args:
-        seconds: all of it.
-        exposed: of it, after backward until the last gradient is there.
-        link: in which the link was busy.
-        link_after: of that, after backward.
-        codec: in which the codec was busy.
-        spans: what went on; empty in a mean.
+        seconds: the whole step.
+        exposed: from the end of backward until the last gradient is exchanged.
+        link: busy time of the link.
+        link_after: busy time of the link after backward.
+        codec: busy time of the codec.
+        spans: activities for a trace; empty in a mean.
     """
 
     seconds: float
@@ -73,7 +73,7 @@ class Step:
 
     @property
     def overlap(self) -> float:
-        """Share of the link's time that backward hides, 1 where there is none."""
+        """Returns the share of the link's time that backward hides, 1 if the link is not used."""
         return max(0.0, 1 - self.link_after / self.link) if self.link > 0 else 1.0
 
 
@@ -85,14 +85,14 @@ def simulate(
     codec_share: float = 1.0,
     link_share: float = LINK_SHARE,
 ) -> Step:
-    """One step of a rank whose computing takes ``factor`` times as long.
+    """Simulates one step of a rank whose computing takes ``factor`` times as long.
 
     Args:
-        times: of computing.
-        jobs: in the order in which they become ready.
-        factor: of the slowest rank.
-        codec_share: of the GPU, which a busy codec takes from backward; 0 for one that runs elsewhere.
-        link_share: likewise, of a busy link.
+        times: computing times.
+        jobs: buckets in the order in which they become ready.
+        factor: slowdown of the slowest rank.
+        codec_share: share of the GPU that a busy codec takes from backward; 0 for a codec that runs elsewhere.
+        link_share: share of the GPU that a busy link takes from backward.
 
     Example:
         >>> times = ComputeTimes(forward=1.0, ready=(1.0, 2.0))
@@ -165,7 +165,7 @@ class _Run:
         self.serve(chain[at].resource)
 
     def serve(self, resource: str) -> None:
-        """Starts the next step in a queue, if nothing is under way."""
+        """Starts the next step in a queue, if the resource is idle."""
         if self.working[resource] or not self.queues[resource]:
             return
         chain, at = self.queues[resource].popleft()
@@ -177,12 +177,12 @@ class _Run:
 
 
 def slowest_factors(ranks: int, jitter: float, draws: int = DRAWS) -> list[float]:
-    """Equally likely values of the slowest rank's computing time, as a factor of the mean rank's.
+    """Returns equally likely values of the slowest rank's computing time, as factors of the mean rank's.
 
     Args:
-        ranks: how many draws the largest is of.
+        ranks: number of ranks, of which the slowest counts.
         jitter: standard deviation of a rank's time, as a fraction of it.
-        draws: how many values.
+        draws: number of values.
 
     Raises:
         PlanError: the jitter is not in [0, 0.5].
@@ -201,7 +201,7 @@ def slowest_factors(ranks: int, jitter: float, draws: int = DRAWS) -> list[float
 
 
 def mean_step(steps: Sequence[Step]) -> Step:
-    """The mean of several, without spans."""
+    """Returns the mean of several steps, without spans."""
     return Step(
         seconds=fmean(step.seconds for step in steps),
         exposed=fmean(step.exposed for step in steps),
@@ -212,7 +212,7 @@ def mean_step(steps: Sequence[Step]) -> Step:
 
 
 def chrome_trace(step: Step) -> str:
-    """The spans of a step as JSON for chrome://tracing or Perfetto: one process, a thread a lane, microseconds."""
+    """Returns a step's spans as JSON for chrome://tracing or Perfetto: one process, a thread per lane, microseconds."""
     lanes = {lane: number for number, lane in enumerate(("backward", "codec", "link"))}
     events: list[dict[str, object]] = [
         {"ph": "M", "pid": 0, "tid": number, "name": "thread_name", "args": {"name": lane}}

@@ -1,4 +1,4 @@
-"""Plans along one axis, and the grid of a heat map."""
+"""Sweeps of requests along one axis, and the grid of a heat map."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ MOST_BATCH_FACTOR = 4
 
 
 def gpu_counts(request: Request) -> list[int]:
-    """1, one node, then doubling nodes up to what is asked about, which is the last."""
+    """Returns 1, one node, then doubling nodes up to the requested number, which is the last."""
     node = min(request.gpus, request.gpus_per_node)
     counts = [1, node]
     while counts[-1] * 2 < request.gpus:
@@ -25,10 +25,10 @@ def gpu_counts(request: Request) -> list[int]:
 
 
 def sweep(request: Request, axis: str, same_fabric: bool = False) -> list[tuple[str, Request]]:
-    """Requests along an axis, each with what is different about it.
+    """Returns requests along an axis, each with a label for its difference.
 
     Args:
-        request: the others are like it but for one thing.
+        request: the base, from which the others differ along the axis only.
         axis: one of ``SWEEPS``.
         same_fabric: whether all bandwidths are of the same kind of network.
 
@@ -65,7 +65,7 @@ class HeatMap:
 
 
 def heat_map(request: Request, method: Method, base: Method, same_fabric: bool = False) -> HeatMap:
-    """Speed-ups over bandwidth and number of GPUs: two nodes up to eight times what is asked about."""
+    """Returns speed-ups by bandwidth and number of GPUs: two nodes up to eight times the requested number."""
     node = request.gpus_per_node
     counts = [2 * node]
     while counts[-1] < min(MOST_GPUS // 2, max(16 * node, 8 * request.gpus)):

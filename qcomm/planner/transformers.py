@@ -1,7 +1,7 @@
 """Transformers by formula: BERT and GPT-2, their embeddings tied to the output layer.
 
-A tied embedding's gradient is complete only when backward has reached the input, so it comes last, large as it is; the
-operations of the output layer are at its bias in BERT and at the last normalisation in GPT-2.
+A tied embedding's gradient is complete only when backward has reached the input, so this large gradient comes last.
+The operations of the output layer are counted at its bias in BERT and at the last normalisation in GPT-2.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ __all__ = ["BERTS", "GPT2S", "bert", "gpt2"]
 
 @dataclass(frozen=True)
 class Size:
-    """Of a transformer; four times as wide inside its feed-forward layers."""
+    """The size of a transformer, whose feed-forward layers are four times as wide inside."""
 
     layers: int
     width: int
@@ -35,7 +35,7 @@ GPT2S: Mapping[str, Size] = {
     "gpt2-large": Size(36, 1280, 50257, 1024, 1024),
     "gpt2-xl": Size(48, 1600, 50257, 1024, 1024),
 }
-MASKED = 0.15  # of BERT's tokens, whose words are predicted
+MASKED = 0.15  # share of BERT's tokens whose words are predicted
 BYTES_A_TOKEN = 2
 
 
@@ -53,12 +53,12 @@ def _profile(name: str, forward: list[ParameterTensor], tokens: int) -> ModelPro
 
 
 def _scores(width: int, tokens: int) -> float:
-    """Queries times keys, and weights times values."""
+    """Returns the operations of queries times keys and of weights times values."""
     return 4.0 * tokens * tokens * width
 
 
 def bert(name: str, tokens: int) -> ModelProfile:
-    """BERT with its two heads for pre-training, on sequences of ``tokens``.
+    """Returns the profile of BERT with its two heads for pre-training, on sequences of ``tokens``.
 
     Example:
         >>> bert("bert-large", 128).parameters
@@ -91,7 +91,7 @@ def bert(name: str, tokens: int) -> ModelProfile:
 
 
 def gpt2(name: str, tokens: int) -> ModelProfile:
-    """GPT-2 on sequences of ``tokens``.
+    """Returns the profile of GPT-2 on sequences of ``tokens``.
 
     Example:
         >>> gpt2("gpt2", 1024).parameters, gpt2("gpt2-xl", 1024).parameters
