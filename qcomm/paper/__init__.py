@@ -1,14 +1,14 @@
-"""The experiments of the paper that RangeGrid comes from, repeated: compressed exchange of weights, once an epoch.
+"""Reproduction of the experiments of RangeGrid's paper: compressed exchange of weights, once per epoch.
 
 A. Oland and B. Raj, "Reducing communication overhead in distributed learning by an order of magnitude (almost)", ICASSP
-2015. ``qcomm paper`` is the command-line face of this package; docs/paper.md says what came out.
+2015. ``qcomm paper`` is the command-line interface of this package; docs/paper.md has the results.
 """
 
 from qcomm.paper import ablation, bit_allocation, bit_rate, entropy, gradient_rms, lossless, quantization_levels
 from qcomm.paper.experiment import Experiment, perform
 from qcomm.paper.settings import DATASETS, Settings
 
-# By the names that `qcomm paper` gives them, in the paper's order.
+# By their names in `qcomm paper`, in the paper's order.
 EXPERIMENTS: dict[str, Experiment] = {
     module.EXPERIMENT.name: module.EXPERIMENT
     for module in (quantization_levels, gradient_rms, entropy, bit_allocation, bit_rate, lossless, ablation)

@@ -1,7 +1,7 @@
-"""Does quantization noise improve generalization? Center and endpoint grids beside their effects alone.
+"""Ablation of quantization noise: center and endpoint grids beside each of their effects alone.
 
-A grid whose levels are the centers of its bins shrinks weights that are exchanged again and again without being changed
-in between. What the paper credits to noise could therefore be weight decay, or noise, or neither.
+A grid whose levels are the centers of its bins shrinks weights that are exchanged repeatedly without a change in
+between. The gain that the paper credits to noise could therefore be weight decay, or noise, or neither.
 """
 
 import statistics
@@ -38,7 +38,7 @@ def _exchange(arm: str, floor: int) -> Exchange:
 
 
 def shrinkage(num_bits: int, reconstruction: str) -> list[float]:
-    """Range of 10,000 Gaussian values after 0, 1, ... 100 rounds of compress and decompress, relative to the first."""
+    """Returns the relative range of 10,000 Gaussian values after 0, 1, ... 100 rounds of compress and decompress."""
     values = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
     grid = qcomm.RangeGrid(num_bits=num_bits, reconstruction=reconstruction)
     ranges = [float(values.max() - values.min())]
@@ -49,12 +49,12 @@ def shrinkage(num_bits: int, reconstruction: str) -> list[float]:
 
 
 def _mean_contraction(run: Run) -> float:
-    """Of layer 1, in units of 1e-6, mean over the epochs."""
+    """Returns the contraction of layer 1 in units of 1e-6, mean over the epochs."""
     return 1e6 * statistics.fmean(values[0] for values in run["history"]["contraction"])
 
 
 def summarise(runs: Sequence[Run]) -> list[Row]:
-    """Rows of table "accuracy", one per floor and arm, and of table "shrinkage", one per N and reconstruction."""
+    """Returns rows of table "accuracy", one per floor and arm, and of "shrinkage", one per N and reconstruction."""
     baseline = select(runs, FLOAT)
     rows: list[Row] = [
         {"table": "accuracy", "arm": "float32", "test_accuracy": spread([best_accuracy(run) for run in baseline])}
@@ -86,7 +86,7 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
 
 
 def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
-    """Each arm beside float32, and the shrinkage."""
+    """Compares each arm with float32, and reports the shrinkage."""
     claims = []
     for floor in FLOORS:
         for row in rows:
@@ -113,7 +113,7 @@ def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
 
 
 def draw(document: Document) -> "Figure":
-    """At the left the shrinkage, at the right each arm's difference from float32."""
+    """Draws the shrinkage at the left, and each arm's difference from float32 at the right."""
     figure, [[left, *right]] = plots.figure(
         1,
         1 + len(FLOORS),

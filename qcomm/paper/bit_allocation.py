@@ -38,7 +38,7 @@ SETTINGS = (*SAME_CEILING, *(exchange for exchange in SAME_BINS if exchange not 
 
 
 def summarise(runs: Sequence[Run]) -> list[Row]:
-    """A row per setting, the baseline first."""
+    """Returns a row per setting, the baseline first."""
     baseline = select(runs, FLOAT)
     rows = []
     for exchange in (FLOAT, *SETTINGS):
@@ -60,7 +60,7 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
 
 
 def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
-    """Accuracy and convergence of the settings that the paper recommends."""
+    """Compares accuracy and convergence of the settings that the paper recommends."""
     by_label = {row["setting"]: row for row in rows}
     claims = [
         {
@@ -105,7 +105,7 @@ def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
 
 
 def draw(document: Document) -> "Figure":
-    """Accuracy, epochs to the peak, epochs to a level; at the left the ceiling is fixed, at the right the bins are."""
+    """Draws accuracy, epochs to the peak and to a level, for a fixed ceiling (left) and fixed bins (right)."""
     runs = document["runs"]
     title = f"Bit allocation, ceiling:floor ({document['settings']['dataset']})"
     floats = select(runs, FLOAT)

@@ -1,4 +1,4 @@
-"""Figure 3.5: bits per parameter against the epoch, in the paper's account and in an honest one."""
+"""Figure 3.5: bits per parameter against the epoch, in the paper's account and with all bytes counted."""
 
 import statistics
 from collections.abc import Sequence
@@ -25,13 +25,16 @@ def _exchange(floor: int) -> Exchange:
 
 
 def paper_table_bits(run: Run) -> float:
-    """Bits per weight of the table of 2**N floats a layer that the paper sends, mean over the epochs."""
+    """Returns the bits per weight of the paper's table of 2**N floats per layer, mean over the epochs."""
     tables = [sum(FLOAT_BITS * 2.0 ** float(bits) for bits in epoch) for epoch in run["history"]["layer_raw_bits"]]
     return statistics.fmean(tables) / sum(WEIGHT_COUNTS)
 
 
 def identity_error(run: Run) -> float:
-    """Largest distance of layer 1's Huffman rate from H + N - M, over the epochs. It holds where weights are smooth."""
+    """Returns the largest distance of layer 1's Huffman rate from H + N - M over the epochs.
+
+    The identity holds where weights are smooth.
+    """
     history = run["history"]
     return max(
         abs(float(huffman[0] - (entropy[0] + raw[0] - ENTROPY_BITS)))
@@ -42,7 +45,7 @@ def identity_error(run: Run) -> float:
 
 
 def _overall_entropy(run: Run) -> float:
-    """H of the layers by their sizes, mean over the epochs."""
+    """Returns H of the layers weighted by their sizes, mean over the epochs."""
     return statistics.fmean(
         sum(values[k] * WEIGHT_COUNTS[k] for k in range(LAYERS)) / sum(WEIGHT_COUNTS)
         for values in run["history"]["entropy"]
@@ -50,7 +53,7 @@ def _overall_entropy(run: Run) -> float:
 
 
 def summarise(runs: Sequence[Run]) -> list[Row]:
-    """A row per initialisation and floor."""
+    """Returns a row per initialisation and floor."""
     rows = []
     for init in INITS:
         for floor in FLOORS:
@@ -76,7 +79,7 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
 
 
 def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
-    """The rates, what one more bit costs, and the ratio with everything counted."""
+    """Compares the rates, the cost of one more bit, and the ratio with all bytes counted."""
     found = {(row["init"], row["c"]): row for row in rows}
     claims = []
     for floor in FLOORS:
@@ -108,7 +111,7 @@ def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
 
 
 def draw(document: Document) -> "Figure":
-    """A panel for each initialisation: raw, Huffman and all bytes, for c = 5 and c = 6."""
+    """Draws a panel for each initialisation: raw, Huffman and all bytes, for c = 5 and c = 6."""
     title = f"Bits per parameter, mean ± deviation over seeds ({document['settings']['dataset']})"
     figure, [panels] = plots.figure(1, len(INITS), title, 3.8, 3.6, sharey=True)
     for panel, init in zip(panels, INITS, strict=True):

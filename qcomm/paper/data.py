@@ -1,4 +1,4 @@
-"""Images as the paper's network takes them: 784 numbers each, split into training, validation and test."""
+"""Images in the form of the paper's network: 784 numbers each, split into training, validation and test."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from qcomm.recipes import NUM_CLASSES, RecipeError, Split, load_dataset
 
-# The epoch of peak accuracy is chosen on images that are used for nothing else: the last sixth of the training images.
+# The epoch of peak accuracy is chosen on images with no other use: the last sixth of the training images.
 _VALIDATION_SHARE = 6
 
 
@@ -24,11 +24,11 @@ class Vectors:
         return self.labels.numel()
 
     def share(self, worker: int, workers: int) -> "Vectors":
-        """Every ``workers``-th image, from ``worker`` on."""
+        """Returns every ``workers``-th image, from ``worker`` on."""
         return Vectors(self.images[worker::workers], self.labels[worker::workers])
 
     def targets(self) -> Tensor:
-        """fp32 ``[n, 10]``: 1 for the class, 0 for the others."""
+        """Returns the targets, fp32 ``[n, 10]``: 1 for the class, 0 for the others."""
         return torch.nn.functional.one_hot(self.labels, NUM_CLASSES).float()
 
 
@@ -43,18 +43,18 @@ class Data:
 
 @lru_cache(maxsize=1)
 def load(dataset: str, data_dir: Path | None = None, train_images: int | None = None) -> Data:
-    """Load a data set; the last one stays in memory.
+    """Loads a data set; the last one stays in memory.
 
     Pixels are scaled by the mean and the deviation of all training images.
 
     Args:
         dataset: one of ``settings.DATASETS``.
         data_dir: the directory with its files; digits needs none and fashion-mnist may find its own.
-        train_images: train on the first so many; None for all but the validation split.
+        train_images: number of training images, from the first on; None for all but the validation split.
 
     Raises:
-        RecipeError: a file is missing or damaged (which, where it was looked for, how to get it), or there are not so
-            many training images.
+        RecipeError: a file is missing or damaged, or ``train_images`` exceeds the data set. For a file, the message
+            names it, the place of the search, and the way to get it.
 
     Example:
         >>> data = load("digits")
@@ -71,7 +71,7 @@ def load(dataset: str, data_dir: Path | None = None, train_images: int | None = 
         )
 
     def vectors(split: Split, first: int, last: int) -> Vectors:
-        pixels = split.images[first:last, 0, 2:-2, 2:-2]  # the recipes' 32x32 without the margin
+        pixels = split.images[first:last, 0, 2:-2, 2:-2]  # the recipes' 32x32 images without the margin
         scaled = pixels.reshape(last - first, -1).float().sub_(source.mean.item()).div_(source.std.item())
         return Vectors(scaled, split.labels[first:last])
 

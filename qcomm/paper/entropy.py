@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FLOAT = Exchange()
-_STYLES: tuple[Literal[":", "-.", "--", "-"], ...] = (":", "-.", "--", "-")  # of PROBE_FRACTIONS
+_STYLES: tuple[Literal[":", "-.", "--", "-"], ...] = (":", "-.", "--", "-")  # one per entry of PROBE_FRACTIONS
 
 
 def _series(run: Run, layer: int, bits: int, fraction: float) -> list[float]:
@@ -25,7 +25,7 @@ def _series(run: Run, layer: int, bits: int, fraction: float) -> list[float]:
 
 
 def summarise(runs: Sequence[Run]) -> list[Row]:
-    """A row per initialisation and layer: how H moves with all weights, and what a sample of 3 % is short of it."""
+    """Returns a row per initialisation and layer: H of all weights over time, and the deficit of a 3 % sample."""
     rows = []
     for init in INITS:
         chosen = select(runs, FLOAT, init)
@@ -55,7 +55,7 @@ def _mean_difference(left: Sequence[Sequence[float]], right: Sequence[Sequence[f
 
 
 def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
-    """Does H fall, does the sample rate matter, does a bit more give a bit more."""
+    """Checks whether H falls, whether the sample rate matters, and whether one more bit adds one bit of entropy."""
     claims = []
     for init in INITS:
         chosen = [row for row in rows if row["init"] == init]
@@ -86,7 +86,7 @@ def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
 
 
 def draw(document: Document) -> "Figure":
-    """A column for each number of bins, as the paper's panels, and a row for each initialisation."""
+    """Draws a column for each number of bins, as in the paper's panels, and a row for each initialisation."""
     from matplotlib.lines import Line2D
 
     title = f"Entropy of the weights, by sample rate and bins ({document['settings']['dataset']}, float32 exchange)"

@@ -1,4 +1,4 @@
-"""What experiments say about runs: the epoch of peak accuracy, means over seeds, and paired differences."""
+"""Statistics of runs: the epoch of peak accuracy, means over seeds, and paired differences."""
 
 import math
 import statistics
@@ -8,24 +8,25 @@ from typing import Any
 from qcomm.paper.settings import Exchange
 
 Run = dict[str, Any]  # an entry of a document's "runs"
-Row = dict[str, Any]  # of its "summary"
+Row = dict[str, Any]  # an entry of its "summary"
 
 
 def exchange_of(run: Run) -> Exchange:
-    """The run's exchange."""
+    """Returns the run's exchange."""
     return Exchange(**run["exchange"])
 
 
 def convergence_epoch(run: Run) -> int:
-    """The epoch, counted from 1, of the highest validation accuracy; the first of several."""
+    """Returns the epoch, counted from 1, of the highest validation accuracy; the first of several."""
     accuracies = run["history"]["validation_accuracy"]
     return int(accuracies.index(max(accuracies))) + 1
 
 
 def epochs_to_level(run: Run, baseline: Sequence[Run], share: float = 0.99) -> float:
-    """The first epoch whose validation accuracy is ``share`` of the best of the baseline's run of the same seed.
+    """Returns the first epoch whose validation accuracy is ``share`` of the baseline's best for the same seed.
 
-    One more than there are epochs where none is. Unlike the peak, it is not at the end of a run that still improves.
+    If no epoch reaches it, the result is the number of epochs plus one. Unlike the peak, the level is not at the end of
+    a run that still improves.
     """
     reference = next(other for other in baseline if other["seed"] == run["seed"])
     level = share * max(reference["history"]["validation_accuracy"])
@@ -34,28 +35,28 @@ def epochs_to_level(run: Run, baseline: Sequence[Run], share: float = 0.99) -> f
 
 
 def best_accuracy(run: Run) -> float:
-    """Test accuracy in percent, after the epoch of the highest validation accuracy."""
+    """Returns the test accuracy in percent, after the epoch of the highest validation accuracy."""
     return float(100 * run["history"]["test_accuracy"][convergence_epoch(run) - 1])
 
 
 def epoch_mean(quantity: str) -> Callable[[Run], float]:
-    """A function that gives a run's mean over all epochs of a quantity of its history."""
+    """Returns a function that averages a quantity of a run's history over all epochs."""
     return lambda run: statistics.fmean(run["history"][quantity])
 
 
 def select(runs: Sequence[Run], exchange: Exchange, init: str = "uniform") -> list[Run]:
-    """The runs with that exchange and initialisation, by seed."""
+    """Returns the runs with that exchange and initialisation, by seed."""
     chosen = [run for run in runs if run["init"] == init and exchange_of(run) == exchange]
     return sorted(chosen, key=lambda run: int(run["seed"]))
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Standard deviation of a sample; 0 for a single value."""
+    """Returns the standard deviation of a sample; 0 for a single value."""
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean and standard deviation, for a row.
+    """Returns mean and standard deviation, for a row.
 
     Example:
         >>> spread([1.0, 2.0, 3.0])
@@ -65,9 +66,9 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def paired(runs: Sequence[Run], baseline: Sequence[Run], measure: Callable[[Run], float]) -> dict[str, float | None]:
-    """Mean difference from the baseline's runs of the same seeds, with the half width of its 95 % interval (t test).
+    """Returns the mean difference from the baseline's runs of the same seeds, with its 95 % interval (t test).
 
-    A single pair has no interval: None.
+    The interval is given by its half width. A single pair has no interval: None.
     """
     theirs = {run["seed"]: measure(run) for run in baseline}
     differences = [measure(run) - theirs[run["seed"]] for run in runs if run["seed"] in theirs]
@@ -81,12 +82,12 @@ def paired(runs: Sequence[Run], baseline: Sequence[Run], measure: Callable[[Run]
 
 
 def plus_minus(value: dict[str, float], digits: int = 2) -> str:
-    """``"1.00 ± 0.20"`` of :func:`spread`."""
+    """Formats a result of :func:`spread` as ``"1.00 ± 0.20"``."""
     return f"{value['mean']:.{digits}f} ± {value['deviation']:.{digits}f}"
 
 
 def with_interval(value: dict[str, float | None], digits: int = 2) -> str:
-    """``"+0.10 [-0.05, +0.25]"`` of :func:`paired`."""
+    """Formats a result of :func:`paired` as ``"+0.10 [-0.05, +0.25]"``."""
     difference, half = value["difference"], value["half_interval"]
     assert difference is not None
     if half is None:

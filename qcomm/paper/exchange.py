@@ -1,7 +1,7 @@
-"""Exchange of weights at the end of an epoch: what each worker sends, and the mean that all continue from.
+"""Exchange of weights at the end of an epoch: each worker's parcel, and the mean from which all continue.
 
-The workers' parcels are decoded in the order of the workers, added in fp32 and divided by their number, so that workers
-in processes of their own and workers in one process end with the same bits.
+The parcels are decoded in the order of the workers, added in fp32 and divided by their number. Workers in separate
+processes and workers in one process therefore end with the same bits.
 """
 
 import math
@@ -18,19 +18,19 @@ from qcomm.paper.settings import Exchange
 from qcomm.recipes import RecipeError
 
 FLOAT_BITS = 32
-_PACKET_MARGIN = 128  # bytes that a packet may take beyond the tensor
+_PACKET_MARGIN = 128  # maximum size of a packet beyond the tensor, in bytes
 
-Parcel = list[Tensor]  # what a worker sends: bytes of each layer's weights, then those of all biases
+Parcel = list[Tensor]  # a worker's message: bytes of each layer's weights, then those of all biases
 
 
 class LayerRate(NamedTuple):
     """Bits per weight of one layer in one parcel.
 
     Attributes:
-        raw: N, what a symbol takes without a code.
-        huffman: of the codewords alone, as the paper counts.
-        packet: of all bytes that were sent, headers and code lengths included.
-        symbol_entropy: of the symbols' histogram, the least that coding them one by one can take.
+        raw: N, the bits of a symbol without a code.
+        huffman: bits of the codewords alone, as the paper counts.
+        packet: bits of all bytes sent, including headers and code lengths.
+        symbol_entropy: entropy of the symbols' histogram, the lower bound of coding them one by one.
     """
 
     raw: float
@@ -40,7 +40,7 @@ class LayerRate(NamedTuple):
 
 
 def send(network: Network, exchange: Exchange, generator: torch.Generator) -> Parcel:
-    """What a worker sends of its network. The noise is the only thing that ``generator`` is for."""
+    """Encodes a worker's network as a parcel. Only the noise draws from ``generator``."""
     parcel = [_send_weight(weight, exchange, generator) for weight, _ in network]
     parcel.append(_to_bytes(torch.cat([bias for _, bias in network])))
     return parcel
@@ -61,7 +61,7 @@ def _send_weight(weight: Tensor, exchange: Exchange, generator: torch.Generator)
 
 
 def receive(parcel: Parcel, exchange: Exchange) -> Network:
-    """The network that a parcel describes, in memory of its own."""
+    """Decodes a parcel into a network with its own memory."""
     weights = []
     for k, sent in enumerate(parcel[:-1]):
         weight = qcomm.decompress(sent) if exchange.kind == "grid" else sent.view(torch.float32).clone()
@@ -71,7 +71,7 @@ def receive(parcel: Parcel, exchange: Exchange) -> Network:
 
 
 def mean(parcels: list[Parcel], exchange: Exchange) -> Network:
-    """The mean of the networks in ``parcels``."""
+    """Returns the mean of the networks in ``parcels``."""
     total = receive(parcels[0], exchange)
     for parcel in parcels[1:]:
         for (weight, bias), (other_weight, other_bias) in zip(total, receive(parcel, exchange), strict=True):
@@ -81,10 +81,10 @@ def mean(parcels: list[Parcel], exchange: Exchange) -> Network:
 
 
 def gather(parcel: Parcel) -> list[Parcel]:
-    """Every rank's parcel, on all ranks of the present process group.
+    """Gathers every rank's parcel on all ranks of the default process group.
 
     Raises:
-        RecipeError: a rank announces sizes that no parcel has; on all ranks.
+        RecipeError: a rank announces sizes that no parcel has; raised on all ranks.
     """
     own = torch.tensor([part.numel() for part in parcel])
     sizes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
@@ -100,7 +100,7 @@ def gather(parcel: Parcel) -> list[Parcel]:
     padded[: int(own.sum())] = torch.cat(parcel)
     received = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(received, padded)
-    # Cloned, so that each part starts on a boundary that it can be viewed as floats from.
+    # Each part is cloned, so that it is aligned for a view as floats.
     return [
         [part.clone() for part in flat[: int(size.sum())].split(size.tolist())]
         for flat, size in zip(received, sizes, strict=True)
@@ -108,7 +108,7 @@ def gather(parcel: Parcel) -> list[Parcel]:
 
 
 def layer_rates(parcel: Parcel, exchange: Exchange) -> list[LayerRate]:
-    """What each layer's weights cost in a parcel; floats cost 32 bits in every account."""
+    """Returns the bits per weight of each layer in a parcel; floats cost 32 bits in every account."""
     if exchange.kind != "grid":
         return [LayerRate(FLOAT_BITS, FLOAT_BITS, FLOAT_BITS, math.nan)] * LAYERS
     return [_layer_rate(packet, count) for packet, count in zip(parcel, WEIGHT_COUNTS, strict=False)]
@@ -124,14 +124,14 @@ def _layer_rate(packet: Tensor, count: int) -> LayerRate:
 
 
 def parcel_bits(parcel: Parcel) -> float:
-    """Bits per parameter, biases among them, of everything that a worker sends."""
+    """Returns the bits per parameter of a whole parcel; parameters include biases."""
     return 8 * sum(part.numel() for part in parcel) / (sum(WEIGHT_COUNTS) + BIAS_COUNT)
 
 
 def contraction(before: Tensor, after: Tensor) -> float:
-    """By what share ``after`` is nearer to the middle of ``before``'s range than ``before``: 0 for no change.
+    """Returns the share by which ``after`` is nearer to the middle of ``before``'s range: 0 for no change.
 
-    The slope of the regression of one on the other, subtracted from 1.
+    It is 1 minus the slope of the regression of one on the other.
 
     Example:
         >>> contraction(torch.tensor([-1.0, 1.0]), torch.tensor([-0.5, 0.5]))

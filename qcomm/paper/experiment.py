@@ -1,4 +1,4 @@
-"""What an experiment is, and how one is carried out."""
+"""Definition and execution of an experiment."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -25,15 +25,15 @@ class Experiment:
     """One experiment of the paper, or about it.
 
     Attributes:
-        name: of the command and of the files.
-        help: of the command; its first line is a sentence.
-        arms: (initialisation, exchange) pairs; each is run with every seed. Equal ones are shared between experiments.
-        quantities: of the runs' histories that the document keeps.
-        summarise: the rows of the table.
-        claim: from runs and rows to what the paper says beside what was found here.
-        draw: the figure, from the document alone.
-        kind: of the runs' files.
-        measurement: what is done for a run.
+        name: name of the command and of the files.
+        help: help text of the command; its first line is a sentence.
+        arms: (initialisation, exchange) pairs; each is run with every seed. Experiments share equal pairs.
+        quantities: quantities of the runs' histories that the document keeps.
+        summarise: makes the rows of the table.
+        claim: makes the paper's claims beside the results found here, from runs and rows.
+        draw: draws the figure from the document alone.
+        kind: kind of the runs' files.
+        measurement: makes the measurement of one run.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Experiment:
     measurement: Measurement = training.run
 
     def wanted(self, base: Settings, runs: int) -> list[Settings]:
-        """The settings of all runs: every arm with ``runs`` seeds, from ``base.seed`` on."""
+        """Returns the settings of all runs: every arm with ``runs`` seeds, from ``base.seed`` on."""
         seeds = range(base.seed, base.seed + runs)
         return [
             replace(base, seed=seed, init=init, exchange=exchange) for init, exchange in self.arms for seed in seeds
@@ -57,29 +57,29 @@ class Experiment:
 def perform(
     experiment: Experiment, base: Settings, runs: int, out: Path, command: list[str], *, jobs: int, in_processes: bool
 ) -> Document:
-    """Make the runs that are not stored yet, and write ``<out>/<dataset>/<experiment>.json`` and ``.png``.
+    """Makes the runs that are not stored yet, and writes ``<out>/<dataset>/<experiment>.json`` and ``.png``.
 
     Args:
-        experiment: which.
-        base: of all runs; an arm replaces initialisation and exchange.
-        runs: how many seeds.
+        experiment: the experiment.
+        base: settings of all runs; an arm replaces initialisation and exchange.
+        runs: number of seeds.
         out: the directory; runs are kept in ``<out>/<dataset>/cells`` and shared by the experiments.
-        command: to be written down.
-        jobs: runs at a time.
+        command: command line for the document.
+        jobs: number of concurrent runs.
         in_processes: whether workers are processes that exchange over gloo.
 
     Returns:
         The document.
 
     Raises:
-        RecipeError: naming the option, the data file, the package or the stored run that is at fault.
+        RecipeError: the message names the option, data file, package or stored run at fault.
     """
     if runs < 1:
         raise RecipeError(f"--runs is {runs}; it must be at least 1")
     if jobs < 1:
         raise RecipeError(f"--jobs is {jobs}; it must be at least 1")
     plots.check_available()
-    data = load(base.dataset, base.data_dir, base.train_images)  # what is wrong with the data is told before any run
+    data = load(base.dataset, base.data_dir, base.train_images)  # errors in the data are raised before any run
     if len(data.train) < base.workers * base.batch_size:
         raise RecipeError(
             f"--batch-size is {base.batch_size} on {base.workers} workers; {len(data.train)} training images do not "
@@ -104,7 +104,7 @@ def perform(
 
 
 def redraw(experiment: Experiment, folder: Path) -> None:
-    """Draw the figure again from the document in ``folder``."""
+    """Draws the figure again from the document in ``folder``."""
     content = json.loads((folder / f"{experiment.name}.json").read_text())
     plots.save(experiment.draw(content), folder / f"{experiment.name}.png")
 

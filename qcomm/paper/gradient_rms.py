@@ -1,4 +1,4 @@
-"""Figure 3.2: RMS of the gradients by layer and epoch, and how it goes with the entropy of the weights."""
+"""Figure 3.2: RMS of the gradients by layer and epoch, and its correlation with the entropy of the weights."""
 
 import math
 import statistics
@@ -19,7 +19,10 @@ FLOAT = Exchange()
 
 
 def correlation(run: Run, layer: int) -> float | None:
-    """Pearson's, over the epochs, of log2(G + 1) with H; None for fewer than three epochs or constant values."""
+    """Returns Pearson's correlation of log2(G + 1) with H over the epochs.
+
+    It is None for fewer than three epochs or constant values.
+    """
     history = run["history"]
     bits = [math.log2(values[layer] + 1) for values in history["gradient_rms"]]
     entropies = [values[layer] for values in history["entropy"]]
@@ -29,7 +32,7 @@ def correlation(run: Run, layer: int) -> float | None:
 
 
 def summarise(runs: Sequence[Run]) -> list[Row]:
-    """A row per initialisation and layer."""
+    """Returns a row per initialisation and layer."""
     rows = []
     for init in INITS:
         chosen = select(runs, FLOAT, init)
@@ -58,7 +61,7 @@ def _all_correlations(rows: Sequence[Row], init: str) -> str:
 
 
 def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
-    """The correlation, the order of the layers, and what log(G + 1) amounts to."""
+    """Compares the correlation, the order of the layers, and the size of log(G + 1)."""
     claims = [
         {
             "quantity": f"correlation of log2(G + 1) with H, layers 1, 2, 3, {init} initialisation",
@@ -89,7 +92,7 @@ def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
 
 
 def draw(document: Document) -> "Figure":
-    """Above the RMS, below the entropy, a column for each initialisation."""
+    """Draws the RMS above the entropy, a column for each initialisation."""
     title = f"Gradients and entropy by layer ({document['settings']['dataset']}, float32 exchange)"
     figure, panels = plots.figure(2, len(INITS), title, 3.6, 2.8, sharex=True, sharey="row")
     for column, init in enumerate(INITS):

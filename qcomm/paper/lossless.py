@@ -1,4 +1,4 @@
-"""Section 3.1: what lossless compression of the raw floats saves."""
+"""Section 3.1: savings of lossless compression of the raw floats."""
 
 import importlib
 import time
@@ -33,7 +33,7 @@ class Codec(NamedTuple):
 
 
 def codecs() -> dict[str, Codec]:
-    """Those that this Python has: zstd comes with Python 3.14 or with the package zstandard."""
+    """Returns the available codecs: zstd comes with Python 3.14 or with the package zstandard."""
     found = {
         "LZW": Codec(lzw.compress, lzw.decompress),
         "zlib": Codec(partial(zlib.compress, level=_ZLIB_LEVEL), zlib.decompress),
@@ -49,10 +49,10 @@ def codecs() -> dict[str, Codec]:
 
 
 def measure(settings: Settings, in_processes: bool) -> dict[str, Any]:
-    """Train, then compress the bytes of all weights as they were at first and at last.
+    """Trains, then compresses the bytes of all initial and all final weights.
 
     Raises:
-        RuntimeError: a codec does not return what it was given.
+        RuntimeError: a codec does not return its input.
     """
     networks = {
         "initial": initial(settings.init, augmentation_generator(settings.seed, 0, settings.workers)),
@@ -79,7 +79,7 @@ def measure(settings: Settings, in_processes: bool) -> dict[str, Any]:
 
 
 def summarise(runs: Sequence[Run]) -> list[Row]:
-    """A row per initialisation, state of the weights and codec."""
+    """Returns a row per initialisation, state of the weights and codec."""
     rows = []
     for init in INITS:
         entries = [entry for run in runs if run["init"] == init for entry in run["codecs"]]
@@ -98,7 +98,7 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
 
 
 def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
-    """The ratios of trained weights."""
+    """Compares the ratios of trained weights."""
     claims = []
     for codec in dict.fromkeys(row["codec"] for row in rows):
         chosen = [row for row in rows if row["codec"] == codec and row["state"] == "trained"]
@@ -113,7 +113,7 @@ def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
 
 
 def draw(document: Document) -> "Figure":
-    """Ratios by codec, trained and initial weights side by side, a panel for each initialisation."""
+    """Draws ratios by codec, trained and initial weights side by side, a panel for each initialisation."""
     title = f"Lossless compression of float32 weights ({document['settings']['dataset']})"
     figure, [panels] = plots.figure(1, len(INITS), title, 3.4, 3.2, sharey=True)
     names = list(dict.fromkeys(row["codec"] for row in document["summary"]))

@@ -1,10 +1,10 @@
-"""LZW, as the baseline that the paper measures lossless compression by. Readable rather than fast."""
+"""LZW, the paper's baseline of lossless compression. The implementation is readable rather than fast."""
 
 MAX_WIDTH = 16  # bits of a codeword; a full dictionary is kept as it is
 
 
 def compress(data: bytes) -> bytes:
-    """Codewords of 9 to 16 bits, least significant bit first, each as wide as the dictionary then needs.
+    """Encodes bytes as codewords of 9 to 16 bits, least significant bit first, as wide as the dictionary then needs.
 
     Source: T. Welch, "A technique for high-performance data compression", Computer 17(6), 1984.
 
@@ -43,10 +43,10 @@ def compress(data: bytes) -> bytes:
 
 
 def decompress(data: bytes) -> bytes:
-    """What :func:`compress` was given.
+    """Returns the input of :func:`compress` from its output.
 
     Raises:
-        ValueError: the bytes are not of :func:`compress`.
+        ValueError: the bytes are not an output of :func:`compress`.
     """
     entries = [bytes([value]) for value in range(256)]
     out = bytearray()
@@ -74,5 +74,5 @@ def decompress(data: bytes) -> bytes:
 
 
 def _width(entries: int) -> int:
-    """Bits for the numbers below ``entries``, at least 9."""
+    """Returns the number of bits for the numbers below ``entries``, at least 9."""
     return max(9, (entries - 1).bit_length())

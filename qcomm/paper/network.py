@@ -1,6 +1,6 @@
 """The paper's network, 784-392-50-10 with tanh and squared error, and plain SGD on it.
 
-Forward and backward are written out: a step of 20 images takes a third of a millisecond, which autograd would double.
+Forward and backward are written out: a step of 20 images takes a third of a millisecond, and autograd would double it.
 """
 
 import math
@@ -34,7 +34,7 @@ Network = list[Layer]
 
 
 def initial(init: str, generator: torch.Generator) -> Network:
-    """A network with random weights and no biases; ``init`` as in ``settings.Settings``."""
+    """Returns a network with random weights and zero biases; ``init`` as in ``settings.Settings``."""
     network = []
     for inputs, outputs in pairwise(SIZES):
         weight = torch.empty(outputs, inputs)
@@ -48,12 +48,12 @@ def initial(init: str, generator: torch.Generator) -> Network:
 
 
 def clone(network: Network) -> Network:
-    """A copy with memory of its own."""
+    """Returns a copy with its own memory."""
     return [Layer(weight.clone(), bias.clone()) for weight, bias in network]
 
 
 def activations(network: Network, images: Tensor) -> list[Tensor]:
-    """The images and what each layer makes of them, the last one ``[n, 10]``."""
+    """Returns the images and each layer's output, the last one ``[n, 10]``."""
     result = [images]
     for weight, bias in network:
         result.append(torch.addmm(bias, result[-1], weight.t()).tanh_())
@@ -61,7 +61,7 @@ def activations(network: Network, images: Tensor) -> list[Tensor]:
 
 
 def deltas(network: Network, layers: Sequence[Tensor], targets: Tensor) -> list[Tensor]:
-    """Derivatives of half the squared error, summed over outputs, by each layer's sums ``[n, outputs]``."""
+    """Returns the derivatives of half the squared error, summed over outputs, by each layer's sums ``[n, outputs]``."""
     result: list[Tensor] = []
     error = layers[-1] - targets
     for k in reversed(range(LAYERS)):
@@ -73,7 +73,7 @@ def deltas(network: Network, layers: Sequence[Tensor], targets: Tensor) -> list[
 
 
 def gradients(network: Network, images: Tensor, targets: Tensor) -> Network:
-    """Derivatives of half the squared error: summed over outputs, averaged over images."""
+    """Returns the derivatives of half the squared error: summed over outputs, averaged over images."""
     layers = activations(network, images)
     errors = deltas(network, layers, targets)
     count = len(images)
@@ -85,13 +85,13 @@ def gradients(network: Network, images: Tensor, targets: Tensor) -> Network:
 def train_epoch(
     network: Network, data: Vectors, targets: Tensor, batch_size: int, rate: float, generator: torch.Generator
 ) -> float:
-    """One pass of SGD in a random order, in place; images that do not fill a batch are left out.
+    """Runs one pass of SGD in a random order, in place; images that do not fill a batch are left out.
 
     Returns:
         Half the squared error, summed over outputs, averaged over the images.
 
     Raises:
-        RecipeError: fewer images than one batch.
+        RecipeError: there are fewer images than one batch.
     """
     steps = len(data) // batch_size
     if steps == 0:
@@ -110,7 +110,7 @@ def train_epoch(
 
 
 def accuracy(network: Network, data: Vectors) -> float:
-    """Share of images whose largest output is their class's, 0..1."""
+    """Returns the share of images whose largest output is their class's, 0..1."""
     correct = 0
     for images, labels in zip(
         torch.split(data.images, _EVALUATION_BATCH), torch.split(data.labels, _EVALUATION_BATCH), strict=True
@@ -120,10 +120,10 @@ def accuracy(network: Network, data: Vectors) -> float:
 
 
 def check_finite(network: Network, where: str) -> None:
-    """Stop a run that has diverged.
+    """Stops a run that has diverged.
 
     Raises:
-        RecipeError: naming the first layer with NaN or infinite weights.
+        RecipeError: a layer has NaN or infinite weights; the message names the first one.
     """
     for name, (weight, bias) in zip(LAYER_NAMES, network, strict=True):
         for kind, values in (("weights", weight), ("biases", bias)):

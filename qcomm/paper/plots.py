@@ -1,4 +1,4 @@
-"""What the experiments' figures share. Drawn off screen; nothing here touches matplotlib's global state."""
+"""Shared parts of the experiments' figures. They are drawn off screen and do not touch matplotlib's global state."""
 
 import io
 import statistics
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people with colour-blindness can tell apart.
+# Okabe and Ito's colours, which remain distinct under colour-blindness.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 BASELINE_COLOUR = "#777777"
 _DPI = 110
 
 
 def check_available() -> None:
-    """Find out before hours of runs, not after.
+    """Checks for matplotlib before hours of runs.
 
     Raises:
         RecipeError: matplotlib is not installed.
@@ -35,7 +35,7 @@ def check_available() -> None:
 def figure(
     rows: int, columns: int, title: str, width: float = 4.2, height: float = 3.4, **subplots: Any
 ) -> tuple["Figure", list[list["Axes"]]]:
-    """A figure of panels of ``width`` x ``height`` inches, and the panels by row and column."""
+    """Returns a figure of panels of ``width`` x ``height`` inches, and the panels by row and column."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=(columns * width, rows * height + 0.4), layout="constrained")
@@ -48,7 +48,7 @@ def figure(
 
 
 def curve(panel: "Axes", series: Sequence[Sequence[float]], label: str | None, colour: str, style: str = "-") -> None:
-    """The mean of the series over epochs 1, 2, ... with a band of one standard deviation."""
+    """Draws the mean of the series over epochs 1, 2, ... with a band of one standard deviation."""
     epochs = range(1, len(series[0]) + 1)
     columns = list(zip(*series, strict=True))
     mean = [statistics.fmean(values) for values in columns]
@@ -60,7 +60,7 @@ def curve(panel: "Axes", series: Sequence[Sequence[float]], label: str | None, c
 
 
 def points(panel: "Axes", position: float, values: Sequence[float], colour: str) -> None:
-    """Every run as a dot; beside them their mean, with a bar of one standard deviation on either side."""
+    """Draws every run as a dot, and beside them their mean with a bar of one standard deviation on either side."""
     panel.plot([position + 0.1] * len(values), values, "o", color=colour, alpha=0.4, markersize=4.5, markeredgewidth=0)
     panel.errorbar(
         position - 0.05, statistics.fmean(values), deviation(values), fmt="D", color=colour, capsize=4, markersize=5
@@ -68,14 +68,14 @@ def points(panel: "Axes", position: float, values: Sequence[float], colour: str)
 
 
 def baseline(panel: "Axes", values: Sequence[float], label: str) -> None:
-    """A line across the panel with a band of one standard deviation."""
+    """Draws a line across the panel with a band of one standard deviation."""
     mean, around = statistics.fmean(values), deviation(values)
     panel.axhline(mean, color=BASELINE_COLOUR, linestyle="--", linewidth=1.2, label=label)
     panel.axhspan(mean - around, mean + around, color=BASELINE_COLOUR, alpha=0.15, linewidth=0)
 
 
 def name_epochs(panel: "Axes") -> None:
-    """An axis of epochs, which are whole."""
+    """Labels the axis of epochs, with whole numbers only."""
     from matplotlib.ticker import MaxNLocator
 
     panel.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
@@ -83,7 +83,7 @@ def name_epochs(panel: "Axes") -> None:
 
 
 def save(drawn: "Figure", path: Path) -> None:
-    """Write a PNG; a file of that name is replaced in one step."""
+    """Writes a PNG; an existing file is replaced atomically."""
     image = io.BytesIO()
     drawn.savefig(image, format="png", dpi=_DPI)
     write_atomically(path, image.getvalue())

@@ -22,7 +22,7 @@ def _fixed(bits: int) -> Exchange:
 
 
 def summarise(runs: Sequence[Run]) -> list[Row]:
-    """A row per number of bits, the baseline last."""
+    """Returns a row per number of bits, the baseline last."""
     baseline = select(runs, FLOAT)
     rows = []
     for bits in (*BITS, 32):
@@ -38,7 +38,7 @@ def summarise(runs: Sequence[Run]) -> list[Row]:
 
 
 def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
-    """Where accuracy stops to depend on the number of bits."""
+    """Finds the number of bits from which accuracy no longer depends on it."""
     by_bits = {row["bits"]: row["minus_float"] for row in rows}
     return [
         {
@@ -55,7 +55,7 @@ def claim(runs: Sequence[Run], rows: Sequence[Row]) -> list[Claim]:
 
 
 def draw(document: Document) -> "Figure":
-    """Boxes as in the paper: mean, median, quartiles, and the standard deviation; every run is a dot."""
+    """Draws boxes as in the paper: mean, median, quartiles, and the standard deviation; every run is a dot."""
     figure, [[panel]] = plots.figure(1, 1, f"Accuracy against bits per weight ({document['settings']['dataset']})", 6.4)
     runs = document["runs"]
     arms = [(str(bits), select(runs, _fixed(bits))) for bits in BITS]

@@ -1,4 +1,4 @@
-"""Results on disk: a file per run, so that an interrupted experiment goes on, and a document per experiment."""
+"""Results on disk: a file per run, so that an interrupted experiment can resume, and a document per experiment."""
 
 import json
 import os
@@ -14,12 +14,12 @@ from qcomm.recipes import RecipeError
 
 Document = dict[str, Any]
 
-# What every document has; docs/paper.md describes them.
+# The fields of every document; docs/paper.md describes them.
 DOCUMENT_FIELDS = ("experiment", "command", "versions", "settings", "claims", "summary", "runs")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """A reader sees the file as it was or as it will be, and so does whoever comes after a crash."""
+    """Replaces a file such that every reader, even after a crash, sees either the old or the new content."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
     try:
@@ -32,24 +32,24 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 class Cells:
-    """The runs that are done, one JSON file each.
+    """The finished runs, one JSON file each.
 
     Args:
-        folder: is made when the first one is stored.
+        folder: directory of the files, made when the first one is stored.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def path(self, kind: str, settings: Settings) -> Path:
-        """Where a run's file is. ``kind`` tells runs with equal settings apart that measure different things."""
+        """Returns the path of a run's file. ``kind`` separates measurements with equal settings."""
         return self._folder / f"{kind}-{settings.slug}.json"
 
     def find(self, kind: str, settings: Settings) -> dict[str, Any] | None:
-        """The stored run, with its ``settings``, or None.
+        """Returns the stored run, with its ``settings``, or None.
 
         Raises:
-            RecipeError: the file is unreadable, or it is of other settings; it says which, and what to do.
+            RecipeError: the file is unreadable, or of other settings; the message names the cause and the remedy.
         """
         path = self.path(kind, settings)
         try:
@@ -66,7 +66,7 @@ class Cells:
         return dict(stored)
 
     def store(self, kind: str, settings: Settings, result: dict[str, Any]) -> None:
-        """Write a run's file."""
+        """Writes a run's file."""
         content = {"settings": settings.to_json(), **result}
         write_atomically(self.path(kind, settings), (json.dumps(content, allow_nan=False) + "\n").encode())
 
@@ -79,15 +79,15 @@ def document(
     summary: list[dict[str, Any]],
     claims: list[dict[str, str]],
 ) -> Document:
-    """What is written about an experiment. See ``DOCUMENT_FIELDS``.
+    """Builds the document of an experiment, with the fields of ``DOCUMENT_FIELDS``.
 
     Args:
-        experiment: its name.
+        experiment: name of the experiment.
         command: the command line.
-        settings: what all runs have in common; of the rest, each run names its own.
-        runs: as stored, reduced to the quantities that the experiment is about.
+        settings: the settings common to all runs; each run names the others.
+        runs: stored runs, reduced to the experiment's quantities.
         summary: the rows of the experiment's table.
-        claims: ``{"quantity", "paper", "here"}`` each.
+        claims: entries of the form ``{"quantity", "paper", "here"}``.
     """
     common = settings.to_json()
     for name in ("seed", "init", "exchange"):
@@ -108,7 +108,7 @@ def document(
 
 
 def to_text(document: Document) -> str:
-    """JSON with a line for each field and for each entry of a list: a run is a line."""
+    """Returns JSON with a line for each field and for each entry of a list: a run is a line."""
     lines = []
     for name, value in document.items():
         if isinstance(value, list) and value and isinstance(value[0], dict):

@@ -1,4 +1,4 @@
-"""Run what is not done yet, several runs at a time, each in a process with one thread."""
+"""Execution of the missing runs, several at a time, each in a process with one thread."""
 
 import multiprocessing
 import sys
@@ -22,21 +22,21 @@ Measurement = Callable[[Settings, bool], dict[str, Any]]
 def run_missing(
     kind: str, measurement: Measurement, wanted: Sequence[Settings], folder: Path, jobs: int, in_processes: bool
 ) -> list[dict[str, Any]]:
-    """Every wanted run, from its file or made now.
+    """Returns every wanted run, from its file or made now.
 
     Args:
-        kind: of the runs' files.
-        measurement: importable by name; called with the settings and ``in_processes``.
-        wanted: the runs.
-        folder: of the files; each is written as soon as its run is done.
-        jobs: how many runs at a time.
+        kind: kind of the runs' files.
+        measurement: function that is importable by name; called with the settings and ``in_processes``.
+        wanted: settings of the runs.
+        folder: directory of the files; each is written as soon as its run is done.
+        jobs: number of concurrent runs.
         in_processes: whether a run's workers are processes that exchange over gloo.
 
     Returns:
         The stored runs, in the order of ``wanted``.
 
     Raises:
-        RecipeError: a stored run is of other settings, or a run met an error of the user's.
+        RecipeError: a stored run is of other settings, or a run raised a user error.
     """
     cells = Cells(folder)
     missing = [settings for settings in wanted if cells.find(kind, settings) is None]
@@ -73,14 +73,14 @@ def _run_parallel(
                     future.result()
                     report.done(futures[future])
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # an error or Ctrl-C: runs that have begun are finished
+            pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, only runs that have begun are finished
             raise
 
 
 def _run(kind: str, measurement: Measurement, settings: Settings, folder: Path, in_processes: bool) -> None:
-    """One run and its file.
+    """Makes one run and writes its file.
 
-    With one thread: such small matrices are not worth two, and the number of threads would show in the last bits.
+    It uses one thread: two do not speed up such small matrices, and the number of threads would change the last bits.
     """
     if in_processes:
         launch(_rank_main, settings.workers, 1, kind, measurement, settings, folder)
@@ -100,7 +100,7 @@ def _rank_main(kind: str, measurement: Measurement, settings: Settings, folder: 
 
 
 class _Report:
-    """A bar on a terminal, a line per run elsewhere."""
+    """A progress bar on a terminal, a line per run elsewhere."""
 
     def __init__(self, label: str, total: int, done: int) -> None:
         self._count, self._total = done, total
@@ -128,7 +128,7 @@ class _Report:
             self._progress.stop()
 
     def done(self, settings: Settings) -> None:
-        """One more run is stored."""
+        """Reports that one more run is stored."""
         self._count += 1
         if self._progress:
             self._progress.advance(self._task)

@@ -1,4 +1,4 @@
-"""Everything that one run of an experiment is determined by."""
+"""Settings that determine one run of an experiment."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,15 +16,15 @@ _MAX_LEARNING_RATE = 3.4e38
 
 @dataclass(frozen=True)
 class Exchange:
-    """What happens to weights when they are exchanged at the end of an epoch.
+    """The treatment of weights in the exchange at the end of an epoch.
 
     Attributes:
-        kind: ``"float"`` sends them as they are, ``"grid"`` quantized and Huffman-coded. The two others send floats on
-            which one effect of the grid was imitated: ``"decay"`` contracts each layer towards the middle of its range
-            by ``2**-N``, ``"noise"`` adds noise that is uniform over a bin.
+        kind: ``"float"`` sends them unchanged, ``"grid"`` quantized and Huffman-coded. The two others send floats that
+            imitate one effect of the grid: ``"decay"`` contracts each layer towards the middle of its range by
+            ``2**-N``, ``"noise"`` adds noise that is uniform over a bin.
         c: bits added to the entropy, the paper's floor.
         entropy_bits: the paper's M; ``c + M`` is its ceiling. 0 makes N fixed: ``N = c``.
-        reconstruction: ``"center"``, the paper's, or ``"endpoint"``.
+        reconstruction: ``"center"``, as in the paper, or ``"endpoint"``.
 
     Raises:
         RecipeError: a field is out of its range.
@@ -51,19 +51,19 @@ class Exchange:
 
     @property
     def grid(self) -> RangeGrid:
-        """The grid, or the one that is imitated."""
+        """Returns the grid, or the imitated one."""
         if self.entropy_bits == 0:
             return RangeGrid(num_bits=self.c, reconstruction=self.reconstruction)
         return RangeGrid(c=self.c, entropy_bits=self.entropy_bits, reconstruction=self.reconstruction)
 
     @property
     def label(self) -> str:
-        """Ceiling and floor as the paper writes them; ``"32"`` for floats."""
+        """Returns ceiling and floor in the paper's notation; ``"32"`` for floats."""
         return "32" if self.kind == "float" else f"{self.c + self.entropy_bits}:{self.c}"
 
     @property
     def slug(self) -> str:
-        """A name for files."""
+        """Returns a name for files."""
         if self.kind == "float":
             return "float"
         kind = self.reconstruction if self.kind == "grid" else self.kind
@@ -72,20 +72,20 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Settings:
-    """One training run. Fields that have an option on the command line bear its name.
+    """One training run. Fields with an option on the command line have its name.
 
     Attributes:
         dataset: one of ``DATASETS``.
         data_dir: directory with the data set's files; digits needs none.
-        train_images: train on the first so many; None for all but the validation split.
+        train_images: number of training images, from the first on; None for all but the validation split.
         epochs: passes over the training images, with one exchange at the end of each.
         seed: determines weights, order of the images and noise.
         workers: each trains on its share of the images and starts the epoch from the common weights.
         batch_size: images per worker and step.
-        learning_rate: of plain SGD, constant.
-        init: of the weights: ``"uniform"`` over +-1/sqrt(fan_in), ``"gaussian"`` of the same deviation, ``"small"`` is
+        learning_rate: constant learning rate of plain SGD.
+        init: initial weights: ``"uniform"`` over +-1/sqrt(fan_in), ``"gaussian"`` of the same deviation, ``"small"`` is
             Gaussian of deviation 0.01. Biases start at 0.
-        exchange: of weights.
+        exchange: exchange of weights.
 
     Raises:
         RecipeError: a field is out of its range; the message names the option.
@@ -114,20 +114,20 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise RecipeError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
-        if not 0 < self.learning_rate <= _MAX_LEARNING_RATE:  # NaN is not
+        if not 0 < self.learning_rate <= _MAX_LEARNING_RATE:  # also false for NaN
             raise RecipeError(f"--lr is {self.learning_rate}; it must be positive and a float32 number")
 
     @property
     def slug(self) -> str:
-        """A name for the run's file; what it leaves out is compared with the file's content."""
+        """Returns a name for the run's file; the remaining fields are compared with the file's content."""
         return f"{self.exchange.slug}-{self.init}-seed{self.seed}"
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON types, without where the data lies."""
+        """Returns the fields as JSON types, without the directory of the data."""
         return {name: value for name, value in asdict(self).items() if name != "data_dir"}
 
     def difference(self, stored: dict[str, Any]) -> str | None:
-        """The first field whose value differs from ``stored`` (of :meth:`to_json`), as words."""
+        """Describes the first field whose value differs from ``stored`` (of :meth:`to_json`), or returns None."""
         for name, value in self.to_json().items():
             if stored.get(name) != value:
                 return f"{name} is {value!r} here and {stored.get(name)!r} there"

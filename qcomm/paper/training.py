@@ -1,4 +1,4 @@
-"""One run: train, exchange, measure, epoch after epoch, with all workers in this process or each in its own."""
+"""One run: training, exchange and measurement per epoch, with all workers in this process or each in its own."""
 
 import math
 from collections.abc import Callable
@@ -37,7 +37,7 @@ from qcomm.recipes import augmentation_generator
 
 ENTROPY_BITS = 4
 SAMPLE_FRACTION = 0.03
-# What the entropy is measured with, beside the two above, where weights are exchanged as floats.
+# Further parameters of the entropy measurement, for weights that are exchanged as floats.
 PROBE_BITS = (3, 4, 5, 6)
 PROBE_FRACTIONS = (0.01, 0.03, 0.1, 1.0)
 _GRADIENT_BATCHES = 20
@@ -51,7 +51,7 @@ class Trained:
 
     Attributes:
         network: the common weights after the last exchange.
-        history: one list per measured quantity with one entry per epoch: a number, or one number per layer. See
+        history: one list per measured quantity, with one entry per epoch: a number, or one number per layer. See
             :func:`train`.
     """
 
@@ -59,37 +59,37 @@ class Trained:
     history: History = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """What a cell's file holds of it."""
+        """Returns the part that is stored in a cell's file."""
         return {"history": self.history}
 
 
 def run(settings: Settings, in_processes: bool) -> dict[str, Any]:
-    """:func:`train`, for the file of a cell."""
+    """Calls :func:`train`, and returns the content for the file of a cell."""
     return train(settings, in_processes).to_json()
 
 
 def train(settings: Settings, in_processes: bool = False) -> Trained:
-    """Train one network.
+    """Trains one network.
 
-    Each worker trains a copy of the common network on its share of the images for an epoch; then all exchange their
-    weights, and the mean of what was received replaces them. The history has, for each epoch:
+    Each worker trains a copy of the common network on its share of the images for an epoch. Then all exchange their
+    weights, and the mean of the received ones replaces them. The history has, for each epoch:
 
     * ``train_loss``, ``validation_accuracy``, ``test_accuracy`` (after the exchange, 0..1);
     * ``raw_bits``, ``huffman_bits``: per weight, over all layers and workers; ``packet_bits``: of all bytes sent, per
       parameter, biases in fp32 included;
     * by layer: ``layer_raw_bits``, ``layer_huffman_bits``, ``layer_packet_bits`` (means over the workers); ``entropy``
-      (4 bits, all weights), ``sampled_entropy`` (what N is chosen by), ``contraction`` by what was sent and
+      (4 bits, all weights), ``sampled_entropy`` (which determines N), ``contraction`` by the sent weights and
       ``weight_rms``, all of worker 0's weights before the exchange;
     * by layer, where floats are exchanged: ``gradient_rms`` of 20 batches and ``probe``, the entropy by the paper's
       estimator at each of ``PROBE_BITS`` and ``PROBE_FRACTIONS``.
 
     Args:
-        settings: of the run.
-        in_processes: whether this process is one worker, of rank and world size as in the default process group;
-            otherwise it is all of them in turn. The weights are the same, bit for bit, with one thread each.
+        settings: settings of the run.
+        in_processes: whether this process is one worker, of rank and world size as in the default process group.
+            Otherwise it runs all workers one after another. With one thread each, the weights agree bit for bit.
 
     Raises:
-        RecipeError: the data set is not usable, or weights are no longer finite (which layer's).
+        RecipeError: the data set is not usable, or weights are no longer finite; the message names the layer.
     """
     data = load(settings.dataset, settings.data_dir, settings.train_images)
     mine = [dist.get_rank()] if in_processes else list(range(settings.workers))
@@ -134,7 +134,7 @@ def _mean_loss(own: list[float], in_processes: bool) -> float:
 
 
 def _rates(parcels: list[Parcel], settings: Settings) -> dict[str, Any]:
-    """Bits per weight, means over the workers."""
+    """Returns the bits per weight, means over the workers."""
     by_layer = torch.tensor([layer_rates(parcel, settings.exchange) for parcel in parcels], dtype=torch.float64).mean(0)
     shares = torch.tensor(WEIGHT_COUNTS, dtype=torch.float64) / sum(WEIGHT_COUNTS)
     return {
@@ -150,7 +150,7 @@ def _rates(parcels: list[Parcel], settings: Settings) -> dict[str, Any]:
 def _measure(
     network: Network, parcel: Parcel, settings: Settings, images: Tensor, targets: Tensor, epoch: int
 ) -> dict[str, Any]:
-    """What is to know of a worker's weights before the exchange."""
+    """Measures a worker's weights before the exchange."""
     decoded = receive(parcel, settings.exchange)
     seed = settings.exchange.grid.seed
     record: dict[str, Any] = {
@@ -169,9 +169,9 @@ def _measure(
 
 
 def gradient_rms(network: Network, images: Tensor, targets: Tensor, batch_size: int) -> list[float]:
-    """RMS of the derivative by each layer's weights over the first 20 batches, at the given weights.
+    """Returns the RMS of the derivative by each layer's weights over the first 20 batches, at the given weights.
 
-    The derivative of a batch is what one step is taken along.
+    The derivative of a batch is the direction of one step.
     """
     squares = torch.zeros(LAYERS, dtype=torch.float64)
     batches = list(zip(images.split(batch_size), targets.split(batch_size), strict=True))[:_GRADIENT_BATCHES]
@@ -181,10 +181,10 @@ def gradient_rms(network: Network, images: Tensor, targets: Tensor, batch_size: 
 
 
 def probe(weight: Tensor, generator: torch.Generator) -> list[list[float]]:
-    """Entropy by the paper's estimator: rows for ``PROBE_BITS``, columns for ``PROBE_FRACTIONS``.
+    """Estimates entropy by the paper's method: rows for ``PROBE_BITS``, columns for ``PROBE_FRACTIONS``.
 
-    A random sample of that share and nothing more, however small that makes it; ``qcomm.estimate_entropy`` never takes
-    fewer than 1024 values.
+    The random sample has exactly that share of the values, however small; ``qcomm.estimate_entropy`` never takes fewer
+    than 1024 values.
     """
     flat = weight.flatten().double()
     low, high = flat.min(), flat.max()
@@ -206,7 +206,7 @@ def _entropy(symbols: Tensor, bins: int) -> float:
 
 
 def _rounded(value: Any) -> Any:
-    """Six significant digits, since more are noise and the files are committed; JSON has no NaN."""
+    """Rounds to six significant digits, since more are noise and the files are committed; JSON has no NaN."""
     if isinstance(value, list):
         return [_rounded(entry) for entry in value]
     return float(f"{value:.6g}") if math.isfinite(value) else None
