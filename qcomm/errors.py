@@ -1,15 +1,21 @@
-"""The exceptions that qcomm adds to Python's own; bad arguments are ``TypeError`` and ``ValueError`` as everywhere."""
+"""Exceptions that qcomm adds to Python's own. Invalid arguments raise ``TypeError`` and ``ValueError``."""
 
 __all__ = ["CollectiveError", "ConfigMismatchError", "PacketError"]
 
 
 class PacketError(ValueError):
-    """Bytes that are not a valid packet: truncated, damaged, of another version, or not a packet at all."""
+    """An error of bytes that are not a valid packet: truncated, damaged, of another version, or something else."""
 
 
 class ConfigMismatchError(RuntimeError):
-    """Ranks that take part in one collective are configured differently; the message names the field and the ranks."""
+    """A difference between the configurations of the ranks in one collective.
+
+    The message names the field and the ranks.
+    """
 
 
 class CollectiveError(RuntimeError):
-    """A collective failed on some rank; every rank gets this error, which names the rank and what it was doing."""
+    """A failure of a collective on some rank.
+
+    Every rank raises this error, which names the failed rank and its operation.
+    """

@@ -1,4 +1,7 @@
-"""The codec: tensors to packets and back, on the CPU and on devices. docs/format.md describes the bytes."""
+"""The codec, which turns tensors into packets and back on the CPU and on devices.
+
+docs/format.md describes the bytes.
+"""
 
 from qcomm.codec._native import (
     CHECKSUM_BYTES,

@@ -1,6 +1,6 @@
-"""The only importer of the native core: turns checked tensors into addresses.
+"""Bindings to the native core, which turn checked tensors into addresses.
 
-Everything here speaks torch; nothing above it speaks addresses.
+No other module imports the core. The functions take and return tensors, so that callers never handle addresses.
 """
 
 import math
@@ -22,9 +22,10 @@ DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
 WIRE_TABLE = 0
 MAX_THREADS = 1024
 NO_TABLE = 255
-# Of the core: csrc/include/qcomm/format.h, and a measured tensor's quantizer in a plan's workspace.
+# Sizes that the core defines in csrc/include/qcomm/format.h. QUANTIZER_BYTES is the size of one measured tensor's
+# quantizer in a plan's workspace.
 PACKET_HEADER_BYTES = _C.PACKET_HEADER_BYTES
-TOTAL_BYTES_AT = _C.TOTAL_BYTES_AT  # the packet's size in its header
+TOTAL_BYTES_AT = _C.TOTAL_BYTES_AT  # position of the packet's size in its header
 DIMENSION_BYTES = _C.DIMENSION_BYTES
 SEGMENT_RECORD_BYTES = _C.SEGMENT_RECORD_BYTES
 CHECKSUM_BYTES = _C.CHECKSUM_BYTES
@@ -33,7 +34,7 @@ QUANTIZER_BYTES = _C.QUANTIZER_BYTES
 
 
 class GridKind(IntEnum):
-    """``SegmentRecord.grid`` in a packet."""
+    """Kinds of grid, the values of ``SegmentRecord.grid`` in a packet."""
 
     NONE = 0
     RANGE_CENTER = 1
@@ -42,7 +43,7 @@ class GridKind(IntEnum):
 
 
 class Coding(IntEnum):
-    """``SegmentRecord.coding`` in a packet."""
+    """Codings of a segment, the values of ``SegmentRecord.coding`` in a packet."""
 
     RAW = 0
     CONSTANT = 1
@@ -52,7 +53,10 @@ class Coding(IntEnum):
 
 
 class Quantizer(NamedTuple):
-    """A measured tensor's grid and code: what a segment record says, and all that encoding needs besides the values."""
+    """A measured tensor's grid and code, as in a segment record.
+
+    Encoding needs nothing else besides the values.
+    """
 
     grid: GridKind
     num_bits: int
@@ -63,17 +67,17 @@ class Quantizer(NamedTuple):
 
     @classmethod
     def raw(cls) -> "Quantizer":
-        """Values travel as they are."""
+        """Returns the quantizer of values that travel uncompressed."""
         return cls(GridKind.NONE, 0, Coding.RAW, WIRE_TABLE, 0.0, 0.0)
 
     @classmethod
     def constant(cls, value: float) -> "Quantizer":
-        """Every value decodes to ``value``, which may be NaN."""
+        """Returns a quantizer whose values all decode to ``value``, which may be NaN."""
         return cls(GridKind.NONE, 0, Coding.CONSTANT, WIRE_TABLE, value, 0.0)
 
     @property
     def step(self) -> float:
-        """Distance of neighbouring levels; 0 where nothing is lost."""
+        """Returns the distance of neighbouring levels; 0 where nothing is lost."""
         if self.grid == GridKind.SIGMA:
             return self.p1
         if self.grid == GridKind.NONE:
@@ -83,11 +87,11 @@ class Quantizer(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """One tensor, or a part of one, as it goes into a packet.
+    """One tensor, or a part of one, that becomes a segment of a packet.
 
-    ``values``: contiguous, any shape; float32 or float64 where there is a residual. ``residual``: float32, contiguous,
-    of as many elements; it is
-    added before quantization and then replaced by what quantization lost.
+    ``values`` are contiguous and of any shape. They are float32 or float64 if there is a residual. ``residual`` is
+    contiguous float32 with the same number of elements. It is added before quantization and then replaced by the
+    quantization error.
     """
 
     values: torch.Tensor
@@ -97,11 +101,10 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Of ``count`` values: extremes, sum of squares, all finite or not.
+    """Extremes and sum of squares of ``count`` values, and whether all of them are finite.
 
-    The order in which squares are added, in float64, is part of the packet format.
-
-    Where ``finite`` is False the other figures say nothing.
+    The squares are added in float64, in an order that is part of the packet format. The other figures are meaningless
+    if ``finite`` is False.
     """
 
     count: int
@@ -112,12 +115,12 @@ class Statistics:
 
     @property
     def rms(self) -> float:
-        """Root mean square; 0 for no values."""
+        """Returns the root mean square; 0 for no values."""
         return math.sqrt(self.sum_squares / self.count) if self.count else 0.0
 
 
 def check_num_threads(num_threads: object) -> int:
-    """``num_threads`` if it is an int of at least 1."""
+    """Returns ``num_threads``, at most ``MAX_THREADS``, if it is an int of at least 1."""
     if isinstance(num_threads, bool) or not isinstance(num_threads, int):
         raise TypeError(f"num_threads must be an int, got {type(num_threads).__name__}")
     if num_threads < 1:
@@ -137,7 +140,7 @@ def _check_device(name: str, tensor: torch.Tensor, devices: tuple[str, ...]) -> 
 
 
 def check_floats(name: str, tensor: object, devices: tuple[str, ...] = ("cpu",)) -> torch.Tensor:
-    """Returns ``tensor`` if it is dense, real and floating-point on such a device, or raises an error that names it."""
+    """Returns ``tensor`` if it is dense, real and floating-point on one of ``devices``; raises an error otherwise."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
@@ -152,7 +155,7 @@ def check_floats(name: str, tensor: object, devices: tuple[str, ...] = ("cpu",))
 
 
 def check_packet(packet: object, devices: tuple[str, ...] = ("cpu",)) -> torch.Tensor:
-    """Returns ``packet`` as a contiguous 1-D uint8 tensor on such a device, or raises an error that names it."""
+    """Returns ``packet`` as a contiguous 1-D uint8 tensor on one of ``devices``; raises an error otherwise."""
     if not isinstance(packet, torch.Tensor):
         raise TypeError(
             f"packet must be a 1-D uint8 tensor, got {type(packet).__name__}; torch.frombuffer makes one from bytes"
@@ -164,7 +167,7 @@ def check_packet(packet: object, devices: tuple[str, ...] = ("cpu",)) -> torch.T
 
 
 def _source(values: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, int, int, int]:
-    """(address, dtype, count, residual address) of ``values * inv_scale + residual``, checked."""
+    """Checks ``values`` and ``residual`` and returns (address, dtype, count, residual address)."""
     check_floats("values", values)
     if not values.is_contiguous():
         raise ValueError("values must be contiguous")
@@ -188,13 +191,13 @@ def _source(values: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, i
 def measure(
     values: torch.Tensor, residual: torch.Tensor | None = None, inv_scale: float = 1.0, *, num_threads: int = 1
 ) -> Statistics:
-    """Statistics of ``u = values * inv_scale + residual``.
+    """Measures the statistics of ``u = values * inv_scale + residual``.
 
     Args:
         values: contiguous, any shape, float32, float16, bfloat16 or float64.
-        residual: contiguous float32 with as many elements, or None. Needs float32 or float64 values.
-        inv_scale: a factor, rounded to the arithmetic of the dtype.
-        num_threads: most that work at once; the result does not depend on it.
+        residual: contiguous float32 with the same number of elements, or None. It needs float32 or float64 values.
+        inv_scale: factor of the values, rounded to the arithmetic of the dtype.
+        num_threads: maximum number of threads; the result does not depend on it.
 
     Example:
         >>> measure(torch.tensor([3.0, -4.0])).sum_squares
@@ -215,13 +218,13 @@ def histogram_entropy(
     seed: int,
     num_threads: int,
 ) -> float:
-    """Entropy in bits of a sampled histogram over [lo, hi]."""
+    """Returns the entropy in bits of a sampled histogram over [lo, hi]."""
     threads = check_num_threads(num_threads)
     return _C.entropy(*_source(values, residual), inv_scale, lo, hi, num_bits, fraction, seed, threads)
 
 
 def sample_indices(count: int, fraction: float, seed: int) -> torch.Tensor:
-    """Returns the int64 indices of the values of a tensor of ``count`` elements that the entropy estimate samples."""
+    """Returns the int64 indices that the entropy estimate samples in a tensor of ``count`` elements."""
     size = _C.sample_size(count, fraction)
     indices = torch.empty(size, dtype=torch.int64)
     _C.sample_indices(size, count, seed, indices.data_ptr())
@@ -237,24 +240,24 @@ def sigma_code(
     k: float,
     num_threads: int = 1,
 ) -> tuple[Coding, int]:
-    """The cheapest code for a sigma segment by the counts of a sample: (coding, table)."""
+    """Returns (coding, table) of the cheapest code for a sigma segment, as priced on a sample."""
     threads = check_num_threads(num_threads)
     coding, table = _C.sigma_code(*_source(values, residual), inv_scale, num_bits, step, k, 0, threads)
     return Coding(coding), table
 
 
 def nearest_static_table(coding: Coding, num_bits: int, k: float) -> int:
-    """Number of the built-in table made for a step near ``k``, or ``NO_TABLE``."""
+    """Returns the number of the built-in table made for a step near ``k``, or ``NO_TABLE``."""
     return _C.nearest_static_table(coding, num_bits, k)
 
 
 def is_usable(quantizer: Quantizer, dtype: torch.dtype) -> bool:
-    """Whether the grid's arithmetic can represent the values; if not they travel raw."""
+    """Returns whether the grid's arithmetic can represent the values; if not, they travel raw."""
     return _C.is_usable(quantizer, DTYPE_NUMBERS[dtype])
 
 
 def quantize(values: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
-    """int32 symbols of ``values``, in their shape."""
+    """Returns the int32 symbols of ``values``, in their shape."""
     values = check_floats("tensor", values).contiguous()
     symbols = torch.empty(values.shape, dtype=torch.int32)
     _C.quantize(values.data_ptr(), DTYPE_NUMBERS[values.dtype], values.numel(), quantizer, symbols.data_ptr())
@@ -262,7 +265,7 @@ def quantize(values: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
 
 
 def dequantize(symbols: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
-    """Values of int32 symbols, in their shape."""
+    """Returns the values of int32 symbols, in their shape."""
     symbols = symbols.contiguous()
     values = torch.empty(symbols.shape, dtype=dtype)
     _C.dequantize(symbols.data_ptr(), symbols.numel(), quantizer, DTYPE_NUMBERS[dtype], values.data_ptr())
@@ -272,7 +275,7 @@ def dequantize(symbols: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype) 
 def encode(
     segments: Sequence[Segment], shape: Sequence[int], inv_scale: float, checksum: bool, steps: int, num_threads: int
 ) -> torch.Tensor:
-    """A packet of ``segments`` as a 1-D uint8 tensor, a view of a larger buffer."""
+    """Encodes ``segments`` into a packet, a 1-D uint8 tensor that is a view of a larger buffer."""
     dtype = DTYPE_NUMBERS[check_floats("values", segments[0].values).dtype]
     described = []
     num_threads = check_num_threads(num_threads)
@@ -288,7 +291,7 @@ def encode(
 
 
 class ParsedPacket(NamedTuple):
-    """What a packet's metadata says, after all of it has been checked."""
+    """A packet's metadata, completely checked."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -316,7 +319,10 @@ def _records(records: Sequence[tuple[int, int, int, int, int, float, float]]) ->
 
 
 class PacketFront(NamedTuple):
-    """A packet's header, dimensions and segment records: enough to allocate memory before the rest is read."""
+    """A packet's header, dimensions and segment records.
+
+    They suffice to allocate memory before the rest is read.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -349,21 +355,24 @@ def parse_front(front: torch.Tensor, packet_bytes: int) -> PacketFront:
 
 
 def decode(packet: torch.Tensor, out: torch.Tensor, accumulate: bool, num_threads: int) -> None:
-    """Decodes into ``out`` (contiguous, the packet's dtype and element count), or adds to it."""
+    """Decodes a packet into ``out``, or adds it to ``out``.
+
+    ``out`` is contiguous and has the packet's dtype and element count.
+    """
     threads = check_num_threads(num_threads)
     dtype = DTYPE_NUMBERS[out.dtype]
     _C.decode(packet.data_ptr(), packet.numel(), out.data_ptr(), out.numel(), dtype, accumulate, threads)
 
 
 def count_symbols(packet: torch.Tensor, segment: int) -> torch.Tensor:
-    """int64 counts[65536] of a segment's symbols."""
+    """Counts a segment's symbols and returns int64 counts[65536]."""
     counts = torch.zeros(65536, dtype=torch.int64)
     _C.count_symbols(packet.data_ptr(), packet.numel(), segment, counts.data_ptr())
     return counts
 
 
 def code_lengths(counts: torch.Tensor, limit: int) -> torch.Tensor:
-    """uint8 lengths of an optimal code with codewords of at most ``limit`` bits."""
+    """Returns the uint8 lengths of an optimal code whose codewords have at most ``limit`` bits."""
     counts = counts.to(torch.int64).contiguous()
     lengths = torch.empty(counts.numel(), dtype=torch.uint8)
     _C.code_lengths(counts.data_ptr(), counts.numel(), limit, lengths.data_ptr())
@@ -371,7 +380,7 @@ def code_lengths(counts: torch.Tensor, limit: int) -> torch.Tensor:
 
 
 def canonical_codes(lengths: torch.Tensor) -> torch.Tensor:
-    """int32 codewords, LSB first."""
+    """Returns the int32 codewords, LSB first."""
     lengths = lengths.to(torch.uint8).contiguous()
     codes = torch.empty(lengths.numel(), dtype=torch.int16)
     _C.canonical_codes(lengths.data_ptr(), lengths.numel(), codes.data_ptr())
@@ -379,9 +388,9 @@ def canonical_codes(lengths: torch.Tensor) -> torch.Tensor:
 
 
 def cpu_features() -> tuple[str, ...]:
-    """Names of the instruction sets that this processor and this build can use, the best last.
+    """Returns the names of the instruction sets that this processor and this build support, the best last.
 
-    ``"scalar"``, ``"avx2"``, ``"avx512"``. The best is used; results do not depend on it.
+    The names are ``"scalar"``, ``"avx2"`` and ``"avx512"``. The best one is used; results do not depend on it.
 
     Example:
         >>> cpu_features()[0]
@@ -392,7 +401,7 @@ def cpu_features() -> tuple[str, ...]:
 
 @contextmanager
 def using_cpu_feature(name: str) -> Iterator[None]:
-    """Uses one of :func:`cpu_features` inside a ``with`` block, in all threads: for tests and benchmarks."""
+    """Selects one of :func:`cpu_features` inside a ``with`` block, in all threads, for tests and benchmarks."""
     before = _C.kernel_version()
     if not _C.use_kernel_version(name):
         raise ValueError(f"name must be one of {cpu_features()} on this processor, got {name!r}")
@@ -403,23 +412,25 @@ def using_cpu_feature(name: str) -> Iterator[None]:
 
 
 def static_tables() -> list[tuple[int, Coding, int, list[int]]]:
-    """The built-in codes: (number, coding, num_bits, code lengths)."""
+    """Returns the built-in codes as (number, coding, num_bits, code lengths)."""
     return [(number, Coding(coding), bits, lengths) for number, coding, bits, lengths in _C.static_tables()]
 
 
 def checksum(data: torch.Tensor) -> int:
-    """The packet checksum of a uint8 tensor."""
+    """Returns the packet checksum of a uint8 tensor."""
     data = data.contiguous()
     return _C.checksum(data.data_ptr(), data.numel())
 
 
 def divide_to_bfloat(values: torch.Tensor, divisor: int, out: torch.Tensor) -> None:
-    """``out.copy_(values).div_(divisor)``, bit for bit but for NaNs' payloads, in one pass on torch's threads.
+    """Computes ``out.copy_(values).div_(divisor)`` in one pass on torch's threads.
+
+    The result is equal bit for bit, except for the payloads of NaNs.
 
     Args:
         values: float32, contiguous, on the CPU.
         divisor: at least 1.
-        out: bfloat16, contiguous, as many elements.
+        out: bfloat16, contiguous, with the same number of elements.
     """
     if values.dtype != torch.float32 or out.dtype != torch.bfloat16 or values.numel() != out.numel():
         raise ValueError(
@@ -430,5 +441,5 @@ def divide_to_bfloat(values: torch.Tensor, divisor: int, out: torch.Tensor) -> N
 
 
 def log2_fixed(v: int) -> int:
-    """``2**24 * log2(v)`` in the fixed-point arithmetic of the format."""
+    """Returns ``2**24 * log2(v)`` in the fixed-point arithmetic of the format."""
     return _C.log2_fixed(v)

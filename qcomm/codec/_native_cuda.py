@@ -1,7 +1,7 @@
-"""The CUDA core ``qcomm._cuda``: its only importer, the records it takes, and the little that torch has to do for it.
+"""Bindings to the CUDA core ``qcomm._cuda``: the records that it takes and its setup with torch.
 
-The kernels' bytes are those of the CPU codec. They have been run under an emulation on the host only, never on a GPU:
-see ``csrc/cuda/README.md``.
+No other module imports the core. The kernels write the same bytes as the CPU codec. They have been run under an
+emulation on the host only, never on a GPU: see ``csrc/cuda/README.md``.
 
 ``csrc/include/qcomm/cuda.h`` explains the records, which have its names and defaults. Its ``count`` is ``elements``
 here, because tuples have a method ``count``. The core takes the records as tuples, by position. Addresses are of device
@@ -35,7 +35,7 @@ __all__ = [
 # Device types whose tensors the kernels compress in place. The emulated core of the tests adds "cpu".
 KERNEL_DEVICES = frozenset({"cuda"})
 
-# cuda.h, Fault
+# Messages of the values of Fault in cuda.h, by number.
 FAULTS = (
     "nothing",
     "a raw or fixed segment's checksum is wrong",
@@ -57,7 +57,7 @@ class QuantizerHead(NamedTuple):
 
 
 class SampleRule(NamedTuple):
-    """The decisions that the kernels take by a sample of a tensor: a range grid's bits, a sigma grid's code."""
+    """Rules for the kernels' choices on a sample of a tensor: a range grid's bits, a sigma grid's code."""
 
     c: float = 6.0
     entropy_bits: int = 4
@@ -68,7 +68,7 @@ class SampleRule(NamedTuple):
 
 
 class KernelTensor(NamedTuple):
-    """``cuda::Tensor``: ``values * inv_scale + residual``, measured as a whole."""
+    """``cuda::Tensor``, the sum ``values * inv_scale + residual``, measured as a whole."""
 
     values: int
     elements: int
@@ -83,7 +83,7 @@ class KernelTensor(NamedTuple):
 
 
 class CodedRange(NamedTuple):
-    """``cuda::Segment``: values [offset, offset + elements) of tensor number ``tensor``, one segment of a packet."""
+    """``cuda::Segment``, the values [offset, offset + elements) of tensor number ``tensor``, one segment."""
 
     tensor: int
     offset: int
@@ -92,7 +92,7 @@ class CodedRange(NamedTuple):
 
 
 class PacketSlot(NamedTuple):
-    """``cuda::Packet``: memory of ``capacity`` bytes at ``out`` for a packet of the next ``segments`` segments."""
+    """``cuda::Packet``, memory of ``capacity`` bytes at ``out`` for a packet of the next ``segments`` segments."""
 
     segments: int
     out: int = 0
@@ -101,7 +101,10 @@ class PacketSlot(NamedTuple):
 
 
 class DecodeTask(NamedTuple):
-    """``cuda::DecodeTask``: a packet within ``bytes`` bytes, or of exactly as many, and its ``elements`` values."""
+    """``cuda::DecodeTask``, a packet of at most ``bytes`` bytes and its ``elements`` values.
+
+    The packet has exactly ``bytes`` bytes if ``exact`` is True.
+    """
 
     packet: int
     bytes: int
@@ -111,7 +114,7 @@ class DecodeTask(NamedTuple):
 
 
 class Run(NamedTuple):
-    """``cuda::Run``: ``elements`` neighbouring values to copy or to add."""
+    """``cuda::Run``, a run of ``elements`` neighbouring values to copy or to add."""
 
     source: int
     target: int
@@ -123,10 +126,10 @@ class Run(NamedTuple):
 
 
 def core() -> ModuleType:
-    """The module ``qcomm._cuda``.
+    """Returns the module ``qcomm._cuda``.
 
     Raises:
-        RuntimeError: this build has none; it says how to get one.
+        RuntimeError: this build has no CUDA core; the message explains how to build one.
     """
     try:
         return import_module("qcomm._cuda")
@@ -138,7 +141,7 @@ def core() -> ModuleType:
 
 
 def is_on_device(tensor: torch.Tensor) -> bool:
-    """Whether a tensor's mean is computed by kernels, in device memory.
+    """Returns whether kernels compute a tensor's mean, in device memory.
 
     Example:
         >>> is_on_device(torch.zeros(3))
@@ -150,19 +153,19 @@ def is_on_device(tensor: torch.Tensor) -> bool:
 def static_codes(device: torch.device) -> torch.Tensor:
     """Copies the static codes to a device. The copy is complete when this returns, for any stream.
 
-    The caller keeps it as long as kernels may read it.
+    The caller keeps the copy for as long as kernels may read it.
     """
     return torch.frombuffer(bytearray(core().static_tables()), dtype=torch.uint8).to(device)
 
 
 def stream(device: torch.device) -> int:
-    """The current stream's address."""
+    """Returns the address of the device's current stream; 0 on the host."""
     # The emulated core of the tests works on the host's memory, where there are no streams.
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def on_device(blob: bytes, device: torch.device) -> torch.Tensor:
-    """A copy of ``blob`` on a device. Does not wait for it: the host's copy is in pinned memory."""
+    """Copies ``blob`` to a device through pinned memory, without waiting for the device."""
     if not blob:
         return torch.empty(0, dtype=torch.uint8, device=device)
     host = torch.frombuffer(bytearray(blob), dtype=torch.uint8)

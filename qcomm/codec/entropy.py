@@ -1,4 +1,4 @@
-"""Entropy of a tensor from a small sample: what decides on the number of bits."""
+"""Entropy of a tensor from a small sample, which decides on the number of bits of a range grid."""
 
 import torch
 
@@ -11,18 +11,18 @@ __all__ = ["estimate_entropy"]
 
 
 def estimate_entropy(tensor: torch.Tensor, num_bits: int = 4, sample_fraction: float = 0.03, *, seed: int = 0) -> float:
-    """Entropy, in bits, of the ``2**num_bits``-bin histogram of a sample of ``tensor`` between its minimum and maximum.
+    """Estimates the entropy of ``tensor`` in bits, from a sample.
 
-    At least 1024 values are sampled (all of a smaller tensor), one from each stride; computed in integers, so that
-    every machine and
-    device finds the same number. 0 for a constant or empty tensor.
+    The estimate is the entropy of a histogram with ``2**num_bits`` bins between the tensor's minimum and maximum. At
+    least 1024 values are sampled, one from each stride; a smaller tensor is counted whole. The arithmetic is in
+    integers, so that every machine and device finds the same number. The entropy of a constant or empty tensor is 0.
 
     Args:
-        tensor: any shape, float32, float16, bfloat16 or float64, finite, on the CPU or a CUDA device, for which this
-            waits.
-        num_bits: 1..12.
-        sample_fraction: in (0, 1].
-        seed: which values are sampled.
+        tensor: any shape, float32, float16, bfloat16 or float64, finite, on the CPU or a CUDA device. The function
+            waits for the device.
+        num_bits: base-2 logarithm of the number of bins, 1..12.
+        sample_fraction: fraction of the values to sample, in (0, 1].
+        seed: selects the sampled values.
 
     Raises:
         ValueError: non-finite values, or an argument out of range.

@@ -1,4 +1,7 @@
-"""Grids: how finely a tensor is quantized, as small immutable descriptions. docs/format.md has the arithmetic."""
+"""Grids, small immutable descriptions of the levels to which a tensor is quantized.
+
+docs/format.md has the arithmetic.
+"""
 
 import math
 from dataclasses import dataclass
@@ -34,27 +37,25 @@ def _integer(name: str, value: object, low: int, high: int) -> int:
 
 
 def sigma_num_bits(step: float) -> int:
-    """Bits of a sigma grid's alphabet: the fewest, of 4..16, that reach 6.25 sigma on each side of zero."""
+    """Returns the bits of a sigma grid's alphabet: the fewest, of 4..16, that reach 6.25 sigma on each side of zero."""
     return next(n for n in range(4, 17) if (2 ** (n - 1) - 0.5) * step >= 6.25)
 
 
 @dataclass(frozen=True)
 class SigmaGrid:
-    """A symmetric mid-tread grid relative to a tensor's RMS: levels at multiples of ``step * rms``, zero among them.
+    """A symmetric mid-tread grid relative to a tensor's RMS, with levels at multiples of ``step * rms``, including 0.
 
-    The default for gradients. Values outside the alphabet are sent exactly; nothing is clipped.
+    It is the default for gradients. Values outside the alphabet are sent exactly; nothing is clipped.
 
     Args:
-        step: distance of the levels in units of the tensor's root mean square, 2**-12..16. 1 costs about 2.1 bits a
-            value of a
-            typical gradient, 2 about 1.15; use error feedback from 2 on.
-        coding: ``"auto"`` prices the codes on a sample and takes the cheapest; ``"single"`` and ``"pair"`` force a
-            built-in table (one or two
-            symbols a codeword; pairs need ``step >= 0.84``), ``"table"`` a table of the tensor's own in the packet,
-            ``"fixed"`` no Huffman code.
+        step: distance of the levels in units of the tensor's root mean square, 2**-12..16. A step of 1 costs about 2.1
+            bits per value of a typical gradient, a step of 2 about 1.15. Use error feedback with steps of 2 or more.
+        coding: ``"auto"`` prices the codes on a sample and takes the cheapest. ``"single"`` and ``"pair"`` force a
+            built-in table with one or two symbols per codeword; pairs need ``step >= 0.84``. ``"table"`` puts the
+            tensor's own table into the packet. ``"fixed"`` uses no Huffman code.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Example:
         >>> SigmaGrid(step=2.0).num_bits
@@ -76,39 +77,39 @@ class SigmaGrid:
 
     @cached_property
     def num_bits(self) -> int:
-        """Bits of the alphabet before coding."""
+        """Returns the bits of the alphabet before coding."""
         return sigma_num_bits(self.step)
 
     def describe(self) -> str:
-        """The configuration as one line, the same on every rank that is configured alike."""
+        """Returns the configuration as one line, equal on all ranks with the same configuration."""
         return f"SigmaGrid(step={self.step!r}, coding={self.coding!r})"
 
 
 @dataclass(frozen=True)
 class RangeGrid:
-    """Uniform levels between a tensor's minimum and maximum, their number chosen by its entropy.
+    """A grid of uniform levels between a tensor's minimum and maximum, whose number follows from the entropy.
 
-    The method of A. Oland and B. Raj, "Reducing communication overhead in distributed learning by an order of magnitude
-    (almost)",
-    ICASSP 2015: the entropy H of a coarse histogram of a small sample decides, for each tensor and each time, on ``N =
-    ceil(H + c)`` bits. The default for
-    weights.
+    It is the default for weights. The entropy H of a coarse histogram of a small sample gives ``N = ceil(H + c)`` bits,
+    anew for each tensor and each time it is encoded.
+
+    Source: A. Oland and B. Raj, "Reducing communication overhead in distributed learning by an order of magnitude
+    (almost)", ICASSP 2015.
 
     Args:
         preset: ``"paper"`` is ``c=6, reconstruction="center"``; ``"compact"`` is ``c=5``; None takes the arguments
             below.
-        c: bits added to the entropy, >= 0: the least N, while ``c + entropy_bits`` is the most.
+        c: bits added to the entropy, >= 0. It is the minimum of N; ``c + entropy_bits`` is the maximum.
         entropy_bits: the histogram has ``2**entropy_bits`` bins, 1..12 (the paper's M).
-        sample_fraction: part of the values that are looked at, in (0, 1]; never fewer than 1024 values.
+        sample_fraction: fraction of the values that are sampled, in (0, 1]; never fewer than 1024 values.
         max_bits: upper bound of N, 1..16.
-        reconstruction: ``"endpoint"`` has levels at both ends, so that decoding and encoding again changes nothing;
-            ``"center"`` decodes
-            to the middle of a bin, as the paper does, which shrinks repeatedly exchanged weights by ``2**-N`` a round.
-        num_bits: a fixed N, 1..16, instead of the entropy's.
-        seed: of the sample.
+        reconstruction: ``"endpoint"`` has levels at both ends, so that decoding and encoding again changes nothing.
+            ``"center"`` decodes to the middle of a bin, as in the paper. It shrinks repeatedly exchanged weights by
+            ``2**-N`` per round.
+        num_bits: a fixed N, 1..16, which replaces the entropy's.
+        seed: seed of the sample.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Example:
         >>> RangeGrid("paper").reconstruction
@@ -149,13 +150,13 @@ class RangeGrid:
             raise ValueError(f"reconstruction must be one of {RECONSTRUCTIONS}, got {self.reconstruction!r}")
 
     def bits_for(self, entropy: float) -> int:
-        """N for a tensor of ``entropy`` bits: ``min(ceil(H + c), floor(c + M), max_bits)``, at least 1."""
+        """Returns N for a tensor of ``entropy`` bits: ``min(ceil(H + c), floor(c + M), max_bits)``, at least 1."""
         if self.num_bits is not None:
             return self.num_bits
         return max(1, min(math.ceil(entropy + self.c), math.floor(self.c + self.entropy_bits), self.max_bits))
 
     def describe(self) -> str:
-        """The configuration as one line, the same on every rank that is configured alike."""
+        """Returns the configuration as one line, equal on all ranks with the same configuration."""
         fields = ("c", "entropy_bits", "sample_fraction", "max_bits", "reconstruction", "num_bits", "seed")
         return f"RangeGrid({', '.join(f'{name}={getattr(self, name)!r}' for name in fields)})"
 

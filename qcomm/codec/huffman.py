@@ -10,17 +10,17 @@ MAX_CODE_LENGTH = 15
 
 
 def code_lengths(counts: torch.Tensor, limit: int = MAX_CODE_LENGTH) -> torch.Tensor:
-    """Codeword lengths of an optimal prefix code whose codewords have at most ``limit`` bits.
+    """Returns the codeword lengths of an optimal prefix code whose codewords have at most ``limit`` bits.
 
     Args:
-        counts: how often each symbol occurs; 1-D integer tensor of at most 4096 entries, their sum below 2**48.
-        limit: 1..15; the symbols in use must not be more than ``2**limit``.
+        counts: frequency of each symbol, a 1-D integer tensor of at most 4096 entries with a sum below 2**48.
+        limit: 1..15; at most ``2**limit`` symbols may be in use.
 
     Returns:
         uint8 tensor: 0 for an unused symbol, 1 for a lone one.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Source: L. Larmore and D. Hirschberg, "A fast algorithm for optimal length-limited Huffman codes", J. ACM 37(3),
     1990 (package-merge).
@@ -49,7 +49,7 @@ def code_lengths(counts: torch.Tensor, limit: int = MAX_CODE_LENGTH) -> torch.Te
 
 
 def canonical_codes(lengths: torch.Tensor) -> torch.Tensor:
-    """Codewords for the given lengths, in order of (length, symbol), bit-reversed so that they are read LSB first.
+    """Assigns codewords to lengths in order of (length, symbol), bit-reversed so that they are read LSB first.
 
     Args:
         lengths: 1-D integer tensor, 0..15 each, of at most 4096 symbols; 0 means no codeword.

@@ -1,4 +1,4 @@
-"""Tensors to packets and back. docs/format.md describes the bytes."""
+"""Packets on the CPU: compression, decompression and inspection. docs/format.md describes the bytes."""
 
 import math
 from collections.abc import Sequence
@@ -14,15 +14,15 @@ from qcomm.errors import PacketError
 
 __all__ = ["PacketInfo", "Segment", "SegmentInfo", "compress", "decode_into", "decompress", "encode", "inspect"]
 
-# Symbols per lane in a block. A block costs about 48 bytes besides its codewords, and is what one warp or one thread
-# works on at a time.
+# Symbols per lane in a block. A block costs about 48 bytes besides its codewords. One warp or one thread works on one
+# block at a time.
 BLOCK_STEPS = 256
 LARGE_BLOCK_STEPS = 512
 LARGE_ELEMENTS = 1 << 24
 
 
 def default_block_steps(element_count: int) -> int:
-    """Symbols per lane in a block.
+    """Returns the default number of symbols per lane in a block.
 
     Long blocks cost fewer bytes, and a large tensor has enough of them to keep a GPU busy.
     """
@@ -30,7 +30,7 @@ def default_block_steps(element_count: int) -> int:
 
 
 def check_block_steps(block_steps: int | None, element_count: int) -> int:
-    """``block_steps`` if it is 1..512, by default what :func:`default_block_steps` says."""
+    """Returns ``block_steps`` if it is 1..512, and :func:`default_block_steps` for None."""
     if block_steps is None:
         return default_block_steps(element_count)
     if isinstance(block_steps, bool) or not isinstance(block_steps, int):
@@ -51,21 +51,21 @@ def compress(
     """Quantizes and Huffman-codes a tensor.
 
     Args:
-        tensor: any shape, contiguous or not, float32, float16, bfloat16 or float64, on the CPU or a CUDA device (the
-            kernels for which have never run on a GPU, only under emulation). Non-finite values make it travel raw,
-            exactly.
-        grid: how finely; SigmaGrid for gradients, RangeGrid for weights.
-        checksum: add 4 bytes a block that let ``decompress`` tell damaged from whole.
-        block_steps: symbols per lane in a block, 1..512; by default by size. Smaller blocks are more parallel and
-            larger in sum.
-        num_threads: most that work at once, where there are 131,072 values for each; the bytes do not depend on it.
+        tensor: any shape, contiguous or not, float32, float16, bfloat16 or float64, on the CPU or a CUDA device. The
+            CUDA kernels have never run on a GPU, only under emulation. A tensor with non-finite values is stored raw
+            and restored exactly.
+        grid: levels of the quantization, a SigmaGrid for gradients or a RangeGrid for weights.
+        checksum: add 4 bytes per block, by which ``decompress`` detects damage.
+        block_steps: symbols per lane in a block, 1..512; the default depends on the size. Smaller blocks are more
+            parallel but take more bytes.
+        num_threads: maximum number of threads; the result does not depend on it. Each thread needs 131,072 values.
 
     Returns:
-        A 1-D uint8 tensor on the tensor's device. Never more than 128 bytes larger than the tensor itself (up to 6
+        A 1-D uint8 tensor on the tensor's device. It is at most 128 bytes larger than the tensor itself (up to 6
         dimensions).
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: an argument is invalid; the message names it.
         RuntimeError: the tensor is on a CUDA device and this build has no CUDA kernels.
 
     Example:
@@ -92,11 +92,11 @@ def compress(
 
 
 def decompress(packet: torch.Tensor, *, num_threads: int = 1) -> torch.Tensor:
-    """The tensor in a packet, in its shape and dtype.
+    """Returns the tensor in a packet, in its shape and dtype.
 
     Args:
         packet: 1-D uint8, on the CPU or a CUDA device.
-        num_threads: most that work at once, on the CPU.
+        num_threads: maximum number of threads on the CPU; the result does not depend on it.
 
     Raises:
         PacketError: the bytes are not a whole, undamaged packet of this version.
@@ -130,25 +130,22 @@ def encode(
     block_steps: int | None = None,
     num_threads: int = 1,
 ) -> torch.Tensor:
-    """A packet of several segments, each ``u = values * inv_scale + residual`` on its own quantizer.
+    """Encodes several segments into one packet, each ``u = values * inv_scale + residual`` on its own quantizer.
 
-    The building block of collectives.
-
-    A segment's residual, where it has one, is replaced by ``u - decoded(u)`` (error feedback) in the same pass; a
-    constant NaN leaves it
-    untouched. Arguments are checked before anything is written.
+    The collectives are built on this function. The same pass replaces a segment's residual by ``u - decoded(u)`` (error
+    feedback). A constant NaN leaves the residual untouched. Arguments are checked before anything is written.
 
     Args:
         segments: at least one, all of one dtype (float32 or float64 where a residual or scale is used).
-        inv_scale: positive and finite.
-        shape: of the whole; by default flat.
+        inv_scale: factor of all values, positive and finite.
+        shape: shape of all values together; flat by default.
         checksum, block_steps, num_threads: as in :func:`compress`.
 
     Returns:
         A 1-D uint8 tensor, a view of a larger buffer.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: an argument is invalid; the message names it.
 
     Example:
         >>> gradient, residual = torch.randn(5000), torch.zeros(5000)
@@ -170,16 +167,16 @@ def encode(
 
 
 def decode_into(packet: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False, num_threads: int = 1) -> None:
-    """Decodes a packet into ``out``, or adds it to ``out``, all segments one after another.
+    """Decodes all segments of a packet into ``out``, one after another, or adds them to ``out``.
 
     Args:
         packet: 1-D uint8.
         out: contiguous, of the packet's dtype and element count; float32 or float64 with ``accumulate``.
         accumulate: add instead of store.
-        num_threads: most that work at once.
+        num_threads: maximum number of threads; the result does not depend on it.
 
     Raises:
-        PacketError: the bytes are not a valid packet; what ``out`` then holds is unspecified.
+        PacketError: the bytes are not a valid packet; the content of ``out`` is then unspecified.
         TypeError, ValueError: ``out`` does not fit the packet.
 
     Example:
@@ -197,12 +194,16 @@ def decode_into(packet: torch.Tensor, out: torch.Tensor, *, accumulate: bool = F
 
 @dataclass(frozen=True)
 class SegmentInfo:
-    """One segment of a packet.
+    """The description of one segment of a packet.
 
-    ``grid``: ``"none"``, ``"range_center"``, ``"range_endpoint"`` or ``"sigma"``; ``num_bits``: of a symbol before
-    coding (of a value, where the values are raw); ``entropy_bits``: of the symbols in it, NaN where there are none;
-    ``coding``: ``"raw"``, ``"constant"``, ``"fixed"``, ``"single"`` or ``"pair"``; ``table``: ``"static <number>"``,
-    ``"own"`` or ``"none"``.
+    Attributes:
+        count: number of values.
+        grid: ``"none"``, ``"range_center"``, ``"range_endpoint"`` or ``"sigma"``.
+        num_bits: bits of a symbol before coding, or of a value where the values are raw.
+        step: distance of neighbouring levels; 0 where nothing is lost.
+        entropy_bits: entropy of the segment's symbols; NaN where there are none.
+        coding: ``"raw"``, ``"constant"``, ``"fixed"``, ``"single"`` or ``"pair"``.
+        table: ``"static <number>"``, ``"own"`` or ``"none"``.
     """
 
     count: int
@@ -216,7 +217,7 @@ class SegmentInfo:
 
 @dataclass(frozen=True)
 class PacketInfo:
-    """What a packet contains and what it costs.
+    """The content of a packet and its size.
 
     The fields from ``grid`` to ``coding`` describe the first segment; a compressed tensor has only one.
     """
@@ -237,7 +238,9 @@ class PacketInfo:
 
 
 def inspect(packet: torch.Tensor) -> PacketInfo:
-    """Describes a packet; the payload is decoded to symbols to find their entropy.
+    """Describes a packet.
+
+    The payload is decoded to symbols to find their entropy.
 
     Args:
         packet: 1-D uint8, on the CPU, or on a CUDA device, from which it is copied.

@@ -1,4 +1,7 @@
-"""Packets in device memory: compress and decompress by the kernels, with the bytes of :mod:`qcomm.codec.packet`."""
+"""Packets in device memory, compressed and decompressed by the kernels.
+
+Their bytes are those of :mod:`qcomm.codec.packet`.
+"""
 
 from typing import Any
 
@@ -25,7 +28,10 @@ __all__ = ["compress", "decompress", "extremes", "sample"]
 
 
 def compress(values: torch.Tensor, grid: Grid, checksum: bool, block_steps: int) -> torch.Tensor:
-    """The packet of a contiguous tensor, on its device. Waits for the device: the packet's size is known only there."""
+    """Returns the packet of a contiguous tensor, on its device.
+
+    It waits for the device, because the packet's size is known only there.
+    """
     device, count, asked = values.device, values.numel(), kernel_grid(grid)
     tensor = KernelTensor(values.data_ptr(), count, quantizer=asked.quantizer, k=asked.k, sample=asked.sample)
     segment, shape = CodedRange(0, 0, count), tuple(values.shape)
@@ -46,7 +52,10 @@ def compress(values: torch.Tensor, grid: Grid, checksum: bool, block_steps: int)
 
 
 def extremes(values: torch.Tensor) -> tuple[float, float, bool]:
-    """Minimum, maximum, and whether all values are finite; zeros of an empty tensor. Waits for the device."""
+    """Returns the minimum, the maximum, and whether all values are finite.
+
+    The extremes of an empty tensor are 0. The function waits for the device.
+    """
     if not values.numel():
         return 0.0, 0.0, True
     low, high = values.aminmax()
@@ -61,7 +70,7 @@ def sample(values: torch.Tensor, fraction: float, seed: int) -> torch.Tensor:
 
 
 def _read_front(packet: torch.Tensor) -> PacketFront:
-    """Copies a packet's front to the host, and no more, and lets the core parse it. The kernels check it again."""
+    """Copies only a packet's front to the host and parses it there. The kernels check it again."""
     size = _native.front_bytes(packet[:PACKET_HEADER_BYTES].cpu(), packet.numel())
     return _native.parse_front(packet[:size].cpu(), packet.numel())
 
@@ -76,7 +85,9 @@ def _own_code_bits(front: PacketFront) -> int:
 
 
 def decompress(packet: torch.Tensor) -> torch.Tensor:
-    """The tensor in a 1-D uint8 packet, on its device. Waits for the device: it must know whether the packet is whole.
+    """Returns the tensor in a 1-D uint8 packet, on its device.
+
+    It waits for the device, which must first find out whether the packet is valid.
 
     Raises:
         PacketError: the bytes are not a whole, undamaged packet of this version.

@@ -1,7 +1,7 @@
-"""The kernels' plans with what they need on a device: their tables, a workspace, the static codes.
+"""Plans of the kernels, with their tables, workspace and static codes on a device.
 
-A plan holds addresses, of tensors that its owner keeps; it is made once and run again and again, and running it waits
-for nothing and takes no memory: a rank that ran out of it half way through a collective would leave the others waiting.
+A plan holds addresses of tensors that its owner keeps. It is made once and run many times. A run waits for nothing and
+allocates no memory: a rank that ran out of memory inside a collective would leave the others waiting.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ __all__ = [
     "read_quantizers",
 ]
 
-# cuda.h, Account
+# Fields of Account in cuda.h, in its order.
 ACCOUNT = ("packet_bytes", "largest_packet", "dropped_values", "unsent_packets", "nonfinite_tensors")
 
 
@@ -77,8 +77,8 @@ def kernel_grid(grid: Grid) -> KernelGrid:
 class DeviceTensor(NamedTuple):
     """A tensor that the kernels measure as a whole: ``values * inv_scale + residual``.
 
-    Addresses are of device memory, 0 for none. ``grid`` None: the values travel uncompressed, and are measured only
-    where ``measured`` says so. ``keeps_zero``: where all values are 0, the residual takes no part.
+    Addresses are of device memory, 0 for none. If ``grid`` is None, the values travel uncompressed, and are measured
+    only if ``measured`` is True. If ``keeps_zero`` is True, the residual is not added where all values are 0.
     """
 
     values: int
@@ -114,7 +114,7 @@ def address(tensor: torch.Tensor | None, element: int = 0) -> int:
 
 
 def own_code_bits(grid: Grid) -> int:
-    """Returns the maximum number of bits of a symbol in a segment that may bring its own code; 0 where none does.
+    """Returns the maximum number of bits of a symbol in a segment with its own code; 0 without such segments.
 
     Example:
         >>> from qcomm import SigmaGrid
@@ -129,19 +129,19 @@ def own_code_bits(grid: Grid) -> int:
 
 
 def read_quantizers(found: torch.Tensor) -> list[Quantizer]:
-    """Reads the quantizers in the bytes that :meth:`Encoder.run` copies out; waits for the device."""
+    """Reads the quantizers in the bytes that :meth:`Encoder.run` copies out, and waits for the device."""
     head = found.cpu().view(-1, QUANTIZER_BYTES)
     rows = zip(head[:, :4].tolist(), head[:, 8:].contiguous().view(torch.float64).tolist(), strict=True)
     return [Quantizer(GridKind(g), n, Coding(c), t, p0, p1) for (g, n, c, t), (p0, p1) in rows]
 
 
 class Workspace:
-    """Memory that plans use one after another, on one stream: as much as the most demanding of them needs.
+    """Memory that plans use one after another on one stream, as large as the largest of them needs.
 
     The static codes, which all plans read, are part of it and are freed with it.
 
     Args:
-        device: where it is.
+        device: device of the memory.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -151,35 +151,38 @@ class Workspace:
         self._codes: torch.Tensor | None = None  # plans that are only asked for their bounds need none
 
     def codes(self) -> torch.Tensor:
-        """Returns the static codes on the device, always the same tensor. The first call copies them there."""
+        """Returns the static codes on the device, always as the same tensor. The first call copies them there."""
         if self._codes is None:
             self._codes = _native_cuda.static_codes(self.device)
         return self._codes
 
     def reserve(self, size: int) -> None:
-        """Takes ``size`` bytes and the codes, so that later runs allocate nothing."""
+        """Allocates ``size`` bytes and the codes, so that later runs allocate nothing."""
         self.codes()
         self.take(size)
 
     def take(self, size: int) -> torch.Tensor:
-        """At least ``size`` bytes, until the next call. New memory only if ``size`` is larger than ever before."""
+        """Returns at least ``size`` bytes, valid until the next call.
+
+        New memory is allocated only if ``size`` is larger than ever before.
+        """
         if self._memory.numel() < size:
             self._memory = torch.empty(size, dtype=torch.uint8, device=self.device)
         if self._memory.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._captured.append(self._memory)  # whose address the graph has
+            self._captured.append(self._memory)  # the graph holds its address
         return self._memory
 
 
 class Encoder:
-    """Encodes the same tensors into the same packets, again and again.
+    """A plan that encodes the same tensors into the same packets, any number of times.
 
     Args:
-        dtype: of the packets, float32 or float64.
+        dtype: dtype of the packets, float32 or float64.
         steps: symbols per lane in a block.
-        tensors: measured, each as a whole.
+        tensors: tensors, each of which is measured as a whole.
         segments: ranges of the tensors, in the order in which the packets carry them.
-        packets: their dimensions are not looked at: a packet is flat.
-        workspace: on the device of all of this; other plans that use it do not run between :meth:`run` and
+        packets: memory of the packets. Their dimensions are ignored: a packet is flat.
+        workspace: memory on the same device. Other plans that use it must not run between :meth:`run` and
             :meth:`add_own`.
     """
 
@@ -206,19 +209,19 @@ class Encoder:
         self.sizes = torch.zeros(max(1, len(packets)), dtype=torch.int64, device=device)
 
     def bound(self) -> int:
-        """Bytes that suffice for any of the packets, whatever the values."""
+        """Returns a number of bytes that suffices for each of the packets, for all values."""
         return max((self._plan.bound(number) for number in range(self._packets)), default=0)
 
     def reserve(self) -> None:
-        """Takes the memory that runs need, so that none of them has to."""
+        """Allocates the memory that runs need, so that runs allocate nothing."""
         self._workspace.reserve(self._size)
 
     def run(self, account: torch.Tensor, quantizers: torch.Tensor) -> None:
-        """Measures and encodes; adds what it came to to the ``account``, and copies the ``quantizers`` out.
+        """Measures and encodes, adds the counts to ``account``, and copies the quantizers to ``quantizers``.
 
         Args:
             account: int64, in the order of ``ACCOUNT``.
-            quantizers: uint8 of 24 bytes a tensor.
+            quantizers: uint8, 24 bytes per tensor.
         """
         workspace = self._workspace.take(self._size)
         codes, stream = self._workspace.codes(), _native_cuda.stream(self._device)
@@ -229,26 +232,26 @@ class Encoder:
         quantizers.copy_(workspace[at : at + QUANTIZER_BYTES * self._tensors])
 
     def add_own(self, runs: "RunCopier", inv_scale: int, add: bool) -> None:
-        """After :meth:`run`: values that stay on this rank, with their residuals, which become 0.
+        """Copies values that stay on this rank, after :meth:`run`, with their residuals, which become 0.
 
         Args:
-            runs: whose ``tensor`` counts as in ``tensors``.
+            runs: runs of values, whose ``tensor`` is a number in ``tensors``.
             inv_scale: address of a float64, or 0.
-            add: to what is there.
+            add: add to the target instead of overwriting it.
         """
         stream, workspace = _native_cuda.stream(self._device), self._workspace.take(self._size)
         runs.plan.add_own(runs.blob.data_ptr(), self._plan, workspace.data_ptr(), inv_scale, add, stream)
 
 
 class Decoder:
-    """Decodes packets of the same places, again and again.
+    """A plan that decodes packets from the same addresses, any number of times.
 
     Args:
-        dtype, steps: of the packets.
+        dtype, steps: dtype and block size of the packets.
         max_segments: maximum number of segments in a packet.
         tasks: one for each packet.
         own_code_bits: see :func:`own_code_bits`.
-        workspace: on the device of all of this.
+        workspace: memory on the device of the packets.
     """
 
     def __init__(
@@ -266,15 +269,19 @@ class Decoder:
         self._device, self._workspace, self._size = device, workspace, plan.workspace_bytes()
 
     def reserve(self) -> None:
-        """Takes the memory that runs need, so that none of them has to."""
+        """Allocates the memory that runs need, so that runs allocate nothing."""
         self._workspace.reserve(self._size)
 
     def decode(self, faults: int) -> None:
-        """Each packet to its own values; ``faults``: address of an int32 a packet."""
+        """Decodes each packet to its own values.
+
+        Args:
+            faults: address of one int32 per packet.
+        """
         self._run(self._plan.decode, faults)
 
     def decode_sum(self, faults: int, add: bool) -> None:
-        """The packets' sum, in their order, to the first one's values, or added to them."""
+        """Writes the sum of the packets, in their order, to the first one's values, or adds it to them."""
         self._run(self._plan.decode_sum, faults, add)
 
     def _run(self, operation: Any, faults: int, *options: bool) -> None:
@@ -284,11 +291,11 @@ class Decoder:
 
 
 class RunCopier:
-    """Copies many runs of values in one launch.
+    """A plan that copies many runs of values in one launch.
 
     Args:
-        dtype: of the targets; sources are float32, or float64 for float64.
-        runs: all of them on ``device``.
+        dtype: dtype of the targets. Sources are float64 for float64 targets, and float32 otherwise.
+        runs: runs of values, all of them on ``device``.
     """
 
     def __init__(self, dtype: torch.dtype, runs: Sequence[Run], device: torch.device) -> None:
@@ -297,5 +304,5 @@ class RunCopier:
         self._device = device
 
     def copy(self, divisor: float = 1.0, factor: int = 0, faults: int = 0) -> None:
-        """Values / divisor * factor; NaN where one of the run's faults is not 0."""
+        """Copies values / divisor * factor, and NaN where one of the run's faults is not 0."""
         self.plan.copy(self.blob.data_ptr(), divisor, factor, faults, _native_cuda.stream(self._device))

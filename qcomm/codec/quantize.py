@@ -1,4 +1,4 @@
-"""From a measured tensor and a grid to symbols: which levels, how many bits, which code."""
+"""Quantizers: the levels, bits and code that a grid gives a measured tensor, and its symbols."""
 
 import math
 
@@ -31,17 +31,17 @@ def plan(
     code: Code | None = None,
     num_threads: int = 1,
 ) -> Quantizer:
-    """The quantizer for ``u = values * inv_scale + residual``, whose statistics are ``stats``.
+    """Chooses the quantizer for ``u = values * inv_scale + residual``, whose statistics are ``stats``.
 
-    A non-finite tensor, and one whose levels the arithmetic cannot represent, gets a raw quantizer; a constant one a
-    constant.
+    A raw quantizer is chosen for a non-finite tensor, and where the arithmetic cannot represent the levels. A constant
+    tensor gets a constant quantizer.
 
     Args:
-        stats: from :func:`qcomm.codec.measure` of the same values.
+        stats: statistics of the same values, from :func:`qcomm.codec.measure`.
         grid: a SigmaGrid or RangeGrid.
         values, residual, inv_scale: as in ``measure``; a sample of them is read.
-        code: of an earlier plan for a tensor like this one with the same SigmaGrid: saves sampling it again.
-        num_threads: most that work at once; the result does not depend on it.
+        code: code of an earlier plan for a similar tensor with the same SigmaGrid, which saves sampling it again.
+        num_threads: maximum number of threads; the result does not depend on it.
     """
     if not stats.finite:
         return Quantizer.raw()
@@ -57,12 +57,12 @@ def plan(
 
 
 def plan_step(stats: Statistics, step: float, coding: str, values: torch.Tensor) -> Quantizer:
-    """The quantizer for a sigma grid of a given step, whatever the values' own RMS is.
+    """Returns the quantizer for a sigma grid of a given step, independently of the values' own RMS.
 
     Args:
-        stats: of the values, which must be finite and not all 0.
-        step: absolute, positive, a float32 unless the values are float64.
-        coding: as of a SigmaGrid; pairs only where four bits suffice.
+        stats: statistics of the values, which must be finite and not all 0.
+        step: absolute distance of the levels, positive, a float32 unless the values are float64.
+        coding: as of a SigmaGrid; pairs are used only where four bits suffice.
         values: a sample of them is read.
     """
     k = step / stats.rms
@@ -135,11 +135,10 @@ def _plan_range(
 
 
 def quantize(tensor: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Quantizer]:
-    """Symbols of ``tensor`` on a grid, and the quantizer that decodes them.
+    """Quantizes ``tensor`` on a grid, and returns the symbols and the quantizer that decodes them.
 
-    On a range grid the symbol is the level's number counted from the minimum; on a sigma grid zero is ``2**(num_bits -
-    1) - 1`` and the escape symbol,
-    for values outside the alphabet, ``2**num_bits - 1``.
+    On a range grid the symbol is the level's number, counted from the minimum. On a sigma grid the symbol of zero is
+    ``2**(num_bits - 1) - 1``. Values outside the alphabet have the escape symbol ``2**num_bits - 1``.
 
     Args:
         tensor: any shape, float32, float16, bfloat16 or float64, finite and not constant.
@@ -167,11 +166,11 @@ def quantize(tensor: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Quantizer]
 
 
 def dequantize(symbols: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Values that ``symbols`` stand for.
+    """Returns the values that ``symbols`` stand for.
 
     Args:
-        symbols: int32, any shape, as from :func:`quantize`. Escape symbols decode to one level beyond the alphabet:
-            their values are in the packet only.
+        symbols: int32, any shape, as from :func:`quantize`. Escape symbols decode to one level beyond the alphabet,
+            because their values are in the packet only.
         quantizer: from :func:`quantize`.
         dtype: float32, float16, bfloat16 or float64.
 
