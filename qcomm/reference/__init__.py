@@ -1,7 +1,6 @@
-"""The packet format as slow, obvious code: what docs/format.md says, executable.
+"""The reference codec, an executable version of docs/format.md in slow, obvious code.
 
-The native core must agree with it bit for bit. Nothing here is fast and nothing here is used to train; it exists to
-be read, and to be compared with.
+The native core must agree with it bit for bit. Training does not use it: it exists to be read, and to be compared with.
 """
 
 from qcomm.reference.choice import nearest_table, range_segment, sigma_code, sigma_segment

@@ -1,4 +1,4 @@
-"""What an encoder decides before the first byte: raw, constant or which grid, how many bits, which code."""
+"""Choices of an encoder before the first byte: raw, constant or a grid, the number of bits, and the code."""
 
 import math
 from dataclasses import replace
@@ -37,19 +37,22 @@ MAX_CODED_BITS = 12
 
 
 def table_step(number: int) -> float:
-    """What a static table was made for, in RMS, rounded to float32 as in static_tables.h."""
+    """Returns the step that a static table was made for, in RMS, rounded to float32 as in static_tables.h."""
     quarters = number - (65 if STATIC_TABLES[number][1] else 14)
     return float(torch.tensor(2.0 ** (quarters / 4), dtype=torch.float64).float())
 
 
 def nearest_table(coding: int, num_bits: int, k: float) -> int:
-    """The static table of a coding and alphabet with the nearest step by ratio, the lower number first, or 255."""
+    """Returns the static table of a coding and alphabet with the nearest step by ratio.
+
+    Of two equally near tables it is the one with the lower number. It is 255 if there is no table.
+    """
     fitting = [t for t, (bits, pair, _) in STATIC_TABLES.items() if (bits, pair) == (num_bits, coding == PAIR)]
     return min(fitting, key=lambda t: (abs(math.log2(k / table_step(t))), t), default=NO_TABLE)
 
 
 def static_cost(counts: list[int], table: int, codewords: float) -> float:
-    """Bits of ``codewords`` codewords that are distributed like a sample, in a static code."""
+    """Returns the bits of ``codewords`` codewords in a static code, distributed like a sample."""
     lengths = static_lengths(table)
     if lengths is None:
         return math.inf
@@ -57,14 +60,17 @@ def static_cost(counts: list[int], table: int, codewords: float) -> float:
 
 
 def own_cost(counts: list[int], codewords: float) -> float:
-    """The same in a code of the segment's own: entropy, Miller's (1955) correction of it, redundancy, table."""
+    """Returns the same in a code of the segment's own.
+
+    The cost is the sum of the entropy, Miller's (1955) correction of it, redundancy, and the table.
+    """
     used, h = float(sum(c > 0 for c in counts)), entropy_fixed(counts) / float(2**24)
     bias = (used - 1.0) / (2.0 * sum(counts) * math.log(2.0))
     return codewords * max(1.0, h + bias + 0.02) + 6.0 * used
 
 
 def sigma_code(u: torch.Tensor, dtype: torch.dtype, num_bits: int, step: float, k: float) -> tuple[int, int]:
-    """(coding, table), the cheapest by the counts of a sample of neighbouring pairs."""
+    """Returns the cheapest (coding, table) by the counts of a sample of neighbouring pairs."""
     if num_bits > MAX_CODED_BITS or u.numel() < 2:
         return SINGLE, NO_TABLE
     n = min(u.numel() // 2, 2**14, (sample_size(u.numel(), 0.03) + 1) // 2)
@@ -79,12 +85,12 @@ def sigma_code(u: torch.Tensor, dtype: torch.dtype, num_bits: int, step: float, 
         table = nearest_table(coding, num_bits, k)
         static.append((static_cost(counts, table, codewords), coding, table))
         own.append((own_cost(counts, codewords), coding, OWN_TABLE))
-    best = min(own)[0] < (1.0 - 0.03) * min(static)[0]  # SINGLE < PAIR: a tie goes to it
+    best = min(own)[0] < (1.0 - 0.03) * min(static)[0]  # SINGLE < PAIR, so SINGLE wins a tie
     return min(own if best else static)[1:]
 
 
 def without_grid(segment: ReferenceSegment) -> ReferenceSegment | None:
-    """``segment`` as raw or constant if no grid is of use to its values, else None."""
+    """Returns ``segment`` as raw or constant if its values need no grid, else None."""
     u = segment.u()
     if not u.isfinite().all():
         return segment
@@ -93,7 +99,7 @@ def without_grid(segment: ReferenceSegment) -> ReferenceSegment | None:
 
 
 def checked(segment: ReferenceSegment) -> ReferenceSegment:
-    """``segment``, or raw if the grid's arithmetic does not work for it."""
+    """Returns ``segment``, or its raw form if the grid's arithmetic does not work for it."""
     parameters = segment.grid, segment.num_bits, segment.p0, segment.p1
     plain = ReferenceSegment(segment.values, residual=segment.residual, inv_scale=segment.inv_scale)
     return segment if is_usable(segment.values.dtype, *parameters) else plain
@@ -106,7 +112,7 @@ def sigma_segment(
     residual: torch.Tensor | None = None,
     inv_scale: float = 1.0,
 ) -> ReferenceSegment:
-    """The segment of a sigma grid; ``coding`` is auto, single, pair (static codes), table or fixed."""
+    """Returns the segment of a sigma grid; ``coding`` is auto, single, pair (static codes), table or fixed."""
     segment = ReferenceSegment(values, residual=residual, inv_scale=inv_scale)
     if (plain := without_grid(segment)) is not None:
         return plain
@@ -136,7 +142,7 @@ def range_segment(
     residual: torch.Tensor | None = None,
     inv_scale: float = 1.0,
 ) -> ReferenceSegment:
-    """The segment of a range grid, with ``num_bits`` bits or as many as its entropy says."""
+    """Returns the segment of a range grid, with ``num_bits`` bits or the number that follows from the entropy."""
     segment = ReferenceSegment(values, residual=residual, inv_scale=inv_scale)
     if (plain := without_grid(segment)) is not None:
         return plain

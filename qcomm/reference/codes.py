@@ -1,4 +1,4 @@
-"""Canonical, length-limited Huffman codes and how their lengths travel."""
+"""Canonical, length-limited Huffman codes and the packed form of their lengths."""
 
 from qcomm.errors import PacketError
 
@@ -6,7 +6,10 @@ MAX_LENGTH = 15
 
 
 def code_lengths(counts: list[int], limit: int) -> list[int]:
-    """Package-merge: each level holds the symbols and the pairs of the level below, by weight, symbols first."""
+    """Computes code lengths by package-merge.
+
+    Each level holds the symbols and the pairs of the level below, by weight, symbols first.
+    """
     order = sorted((c, s) for s, c in enumerate(counts) if c)
     lengths = [0] * len(counts)
     if len(order) == 1:
@@ -23,7 +26,7 @@ def code_lengths(counts: list[int], limit: int) -> list[int]:
 
 
 def canonical_codes(lengths: list[int]) -> dict[int, int]:
-    """Codewords by (length, symbol), the first bit lowest."""
+    """Assigns codewords in order of (length, symbol), the first bit lowest."""
     codes, code = {}, 0
     for length in range(1, MAX_LENGTH + 1):
         for s in (s for s, n in enumerate(lengths) if n == length):
@@ -34,7 +37,7 @@ def canonical_codes(lengths: list[int]) -> dict[int, int]:
 
 
 def pack_lengths(lengths: list[int]) -> bytes:
-    """Nibbles; zero runs; up to the last used symbol."""
+    """Packs lengths as nibbles and runs of zeros, up to the last used symbol."""
     nibbles: list[int] = []
     run = 0
     for n in lengths:
@@ -49,7 +52,7 @@ def pack_lengths(lengths: list[int]) -> bytes:
 
 
 def unpack_lengths(data: bytes, size: int, limit: int = MAX_LENGTH) -> tuple[list[int], int]:
-    """(lengths, bytes used) of one list; it ends where the code is complete."""
+    """Returns (lengths, bytes used) of one list, which ends where the code is complete."""
     nibbles = [n for byte in data for n in (byte & 15, byte >> 4)] + [-1] * 4  # one item never takes more
     lengths: list[int] = []
     at, room = 0, 2**MAX_LENGTH

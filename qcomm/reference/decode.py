@@ -1,4 +1,4 @@
-"""Packets, byte by byte: how they are read, and what is refused."""
+"""Decoder of packets, byte by byte, with all checks of their validity."""
 
 import math
 import struct
@@ -46,40 +46,40 @@ MAX_ELEMENTS = 2**42
 
 
 def require(condition: bool, what: str) -> None:
-    """Raises a PacketError that says what should be."""
+    """Raises a PacketError that names the violated condition."""
     if not condition:
         raise PacketError(f"not a valid packet: {what}")
 
 
 class Reader:
-    """Takes bytes from the front, and never more than there are."""
+    """A reader that takes bytes from the front, and never more than there are."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.at = data, 0
 
     def take(self, count: int) -> bytes:
-        """The next ``count`` bytes."""
+        """Takes the next ``count`` bytes."""
         require(count <= self.left, "it must not be truncated")
         self.at += count
         return self.data[self.at - count : self.at]
 
     @property
     def left(self) -> int:
-        """Bytes not taken yet."""
+        """Returns the number of bytes not taken yet."""
         return len(self.data) - self.at
 
     def unpack(self, layout: str) -> tuple[Any, ...]:
-        """The next fields."""
+        """Takes the next fields."""
         return struct.unpack(layout, self.take(struct.calcsize(layout)))
 
     def integers(self, count: int, letter: str) -> list[int]:
-        """The next ``count`` integers of one type."""
-        data = self.take(count * struct.calcsize("<" + letter))  # before a hostile count makes a layout
+        """Takes the next ``count`` integers of one type."""
+        data = self.take(count * struct.calcsize("<" + letter))  # checks a hostile count before it becomes a layout
         return [value for (value,) in struct.iter_unpack("<" + letter, data)]
 
 
 def check_header(h: Header, total_bytes: int) -> None:
-    """What can be said about a header alone."""
+    """Checks the fields of a header on their own."""
     require(h.magic == MAGIC and h.version == VERSION, "magic number and version")
     require(h.dtype < len(DTYPES) and h.flags <= 1 and h.reserved == 0, "dtype, flags, reserved field")
     require(h.ndim <= 64 and 1 <= h.steps <= 512 and h.segment_count >= 1, "dimensions, steps, segments")
@@ -87,7 +87,7 @@ def check_header(h: Header, total_bytes: int) -> None:
 
 
 def check_record(r: Record, dtype: torch.dtype) -> None:
-    """What can be said about a segment record alone."""
+    """Checks the fields of a segment record on their own."""
     require(r.elements <= MAX_ELEMENTS and r.grid <= SIGMA and r.coding <= PAIR and r.reserved == 0, "segment fields")
     if r.coding in (RAW, CONSTANT):
         return
@@ -104,19 +104,19 @@ def check_record(r: Record, dtype: torch.dtype) -> None:
 
 
 def blocks_in(r: Record, steps: int) -> int:
-    """Blocks of a segment."""
+    """Returns the number of blocks of a segment."""
     return -(-r.elements // values_per_block(r.coding, steps)) if r.coding in (SINGLE, PAIR) else 0
 
 
 def plain_bytes(r: Record, dtype: torch.dtype) -> int:
-    """Payload of a segment without blocks."""
+    """Returns the payload bytes of a segment without blocks."""
     if r.coding == RAW:
         return -(-r.elements * dtype.itemsize // 4) * 4
     return -(-r.elements * r.num_bits // 32) * 4 if r.coding == FIXED else 0
 
 
 def lengths_of(records: list[Record], area: bytes) -> Iterator[list[int] | None]:
-    """The code of each segment; the lists must fill their area."""
+    """Yields the code of each segment, and checks that the lists fill their area."""
     for r in records:
         if r.coding not in (SINGLE, PAIR):
             yield None
@@ -134,7 +134,10 @@ def lengths_of(records: list[Record], area: bytes) -> Iterator[list[int] | None]
 def pieces_of(
     records: list[Record], dtype: torch.dtype, steps: int, ends: list[int], payload: bytes
 ) -> list[list[tuple[int, bytes]]]:
-    """(values, bytes) of each segment's blocks, or of a whole plain segment; they must fill the payload."""
+    """Returns (values, bytes) of each segment's blocks, or of a whole plain segment.
+
+    They must fill the payload.
+    """
     segments, at, left = [], 0, iter(ends)
     for r in records:
         coded = r.coding in (SINGLE, PAIR)
@@ -151,14 +154,14 @@ def pieces_of(
 
 
 def checksums_of(r: Record, pieces: list[tuple[int, bytes]]) -> list[int]:
-    """Of a segment's pieces; a constant has none."""
+    """Returns the checksums of a segment's pieces; a constant has none."""
     if r.coding == CONSTANT:
         return []
     return [checksum_pieces(data) if r.coding in (RAW, FIXED) else checksum(data) for _, data in pieces]
 
 
 def decode_packet(packet: bytes) -> torch.Tensor:
-    """The tensor of a packet; PacketError if it is not valid."""
+    """Decodes a packet to its tensor; raises PacketError if it is not valid."""
     reader = Reader(packet)
     h = Header(*reader.unpack(HEADER))
     check_header(h, len(packet))
@@ -187,7 +190,7 @@ def decode_packet(packet: bytes) -> torch.Tensor:
 
 
 def decode_piece(data: bytes, n: int, dtype: torch.dtype, r: Record, lengths: list[int] | None) -> torch.Tensor:
-    """The ``n`` values of a block or of a plain segment."""
+    """Decodes the ``n`` values of a block or of a plain segment."""
     if r.coding == CONSTANT:
         return narrow(torch.full((n,), r.p0, dtype=torch.float64), dtype)
     if r.coding == RAW:
@@ -198,7 +201,7 @@ def decode_piece(data: bytes, n: int, dtype: torch.dtype, r: Record, lengths: li
 
 
 def decode_block(block: Reader, n: int, dtype: torch.dtype, r: Record, lengths: list[int] | None) -> torch.Tensor:
-    """The values of one block."""
+    """Decodes the values of one block."""
     (info,) = block.unpack("<I")
     mode, escapes, symbol = info & 3, info >> 2 & 0x3FFF, info >> 16
     may_escape = r.grid == SIGMA and mode in (BLOCK_FIXED, BLOCK_CODED)
@@ -224,7 +227,10 @@ def decode_block(block: Reader, n: int, dtype: torch.dtype, r: Record, lengths: 
 
 
 def decode_codewords(start: list[int], words: list[int], n: int, coding: int, lengths: list[int]) -> list[int]:
-    """The ``n`` symbols of a coded block. A word of padding may be taken for a word of the block: it is zero."""
+    """Decodes the ``n`` symbols of a coded block.
+
+    A word of padding may be read as a word of the block, because it is zero.
+    """
     count = -(-n // 2) if coding == PAIR else n
     codewords = decode_lanes(start, words, count, canonical_codes(lengths), lengths)
     return [s for pair in codewords for s in (pair & 15, pair >> 4)][:n] if coding == PAIR else codewords

@@ -1,4 +1,4 @@
-"""Values to symbols and back, and what a grid is chosen by."""
+"""Quantization and its inverse, and the statistics by which a grid is chosen."""
 
 import math
 from fractions import Fraction
@@ -9,7 +9,7 @@ NONE, RANGE_CENTER, RANGE_ENDPOINT, SIGMA = range(4)
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
-    """T: what a dtype's sigma grid computes in."""
+    """Returns T, the dtype in which a dtype's sigma grid computes."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -19,16 +19,16 @@ def narrow(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def range_levels(grid: int, num_bits: int, lo: float, hi: float) -> tuple[float, float, float]:
-    """(1 / step, step, offset) of a range grid."""
+    """Returns (1 / step, step, offset) of a range grid."""
     intervals = 2.0**num_bits - (grid == RANGE_ENDPOINT)
     return intervals / (hi - lo), (hi - lo) / intervals, 0.5 if grid == RANGE_CENTER else 0.0
 
 
 def quantize(u: torch.Tensor, dtype: torch.dtype, grid: int, num_bits: int, p0: float, p1: float) -> torch.Tensor:
-    """int64 symbols of values ``u`` in T, on the grid of a packet of ``dtype``."""
+    """Returns the int64 symbols of values ``u`` in T, on the grid of a packet of ``dtype``."""
     if grid == SIGMA:
         radius, step = 2 ** (num_bits - 1) - 1, torch.tensor(p1, dtype=u.dtype)
-        limit = min(radius, torch.finfo(dtype).max / float(step))  # q is whole: no need of a floor
+        limit = min(radius, torch.finfo(dtype).max / float(step))  # q is whole: the limit needs no floor
         q = torch.round(u * (1 / step))  # torch.round rounds to even
         return torch.where(q.abs() <= limit, q + radius, 2**num_bits - 1).long()
     inv, _, offset = range_levels(grid, num_bits, p0, p1)
@@ -38,14 +38,14 @@ def quantize(u: torch.Tensor, dtype: torch.dtype, grid: int, num_bits: int, p0: 
 
 
 def fma(a: float, b: float, c: float) -> float:
-    """A * b + c, rounded once."""
+    """Computes a * b + c, rounded once."""
     return float(Fraction(a) * Fraction(b) + Fraction(c))
 
 
 def dequantize(
     symbols: torch.Tensor, dtype: torch.dtype, grid: int, num_bits: int, p0: float, p1: float
 ) -> torch.Tensor:
-    """Values of int64 symbols; an escape symbol gives 0."""
+    """Returns the values of int64 symbols; an escape symbol gives 0."""
     if grid == SIGMA:
         t, radius = arithmetic(dtype), 2 ** (num_bits - 1) - 1
         values = (symbols - radius).to(t) * torch.tensor(p1, dtype=t)
@@ -57,7 +57,7 @@ def dequantize(
 
 
 def sum_squares(u: torch.Tensor) -> float:
-    """The sum of squares in the order of the format: 32 lanes in blocks of 4096, then a tree."""
+    """Computes the sum of squares in the order of the format: 32 lanes in blocks of 4096, then a tree."""
     blocks = torch.nn.functional.pad(u.double(), (0, -u.numel() % 4096)).reshape(-1, 128, 32)
     lanes = torch.zeros(blocks.shape[0], 32, dtype=torch.float64)
     for row in range(128):
@@ -71,27 +71,27 @@ def sum_squares(u: torch.Tensor) -> float:
 
 
 def extremes(u: torch.Tensor) -> tuple[float, float]:
-    """(lo, hi), never -0.0; zeros of nothing."""
+    """Returns (lo, hi), never -0.0; both are 0 for an empty tensor."""
     return (float(u.min()) + 0.0, float(u.max()) + 0.0) if u.numel() else (0.0, 0.0)
 
 
 def sigma_step(u: torch.Tensor, k: float) -> float:
-    """A step of k RMS, rounded to T."""
+    """Returns a step of k RMS, rounded to T."""
     return float(torch.tensor(k * math.sqrt(sum_squares(u) / u.numel()), dtype=torch.float64).to(u.dtype))
 
 
 def sigma_num_bits(k: float) -> int:
-    """Bits of a sigma grid's alphabet for a step of k RMS."""
+    """Returns the bits of a sigma grid's alphabet for a step of k RMS."""
     return next(n for n in range(4, 17) if (2 ** (n - 1) - 0.5) * k >= 6.25)
 
 
 def range_num_bits(h: float, c: float, entropy_bits: int, max_bits: int) -> int:
-    """Bits of a range grid for an entropy of ``h`` bits in a histogram of ``2**entropy_bits`` bins."""
+    """Returns the bits of a range grid for an entropy of ``h`` bits in a histogram of ``2**entropy_bits`` bins."""
     return max(1, min(math.ceil(h + c), math.floor(c + entropy_bits), max_bits))
 
 
 def is_usable(dtype: torch.dtype, grid: int, num_bits: int, p0: float, p1: float) -> bool:
-    """Whether a grid's arithmetic works; a segment whose does not is raw."""
+    """Returns whether a grid's arithmetic works; if not, the segment is raw."""
     if grid != SIGMA:
         return (
             math.isfinite(p0)
@@ -105,7 +105,7 @@ def is_usable(dtype: torch.dtype, grid: int, num_bits: int, p0: float, p1: float
 
 
 def log2_fixed(v: int) -> int:
-    """2^24 * log2(v), its last bits truncated as the format says."""
+    """Returns 2^24 * log2(v), its last bits truncated as the format says."""
     if v == 0:
         return 0
     exponent = v.bit_length() - 1
@@ -119,7 +119,7 @@ def log2_fixed(v: int) -> int:
 
 
 def mix(h: int) -> int:
-    """A 32-bit finalizer."""
+    """Mixes the bits of ``h`` by a 32-bit finalizer."""
     h ^= h >> 16
     h = h * 0x7FEB352D % 2**32
     h ^= h >> 15
@@ -128,25 +128,25 @@ def mix(h: int) -> int:
 
 
 def sample_size(count: int, fraction: float) -> int:
-    """How many of ``count`` values are looked at."""
+    """Returns the number of values that are sampled of ``count`` values."""
     return min(count, max(1024, math.ceil(fraction * count)))
 
 
 def sample_indices(count: int, n: int, seed: int) -> list[int]:
-    """``n`` indices, one from each stride."""
+    """Returns ``n`` indices, one from each stride."""
     stride = count // n if n else 0
     return [i * stride + (mix((seed + i) % 2**32) * stride >> 32) for i in range(n)]
 
 
 def entropy_fixed(counts: list[int]) -> int:
-    """2^24 times the entropy in bits of a histogram with a power of two of bins."""
+    """Returns 2^24 times the entropy in bits of a histogram, whose number of bins is a power of two."""
     n, num_bits = sum(counts), len(counts).bit_length() - 1
     h = n * log2_fixed(n) - sum(c * log2_fixed(c) for c in counts)
     return min(max(h, 0) // n, num_bits << 24) if n else 0
 
 
 def entropy(u: torch.Tensor, lo: float, hi: float, num_bits: int, fraction: float, seed: int) -> float:
-    """Entropy in bits of the sampled histogram of ``u`` over [lo, hi], lo < hi."""
+    """Returns the entropy in bits of the sampled histogram of ``u`` over [lo, hi], lo < hi."""
     sample = u[sample_indices(u.numel(), sample_size(u.numel(), fraction), seed)]
     symbols = quantize(sample, u.dtype, RANGE_CENTER, num_bits, lo, hi)
     return entropy_fixed(torch.bincount(symbols, minlength=2**num_bits).tolist()) / float(2**24)

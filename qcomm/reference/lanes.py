@@ -6,7 +6,10 @@ LANES = 32
 
 
 def encode_lanes(codewords: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """(start windows, words) of (code, length) codewords: backwards, writing in front of what is written."""
+    """Encodes (code, length) codewords to (start windows, words).
+
+    It goes backwards, and writes each word in front of the previous ones.
+    """
     x, c, words = [0] * LANES, [0] * LANES, []
     started = False
     for step in reversed(range(-(-len(codewords) // LANES))):
@@ -26,7 +29,7 @@ def encode_lanes(codewords: list[tuple[int, int]]) -> tuple[list[int], list[int]
 def decode_lanes(
     start: list[int], words: list[int], count: int, codes: dict[int, int], lengths: list[int]
 ) -> list[int]:
-    """``count`` symbols of a complete code; what they do not use up must be nothing."""
+    """Decodes ``count`` symbols of a complete code; no bits may be left over."""
     if 0 in start:
         raise PacketError("a start window has no sentinel")
     by_code = {(codes[s], n): s for s, n in enumerate(lengths) if n}

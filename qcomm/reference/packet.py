@@ -1,4 +1,4 @@
-"""Packets, byte by byte: their parts, and how they are written."""
+"""Encoder of packets, byte by byte, and the parts of a packet."""
 
 import math
 import struct
@@ -22,7 +22,7 @@ HEADER, RECORD = "<IBBBBIIQQHHI", "<QBBBBIdd"
 
 
 class Header(NamedTuple):
-    """The first 40 bytes."""
+    """The header, the first 40 bytes of a packet."""
 
     magic: int
     version: int
@@ -39,7 +39,7 @@ class Header(NamedTuple):
 
 
 class Record(NamedTuple):
-    """A segment's 32 bytes."""
+    """The record of a segment, 32 bytes."""
 
     elements: int
     grid: int
@@ -53,9 +53,9 @@ class Record(NamedTuple):
 
 @dataclass
 class ReferenceSegment:
-    """What a segment record says, and the values: ``u = values * inv_scale + residual``.
+    """A segment's record and its values ``u = values * inv_scale + residual``.
 
-    ``residual`` is replaced by what is lost.
+    Encoding replaces ``residual`` by the quantization error.
     """
 
     values: torch.Tensor
@@ -69,7 +69,7 @@ class ReferenceSegment:
     inv_scale: float = 1.0
 
     def u(self) -> torch.Tensor:
-        """What is quantized, in T."""
+        """Returns the values to quantize, in T."""
         t = arithmetic(self.values.dtype)
         u = self.values.to(t)
         if self.inv_scale != 1:
@@ -77,12 +77,12 @@ class ReferenceSegment:
         return u if self.residual is None else u + self.residual.to(t)
 
     def record(self) -> Record:
-        """The segment's record."""
+        """Returns the segment's record."""
         return Record(self.values.numel(), self.grid, self.num_bits, self.coding, self.table, 0, self.p0, self.p1)
 
 
 def checksum(data: bytes) -> int:
-    """32 lanes of multiply and xor, folded."""
+    """Computes a checksum by 32 lanes of multiply and xor, which are folded."""
     padded = data + bytes(-len(data) % 4)
     h = [0x9E3779B9 * (j + 1) % 2**32 for j in range(32)]
     for i, (word,) in enumerate(struct.iter_unpack("<I", padded)):
@@ -94,40 +94,40 @@ def checksum(data: bytes) -> int:
 
 
 def checksum_pieces(data: bytes) -> int:
-    """Of a raw or fixed segment."""
+    """Returns the checksum of a raw or fixed segment."""
     sums = [checksum(data[i : i + 65536]) for i in range(0, len(data), 65536)]
     return checksum(struct.pack(f"<{len(sums)}I", *sums))
 
 
 def to_bytes(values: torch.Tensor) -> bytes:
-    """The elements' bytes."""
+    """Returns the elements' bytes."""
     return values.contiguous().view(torch.uint8).numpy().tobytes() if values.numel() else b""
 
 
 def from_bytes(data: bytes, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of the elements in ``data``."""
+    """Returns a tensor of the elements in ``data``."""
     return torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
 
 def pad4(data: bytes) -> bytes:
-    """With zeros up to a multiple of 4 bytes."""
+    """Pads ``data`` with zeros to a multiple of 4 bytes."""
     return data + bytes(-len(data) % 4)
 
 
 def pack_bits(symbols: Sequence[int], num_bits: int) -> bytes:
-    """Symbols of ``num_bits`` bits, the first lowest."""
+    """Packs symbols of ``num_bits`` bits, the first lowest."""
     whole = sum(s << (i * num_bits) for i, s in enumerate(symbols))
     return whole.to_bytes(-(-len(symbols) * num_bits // 8), "little")
 
 
 def unpack_bits(data: bytes, count: int, num_bits: int) -> list[int]:
-    """The inverse of :func:`pack_bits`."""
+    """Unpacks symbols: the inverse of :func:`pack_bits`."""
     whole = int.from_bytes(data[: -(-count * num_bits // 8)], "little")
     return [whole >> (i * num_bits) & (1 << num_bits) - 1 for i in range(count)]
 
 
 def codewords_of(symbols: list[int], coding: int) -> list[int]:
-    """Symbols, or pairs of them."""
+    """Returns the symbols, or pairs of them."""
     if coding == SINGLE:
         return symbols
     even = symbols + [7] * (len(symbols) % 2)
@@ -135,29 +135,29 @@ def codewords_of(symbols: list[int], coding: int) -> list[int]:
 
 
 def values_per_block(coding: int, steps: int) -> int:
-    """At most."""
+    """Returns the maximum number of values in a block."""
     return 32 * steps * (2 if coding == PAIR else 1)
 
 
 def alphabet_size(coding: int, num_bits: int) -> int:
-    """Symbols or pairs that there are."""
+    """Returns the number of symbols or pairs in the alphabet."""
     return 256 if coding == PAIR else 2**num_bits
 
 
 def length_limit(coding: int, num_bits: int) -> int:
-    """The longest codeword."""
+    """Returns the maximum length of a codeword."""
     return 12 if coding == PAIR else min(max(num_bits + 4, 12), 15)
 
 
 def escape_of(grid: int, num_bits: int) -> int:
-    """The escape symbol, or -1 where there is none."""
+    """Returns the escape symbol, or -1 where there is none."""
     return 2**num_bits - 1 if grid == SIGMA else -1
 
 
 def encode_block(
     u: torch.Tensor, symbols: list[int], segment: ReferenceSegment, lengths: list[int] | None
 ) -> tuple[bytes, int]:
-    """(bytes, mode) of a block."""
+    """Encodes a block to (bytes, mode)."""
     dtype, n, escape = segment.values.dtype, len(symbols), escape_of(segment.grid, segment.num_bits)
     positions = [i for i, s in enumerate(symbols) if s == escape]
     escapes = to_bytes(u[positions].to(dtype)) + struct.pack(f"<{len(positions)}H", *positions)
@@ -182,7 +182,7 @@ def encode_block(
 
 
 class Writer:
-    """Collects the parts of a packet."""
+    """A writer that collects the parts of a packet."""
 
     def __init__(self, steps: int, with_checksums: bool) -> None:
         self.steps, self.with_checksums = steps, with_checksums
@@ -192,7 +192,7 @@ class Writer:
         self.checksums: list[int] = []
 
     def cost(self) -> int:
-        """Bytes so far, besides headers."""
+        """Returns the bytes so far, without headers."""
         sums = 4 * len(self.checksums) if self.with_checksums else 0
         return len(self.lengths) + 4 * len(self.block_ends) + sums + len(self.payload)
 
@@ -204,7 +204,7 @@ class Writer:
     def add_blocks(
         self, segment: ReferenceSegment, u: torch.Tensor, symbols: list[int], lengths: list[int] | None
     ) -> list[int]:
-        """Returns the mode of each value's block."""
+        """Adds a segment's blocks and returns the mode of each value's block."""
         modes = []
         size = values_per_block(segment.coding, self.steps)
         for begin in range(0, len(symbols), size):
@@ -217,7 +217,7 @@ class Writer:
 
 
 def own_lengths(segment: ReferenceSegment, symbols: list[int], steps: int) -> list[int] | None:
-    """The code of a segment that brings its own, or None for no code."""
+    """Returns the own code of a segment, or None for no code."""
     counts = [0] * alphabet_size(segment.coding, segment.num_bits)
     for s in codewords_of(symbols, segment.coding):
         counts[s] += 1
@@ -232,7 +232,7 @@ def own_lengths(segment: ReferenceSegment, symbols: list[int], steps: int) -> li
 
 
 def write_segment(writer: Writer, segment: ReferenceSegment) -> Writer:
-    """``writer`` with one more segment, after its fallbacks."""
+    """Returns ``writer`` with one more segment, after its fallbacks."""
     u, n = segment.u(), segment.values.numel()
     written = ReferenceSegment(**vars(segment))
     if n == 0:
@@ -256,7 +256,7 @@ def write_segment(writer: Writer, segment: ReferenceSegment) -> Writer:
 
 
 def write_symbols(writer: Writer, segment: ReferenceSegment, u: torch.Tensor) -> tuple[torch.Tensor, Writer]:
-    """(what is lost, writer); changes ``segment``'s coding and table to what was written."""
+    """Returns (quantization error, writer), and sets ``segment``'s coding and table to the written ones."""
     dtype, result = segment.values.dtype, copy_of(writer)
     parameters = (dtype, segment.grid, segment.num_bits, segment.p0, segment.p1)
     q = quantize(u, *parameters)
@@ -280,12 +280,12 @@ def write_symbols(writer: Writer, segment: ReferenceSegment, u: torch.Tensor) ->
 
 
 def static_lengths(table: int) -> list[int] | None:
-    """Of a static table; None for table 255."""
+    """Returns the code lengths of a static table; None for table 255."""
     return None if table == NO_TABLE else [int(digit, 16) for digit in STATIC_TABLES[table][2]]
 
 
 def copy_of(writer: Writer) -> Writer:
-    """A writer that can go its own way."""
+    """Returns an independent copy of a writer."""
     new = Writer(writer.steps, writer.with_checksums)
     new.records, new.lengths, new.payload = list(writer.records), writer.lengths, writer.payload
     new.block_ends, new.checksums = list(writer.block_ends), list(writer.checksums)
@@ -295,7 +295,7 @@ def copy_of(writer: Writer) -> Writer:
 def encode_packet(
     segments: Sequence[ReferenceSegment], shape: Sequence[int], steps: int = 256, with_checksums: bool = True
 ) -> bytes:
-    """A packet; residuals are updated."""
+    """Encodes a packet and updates the residuals."""
     writer = Writer(steps, with_checksums)
     for segment in segments:
         writer = write_segment(writer, segment)
