@@ -1,4 +1,4 @@
-"""``save`` and ``load``: state dicts in files, compressed, and safe to read from anybody."""
+"""Compressed state dicts in files, which are safe to read even from untrusted sources."""
 
 import os
 import secrets
@@ -16,7 +16,7 @@ from qcomm.state_dicts.format import pack_state, unpack_state
 __all__ = ["SENSITIVE", "load", "save"]
 
 # Non-negative values that others are divided by, or by the root of: a uniform grid would round the small ones to the
-# minimum, and what is divided by them would explode. BatchNorm; Adam, AdamW, AMSGrad; RMSprop, Adadelta; Adagrad.
+# minimum, and the quotients would explode. BatchNorm; Adam, AdamW, AMSGrad; RMSprop, Adadelta; Adagrad.
 SENSITIVE = ("*running_var", "*exp_avg_sq", "*square_avg", "*acc_delta", "*.sum")
 
 
@@ -29,28 +29,28 @@ def save(
     lossless: Sequence[str] = SENSITIVE,
     num_threads: int = 1,
 ) -> None:
-    """Writes a state dict to a file, its weights compressed. The file appears whole or not at all.
+    """Writes a state dict to a file with compressed weights. The file appears whole or not at all.
 
-    Compressed are floating-point tensors of at least ``min_elements`` elements. With ``RangeGrid`` a weight takes N
-    bits or fewer, N = 6 to 10 by the tensor's entropy, and is off by at most ``(max - min) / (2**N - 1) / 2`` of its
-    tensor, and rounding. With ``SigmaGrid`` it is half a step. Everything else is stored exactly: integers,
-    booleans, complex and small tensors, non-finite tensors, numbers and strings.
+    Floating-point tensors of at least ``min_elements`` elements are compressed. With ``RangeGrid`` a weight takes N
+    bits or fewer, N = 6 to 10 by the tensor's entropy. Its error is at most ``(max - min) / (2**N - 1) / 2`` of its
+    tensor, plus rounding. With ``SigmaGrid`` the error is at most half a step. Everything else is stored exactly:
+    integers, booleans, complex and small tensors, non-finite tensors, numbers and strings.
 
     Args:
         state_dict: of a model, an optimizer, or a dictionary of those: dictionaries, lists and tuples of tensors,
             strings, finite and other floats, 64-bit integers, booleans and None; keys are strings or integers. An
             ``OrderedDict`` comes back as a dict, a parameter as a tensor. Tensors that share their memory do so again.
-        path: of the file; one that is there is replaced.
-        grid: how finely.
-        min_elements: smaller tensors are stored as they are.
-        lossless: patterns (``fnmatch``) of tensors that are stored as they are, matched with the keys joined by dots,
+        path: path of the file; an existing file is replaced.
+        grid: levels of the quantization.
+        min_elements: tensors with fewer elements are stored exactly.
+        lossless: patterns (``fnmatch``) of tensors that are stored exactly, matched with the keys joined by dots,
             such as ``state.0.exp_avg_sq``. The default is ``qcomm.state_dicts.files.SENSITIVE``: variances and second
             moments, which others are divided by.
-        num_threads: most that compress a tensor at once.
+        num_threads: maximum number of threads; the result does not depend on it.
 
     Raises:
-        TypeError, ValueError: naming the argument, or the path of what cannot be stored.
-        OSError: the file cannot be written; what was there is as it was.
+        TypeError, ValueError: an argument is invalid, or a value cannot be stored; the message names it.
+        OSError: the file cannot be written; an existing file is not modified.
 
     Example:
         >>> import tempfile
@@ -76,26 +76,28 @@ def save(
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
-    except BaseException:  # Ctrl-C too must not leave it behind
+    except BaseException:  # Ctrl-C must not leave the temporary file behind either
         temporary.unlink(missing_ok=True)
         raise
 
 
 def load(path: str | os.PathLike[str], *, max_bytes: int | None = None, num_threads: int = 1) -> dict[str, Any]:
-    """Reads what ``save`` wrote; the file may come from anybody, as nothing in it is executed.
+    """Reads a file that ``save`` wrote.
+
+    Nothing in the file is executed, so that it may come from an untrusted source.
 
     Args:
-        path: of the file.
-        max_bytes: most bytes that its tensors may take together in memory. A file from a stranger should have such a
-            limit: a tensor of equal values takes no room in a file, however large it is.
-        num_threads: most that decode a tensor at once.
+        path: path of the file.
+        max_bytes: maximum number of bytes that its tensors may take together in memory. Set it for untrusted files,
+            because a tensor of equal values takes almost no space in a file, however large it is.
+        num_threads: maximum number of threads; the result does not depend on it.
 
     Returns:
         The state dict, its tensors on the CPU.
 
     Raises:
-        PacketError: the file is truncated, damaged, or something else than ``save`` writes; the message has its path.
-        OSError: it cannot be read.
+        PacketError: the file is truncated, damaged, or not from ``save``; the message has its path.
+        OSError: the file cannot be read.
     """
     data = bytearray(Path(path).read_bytes())
     packed = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)

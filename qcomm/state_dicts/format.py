@@ -1,4 +1,6 @@
-"""A state dict as bytes: a JSON header, then one packet or the plain bytes of each tensor. Nothing is ever unpickled.
+"""The byte format of a state dict: a JSON header, then one packet or the plain bytes of each tensor.
+
+No part of it is ever unpickled.
 
 ::
 
@@ -42,24 +44,24 @@ DTYPES = {
         *(torch.complex64, torch.complex128),
     )
 }
-# Most that a tensor takes beyond its values and its name, in header and packet.
+# Maximum number of bytes that a tensor takes in header and packet, beyond its values and its name.
 TENSOR_SLACK_BYTES = 1024
 
 
 def pack_state(
     state: object, grid: Grid, min_elements: int, lossless: Sequence[str] = (), num_threads: int = 1
 ) -> torch.Tensor:
-    """The bytes of nested dictionaries, lists and tuples of tensors and plain values, as a 1-D uint8 tensor.
+    """Packs nested dictionaries, lists and tuples of tensors and plain values into a 1-D uint8 tensor.
 
     Args:
         state: tensors on any device; several that share memory and shape are stored once.
-        grid: for floating-point tensors.
-        min_elements: smaller ones are stored as they are.
-        lossless: patterns of the paths (keys joined by dots) of further tensors that are.
-        num_threads: most that compress a tensor at once.
+        grid: levels of floating-point tensors.
+        min_elements: tensors with fewer elements are stored exactly.
+        lossless: patterns of the paths (keys joined by dots) of further tensors that are stored exactly.
+        num_threads: maximum number of threads; the result does not depend on it.
 
     Raises:
-        TypeError, ValueError: naming the path of what cannot be stored.
+        TypeError, ValueError: a value cannot be stored; the message names its path.
     """
     packer = _Packer(grid, min_elements, lossless, num_threads)
     header = {"state": packer.describe(state, ()), "tensors": packer.records}
@@ -76,18 +78,18 @@ def pack_state(
 
 
 def packed_size_limit(tensors: Sequence[tuple[str, torch.Tensor]]) -> int:
-    """Most bytes that ``pack_state`` makes of a flat dictionary of these."""
+    """Returns the maximum number of bytes that ``pack_state`` makes of a flat dictionary of ``tensors``."""
     # A character takes up to 12 bytes in JSON.
     return TENSOR_SLACK_BYTES + sum(tensor.nbytes + 12 * len(name) + TENSOR_SLACK_BYTES for name, tensor in tensors)
 
 
 def unpack_state(packed: torch.Tensor, max_bytes: int | None = None, num_threads: int = 1) -> Any:
-    """What ``pack_state`` was given, with tensors on the CPU.
+    """Restores the state that ``pack_state`` packed, with tensors on the CPU.
 
     Args:
         packed: 1-D uint8, contiguous, on the CPU.
-        max_bytes: most that the tensors may take; None for as much as there is memory.
-        num_threads: most that decode a tensor at once.
+        max_bytes: maximum number of bytes of the tensors; None for no limit.
+        num_threads: maximum number of threads; the result does not depend on it.
 
     Raises:
         PacketError: the bytes are truncated, damaged, or no state dict at all.
@@ -126,7 +128,7 @@ def unpack_state(packed: torch.Tensor, max_bytes: int | None = None, num_threads
 
 
 class _Packer:
-    """Walks through a state and collects its tensors."""
+    """A packer that walks through a state and collects its tensors."""
 
     def __init__(self, grid: Grid, min_elements: int, lossless: Sequence[str], num_threads: int) -> None:
         self._grid = grid
@@ -138,7 +140,10 @@ class _Packer:
         self.payloads: list[torch.Tensor] = []
 
     def describe(self, value: object, path: tuple[object, ...]) -> Any:
-        """A value for the header; subclasses of these types may hold more than is stored, and are refused."""
+        """Describes a value for the header.
+
+        Subclasses of the stored types are refused, because they may hold more than is stored.
+        """
         if len(path) > MAX_DEPTH:
             raise ValueError(f"{_shown(path)} is nested deeper than {MAX_DEPTH} levels; does it contain itself?")
         if value is None or type(value) in (bool, str):
@@ -161,7 +166,7 @@ class _Packer:
         )
 
     def _add(self, tensor: torch.Tensor, path: tuple[object, ...]) -> int:
-        """The number of a tensor, new or known: tied weights come in several places."""
+        """Returns the number of a tensor, new or known, because tied weights occur several times."""
         name = str(tensor.dtype).removeprefix("torch.")
         if name not in DTYPES or tensor.layout != torch.strided or tensor.device.type == "meta":
             raise TypeError(
@@ -218,7 +223,7 @@ class _Record:
             raise PacketError(f"tensor {number} takes {self.nbytes} bytes, and the header says {self.stored_bytes}")
 
     def read(self, payload: torch.Tensor, num_threads: int) -> torch.Tensor:
-        """The tensor in ``payload``."""
+        """Reads the tensor in ``payload``."""
         try:
             tensor = torch.empty(self.shape, dtype=self.dtype)
         except (RuntimeError, TypeError) as error:  # a constant packet of 80 bytes may claim terabytes
@@ -236,7 +241,7 @@ class _Record:
 
 
 def _restore(described: object, tensors: Sequence[torch.Tensor], depth: int) -> Any:
-    """The inverse of ``_Packer.describe``."""
+    """Restores a described value: the inverse of ``_Packer.describe``."""
     if depth > MAX_DEPTH:
         raise PacketError(f"the state is nested deeper than {MAX_DEPTH} levels")
     if described is None or isinstance(described, (bool, str, int)):
