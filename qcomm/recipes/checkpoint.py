@@ -1,4 +1,4 @@
-"""Checkpoints of a data-parallel run: one file for what all ranks share, one per rank for its exchange's state.
+"""Checkpoints of a data-parallel run: one file for the shared state, and one per rank for its exchange's state.
 
 Error feedback differs between ranks, so a checkpoint of rank 0 alone would lose part of the gradients. A checkpoint is
 a directory ``epoch-0003`` that appears under its name only when every rank's file is complete.
@@ -24,12 +24,12 @@ def _rank_file(rank: int) -> str:
 
 
 def save(folder: Path, epoch: int, shared: dict[str, Any], per_rank: dict[str, Any]) -> None:
-    """Write ``folder/epoch-NNNN`` and remove older checkpoints there. Collective: every rank calls it.
+    """Writes ``folder/epoch-NNNN`` and removes older checkpoints there. Collective: every rank calls it.
 
     Args:
         folder: the run's directory, on a file system that all ranks see.
-        epoch: epochs done.
-        shared: equal on all ranks; rank 0's is written.
+        epoch: number of finished epochs.
+        shared: state that is equal on all ranks; rank 0's is written.
         per_rank: this rank's own state.
     """
     rank = dist.get_rank()
@@ -53,15 +53,15 @@ def save(folder: Path, epoch: int, shared: dict[str, Any], per_rank: dict[str, A
 
 
 def _all(folder: Path) -> list[Path]:
-    """Checkpoints below ``folder``, oldest first; other directories are the user's, whatever their names."""
+    """Returns the checkpoints below ``folder``, oldest first; other directories are the user's."""
     return sorted(path for path in folder.glob("epoch-[0-9]*") if (path / _SHARED).is_file())
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that ``--resume`` means: ``path`` itself, or the newest below it.
+    """Returns the checkpoint that ``--resume`` means: ``path`` itself, or the newest below it.
 
     Raises:
-        RecipeError: there is none.
+        RecipeError: there is no checkpoint.
     """
     if (path / _SHARED).is_file():
         return path
@@ -74,19 +74,19 @@ def find(path: Path) -> Path:
 def load(
     checkpoint: Path, config: TrainConfig, rank: int, world_size: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Read what :func:`save` wrote; no code in the files is run.
+    """Reads a checkpoint that :func:`save` wrote; no code in the files is run.
 
-    The number of ranks may have changed. With fewer, rank r takes the parts of r, r + W, r + 2 W, ...; with more, a
-    rank that was not there gets rank 0's.
+    The number of ranks may have changed. With fewer ranks, rank r takes the parts of r, r + W, r + 2 W, ... With more
+    ranks, a new rank gets rank 0's part.
 
     Args:
-        checkpoint: of :func:`find`.
-        config: of the run that resumes; all that determines the result must be as it was.
-        rank: whose state to read.
-        world_size: of the run that resumes.
+        checkpoint: directory, from :func:`find`.
+        config: configuration of the resumed run. Fields that determine the result must not have changed.
+        rank: rank whose state is read.
+        world_size: number of ranks of the resumed run.
 
     Returns:
-        The shared part and the parts of the ranks that this one stands for.
+        The shared part, and the parts of the ranks that this one replaces.
 
     Raises:
         RecipeError: a missing or damaged file, or another configuration (the option is named).

@@ -1,4 +1,4 @@
-"""The comparison of gradient exchanges: the same training with each of them, and one table."""
+"""The comparison of gradient exchanges, which repeats one training with each of them and prints one table."""
 
 import json
 import math

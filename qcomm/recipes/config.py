@@ -142,14 +142,14 @@ class TrainConfig:
 
     @property
     def label(self) -> str:
-        """A short name for tables: "fp32", "bf16", "qcomm k=1", "qcomm range c=6"."""
+        """Returns a short name for tables: "fp32", "bf16", "qcomm k=1", "qcomm range c=6"."""
         if self.method != "qcomm":
             return self.method
         return f"qcomm k={self.step:g}" if self.grid == "sigma" else f"qcomm range c={self.c:g}"
 
     @property
     def slug(self) -> str:
-        """The label as a file name."""
+        """Returns the label as a file name."""
         return self.label.replace(" ", "-").replace("=", "")
 
     def to_json(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Split:
         return self.labels.numel()
 
     def first(self, count: int) -> "Split":
-        """The first ``count`` images (views)."""
+        """Returns the first ``count`` images (views)."""
         return Split(self.images[:count], self.labels[:count])
 
 
@@ -59,16 +59,16 @@ class Dataset:
 
     @property
     def channels(self) -> int:
-        """1 for grey images, 3 for colour."""
+        """Returns 1 for grey images, 3 for colour."""
         return self.train.images.shape[1]
 
     def normalise(self, images: Tensor) -> Tensor:
-        """uint8 images -> fp32 with zero mean and unit deviation per channel."""
+        """Converts uint8 images to fp32 with zero mean and unit deviation per channel."""
         return (images.float() - self.mean) / self.std
 
 
 def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
-    """Exact mean and deviation per channel, from the 256-bin histograms: no float copy of the data set is made."""
+    """Computes the exact mean and deviation per channel from 256-bin histograms, without a float copy."""
     levels = torch.arange(256, dtype=torch.float64)
     means, deviations = [], []
     for channel in images.unbind(1):
@@ -89,9 +89,10 @@ def _assemble(name: str, train: Split, test: Split, *, crop_padding: int, flip: 
 
 
 def load_digits(_data_dir: Path | None = None) -> Dataset:
-    """The 1,797 8x8 digits of scikit-learn, upscaled to 32x32 by bilinear interpolation; 1,352 to train, 445 to test.
+    """Loads the 1,797 8x8 digits of scikit-learn, upscaled to 32x32 by bilinear interpolation.
 
-    The split is fixed and stratified: every fourth image of each class is a test image.
+    1,352 are for training, 445 for testing. The split is fixed and stratified: every fourth image of each class is a
+    test image.
 
     Raises:
         RecipeError: scikit-learn is not installed.
@@ -122,7 +123,7 @@ def load_digits(_data_dir: Path | None = None) -> Dataset:
 
 
 def _find_idx(folder: Path, stem: str) -> Path | None:
-    """The file under any of the names it is distributed as."""
+    """Returns the file under any of the names of its distributions."""
     for name in (stem, stem.replace("-idx", ".idx")):
         for suffix in ("", ".gz"):
             if (folder / (name + suffix)).is_file():
@@ -152,7 +153,7 @@ def _load_idx_dataset(name: str, places: Sequence[Path], how_to_get: str, *, cro
 
 
 def load_mnist(data_dir: Path | None) -> Dataset:
-    """MNIST from its four idx files (gzip or not) in ``data_dir``; 28x28 padded with zeros to 32x32.
+    """Loads MNIST from its four idx files (gzip or not) in ``data_dir``; 28x28 padded with zeros to 32x32.
 
     Raises:
         RecipeError: a file is missing, damaged or of another shape.
@@ -162,7 +163,7 @@ def load_mnist(data_dir: Path | None) -> Dataset:
 
 
 def load_fashion_mnist(data_dir: Path | None) -> Dataset:
-    """Fashion-MNIST (arXiv:1708.07747) from its four idx files; 28x28 padded with zeros to 32x32.
+    """Loads Fashion-MNIST (arXiv:1708.07747) from its four idx files; 28x28 padded with zeros to 32x32.
 
     Without ``data_dir`` the place where Debian's package dataset-fashion-mnist puts them is tried.
 
@@ -178,7 +179,9 @@ def load_fashion_mnist(data_dir: Path | None) -> Dataset:
 
 
 def load_cifar10(data_dir: Path | None) -> Dataset:
-    """CIFAR-10 from the files of its python version in ``data_dir`` or ``data_dir/cifar-10-batches-py``.
+    """Loads CIFAR-10 from the files of its python version.
+
+    They lie in ``data_dir`` or ``data_dir/cifar-10-batches-py``.
 
     Raises:
         RecipeError: a file is missing, damaged or not a batch of images.
@@ -210,14 +213,14 @@ DATASET_NAMES: tuple[str, ...] = tuple(_LOADERS)
 
 @lru_cache(maxsize=1)
 def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
-    """Load a data set by name; the last one stays in memory, so that consecutive runs read it once.
+    """Loads a data set by name; the last one stays in memory, so that consecutive runs read it once.
 
     Args:
         name: one of ``DATASET_NAMES``.
         data_dir: the directory with its files; digits needs none and fashion-mnist may find its own.
 
     Raises:
-        RecipeError: an unknown name, or the loader's own complaint: which files, where looked for, how to get them.
+        RecipeError: the name is unknown, or files are missing; the message says where to get them.
     """
     if name not in _LOADERS:
         raise RecipeError(f"dataset is {name!r}; it must be one of {', '.join(DATASET_NAMES)}")
@@ -225,18 +228,18 @@ def load_dataset(name: str, data_dir: Path | None = None) -> Dataset:
 
 
 def augmentation_generator(seed: int, epoch: int, rank: int) -> torch.Generator:
-    """The random numbers of one rank in one epoch; a resumed run draws the same ones."""
+    """Returns the random numbers of one rank in one epoch; a resumed run draws the same ones."""
     # torch's CPU generator keeps the low 32 bits of a seed only, so the three numbers are hashed into those.
     digest = hashlib.blake2b(f"{seed}/{epoch}/{rank}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to ``padding`` pixels (zeros move in) and mirror half of them.
+    """Shifts each image by up to ``padding`` pixels (zeros move in) and mirrors half of them.
 
     Args:
         images: uint8 or float ``[n, channels, height, width]`` on the CPU.
-        padding: largest shift in either direction, pixels.
+        padding: maximum shift in either direction, in pixels.
         flip: whether half of the images are mirrored left to right.
         generator: source of the shifts and flips.
 

@@ -1,8 +1,8 @@
-"""The one exception the recipes raise for what a user can put right."""
+"""The exception that the recipes raise for errors that a user can correct."""
 
 
 class RecipeError(ValueError):
-    """A setting, a data file or a checkpoint is not usable; the message names it and says what would be.
+    """An error of a setting, a data file or a checkpoint that is not usable; the message names the remedy.
 
     The command line prints the message and exits with code 2; any other exception is a defect and keeps its traceback.
 

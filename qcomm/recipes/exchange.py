@@ -1,4 +1,4 @@
-"""The three ways a training run averages its gradients, behind one small interface that counts bytes and seconds.
+"""Gradient exchanges of a training run (fp32, bf16, qcomm) with one interface that counts bytes and seconds.
 
 No postponed annotations in this module: DDP compares a hook's annotations by identity.
 """
@@ -20,27 +20,27 @@ from qcomm.recipes.config import TrainConfig
 
 
 class Exchange(Protocol):
-    """What a run needs of its gradient exchange. ``qcomm.CompressionState`` is one."""
+    """The interface of a gradient exchange to a run. ``qcomm.CompressionState`` implements it."""
 
     def stats(self) -> dict[str, Any]:
-        """Counters of this rank since it was attached."""
+        """Returns the counters of this rank since it was attached."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint must hold for this rank."""
+        """Returns the state of this rank for a checkpoint."""
         ...
 
     def load_state_dict(self, state_dict: Sequence[Mapping[str, Any]]) -> None:
-        """Continue from the states of the ranks whose part this rank takes."""
+        """Continues from the states of the ranks whose part this rank takes."""
         ...
 
 
 class RingExchange:
     """Torch's own all-reduce, in fp32 or bf16, timed from issue to completion.
 
-    Bytes are those of the ring algorithm, 2 (W - 1) / W times the buffer, for what was handed to ``all_reduce``: gloo
-    does not report what it sends. Seconds are those in which at least one bucket was under way, the wait for slower
-    ranks included.
+    Bytes are those of the ring algorithm, 2 (W - 1) / W times the buffer handed to ``all_reduce``, because gloo does
+    not report the bytes that it sends. Seconds are those in which at least one bucket was under way. They include the
+    wait for slower ranks.
 
     Args:
         hook: the communication hook of torch to wrap.
@@ -64,7 +64,7 @@ class RingExchange:
         self._handed_bytes = 0
 
     def hook(self, _state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """The communication hook to register."""
+        """Starts the all-reduce of a bucket: the communication hook to register."""
         buffer = bucket.buffer()
         self._steps += bucket.is_last()
         self._elements += buffer.numel()
@@ -84,7 +84,7 @@ class RingExchange:
         return future.value()
 
     def stats(self) -> dict[str, Any]:
-        """Counters in the form of ``qcomm.CompressionState.stats``."""
+        """Returns the counters in the form of ``qcomm.CompressionState.stats``."""
         ranks = dist.get_world_size()
         sent = round(2 * (ranks - 1) / ranks * self._handed_bytes)
         bits = 8 * self._handed_bytes / self._elements if self._elements else 0.0
@@ -103,19 +103,19 @@ class RingExchange:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: an all-reduce has no memory."""
+        """Returns an empty state: an all-reduce has no memory."""
         return {}
 
     def load_state_dict(self, state_dict: Sequence[Mapping[str, Any]]) -> None:
-        """Nothing to restore."""
+        """Restores nothing: an all-reduce has no memory."""
 
 
 def attach(ddp_model: DistributedDataParallel, config: TrainConfig, scaler: torch.amp.GradScaler | None) -> Exchange:
-    """Register the gradient exchange that ``config.method`` names.
+    """Registers the gradient exchange that ``config.method`` names.
 
     Args:
         ddp_model: the wrapped model, without a hook so far.
-        config: of the run.
+        config: configuration of the run.
         scaler: the GradScaler of a fp16 run, so that qcomm's error feedback is kept unscaled; otherwise None.
     """
     if config.method == "qcomm":
@@ -139,13 +139,13 @@ def attach(ddp_model: DistributedDataParallel, config: TrainConfig, scaler: torc
 
 
 def restore(exchange: Exchange, saved: Sequence[Mapping[str, Any]], is_new_rank: bool) -> None:
-    """Continue from a checkpoint.
+    """Continues from a checkpoint.
 
     Args:
-        exchange: of this run, nothing exchanged so far.
-        saved: the states of the ranks whose part this rank takes: its own and, where fewer ranks go on, of some that
-            are gone.
-        is_new_rank: more ranks go on than wrote the checkpoint, and this one was not among them; ``saved`` is rank 0's.
+        exchange: exchange of this run, which has exchanged nothing so far.
+        saved: states of the ranks whose part this rank takes: its own and, if fewer ranks resume, those of some
+            missing ranks.
+        is_new_rank: True if this rank did not write a part of the checkpoint; ``saved`` is then rank 0's.
     """
     if is_new_rank:
         # It counts the steps that were taken, but has lost nothing to quantization so far.

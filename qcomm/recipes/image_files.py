@@ -1,7 +1,6 @@
 """Readers for the two file formats that the image data sets come in: idx and CIFAR's pickled batches.
 
-Neither trusts what it reads: sizes are checked before memory is asked for, and a pickle can name nothing but byte
-arrays.
+Neither trusts its input: sizes are checked before memory is allocated, and a pickle can name nothing but byte arrays.
 """
 
 import gzip
@@ -23,7 +22,7 @@ _MAX_IDX_BYTES = 1 << 31  # far above any data set read here; a corrupt size fie
 
 
 def read_idx(path: Path) -> Tensor:
-    """Read an idx file of unsigned bytes, gzip-compressed or not (told by content, not by name).
+    """Reads an idx file of unsigned bytes, gzip-compressed or not (told by content, not by name).
 
     Layout: two zero bytes, the type (8: unsigned byte), the number of dimensions, each dimension as a big-endian u32,
     the values in row-major order. Source: yann.lecun.com/exdb/mnist.
@@ -35,7 +34,7 @@ def read_idx(path: Path) -> Tensor:
         A uint8 tensor of the shape that the file names.
 
     Raises:
-        RecipeError: not an idx file of bytes, shorter or longer than its sizes say, or damaged gzip data.
+        RecipeError: the file is not an idx file of bytes, its length contradicts its sizes, or gzip data is damaged.
     """
     try:
         with path.open("rb") as raw:
@@ -73,17 +72,17 @@ def _parse_idx(stream: BinaryIO | gzip.GzipFile, path: Path) -> Tensor:
 
 
 class _Dtype:
-    """Stands in for numpy.dtype while a pickle is read."""
+    """A stand-in for numpy.dtype while a pickle is read."""
 
     def __init__(self, name: object, *_: object) -> None:
         self.name = name
 
     def __setstate__(self, state: object) -> None:
-        """Byte order and alignment: meaningless for single bytes."""
+        """Ignores byte order and alignment, which are meaningless for single bytes."""
 
 
 class _Array:
-    """Stands in for numpy.ndarray while a pickle is read: keeps its state, runs none of numpy's code."""
+    """A stand-in for numpy.ndarray while a pickle is read, which keeps its state and runs none of numpy's code."""
 
     shape: tuple[int, ...] = ()
     data: bytes = b""
@@ -103,7 +102,7 @@ def _reconstruct(*_: object) -> _Array:
 
 
 def _latin1(text: object, encoding: object = "latin1") -> bytes:
-    """Stands in for ``_codecs.encode``, by which Python 3 writes bytes into protocol 2."""
+    """Replaces ``_codecs.encode``, by which Python 3 writes bytes into protocol 2."""
     if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
         raise pickle.UnpicklingError("only latin1 text can become bytes")
     return text.encode("latin1")
@@ -119,25 +118,27 @@ _ALLOWED_GLOBALS: dict[tuple[str, str], Any] = {
 
 
 class ByteArrayUnpickler(pickle.Unpickler):
-    """Reads pickles of dicts, lists, tuples, numbers, text, bytes and numpy byte arrays; refuses every other name.
+    """A reader of pickles of dicts, lists, tuples, numbers, text, bytes and numpy byte arrays.
+
+    It refuses every other name.
 
     A pickle can otherwise call any function that is importable. The names that numpy's arrays need map to stand-ins, so
     that no code outside this module runs.
     """
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for a name that numpy's byte arrays need; any other name is an error."""
+        """Returns the stand-in for a name that numpy's byte arrays need; any other name is an error."""
         try:
             return _ALLOWED_GLOBALS[module, name]
         except KeyError:
             raise pickle.UnpicklingError(f"the pickle names {module}.{name}, which image data does not need") from None
 
     def persistent_load(self, pid: Any) -> Any:
-        """Refuse references to objects outside the pickle."""
+        """Refuses references to objects outside the pickle."""
         raise pickle.UnpicklingError("the pickle refers to an object outside itself")
 
 
-# The exceptions that pickle's documentation names for damaged input, and what malformed opcodes and sizes raise.
+# The exceptions that pickle's documentation names for damaged input, and those of malformed opcodes and sizes.
 DAMAGED_PICKLE = (
     pickle.UnpicklingError,
     EOFError,
@@ -152,7 +153,7 @@ DAMAGED_PICKLE = (
 
 
 def read_cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
-    """Read one file of CIFAR-10's python version. Source: www.cs.toronto.edu/~kriz/cifar.html.
+    """Reads one file of CIFAR-10's python version. Source: www.cs.toronto.edu/~kriz/cifar.html.
 
     Args:
         path: the file, a pickled dict with ``data`` (n x 3072 bytes: red, green, blue planes) and ``labels``.

@@ -1,4 +1,4 @@
-"""Start the ranks of a run: those that a launcher started, otherwise processes that are spawned on this machine."""
+"""Launch of the ranks of a run, either by a launcher or as processes that are spawned on this machine."""
 
 import sys
 import tempfile
@@ -13,11 +13,14 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 from qcomm.recipes.errors import RecipeError
 from qcomm.transport import find_place, init_from_environment
 
-USER_ERROR = 2  # exit code for what the user can put right
+USER_ERROR = 2  # exit code for errors that the user can correct
 
 
 class _World(NamedTuple):
-    """Where the ranks meet, None for where the launcher says; how many there are, and torch's threads in each."""
+    """The rendezvous of the ranks, their number, and torch's threads in each of them.
+
+    ``rendezvous`` is None if the launcher defines it.
+    """
 
     rendezvous: str | None
     ranks: int
@@ -25,7 +28,7 @@ class _World(NamedTuple):
 
 
 def launched_world_size() -> int | None:
-    """The number of ranks that torchrun, mpirun or srun started; None without a launcher.
+    """Returns the number of ranks that torchrun, mpirun or srun started; None without a launcher.
 
     Raises:
         RecipeError: the launcher's variables make no sense.
@@ -38,19 +41,19 @@ def launched_world_size() -> int | None:
 
 
 def launch(function: Callable[..., None], ranks: int | None, threads: int, *arguments: Any) -> None:
-    """Call ``function(*arguments)`` on every rank with a gloo process group.
+    """Calls ``function(*arguments)`` on every rank with a gloo process group.
 
     Args:
-        function: importable by name; it runs in processes of its own, unless a launcher started this one or there is
-            one rank.
-        ranks: how many to spawn here; None takes what the launcher started. Spawned ranks meet in a file, so that no
-            port has to be free.
-        threads: of torch, per rank.
+        function: function that is importable by name. It runs in spawned processes, unless a launcher started this
+            process or there is one rank.
+        ranks: number of ranks to spawn here; None takes the ranks of the launcher. Spawned ranks meet in a file, so
+            that no port has to be free.
+        threads: torch's threads per rank.
         arguments: picklable.
 
     Raises:
-        RecipeError: ``ranks`` contradicts the launcher, or the ranks do not know where to meet.
-        SystemExit: code 2, when a rank met an error of the user's; it has printed it.
+        RecipeError: ``ranks`` contradicts the launcher, or the ranks have no rendezvous.
+        SystemExit: code 2, after a rank has printed an error of the user's.
         torch.multiprocessing.spawn.ProcessRaisedException: a rank failed otherwise; the others were ended.
     """
     launched = launched_world_size()

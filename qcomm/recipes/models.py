@@ -31,7 +31,7 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> 
 
 
 class _PaddedShortcut(nn.Module):
-    """Option A: every ``stride``-th pixel, new channels zero; it has no parameters."""
+    """Shortcut by option A: every ``stride``-th pixel, new channels zero; it has no parameters."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class _PaddedShortcut(nn.Module):
 
 
 def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """Option B: a strided 1x1 convolution."""
+    """Builds the shortcut of option B, a strided 1x1 convolution."""
     return nn.Sequential(_conv(in_channels, out_channels, 1, stride), nn.BatchNorm2d(out_channels))
 
 
@@ -113,7 +113,7 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of a batch of images."""
+        """Computes the logits of a batch of images."""
         features: Tensor = self.stages(self.stem(images))
         logits: Tensor = self.classifier(features.mean(dim=(2, 3)))
         return logits
@@ -133,7 +133,7 @@ def _stem(in_channels: int, width: int, kernel: int, stride: int, max_pool: bool
 def build_model(
     name: str, *, in_channels: int = 3, image_size: int = 32, num_classes: int = 10, stem_stride: int | None = None
 ) -> ResNet:
-    """Build a residual network with freshly drawn weights (from torch's global generator).
+    """Builds a residual network with freshly drawn weights (from torch's global generator).
 
     Args:
         name: one of ``MODEL_NAMES``.
@@ -181,7 +181,7 @@ def build_model(
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable scalars.
+    """Counts the trainable scalars.
 
     Example:
         >>> count_parameters(build_model("resnet20"))

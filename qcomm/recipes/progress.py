@@ -1,4 +1,7 @@
-"""What a person sees of a run: bars on a terminal, one line an epoch in a file, nothing from ranks other than 0."""
+"""Progress reports of a run: bars on a terminal, and one line per epoch elsewhere.
+
+Only rank 0 reports.
+"""
 
 import sys
 from types import TracebackType
@@ -44,12 +47,12 @@ class Reporter:
             self._progress.stop()
 
     def step(self, step: int) -> None:
-        """``step`` optimiser steps are done."""
+        """Reports that ``step`` optimiser steps are done."""
         if self._progress:
             self._progress.update(self._task, completed=step)
 
     def epoch(self, epoch: int, epochs: int, train_loss: float, accuracy: float, images_per_second: float) -> None:
-        """An epoch, counted from 1, was validated."""
+        """Reports that an epoch, counted from 1, was validated."""
         if self._progress:
             result = f"epoch {epoch}/{epochs}  test {accuracy:.2%}"
             self._progress.update(self._task, result=result)

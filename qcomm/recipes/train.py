@@ -56,11 +56,11 @@ class TrainResult:
     """The end of a run, equal on all ranks.
 
     Attributes:
-        config: what was run.
-        test_accuracy: of the last epoch, 0..1.
-        test_images: how many images it was measured on.
+        config: configuration of the run.
+        test_accuracy: accuracy after the last epoch, 0..1.
+        test_images: number of images for ``test_accuracy``.
         images_per_second: training images of all ranks, validation left out.
-        stats: the exchange's counters, mean over the ranks, of this process: a resumed run counts from its resumption.
+        stats: the exchange's counters, averaged over the ranks. A resumed run counts from its resumption.
         history: one dict per epoch, as in the log.
     """
 
@@ -73,11 +73,11 @@ class TrainResult:
 
     @property
     def standard_error(self) -> float:
-        """Binomial standard error of the accuracy."""
+        """Returns the binomial standard error of the accuracy."""
         return math.sqrt(self.test_accuracy * (1 - self.test_accuracy) / self.test_images)
 
     def to_json(self) -> dict[str, Any]:
-        """The result as JSON types."""
+        """Returns the result as JSON types."""
         return {
             "label": self.config.label,
             "test_accuracy": self.test_accuracy,
@@ -91,7 +91,7 @@ class TrainResult:
 
 
 def check(config: TrainConfig, ranks: int) -> None:
-    """Find before any process starts what would stop :func:`train`.
+    """Checks, before any process starts, the conditions of :func:`train`.
 
     Raises:
         RecipeError: no ranks, or none that form nodes as the strategy needs; a data set or a checkpoint that is not
@@ -120,9 +120,9 @@ def _steps_per_epoch(config: TrainConfig, dataset: Dataset, ranks: int) -> int:
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Train one model in the process group that is initialised; every rank calls it with the same configuration.
+    """Trains one model in the initialised process group; every rank calls it with the same configuration.
 
-    With ``config.out`` rank 0 writes ``<label>.jsonl`` there, one object an epoch, and all ranks write checkpoints to
+    With ``config.out`` rank 0 writes ``<label>.jsonl`` there, one object per epoch. All ranks write checkpoints to
     ``<label>/`` every ``config.checkpoint_every`` epochs.
 
     Args:
@@ -203,7 +203,7 @@ class _Run:
         self.steps_done = 0
 
     def epoch(self, epoch: int, on_step: Callable[[int], None]) -> dict[str, Any]:
-        """Train and validate one epoch; the record is equal on all ranks."""
+        """Trains and validates one epoch; the record is equal on all ranks."""
         loss_sum = torch.zeros((), dtype=torch.float64)
         self.ddp.train()
         dist.barrier()  # the clock starts when all are there
@@ -269,7 +269,7 @@ class _Run:
         return loss.item()
 
     def evaluate(self) -> tuple[float, float]:
-        """Mean loss and accuracy over the test images, each seen by one rank. Collective."""
+        """Computes the mean loss and accuracy over the test images, each seen by one rank. Collective."""
         average_buffers(self.model)
         self.model.eval()
         own = Split(
@@ -289,14 +289,14 @@ class _Run:
         return loss / count, correct / count
 
     def mean_stats(self) -> dict[str, float]:
-        """The exchange's counters, averaged over the ranks. Collective."""
+        """Averages the exchange's counters over the ranks. Collective."""
         own = self.exchange.stats()
         values = torch.tensor([float(own[name]) for name in _LOGGED_STATS], dtype=torch.float64)
         dist.all_reduce(values)
         return dict(zip(_LOGGED_STATS, (values / self.ranks).tolist(), strict=True))
 
     def shared_state(self) -> dict[str, Any]:
-        """What all ranks have in common."""
+        """Returns the state that all ranks have in common."""
         return {
             "config": self.config.to_json(),
             "model": self.model.state_dict(),
@@ -305,11 +305,11 @@ class _Run:
         }
 
     def rank_state(self) -> dict[str, Any]:
-        """What this rank alone has."""
+        """Returns the state of this rank alone."""
         return {"exchange": self.exchange.state_dict()}
 
     def resume(self, path: Path) -> int:
-        """Continue from a checkpoint; returns the number of epochs that are done."""
+        """Continues from a checkpoint and returns the number of finished epochs."""
         shared, parts = checkpoint.load(path, self.config, self.rank, self.ranks)
         self.model.load_state_dict(shared["model"])
         self.optimizer.load_state_dict(shared["optimizer"])
@@ -323,7 +323,10 @@ class _Run:
 
 
 def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, Any]]:
-    """Weight decay for matrices and kernels; for biases and batch normalisation only on request."""
+    """Groups parameters by weight decay.
+
+    It applies to matrices and kernels, and to biases and batch normalisation only on request.
+    """
     decayed = [p for p in model.parameters() if p.dim() > 1 or config.decay_norm]
     others = [p for p in model.parameters() if not (p.dim() > 1 or config.decay_norm)]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -331,7 +334,7 @@ def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, A
 
 
 def average_buffers(model: nn.Module) -> None:
-    """Average the floating-point buffers (running statistics of batch normalisation) over the ranks. Collective."""
+    """Averages the floating-point buffers (running statistics of batch normalisation) over the ranks. Collective."""
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     if not buffers:
         return
@@ -343,7 +346,7 @@ def average_buffers(model: nn.Module) -> None:
 
 
 class _Log:
-    """One JSON object per epoch; a resumed run keeps the lines of the epochs before it."""
+    """The log, one JSON object per epoch; a resumed run keeps the lines of the epochs before it."""
 
     def __init__(self, path: Path | None, first_epoch: int) -> None:
         self.records: list[dict[str, Any]] = []
@@ -357,7 +360,7 @@ class _Log:
         path.write_text("".join(_json_line(record) for record in self.records))
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append the record of one epoch."""
+        """Appends the record of one epoch."""
         self.records.append(record)
         if self._path:
             with self._path.open("a") as stream:
@@ -369,5 +372,5 @@ def _json_line(record: dict[str, Any]) -> str:
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:
-    """JSON has no NaN: a diverged loss is written as null."""
+    """Replaces non-finite values by None, because JSON has no NaN: a diverged loss is written as null."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
