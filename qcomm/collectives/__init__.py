@@ -1,4 +1,7 @@
-"""Collectives: every algorithm of the mean over all ranks. It knows messages, but neither gloo, DDP nor CUDA."""
+"""Collectives: every algorithm of the mean over all ranks.
+
+The package knows messages, but neither gloo, DDP nor CUDA.
+"""
 
 from qcomm.collectives.cost_model import (
     CodecProfile,

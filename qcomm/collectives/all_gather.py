@@ -1,20 +1,20 @@
 """The compressed mean in one exchange: every rank sends all of its values to every other.
 
-1. every rank measures its tensors, compresses all its values once, and sends the packet to every rank;
-2. every rank decodes the W packets in rank order into one sum and divides by W: the results are equal bit for bit,
-   because all decode the same bytes in the same order.
+1. Every rank measures its tensors, compresses all its values once, and sends the packet to every rank.
+2. Every rank decodes the W packets in rank order into one sum and divides it by W. The results are equal bit for bit,
+   because all ranks decode the same bytes in the same order.
 
-Nothing is quantized a second time and there is one latency instead of two; in return a rank sends its whole packet, of
-P bytes, to everybody and decodes W of them::
+Nothing is quantized a second time, and there is one latency instead of two. The price is that a rank sends its whole
+packet, of P bytes, to all ranks and decodes W of them::
 
     bytes a rank sends       (W - 1) * (P + one header)        two_phase: about 2 (W - 1) / W * P
     |result - mean|          <= mean_i(s_i) / 2 and rounding   two_phase: + t / 2
 
-with s_i the step of rank i's grid for a tensor. So with two ranks it sends what ``two_phase`` does and is more exact;
-with more it is for buffers so small that latency counts and not bytes.
+Here s_i is the step of rank i's grid for a tensor. With two ranks the strategy sends as much as ``two_phase`` and is
+more exact. With more ranks it suits buffers so small that latency counts and bytes do not.
 
-Error feedback keeps what each rank's own quantization lost, as in ``two_phase``; there are no means to quantize, so
-what an owner kept of them goes into its next values: ``sum_t result_t = sum_t mean(g_t) - mean_i(e_i)``.
+Error feedback keeps the loss of each rank's own quantization, as in ``two_phase``. There are no means to quantize, so
+the owner's residuals go into its next values: ``sum_t result_t = sum_t mean(g_t) - mean_i(e_i)``.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def all_gather_mean(rounds: Rounds) -> None:
 
 
 def _encode(task: MeanTask) -> torch.Tensor:
-    """This rank's values plus residuals, as one packet."""
+    """Returns this rank's values plus residuals, as one packet."""
     task.telemetry.mark(task.index, "encode")
     layout = task.layout
     with task.telemetry.timed("encode_seconds"):

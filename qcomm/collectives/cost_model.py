@@ -1,8 +1,10 @@
-"""How long each strategy takes, from what links and codec can do: the alpha-beta model with terms for the codec.
+"""The cost model of the strategies: the alpha-beta model of links, with terms for the codec.
 
-With W ranks, V bytes of values in float32 or float64, v bytes of the buffer in its own dtype, alpha the latency of one
-message, beta = 1 / bandwidth, e and d the codec's seconds a byte of uncompressed values, r its ratio, and ``x(m, w)``
-an exchange among w ranks, a header and then w - 1 rounds that together carry m bytes each way::
+The model predicts the seconds of one collective. There are W ranks. V bytes of values are in float32 or float64, and
+v bytes of the buffer in its own dtype. alpha is the latency of one
+message, and beta = 1 / bandwidth. The codec takes e and d seconds per byte of uncompressed values to encode and to
+decode, and r is its ratio. ``x(m, w)`` is an exchange among w ranks. It is a header and then w - 1 rounds, which
+together carry m bytes each way::
 
     x(m, w)        alpha * w + beta * m                        for w > 1, otherwise 0
     none           alpha + 2 (W - 1) alpha + 2 (W - 1) / W * v * beta
@@ -17,9 +19,9 @@ an exchange among w ranks, a header and then w - 1 rounds that together carry m 
     hierarchical   x((a - 1) / a * V, a) + (e + 2 d) V / a + e V / W + 2 x(T'', b) + x((a - 1) / a * v, a)
                                                                                  T'' = (b - 1) / b * V / a / r
 
-In two_phase a rank does not encode its own part of the buffer, and codec and link work at the same time; nothing else
-overlaps in this model, and all ranks send at once without being in each other's way. It tells ways apart that are far
-apart; which of two close ones is faster only a trial can say.
+In two_phase a rank does not encode its own part of the buffer, and codec and link work at the same time. Nothing else
+overlaps in this model, and all ranks send at once without slowing each other down. The model distinguishes strategies
+that differ widely. Only a trial can tell which of two close ones is faster.
 
 R. Hockney, "The communication challenge for MPP", Parallel Computing 20, 1994; R. Thakur et al., "Optimization of
 collective communication operations in MPICH", IJHPCA 19, 2005.
@@ -51,7 +53,7 @@ __all__ = [
 ]
 
 FORMAT = 1
-# A way is left out if on every plausible machine another one takes less than 1 / MARGIN of its time.
+# A strategy is left out if on every plausible machine another one takes less than 1 / MARGIN of its time.
 MARGIN = 1.25
 
 
@@ -64,7 +66,7 @@ def _positive(name: str, value: object, least: float = 0.0) -> None:
 
 @dataclass(frozen=True)
 class LinkProfile:
-    """What carries messages between ranks.
+    """The links that carry messages between ranks.
 
     Args:
         gb_per_s: 10^9 bytes a second that a rank sends while it receives as many.
@@ -84,7 +86,7 @@ class LinkProfile:
 
 @dataclass(frozen=True)
 class CodecProfile:
-    """What a rank's codec does on the threads it has.
+    """The speed and the ratio of a rank's codec, on the threads it has.
 
     Args:
         encode_gb_per_s, decode_gb_per_s: 10^9 bytes of uncompressed values a second.
@@ -124,7 +126,9 @@ class Profile:
                 raise TypeError(f"{name} must not be a {type(getattr(self, name)).__name__}")
 
     def describe(self) -> str:
-        """Returns the profile as text, for the comparison between ranks: equal if and only if the profiles are.
+        """Returns the profile as text, for the comparison between ranks.
+
+        Two texts are equal if and only if the profiles are.
 
         Example:
             >>> Profile(LinkProfile(0.125, 60.0), CodecProfile(2.0, 4.0, 15.0)).describe()
@@ -142,11 +146,11 @@ class Profile:
 
     @classmethod
     def load(cls, path: Path | str) -> "Profile":
-        """Reads what :meth:`save` wrote.
+        """Reads a profile that :meth:`save` wrote.
 
         Raises:
-            OSError: it cannot be read.
-            ValueError: it is no such profile; the message says what is wrong.
+            OSError: the file cannot be read.
+            ValueError: the file holds no such profile; the message names the fault.
         """
         try:
             found = json.loads(Path(path).read_text())
@@ -170,10 +174,10 @@ def _fields(found: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Exchange:
-    """What is averaged: ``elements`` of a dtype of ``item_bytes`` over ``world_size`` ranks, so many on each node.
+    """The tensors that are averaged: ``elements`` of a dtype of ``item_bytes`` over ``world_size`` ranks.
 
-    ``raw_elements`` of them, of small or excluded tensors, are not compressed; ``exact_elements`` of these are not
-    rounded either.
+    ``ranks_per_node`` of the ranks are on each node. ``raw_elements`` of the elements belong to small or excluded
+    tensors and are not compressed. ``exact_elements`` of these are not rounded either.
     """
 
     elements: int
@@ -185,20 +189,20 @@ class Exchange:
 
     @property
     def buffer_bytes(self) -> int:
-        """In the buffer's dtype."""
+        """Returns the bytes of the buffer in its own dtype."""
         return self.elements * self.item_bytes
 
     @property
     def value_bytes(self) -> int:
-        """In the dtype that sums are made in."""
+        """Returns the bytes of the buffer in the dtype of sums."""
         return self.elements * self._value_item
 
     def packet_bytes(self, ratio: float) -> float:
-        """Of all elements, those that are compressed by ``ratio``."""
+        """Returns the bytes of the packets of all elements, those that are compressed by ``ratio``."""
         return self._value_item * (self.raw_elements + (self.elements - self.raw_elements) / ratio)
 
     def sum_bytes(self, ratio: float) -> float:
-        """Packets of sums of W symbols, which have log2(W) / 2 more bits than one."""
+        """Returns the bytes of packets of sums of W symbols, which have log2(W) / 2 more bits than one."""
         bits = 8.0 * self._value_item
         return self.packet_bytes(max(1.0, bits / (bits / ratio + math.log2(self.world_size) / 2)))
 
@@ -208,17 +212,19 @@ class Exchange:
 
 
 def _share(parts: int) -> float:
-    """How much of something cut in so many parts is not a rank's own."""
+    """Returns the part of a buffer cut in ``parts`` that is not a rank's own."""
     return (parts - 1) / parts
 
 
 def _is_rounded(strategy: str, exchange: Exchange) -> bool:
-    """As :func:`qcomm.collectives.uncompressed_values.is_rounded`."""
+    """Applies :func:`qcomm.collectives.uncompressed_values.is_rounded` to an exchange."""
     return strategy == "bf16" and exchange.item_bytes == 4 and 2 * exchange.exact_elements < exchange.elements
 
 
 def bytes_sent(strategy: str, exchange: Exchange, ratio: float) -> tuple[float, float]:
-    """Bytes that a rank sends on average, headers left out: (between nodes or in a flat exchange, inside a node).
+    """Returns the bytes that a rank sends on average, without headers.
+
+    The first number counts bytes between nodes or in a flat exchange, the second those inside a node.
 
     Raises:
         ValueError: the strategy is unknown.
@@ -241,12 +247,12 @@ def bytes_sent(strategy: str, exchange: Exchange, ratio: float) -> tuple[float, 
 
 
 def seconds(strategy: str, exchange: Exchange, profile: Profile) -> float:
-    """Predicted time of one collective.
+    """Predicts the time of one collective.
 
     Args:
         strategy: ``"none"``, ``"bf16"``, ``"all_gather"``, ``"two_phase"``, ``"exact_sum"`` or ``"hierarchical"``.
-        exchange: what is averaged.
-        profile: where. Without ``inside`` all links are alike.
+        exchange: the tensors that are averaged.
+        profile: the machine. Without ``inside`` all links are alike.
 
     Raises:
         ValueError: the strategy is unknown.
@@ -276,13 +282,13 @@ def seconds(strategy: str, exchange: Exchange, profile: Profile) -> float:
 
 
 def _messages(ranks: int) -> int:
-    """One after another in an exchange among so many ranks: a header, and a packet in each round."""
+    """Returns the number of consecutive messages of an exchange: a header, and a packet in each round."""
     return ranks if ranks > 1 else 0
 
 
 @dataclass(frozen=True)
 class TwoPhase:
-    """What each slice of a ``two_phase`` mean takes, in seconds: steps of the rank, an exchange after each of two.
+    """The seconds of each slice of a ``two_phase`` mean: a rank has three steps, and two of them precede an exchange.
 
     Example:
         >>> TwoPhase(slices=1, latency=0.0, encode=1.0, exchange=3.0, reduce=1.0, decode=2.0).seconds()
@@ -299,7 +305,10 @@ class TwoPhase:
     decode: float
 
     def seconds(self) -> float:
-        """Of all slices: a rank does its steps in the order of the schedule, the link carries one slice at a time."""
+        """Returns the time of all slices.
+
+        A rank does its steps in the order of the schedule, and the link carries one slice at a time.
+        """
         rank = link = 0.0
         arrived: dict[tuple[Step, int], float] = {}
         for step, number in schedule(self.slices):
@@ -316,7 +325,7 @@ class TwoPhase:
 
 
 def two_phase_times(exchange: Exchange, profile: Profile) -> TwoPhase:
-    """The steps of ``two_phase``, whose slices are those that the library cuts."""
+    """Returns the steps of ``two_phase``, whose slices are those that the library cuts."""
     world, values = exchange.world_size, exchange.value_bytes
     encode, decode = 1e-9 / profile.codec.encode_gb_per_s, 1e-9 / profile.codec.decode_gb_per_s
     slices = max(1, min(MOST_SLICES, exchange.elements // (SLICE_ELEMENTS * world)))
@@ -343,14 +352,15 @@ PLAUSIBLE = tuple(
 
 @functools.lru_cache(maxsize=4096)
 def candidates(exchange: Exchange, names: Sequence[str], profiles: Sequence[Profile] = PLAUSIBLE) -> tuple[str, ...]:
-    """Those of ``names`` that may be the fastest somewhere, in their order: a pure function, equal on all ranks.
+    """Returns those of ``names`` that may be the fastest on some machine, in their order.
 
-    A way stays if on one of the machines it is predicted to take no more than MARGIN times as long as the fastest.
+    The result is a pure function of the arguments, equal on all ranks. A strategy stays if its predicted time on one
+    of the machines is at most MARGIN times that of the fastest.
 
     Args:
-        exchange: what is averaged.
+        exchange: the tensors that are averaged.
         names: of strategies, as a tuple.
-        profiles: machines to think of, as a tuple; one of them, where it was measured.
+        profiles: the machines to consider, as a tuple; a single one if it was measured.
 
     Example:
         >>> ways = "none", "all_gather", "two_phase"

@@ -1,7 +1,7 @@
-"""What compression lost, kept to be sent later.
+"""Error feedback: the loss of compression is kept as a residual and sent later.
 
-With error feedback a rank sends ``Q(u)``, ``u = g + e``, and keeps ``e = u - Q(u)``; the owner of a chunk does the same
-with the mean and its owner residual ``o``. So nothing is lost for good:
+With error feedback a rank sends ``Q(u)``, ``u = g + e``, and keeps ``e = u - Q(u)``. The owner of a chunk does the
+same with the mean and its owner residual ``o``. So nothing is lost for good:
 ``sum_t out_t = sum_t mean(g_t) - (mean_i(e_i) + o)``.
 
 F. Seide et al., "1-bit stochastic gradient descent", Interspeech 2014; in both directions: H. Tang et al.,
@@ -41,16 +41,16 @@ NO_RESIDUALS = Residuals({}, {}, frozenset())
 class ErrorFeedback:
     """Residuals of one rank, in float32 and in the units of the unscaled gradient.
 
-    They belong to parameters, by name, and not to buckets, which DDP rearranges. Owner residuals belong to a part of a
-    parameter, which depends on the bucket and the number of ranks. When that part changes (DDP rebuilds its buckets,
-    the world is resized, training resumes), the owner adds ``world_size * o`` to its local residual: the next mean then
-    contains ``o``, without communication. When the number of ranks changes from W to W', local residuals are multiplied
-    by W'/W, because they will be divided by W'.
+    Residuals belong to parameters, by name, and not to buckets, which DDP rearranges. Owner residuals belong to a part
+    of a parameter, which depends on the bucket and the number of ranks. That part changes when DDP rebuilds its
+    buckets, the world is resized or training resumes. The owner then adds ``world_size * o`` to its local residual, so
+    the next mean contains ``o`` without communication. When the number of ranks changes from W to W', local residuals
+    are multiplied by W'/W, because they will be divided by W'.
 
-    A gradient or mean that is zero throughout is sent as zero, and its residual kept for the next time: the sum above
-    still holds, and nothing is lost where DDP throws the mean away because no rank used the parameter.
+    A gradient or mean that is zero throughout is sent as zero, and its residual is kept for the next time. The sum
+    above still holds. Nothing is lost where DDP discards the mean because no rank used the parameter.
 
-    Used by the thread that runs the collectives; read it (``state_dict``) only between steps.
+    The object is used by the thread that runs the collectives. Read it (``state_dict``) only between steps.
 
     Example:
         >>> feedback = ErrorFeedback()
@@ -67,10 +67,12 @@ class ErrorFeedback:
         self._spent: dict[str, tuple[int, int]] = {}  # parameter -> (first element, how many): known to be zero
 
     def local(self, key: str, numel: int, device: torch.device = CPU) -> torch.Tensor:
-        """The rank's own residual of a parameter: 1-D float32, zeros at first, on ``device``; to be changed in place.
+        """Returns the rank's own residual of a parameter, to be changed in place.
+
+        The residual is 1-D float32, initially zero, on ``device``.
 
         Raises:
-            ValueError: the residual that is known has another size: the checkpoint is of another model.
+            ValueError: the known residual has another size, because the checkpoint is of another model.
         """
         self._spent.pop(key, None)  # the caller may change it
         residual = self._local.get(key)
@@ -85,7 +87,7 @@ class ErrorFeedback:
         return residual
 
     def owner(self, key: str, start: int, length: int, device: torch.device = CPU) -> torch.Tensor:
-        """The owner residual of elements [start, start + length) of a parameter, in the layout adopted last."""
+        """Returns the owner residual of elements [start, start + length) of a parameter, in the layout adopted last."""
         known = self._owner.get(key)
         if known is None:
             known = self._owner[key] = start, torch.zeros(length, device=device)
@@ -99,7 +101,7 @@ class ErrorFeedback:
         return known[1]
 
     def for_two_phase(self, layout: BucketLayout, rank: int) -> "Residuals":
-        """Adopts a layout; returns all residuals that its collective uses on ``rank``, to be changed in place."""
+        """Adopts a layout and returns all residuals that its collective uses on ``rank``, to be changed in place."""
         self.adopt(layout, rank)
         pieces = layout.chunks[rank].pieces
         keys = {piece.tensor: layout.tensors[piece.tensor].key for piece in pieces}
@@ -112,7 +114,7 @@ class ErrorFeedback:
     def spend(self, pieces: Iterable[tuple[str, Piece]]) -> None:
         """Notes that pieces of local residuals are zero, until a caller may change them.
 
-        An owner adds its values to the mean of its own part as they are, so that step after step nothing is left there.
+        An owner adds its values to the mean of its own part unquantized, so no residual is left there in any step.
 
         Args:
             pieces: each with the name of its parameter.
@@ -124,13 +126,14 @@ class ErrorFeedback:
         return self._spent.get(key) == (start, length)
 
     def keeps(self, key: str) -> bool:
-        """Whether anything of a parameter is still to be sent."""
+        """Returns whether anything of a parameter is still to be sent."""
         return key in self._local
 
     def take(self, key: str, numel: int, device: torch.device = CPU) -> torch.Tensor:
-        """All that this rank keeps of a parameter, 1-D float32, for a collective that sends it whole; zero from now on.
+        """Returns all that this rank keeps of a parameter, and sets it to zero.
 
-        The share of an owner is not averaged over ranks, so it counts W times.
+        The result is 1-D float32, for a collective that sends it whole. The share of an owner is not averaged over
+        ranks, so it counts W times.
         """
         if key in self._owner:
             self._move_to_local(key)
@@ -143,7 +146,7 @@ class ErrorFeedback:
 
         Args:
             layout: of the buffer.
-            chunk: number of the chunk whose mean this rank quantizes; None where it quantizes no mean.
+            chunk: number of the chunk whose mean this rank quantizes; None if it quantizes no mean.
         """
         if self._world_size != layout.world_size:
             self._resize(layout.world_size)
@@ -169,11 +172,11 @@ class ErrorFeedback:
         self._world_size = world_size
 
     def norm(self) -> float:
-        """Euclidean norm of the local residuals: how much is still to be sent."""
+        """Returns the Euclidean norm of the local residuals, which are still to be sent."""
         squares = [residual.double().square().sum() for residual in self._local.values()]
         if not squares:
             return 0.0
-        # Of a checkpoint that was just loaded, some may not have reached their device.
+        # Some residuals of a checkpoint that was just loaded may not have reached their device.
         return float(torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt())
 
     def clear(self) -> None:
@@ -183,7 +186,7 @@ class ErrorFeedback:
         self._spent.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's residuals (copies) and the number of ranks they are for. Every rank has to save its own."""
+        """Returns copies of this rank's residuals, and the number of ranks they are for. Every rank saves its own."""
         return {
             "format": FORMAT,
             "world_size": self._world_size,
@@ -195,13 +198,14 @@ class ErrorFeedback:
         """Continues from saved residuals, also with another number of ranks.
 
         Args:
-            state: what this rank saved. When W ranks continue as fewer, W', rank r passes a list, its own and those of
-                ranks r + W', r + 2W', ...: their residuals are added up and nothing is lost; without them their share
-                is forgotten, which costs about one step's quantization error. A rank that is new loads nothing and
-                starts from zero; the others' residuals are rescaled so that the mean keeps them.
+            state: the state that this rank saved. When W ranks continue as fewer, W', rank r passes a list: its own
+                state and those of ranks r + W', r + 2W', .... Their residuals are added up and nothing is lost. Without
+                them their share is forgotten, which costs about one step's quantization error. A new rank loads nothing
+                and starts from zero. The others' residuals are rescaled so that the mean keeps them.
 
         Raises:
-            ValueError: of another format, damaged, or saved with different numbers of ranks; nothing has changed then.
+            ValueError: the state has another format, is damaged, or was saved with different numbers of ranks; nothing
+                has changed then.
         """
         states = [state] if isinstance(state, Mapping) else list(state)
         if not states:
@@ -223,7 +227,7 @@ class ErrorFeedback:
             part._owner = {key: (start, residual.clone()) for key, (start, residual) in saved["owner"].items()}
             parts.append(part)
         merged = parts[0]
-        if len(parts) > 1:  # what several owners kept cannot be told apart any more
+        if len(parts) > 1:  # residuals of several owners cannot be told apart any more
             for part in parts:
                 for key in list(part._owner):
                     part._move_to_local(key)

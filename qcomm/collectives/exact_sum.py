@@ -1,27 +1,27 @@
 """The mean of quantized values without any further loss: one grid for all ranks, integers summed exactly.
 
-1. every rank measures its tensors and tells all others (extremes, sum of squares, bits: 32 bytes a tensor);
-2. all compute the same grid for each tensor from that (:mod:`qcomm.collectives.exact_sum_grid`), every rank rounds its
-values to it
-   once, compresses them chunk by chunk, and sends each chunk to its owner;
-3. the owner adds the W packets, which is a sum of integers, and sends it to every rank, compressed without loss;
-4. every rank decodes the W packets of sums and divides by W.
+1. Every rank measures its tensors and tells all others (extremes, sum of squares, bits: 32 bytes a tensor).
+2. All ranks compute the same grid for each tensor from that (:mod:`qcomm.collectives.exact_sum_grid`). Every rank
+   rounds its values to it once, compresses them chunk by chunk, and sends each chunk to its owner.
+3. The owner adds the W packets, which is a sum of integers. It sends the sum to every rank, compressed without loss.
+4. Every rank decodes the W packets of sums and divides by W.
 
-So the result is the mean of the ranks' quantized values, rounded once: it does not depend on the order or the chunks in
-which they are added, and there is no second quantization::
+So the result is the mean of the ranks' quantized values, rounded once. It does not depend on the chunks or on the
+order of the additions, and there is no second quantization::
 
     |result - mean|       <= step / 2 and rounding, step the shared grid's       two_phase: mean_i(s_i)/2 + t/2
     bytes a rank sends    its packets but its own + (W - 1) * (its sums' packet + its summary + 3 headers)
 
 On the wire both values and sums are ordinary packets. A sum of W symbols has an alphabet W times as large, and about
-``log2(W) / 2`` bits more entropy than one of them, in a code that is chosen by its own spread: a built-in table for the
-sum's ratio of step to RMS, the packet's own table, or plain symbols above 12 bits; what lies outside the alphabet
-escapes with its exact value. Integers of a fixed width would take 16 bits or more for what takes 2 to 4.
+``log2(W) / 2`` bits more entropy than one of them. Its code is chosen by its own spread: a built-in table for the sum's
+ratio of step to RMS, the packet's own table, or plain symbols above 12 bits. Sums outside the alphabet escape with
+their exact value. Integers of a fixed width would take 16 bits or more instead of 2 to 4.
 
-Uncompressed tensors, and those whose values reach too far for exact sums, are added in rank order as they are.
+Uncompressed tensors are added in rank order without rounding to a grid. So are those whose values reach too far for
+exact sums.
 
-Error feedback keeps ``e = u - Q(u)`` of each rank. There are no means to quantize, so what an owner kept of them
-goes into its next values: ``sum_t result_t = sum_t mean(g_t) - mean_i(e_i)``.
+Error feedback keeps ``e = u - Q(u)`` of each rank. There are no means to quantize, so the owner's residuals go into its
+next values: ``sum_t result_t = sum_t mean(g_t) - mean_i(e_i)``.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ from qcomm.communicator import Phase
 
 __all__ = ["exact_sum_mean"]
 
-SUMMARY_SLACK_BYTES = 1 << 8  # what a packet has besides its values
+SUMMARY_SLACK_BYTES = 1 << 8  # bytes of a packet besides its values
 
 
 class _Own(NamedTuple):
@@ -69,7 +69,7 @@ def exact_sum_mean(rounds: Rounds) -> None:
     summaries = rounds.exchange(Phase.ENCODE, "overhead", outgoing, [limit] * world_size)
 
     grids = rounds.compute(Phase.MEASURE, _share, task, summaries) or []
-    # Ranks that computed different grids would add what does not belong together.
+    # Ranks that computed different grids would add symbols that do not belong together.
     rounds.require_equal("shared grids", hashlib.sha256(repr(grids).encode()).hexdigest()[:16])
     values = rounds.compute(Phase.QUANTIZE, _encode_values, task, measured, grids)
     limits = [size_limit(layout.chunks[rank], dtype)] * world_size
@@ -102,7 +102,7 @@ def _measure(task: MeanTask) -> _Own:
             tensor = layout.tensors[number]
             values = own.values[tensor.offset : tensor.offset + tensor.numel]
             residual = None if feedback is None else feedback.local(tensor.key, tensor.numel)
-            if residual is not None and is_zero(values):  # DDP may throw the mean away, and with it a residual
+            if residual is not None and is_zero(values):  # DDP may discard the mean, and with it a residual
                 residual = None
             elif residual is not None:
                 own.residuals[number] = residual
@@ -114,7 +114,7 @@ def _measure(task: MeanTask) -> _Own:
 
 
 def _share(task: MeanTask, packets: Sequence[torch.Tensor]) -> list[SharedGrid]:
-    """The grids of all tensors, the same on every rank; those that are not compressed have none."""
+    """Returns the grids of all tensors, the same on every rank; those that are not compressed have none."""
     layout, numbers = task.layout, _compressed(task)
     records = torch.empty(len(packets), len(numbers), RECORD_FIELDS, dtype=torch.float64)
     for sender, packet in enumerate(packets):
@@ -145,7 +145,7 @@ def _encode_values(task: MeanTask, own: _Own | None, grids: Sequence[SharedGrid]
 
 
 def _quantize(task: MeanTask, values: torch.Tensor, residual: torch.Tensor | None, grid: SharedGrid) -> Quantizer:
-    """Adds the residual to ``values`` and rounds them, both in place, and says how they go into a packet."""
+    """Adds the residual to ``values`` and rounds them, both in place, and returns their quantizer for a packet."""
     if grid.constant is not None and math.isnan(grid.constant):
         return Quantizer.constant(math.nan)
     if residual is not None:
@@ -162,7 +162,7 @@ def _quantize(task: MeanTask, values: torch.Tensor, residual: torch.Tensor | Non
 
 
 def _add_chunk(task: MeanTask, rank: int, grids: Sequence[SharedGrid], packets: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The packet of the sum over all ranks of this rank's chunk."""
+    """Returns the packet of the sum over all ranks of this rank's chunk."""
     task.telemetry.mark(task.index, "reduce")
     chunk = task.layout.chunks[rank]
     total = torch.empty(chunk.count, dtype=task.wire_dtype)

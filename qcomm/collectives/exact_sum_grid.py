@@ -1,18 +1,18 @@
 """One grid for a tensor on all ranks, on which sums of quantized values are exact.
 
 The levels are the multiples of one step, which all ranks compute from the statistics of all. The step is rounded down
-to few significant bits, eight where nothing else asks for fewer::
+to few significant bits, eight unless something else requires fewer::
 
     step      = m * 2^e                      m < 2^8
     value     = q * step                     one float32, for |q| < 2^16
     sum       = (q_1 + ... + q_W) * step     one float32, for |q_1 + ... + q_W| < 2^16
 
-So the float32 additions of the codec's decoder are additions of integers: no rounding, whatever the order. Where values
-reach further the step gets fewer bits, down to a power of two, and where that does not suffice (values of 2^22 / W
-steps) the tensor is not quantized at all. float64 has 53 bits in place of 24.
+So the float32 additions of the codec's decoder are additions of integers, without rounding in any order. Where values
+reach further the step gets fewer bits, down to a power of two. Where that does not suffice (values of 2^22 / W steps)
+the tensor is not quantized at all. float64 has 53 bits in place of 24.
 
-A packet then carries values and sums without loss, on the grids that the format has: sigma segments for a SigmaGrid,
-whose alphabet is centred at zero and whose escapes carry exact values, range segments for a RangeGrid.
+A packet then carries values and sums without loss, on the grids that the format has. A SigmaGrid uses sigma segments,
+whose alphabet is centred at zero and whose escapes carry exact values. A RangeGrid uses range segments.
 """
 
 import math
@@ -40,12 +40,15 @@ from qcomm.codec import (
 
 __all__ = ["RECORD_FIELDS", "SharedGrid", "Summary", "lossless_quantizer", "share", "summarize"]
 
-STEP_BITS = 8  # a step is at most 1/128 finer than was asked for
+STEP_BITS = 8  # a step is at most 1/128 finer than requested
 MAX_RANGE_BITS = 16
 
 
 class Summary(NamedTuple):
-    """What a rank tells of a tensor: extremes, NaN where it is not finite, sum of squares, bits on a range grid."""
+    """The statistics of a tensor on one rank: extremes, sum of squares, and bits on a range grid.
+
+    The extremes are NaN if the tensor is not finite.
+    """
 
     minimum: float
     maximum: float
@@ -57,17 +60,17 @@ RECORD_FIELDS = len(Summary._fields)
 
 
 class SharedGrid(NamedTuple):
-    """What all ranks do with a tensor: they quantize it to multiples of ``step``.
+    """The treatment of a tensor on all ranks: they quantize it to multiples of ``step``.
 
-    Where ``step`` is 0 they send ``constant``, which is NaN if some rank's tensor is not finite; where that is None
-    they send the values as they are.
+    Where ``step`` is 0 they send ``constant``, which is NaN if some rank's tensor is not finite. Where that is None
+    they send uncompressed values.
     """
 
     step: float = 0.0
     constant: float | None = None
 
     def round(self, values: torch.Tensor) -> torch.Tensor:
-        """The nearest multiples of the step: ``|error| <= step / 2`` and rounding.
+        """Returns the nearest multiples of the step: ``|error| <= step / 2`` and rounding.
 
         Example:
             >>> SharedGrid(step=0.5).round(torch.tensor([0.3, -1.1]))
@@ -79,7 +82,7 @@ class SharedGrid(NamedTuple):
 def summarize(
     statistics: Statistics, grid: Grid, values: torch.Tensor, residual: torch.Tensor | None, inv_scale: float
 ) -> Summary:
-    """What the other ranks need to know of ``u = values * inv_scale + residual``."""
+    """Returns the statistics of ``u = values * inv_scale + residual`` that the other ranks need."""
     if not statistics.finite:
         return Summary(math.nan, math.nan, math.nan, 0.0)
     lo, hi = statistics.minimum, statistics.maximum
@@ -94,10 +97,11 @@ def summarize(
 
 
 def share(grid: Grid, summaries: Sequence[Summary], count: int, dtype: torch.dtype) -> SharedGrid:
-    """The grid that follows from the summaries of all ranks, in rank order, for a tensor of ``count`` elements.
+    """Returns the grid that follows from the summaries of all ranks, for a tensor of ``count`` elements.
 
-    A SigmaGrid's step is relative to the RMS over all ranks. Of a RangeGrid the largest number of bits that a rank
-    asks for is taken, and its levels spread over the range of all ranks. All arithmetic is that of float64.
+    The summaries are in rank order. A SigmaGrid's step is relative to the RMS over all ranks. A RangeGrid takes the
+    largest number of bits that a rank asks for, and its levels spread over the range of all ranks. All arithmetic is
+    that of float64.
 
     Example:
         >>> ranks = [Summary(-1.0, 1.0, 3.0, 0.0), Summary(-2.0, 0.5, 5.0, 0.0)]
@@ -128,7 +132,7 @@ def share(grid: Grid, summaries: Sequence[Summary], count: int, dtype: torch.dty
 
 
 def lossless_quantizer(values: torch.Tensor, step: float, grid: Grid) -> Quantizer:
-    """How multiples of ``step``, values or sums of them, go into a packet without loss, in the code that suits them."""
+    """Returns the quantizer of multiples of ``step``, values or sums, without loss and in the code that suits them."""
     statistics = measure(values)
     if not statistics.finite:  # a sum has overflown
         return Quantizer.constant(math.nan)
@@ -147,6 +151,6 @@ def lossless_quantizer(values: torch.Tensor, step: float, grid: Grid) -> Quantiz
 
 
 def _round_down(value: float, bits: int) -> float:
-    """``value``, positive, cut to so many significant bits."""
+    """Rounds ``value``, which is positive, down to ``bits`` significant bits."""
     mantissa, exponent = math.frexp(value)
     return math.ldexp(math.floor(math.ldexp(mantissa, bits)), exponent - bits)

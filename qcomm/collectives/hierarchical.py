@@ -1,40 +1,39 @@
 """The mean in two levels: uncompressed inside a node, compressed between nodes.
 
-There are ``a`` ranks a node and ``b`` nodes, W = a * b: rank ``n * a + l`` is number l of node n. The buffer is cut in
-a slices and each slice in b chunks::
+There are ``a`` ranks per node and ``b`` nodes, W = a * b. Rank ``n * a + l`` is number l of node n. The buffer is cut
+in a slices and each slice in b chunks::
 
     slice     | 0                     | 1                     |        a = 2, b = 3
     chunk     | 0     | 1     | 2     | 3     | 4     | 5     |
     owner     | 0     | 2     | 4     | 1     | 3     | 5     |        chunk l * b + n belongs to rank n * a + l
 
-1. inside each node a reduce-scatter of the values as they are: rank l of a node gets the node's sum of slice l;
-2. between the ranks of the same number l on all nodes :mod:`qcomm.collectives.two_phase`'s exchange of slice l: the
-sums compressed
-   to the owners of the chunks, the means compressed back;
-3. inside each node an all-gather of the decoded slices, in the buffer's dtype.
+1. Inside each node the uncompressed values go through a reduce-scatter. Rank l gets its node's sum of slice l.
+2. Between the ranks of the same number l on all nodes slice l goes through the exchange of
+   :mod:`qcomm.collectives.two_phase`: the sums compressed to the owners of the chunks, the means compressed back.
+3. Inside each node the decoded slices go through an all-gather, in the buffer's dtype.
 
-All ranks end with the same bits: the slices with number l are decoded from the same packets on every node. A node is
-whatever shares a fast link; any two factors of W do, which makes it a torus of a x b.
+All ranks end with the same bits, because the slices with number l are decoded from the same packets on every node.
+Ranks that share a fast link form a node. Any two factors of W are possible, which makes a torus of a x b.
 
 Per rank, with n elements of v bytes in float32 or float64 and of d bytes in the buffer's dtype, P the packets of its
 slice and M those of the slice's means::
 
     bytes inside the node      (a - 1) / a * n * (v + d)
-    bytes between nodes        (b - 1) / b * (P + M): about 1 / a of what two_phase sends over the same links
+    bytes between nodes        (b - 1) / b * (P + M), about 1 / a of those of two_phase over the same links
     headers                    4 to each of the W - 1 other ranks
     |result - mean|            <= sum_n(s_n) / (2 W) + t / 2 and rounding
 
-with s_n the step of node n's sum for a part of a tensor, and t the owner's. Where gradients are independent, s_n is
-sqrt(a) times a rank's step, and the first term so many times smaller than in two_phase. On a single node nothing is
+Here s_n is the step of node n's sum for a part of a tensor, and t the owner's. Where gradients are independent, s_n is
+sqrt(a) times a rank's step, and the first term sqrt(a) times smaller than in two_phase. On a single node nothing is
 compressed.
 
-There are no groups of ranks with connections of their own: all messages travel over the communicator's, and before
-each step all W ranks tell each other whether all is well. So a fault anywhere is raised everywhere.
+There are no groups of ranks with connections of their own: all messages travel over the communicator's. Before each
+step all W ranks exchange a handshake, so a fault on one rank is raised on all.
 
-Error feedback: a rank keeps what quantizing its node's sum of its slice has lost, and what quantizing its own chunk's
-mean has; residuals of other slices, from other strategies, travel uncompressed inside the node and are gone then.
-``sum_t result_t = sum_t mean(g_t) - (mean_i(e_i) + o)`` as everywhere. A value that is not finite makes its tensor's
-part in one chunk NaN on all ranks, and not all of the tensor.
+Error feedback keeps the loss of quantizing the node's sum of a rank's slice, and that of quantizing its own chunk's
+mean. Residuals of other slices, from other strategies, travel uncompressed inside the node and are then zero.
+``sum_t result_t = sum_t mean(g_t) - (mean_i(e_i) + o)`` holds in every strategy. A value that is not finite makes its
+tensor's part in one chunk NaN on all ranks, and not all of the tensor.
 """
 
 from collections.abc import Iterator, Sequence
@@ -67,7 +66,7 @@ T = TypeVar("T")
 
 
 class _Place(NamedTuple):
-    """Where a rank is: number ``local`` of ``ranks_per_node`` on node number ``node`` of ``nodes``."""
+    """The position of a rank: number ``local`` of ``ranks_per_node`` on node number ``node`` of ``nodes``."""
 
     node: int
     nodes: int
@@ -80,21 +79,21 @@ class _Place(NamedTuple):
 
     @property
     def neighbours(self) -> list[int]:
-        """Ranks of the same node, own one included, by their number."""
+        """Returns the ranks of the same node, own one included, by their number."""
         return [self.node * self.ranks_per_node + local for local in range(self.ranks_per_node)]
 
     @property
     def row(self) -> list[int]:
-        """Ranks of the same number on all nodes, own one included, by node."""
+        """Returns the ranks of the same number on all nodes, own one included, by node."""
         return [node * self.ranks_per_node + self.local for node in range(self.nodes)]
 
     def slice_of(self, task: MeanTask, local: int) -> Sequence[Chunk]:
-        """The chunks of slice number ``local``, by node."""
+        """Returns the chunks of slice number ``local``, by node."""
         return task.layout.chunks[local * self.nodes : (local + 1) * self.nodes]
 
     @property
     def own_chunk(self) -> int:
-        """Number of the chunk whose mean this rank makes."""
+        """Returns the number of the chunk whose mean this rank makes."""
         return self.local * self.nodes + self.node
 
 
@@ -109,7 +108,7 @@ def hierarchical_mean(rounds: Rounds) -> None:
     def exchange(
         phase: Phase, kind: str, ranks: Sequence[int], packets: Sequence[torch.Tensor] | None, limits: Sequence[int]
     ) -> list[torch.Tensor]:
-        """Exchanges with some of the ranks only; returns their packets."""
+        """Exchanges with some of the ranks only, and returns their packets."""
         outgoing = None if packets is None else _spread(ranks, packets, world_size, no_bytes())
         received = rounds.exchange(phase, kind, outgoing, _spread(ranks, limits, world_size, 0))
         return [received[rank] for rank in ranks]
@@ -136,9 +135,9 @@ def hierarchical_mean(rounds: Rounds) -> None:
 
 
 def _split(task: MeanTask, place: _Place) -> list[torch.Tensor]:
-    """This rank's values without the scale, as bytes: one part for each slice, the own one included.
+    """Returns this rank's values without the scale, as bytes: one part for each slice, the own one included.
 
-    To the slices of others it adds all that error feedback keeps of them.
+    The slices of other ranks include all their residuals of error feedback.
     """
     task.telemetry.mark(task.index, "encode")
     layout, feedback, dtype = task.layout, task.feedback, task.wire_dtype
@@ -171,12 +170,15 @@ def _split(task: MeanTask, place: _Place) -> list[torch.Tensor]:
 
 
 def _takes_part(values: torch.Tensor) -> bool:
-    """Whether the mean of a tensor is going to be used, as far as this rank can see."""
+    """Returns whether the mean of a tensor is going to be used, as far as this rank can see."""
     return not is_zero(values) and measure(values).finite
 
 
 def _encode_sums(task: MeanTask, place: _Place, received: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The node's sums of this rank's slice, one packet a chunk. Each part of a tensor in a chunk has its own grid."""
+    """Returns the node's sums of this rank's slice, one packet a chunk.
+
+    Each part of a tensor in a chunk has its own grid.
+    """
     chunks, dtype = place.slice_of(task, place.local), task.wire_dtype
     with task.telemetry.timed("encode_seconds"):
         total = torch.empty(_elements(chunks), dtype=dtype)
@@ -193,7 +195,7 @@ def _encode_sums(task: MeanTask, place: _Place, received: Sequence[torch.Tensor]
 
 
 def _reduce_chunk(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The packet of the mean over all ranks of this rank's chunk."""
+    """Returns the packet of the mean over all ranks of this rank's chunk."""
     task.telemetry.mark(task.index, "reduce")
     layout = task.layout
     chunk = layout.chunks[place.own_chunk]
@@ -207,7 +209,7 @@ def _reduce_chunk(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]
 
 
 def _pack(task: MeanTask, place: _Place, chunk: Chunk, values: torch.Tensor, grid: Grid, owner: bool) -> torch.Tensor:
-    """The packet of a chunk's ``values``, which lie as in a packet, with the residuals of sums or of means."""
+    """Returns the packet of a chunk's ``values``, which lie as in a packet, with the residuals of sums or of means."""
     layout, feedback, segments = task.layout, task.feedback, []
     for piece, part in _pieces([chunk], values):
         tensor, residual = layout.tensors[piece.tensor], None
@@ -228,7 +230,7 @@ def _pack(task: MeanTask, place: _Place, chunk: Chunk, values: torch.Tensor, gri
 
 
 def _decode_slice(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The means of this rank's slice in the buffer's dtype, as bytes."""
+    """Returns the means of this rank's slice in the buffer's dtype, as bytes."""
     task.telemetry.mark(task.index, "decode")
     chunks = place.slice_of(task, place.local)
     with task.telemetry.timed("decode_seconds"):
@@ -255,7 +257,7 @@ def _elements(chunks: Sequence[Chunk]) -> int:
 
 
 def _pieces(chunks: Sequence[Chunk], values: torch.Tensor) -> Iterator[tuple[Piece, torch.Tensor]]:
-    """Each piece of ``chunks`` with its part of ``values``, which lie as in packets, one after another."""
+    """Yields each piece of ``chunks`` with its part of ``values``, which lie as in packets, one after another."""
     position = 0
     for chunk in chunks:
         for piece in chunk.pieces:
@@ -265,7 +267,7 @@ def _pieces(chunks: Sequence[Chunk], values: torch.Tensor) -> Iterator[tuple[Pie
 
 
 def _spread(ranks: Sequence[int], items: Sequence[T], world_size: int, nothing: T) -> list[T]:
-    """One item for each rank of the group: those of ``ranks``, and ``nothing`` for all others."""
+    """Returns one item for each rank of the group: those of ``ranks``, and ``nothing`` for all others."""
     spread = [nothing] * world_size
     for rank, item in zip(ranks, items, strict=True):
         spread[rank] = item
@@ -273,7 +275,7 @@ def _spread(ranks: Sequence[int], items: Sequence[T], world_size: int, nothing: 
 
 
 def _values(message: torch.Tensor, dtype: torch.dtype, count: int, sender: int) -> torch.Tensor:
-    """The values in an uncompressed message."""
+    """Returns the values in an uncompressed message."""
     if message.numel() != count * dtype.itemsize:
         raise PacketError(
             f"values of rank {sender} of the group: {message.numel()} bytes instead of {count * dtype.itemsize}"

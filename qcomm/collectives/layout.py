@@ -1,4 +1,4 @@
-"""How a flat buffer of tensors is cut into one chunk a rank.
+"""The layout of a flat buffer of tensors, cut into one chunk per rank.
 
 ::
 
@@ -7,8 +7,8 @@
     raw         | bn.weight bn.bias | fc.bias |                 cut into W parts
     chunk r     = r-th part of the compressed values, then r-th part of the raw ones
 
-Tensors that are compressed are laid end to end, and so are the others, and each of the two rows is cut evenly: every
-rank owns as many bytes as its neighbours whatever the order of the tensors. A chunk is what one packet carries.
+Tensors that are compressed are laid end to end, and so are the others, and each of the two rows is cut evenly. Every
+rank owns as many bytes as the next one, in any order of the tensors. One packet carries one chunk.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ __all__ = ["BucketLayout", "Chunk", "Piece", "TensorSpec", "cut_points"]
 
 # Cuts fall on multiples of the codec's lanes, so that no block but a tensor's last has lanes without work.
 CUT_ALIGNMENT = 32
-# About how much more a raw element takes on the wire.
+# Approximate ratio of the wire bytes of a raw element to those of a compressed one.
 RAW_BYTES_TO_COMPRESSED = 16
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ T = TypeVar("T")
 class TensorSpec:
     """Elements ``[offset, offset + numel)`` of a flat buffer; ``key`` names them to error feedback and statistics.
 
-    ``may_round``: whether those of a tensor that is not compressed may still be rounded to bfloat16, by that strategy.
+    ``may_round``: whether elements of a tensor that is not compressed may be rounded to bfloat16, by that strategy.
     """
 
     key: str
@@ -64,28 +64,34 @@ class Chunk:
 
     @cached_property
     def compressed_count(self) -> int:
-        """Elements in pieces."""
+        """Returns the number of elements in pieces."""
         return sum(piece.length for piece in self.pieces)
 
     @cached_property
     def raw_count(self) -> int:
-        """Elements in raw runs."""
+        """Returns the number of elements in raw runs."""
         return sum(length for _, length in self.raw_runs)
 
     @cached_property
     def count(self) -> int:
-        """All elements; 0 where there are fewer elements than ranks, and then no packet either."""
+        """Returns the number of all elements.
+
+        It is 0 where there are fewer elements than ranks; then there is no packet either.
+        """
         return self.compressed_count + self.raw_count
 
     @cached_property
     def places(self) -> tuple[tuple[int, int], ...]:
-        """Where the packet's elements belong, in order: (offset, length) in the flat buffer, neighbours joined."""
+        """Returns the positions of the packet's elements, in order.
+
+        Each is (offset, length) in the flat buffer, and neighbours are joined.
+        """
         return _join_runs([*((piece.offset, piece.length) for piece in self.pieces), *self.raw_runs])
 
     def cut(self, parts: int) -> tuple["Chunk", ...]:
-        """So many parts, nearly equal; some are empty where there are too few elements.
+        """Cuts the chunk into ``parts`` nearly equal parts; some are empty where there are too few elements.
 
-        Raw elements all belong to the first part where they are few: the others may then be decoded where they belong.
+        A few raw elements all belong to the first part: the others may then be decoded straight into the buffer.
         """
         compressed_cuts, raw_cuts = cut_points(self.compressed_count, parts), cut_points(self.raw_count, parts)
         if self.raw_count * parts * RAW_BYTES_TO_COMPRESSED < self.compressed_count:
@@ -104,7 +110,7 @@ class Chunk:
 
 
 def cut_points(count: int, parts: int) -> list[int]:
-    """``parts + 1`` ascending positions from 0 to ``count``, inner ones multiples of 32, parts nearly equal.
+    """Returns ``parts + 1`` ascending positions from 0 to ``count``, inner ones multiples of 32, parts nearly equal.
 
     Example:
         >>> cut_points(100, 3), cut_points(5, 3)
@@ -115,7 +121,10 @@ def cut_points(count: int, parts: int) -> list[int]:
 
 
 def _between(items: Sequence[T], lengths: Sequence[int], begin: int, end: int) -> list[tuple[T, int, int]]:
-    """What covers elements [begin, end) of items laid end to end: (item, first element of it, number of elements)."""
+    """Returns the parts of items, laid end to end, that cover elements [begin, end).
+
+    Each is (item, its first element, number of elements).
+    """
     found, position = [], 0
     for item, length in zip(items, lengths, strict=True):
         first, last = max(begin, position), min(end, position + length)
@@ -126,7 +135,7 @@ def _between(items: Sequence[T], lengths: Sequence[int], begin: int, end: int) -
 
 
 def _join_runs(runs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    """Runs as (offset, length), each joined with the one before it where it begins at its end."""
+    """Joins each run, given as (offset, length), with the one before it where it begins at its end."""
     joined: list[tuple[int, int]] = []
     for offset, length in runs:
         if joined and sum(joined[-1]) == offset:
@@ -137,16 +146,18 @@ def _join_runs(runs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
 
 
 class BucketLayout:
-    """Tensors of a flat buffer and the chunks they are cut into: a pure function of the arguments, equal on all ranks.
+    """Tensors of a flat buffer and the chunks they are cut into.
+
+    The layout is a pure function of the arguments, equal on all ranks.
 
     Args:
         tensors: in any order, not overlapping.
         world_size: number of chunks.
 
     Attributes:
-        elements, compressed_elements: how many there are.
-        plans: whatever collectives have derived from this layout and use again.
-        exact_elements: how many are neither compressed nor may be rounded; ``exact_runs`` are these, as runs.
+        elements, compressed_elements: number of all elements, and of those that are compressed.
+        plans: results that collectives derive from this layout and reuse.
+        exact_elements: number of elements neither compressed nor ever rounded; ``exact_runs`` are their runs.
 
     Example:
         >>> tensors = [TensorSpec("weight", 0, 100, True), TensorSpec("bias", 100, 10, False)]
@@ -172,20 +183,23 @@ class BucketLayout:
         self.chunks = tuple(
             Chunk(
                 tuple(self._pieces(compressed, *compressed_cuts[part : part + 2])),
-                # Raw values do not care where a tensor ends.
+                # Raw values may be cut anywhere, also inside a tensor.
                 _join_runs([(p.offset, p.length) for p in self._pieces(raw, *raw_cuts[part : part + 2])]),
             )
             for part in range(world_size)
         )
 
     def slices(self, count: int) -> tuple[tuple[Chunk, ...], ...]:
-        """So many slices, each the same part of every chunk; see :mod:`qcomm.collectives.two_phase_schedule`."""
+        """Returns ``count`` slices, each the same part of every chunk.
+
+        See :mod:`qcomm.collectives.two_phase_schedule`.
+        """
         if count not in self._slices:
             self._slices[count] = tuple(zip(*[chunk.cut(count) for chunk in self.chunks], strict=True))
         return self._slices[count]
 
     def _pieces(self, numbers: Sequence[int], begin: int, end: int) -> list[Piece]:
-        """The pieces that cover elements [begin, end) of the tensors ``numbers`` laid end to end."""
+        """Returns the pieces that cover elements [begin, end) of the tensors ``numbers`` laid end to end."""
         lengths = [self.tensors[number].numel for number in numbers]
         return [
             Piece(number, start, length, self.tensors[number].offset + start)
@@ -194,12 +208,12 @@ class BucketLayout:
 
     @cached_property
     def whole(self) -> Chunk:
-        """All chunks as one: every compressed tensor in one piece, then the raw elements."""
+        """Returns all chunks as one: every compressed tensor in one piece, then the raw elements."""
         return BucketLayout(self.tensors, 1).chunks[0]
 
     @cached_property
     def description(self) -> str:
-        """One line that two ranks share only if their layouts are equal."""
+        """Returns one line that two ranks share only if their layouts are equal."""
         listing = "\n".join(f"{t.key} {t.offset} {t.numel} {t.compressed:d} {t.may_round:d}" for t in self.tensors)
         digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
         return (

@@ -1,8 +1,8 @@
-"""Measures codec and links of this machine: the :class:`qcomm.collectives.Profile` of ``qcomm bench``.
+"""The machine's codec and links, measured: the :class:`qcomm.collectives.Profile` of ``qcomm bench``.
 
-Measured is what the collectives run: the codec with its choice of a code and with error feedback, messages in pairwise
-rounds through the transport that the gradients take, all ranks at once. So ranks that share a machine's cores or its
-network card are measured sharing them. Each result is checked before it is timed.
+The measured operations are those of the collectives. The codec runs with its choice of a code and with error feedback.
+Messages travel in pairwise rounds through the transport of the gradients, on all ranks at once. So ranks that share a
+machine's cores or its network card are measured sharing them. Each result is checked before it is timed.
 """
 
 import statistics
@@ -28,12 +28,12 @@ def measure_codec(values: torch.Tensor, grid: Grid, num_threads: int = 1, repeat
 
     Args:
         values: 1-D float32, of at least one element.
-        grid: how finely they are quantized.
-        num_threads: most that work at once.
+        grid: the grid on which they are quantized.
+        num_threads: maximum number of threads that encode and decode.
         repeats: at least 1.
 
     Raises:
-        CollectiveError: what was decoded is not what was encoded.
+        CollectiveError: the decoded values are not those that were encoded.
 
     Example:
         >>> from qcomm.codec.grids import SigmaGrid
@@ -51,7 +51,7 @@ def measure_codec(values: torch.Tensor, grid: Grid, num_threads: int = 1, repeat
         unpack(packet, decoded, 0, num_threads=num_threads)
         decode_seconds.append(time.perf_counter() - encoded)
         encode_seconds.append(encoded - begin)
-    # What was decoded and what was kept are the values.
+    # The decoded values and the residual add up to the values.
     wrong = float((decoded + residual - values).abs().max())
     if not wrong <= 1e-6 * float(values.abs().max()) or float(residual.norm()) > float(values.norm()):
         raise CollectiveError(f"the codec is wrong: decoded values and residuals differ from the values by {wrong:g}")
@@ -100,7 +100,10 @@ def measure_link(transport: Transport, members: Sequence[int], message_bytes: in
 
 
 def slowest(transport: Transport, profile: Profile) -> Profile:
-    """What every rank of the group can do, the same on all: the lowest rates, the longest latencies, the mean ratio."""
+    """Returns a profile that every rank of the group can reach, the same on all ranks.
+
+    It has the lowest rates, the longest latencies and the mean ratio.
+    """
     inside = profile.inside
     own = torch.tensor(
         [*astuple(profile.link), *astuple(profile.codec), *(astuple(inside) if inside else (1.0, 1.0))],
