@@ -82,30 +82,30 @@ class ReduceOptions:
 
     @property
     def machine(self) -> Profile | None:
-        """The profile, read from its file; None for any machine."""
+        """Returns the profile, read from its file; None for any machine."""
         if isinstance(self.profile, (str, Path)):
             raise TypeError("a profile is read when the options are made")
         return self.profile
 
     @property
     def node_size(self) -> int:
-        """Number of ranks that form a node, of options for a world; 1 where nodes do not count."""
+        """Returns the number of ranks that form a node, of options for a world; 1 where nodes do not count."""
         return self.ranks_per_node or 1
 
     @cached_property
     def compresses(self) -> bool:
-        """Whether the strategy is a named one that never exchanges all values uncompressed."""
+        """Returns whether the strategy is a named one that never exchanges all values uncompressed."""
         return self.strategy not in ("auto", "none", "bf16")
 
     def is_compressed(self, elements: int) -> bool:
-        """Returns whether a tensor of so many elements is compressed."""
+        """Returns whether a tensor of ``elements`` elements is compressed."""
         return elements >= max(self.min_elements, 1)
 
     def for_world(self, world_size: int) -> "ReduceOptions":
-        """Returns these options for a number of ranks: ``ranks_per_node`` is found out, and checked.
+        """Returns these options for a number of ranks: ``ranks_per_node`` is resolved and checked.
 
         Raises:
-            ValueError: it does not divide the number of ranks, or the launcher has not said it.
+            ValueError: ``ranks_per_node`` does not divide the number of ranks, or the launcher has not set it.
 
         Example:
             >>> ReduceOptions(strategy="hierarchical", ranks_per_node=2).for_world(6).node_size

@@ -1,4 +1,4 @@
-"""Packing: chunks of a buffer to packets and back, and the largest size that these can have."""
+"""Packing: chunks of a buffer to packets and back, and the maximum size of these packets."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -27,8 +27,8 @@ __all__ = [
     "unpack",
 ]
 
-# Most that a packet takes beyond its values: header, and for each segment its record, code lengths and a checksum, and
-# for each block, of 32 values at least, its frame. Generous: the limit only keeps nonsense from being allocated.
+# Maximum bytes of a packet beyond its values: header, and for each segment its record, code lengths and a checksum, and
+# for each block, of 32 values at least, its frame. Generous: the limit only prevents absurd allocations.
 PACKET_SLACK_BYTES = 1 << 12
 SEGMENT_SLACK_BYTES = 1 << 13
 VALUES_PER_SLACK_BYTE = 64
@@ -49,17 +49,17 @@ def choose(
     num_threads: int = 1,
     code: Code | None = None,
 ) -> Measured:
-    """The quantizer of a tensor or a part of one, raw without a grid, and its residual if it takes part.
+    """Chooses the quantizer of a tensor or a part of one, raw without a grid, and its residual if it takes part.
 
-    ``code``: of an earlier choice for a tensor like this one, see :func:`qcomm.codec.quantize.plan`.
+    ``code`` is that of an earlier choice for a similar tensor, see :func:`qcomm.codec.quantize.plan`.
     """
     if residual is not None and is_zero(values):
-        # The mean of a parameter that no rank used is thrown away by DDP, which leaves its gradient None: a residual in
-        # it would be lost.
+        # DDP discards the mean of a parameter that no rank used and leaves its gradient None. A residual in it would be
+        # lost.
         return Measured(Quantizer.constant(0.0), None)
     statistics = measure(values, residual if grid else None, inv_scale, num_threads=num_threads)
     if not statistics.finite:
-        # Travels as a flag, becomes NaN in the sum and so on every rank.
+        # The value travels as a flag, becomes NaN in the sum and so on every rank.
         return Measured(Quantizer.constant(math.nan), None)
     if grid is None:
         return Measured(Quantizer.raw(), residual)
@@ -67,7 +67,7 @@ def choose(
 
 
 def measure_tensors(task: MeanTask, values: torch.Tensor) -> list[Measured]:
-    """Each tensor of the layout measured whole; those that are not compressed get a raw quantizer."""
+    """Measures each tensor of the layout whole; those that are not compressed get a raw quantizer."""
     measured = []
     for tensor in task.layout.tensors:
         found = Measured(Quantizer.raw(), None)
@@ -84,14 +84,17 @@ def measure_tensors(task: MeanTask, values: torch.Tensor) -> list[Measured]:
 def pack_chunk(
     values: torch.Tensor, chunk: Chunk, measured: Sequence[Measured], inv_scale: float, num_threads: int = 1
 ) -> torch.Tensor:
-    """The packet of a chunk of the flat ``values``, each tensor as it was measured. Residuals are replaced."""
+    """Encodes a chunk of the flat ``values``, each tensor as it was measured. Residuals are replaced."""
     return pack(chunk_segments(values, chunk, measured), inv_scale, num_threads)
 
 
 def chunk_segments(
     values: torch.Tensor, chunk: Chunk, measured: Sequence[Measured] | Mapping[int, Measured]
 ) -> list[Segment]:
-    """What a chunk of the flat ``values`` is coded from: its pieces as their tensors were measured, then the rest."""
+    """Returns the segments of a chunk of the flat ``values``.
+
+    They are its pieces, as their tensors were measured, and then the raw elements.
+    """
     segments = []
     for piece in chunk.pieces:
         quantizer, residual = measured[piece.tensor]
@@ -103,12 +106,12 @@ def chunk_segments(
 
 
 def pack(segments: Sequence[Segment], inv_scale: float = 1.0, num_threads: int = 1) -> torch.Tensor:
-    """A packet, or no bytes for no segments."""
+    """Encodes segments as a packet; the result has no bytes if there are no segments."""
     return encode(segments, inv_scale=inv_scale, num_threads=num_threads) if segments else no_bytes()
 
 
 def no_bytes() -> torch.Tensor:
-    """What is sent where nothing is sent."""
+    """Returns the empty message, which stands for no packet."""
     return torch.empty(0, dtype=torch.uint8)
 
 
@@ -125,7 +128,7 @@ def unpack(
 
 
 def size_limit(chunk: Chunk, dtype: torch.dtype) -> int:
-    """Most bytes a packet of ``chunk`` can have; 0 for an empty chunk, which has none."""
+    """Returns the maximum bytes of a packet of ``chunk``; 0 for an empty chunk, which has none."""
     if not chunk.count:
         return 0
     segments = SEGMENT_SLACK_BYTES * (len(chunk.pieces) + 1)
@@ -133,7 +136,7 @@ def size_limit(chunk: Chunk, dtype: torch.dtype) -> int:
 
 
 def gather_runs(buffer: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Elements of ``runs`` as one 1-D tensor: a view where there is one run, otherwise a copy."""
+    """Returns the elements of ``runs`` as one 1-D tensor: a view if there is one run, otherwise a copy."""
     parts = [buffer[offset : offset + length] for offset, length in runs]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -155,5 +158,5 @@ def scatter_chunk(values: torch.Tensor, chunk: Chunk, buffer: torch.Tensor) -> N
 
 def is_zero(values: torch.Tensor) -> bool:
     """Returns whether all values are 0, as the gradient of a parameter that no rank used."""
-    # Nearly always the first values tell, and the others need not be read.
+    # The initial values nearly always decide, and the others need not be read.
     return not values[:256].any() and not values.any()

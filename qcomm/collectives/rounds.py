@@ -1,15 +1,15 @@
 """Rounds: the frame of one collective on one rank, which owns its begin, its faults and their announcement.
 
-A strategy is a few rounds. In each of them the ranks compute a step, tell each other in a handshake whether it went
-well, and exchange packets::
+A strategy is a few rounds. In each of them the ranks compute a step, tell each other in a handshake whether it
+succeeded, and exchange packets::
 
     compute      step 1           step 2           last step
     handshake             round 1          round 2
     packets               round 1          round 2              next collective
 
 A step that fails on one rank keeps that rank from computing further steps. Its next handshake says so, and the error is
-raised on all ranks. A fault of the last step is announced by the first handshake of the next collective, and raised
-here at once.
+raised on all ranks. A fault of the last step is announced by the first handshake of the next collective. On the failed
+rank it is raised at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +43,9 @@ T = TypeVar("T")
 
 
 def refuse(fault: Fault, communicator: Communicator) -> NoReturn:
-    """Tells the other ranks of a fault in place of a collective, whatever they are about to do, and raises on all.
+    """Tells the other ranks of a fault in place of a collective, and raises it on all ranks.
+
+    It works whatever the others are about to do.
 
     Raises:
         CollectiveError: naming this rank.
@@ -62,7 +64,7 @@ def announce_late(fault: Fault, communicator: Communicator) -> NoReturn:
 
 
 class Rounds:
-    """One collective under way. A context manager: leaving it well means that this rank has its result.
+    """One collective under way. A context manager: leaving it without an error means that this rank has its result.
 
     Args:
         task: of the collective.
@@ -73,7 +75,7 @@ class Rounds:
     Attributes:
         rank, world_size: this process within the group, and the number of ranks in it.
         agreed: the result of the first handshake; None before it, and where it failed.
-        waited: nanoseconds for the agreement alone, in which the rank has not worked for its values.
+        waited: nanoseconds spent on the agreement alone, in which the rank has not worked for its values.
     """
 
     def __init__(
@@ -105,7 +107,7 @@ class Rounds:
 
     @property
     def fault(self) -> Fault | None:
-        """The failure that keeps this rank from computing further steps."""
+        """Returns the failure that keeps this rank from computing further steps."""
         return self._fault
 
     def require_equal(self, name: str, value: str) -> None:
@@ -120,7 +122,7 @@ class Rounds:
         return result
 
     def take_over(self, fault: Fault | None, traffic: Mapping[str, Traffic]) -> None:
-        """Goes on after a pipeline, with its late fault; counts its traffic by kind."""
+        """Continues after a pipeline, with its late fault, and counts its traffic by kind."""
         self._fault = fault
         self.task.telemetry.add_traffics(traffic)
 
@@ -136,7 +138,7 @@ class Rounds:
         Args:
             phase: that every rank has just finished.
             kind: of the bytes, for telemetry: "phase1", "phase2", "inside" or "overhead".
-            packets: W of them, of no bytes where nothing goes to a rank; None after a fault.
+            packets: W of them, of no bytes where a rank gets nothing; None after a fault.
             limits: maximum bytes that each rank can send here, 0 where it sends nothing.
         """
         task, world_size = self.task, self.world_size
@@ -154,7 +156,7 @@ class Rounds:
         return incoming
 
     def agree(self) -> None:
-        """The first handshake, of a strategy that exchanges its packets by other means."""
+        """Runs the first handshake, of a strategy that exchanges its packets by other means."""
         with self.task.telemetry.timed("communication_seconds"):
             self._finish(self.start_agreeing())
 

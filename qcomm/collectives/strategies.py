@@ -31,7 +31,7 @@ WAYS: Mapping[str, Callable[[Rounds], None]] = {
     "hierarchical": hierarchical_mean,
     "two_phase": two_phase_mean,
 }
-# "auto" chooses between these, the most exact first: of two that are equally fast, the chooser takes the earlier one.
+# "auto" chooses between these, the most exact first: of two equally fast strategies the chooser takes the earlier one.
 # exact_sum is never the fastest; it is for users who need its exact sums.
 AUTOMATIC = (*PLAIN, "all_gather", "hierarchical", "two_phase")
 
@@ -42,7 +42,7 @@ def average(task: MeanTask, communicator: Communicator, bypassing: Bypassing | N
     """Replaces ``task.buffer`` by its mean over all ranks. Runs on the communicator's thread.
 
     With ``"auto"`` each strategy that may be the fastest is tried a few times for every kind of buffer. Then the
-    fastest one that is worth it is taken. All ranks decide alike, see :mod:`qcomm.collectives.tuner`.
+    fastest one that is worth it is taken. All ranks make the same choice, see :mod:`qcomm.collectives.tuner`.
 
     Args:
         task: of the collective.
@@ -73,17 +73,20 @@ def _average_by_tuner(task: MeanTask, communicator: Communicator, bypassing: Byp
         with rounds:
             WAYS[strategy](rounds)
         work = time.perf_counter_ns() - begin - rounds.waited
-        # Most collectives that may be bypassed run without an agreement.
+        # Collectives that may be bypassed mostly run without an agreement.
         own_time = Took(work, 0 if strategy in PLAIN and bypassing is not None else rounds.waited)
     finally:
-        if rounds.agreed is not None:  # so it is on all ranks, whatever happened afterwards
+        if rounds.agreed is not None:  # so it is on all ranks, even if a later step failed
             bypassed = 0 if bypassing is None else bypassing.count
             tuner.finished(kind, rounds.agreed.last_time, own_time, 1 + bypassed)
     task.telemetry.note_strategy(task.index, strategy)
 
 
 def settled(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None = None) -> str:
-    """Returns the strategy of further tensors like that of ``task``, "" while several are tried; all ranks agree."""
+    """Returns the strategy of further tensors like that of ``task``, "" while several are tried.
+
+    All ranks agree on it.
+    """
     if task.options.strategy != "auto":
         return task.options.strategy
     return _tuner(communicator).settled(_kind(task, bypassing))
@@ -120,10 +123,10 @@ def automatic_ways(layout: BucketLayout, dtype: torch.dtype, options: ReduceOpti
 
 
 def plain_ways(layout: BucketLayout, dtype: torch.dtype, grid: Grid) -> tuple[str, ...]:
-    """The plain all-reduce, and in bfloat16 where that saves bytes and is finer than the grid."""
+    """Returns the plain all-reduce, and that in bfloat16 if it saves bytes and is finer than the grid."""
     return PLAIN if is_rounded("bf16", layout, dtype) and _coarser_than_bf16(grid) else ("none",)
 
 
 def _coarser_than_bf16(grid: Grid) -> bool:
-    """Whether a grid's steps are wider than most of bfloat16's, which are up to 2^-7 of a value apart."""
+    """Returns whether a grid's steps are wider than nearly all of bfloat16's, which are up to 2^-7 of a value apart."""
     return isinstance(grid, SigmaGrid) and grid.step >= 2**-5

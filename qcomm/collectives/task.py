@@ -19,16 +19,16 @@ Scale = float | torch.Tensor
 
 @dataclass(frozen=True)
 class MeanTask:
-    """One collective: the buffer to average, and how.
+    """One collective: the buffer to average, and its options.
 
     Attributes:
-        buffer: flat and contiguous, float32, float16, bfloat16 or float64; holds the result in the end.
+        buffer: flat and contiguous, float32, float16, bfloat16 or float64; finally holds the result.
         layout: of the buffer.
         options: for the world of the group, see :meth:`ReduceOptions.for_world`.
         fields: the configuration, which has to be equal on all ranks.
         telemetry: counts bytes, bits and seconds.
-        feedback: residuals, or None for none.
-        scale: the buffer holds values times this factor, and the result will; residuals are kept without it.
+        feedback: residuals, or None without error feedback.
+        scale: the buffer holds values times this factor, and so will the result; residuals are kept without it.
         index: number of the bucket for the timeline.
     """
 
@@ -43,5 +43,8 @@ class MeanTask:
 
     @cached_property
     def wire_dtype(self) -> torch.dtype:
-        """Sums need more than 16 bits, so their terms travel in float32, or in float64 if the buffer is float64."""
+        """Returns the dtype of values on the wire: float64 for a buffer of float64, otherwise float32.
+
+        Sums need more than 16 bits.
+        """
         return torch.float64 if self.buffer.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Counters of what a rank's collectives cost: bytes that crossed the network, bits per element, seconds."""
+"""Counters of the cost of a rank's collectives: bytes that crossed the network, bits per element, seconds."""
 
 import threading
 import time
@@ -13,10 +13,10 @@ from qcomm.transport import Traffic
 
 __all__ = ["Counters", "Event", "Telemetry"]
 
-# (bucket index, what happened, seconds on time.perf_counter's clock)
+# (bucket index, event, seconds on time.perf_counter's clock)
 Event = tuple[int, str, float]
 
-# What bytes are for: the two phases, uncompressed values inside a node, headers that announce sizes and other small
+# Purposes of bytes: the two phases, uncompressed values inside a node, headers that announce sizes and other small
 # things.
 TRAFFIC_KINDS = ("phase1", "phase2", "inside", "overhead")
 
@@ -28,10 +28,10 @@ CHECKSUM_BYTES = 4
 
 @dataclass
 class Counters:
-    """Sums over collectives; the first group of names is what :meth:`Telemetry.stats` shows as it is.
+    """Sums over collectives; :meth:`Telemetry.stats` shows the first group of names unchanged.
 
-    "Phase 1" carries every rank's values to the owners of their chunks, or to everyone where nobody owns a chunk;
-    "phase 2" the owners' means or sums to every rank.
+    "Phase 1" carries every rank's values to the owners of their chunks, or to all ranks if chunks have no owner.
+    "Phase 2" carries the owners' means or sums to every rank.
     """
 
     steps: int = 0
@@ -56,7 +56,7 @@ class Counters:
     # Packets of a phase, each counted once: a rank's values for the other owners, then the means of all owners.
     packet_bytes_phase1: int = 0
     packet_bytes_phase2: int = 0
-    # What uncompressed elements take of them.
+    # Their bytes for uncompressed elements.
     raw_bytes_phase1: int = 0
     raw_bytes_phase2: int = 0
     # Elements in them, all and compressed.
@@ -72,14 +72,17 @@ class Telemetry:
 
     Attributes:
         timeline: None, or a list that every event of every bucket is appended to.
-        observer: None, or a function called with (bucket index, event) on the thread where it happens. Events, in
-            order: "ready" on the calling thread, then, as far as the strategy has them, "encode", "exchange_1",
-            "reduce", "exchange_2", ..., "decode", "done" on the worker thread, each at the beginning of what it names.
-            Of a bucket in slices all but the first and the last come once for each slice, in the order of
-            :mod:`qcomm.collectives.two_phase_schedule`; "exchange_1" and "exchange_2" are then the waits for a slice's
-            messages. On a device there are "ready", "launch" and "launched", on the calling thread; of a bucket that
-            bypasses the worker thread "ready" and "exchange_1" on the calling one and "done" on gloo's. It must not
-            raise.
+        observer: None, or a function called with (bucket index, event) on the thread of the event. It must not raise.
+
+    Each event marks the beginning of the step it names. "ready" comes on the calling thread. Then the worker thread
+    has "encode", "exchange_1", "reduce", "exchange_2", ..., "decode" and "done", as far as the strategy has them.
+
+    Of a bucket in slices all events but "ready" and "done" come once for each slice, in the order of
+    :mod:`qcomm.collectives.two_phase_schedule`. "exchange_1" and "exchange_2" are then the waits for a slice's
+    messages.
+
+    On a device there are "ready", "launch" and "launched", on the calling thread. A bucket that bypasses the worker
+    thread has "ready" and "exchange_1" on the calling thread and "done" on gloo's.
     """
 
     timeline: list[Event] | None = None
@@ -90,7 +93,7 @@ class Telemetry:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Counters, quantizers and strategies; locks and observers do not travel."""
+        """Returns counters, quantizers and strategies; locks and observers are not pickled."""
         with self._lock:
             tables = {"_tensors": dict(self._tensors), "_strategies": dict(self._strategies)}
             return {"_counters": replace(self._counters), **tables}
@@ -140,7 +143,7 @@ class Telemetry:
         )
 
     def count_packets(self, phase: int, chunks: Sequence[Chunk], sizes: Sequence[int], item_bytes: int) -> None:
-        """Counts packets of a phase by the chunks they carry; ``item_bytes`` is what a raw value takes."""
+        """Counts packets of a phase by the chunks they carry; ``item_bytes`` is the size of a raw value."""
         raw = 0
         for chunk in chunks:
             if chunk.raw_count:
@@ -170,7 +173,10 @@ class Telemetry:
             self._counters.nonfinite_tensors += nonfinite_tensors
 
     def count_plain(self, phase: int, layout: BucketLayout, item_bytes: int, more: int = 0, times: int = 1) -> None:
-        """Counts an uncompressed phase, which carries every element once; ``more``: bytes for raw elements beside."""
+        """Counts an uncompressed phase, which carries every element once.
+
+        ``more`` is the number of additional bytes for raw elements.
+        """
         elements, compressed = times * layout.elements, times * layout.compressed_elements
         raw = (elements - compressed) * item_bytes + times * more
         self._count(phase, elements * item_bytes + times * more, raw, elements, compressed)
@@ -181,17 +187,17 @@ class Telemetry:
         self.add(**{f"{name}_phase{phase}": amount for name, amount in amounts.items()})
 
     def note_strategy(self, index: int, strategy: str) -> None:
-        """Remembers how bucket ``index`` was averaged last."""
+        """Records how bucket ``index`` was averaged last."""
         with self._lock:
             self._strategies[index] = strategy
 
     def note_quantizer(self, key: str, quantizer: Quantizer) -> None:
-        """Remembers how a tensor was quantized last."""
+        """Records how a tensor was quantized last."""
         with self._lock:
             self._tensors[key] = quantizer
 
     def stats(self) -> dict[str, Any]:
-        """Everything counted so far; see ``CompressionState.stats``."""
+        """Returns all counters and the figures derived from them; see ``CompressionState.stats``."""
         with self._lock:
             counters = replace(self._counters)
             tensors, strategies = dict(self._tensors), dict(sorted(self._strategies.items()))

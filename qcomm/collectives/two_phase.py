@@ -1,21 +1,22 @@
 """The compressed mean of one flat buffer over all ranks, in two phases.
 
-Variable-length codes cannot be added, so there is no ring. With W ranks and the buffer cut in W chunks, one a rank:
+Variable-length codes cannot be added, so there is no ring. There are W ranks, and the buffer is cut in W chunks, one
+per rank:
 
-1. every rank measures its tensors, compresses its values chunk by chunk, and sends each chunk to its owner;
-2. the owner adds the W - 1 packets of its chunk and its own values, in rank order, divides by W, compresses the mean on
-   a grid of its own, at least as fine (this error is not averaged), and sends it to every rank;
-3. every rank, the owner too, decodes the same W packets: the results are equal bit for bit.
+1. Every rank measures its tensors, compresses its values chunk by chunk, and sends each chunk to its owner.
+2. The owner adds the W - 1 packets of its chunk and its own values, in rank order, and divides by W. It compresses the
+   mean on a grid of its own, at least as fine (this error is not averaged), and sends it to every rank.
+3. Every rank, the owner included, decodes the same W packets. The results are equal bit for bit.
 
-With s_i the step of rank i's grid for a tensor, 0 where rank i is the owner, and t the owner's,
+Let s_i be the step of rank i's grid for a tensor, 0 where rank i is the owner, and t the owner's. Then
 ``|result - mean| <= mean_i(s_i)/2 + t/2`` and rounding.
 
-A large buffer goes through this in slices, so that codec and network work at the same time::
+A large buffer is processed in slices, so that codec and network work at the same time::
 
     rank computes   encode 0  encode 1  encode 2  reduce 0  encode 3  reduce 1  reduce 2  decode 0  reduce 3 ...
     link carries              values 0  values 1  values 2  mean 0    values 3  mean 1    mean 2              ...
 
-:mod:`qcomm.collectives.two_phase_schedule` cuts, :mod:`qcomm.collectives.two_phase_schedule` orders the steps,
+:mod:`qcomm.collectives.two_phase_schedule` cuts the slices and orders the steps.
 :mod:`qcomm.collectives.two_phase_steps` computes them and :mod:`qcomm.communicator.messages` carries the messages.
 """
 

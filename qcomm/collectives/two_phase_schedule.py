@@ -5,8 +5,8 @@
     chunk     | of rank 0                         | of rank 1                         |
     slice     | 0       | 1       | 2       | 3   | 0       | 1       | 2       | 3   |
 
-Slice s of a collective is the s-th part of every chunk, so that each rank owns a part of every slice and all links are
-busy with each. A rank's own parts together are its chunk: the means it keeps do not depend on the slices.
+Slice s of a collective is the s-th part of every chunk. Each rank owns a part of every slice, and each slice uses all
+links. A rank's own parts together are its chunk: the means it keeps do not depend on the slices.
 
 ::
 
@@ -15,8 +15,8 @@ busy with each. A rank's own parts together are its chunk: the means it keeps do
     reduce slice            0   1   2   3   4   5          sent by encode two ticks ago
     decode slice                    0   1   2   3          sent by reduce two ticks ago
 
-Every message has two ticks to arrive while the rank computes, and a link that is slower than the codec always has one
-more message to carry than the one it is at. The order is fixed, and so the same on all ranks: no rank has to find out
+Every message has two ticks to arrive while the rank computes. A link slower than the codec always has one more message
+waiting besides the current one. The order is fixed and the same on all ranks: no rank has to find out
 which messages have arrived, and no two ranks can wait for each other.
 """
 
@@ -27,20 +27,22 @@ from qcomm.collectives.layout import BucketLayout, Chunk
 
 __all__ = ["MOST_SLICES", "SLICE_ELEMENTS", "Slice", "Step", "cut_slices", "schedule"]
 
-# Below so many elements of a chunk a slice's messages and calls take longer than it saves by waiting less.
+# In a chunk of fewer elements a slice's messages and calls take longer than the waiting it saves.
 SLICE_ELEMENTS = 1 << 17
-# Two hide most of what can be hidden, and every further one costs messages: bench/bench_slices.py.
+# Two hide nearly all that can be hidden, and every further one costs messages: bench/bench_slices.py.
 MOST_SLICES = 2
 
 Slice = Sequence[Chunk]  # one part of each rank's chunk, in rank order
 
 
 def cut_slices(layout: BucketLayout, slice_elements: int) -> tuple[Slice, ...]:
-    """The slices of a layout, at least one: a pure function of the arguments, equal on all ranks.
+    """Returns the slices of a layout, at least one.
+
+    The result is a pure function of the arguments, equal on all ranks.
 
     Args:
         layout: of the buffer.
-        slice_elements: fewest elements, on average, that each chunk has in a slice.
+        slice_elements: minimum number of elements, on average, that each chunk has in a slice.
 
     Example:
         >>> from qcomm.collectives.layout import TensorSpec
@@ -52,11 +54,11 @@ def cut_slices(layout: BucketLayout, slice_elements: int) -> tuple[Slice, ...]:
     return layout.slices(max(1, min(MOST_SLICES, fitting)))
 
 
-LAG = 2  # ticks between what sends a message and what needs it
+LAG = 2  # ticks between sending a message and needing it
 
 
 class Step(Enum):
-    """What a rank does with a slice."""
+    """An operation of a rank on a slice."""
 
     ENCODE = "encode"
     REDUCE = "reduce"
@@ -64,7 +66,7 @@ class Step(Enum):
 
 
 def schedule(slices: int) -> list[tuple[Step, int]]:
-    """The steps of a collective of so many slices, in order.
+    """Returns the steps of a collective of ``slices`` slices, in order.
 
     Example:
         >>> [f"{step.value} {number}" for step, number in schedule(2)]

@@ -44,13 +44,13 @@ def plan_slices(layout: BucketLayout, slice_elements: int, wire_dtype: torch.dty
 class MeanSteps:
     """The steps of one collective on one rank.
 
-    A slice is encoded before it is reduced, and reduced before its mean is encoded and decoded. Before that the rank
-    begins. A tensor is measured whole when the first slice needs it, which is before any part of it is overwritten.
+    A slice is encoded before it is reduced, and reduced before its mean is encoded and decoded. :meth:`begin` comes
+    first. A tensor is measured whole when the first slice needs it, before any part of it is overwritten.
 
     Args:
         task: of the collective.
-        rank: this one, owner of ``task.layout.chunks[rank]``.
-        plan: slices of the layout, with the largest packets that they can have.
+        rank: this process, owner of ``task.layout.chunks[rank]``.
+        plan: slices of the layout, with the maximum sizes of their packets.
     """
 
     def __init__(self, task: MeanTask, rank: int, plan: Plan) -> None:
@@ -69,7 +69,7 @@ class MeanSteps:
         self._packets: dict[int, list[tuple[Chunk, int]]] = {1: [], 2: []}
 
     def begin(self) -> None:
-        """Gets ready; the residuals change hands where the layout is a new one."""
+        """Prepares the collective; residuals move to their new owners where the layout is a new one."""
         task, layout = self._task, self._task.layout
         self._values = task.buffer.to(self._plan.wire_dtype)
         largest = max([chunk.count for part in self._plan.slices for chunk in part])
@@ -129,10 +129,13 @@ class MeanSteps:
                 scatter_chunk(values, chunk, task.buffer)
 
     def finish(self) -> None:
-        """Ends a collective in which no rank failed: residuals of the own part are spent, and packets are counted."""
+        """Ends a collective in which no rank failed.
+
+        Residuals of the own part are marked as spent, and packets are counted.
+        """
         feedback, layout = self._task.feedback, self._task.layout
         if feedback is not None:
-            # Residuals that took no part are as they were.
+            # Residuals that took no part are unchanged.
             spent = [
                 (layout.tensors[number].key, piece)
                 for number, piece in self._own_pieces.items()
@@ -151,13 +154,16 @@ class MeanSteps:
         return packet
 
     def _segments(self, chunk: Chunk) -> list[Segment]:
-        """This rank's values of a chunk."""
+        """Returns the segments of this rank's values of a chunk."""
         for piece in chunk.pieces:
             self._choice(piece.tensor)
         return chunk_segments(self._values, chunk, self._choices)
 
     def _mean_segments(self, chunk: Chunk, mean: torch.Tensor) -> list[Segment]:
-        """The mean of a part of the own chunk, each piece measured anew, with the owner's residuals."""
+        """Returns the segments of the mean of a part of the own chunk.
+
+        Each piece is measured anew, with the owner's residuals.
+        """
         task, segments, position = self._task, [], 0
         grid, num_threads = owner_grid(task.options.grid), task.options.num_threads
         for piece in chunk.pieces:
@@ -179,7 +185,7 @@ class MeanSteps:
         return segments
 
     def _add_own(self, chunk: Chunk, mean: torch.Tensor, accumulate: bool) -> None:
-        """This rank's share of the own chunk, which need not be quantized."""
+        """Adds this rank's share of the own chunk, which need not be quantized."""
         position = 0
         for piece in chunk.pieces:
             quantizer, residual = self._choice(piece.tensor)
@@ -203,11 +209,11 @@ class MeanSteps:
             torch.mul(values, self._inv_scale, out=total)
 
     def _choice(self, number: int) -> Measured:
-        """The quantizer for a tensor of this rank, and its residual if it takes part."""
+        """Returns the quantizer for a tensor of this rank, and its residual if it takes part."""
         if number not in self._choices:
             task, tensor = self._task, self._task.layout.tensors[number]
             values = self._values[tensor.offset : tensor.offset + tensor.numel]
-            # What stays here whole is not quantized.
+            # A tensor that stays here whole is not quantized.
             grid = task.options.grid if number in self._travelling else None
             residual = self._residuals.local.get(number)
             chosen = choose(values, grid, residual, self._inv_scale, task.options.num_threads)

@@ -26,7 +26,7 @@ def plain_mean(rounds: Rounds) -> None:
 
 
 def bf16_mean(rounds: Rounds) -> None:
-    """:func:`plain_mean` of float32 values rounded to bfloat16, those of excluded parameters excepted.
+    """Computes :func:`plain_mean` of float32 values rounded to bfloat16, those of excluded parameters excepted.
 
     Rounding loses at most 2^-8 of a value and of each partial sum, also with error feedback.
     """
@@ -38,12 +38,12 @@ def _mean(strategy: str, rounds: Rounds) -> None:
     rounds.compute(Phase.ENCODE, _add_residuals, task, rounds.rank)
     rounds.waited += time.perf_counter_ns() - begin  # only the first of many collectives has residuals to add
     handshake = rounds.start_agreeing()
-    # The headers travel meanwhile. Where some rank has a fault the values are lost anyway.
+    # The headers travel meanwhile. If some rank has a fault the values are lost anyway.
     loaded = rounds.compute(Phase.ENCODE, _load, task, strategy, rounds.bypassing)
     task.telemetry.mark(task.index, "exchange_1")
     with task.telemetry.timed("communication_seconds"):
         rounds.finish_agreeing(handshake)
-        if loaded is None:  # the others are on their way into the sum, and see it from the connections
+        if loaded is None:  # the others are already summing, and see it from the connections
             raise cast(Fault, rounds.fault).error
         values, parts = loaded
         rounds.sum(parts)
@@ -52,7 +52,7 @@ def _mean(strategy: str, rounds: Rounds) -> None:
 
 
 def _add_residuals(task: MeanTask, rank: int) -> None:
-    """Adds what other ways have kept of the buffer's parameters."""
+    """Adds the residuals that other strategies have kept of the buffer's parameters."""
     task.telemetry.mark(task.index, "encode")
     layout, feedback = task.layout, task.feedback
     with task.telemetry.timed("encode_seconds"):
@@ -62,7 +62,7 @@ def _add_residuals(task: MeanTask, rank: int) -> None:
                 if not tensor.compressed or not feedback.keeps(tensor.key):
                     continue
                 values = task.buffer[tensor.offset : tensor.offset + tensor.numel]
-                # A step that is not finite is thrown away, and so is the mean of a parameter that no rank used.
+                # A step that is not finite is discarded, and so is the mean of a parameter that no rank used.
                 if not is_zero(values) and measure(values, num_threads=task.options.num_threads).finite:
                     values.add_(feedback.take(tensor.key, tensor.numel), alpha=task.scale)
 
@@ -77,6 +77,6 @@ def _load(task: MeanTask, strategy: str, bypassing: Bypassing | None) -> tuple[P
 
 
 def _store(task: MeanTask, values: PlainValues) -> None:
-    """Puts the sums where they belong."""
+    """Writes the sums back to the buffer."""
     with task.telemetry.timed("decode_seconds"):
         values.store(task.buffer)

@@ -1,4 +1,4 @@
-"""What a mean without compression sums: the buffer itself, or most of it rounded to bfloat16."""
+"""Terms of a mean without compression: the buffer itself, or its values mostly rounded to bfloat16."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,10 +17,10 @@ PLAIN = ("none", "bf16")
 
 
 def is_rounded(strategy: str, layout: BucketLayout, dtype: torch.dtype) -> bool:
-    """Whether a plain strategy rounds: "bf16" does float32 values, where it saves bytes.
+    """Returns whether a plain strategy rounds: "bf16" does float32 values, where it saves bytes.
 
-    Values that must not be rounded travel a second time, beside the others, which costs messages; so what is too small
-    to be compressed is rounded, and only what is excluded is not.
+    Values that must not be rounded travel a second time, beside the others, which costs messages. So tensors too small
+    to be compressed are rounded, and only excluded ones are not.
 
     Example:
         >>> from qcomm.collectives.layout import TensorSpec
@@ -36,8 +36,8 @@ class PlainValues:
     """Tensors that are summed over all ranks in place of a buffer; their memory may serve one buffer after another.
 
     Args:
-        strategy: ``"none"``: the buffer itself. ``"bf16"``: its values rounded to bfloat16, and those that must not be,
-            as they are, in a tensor of their own.
+        strategy: ``"none"``: the buffer itself. ``"bf16"``: its values rounded to bfloat16, and in a separate tensor
+            the values that must not be rounded.
         layout: of the buffers.
         dtype: of the buffers.
         device: of the buffers; None for the CPU.
@@ -53,10 +53,12 @@ class PlainValues:
             self._exact = torch.empty(layout.exact_elements, dtype=dtype, device=device)
 
     def load(self, buffer: torch.Tensor) -> Sequence[torch.Tensor]:
-        """A buffer's values as this rank's share of the mean: divided first, so that 16-bit sums do not overflow.
+        """Returns a buffer's values as this rank's share of the mean.
+
+        The values are divided first, so that 16-bit sums do not overflow.
 
         Returns:
-            What is to be summed, each in place. Without rounding that is the buffer.
+            The tensors to be summed, each in place. Without rounding that is the buffer.
         """
         if self._rounded is None:
             return [buffer.div_(self._layout.world_size)]
@@ -70,7 +72,7 @@ class PlainValues:
         return [self._rounded, self._exact.div_(self._layout.world_size)]
 
     def store(self, buffer: torch.Tensor) -> None:
-        """Puts the sums into the buffer that was loaded."""
+        """Copies the sums into the buffer that was loaded."""
         if self._rounded is not None:
             buffer.copy_(self._rounded)
             if self._layout.exact_runs:
@@ -91,7 +93,7 @@ class Bypassing:
 
 
 def count_rings(telemetry: Telemetry, strategy: str, layout: BucketLayout, dtype: torch.dtype, times: int = 1) -> None:
-    """Counts what rings send, which are what gloo runs: each of two phases carries every element once."""
+    """Counts the bytes of gloo's rings: each of two phases carries every element once."""
     rounded = is_rounded(strategy, layout, dtype)
     item, more = (torch.bfloat16.itemsize, layout.exact_elements * dtype.itemsize) if rounded else (dtype.itemsize, 0)
     sizes = [size * (layout.world_size - 1) // layout.world_size for size in (layout.elements * item, more)]
