@@ -1,4 +1,4 @@
-"""Collectives where the codec runs on the device: everything is launched, and the host waits only at agreements."""
+"""Collectives with the codec on the device: every step is launched, and the host waits only at agreements."""
 
 from qcomm.collectives_cuda.handshake import DevicePart
 from qcomm.collectives_cuda.strategies import DeviceChoice, check_device_strategy

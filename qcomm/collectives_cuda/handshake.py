@@ -1,7 +1,7 @@
 """Agreements about tensors on a device: by messages between the hosts, or on the device itself.
 
-Hosts that agree wait for each other. Numbers that were agreed on the device are read much later, when they have been
-on the host for long, so that nobody waits.
+Hosts that agree wait for each other. Numbers that were agreed on the device are read much later. They have long been on
+the host by then, so reading them does not wait.
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ class DevicePart:
         buffer: on the device.
         telemetry: counts bytes, bits and seconds.
         layout: of the buffer; None where a fault kept this rank from finding it.
-        task: its ``scale`` is not looked at, because a scale may stay on the device; None with a fault.
-        fault: what went wrong on this rank before the collective.
+        task: its ``scale`` is ignored, because a scale may stay on the device; None with a fault.
+        fault: the error of this rank before the collective.
     """
 
     index: int
@@ -37,17 +37,17 @@ class DevicePart:
 
     @classmethod
     def of(cls, task: MeanTask) -> "DevicePart":
-        """Returns the part of a rank that is well."""
+        """Returns the part of a rank without a fault."""
         return cls(task.index, task.buffer, task.telemetry, task.layout, task)
 
 
 def agree(part: DevicePart, communicator: Communicator | None, strategy: str) -> None:
-    """Exchanges the headers of a collective: raises on every rank if one has a fault or is configured differently.
+    """Exchanges the headers of a collective; raises on every rank if one has a fault or is configured differently.
 
     Args:
         part: of this rank in the collective.
         communicator: of the group; None in a world of one rank, which has no other to agree with.
-        strategy: how the buffer is to be averaged.
+        strategy: the strategy that averages the buffer.
     """
     if communicator is None:
         return
@@ -64,7 +64,7 @@ def agree(part: DevicePart, communicator: Communicator | None, strategy: str) ->
 
 
 def is_known(part: DevicePart, layout: BucketLayout, dtype: torch.dtype) -> bool:
-    """Returns whether a part is of the bucket that ranks have agreed on; without a layout, by the buffer's size.
+    """Returns whether the ranks have agreed on the bucket of a part; without a layout, by the buffer's size.
 
     So a rank with a fault finds out whether the others are about to agree, or count on its part in a collective.
     """
@@ -77,7 +77,7 @@ class AgreedNumbers:
 
     Args:
         numbers: 1-D int64 on a device; overwritten.
-        operation: how they are reduced.
+        operation: the reduction that combines them.
         group: of all ranks that make this object.
     """
 
@@ -91,7 +91,7 @@ class AgreedNumbers:
             self._event.record()
 
     def read(self) -> list[int]:
-        """Waits until they are there."""
+        """Waits for the integers and returns them."""
         if self._event is not None:
             self._event.synchronize()
         return [int(number) for number in self._host.tolist()]

@@ -1,6 +1,6 @@
-"""How much room packets get on a device: slots of one size, so that nobody waits to learn the sizes of packets.
+"""Slots for packets on a device: their size is fixed, so that no rank waits to learn the sizes of packets.
 
-A slot's capacity is a property of the bucket, equal on all ranks and changed by all at the same collective:
+A slot's capacity is a property of the bucket. It is equal on all ranks and changed by all at the same collective:
 
 ::
 
@@ -8,9 +8,10 @@ A slot's capacity is a property of the bucket, equal on all ranks and changed by
     capacities   any packet fits      nominal    nominal                 nominal     as agreed after 50
     agreement    fields, by message              largest of all ranks                read: it arrived long ago
 
-Where blocks can be dropped, which is where a sigma grid has error feedback, a capacity is what packets have needed and
-a margin; what does not fit stays in the residual. A range grid's packets have a bound, which is their capacity. A sigma
-grid's have none that would save anything, so without error feedback the ranks agree on a size each time, and wait.
+A sigma grid with error feedback can drop blocks. There a capacity is the size that packets have needed, and a margin.
+Blocks that do not fit stay in the residual. A range grid's packets have a bound, which is their capacity. A sigma
+grid's packets have no bound that would save anything. So without error feedback the ranks agree on a size each time,
+and wait.
 """
 
 import math
@@ -30,13 +31,13 @@ from qcomm.collectives import Chunk
 __all__ = ["PERIOD", "Slots", "adjusted", "is_fixed", "nominal_bytes", "slot_bytes"]
 
 PERIOD = 50  # collectives of a bucket between two agreements
-# What exceeds a slot is sent later and not lost, while every byte of it travels whether or not it is used.
+# Blocks beyond a slot are sent later and not lost, while every byte of a slot travels whether or not it is used.
 MARGIN = 1.125
 SLACK_BYTES = 256
 ALIGNMENT = 16
-# A slot is kept as long as packets fill it between these parts.
+# A slot is kept as long as packets fill it between these fractions.
 LEAST_FILLED, MOST_FILLED = 0.75, 0.97
-# Of a flat packet and of each segment in it, besides values; start windows and the rest of a block, by experience.
+# Bytes of a flat packet and of each segment in it besides values; start windows and the rest of a block, by experience.
 PACKET_BYTES = PACKET_HEADER_BYTES + DIMENSION_BYTES
 SEGMENT_BYTES = SEGMENT_RECORD_BYTES + CHECKSUM_BYTES
 BLOCK_BYTES, LEAST_BLOCK_VALUES = 80, 8192
@@ -51,7 +52,7 @@ class Slots:
 
 
 def is_fixed(grid: Grid, error_feedback: bool) -> bool:
-    """Whether capacities can be known before a packet is encoded.
+    """Returns whether capacities can be known before a packet is encoded.
 
     Example:
         >>> is_fixed(SigmaGrid(1.0), error_feedback=False)
@@ -61,7 +62,7 @@ def is_fixed(grid: Grid, error_feedback: bool) -> bool:
 
 
 def slot_bytes(largest: int, bound: int) -> int:
-    """Capacity where packets have needed up to ``largest`` bytes and none can need more than ``bound``.
+    """Returns the capacity if packets have needed up to ``largest`` bytes and none can need more than ``bound``.
 
     Example:
         >>> slot_bytes(1000, 10_000)
@@ -71,7 +72,7 @@ def slot_bytes(largest: int, bound: int) -> int:
 
 
 def adjusted(capacity: int, largest: int, bound: int) -> int:
-    """The next capacity: the old one unless packets have filled it nearly or only to a small part.
+    """Returns the next capacity: the old one unless packets have filled it nearly or only to a small part.
 
     Example:
         >>> adjusted(1392, 1100, 10_000) == 1392, adjusted(1392, 1390, 10_000) > 1392
@@ -82,10 +83,10 @@ def adjusted(capacity: int, largest: int, bound: int) -> int:
 
 
 def nominal_bytes(grid: Grid, chunk: Chunk, item_bytes: int) -> int:
-    """What a packet of ``chunk`` may take by the grid alone, in whole units of a slot.
+    """Returns the size that a packet of ``chunk`` may have by the grid alone, in whole units of a slot.
 
-    A sigma grid: as a Gaussian's, which of all distributions of one RMS has the largest entropy. A range grid: all that
-    a packet can take, for it is never larger than fixed-width symbols.
+    For a sigma grid it is a Gaussian's size, because a Gaussian has the largest entropy at a given RMS. For a range
+    grid it is the maximum size of a packet, which is never larger than fixed-width symbols.
 
     Example:
         >>> chunk = Chunk((), ((0, 100),))
@@ -102,7 +103,9 @@ def nominal_bytes(grid: Grid, chunk: Chunk, item_bytes: int) -> int:
 
 
 def gaussian_bits(grid: SigmaGrid) -> float:
-    """Bits of a Gaussian value on a sigma grid: log2(sqrt(2 pi e) / k), and no less than Huffman codes of pairs take.
+    """Returns the bits of a Gaussian value on a sigma grid.
+
+    That is log2(sqrt(2 pi e) / k), and no less than Huffman codes of pairs take.
 
     Example:
         >>> round(gaussian_bits(SigmaGrid(1.0)), 2)

@@ -1,15 +1,14 @@
-"""Which way a bucket on a device takes: tried and timed as on the CPU, but nobody waits for the device.
+"""The choice of a strategy for a bucket on a device: by trial as on the CPU, but without waiting for the device.
 
-A bucket goes the same way for a turn of several collectives. The device times the first one of a turn, and all ranks
-agree on the time during the next turn, so that what :mod:`qcomm.collectives.tuner` is told has been on the host for
-long:
+A bucket keeps its strategy for a turn of several collectives. The device times the first one of a turn. All ranks agree
+on the time during the next turn. So a time has long been on the host when :mod:`qcomm.collectives.tuner` needs it:
 
 ::
 
     turn        1                2                      3
     device      none, none       two_phase, two_phase   bf16, bf16
     agreed on                    time of 1              time of 2
-    host        launches, at the beginning of 3: reads time of 1, chooses what turn 3 is
+    host        launches, at the beginning of 3: reads time of 1, chooses the strategy of turn 3
 """
 
 import time
@@ -30,7 +29,7 @@ from qcomm.errors import CollectiveError, ConfigMismatchError
 __all__ = ["DEVICE_STRATEGIES", "DeviceChoice", "check_device_strategy", "device_ways"]
 
 DEVICE_STRATEGIES = ("auto", *PLAIN, "two_phase")
-TRIAL = 2  # collectives of a turn while ways are tried: the host gets so far ahead of the device, and no further
+TRIAL = 2  # collectives of a turn while strategies are tried: the host runs ahead of the device by at most this
 UNKNOWN = 2**63 - 1  # the time of a turn that failed, or was not timed
 
 
@@ -57,22 +56,22 @@ def device_ways(task: MeanTask) -> tuple[str, ...]:
 
 
 class Stopwatch:
-    """The time between :meth:`start` and :meth:`stop` on the current stream of a device."""
+    """A timer of the work between :meth:`start` and :meth:`stop` on the current stream of a device."""
 
     def __init__(self, device: torch.device) -> None:
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else []
         self._times: list[int] = []
 
     def start(self) -> None:
-        """What is launched now counts."""
+        """Begins the time: work that is launched from now on counts."""
         self._mark(0)
 
     def stop(self) -> None:
-        """What is launched now does not count any more."""
+        """Ends the time: work that is launched from now on does not count."""
         self._mark(1)
 
     def read(self) -> int:
-        """Nanoseconds; waits until the device has got to :meth:`stop`."""
+        """Returns the time in nanoseconds; waits until the device has reached :meth:`stop`."""
         if not self._events:
             return self._times[1] - self._times[0]
         self._events[1].synchronize()
@@ -91,11 +90,11 @@ class _Lane:
 
     Attributes:
         layout, dtype: of the bucket.
-        ways: that there are. No turn is timed where there is one only.
+        ways: the strategies of the bucket. No turn is timed if there is only one.
         strategy: of this turn.
-        length, left: collectives of this turn, and how many are still to come.
+        length, left: number of collectives of this turn, and of those still to come.
         stopwatch: of this turn's first collective, unless it failed.
-        agreed: the time of the turn before, which all ranks know.
+        agreed: the time of the previous turn, which all ranks know.
     """
 
     layout: BucketLayout
@@ -117,7 +116,7 @@ class DeviceChoice:
     Args:
         group: with collectives on the device.
         communicator: of the group; None in a world of one rank.
-        telemetry: counts what happens; what the device counts is added by :meth:`flush`.
+        telemetry: counts events; the device's counts are added by :meth:`flush`.
         device: of all buckets.
     """
 
@@ -139,19 +138,19 @@ class DeviceChoice:
 
         Raises:
             CollectiveError, ConfigMismatchError: on all ranks, where the host waits.
-            Exception: this rank's own fault, which the others hear of later.
+            Exception: this rank's own fault, which the others learn later.
         """
         lane = self._lane(part)
         if lane is None:
             agree(part, self._communicator, "auto")
             raise ValueError("a part without a task needs a fault") if part.fault is None else part.fault.error
         first = False
-        # What a graph captures is not counted: it runs again and again without this.
+        # Collectives that a graph captures are not counted: they run again without this code.
         if not (part.buffer.is_cuda and torch.cuda.is_current_stream_capturing()):
             if lane.left == 0:
                 self._turn(lane, part)
             first = lane.left == lane.length
-            lane.left -= 1  # whatever happens now: the other ranks count too, and may not see what fails here
+            lane.left -= 1  # even if this collective fails: the other ranks count too, and may not see this failure
         stopwatch = Stopwatch(part.buffer.device) if first and len(lane.ways) > 1 else None
         if stopwatch is not None:
             stopwatch.start()
@@ -170,15 +169,18 @@ class DeviceChoice:
         self._telemetry.note_strategy(part.index, lane.strategy)
 
     def serves(self, group: Group) -> bool:
-        """Whether this is the group it was made for."""
+        """Returns whether this object was made for ``group``."""
         return self._compressed.serves(group)
 
     def flush(self) -> None:
-        """Adds what the device has counted to the telemetry. Waits for the device."""
+        """Adds the device's counts to the telemetry. Waits for the device."""
         self._compressed.flush()
 
     def _lane(self, part: DevicePart) -> _Lane | None:
-        """None where a fault left this rank without one, while the others are about to agree on the bucket."""
+        """Returns the bucket's lane.
+
+        It is None if a fault left this rank without one, while the others are about to agree on the bucket.
+        """
         known = self._lanes.get(part.index)
         if known is not None and is_known(part, known.layout, known.dtype):
             return known

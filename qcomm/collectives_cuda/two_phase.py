@@ -5,12 +5,12 @@
     stream   gather, measure, encode | all_to_all | add, divide, encode | all_gather | decode, scatter
     host     launches all of it and goes on
 
-The host waits for the device only where a bucket is new, to learn how large its packets are; afterwards packets travel
-in slots of a fixed size, see :mod:`qcomm.collectives_cuda.slots`. Where packets have no useful bound (a sigma grid
-without error feedback) it waits in every collective. New buckets, and collectives that wait anyway, begin with the
-headers of :mod:`qcomm.communicator.handshake`, over gloo connections of the communicator: ranks that are configured
-differently, and faults, are told there. Later a rank that fails sends slots without packets: the others get NaN, and
-the error at the next agreement.
+The host waits for the device only when a bucket is new, to learn the sizes of its packets. Afterwards packets travel in
+slots of a fixed size, see :mod:`qcomm.collectives_cuda.slots`. If packets have no useful bound (a sigma grid without
+error feedback) it waits in every collective. New buckets, and collectives that wait anyway, begin with the headers of
+:mod:`qcomm.communicator.handshake`, over gloo connections of the communicator. There ranks learn of different
+configurations and of faults. Later a rank that fails sends slots without packets: the others get NaN, and the error at
+the next agreement.
 """
 
 import weakref
@@ -35,7 +35,7 @@ ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def check_group(group: Group, device: torch.device) -> dist.ProcessGroup:
-    """``group``, if it runs collectives on a device without waiting for it; otherwise raises ValueError."""
+    """Returns ``group`` if it runs collectives on a device without waiting for it; otherwise raises ValueError."""
     if isinstance(group, MpiGroup):
         raise ValueError(f"group must be a process group with the backend nccl for CUDA tensors, got {group!r}")
     backends = dict(part.split(":") for part in dist.get_backend_config(group).split(","))
@@ -49,7 +49,7 @@ def check_group(group: Group, device: torch.device) -> dist.ProcessGroup:
 
 @dataclass
 class _Bucket:
-    """What is remembered of a bucket: its layout, its steps, its capacities."""
+    """The state of a bucket: its layout, its steps, its capacities."""
 
     layout: BucketLayout
     dtype: torch.dtype
@@ -69,7 +69,7 @@ class DeviceMean:
     Args:
         group: every rank makes one and averages the same buckets in the same order.
         communicator: of the group, for the headers; None in a world of one rank.
-        telemetry: counts what happens; what the device counts is added by :meth:`flush`.
+        telemetry: counts events; the device's counts are added by :meth:`flush`.
     """
 
     def __init__(self, group: dist.ProcessGroup, communicator: Communicator | None, telemetry: Telemetry) -> None:
@@ -89,7 +89,7 @@ class DeviceMean:
             scale: the buffer holds values times this: a number, or a tensor of one element on the device.
 
         Raises:
-            CollectiveError, ConfigMismatchError: on all ranks, where the host waits; else see the module.
+            CollectiveError, ConfigMismatchError: on all ranks, if the host waits; else see the module.
         """
         known = self._buckets.get(part.index)
         if known is not None and not is_known(part, known.layout, known.dtype):
@@ -111,14 +111,14 @@ class DeviceMean:
         raise CollectiveError("preparing the exchange failed") if fault is None else fault.error
 
     def serves(self, group: Group) -> bool:
-        """Whether this is the group it was made for."""
+        """Returns whether this object was made for ``group``."""
         return self._group() is group
 
     def group(self) -> dist.ProcessGroup:
-        """The group it was made for.
+        """Returns the group of this object.
 
         Raises:
-            CollectiveError: it was destroyed.
+            CollectiveError: the group was destroyed.
         """
         group = self._group()
         if group is None:
@@ -126,7 +126,7 @@ class DeviceMean:
         return group
 
     def flush(self) -> None:
-        """Adds what the device has counted to the telemetry. Waits for the device."""
+        """Adds the device's counts to the telemetry. Waits for the device."""
         for bucket in self._buckets.values():
             if bucket.steps is None:
                 continue
@@ -166,7 +166,7 @@ class DeviceMean:
             self._factors[1].fill_(scale)
 
     def _prepare(self, task: MeanTask, scale: Scale) -> _Bucket:
-        """The bucket, with new plans where the kernels' tables would hold addresses or capacities of before."""
+        """Returns the bucket, with new plans if the kernels' tables would hold old addresses or capacities."""
         bucket = self._look_up(task)
         self._set_scale(scale, task)
         if task.feedback is not None:
@@ -216,13 +216,16 @@ class DeviceMean:
             self._end(bucket)
 
     def _end(self, bucket: _Bucket) -> None:
-        """Counts a collective of fixed slots. Every rank comes here, whether or not it had values."""
+        """Counts a collective of fixed slots. Every rank calls this, whether or not it had values."""
         bucket.collectives += 1
         if bucket.collectives % PERIOD == 0:
             self._send_agreement(bucket)
 
     def _take_part(self, bucket: _Bucket, device: torch.device) -> None:
-        """In a collective for which this rank has no values: its slots hold no packets, which is a fault to all."""
+        """Takes part in a collective for which this rank has no values.
+
+        Its slots hold no packets, which all ranks take as a fault.
+        """
         if bucket.fixed is None:
             raise RuntimeError("a bucket without fixed slots begins with headers")
         world_size = self._world_size
@@ -234,7 +237,7 @@ class DeviceMean:
         self._end(bucket)
 
     def _largest(self, steps: DeviceSteps, phase: int, bound: int) -> int:
-        """The most bytes of any rank's packets of the last phase, in whole slots. Waits for the device."""
+        """Returns the maximum bytes of any rank's packets of the last phase, in whole slots. Waits for the device."""
         largest = steps.largest(phase)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group())
         return min(bound, max(16, -(-int(largest.item()) // 16) * 16))
@@ -257,7 +260,7 @@ class DeviceMean:
             steps.means[:, :size].copy_(means)
 
     def _count(self, task: MeanTask, sizes: Slots) -> None:
-        """What crossed the network: whole slots. What packets take of them is counted on the device."""
+        """Counts the bytes that crossed the network, in whole slots. The device counts the bytes of packets in them."""
         layout, others = task.layout, self._world_size - 1
         for phase, size in ((1, sizes.values), (2, sizes.means)):
             self._telemetry.add_traffic(f"phase{phase}", Traffic(others * size, others * size))
@@ -267,7 +270,7 @@ class DeviceMean:
         self._telemetry.count_packets(2, [chunk for chunk in layout.chunks if chunk.count], [], item)
 
     def _send_agreement(self, bucket: _Bucket) -> None:
-        """The largest packets and the worst fault of all ranks, on their way to the host."""
+        """Starts the agreement on the largest packets and the worst fault of all ranks, on their way to the host."""
         accounts = bucket.accounts.for_agreement()
         if accounts[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return  # a graph keeps its capacities
@@ -276,10 +279,10 @@ class DeviceMean:
             count.zero_()
 
     def _adjust(self, bucket: _Bucket, part: DevicePart) -> None:
-        """New capacities, or the error, that all ranks agreed on PERIOD collectives ago."""
+        """Applies the new capacities, or raises the error, that all ranks agreed on PERIOD collectives ago."""
         if bucket.arriving is None or bucket.fixed is None or bucket.collectives % PERIOD != PERIOD - 1:
             return
-        values, means, fault = bucket.arriving.read()  # they have been there for long
+        values, means, fault = bucket.arriving.read()  # they have long been on the host
         bucket.arriving = None
         if fault:
             raise CollectiveError(

@@ -1,8 +1,8 @@
-"""What one rank computes of a two-phase mean on a device: encode, reduce, decode; no messages, and no waiting.
+"""The steps of a two-phase mean on a device on one rank: encode, reduce, decode, without messages or waiting.
 
-The same values as :mod:`qcomm.collectives.two_phase_steps` computes on the CPU, bit for bit, in one slice. Everything
-that kernels are told is found out when the object is made; afterwards a collective is the same few launches, whatever
-the bucket holds.
+The steps compute the same values as :mod:`qcomm.collectives.two_phase_steps` on the CPU, bit for bit, in one slice. The
+arguments of the kernels are prepared when the object is made. Afterwards a collective is the same few launches,
+whatever the bucket holds.
 """
 
 from collections.abc import Sequence
@@ -38,7 +38,7 @@ LARGEST = ACCOUNT.index("largest_packet")
 
 
 def packet_bounds(layout: BucketLayout, grid: Grid, dtype: torch.dtype, device: torch.device) -> Slots:
-    """Bytes that suffice for any packet of a phase, whatever the values: equal on all ranks."""
+    """Returns bytes that suffice for any packet of a phase, whatever the values: equal on all ranks."""
     sizes = []
     for phase_grid in (grid, owner_grid(grid)):
         tensors = [DeviceTensor(0, tensor.numel, phase_grid) for tensor in layout.tensors]
@@ -56,7 +56,7 @@ def packet_bounds(layout: BucketLayout, grid: Grid, dtype: torch.dtype, device: 
 
 
 class Accounts:
-    """What a device counts of a bucket until somebody reads it.
+    """A device's counts of a bucket until the host reads them.
 
     Attributes:
         values, means: int64, see ``ACCOUNT``: of the packets of values and of the own mean.
@@ -70,13 +70,16 @@ class Accounts:
         self.mean_bytes, self.faults = torch.zeros_like(self.values[0]), torch.zeros_like(self.values[0])
 
     def for_agreement(self) -> tuple[torch.Tensor, ...]:
-        """Views of what ranks tell each other: the largest packets of both phases, the fault. To be cleared then."""
+        """Returns views of the numbers that ranks agree on: the largest packets of both phases, and the fault.
+
+        The caller clears them after the agreement.
+        """
         return self.values[LARGEST], self.means[LARGEST], self.faults
 
     def take(self) -> tuple[dict[str, int], dict[str, int], int]:
-        """The accounts of values and of means by name, and ``mean_bytes``, as numbers, which are counted anew.
+        """Returns the accounts of values and of means by name, and ``mean_bytes``, as numbers.
 
-        Waits for the device. What is for the agreement stays.
+        Their counts restart at zero. Waits for the device. The numbers for the agreement stay.
         """
         found = self.values.tolist(), self.means.tolist(), int(self.mean_bytes)
         for account in (self.values, self.means):
@@ -87,7 +90,7 @@ class Accounts:
 
 
 class Workspaces:
-    """Of a bucket's plans: of encoders, which keep something there until ``add_own``, and of decoders."""
+    """Workspaces of a bucket's plans, of encoders and of decoders. Encoders keep data there until ``add_own``."""
 
     def __init__(self, device: torch.device) -> None:
         self.encode, self.decode = Workspace(device), Workspace(device)
@@ -98,10 +101,10 @@ class DeviceSteps:
 
     Args:
         task: its layout, grid, feedback and the address of its buffer are kept.
-        rank: this one, owner of ``task.layout.chunks[rank]``.
+        rank: this process, owner of ``task.layout.chunks[rank]``.
         slots: capacities.
         factors: None, or two float64 on the device: the inverse of the gradient scale, and the scale.
-        accounts: counted in.
+        accounts: the counts that the steps add to.
         workspaces: may be shared by buckets that are averaged one after another.
 
     Attributes:
@@ -142,7 +145,7 @@ class DeviceSteps:
 
     @staticmethod
     def residuals(task: MeanTask, rank: int) -> tuple[int, ...]:
-        """Addresses of the residuals that the steps use: new ones need new steps."""
+        """Returns the addresses of the residuals that the steps use; new residuals need new steps."""
         feedback, layout, device = task.feedback, task.layout, task.buffer.device
         if feedback is None:
             return ()
@@ -153,7 +156,7 @@ class DeviceSteps:
         return *local, *owned
 
     def encode(self) -> None:
-        """This rank's values plus residuals: a packet for each other owner, in ``outgoing``."""
+        """Encodes this rank's values plus residuals: a packet for each other owner, in ``outgoing``."""
         if self._values is not self._buffer:
             self._values.copy_(self._buffer)
         self._clear(self.outgoing)
@@ -161,7 +164,7 @@ class DeviceSteps:
         self._encoder.run(self._accounts.values, self._value_quantizers)
 
     def reduce(self) -> None:
-        """The mean over all ranks of the own chunk, from ``incoming``; its packet in ``mean``."""
+        """Computes the mean over all ranks of the own chunk, from ``incoming``, and its packet in ``mean``."""
         if self._before is not None:
             self._before.decode_sum(address(self._value_faults), add=False)
         inv_scale = address(self._factors)
@@ -175,7 +178,7 @@ class DeviceSteps:
             self._mean_encoder.run(self._accounts.means, self._mean_quantizers)
 
     def decode(self) -> None:
-        """Writes ``means`` into the buffer; NaN in the place of a chunk whose packet is damaged."""
+        """Writes ``means`` into the buffer, and NaN in the place of a chunk whose packet is damaged."""
         self._decoder.decode(address(self._mean_faults))
         factor = 0 if self._factors is None else address(self._factors, 1)
         self._scatter.copy(factor=factor, faults=address(self._mean_faults))
@@ -184,12 +187,15 @@ class DeviceSteps:
         self._note(self._mean_faults)
 
     def largest(self, phase: int) -> torch.Tensor:
-        """int64 [1]: the most bytes of this rank's packets in the last collective."""
+        """Returns the maximum bytes of this rank's packets in the last collective, int64 [1]."""
         encoder = self._encoder if phase == 1 else self._mean_encoder
         return self._integers(1) if encoder is None else encoder.sizes.max().abs().reshape(1)
 
     def quantizers(self) -> dict[str, Quantizer]:
-        """How each compressed tensor was quantized last: of what travelled the values, else the mean."""
+        """Returns the last quantizer of each compressed tensor.
+
+        It is that of the values if they travelled, otherwise that of the mean.
+        """
         compressed = [number for number, tensor in enumerate(self._layout.tensors) if tensor.compressed]
         values = dict(zip(compressed, read_quantizers(self._value_quantizers), strict=False))
         means = zip(self._chunk.pieces, read_quantizers(self._mean_quantizers), strict=False)
@@ -206,7 +212,7 @@ class DeviceSteps:
             if not tensor.compressed:
                 continue
             numbers[number] = len(tensors)
-            travels = number in self._travelling  # what stays here whole is not quantized
+            travels = number in self._travelling  # a tensor that stays here whole is not quantized
             residual = self._local(number) if travels else 0
             grid, at = self._grid if travels else None, address(self._values, tensor.offset)
             tensors.append(DeviceTensor(at, tensor.numel, grid, residual, inv_scale, keeps_zero=keeps_zero))
@@ -244,7 +250,7 @@ class DeviceSteps:
         self._own = RunCopier(self._dtype, own, self._device)
 
     def _make_reducer(self) -> None:
-        """The sum of the packets before and of those after the own values, in rank order; then the mean's packet."""
+        """Prepares the sum of the packets before and after the own values, in rank order, and the mean's packet."""
         chunk, bits = self._chunk, own_code_bits(self._grid)
         senders = [rank for rank in range(self._layout.world_size) if rank != self._rank and chunk.count]
         self._value_faults = self._fault_words(len(senders))
@@ -283,7 +289,10 @@ class DeviceSteps:
         return Decoder(self._dtype, self._steps, _segment_count(self._chunk), tasks, bits, self._workspaces.decode)
 
     def _make_decoder(self) -> None:
-        """Chunks whose elements lie together are decoded where they belong, the others by way of a scratch."""
+        """Prepares the decoders of the means.
+
+        Chunks with contiguous elements are decoded into the buffer, the others by way of a scratch.
+        """
         present = [(owner, chunk) for owner, chunk in enumerate(self._layout.chunks) if chunk.count]
         in_place = [
             len(chunk.places) == 1 and self._buffer.dtype == self._dtype and self._factors is None
@@ -306,7 +315,7 @@ class DeviceSteps:
         self._scatter = RunCopier(self._task_dtype, runs, self._device)
 
     def _local(self, number: int, start: int = 0) -> int:
-        """Address of an element of a tensor's local residual, 0 where there is none."""
+        """Returns the address of an element of a tensor's local residual, 0 if there is none."""
         tensor = self._layout.tensors[number]
         if self._feedback is None:
             return 0
@@ -316,11 +325,11 @@ class DeviceSteps:
         torch.maximum(self._accounts.faults, faults.max(), out=self._accounts.faults)
 
     def _clear(self, slots: torch.Tensor) -> None:
-        """A slot that nothing is written to must not hold the packet of an earlier collective."""
+        """Clears slots: one that is not written to must not hold the packet of an earlier collective."""
         slots.view(torch.int32)[..., :1].zero_()
 
     def _bytes(self, *shape: int) -> torch.Tensor:
-        # Zeros: slots are sent whole, and what lies behind a packet is nobody's business.
+        # Zeros: slots are sent whole, and the bytes behind a packet must not reveal old memory.
         return torch.zeros(shape, dtype=torch.uint8, device=self._device)
 
     def _integers(self, shape: int | tuple[int, ...]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The mean without compression of tensors on a device: the group's own all-reduce, and nothing that waits."""
+"""The mean without compression of tensors on a device: the group's own all-reduce, without waiting."""
 
 from dataclasses import dataclass, replace
 
@@ -22,7 +22,7 @@ class _Bucket:
 class DevicePlain:
     """Averages buckets over a group, on the current stream of the buckets' device.
 
-    The same as :mod:`qcomm.collectives.uncompressed` does on the CPU.
+    The results are those of :mod:`qcomm.collectives.uncompressed` on the CPU.
 
     Args:
         communicator: of the group, for the headers of new buckets; None in a world of one rank.
@@ -35,7 +35,7 @@ class DevicePlain:
         self._captured: list[PlainValues] = []
 
     def settle(self, index: int, strategy: str) -> None:
-        """Forgets the memory of other strategies than that which a bucket has from now on."""
+        """Forgets the memory of all strategies but the current one of a bucket."""
         if index in self._buckets:
             values = self._buckets[index].values
             for other in set(values).difference([strategy]):
@@ -51,12 +51,12 @@ class DevicePlain:
             scale: the buffer holds values times this: a number, or a tensor of one element on the device.
             strategy: ``"none"`` or ``"bf16"``.
             group: of all ranks, with collectives on the device.
-            with_residuals: send what error feedback keeps of the bucket's parameters. It is only kept by other ways,
-                so that the first of many collectives does it for all of them.
+            with_residuals: send the residuals that error feedback keeps of the bucket's parameters. Only other
+                strategies keep any, so the first of many collectives sends them for all.
 
         Raises:
             CollectiveError, ConfigMismatchError: on all ranks, where the bucket or its strategy is new.
-            Exception: this rank's own fault. Where neither is new the others get NaN, and do not wait.
+            Exception: this rank's own fault. If neither is new the others get NaN, and do not wait.
         """
         known = self._known(part)
         made, fault = self._prepare(part, scale, known, strategy, with_residuals)
@@ -75,7 +75,7 @@ class DevicePlain:
         if fault is not None:
             part.buffer.fill_(torch.nan)
         if part.buffer.is_cuda and torch.cuda.is_current_stream_capturing():
-            self._captured.append(values)  # whose addresses the graph has
+            self._captured.append(values)  # the graph has their addresses
         for summed in values.load(part.buffer):
             dist.all_reduce(summed, group=group)
         values.store(part.buffer)
@@ -90,7 +90,7 @@ class DevicePlain:
     def _prepare(
         self, part: DevicePart, scale: Scale, known: _Bucket | None, strategy: str, with_residuals: bool
     ) -> tuple[PlainValues | None, Fault | None]:
-        """Memory for the values where the bucket or its strategy is new, and the residuals added to the buffer."""
+        """Prepares memory for the values if the bucket or its strategy is new, and adds the residuals to the buffer."""
         task, made, fault = part.task, None, part.fault
         if task is None or fault is not None:
             return None, fault
@@ -103,7 +103,10 @@ class DevicePlain:
 
 
 def _add_residuals(task: MeanTask, rank: int, scale: Scale) -> None:
-    """Adds what other ways have kept, and empties it. Whether a gradient is fit for that is decided on the device."""
+    """Adds the residuals that other strategies have kept, and empties them.
+
+    The device decides whether a gradient is fit for that.
+    """
     layout, feedback, device = task.layout, task.feedback, task.buffer.device
     if feedback is None:
         return
@@ -114,12 +117,12 @@ def _add_residuals(task: MeanTask, rank: int, scale: Scale) -> None:
         if not tensor.compressed or not feedback.keeps(tensor.key):
             continue
         values = task.buffer[tensor.offset : tensor.offset + tensor.numel]
-        # A step that is not finite is thrown away, and so is the mean of a parameter that no rank used.
+        # A step that is not finite is discarded, and so is the mean of a parameter that no rank used.
         fit = values.isfinite().all() & values.any()
         parts = [(feedback.local(tensor.key, tensor.numel, device), values, 1)]
         if number in owned:
             start, length = owned[number].start, owned[number].length
-            # Of a mean, not of this rank's values: it is divided by the number of ranks like these.
+            # The residual is of a mean, not of this rank's values: it is divided by the number of ranks like these.
             share = feedback.owner(tensor.key, start, length, device)
             parts.append((share, values[start : start + length], layout.world_size))
         for kept, part, times in parts:
