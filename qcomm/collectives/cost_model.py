@@ -1,10 +1,9 @@
 """The cost model of the strategies: the alpha-beta model of links, with terms for the codec.
 
 The model predicts the seconds of one collective. There are W ranks. V bytes of values are in float32 or float64, and
-v bytes of the buffer in its own dtype. alpha is the latency of one
-message, and beta = 1 / bandwidth. The codec takes e and d seconds per byte of uncompressed values to encode and to
-decode, and r is its ratio. ``x(m, w)`` is an exchange among w ranks. It is a header and then w - 1 rounds, which
-together carry m bytes each way::
+v bytes of the buffer in its own dtype. alpha is the latency of one message, and beta = 1 / bandwidth. The codec takes
+e and d seconds per byte of uncompressed values to encode and to decode, and r is its ratio. ``x(m, w)`` is an
+exchange among w ranks. It is a header and then w - 1 rounds, which together carry m bytes each way::
 
     x(m, w)        alpha * w + beta * m                        for w > 1, otherwise 0
     none           alpha + 2 (W - 1) alpha + 2 (W - 1) / W * v * beta

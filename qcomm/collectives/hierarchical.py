@@ -15,8 +15,8 @@ in a slices and each slice in b chunks::
 All ranks end with the same bits, because the slices with number l are decoded from the same packets on every node.
 Ranks that share a fast link form a node. Any two factors of W are possible, which makes a torus of a x b.
 
-Per rank, with n elements of v bytes in float32 or float64 and of d bytes in the buffer's dtype, P the packets of its
-slice and M those of the slice's means::
+There are n elements, of v bytes in float32 or float64 and of d bytes in the buffer's dtype. P are the packets of a
+rank's slice and M those of the slice's means. Then per rank::
 
     bytes inside the node      (a - 1) / a * n * (v + d)
     bytes between nodes        (b - 1) / b * (P + M), about 1 / a of those of two_phase over the same links
