@@ -1,4 +1,4 @@
-"""The communicator: one ordered conversation of a group of ranks, on a background thread of its own."""
+"""The communicator: runs the collectives of a group of ranks in one order, on a background thread."""
 
 from qcomm.communicator.faults import Fault, LateFaultError, Phase, attempt
 from qcomm.communicator.groups import Group, connect, get_communicator, get_ranks, get_world_size, resolve_group

@@ -13,13 +13,13 @@ T = TypeVar("T")
 
 
 class Phase(IntEnum):
-    """What a rank was doing when it failed.
+    """The work of a rank when it failed.
 
-    In a header also what it has just finished. The first headers of every strategy say ENCODE, so that ranks that are
-    about to do different things find out there.
+    In a header it is also the work that the rank has just finished. The first headers of every strategy say ENCODE.
+    Ranks that are about to do different things therefore find out there.
     """
 
-    PREPARE = 1  # checking the arguments, finding out the layout
+    PREPARE = 1  # checking the arguments, computing the layout
     ENCODE = 2
     REDUCE = 3  # decoding the others' packets of the own chunk, encoding their mean
     DECODE = 4  # decoding the means
@@ -41,18 +41,18 @@ class Phase(IntEnum):
 
 
 class Fault(NamedTuple):
-    """An exception that keeps this rank from going on, and the phase it happened in."""
+    """An exception that keeps this rank from going on, and the phase in which it was raised."""
 
     phase: Phase
     error: Exception
 
 
 class LateFaultError(CollectiveError):
-    """This rank failed after its last message. The others went on, and are told in the next collective."""
+    """This rank failed after its last message. The others went on and learn of it in the next collective."""
 
 
 def attempt(phase: Phase, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> tuple[T | None, Fault | None]:
-    """Runs a step of this rank; an error is kept for the other ranks, who would wait for its packets in vain."""
+    """Runs a step of this rank; keeps its error, which the other ranks must learn before they wait for its packets."""
     try:
         return step(*args, **kwargs), None
     except Exception as error:  # noqa: BLE001 - any: it is raised again, on every rank, by the next exchange

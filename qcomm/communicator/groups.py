@@ -14,7 +14,10 @@ Group = dist.ProcessGroup | MpiGroup
 
 
 class _Place:
-    """Where a group's communicator is, or is being made: that waits for other ranks, and no other group may."""
+    """The place of a group's communicator.
+
+    Its lock is held while the communicator is made, which waits for other ranks. Other groups need not wait for it.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
@@ -26,7 +29,7 @@ _places_lock = threading.Lock()
 
 
 def resolve_group(group: Group | None) -> Group:
-    """``group`` or the default group, after checking that this process belongs to it.
+    """Returns ``group`` or the default group, after checking that this process belongs to it.
 
     Raises:
         RuntimeError: torch.distributed is not initialised.
@@ -50,20 +53,20 @@ def resolve_group(group: Group | None) -> Group:
 
 
 def get_world_size(group: Group) -> int:
-    """Number of ranks in a group."""
+    """Returns the number of ranks in a group."""
     return group.size if isinstance(group, MpiGroup) else dist.get_world_size(group)
 
 
 def get_ranks(group: Group) -> list[int]:
-    """The group's ranks by their numbers in the whole job."""
+    """Returns the group's ranks by their numbers in the whole job."""
     return list(group.transport.ranks) if isinstance(group, MpiGroup) else dist.get_process_group_ranks(group)
 
 
 def get_communicator(group: Group) -> Communicator:
-    """The communicator of a group, made at the first call.
+    """Returns the communicator of a group, which the first call makes.
 
-    Making it is a collective, which all ranks of the group reach in the same order. It ends with its group, or with the
-    process.
+    Making it is a collective, which all ranks of the group reach in the same order. The communicator ends with its
+    group, or with the process.
     """
     with _places_lock:
         ended = [_places.pop(known) for known in list(_places) if not _is_registered(known)]
@@ -82,7 +85,7 @@ def get_communicator(group: Group) -> Communicator:
 
 
 def connect(group: Group, alone: bool) -> Communicator | None:
-    """Returns the communicator of a group; None for a group of one rank that may do without, if ``alone`` is set."""
+    """Returns the communicator of a group; None for a group of one rank if ``alone`` is set."""
     return None if alone and get_world_size(group) == 1 else get_communicator(group)
 
 

@@ -1,11 +1,10 @@
 """Handshake: every collective starts with one header from each rank.
 
-It says that all is well, which collective this is, and the sizes to come.
+A header names the collective, reports the sender's fault if there is one, and announces the sizes of its packets.
 
-The header goes from every rank to every other. All ranks see the same W headers, so all take
-the same decision: go on, or tell each other the details and raise. A rank that failed therefore still sends its header,
-and no rank waits for a packet that will not come. Faults between slices are told in
-:mod:`qcomm.communicator.messages`.
+The header goes from every rank to every other. All ranks see the same W headers, so all take the same decision. They go
+on, or they tell each other the details and raise. A rank that failed therefore still sends its header, and no rank
+waits for a packet that will not come. :mod:`qcomm.communicator.messages` reports faults between slices.
 
 A header is eight int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of
 the packet for the receiver``, and nanoseconds of work and of waiting (:class:`Took`).
@@ -25,11 +24,11 @@ from qcomm.transport import Exchange, Traffic, Transport, TransportError
 
 __all__ = ["UNTIMED", "Agreed", "Fields", "Handshake", "Took", "agreed_time", "raise_faults"]
 
-# "qcomm" and the version of this protocol. It tells versions apart whose headers are equally long; gloo ends the
+# "qcomm" and the version of this protocol. It distinguishes versions whose headers are equally long. gloo ends the
 # process on messages that are longer than expected.
 MAGIC = 0x71636F6D6D04
 HEADER_WORDS = 8
-# Details are a fixed size, so that nobody has to announce it: enough for a dozen fields or the first lines of an error.
+# Details have a fixed size, which needs no announcement. It holds a dozen fields or the first lines of an error.
 DETAIL_BYTES = 4096
 
 
@@ -38,10 +37,10 @@ _AFTER = {phase: f"after {phase}" for phase in Phase}
 
 
 class Fields:
-    """The configuration of one collective as text, field by field: what has to be equal on all ranks.
+    """The configuration of one collective as text, field by field; it has to be equal on all ranks.
 
     Args:
-        values: field names, the most telling first, and their values as text.
+        values: field names, the most informative first, and their values as text.
 
     Example:
         >>> a, b = Fields({"dtype": "float32"}), Fields({"dtype": "float64"})
@@ -55,7 +54,7 @@ class Fields:
         self.fingerprint = int.from_bytes(digest[:8], "little", signed=True)
 
     def extended(self, name: str, value: str) -> "Fields":
-        """These fields and one more."""
+        """Returns these fields and one more."""
         return Fields({**self.values, name: value})
 
 
@@ -64,8 +63,8 @@ class Took(NamedTuple):
 
     Attributes:
         work: all but the wait.
-        wait: for the others' headers, once this rank had nothing else to do. The shortest of all ranks, that of the
-            rank which came last, is what headers cost; longer ones say who was late.
+        wait: for the others' headers, once this rank had nothing else to do. The shortest wait of all ranks is that
+            of the last rank to arrive, and it is the cost of the headers. Longer waits show that other ranks were late.
     """
 
     work: int = 0
@@ -76,7 +75,7 @@ UNTIMED = Took()
 
 
 def agreed_time(times: Sequence[Took]) -> int:
-    """What a collective took that did not begin everywhere at once: the most work, and what headers cost.
+    """Returns the duration of a collective without the wait for late ranks: the longest work and the cost of headers.
 
     Example:
         >>> agreed_time([Took(work=50, wait=2), Took(work=40, wait=300)])
@@ -88,10 +87,10 @@ def agreed_time(times: Sequence[Took]) -> int:
 
 
 class Agreed(NamedTuple):
-    """The result of a handshake: all ranks are well and do the same.
+    """The result of a handshake: no rank has a fault, and all run the same collective.
 
     Attributes:
-        sizes: bytes of each rank's packet for this one.
+        sizes: bytes of each rank's packet for this rank.
         traffic: bytes of the headers.
         last_time: nanoseconds of the last collective of this kind, the same on all ranks; 0 if it is unknown.
         waited: nanoseconds that this rank waited for headers.
@@ -104,9 +103,9 @@ class Agreed(NamedTuple):
 
 
 class Handshake:
-    """Headers of one exchange under way; :meth:`finish` says whether all ranks are well and agree.
+    """Headers of one exchange under way; :meth:`finish` checks that no rank has a fault and that all agree.
 
-    What a rank computes in between hides their latency. It must be nothing that needs the agreement.
+    A rank may compute in between, which hides their latency. That work must not need the agreement.
 
     Args:
         transport: of the communicator.
@@ -114,9 +113,9 @@ class Handshake:
         phase: the one that was just finished.
         fields: of the collective.
         sizes: bytes of this rank's packet for each rank.
-        limits: most bytes that a packet of each rank can have; 0 where nothing is expected.
-        fault: what went wrong on this rank, if anything did.
-        own_time: what the last collective of this kind took on this rank.
+        limits: maximum number of bytes in a packet of each rank; 0 where nothing is expected.
+        fault: of this rank, if it has one.
+        own_time: of the last collective of this kind on this rank.
 
     Raises:
         TransportError: the connections of this rank are closed.
@@ -139,15 +138,15 @@ class Handshake:
         self._under_way: list[Exchange] = [transport.start_exchange(headers)]
 
     def finish(self) -> Agreed:
-        """Waits for all headers; returns if all ranks are well and agree, and raises on every rank if not.
+        """Waits for all headers; returns if no rank has a fault and all agree, and raises on every rank otherwise.
 
         Raises:
             CollectiveError: some rank has a fault.
-            TransportError: a peer is gone, or what it says is impossible.
+            TransportError: a peer is gone, or its header is impossible.
             ConfigMismatchError: naming the fields that differ.
         """
         begin, transport = time.perf_counter_ns(), self._transport
-        # Whoever keeps a transfer, as the traceback of a later error does, keeps gloo's connections open.
+        # A reference to a transfer, as in the traceback of a later error, keeps gloo's connections open.
         messages = transport.finish_exchange(self._under_way.pop(), _AFTER[self._phase])
         received = [header.tolist() for header in messages]
         if any(header[0] != MAGIC for header in received):
@@ -167,7 +166,7 @@ class Handshake:
         incoming = [header[5] for header in received]
         for rank, (size, limit) in enumerate(zip(incoming, self._limits, strict=True)):
             if not (0 <= size <= limit and (size > 0) == (limit > 0)):
-                # The others cannot know; giving up the connections tells them.
+                # The others cannot know. Closing the connections tells them.
                 raise TransportError(
                     f"rank {transport.ranks[rank]} announced a packet of {size} bytes, at most {limit} are possible "
                     "here"
@@ -178,7 +177,7 @@ class Handshake:
 
 
 def raise_faults(transport: Transport, faults: Mapping[int, Phase], own: Fault | None) -> NoReturn:
-    """Tells the others what went wrong here and raises what went wrong anywhere. A collective: all know ``faults``."""
+    """Tells the others this rank's error and raises the errors of all ranks. A collective: all know ``faults``."""
     text = f"{type(own.error).__name__}: {own.error}" if own else ""
     details = _exchange_details(transport, {"fault": text})
     lines = [
@@ -211,7 +210,7 @@ def _by_value(values: Sequence[str], transport: Transport) -> str:
 
 
 def _cut(value: str, limit: int) -> str:
-    """At most ``limit`` characters and a digest, so that values which differ further on are still seen to differ."""
+    """Returns at most ``limit`` characters and a digest, which differs between values that differ after the cut."""
     return value if len(value) <= limit else f"{value[:limit]}... ({hashlib.sha256(value.encode()).hexdigest()[:8]})"
 
 

@@ -1,12 +1,12 @@
 """The messages of a sliced collective, under way while the rank computes.
 
-In each of two exchanges every rank sends every other exactly one message for each slice, whatever happens: a rank that
-fails, or hears that another did, goes on with messages that say so and hold nothing. So nobody waits in vain, nothing
-is left on the way for the next collective, and in the end all ranks know the same of each other.
+In each of two exchanges every rank sends every other exactly one message for each slice. A rank that fails, or hears
+that another did, goes on with messages that say so and carry no packet. Every wait therefore ends, and no message is
+left for the next collective. In the end all ranks know the same faults.
 
 A message is a header of eight int64, ``MAGIC, sequence, exchange, slice, condition, bytes of the packet, 0, 0``, and
-the packet. It is received into a buffer that is as large as a packet of that slice can be, which is there before the
-message comes: no rank has to ask how large it is.
+the packet. The receiver prepares its buffer before the message comes, as large as a packet of that slice can be. No
+rank has to ask for the size.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +40,7 @@ class Pipeline:
         sequence: number of the collective, counted alike on all ranks.
 
     Attributes:
-        fault: what went wrong on this rank, if anything did.
+        fault: of this rank, if it has one.
     """
 
     def __init__(self, transport: Transport, sequence: int) -> None:
@@ -63,7 +63,7 @@ class Pipeline:
             self._transport.abandon(under_way)
 
     def attempt(self, phase: Phase, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """What ``step`` returns; None where some rank failed, in this step or before it."""
+        """Returns the result of ``step``; None where some rank failed, in this step or before it."""
         if self._failing:
             return None
         try:
@@ -73,7 +73,7 @@ class Pipeline:
             return None
 
     def expect(self, exchange: int, slice_number: int, limits: Sequence[int]) -> None:
-        """Gets ready for the messages of an exchange; ``limits``: most bytes that a packet of each rank can have."""
+        """Posts the receives of an exchange; ``limits``: maximum number of bytes in a packet of each rank."""
         posted = self._receives[exchange, slice_number] = []
         for source in self._transport.sources:
             buffer = torch.empty(HEADER_BYTES + limits[source], dtype=torch.uint8)
@@ -82,7 +82,7 @@ class Pipeline:
             posted.append((transfer, buffer, limits[source]))
 
     def send(self, exchange: int, slice_number: int, packets: Sequence[torch.Tensor | None]) -> None:
-        """Sends packet r, if it is not None, to each rank r; where some rank failed, that there is none."""
+        """Sends packet r, if it is not None, to each rank r; sends the condition alone where some rank failed."""
         condition = WELL
         if self.fault is not None:
             condition = self._faults[self._transport.rank] = self.fault.phase
@@ -104,7 +104,7 @@ class Pipeline:
         return torch.cat(parts)
 
     def receive(self, exchange: int, slice_number: int) -> list[torch.Tensor | None]:
-        """The packet of each rank, None for the own one and where none is due; no packets where some rank failed."""
+        """Returns the packet of each rank, None for this one and where none is due; an empty list if a rank failed."""
         posted = self._receives.pop((exchange, slice_number))
         what = f"waiting for slice {slice_number} of exchange {exchange}"
         self._transport.finish([transfer for transfer, _, _ in posted], what)
@@ -117,7 +117,7 @@ class Pipeline:
         return [] if self._failing else packets
 
     def finish(self) -> None:
-        """Waits for the last messages, and raises on all ranks what went wrong on any.
+        """Waits for the last messages, and raises on all ranks the faults of any.
 
         Raises:
             CollectiveError: a rank failed, and all ranks have heard of it.
@@ -125,7 +125,7 @@ class Pipeline:
         """
         sends, self._sends = self._sends, []
         self._transport.finish(sends, "sending the last slices")
-        # Otherwise a rank lied.
+        # Otherwise a rank announced a fault that no rank has.
         self._finished = bool(self._faults) or not self._given_up
         if self._faults:
             raise_faults(self._transport, dict(sorted(self._faults.items())), self.fault)
@@ -133,7 +133,7 @@ class Pipeline:
             raise TransportError("a rank gave up without a fault of any rank")
 
     def traffic(self) -> dict[str, Traffic]:
-        """Bytes of packets, as ``"phase1"`` and ``"phase2"``, and of their headers, as ``"overhead"``."""
+        """Returns the bytes of packets, as ``"phase1"`` and ``"phase2"``, and of their headers, as ``"overhead"``."""
         return {kind: Traffic(amounts["sent"], amounts["received"]) for kind, amounts in self._bytes.items()}
 
     @property
@@ -155,12 +155,12 @@ class Pipeline:
             raise
 
     def _check(self, source: int, header: Sequence[int], exchange: int, slice_number: int, limit: int) -> int:
-        """The size of the packet behind a header, which may say anything."""
+        """Returns the size of the packet behind a header, whose words are not trusted."""
         *position, condition, size = header[:6]
         well_formed = position == [MAGIC, self._sequence, exchange, slice_number] and condition in CONDITIONS
         packet_is_due = limit > 0 and condition == WELL
         if not well_formed or not 0 <= size <= limit or (size > 0) != packet_is_due:
-            # The others cannot know; giving up the connections tells them.
+            # The others cannot know. Closing the connections tells them.
             raise TransportError(
                 f"rank {self._transport.ranks[source]} sent the header {list(header)} for slice {slice_number} of "
                 f"exchange {exchange} of collective {self._sequence}, where a packet of at most {limit} bytes is due"

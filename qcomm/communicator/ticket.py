@@ -1,4 +1,4 @@
-"""Tickets: a job's result or error, to be waited for on other threads."""
+"""Tickets: the result or the error of a job, for which other threads can wait."""
 
 import threading
 from datetime import timedelta
@@ -12,13 +12,13 @@ T = TypeVar("T")
 
 
 class Ticket(Generic[T]):
-    """What became of a job: may be waited for from any thread but the one that runs it, any number of times.
+    """The outcome of a job. Any thread but the one that runs the job may wait for it, any number of times.
 
     Args:
         worker: the thread that runs the job.
 
     Attributes:
-        future: holds the job's result; its ``wait()`` raises what the job raised.
+        future: holds the job's result; its ``wait()`` raises the job's error.
     """
 
     def __init__(self, worker: threading.Thread | None = None) -> None:
@@ -32,15 +32,15 @@ class Ticket(Generic[T]):
         self.future: torch.futures.Future[T] = self._signal.then(lambda _: self.result())
 
     def is_completed(self) -> bool:
-        """Whether the job has ended, well or not."""
+        """Returns True if the job has ended, well or not."""
         return self._done.is_set()
 
     def exception(self) -> Exception | None:
-        """What the job raised; None while it runs and where it succeeded."""
+        """Returns the job's error; None while it runs and where it succeeded."""
         return self._error
 
     def wait(self, timeout: timedelta | float | None = None) -> None:
-        """Waits for the end of the job and raises what it raised.
+        """Waits for the end of the job and raises its error.
 
         Raises:
             TimeoutError: the job still runs after ``timeout`` (seconds or a timedelta).
@@ -62,19 +62,19 @@ class Ticket(Generic[T]):
         self._done.wait()
 
     def result(self) -> T:
-        """What the job returned."""
+        """Waits for the job and returns its result."""
         self.wait()
         return cast(T, self._result)
 
     def complete(self, result: T | None, error: Exception | None) -> None:
-        """Ends the wait. Called once."""
+        """Ends the wait. It is called once."""
         self._result, self._error = result, error
         self._done.set()
         self._signal.set_result(None)
 
 
 def completed(result: T, future: torch.futures.Future[T] | None = None) -> Ticket[T]:
-    """The ticket of a job that had nothing to do, or has done it; ``future``: of a result on a device."""
+    """Returns the ticket of a job that has ended or had nothing to do; ``future``: of a result on a device."""
     ticket: Ticket[T] = Ticket()
     ticket.complete(result, None)
     if future is not None:
@@ -83,16 +83,16 @@ def completed(result: T, future: torch.futures.Future[T] | None = None) -> Ticke
 
 
 def failed(error: Exception) -> Ticket[T]:
-    """The ticket of a job that could not even be queued."""
+    """Returns the ticket of a job that could not be queued."""
     ticket: Ticket[T] = Ticket()
     ticket.complete(None, error)
     return ticket
 
 
 def device_future(result: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
-    """A completed Future of what the current stream of the tensor's device is about to compute.
+    """Returns a completed Future of a tensor that the current stream of its device is about to compute.
 
-    Whoever waits for it makes their own stream wait. A Future that does not know its devices would record no event.
+    Waiting for it makes the caller's own stream wait. A Future that does not know its devices would record no event.
 
     Example:
         >>> device_future(torch.ones(2)).wait()

@@ -1,8 +1,8 @@
-"""A worker thread for each group that runs compressed collectives one after another.
+"""The worker: a background thread for each group that runs compressed collectives one after another.
 
-Collectives of several phases cannot be chained by callbacks: gloo has two threads for them, and callbacks start their
-work in no common order on all ranks. So the training thread hands jobs to a queue, and the worker runs them to their
-end, in order. The result or the error of a job is delivered through a ``torch.futures.Future`` that DDP understands.
+Callbacks cannot chain collectives of several phases. gloo has two threads for them, and callbacks start their work in
+no common order on all ranks. So the training thread puts jobs in a queue, and the worker runs each to its end, in
+order. The result or the error of a job is delivered through a ``torch.futures.Future`` that DDP understands.
 """
 
 import queue
@@ -26,7 +26,7 @@ CLOSE_SECONDS = 5.0
 
 
 class Communicator:
-    """Runs jobs in order on a thread with connections of its own; ``get_communicator`` shares one for each group.
+    """Runs jobs in order on a background thread with its own connections; ``get_communicator`` shares one per group.
 
     Args:
         transport: carries its messages alone; it is closed with the communicator.
@@ -50,7 +50,7 @@ class Communicator:
 
     @property
     def collectives(self) -> int:
-        """Number of collectives that have begun: the same on all ranks."""
+        """Returns the number of collectives that have begun, the same on all ranks."""
         return self._sequence
 
     def submit(self, job: Callable[[], T]) -> Ticket[T]:
@@ -63,7 +63,7 @@ class Communicator:
         return failed(CollectiveError("the communicator is closed: its group was destroyed"))
 
     def begin(self) -> Fault | None:
-        """Begins a collective; returns a fault of an earlier one that the other ranks have not been told of."""
+        """Begins a collective; returns a fault of an earlier one that the other ranks do not know yet."""
         self._sequence += 1
         return self._pending_fault
 
@@ -81,11 +81,11 @@ class Communicator:
         return Handshake(self._transport, self._sequence, phase, fields, sizes, limits, fault, own_time)
 
     def exchange(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], phase: Phase) -> Traffic:
-        """Packets to and from every rank, of the sizes that were agreed on."""
+        """Exchanges packets with every rank, of the sizes that all have agreed on."""
         return self._transport.exchange_in_rounds(outgoing, incoming, f"exchanging packets after {phase}")
 
     def pipeline(self) -> Pipeline:
-        """The messages of this job, under way while it computes."""
+        """Returns the messages of this job, which are under way while it computes."""
         return Pipeline(self._transport, self._sequence)
 
     def sum(self, buffers: Sequence[torch.Tensor]) -> None:
@@ -93,13 +93,13 @@ class Communicator:
         self._transport.sum(buffers, "summing values")
 
     def announce_later(self, fault: Fault) -> None:
-        """Remembers a fault after the last exchange of a job; the other ranks hear of it in the next job's first."""
+        """Remembers a fault after the last exchange of a job; the first exchange of the next job tells it."""
         self._pending_fault = fault
 
     def close(self) -> None:
         """Ends the thread after the jobs in the queue and closes the connections.
 
-        Does not wait for long: a job that hangs keeps its thread, which ends with the process.
+        It waits for CLOSE_SECONDS at most. A job that hangs keeps its thread, which ends with the process.
         """
         with self._closing:
             if not self._closed:
@@ -112,7 +112,7 @@ class Communicator:
         with torch.no_grad():
             while (entry := self._jobs.get()) is not None:
                 self._run_job(*entry)
-                del entry  # or the buffers of the last job live until the next one
+                del entry  # otherwise the buffers of the last job live until the next one
         self._transport.close()
 
     def _run_job(self, job: Callable[[], object], ticket: Ticket[object]) -> None:
@@ -125,8 +125,8 @@ class Communicator:
             result = job()
         except BaseException as error:  # noqa: BLE001 - any: it belongs to the thread that waits for the ticket
             if not is_agreed(error):
-                # The peers may be waiting for this rank: with the connections gone they get an error now and not
-                # after the timeout.
+                # The peers may be waiting for this rank. Closed connections give them an error now and not after the
+                # timeout.
                 self._broken = error
                 self._transport.close()
             told = error
@@ -139,5 +139,5 @@ class Communicator:
 
 
 def is_agreed(error: BaseException) -> bool:
-    """Whether all ranks left the collective at the same point, so that the next one can begin."""
+    """Returns True if all ranks left the collective at the same point, so that the next one can begin."""
     return isinstance(error, (CollectiveError, ConfigMismatchError)) and not isinstance(error, TransportError)
