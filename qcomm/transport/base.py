@@ -1,4 +1,4 @@
-"""Messages between the ranks of a group: what every transport offers, and what all have in common.
+"""Transport: the interface for messages between the ranks of a group, and the code that all transports share.
 
 :class:`~qcomm.transport.gloo.GlooTransport` carries them for a process group of ``torch.distributed``,
 :class:`~qcomm.transport.mpi.MpiTransport` for an MPI communicator. The collectives know only this interface, so their
@@ -18,11 +18,11 @@ __all__ = ["Exchange", "Traffic", "Transfer", "Transport", "TransportError"]
 
 
 class TransportError(CollectiveError):
-    """A peer died, does not answer, or closed its connections: final for a communicator."""
+    """A peer died, does not answer, or closed its connections. The communicator cannot be used afterwards."""
 
 
 class Transfer(NamedTuple):
-    """A message under way to or from ``rank``. It must not be let go before it has been waited for."""
+    """A message under way to or from ``rank``. It must be kept until it has been waited for."""
 
     rank: int
     work: Any  # the transport's own: neither torch's stubs nor mpi4py know a type for both
@@ -44,15 +44,15 @@ class Traffic(NamedTuple):
 
 
 class Transport(ABC):
-    """Point-to-point messages within a group. Making one is a collective: every rank of the group has to.
+    """Point-to-point messages within a group. Making a transport is a collective of all ranks of the group.
 
-    Messages are received into buffers of exactly their size, or of at least that where ``start_receive`` says so.
-    Nothing here waits for one message longer than the timeout.
+    Messages are received into buffers of exactly their size; ``start_receive`` also takes larger ones. No method waits
+    for one message longer than the timeout.
 
     Args:
         ranks: names of the group's ranks for error messages, their numbers in the whole job.
         rank: this process, within the group.
-        timeout: most that this rank waits for a message.
+        timeout: maximum time that this rank waits for a message.
 
     Attributes:
         peers: the other ranks, as numbers within the group.
@@ -74,7 +74,7 @@ class Transport(ABC):
     @property
     @abstractmethod
     def is_closed(self) -> bool:
-        """Whether nothing can be sent or received any more."""
+        """Returns True if the connections are closed."""
 
     @abstractmethod
     def start_send(self, target: int, message: torch.Tensor, tag: int) -> Transfer:
@@ -94,11 +94,11 @@ class Transport(ABC):
 
     @abstractmethod
     def abandon(self, transfers: Sequence[Transfer]) -> None:
-        """Closes the connections and sees to it that nobody writes to the memory of ``transfers`` that others use."""
+        """Closes the connections and ensures that no transfer of ``transfers`` writes to its memory any more."""
 
     @abstractmethod
     def sum(self, buffers: Sequence[torch.Tensor], what: str) -> None:
-        """Replaces each of ``buffers`` by its sum over all ranks, the same bits on all, and over every transport.
+        """Replaces each of ``buffers`` by its sum over all ranks, the same bits on all and over every transport.
 
         Raises:
             TransportError: a peer is gone.
@@ -110,16 +110,16 @@ class Transport(ABC):
 
     @abstractmethod
     def _wait(self, transfers: Sequence[Transfer]) -> list[tuple[int, RuntimeError]]:
-        """Waits for all of ``transfers``, also after a failure of some; the failures, by rank."""
+        """Waits for all of ``transfers``, also after a failure of some; returns the failures, by rank."""
 
     def exchange_small(self, outgoing: Sequence[torch.Tensor], what: str) -> list[torch.Tensor]:
-        """Sends ``outgoing[r]`` to each rank r and returns what each rank sent here, own message included.
+        """Sends ``outgoing[r]`` to each rank r and returns the messages of all ranks, including this one.
 
-        All messages are under way at once, so this takes one latency and not W - 1. They must be of one size, the same
+        All messages are under way at once, so this takes one latency and not W - 1. They must have one size, the same
         on all ranks.
 
         Args:
-            outgoing: W tensors of one shape and dtype; the own one is returned as it is.
+            outgoing: W tensors of one shape and dtype; the own one is returned unchanged.
             what: for the error message: "waiting for ...".
 
         Raises:
@@ -128,7 +128,7 @@ class Transport(ABC):
         return self.finish_exchange(self.start_exchange(outgoing), what)
 
     def start_exchange(self, outgoing: Sequence[torch.Tensor]) -> Exchange:
-        """Begins :meth:`exchange_small`; this rank may compute before it calls :meth:`finish_exchange`, which it must.
+        """Begins :meth:`exchange_small`; the rank may compute until it calls :meth:`finish_exchange`, as it must.
 
         Raises:
             TransportError: this rank has closed its connections.
@@ -138,7 +138,7 @@ class Transport(ABC):
         return Exchange(incoming, *self._start_all(incoming, outgoing, self.peers, self.peers))
 
     def finish_exchange(self, exchange: Exchange, what: str) -> list[torch.Tensor]:
-        """What each rank sent here, own message included.
+        """Waits for an exchange; returns the messages of all ranks, including this one.
 
         Raises:
             TransportError: naming the ranks that did not answer.
@@ -151,9 +151,9 @@ class Transport(ABC):
     ) -> Traffic:
         """Sends ``outgoing[r]`` to each rank r and fills ``incoming[r]`` from it, in W - 1 rounds.
 
-        In round d a rank sends to rank + d and receives from rank - d: both directions of every link are busy and no
-        two senders meet at one receiver. Empty messages are left out, by both sides, since the receiver knows the size.
-        Entries of the own rank are not looked at.
+        In round d a rank sends to rank + d and receives from rank - d. Both directions of every link are busy, and no
+        two senders meet at one receiver. Both sides skip empty messages, since the receiver knows the size. Entries of
+        the own rank are ignored.
         """
         sent = received = 0
         for target, source in zip(self.targets, self.sources, strict=True):
@@ -178,7 +178,7 @@ class Transport(ABC):
             TransportError: naming the ranks that did not answer.
         """
         started, broken = self._start_all(incoming, outgoing, sources, targets)
-        # No buffer is freed under way.
+        # This waits even after a failure, so no buffer is freed under way.
         self.finish(started, what, broken)
 
     def _start_all(
@@ -194,7 +194,7 @@ class Transport(ABC):
             raise self._closed()
         started: list[Transfer] = []
         broken: list[tuple[int, RuntimeError]] = []
-        # Receives first: whatever a peer sends at once then finds its buffer waiting.
+        # Receives start first, so that the buffer is ready when a peer sends at once.
         for start, ends, messages in (
             (self.start_receive, sources, incoming),
             (self.start_send, targets, outgoing),
@@ -207,12 +207,12 @@ class Transport(ABC):
         return started, broken
 
     def finish(self, transfers: Sequence[Transfer], what: str, broken: Sequence[tuple[int, RuntimeError]] = ()) -> None:
-        """Waits for all of ``transfers``, also after a failure of some: what has arrived is told from what is missing.
+        """Waits for all of ``transfers``, also after a failure of some, and names the ranks whose messages are missing.
 
         Args:
             transfers: none of them is under way any more when this returns or raises.
             what: for the error message: "waiting for ...".
-            broken: ranks to which not even a transfer could be started, and why.
+            broken: ranks to which no transfer could be started, and the errors.
 
         Raises:
             TransportError: naming the ranks that did not answer.

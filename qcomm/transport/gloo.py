@@ -1,11 +1,13 @@
-"""Messages between the ranks of a process group, over gloo connections of qcomm's own.
+"""Messages between the ranks of a process group, over gloo connections that belong to qcomm.
 
-A communicator must not share connections with anyone: collectives of one gloo group have to be issued in the same order
-on all ranks, and those of a worker thread and of the training thread have no common order. (What
-:mod:`qcomm.ddp.bypass` sends on the program's own group is sent by the training thread.) The connections are made
-directly on the group's store and not with ``torch.distributed.new_group(use_local_synchronization=True)``, because that
-derives the new group's name from the number of groups a process belongs to: ranks that differ in it wait for each other
-until the timeout, and so do all ranks when a group is destroyed and made again.
+A communicator must not share its connections. Collectives of one gloo group have to be issued in the same order on all
+ranks, and those of a worker thread and of the training thread have no common order. (The training thread itself sends
+the messages of :mod:`qcomm.ddp.bypass`, on the program's own group.)
+
+The connections are made directly on the group's store, not with
+``torch.distributed.new_group(use_local_synchronization=True)``. That function derives the new group's name from the
+number of groups a process belongs to. Ranks that differ in this number wait for each other until the timeout. So do all
+ranks when a group is destroyed and made again.
 """
 
 from collections.abc import Sequence
@@ -20,13 +22,13 @@ from qcomm.transport.base import Transfer, Transport, TransportError
 
 __all__ = ["GlooTransport"]
 
-# Of a message that nobody sends; two_phase's tags begin at 1.
+# The tag of a message that is never sent; two_phase's tags begin at 1.
 ABANDON_TAG = 1 << 30
 ABANDON_TIMEOUT = timedelta(milliseconds=1)
 
 
 class GlooTransport(Transport):
-    """The transport of a process group. gloo aborts the process when a message is larger than its buffer.
+    """The transport of a process group over gloo, which aborts the process if a message is larger than its buffer.
 
     Args:
         group: any process group this process belongs to, whatever its backend.
@@ -43,9 +45,9 @@ class GlooTransport(Transport):
 
     def _connect(self, group: dist.ProcessGroup) -> ProcessGroupGloo:
         store = _group_store(group)
-        # A name that was never used on this store before, or a rank might find the addresses of connections that are
-        # gone. Each rank counts its own communicators in the store itself: all make them in the same order, and the
-        # store outlives a group that is made anew on it.
+        # The name must be new to this store, or a rank might find the addresses of closed connections. Each rank counts
+        # its own communicators in the store, which outlives a group that is made anew on it. All ranks make them in the
+        # same order.
         generation = store.add(f"qcomm/{self.rank}", 1)
         try:
             return ProcessGroupGloo(
@@ -59,15 +61,15 @@ class GlooTransport(Transport):
 
     @property
     def is_closed(self) -> bool:
-        """Whether the connections are gone; alone a rank never has any."""
+        """Returns True if there are no connections; a rank that is alone never has any."""
         return self._gloo is None
 
     def start_send(self, target: int, message: torch.Tensor, tag: int) -> Transfer:
-        """See :meth:`Transport.start_send`."""
+        """Sends a message, see :meth:`Transport.start_send`."""
         return self._start(target, message, tag, "send")
 
     def start_receive(self, source: int, buffer: torch.Tensor, tag: int) -> Transfer:
-        """See :meth:`Transport.start_receive`."""
+        """Receives a message, see :meth:`Transport.start_receive`."""
         return self._start(source, buffer, tag, "recv")
 
     def _start(self, rank: int, message: torch.Tensor, tag: int, operation: str) -> Transfer:
@@ -86,11 +88,11 @@ class GlooTransport(Transport):
         return failures
 
     def abandon(self, transfers: Sequence[Transfer]) -> None:
-        """Closes the connections and waits for what is under way, so that nobody writes to its memory any more."""
+        """Closes the connections and waits for transfers under way, which then no longer write to their memory."""
         if self._gloo is None:
             return
-        # gloo keeps connections open as long as anybody holds one of their transfers, but closes them when a wait times
-        # out. It does not tell this to a transfer whose bytes were just flowing, so nobody may wait for that one long.
+        # gloo keeps connections open while a reference to one of their transfers exists, but closes them when a wait
+        # times out. A transfer whose bytes were just flowing is not notified, so the wait for it must be short.
         for peer in self.peers:
             try:
                 self._gloo.recv([torch.empty(1)], peer, ABANDON_TAG).wait(ABANDON_TIMEOUT)
@@ -103,7 +105,7 @@ class GlooTransport(Transport):
                 continue
 
     def sum(self, buffers: Sequence[torch.Tensor], what: str) -> None:
-        """See :meth:`Transport.sum`: gloo's own all-reduce, of all buffers at once."""
+        """Sums by gloo's own all-reduce, of all buffers at once, see :meth:`Transport.sum`."""
         if self.world_size == 1:
             return
         if self._gloo is None:
@@ -116,7 +118,7 @@ class GlooTransport(Transport):
             )
 
     def _sum_all(self, buffers: Sequence[torch.Tensor]) -> str | None:
-        """Why not all could be summed, as text: an exception's traceback would keep transfers, and connections open."""
+        """Sums all buffers; returns a failure as text, since a traceback would keep transfers and connections open."""
         reasons, sums = [], []
         for buffer in buffers:
             try:
@@ -131,12 +133,12 @@ class GlooTransport(Transport):
         return reasons[0] if reasons else None
 
     def close(self) -> None:
-        """See :meth:`Transport.close`."""
+        """Closes the connections, see :meth:`Transport.close`."""
         self._gloo = None
 
 
 def _group_timeout(group: dist.ProcessGroup) -> timedelta:
-    """The timeout a group was made with; there is no public way to ask for it."""
+    """Returns the timeout with which a group was made; torch has no public function for it."""
     for device in getattr(group, "_device_types", []):
         options = getattr(group._get_backend(device), "options", None)
         timeout = getattr(options, "_timeout", None)

@@ -1,6 +1,6 @@
-"""``torch.distributed`` under mpirun, srun or torchrun: who am I, how many are we, where do we meet.
+"""``torch.distributed`` under mpirun, srun or torchrun: rank, world size and meeting place of a process.
 
-Each launcher tells a process its place in variables of its own:
+Each launcher tells a process its place in its own environment variables:
 
 ===================  =======================================  =====================================================
 launcher             rank, world size                         rank and number of ranks on this machine
@@ -11,10 +11,11 @@ MPICH, Intel MPI     PMI_RANK, PMI_SIZE                       MPI_LOCALRANKID, M
 SLURM's srun         SLURM_PROCID, SLURM_STEP_NUM_TASKS       SLURM_LOCALID, SLURM_STEP_TASKS_PER_NODE
 ===================  =======================================  =====================================================
 
-The first launcher of this list that set both its variables counts: mpirun inside of a SLURM job is mpirun. Ranks meet
-where MASTER_ADDR and MASTER_PORT say; without them, under srun, on the step's first machine, at a port that follows
-from the numbers of job and step; otherwise where rank 0 tells the others by MPI that it listens, for which mpi4py is
-needed (``pip install 'qcomm[mpi]'``).
+The first launcher of this list that set both its variables counts: mpirun inside of a SLURM job is mpirun.
+
+Ranks meet at MASTER_ADDR and MASTER_PORT. Without these variables, under srun, they meet on the step's first machine,
+at a port that follows from the numbers of job and step. Otherwise rank 0 sends the others its address by MPI, for which
+mpi4py is needed (``pip install 'qcomm[mpi]'``).
 """
 
 import os
@@ -40,14 +41,14 @@ LAUNCHERS = {
         "OMPI_COMM_WORLD_LOCAL_SIZE",
     ),
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
-    # Those of a step, which srun sets: in a batch script, which is one process, the job's own are set, too.
+    # Those of a step, which srun sets. A batch script, one process, has the job's own variables too.
     "SLURM": ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 }
 SLURM_PORTS = range(15000, 45000)  # below those that Linux gives to connections by default, mostly
 
 
 class Place(NamedTuple):
-    """This process among all that a launcher started; the local numbers are None where the launcher does not tell."""
+    """This process among all that a launcher started; the local numbers are None if the launcher sets none."""
 
     launcher: str
     rank: int
@@ -57,7 +58,7 @@ class Place(NamedTuple):
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
-    """What the launcher says of this process; None where there is no launcher.
+    """Returns the place that the launcher gave this process; None where there is no launcher.
 
     Raises:
         ValueError: a variable is no number, or the numbers contradict each other.
@@ -87,9 +88,9 @@ def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
 def init_from_environment(backend: str = "gloo", timeout: timedelta | None = None) -> Place:
     """Initialises ``torch.distributed`` in a process that torchrun, mpirun or srun started.
 
-    A collective: all processes of the launch call it. It sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, where
-    they are not set and known, as torchrun would. If it has to start MPI to find the meeting place, it ends it again,
-    so that a process that fails need not wait for the others in MPI_Finalize; a program that uses MPI itself imports
+    A collective: all processes of the launch call it. It sets RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE as
+    torchrun would, where they are known and not set yet. If it has to start MPI to find the meeting place, it also ends
+    MPI. A process that fails then need not wait for the others in MPI_Finalize. A program that uses MPI itself imports
     ``mpi4py.MPI`` before.
 
     Args:
@@ -97,11 +98,11 @@ def init_from_environment(backend: str = "gloo", timeout: timedelta | None = Non
         timeout: of the default process group; torch's own default if None.
 
     Returns:
-        Where this process is.
+        The place of this process.
 
     Raises:
-        RuntimeError: there is no launcher, the process group exists already, or nothing tells where to meet.
-        ValueError: what the launcher says makes no sense.
+        RuntimeError: there is no launcher, the process group exists already, or the meeting place is unknown.
+        ValueError: the launcher's variables contradict each other or are not numbers.
 
     Example:
         ``mpirun -np 4 python train.py``, and in train.py::
@@ -139,7 +140,7 @@ def _number(name: str, text: str) -> int:
 
 
 def _tasks_here(text: str, node: str) -> str:
-    """Of SLURM's "2(x3),1", two ranks on each of three machines, one on the next, the number of machine ``node``."""
+    """Returns the ranks on machine ``node``, from SLURM's "2(x3),1": two on each of three machines, one on the next."""
     counts: list[str] = []
     for part in text.split(","):
         count, _, times = part.removesuffix(")").partition("(x")
@@ -151,7 +152,7 @@ def _tasks_here(text: str, node: str) -> str:
 
 
 def _slurm_meeting(environment: Mapping[str, str]) -> tuple[str, int] | None:
-    """The step's first machine, from "node[03-07,12],other", and a port."""
+    """Returns the step's first machine, from "node[03-07,12],other", and a port."""
     hosts = environment.get("SLURM_STEP_NODELIST")
     if not hosts:
         return None
@@ -161,7 +162,7 @@ def _slurm_meeting(environment: Mapping[str, str]) -> tuple[str, int] | None:
 
 
 def _store_by_mpi(place: Place, timeout: timedelta) -> dist.Store:
-    """A store that rank 0 opens at any free port and tells the others about by MPI."""
+    """Returns a store that rank 0 opens at any free port, whose address it sends the others by MPI."""
     try:
         import mpi4py
 
@@ -194,14 +195,14 @@ def _share_store(mpi: Any, place: Place, timeout: timedelta) -> dist.Store:
         )
     meeting, store = None, None
     if place.rank == 0:
-        # Only names that other machines know will do for them.
+        # Other machines need a name that they know.
         alone = place.local_world_size == place.world_size
         address = os.environ.get("MASTER_ADDR") or ("127.0.0.1" if alone else socket.gethostname())
         port = _number("MASTER_PORT", os.environ.get("MASTER_PORT", "0"))
         try:
             store = dist.TCPStore(address, port, place.world_size, True, timeout, wait_for_workers=False)
         except RuntimeError as error:
-            world.bcast((address, 0))  # or the others would wait
+            world.bcast((address, 0))  # otherwise the others would wait
             raise RuntimeError(f"rank 0 cannot listen at MASTER_ADDR {address}, MASTER_PORT {port}: {error}") from error
         meeting = address, store.port
     address, port = world.bcast(meeting)

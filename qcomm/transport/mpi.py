@@ -1,12 +1,11 @@
 """Messages between the ranks of an MPI communicator.
 
-All are nonblocking point-to-point messages of bytes, in the same pairwise rounds as over gloo. MPI waits for ever, or
-not at all: :func:`poll_until` therefore tests again and again, ever more seldom. MPI also has no connections
-that break. A rank that leaves says so by a *farewell*, an empty message which all others are ready for from the
-beginning, so that nobody waits until the timeout for a rank that failed. What dies without a farewell is the launcher's
-to notice: mpirun ends the job.
+All are nonblocking point-to-point messages of bytes, in the same pairwise rounds as over gloo. MPI waits for ever or
+not at all, so :func:`poll_until` tests repeatedly, at growing intervals. MPI also has no connections that break. A rank
+that leaves sends a *farewell*, an empty message whose receive all others post at the start. No rank then waits until
+the timeout for a rank that failed. A rank may die without a farewell. The launcher notices that: mpirun ends the job.
 
-A receive can be cancelled and a send cannot. Memory of a send that nobody took is kept until the process ends.
+A receive can be cancelled, a send cannot. The memory of a send without a receiver is kept until the process ends.
 """
 
 import os
@@ -26,23 +25,24 @@ __all__ = ["MpiTransport", "poll_until"]
 # A count is an int in MPI, so larger messages go in pieces; a power of two keeps them aligned.
 PIECE_BYTES = 1 << 30
 FAREWELL_TAG = 32767  # the largest that every MPI has
-# What a rank sent before its farewell may be a little later than the farewell.
+# Messages that a rank sent before its farewell may arrive a little later than the farewell.
 GRACE_SECONDS = 1.0
 LEAVE_SECONDS = 2.0
 
 SPIN_SECONDS = 1e-3
 LONGEST_PAUSE = 1e-3
 
-# Sends that nobody took, with their memory, which MPI may still read.
+# Sends without a receiver, with their memory, which MPI may still read.
 _kept: list[object] = []
 
 
 def poll_until(is_done: Callable[[], bool], seconds: float) -> bool:
-    """Calls ``is_done``, which moves MPI's messages on, until it returns True; False if it has not after ``seconds``.
+    """Calls ``is_done`` until it returns True; returns False if it has not after ``seconds``.
 
-    There is no event to wait for instead: MPI_Wait has no timeout, and a rank that never comes must become an error.
-    Between two calls the processor is yielded at first, then the thread sleeps for a twentieth of the time that it has
-    waited, at most a millisecond: late by 5 %, and idle on long waits.
+    Each call also makes MPI progress its messages. There is no event to wait for instead: MPI_Wait has no timeout, and
+    a rank that never comes must become an error. Between two calls the thread yields the processor at first. Later it
+    sleeps for a twentieth of the time that it has waited, at most a millisecond. It is late by 5 % and idle on long
+    waits.
     """
     begin = time.monotonic()
     while not is_done():
@@ -54,14 +54,14 @@ def poll_until(is_done: Callable[[], bool], seconds: float) -> bool:
 
 
 class _Message:
-    """A message under way, in pieces of PIECE_BYTES and a shorter one, perhaps empty, which tells that it is the last.
+    """A message under way, in pieces of PIECE_BYTES and a shorter last piece, perhaps empty, which marks the end.
 
     Args:
         mpi: the module ``mpi4py.MPI``.
         start: ``Isend`` or ``Irecv`` of a communicator.
         tensor: contiguous; kept alive, because MPI reads or writes its memory.
         rank, tag: of the message.
-        receiving: pieces are asked for one after another, since their number is not known.
+        receiving: pieces are received one after another, since their number is not known.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class _Message:
         return self._start([memory, self._mpi.BYTE], self._rank, self._tag)
 
     def is_done(self) -> bool:
-        """Whether all of it has been sent or received.
+        """Returns True if the whole message has been sent or received.
 
         Raises:
             RuntimeError: MPI's, as for a message larger than its buffer.
@@ -98,7 +98,7 @@ class _Message:
         return False
 
     def give_up(self) -> None:
-        """Stops receiving; what cannot be stopped keeps its memory."""
+        """Stops receiving; a transfer that cannot be stopped keeps its memory."""
         try:
             if self.is_done():
                 return
@@ -112,13 +112,13 @@ class _Message:
 
 
 class MpiTransport(Transport):
-    """The transport of an MPI communicator that nobody else uses; closing it frees that.
+    """The transport of an MPI communicator that it uses alone; closing the transport frees the communicator.
 
     Args:
         mpi: the module ``mpi4py.MPI``.
         comm: a duplicate made for this transport, whose errors are returned and not fatal.
         ranks: names of its ranks for error messages.
-        timeout: most that this rank waits for a message.
+        timeout: maximum time that this rank waits for a message.
     """
 
     def __init__(self, mpi: Any, comm: Any, ranks: Sequence[int], timeout: timedelta) -> None:
@@ -133,15 +133,15 @@ class MpiTransport(Transport):
 
     @property
     def is_closed(self) -> bool:
-        """Whether this rank has left."""
+        """Returns True if this rank has left."""
         return self._is_closed
 
     def start_send(self, target: int, message: torch.Tensor, tag: int) -> Transfer:
-        """See :meth:`Transport.start_send`."""
+        """Sends a message, see :meth:`Transport.start_send`."""
         return self._start(self._comm.Isend, target, message, tag, receiving=False)
 
     def start_receive(self, source: int, buffer: torch.Tensor, tag: int) -> Transfer:
-        """See :meth:`Transport.start_receive`."""
+        """Receives a message, see :meth:`Transport.start_receive`."""
         return self._start(self._comm.Irecv, source, buffer, tag, receiving=True)
 
     def _start(
@@ -156,7 +156,7 @@ class MpiTransport(Transport):
         gone_since: float | None = None
 
         def move() -> bool:
-            """Whether there is nothing left to wait for, or no use in it."""
+            """Returns True if no transfer is pending, or waiting for the pending ones is futile."""
             nonlocal gone_since
             for transfer in list(pending):
                 try:
@@ -176,7 +176,7 @@ class MpiTransport(Transport):
         for _, message in pending:
             message.give_up()
         left = [rank for rank, _ in pending if rank in self._departed]
-        if left:  # whoever else is missing may only be waiting for them
+        if left:  # other missing ranks may only be waiting for these
             failures += [(rank, RuntimeError("it left the group")) for rank in left]
         elif pending:
             reason = "this rank closed the group" if self._is_closed else "nothing came in time"
@@ -199,22 +199,22 @@ class MpiTransport(Transport):
         self.close()
 
     def sum(self, buffers: Sequence[torch.Tensor], what: str) -> None:
-        """See :meth:`Transport.sum`: a ring, whose messages can be given up, unlike a collective of MPI's."""
+        """Sums around a ring, whose messages can be given up, unlike a collective of MPI; see :meth:`Transport.sum`."""
         if self._is_closed:
             raise self._closed()
         for buffer in buffers:
             ring_sum(self, buffer, what)
 
     def close(self) -> None:
-        """Says farewell; where all ranks do so in good order the communicator is freed, otherwise MPI's end ends it.
+        """Sends the farewell; frees the communicator if all ranks do so without failure, else leaves it to MPI's end.
 
-        May be called from any thread, and more than once.
+        It may be called from any thread, and more than once.
         """
         with self._closing:
             if self._is_closed:
                 return
             self._is_closed = True
-        # A child that was forked has no part in its parent's MPI.
+        # A forked child must not use its parent's MPI.
         if self._mpi.Is_finalized() or os.getpid() != self._process:
             return
         sends = [self._comm.Isend([bytearray(), self._mpi.BYTE], peer, FAREWELL_TAG) for peer in self.peers]
@@ -222,7 +222,7 @@ class MpiTransport(Transport):
         def all_left() -> bool:
             return bool(self._mpi.Request.Testall(sends)) and len(self._note_departures()) == len(self.peers)
 
-        # Freeing is a collective, for which nobody may wait for long.
+        # Freeing is a collective, and the wait for it must be short.
         if not self._failed and poll_until(all_left, LEAVE_SECONDS):
             self._comm.Free()
             return

@@ -1,4 +1,4 @@
-"""``MpiGroup``: the ranks of an MPI communicator, where ``torch.distributed`` has its process groups."""
+"""``MpiGroup``: the ranks of an MPI communicator, as a counterpart of the process groups of ``torch.distributed``."""
 
 import weakref
 from collections.abc import Callable
@@ -14,20 +14,20 @@ __all__ = ["MpiGroup"]
 
 
 class MpiGroup:
-    """Lets qcomm's messages travel over MPI: for ``group=`` of ``all_reduce``, ``process_group=`` of ``attach``.
+    """A group whose messages travel over MPI: for ``group=`` of ``all_reduce``, ``process_group=`` of ``attach``.
 
     A collective: every rank of the communicator makes one, at the same point of the program, as with
-    ``torch.distributed.new_group``. ``torch.distributed`` is not needed for ``qcomm.all_reduce``; DDP itself still
-    needs its process group, of as many ranks in the same order. Results are the same bits as over gloo. Tensors are on
-    the CPU; a CUDA-aware MPI is of no use, because collectives on CUDA tensors go over NCCL.
+    ``torch.distributed.new_group``. ``qcomm.all_reduce`` does not need ``torch.distributed``. DDP itself still needs
+    its process group, of the same number of ranks in the same order. Results are the same bits as over gloo. Tensors
+    are on the CPU. A CUDA-aware MPI has no benefit, because collectives on CUDA tensors go over NCCL.
 
-    MPI has to be initialised for several threads, as mpi4py does unless told otherwise, because a thread of qcomm's own
-    sends and receives. The communicator is duplicated, so that messages never meet those of the program. Do not fork
+    MPI has to be initialised for several threads, because a background thread of qcomm sends and receives. mpi4py does
+    so by default. The communicator is duplicated, so that messages never meet those of the program. Do not fork
     processes that use the group.
 
     Args:
         comm: an ``mpi4py.MPI.Intracomm``; ``MPI.COMM_WORLD`` by default.
-        timeout: most that a rank waits for another; by default that of torch's process groups, 30 minutes.
+        timeout: maximum time that a rank waits for another; by default that of torch's process groups, 30 minutes.
 
     Attributes:
         rank: this process, within the group.
@@ -64,7 +64,7 @@ class MpiGroup:
             raise ValueError("comm must not be MPI.COMM_NULL: only ranks of the communicator make a group of it")
         _check_threads(mpi)
         own, request = comm.Idup()
-        # What fails becomes an exception, whatever the program has made of its own communicator's errors.
+        # Failures become exceptions, whatever error handler the program gave its own communicator.
         if not poll_until(request.Test, timeout.total_seconds()):
             raise TransportError(
                 f"rank {comm.Get_rank()} of {comm.Get_size()} made an MpiGroup, and some other rank did not within "
@@ -83,23 +83,23 @@ class MpiGroup:
 
     @property
     def transport(self) -> MpiTransport:
-        """Carries the messages."""
+        """Returns the transport that carries the messages."""
         return self._transport
 
     @property
     def is_closed(self) -> bool:
-        """Whether the group was closed; one whose collective failed for good is not, but can only fail again."""
+        """Returns True if the group was closed; after a final failure it is not closed, but can only fail again."""
         return self._is_closed
 
     def before_close(self, closer: Callable[[], None]) -> None:
-        """Has ``closer`` called when the group is closed."""
+        """Registers ``closer``, to be called when the group is closed."""
         self._closers.append(closer)
 
     def close(self) -> None:
         """Ends the group after the collectives under way and frees its communicator.
 
-        Every rank should; the second time nothing happens. It also happens when the object is deleted, and at the end
-        of the process, before MPI is finalized.
+        Every rank should call it; a second call has no effect. The group also ends when the object is deleted, and at
+        the end of the process, before MPI is finalized.
         """
         self._is_closed = True
         for closer in self._closers:
@@ -138,7 +138,7 @@ def _import_mpi() -> Any:
 
 
 def _check_threads(mpi: Any) -> None:
-    """Raises unless several threads may call MPI: qcomm's does while the program's may."""
+    """Raises unless several threads may call MPI: qcomm's thread calls it while the program's may."""
     names = {
         mpi.THREAD_SINGLE: "MPI_THREAD_SINGLE",
         mpi.THREAD_FUNNELED: "MPI_THREAD_FUNNELED",

@@ -1,12 +1,12 @@
-"""A sum over all ranks by messages around a ring, for transports without an all-reduce of their own.
+"""A sum over all ranks by messages around a ring, for transports that have no all-reduce.
 
 The buffer is cut in W chunks. First each chunk goes once around, from rank c - 1 down to rank c, and every rank adds
-its values; then the sums go around the same way. Each rank sends ``2 (W - 1) / W`` of the buffer in all::
+its values. Then the sums go around the same way. Each rank sends ``2 (W - 1) / W`` of the buffer in total::
 
     chunk c    x(c-1) + x(c-2) + ... + x(c+1) + x(c)        rank numbers modulo W, one rounding for each addition
 
-That is the order, and these are the chunks, of gloo's all-reduce, so that a plain mean has the same bits over every
-transport. It needs no arithmetic of the transport: MPI knows neither float16 nor bfloat16.
+gloo's all-reduce has the same order and the same chunks, so a plain mean has the same bits over every transport. The
+sum needs no arithmetic of the transport: MPI knows neither float16 nor bfloat16.
 
 P. Patarasuk, X. Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", JPDC 69, 2009.
 """
@@ -38,7 +38,7 @@ def ring_sum(transport: Transport, buffer: torch.Tensor, what: str) -> None:
     if world_size == 1:
         return
     chunks = _cut(buffer, world_size)
-    # What is received never goes into the buffer at once: after a timeout nobody may write to the caller's memory.
+    # Messages are received into scratch memory: after a timeout nothing may write to the caller's buffer.
     scratch = torch.empty(chunks[0].numel(), dtype=buffer.dtype)
     for step in range(2 * (world_size - 1)):
         sent, received = chunks[(rank + 1 + step) % world_size], chunks[(rank + 2 + step) % world_size]
@@ -56,7 +56,7 @@ def ring_sum(transport: Transport, buffer: torch.Tensor, what: str) -> None:
 
 
 def _cut(buffer: torch.Tensor, world_size: int) -> list[torch.Tensor]:
-    """The chunks, the first of which is the largest; the last ones may be short or empty.
+    """Returns the chunks, the first of which is the largest; the last ones may be short or empty.
 
     Example:
         >>> [chunk.numel() for chunk in _cut(torch.zeros(10), 3)]
