@@ -1,8 +1,8 @@
 """Model averagers for local SGD: every few steps the ranks' weights are replaced by their mean, exchanged compressed.
 
-Instead of ``PeriodicModelAverager`` and ``HierarchicalModelAverager`` of
+They replace ``PeriodicModelAverager`` and ``HierarchicalModelAverager`` of
 ``torch.distributed.algorithms.model_averaging``, by themselves or within ``PostLocalSGDOptimizer``. Unlike those, they
-write into the parameters' own memory, and average every parameter, whether or not it has a gradient on this rank.
+write into the parameters' own memory. They average every parameter, with or without a gradient on this rank.
 
 S. U. Stich, "Local SGD Converges Fast and Communicates Little", ICLR 2019; T. Lin et al., "Don't Use Large
 Mini-Batches, Use Local SGD", ICLR 2020; in levels: J. Wang et al., "Demystifying Why Local Aggregation Helps", AAAI
@@ -30,7 +30,7 @@ FORMAT = 1
 
 
 class _CompressedAverager(ModelAverager):
-    """What both averagers do: count steps, exchange when one is due, remember."""
+    """The base of both averagers: counts steps, averages when it is due, keeps the state."""
 
     def __init__(self, warmup_steps: int, process_group: dist.ProcessGroup | None, options: Mapping[str, Any]) -> None:
         self._options = ExchangeOptions.of(**options)
@@ -44,8 +44,8 @@ class _CompressedAverager(ModelAverager):
     def average_parameters(self, params: Params) -> None:
         """Counts a step, and averages the parameters in place if an averaging is due.
 
-        A collective at every step at which one is due: each rank calls this once a step of its training loop, also
-        where GradScaler skipped the optimizer's step. All parameters take part, those without a gradient too.
+        A collective at every step at which an averaging is due. Each rank calls this once per step of its training
+        loop, also where GradScaler skipped the optimizer's step. Parameters without a gradient take part too.
 
         Args:
             params: ``model.parameters()``, ``model.named_parameters()`` or ``optimizer.param_groups``: the same on all
@@ -53,15 +53,16 @@ class _CompressedAverager(ModelAverager):
 
         Raises:
             CollectiveError: on all ranks that average: a parameter holds NaN or infinity, cannot be averaged, or an
-                exchange failed; the message names the rank, and the parameter. The step is counted, no weight has
+                exchange failed. The message names the rank and the parameter. The step is counted, no weight has
                 changed.
-            ConfigMismatchError: on all of them: options, parameters, steps or anchors differ, the message says which.
+            ConfigMismatchError: on all ranks that average: options, parameters, steps or anchors differ. The message
+                names them.
         """
         try:
             due = self._due()
             if due is not None and _is_member(self.process_group):
                 self._exchanges[due].average(params, self.step)
-                # What is common to all of these ranks is common to the groups inside it.
+                # Weights common to all of these ranks are common to the groups inside this one.
                 for smaller in self._exchanges[:due]:
                     smaller.adopt(self._exchanges[due])
         finally:
@@ -69,7 +70,7 @@ class _CompressedAverager(ModelAverager):
 
     @abstractmethod
     def _due(self) -> int | None:
-        """Number of the exchange to run at this step."""
+        """Returns the number of the exchange to run at this step, or None."""
 
     def reset(self) -> None:
         """Forgets anchors and residuals, so that the next averaging is uncompressed; all ranks call it, or none."""
@@ -77,7 +78,7 @@ class _CompressedAverager(ModelAverager):
             exchange.reset()
 
     def stats(self) -> dict[str, Any]:
-        """Counters of this rank, named as in ``CompressionState.stats``; ``steps`` are averagings."""
+        """Returns the counters of this rank, named as in ``CompressionState.stats``; ``steps`` are averagings."""
         norms = [exchange.residual_norm() for exchange in self._exchanges]
         return {**self._telemetry.stats(), "residual_norm": sum(norm * norm for norm in norms) ** 0.5}
 
@@ -86,9 +87,9 @@ class _CompressedAverager(ModelAverager):
         self._telemetry.reset()
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank needs to go on: step, last common weights, residuals. Every rank has to save its own.
+        """Returns the state to resume this rank from: step, last common weights, residuals. Every rank saves its own.
 
-        ``PostLocalSGDOptimizer.state_dict`` holds the step alone: an averager that goes on from it averages once
+        ``PostLocalSGDOptimizer.state_dict`` holds the step alone: an averager that resumes from it averages once
         uncompressed, without the residuals.
         """
         return {
@@ -98,11 +99,11 @@ class _CompressedAverager(ModelAverager):
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-        """Goes on from what ``state_dict`` returned on this rank; the number of ranks may have changed.
+        """Resumes from a result of ``state_dict`` on this rank; the number of ranks may have changed.
 
         Args:
-            state_dict: this rank's. When W ranks go on as fewer, W', rank r passes a list of those of ranks r, r + W',
-                r + 2W', ... or, losing part of the residuals, its own alone. A rank that is new passes rank 0's with
+            state_dict: this rank's. When W ranks resume as fewer, W', rank r passes a list of those of ranks r, r + W',
+                r + 2W', ... Its own alone also works, but loses part of the residuals. A new rank passes rank 0's with
                 ``"error_feedback"`` set to None in each of ``"exchanges"``.
 
         Raises:
@@ -129,25 +130,25 @@ class _CompressedAverager(ModelAverager):
 class CompressedModelAverager(_CompressedAverager):
     """Averages a model over all ranks every ``period`` steps. All ranks end with the same bits.
 
-    Ranks send how far each parameter moved since the last averaging, at about 2 bits a value, with error feedback; the
-    weights they had in common then are kept on every rank. The first averaging has no such weights and is uncompressed:
-    ranks may begin with different ones, and all have the mean of them afterwards.
+    Ranks send each parameter's difference since the last averaging, at about 2 bits per value, with error feedback.
+    Every rank keeps the common weights of that averaging. The first averaging has no such weights and is uncompressed.
+    Ranks may begin with different weights, and all have their mean afterwards.
 
     Args:
         period: steps between averagings: one is due at step ``warmup_steps`` and every ``period`` steps later, counted
             from 0, as in torch's ``PeriodicModelAverager``.
-        warmup_steps: steps at the beginning without averaging, during which DDP averages gradients.
+        warmup_steps: number of initial steps without averaging, during which DDP averages gradients.
         process_group: by default the default group. A rank that is not in it averages nothing.
-        **options: the same on all ranks, ``num_threads`` excepted:
+        **options: the same on all ranks except ``num_threads``:
 
-            ``exchange``: ``"difference"``, or ``"weights"``: the weights themselves, as in the paper, which cost 6 to
-            10 bits and lose up to half a level each time, and half a level of the mean.
-            ``grid``: how finely; by default ``SigmaGrid(step=1.0)`` for differences, ``RangeGrid()`` for weights.
-            ``error_feedback``: keep what quantization lost of a difference for the next one: 4 bytes a parameter. By
-            default with differences; not possible with weights.
+            ``exchange``: ``"difference"``, or ``"weights"`` for the weights themselves, as in the paper. Weights cost 6
+            to 10 bits and lose up to half a level each time, and half a level of the mean.
+            ``grid``: of the quantization; by default ``SigmaGrid(step=1.0)`` for differences, ``RangeGrid()`` for
+            weights. ``error_feedback``: keep the quantization error of a difference for the next one: 4 bytes per
+            parameter. By default with differences; not possible with weights.
             ``min_elements``: smaller parameters travel uncompressed; 1024 by default.
             ``buffers_of``: a module whose floating-point buffers, such as BatchNorm's statistics, are averaged with the
-            parameters, uncompressed and in fp32. By default buffers are left alone, as torch's averagers do.
+            parameters, uncompressed and in fp32. By default buffers are not modified, as in torch's averagers.
             ``strategy``, ``ranks_per_node``, ``num_threads``, ``profile``: as in :func:`qcomm.all_reduce`.
 
     Raises:
@@ -184,14 +185,14 @@ class CompressedModelAverager(_CompressedAverager):
 class HierarchicalCompressedModelAverager(_CompressedAverager):
     """Averages often within small groups of ranks and rarely over all of them.
 
-    At a step that several periods divide, the largest of them averages. Each level keeps its own residuals, and all of
-    them the weights that they last had in common.
+    At a step that several periods divide, the level of the largest one averages. Each level keeps its own residuals,
+    and the last weights that its ranks had in common.
 
     Args:
         period_group_size_dict: period -> number of ranks in a group, both ascending; the last group is all of
             ``process_group``. ``OrderedDict([(2, 2), (8, 4)])`` averages pairs every 2 steps, and all 4 ranks every 8.
             Groups are neighbouring ranks. Making them is a collective.
-        warmup_steps: steps at the beginning without averaging. Steps are counted from 0 and not from the end of these,
+        warmup_steps: number of initial steps without averaging. Steps are counted from 0 and not from the end of these,
             as in torch's ``HierarchicalModelAverager``.
         process_group: by default the default group.
         **options: of :class:`CompressedModelAverager`.
@@ -234,7 +235,7 @@ class HierarchicalCompressedModelAverager(_CompressedAverager):
 
 
 def _is_member(group: object) -> bool:
-    """Whether this process belongs to a group that ``dist.new_group`` returned."""
+    """Returns True if this process belongs to a group that ``dist.new_group`` returned."""
     return group is not dist.GroupMember.NON_GROUP_MEMBER
 
 

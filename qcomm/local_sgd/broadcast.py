@@ -32,25 +32,25 @@ def broadcast_parameters(
 ) -> None:
     """Replaces every rank's weights by those of rank ``src``, in place. All ranks end with the same bits.
 
-    A collective. Rank ``src`` takes the decoded values, too: its own weights change by what quantization loses, half a
-    level at most. The packed weights travel in W parts, one to each rank, which hands it on to all others: ``src``
-    sends them twice, and not W - 1 times.
+    A collective. Rank ``src`` takes the decoded values, too. Its own weights change by the quantization error, half a
+    level at most. The packed weights travel in W parts, one to each rank, which sends it to all others. ``src``
+    therefore sends them twice, and not W - 1 times.
 
     Args:
         module_or_params: a module, all of whose parameters and buffers are sent; or ``model.parameters()``,
             ``model.named_parameters()`` or ``optimizer.param_groups``. The same names, shapes and dtypes on all ranks.
         src: the global rank that has the weights.
         process_group: by default the default group; ``src`` belongs to it.
-        grid: how finely. Buffers, integers, non-finite tensors and those of fewer than ``min_elements`` elements travel
-            as they are.
+        grid: of the quantization. Buffers, integers, non-finite tensors and those of fewer than ``min_elements``
+            elements travel uncompressed.
         min_elements: smallest number of elements of a tensor that is compressed.
         lossless: compress nothing.
-        num_threads: most that encode and decode a tensor at once on this rank.
+        num_threads: maximum number of threads that encode and decode a tensor on this rank.
 
     Raises:
         ValueError: ``src`` does not belong to the group.
-        CollectiveError: a rank failed, for instance because it was called with something that cannot be sent; nothing
-            has changed on any rank, unless only decoding failed, on that rank.
+        CollectiveError: a rank failed, for instance because its arguments cannot be sent. Nothing has changed on any
+            rank, unless only decoding failed, on that rank.
         ConfigMismatchError: arguments or tensors differ between ranks; nothing has changed.
 
     Example:
@@ -127,7 +127,7 @@ def _fields(tensors: Tensors, src: int, grid: Grid, min_elements: int, lossless:
 def _spread(
     packed: torch.Tensor, limit: int, source: int, communicator: Communicator, fields: Fields, fault: Fault | None
 ) -> torch.Tensor:
-    """The bytes of rank ``source`` of the group, on every rank: a scatter, then an all-gather."""
+    """Returns the bytes of rank ``source`` of the group on every rank, by a scatter and an all-gather."""
     own, world_size = communicator.rank, communicator.world_size
     fault = communicator.begin() or fault
     limits = [limit if rank == source else 0 for rank in range(world_size)]
@@ -147,7 +147,7 @@ def _spread(
 
 
 def _unpacked(received: torch.Tensor, tensors: Tensors, num_threads: int) -> dict[str, torch.Tensor]:
-    """The tensors in ``received``, which are checked to be those that are expected."""
+    """Returns the tensors in ``received``, after checking their names, shapes and dtypes."""
     restored = unpack_state(received, sum(tensor.nbytes for _, tensor in tensors), num_threads)
     if not isinstance(restored, dict) or list(restored) != [name for name, _ in tensors]:
         raise PacketError("the packed weights have other names than the ranks agreed on")

@@ -1,4 +1,4 @@
-"""Options of an averager: the exchange of weights, and the mean that it is made of."""
+"""Options of an averager: those of the exchange of weights, and those of its mean."""
 
 from dataclasses import dataclass
 
@@ -39,7 +39,7 @@ class ExchangeOptions:
         buffers_of: torch.nn.Module | None = None,
         **options: Unpack[ReduceKeywords],
     ) -> "ExchangeOptions":
-        """Returns the options that an averager's keyword arguments say; the default grid suits the exchange."""
+        """Returns the options of an averager's keyword arguments; the default grid suits the exchange."""
         if grid is None:
             grid = RangeGrid() if exchange == "weights" else SigmaGrid(step=1.0)
         return cls(ReduceOptions(grid, **options), exchange, error_feedback, buffers_of)
@@ -59,5 +59,5 @@ class ExchangeOptions:
 
     @property
     def uses_feedback(self) -> bool:
-        """Whether the error of a difference is kept for the next one; by default with differences."""
+        """Returns True if the error of a difference is kept for the next one; by default with differences."""
         return self.exchange == "difference" if self.error_feedback is None else self.error_feedback

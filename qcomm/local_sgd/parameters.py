@@ -1,4 +1,4 @@
-"""Parameters by name, from whatever a user has of them: parameters, named parameters, or an optimizer's groups."""
+"""Parameters by name, from parameters, named parameters, or an optimizer's groups."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -14,14 +14,14 @@ Params = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[
 
 
 def named_tensors(params: Params) -> list[tuple[str, torch.Tensor]]:
-    """Each parameter once, in the order given, with its name, or as ``"parameter <number>"`` where nobody told it.
+    """Returns each parameter once, in the order given, with its name or as ``"parameter <number>"`` without one.
 
     Args:
         params: ``model.parameters()``, ``model.named_parameters()`` or ``optimizer.param_groups``, which hold names
             where the optimizer was made with named parameters.
 
     Raises:
-        TypeError, ValueError: ``params`` is none of these, is empty, or has one name for two parameters.
+        TypeError, ValueError: ``params`` has another type, is empty, or has one name for two parameters.
 
     Example:
         >>> layer = torch.nn.Linear(2, 2)
@@ -67,7 +67,7 @@ def _flattened(params: Iterable[Any]) -> Iterable[tuple[str | None, torch.Tensor
 
 
 def floating_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """A module's buffers that can be averaged, such as BatchNorm's running mean and variance."""
+    """Returns a module's buffers that can be averaged, such as BatchNorm's running mean and variance."""
     return [(name, buffer) for name, buffer in module.named_buffers() if buffer.dtype in DTYPE_NUMBERS]
 
 
@@ -99,7 +99,7 @@ def check_averageable(name: str, tensor: torch.Tensor) -> None:
 
 
 def described(tensors: Sequence[tuple[str, torch.Tensor]]) -> str:
-    """Names, dtypes and shapes as one line, the same on every rank that has the same."""
+    """Returns names, dtypes and shapes as one line, for the comparison between ranks."""
     return "; ".join(
         f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}" for name, tensor in tensors
     )

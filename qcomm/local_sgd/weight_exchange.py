@@ -1,4 +1,4 @@
-"""The mean of a model's weights over the ranks of one group, exchanged as differences or as they are.
+"""The mean of a model's weights over the ranks of one group, exchanged as differences or as weights.
 
 Weights that were averaged before are the same on all ranks: the *anchor* a. Since then rank i moved by w_i - a, which
 is small, symmetric about zero and as compressible as a gradient. With residuals e_i::
@@ -6,11 +6,11 @@ is small, symmetric about zero and as compressible as a gradient. With residuals
     u_i = w_i - a + e_i        sent: Q(u_i)        e_i <- u_i - Q(u_i)
     a  <- a + mean_i(Q(u_i))   w_i <- a
 
-so that over time ``a`` moves by the exact mean of all movements but for what is still kept. Without an anchor, at
-first, weights travel uncompressed; they are the same afterwards whatever they were before.
+so that over time ``a`` moves by the exact mean of all movements, except for the residuals still kept. The first
+exchange has no anchor, and weights travel uncompressed. Afterwards they are the same on all ranks.
 
-Anchors have to be equal bit for bit on all ranks. Nobody compares them: each exchange makes a new *identity* of the old
-one, all ranks compare identities before an exchange, and two ranks with the same identity went through the same
+Anchors have to be equal bit for bit on all ranks, but they are not compared. Each exchange makes a new *identity* of
+the old one, and all ranks compare identities before an exchange. Two ranks with the same identity went through the same
 exchanges.
 """
 
@@ -54,7 +54,7 @@ NO_ANCHOR = "none yet"
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor that takes part: ``anchor`` is what its difference is taken to, None for its values as they are."""
+    """A tensor that takes part. Its difference is taken to ``anchor``; its values are exchanged if that is None."""
 
     spec: TensorSpec
     tensor: torch.Tensor
@@ -67,8 +67,8 @@ class WeightExchange:
 
     Args:
         group: of the ranks that average; None for the default group.
-        options: equal on all ranks, ``num_threads`` excepted.
-        telemetry: counts what happens.
+        options: equal on all ranks except ``num_threads``.
+        telemetry: counts bytes, bits and seconds.
         index: number of this exchange in the telemetry.
     """
 
@@ -91,9 +91,9 @@ class WeightExchange:
             step: has to be the same on all ranks.
 
         Raises:
-            CollectiveError: on all ranks: one has parameters that cannot be averaged, or failed. No weight has changed;
-                where the exchange had begun, the anchor is forgotten.
-            ConfigMismatchError: options, step, parameters or anchors differ between ranks. No weight has changed, the
+            CollectiveError: on all ranks: one has parameters that cannot be averaged, or failed. No weight has changed.
+                If the exchange had begun, the anchor is forgotten.
+            ConfigMismatchError: options, step, parameters or anchors differ between ranks. No weight has changed. The
                 anchor is forgotten.
         """
         options = self._options
@@ -118,8 +118,8 @@ class WeightExchange:
             self._move_anchor(entries, task.layout)
 
     def adopt(self, other: "WeightExchange") -> None:
-        """Takes over the anchor of an exchange that has just ended on all ranks of this group, and of more."""
-        if other._anchor:  # without one, as in a world of one rank, there is nothing to be common
+        """Adopts the anchor of an exchange that has just ended on a larger group, which includes this one."""
+        if other._anchor:  # without one, as in a world of one rank, there are no common weights
             self._anchor, self._identity = dict(other._anchor), other._identity
 
     def reset(self) -> None:
@@ -129,11 +129,11 @@ class WeightExchange:
             self._feedback.clear()
 
     def residual_norm(self) -> float:
-        """Euclidean norm of what this rank still has to send."""
+        """Returns the Euclidean norm of this rank's residuals."""
         return self._feedback.norm() if self._feedback is not None else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Anchor, its identity, and this rank's residuals."""
+        """Returns the anchor, its identity, and this rank's residuals."""
         return {
             "identity": self._identity,
             "anchor": dict(self._anchor),  # anchors are replaced and never written to
@@ -141,7 +141,7 @@ class WeightExchange:
         }
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Goes on from one or several ranks' states; several add up their residuals.
+        """Resumes from the states of one rank or several, whose residuals are added.
 
         Raises:
             ValueError: damaged, or not of one run; nothing has changed then.
@@ -161,7 +161,7 @@ class WeightExchange:
         self._anchor = {name: tensor.detach().clone() for name, tensor in states[0]["anchor"].items()}
 
     def _entries(self, params: Params) -> list[_Entry]:
-        """What is averaged, checked, with its place in the flat buffer."""
+        """Returns the tensors to average, checked, with their places in the flat buffer."""
         parameters = named_tensors(params)
         module = self._options.buffers_of
         buffers = [] if module is None else [(f"buffer {name}", buffer) for name, buffer in floating_buffers(module)]
@@ -208,14 +208,14 @@ class WeightExchange:
         try:
             average(task, communicator)
         except Exception:
-            # Residuals were spent on values that nobody got. A rank that fails alone, after its last message, differs
-            # from the others at the next averaging.
+            # Residuals were spent on values that did not arrive. A rank that fails alone, after its last message,
+            # differs from the others at the next averaging.
             self.reset()
             raise
         return task.buffer
 
     def _agree(self, task: MeanTask, communicator: Communicator) -> None:
-        """Raises on every rank what is wrong on one, before residuals are touched, as some strategies do early."""
+        """Raises one rank's error on every rank, before residuals change, which some strategies do early."""
         try:
             Rounds(task, communicator).agree()
         except ConfigMismatchError:
@@ -223,7 +223,7 @@ class WeightExchange:
             raise
 
     def _move_anchor(self, entries: Sequence[_Entry], layout: BucketLayout) -> None:
-        """The weights as they are now, the same on all ranks."""
+        """Replaces the anchor by the present weights, which are the same on all ranks."""
         digest = hashlib.sha256(f"{self._identity} {layout.description}".encode())
         for entry in entries:
             if entry.is_buffer:
@@ -236,7 +236,7 @@ class WeightExchange:
 
     def _count(self, entries: Sequence[_Entry], task: MeanTask) -> None:
         self._telemetry.add(steps=1)
-        # What the tensors take, and not the buffer, which holds 16-bit values in 32 bits.
+        # The bytes of the tensors, and not of the buffer, which holds 16-bit values in 32 bits.
         self._telemetry.count_bucket(task.layout, 0)
         self._telemetry.add(bytes_uncompressed=sum(entry.tensor.nbytes for entry in entries))
 
@@ -246,7 +246,7 @@ def _no_fault() -> Fault:
 
 
 def _flatten(entries: Sequence[_Entry]) -> torch.Tensor:
-    """Values or differences in row-major order, whatever the tensors' layout; float64 if one of them is.
+    """Returns values or differences in row-major order, whatever the tensors' layout; float64 if one of them is.
 
     Raises:
         FloatingPointError: naming the tensor with a value that is not finite. Buffers may hold infinities, as masks do.
@@ -280,7 +280,7 @@ def _part(entry: _Entry, flat: torch.Tensor) -> torch.Tensor:
 
 
 def _apply(entry: _Entry, flat: torch.Tensor) -> None:
-    """Writes a mean into its tensor: every rank rounds the same bits in the same way."""
+    """Writes a mean into its tensor; every rank rounds the same bits in the same way."""
     mean = _part(entry, flat)
     if entry.anchor is not None:
         mean.add_(entry.anchor)
