@@ -37,7 +37,7 @@ __all__ = ["AllReduceWork", "all_reduce"]
 
 
 class AllReduceWork:
-    """Handle of an all-reduce under way, with those methods of ``torch.distributed.Work`` that make sense on a CPU."""
+    """Handle of an all-reduce under way, with the methods of ``torch.distributed.Work`` that make sense on a CPU."""
 
     def __init__(self, ticket: Ticket[torch.Tensor], telemetry: Telemetry) -> None:
         self._ticket = ticket
@@ -47,7 +47,7 @@ class AllReduceWork:
         """Waits until the tensor holds the mean.
 
         Args:
-            timeout: seconds or a timedelta; by default as long as the process group's timeout lets the exchange take.
+            timeout: seconds or a timedelta; by default the exchange is limited by the process group's timeout alone.
 
         Returns:
             True.
@@ -61,23 +61,23 @@ class AllReduceWork:
         return True
 
     def is_completed(self) -> bool:
-        """Whether the all-reduce has ended, well or not."""
+        """Returns True if the all-reduce has ended, well or not."""
         return self._ticket.is_completed()
 
     def is_success(self) -> bool:
-        """Whether it has ended well."""
+        """Returns True if it has ended well."""
         return self._ticket.is_completed() and self._ticket.exception() is None
 
     def exception(self) -> Exception | None:
-        """What it failed with, if it failed."""
+        """Returns the error of the all-reduce, if it failed."""
         return self._ticket.exception()
 
     def get_future(self) -> torch.futures.Future[torch.Tensor]:
-        """A Future of the tensor."""
+        """Returns a Future of the tensor."""
         return self._ticket.future
 
     def stats(self) -> dict[str, object]:
-        """Bytes, bits and seconds of this call, named as in ``CompressionState.stats``; complete when it has ended."""
+        """Returns bytes, bits and seconds of this call, named as in ``CompressionState.stats``; final at its end."""
         return self._telemetry.stats()
 
 
@@ -91,19 +91,19 @@ def all_reduce(
     """Replaces a tensor by its mean over all ranks, exchanging compressed values. All ranks end with the same bits.
 
     A collective: every rank of the group calls it, in the same order, with tensors of one shape and dtype and with the
-    same options, ``num_threads`` excepted. The first call of a group connects its ranks, which is a collective too. In
+    same options except ``num_threads``. The first call of a group connects its ranks, which is a collective too. In
     a world of one rank the tensor is its own mean and is not modified, unless a strategy is named. There is no error
     feedback: quantization errors are lost.
 
     Args:
-        tensor: any shape and strides, on the CPU or a CUDA device (where this waits for the device, and ``async_op``
-            leaves nothing to wait for), float32, float16, bfloat16 or float64. A parameter may be passed;
-            autograd does not see the change. A non-finite value makes the whole result NaN on every rank (uncompressed:
-            only its own element).
-        grid: how finely values are quantized: each rank's to its own RMS or range, then the mean once more, with
-            ``step`` at most 1.
+        tensor: any shape and strides, float32, float16, bfloat16 or float64, on the CPU or a CUDA device. On a device
+            the call waits for it, and ``async_op`` leaves nothing to wait for. A parameter may be passed; autograd does
+            not see the change. A non-finite value makes the whole result NaN on every rank (uncompressed: only its own
+            element).
+        grid: of the quantization. Each rank's values are scaled to its own RMS or range. The mean is quantized once
+            more, with ``step`` at most 1.
         group: by default the default process group. Its backend does not matter for tensors on the CPU: the traffic has
-            gloo connections of its own, with the group's timeout. A :class:`qcomm.MpiGroup` has it travel over MPI.
+            its own gloo connections, with the group's timeout. A :class:`qcomm.MpiGroup` sends it over MPI.
             CUDA tensors need NCCL.
         async_op: return at once; the tensor must not be used until ``wait()`` of the handle has returned.
         **options: ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads`` and ``profile`` of
@@ -115,7 +115,7 @@ def all_reduce(
 
     Raises:
         TypeError, ValueError: naming the argument. The other ranks get a CollectiveError.
-        OSError: the profile cannot be read. Likewise.
+        OSError: the profile cannot be read. The other ranks get a CollectiveError.
         CollectiveError: a rank failed, or does not answer within the group's timeout.
         ConfigMismatchError: arguments differ between ranks.
 
@@ -134,7 +134,7 @@ def all_reduce(
     telemetry = Telemetry()
     task, fault = attempt(Phase.PREPARE, _task, tensor, grid, group, telemetry, options)
     if task is None:
-        # The caller gets the error itself, the other ranks hear of it.
+        # The caller gets the error itself, the other ranks a CollectiveError.
         error = RuntimeError("nothing was prepared") if fault is None else fault.error
         if world_size > 1 and fault is not None:
             communicator, told = get_communicator(group), fault
@@ -178,8 +178,8 @@ def _task(tensor: torch.Tensor, grid: Grid, group: Group, telemetry: Telemetry, 
 
 
 def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceWork:
-    """On the tensor's current stream. The host waits for the sizes of packets, so nothing is left to wait for."""
-    if task.options.strategy == "auto":  # to find out which is fastest takes many collectives of one object
+    """Averages on the tensor's current stream. The host waits for packet sizes, so nothing is left to wait for."""
+    if task.options.strategy == "auto":  # finding the fastest takes many collectives of one object
         task = replace(task, options=replace(task.options, strategy="two_phase", profile=None))
     choice = DeviceChoice(group, get_communicator(group), task.telemetry, tensor.device)
     with torch.no_grad(), torch.cuda.device_of(tensor):
