@@ -1,4 +1,4 @@
-"""What is in DDP's buckets: the parameters by name, and how a bucket is cut into chunks."""
+"""The contents of DDP's buckets: the parameters by name, and the chunks of a bucket."""
 
 import math
 import weakref
@@ -33,11 +33,11 @@ class KnownBucket(NamedTuple):
 
 
 class BucketTable:
-    """Finds the layout of a bucket, and what all ranks have to agree on about it.
+    """Finds the layout of a bucket, and the configuration on which all ranks have to agree.
 
-    DDP rearranges its buckets, so everything is remembered by parameter: under its name in the model, or, where
-    nobody told the names, under the number in which DDP shows it first. That order is the same on all ranks, and in
-    every run of a program.
+    DDP rearranges its buckets, so everything is kept by parameter, under its name in the model. Without names the key
+    is the number in which DDP shows the parameter first. That order is the same on all ranks, and in every run of a
+    program.
 
     Args:
         options: of the mean, for any number of ranks.
@@ -55,14 +55,14 @@ class BucketTable:
         self.residuals_have_names = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what identifies the parameters of this process."""
+        """Returns the state without the identities of this process's parameters."""
         state = self.__dict__.copy()
         state.update(_names={}, _layouts={}, has_names=False)
         state["residuals_have_names"] = self.has_names or self.residuals_have_names
         return state
 
     def reconfigure(self, options: ReduceOptions) -> None:
-        """Goes on with other options of the mean."""
+        """Replaces the options of the mean."""
         self._options = options
         self._layouts.clear()
 
@@ -97,8 +97,8 @@ class BucketTable:
         shapes = [parameter.shape for parameter in parameters]
         gradient_shapes = [gradient.shape for gradient in bucket.gradients()]
         if shapes != gradient_shapes or sum(map(math.prod, shapes)) != buffer.numel():
-            # DDP remembers a bucket's parameters and mixes them up when it rebuilds its buckets a second time;
-            # residuals must not go to the wrong ones.
+            # DDP keeps a bucket's parameters and mixes them up when it rebuilds its buckets a second time. Residuals
+            # must not go to the wrong ones.
             raise RuntimeError(
                 f"DDP's parameters of bucket {bucket.index()} do not fit its gradients; make a new DDP model"
             )

@@ -1,12 +1,12 @@
-"""Buckets that go straight to the process group's own all-reduce, because compression does not pay for them.
+"""Buckets that use the process group's own all-reduce, because compression does not pay for them.
 
-What a collective of this library costs before its first value travels, a header to every rank and two changes of
-thread, is nothing on a slow network and a tenth of the time on a fast one. So once all ranks have agreed to leave a
-bucket uncompressed they do not ask again at every step: the next BYPASSED steps of the bucket are what DDP would do
-without this library. Then they agree again, once.
+Before its first value travels, a collective of this library costs a header to every rank and two changes of thread. On
+a slow network this is negligible. On a fast one it is a tenth of the time. Once all ranks have agreed to leave a bucket
+uncompressed, they therefore do not repeat the handshake at every step. The next BYPASSED steps of the bucket run as in
+DDP without this library. Then the ranks agree again, once.
 
-Which steps these are has to be the same on all ranks, without a message. It follows from the last agreement on that
-bucket, and that has ended on every rank before its next step begins, because DDP waits for its buckets.
+All ranks must bypass the same steps, without a message. The choice follows from the last agreement on that bucket. That
+agreement has ended on every rank before the next step begins, because DDP waits for its buckets.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ from qcomm.transport import MpiGroup
 __all__ = ["BYPASSED", "Bypass", "Lane", "LastError", "can_bypass"]
 
 # Collectives of a bucket between two agreements, which cost up to a tenth of an all-reduce. With the agreement they are
-# a prime number of steps, so that a model whose steps take turns is not always agreed on in the same turn.
+# a prime number of steps: a model that alternates between kinds of steps is not always agreed on at the same kind.
 BYPASSED = 30
 
 
 class LastError:
-    """The last error of a model's steps, for whoever asks."""
+    """The last error of a model's steps."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
@@ -46,7 +46,7 @@ class LastError:
 
 
 def can_bypass(group: Group) -> bool:
-    """Whether the group has an all-reduce for the CPU that gives all ranks the same bits: gloo's, unwrapped.
+    """Returns True if the group has an all-reduce for the CPU that gives all ranks the same bits: gloo's, unwrapped.
 
     MPI's may add in another order on each rank, and belongs to one thread; NCCL has none for the CPU.
     """
@@ -60,20 +60,20 @@ def can_bypass(group: Group) -> bool:
 
 
 class Passed:
-    """What telemetry does not know yet of the sums that have ended: how many, and how long they took."""
+    """Number and seconds of the ended sums that the telemetry has not counted yet."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._numbers = 0, 0.0, 0.0
 
     def count(self, seconds: float, last: bool) -> None:
-        """One that has ended well; ``last``: of its step."""
+        """Counts a sum that has ended well; ``last``: it was the last of its step."""
         with self._lock:
             count, total, total_last = self._numbers
             self._numbers = count + 1, total + seconds, total_last + (seconds if last else 0.0)
 
     def take(self) -> tuple[int, float, float]:
-        """How many, their seconds, and the seconds of those that were the last of their step; counted anew then."""
+        """Returns number, seconds, and seconds of the last sums of their steps; sets all to zero."""
         with self._lock:
             numbers, self._numbers = self._numbers, (0, 0.0, 0.0)
         return numbers
@@ -88,11 +88,11 @@ class Lane:
         layout, dtype: of its buffer.
         parameters: of the bucket.
         ticket: of the agreement, until its end has been waited for.
-        strategy: what all ranks have settled on then, if it is known. Set before the ticket ends.
-        memory: of what is summed, by strategy.
+        strategy: the one on which all ranks have settled then, if it is known. Set before the ticket ends.
+        memory: of the summed values, by strategy.
         under_way: the last sum, until it ends.
-        started: how many steps have gone past since.
-        passed: those of them that have ended.
+        started: number of steps that have bypassed the worker since.
+        passed: counts those of them that have ended.
     """
 
     group: dist.ProcessGroup
@@ -107,13 +107,13 @@ class Lane:
     passed: Passed = field(default_factory=Passed)
 
     def settle(self, strategy: str) -> None:
-        """Notes what all ranks have settled on, or "" while ways are being tried."""
+        """Notes the strategy on which all ranks have settled, or "" while strategies are being tried."""
         self.strategy = strategy
         for other in set(self.memory).difference([strategy] if strategy else PLAIN):
             del self.memory[other]
 
     def is_of(self, bucket: dist.GradBucket, group: Group) -> bool:
-        """Whether this is still the bucket: DDP rebuilds its buckets once, and models are moved and replaced."""
+        """Returns True if the bucket is unchanged: DDP rebuilds its buckets once, and models are moved and replaced."""
         buffer, parameters = bucket.buffer(), bucket.parameters()
         same = group is self.group and buffer.dtype == self.dtype and buffer.numel() == self.layout.elements
         same = same and buffer.device.type == "cpu" and len(parameters) == len(self.parameters)
@@ -123,10 +123,10 @@ class Lane:
 class Bypass:
     """The lanes of a model's buckets.
 
-    :meth:`enter`, :meth:`begin` and :meth:`reduce` are for the thread that backward runs on, the others for any.
+    The thread of backward calls :meth:`enter`, :meth:`begin` and :meth:`reduce`. Any thread may call the others.
 
     Args:
-        telemetry: counts what passes.
+        telemetry: counts the bypassed buckets.
     """
 
     def __init__(self, telemetry: Telemetry) -> None:
@@ -136,11 +136,11 @@ class Bypass:
         self._broken: tuple[dist.ProcessGroup, Exception] | None = None
 
     def __reduce__(self) -> tuple[type["Bypass"], tuple[Telemetry]]:
-        """A copy knows of no agreement."""
+        """Makes copies without agreements."""
         return Bypass, (self._telemetry,)
 
     def enter(self, bucket: dist.GradBucket, group: Group) -> Lane | None:
-        """The lane of a bucket if this step of it needs no agreement: the same answer on all ranks."""
+        """Returns the lane of a bucket if this step of it needs no agreement; the same on all ranks."""
         lane = self._lanes.get(bucket.index())
         if lane is None or lane.started == BYPASSED or not lane.is_of(bucket, group):
             return None
@@ -153,11 +153,11 @@ class Bypass:
         return lane
 
     def started(self, index: int) -> int:
-        """How many steps of bucket ``index`` have gone past since its last agreement."""
+        """Returns the number of steps of bucket ``index`` that have bypassed the worker since its last agreement."""
         return self._lanes[index].started if index in self._lanes else 0
 
     def begin(self, bucket: dist.GradBucket, layout: BucketLayout | None, group: Group) -> Lane | None:
-        """A new lane for a bucket that is to be agreed on, None where it cannot pass; the caller sets its ticket.
+        """Makes a new lane for a bucket before its agreement, None where it cannot bypass; the caller sets its ticket.
 
         Args:
             bucket: from DDP.
@@ -172,7 +172,7 @@ class Bypass:
             before = self._lanes
             if lane is not None and index in before and before[index].layout is lane.layout:
                 lane.memory = before[index].memory
-            # There were more before DDP rebuilt its buckets.
+            # There were more buckets before DDP rebuilt them.
             last = index if bucket.is_last() else max(before, default=0)
             self._lanes = {number: kept for number, kept in before.items() if number != index and number <= last}
             if lane is not None:
@@ -189,16 +189,17 @@ class Bypass:
         """Starts the mean of torch's own hooks, ``allreduce_hook`` and ``bf16_compress_hook``.
 
         Args:
-            lane: what :meth:`enter` returned.
+            lane: from :meth:`enter`.
             bucket: its buffer holds the mean in the end.
-            last_error: is told of the error if there is one, which the Future then raises.
-            owe: called with what the others are to be told when ranks next agree.
+            last_error: keeps the error if there is one, which the Future then raises.
+            owe: called with the fault that the others learn at the next agreement.
         """
         index, buffer, begin = bucket.index(), bucket.buffer(), time.perf_counter()
         last, passed, telemetry = bucket.is_last(), lane.passed, weakref.ref(self._telemetry)
 
-        # gloo's thread calls this and frees it. Were it then the last to hold the group, it would wait for itself, and
-        # the process would end; so nothing that this holds has a group, nor an observer, who might have one.
+        # gloo's thread calls this function and frees it. If that released the last reference to the group, the thread
+        # would wait for itself, and the process would end. So this function holds no group, and no observer that might
+        # have one.
         def finish(future: torch.futures.Future[list[torch.futures.Future[list[torch.Tensor]]]]) -> torch.Tensor:
             _ = token  # held, and so counted, until this function is freed
             try:
@@ -225,7 +226,7 @@ class Bypass:
             with torch.no_grad():
                 sums = [lane.group.allreduce([part]).get_future() for part in values.load(buffer)]
         except Exception as error:  # noqa: BLE001 - any: DDP could not go on after it, so the Future raises it
-            # The others sum, and wait for this rank: no other sum of its may meet that one.
+            # The others wait in their sum for this rank. No other sum of this rank may meet that one.
             self._broken = lane.group, error
             owe(Fault(Phase.ENCODE, error))
             last_error.note(error)
@@ -237,16 +238,16 @@ class Bypass:
     def drain(self) -> None:
         """Waits for the sums under way.
 
-        After a failure backward returns before they end, and their memory may be that of the next step's gradients.
+        After a failure backward returns before they end, and their memory may hold the next step's gradients.
         """
         with self._lock:
             under_way = [lane.under_way for lane in self._lanes.values() if lane.under_way is not None]
         for future in under_way:
-            with contextlib.suppress(RuntimeError):  # DDP hears of it from the Future itself
+            with contextlib.suppress(RuntimeError):  # the Future itself tells DDP
                 future.wait()
 
     def flush(self) -> None:
-        """Counts what has passed. Not done at every step, which would take as long as sending a small bucket."""
+        """Counts the bypassed buckets. Counting at every step would take as long as sending a small bucket."""
         with self._lock:
             for index, lane in self._lanes.items():
                 if lane.under_way is not None and lane.under_way.done():

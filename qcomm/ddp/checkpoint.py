@@ -1,4 +1,4 @@
-"""What the hook's state writes to a checkpoint and reads from it."""
+"""Checkpoints of the hook's state: number of steps and residuals."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ StateDict = Mapping[str, Any]
 
 
 def save(steps: int, table: BucketTable, feedback: ErrorFeedback | None) -> dict[str, Any]:
-    """A rank's number of steps and residuals, and whether these are known by their parameters' names."""
+    """Returns a rank's number of steps and residuals, and a flag for residuals known by parameter names."""
     return {
         "format": FORMAT,
         "steps": steps,
@@ -24,11 +24,11 @@ def save(steps: int, table: BucketTable, feedback: ErrorFeedback | None) -> dict
 
 
 def restore(state_dict: StateDict | Sequence[StateDict], table: BucketTable, feedback: ErrorFeedback | None) -> int:
-    """Puts residuals where they belong, and returns the number of steps.
+    """Restores the residuals and returns the number of steps.
 
     Args:
-        state_dict: what :func:`save` returned on one rank or several, whose residuals are then added.
-        table, feedback: of the state that goes on. Without ``feedback`` residuals are dropped.
+        state_dict: from :func:`save` on one rank or several, whose residuals are then added.
+        table, feedback: of the state that resumes. Without ``feedback`` residuals are dropped.
 
     Raises:
         ValueError: of another format, damaged, or not of one run; nothing has changed then.

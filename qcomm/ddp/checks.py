@@ -1,4 +1,4 @@
-"""Whether a DDP model can be given a compressing hook: checked beforehand, because a hook cannot be taken back."""
+"""Checks of a DDP model and of the hook's options, made before registration, because a hook cannot be removed."""
 
 from collections.abc import Sequence
 
@@ -35,7 +35,7 @@ def check_model(ddp_model: object) -> None:
 
 
 def _check_mode(ddp_model: DistributedDataParallel) -> None:
-    # These attributes are DDP's own; where a version lacks one, it lacks the mode.
+    # These attributes belong to DDP. A version that lacks one also lacks the mode.
     if getattr(ddp_model, "mixed_precision", None) is not None:
         raise ValueError(
             "ddp_model uses DDP's mixed_precision, which is a communication hook itself; use torch.autocast instead"
@@ -75,7 +75,7 @@ def _check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
 
 
 def check_hook_options(error_feedback: object, warmup_steps: object, exclude: object, grad_scale: object) -> None:
-    """Raises TypeError or ValueError, naming the option, unless each is what CompressionState takes."""
+    """Raises TypeError or ValueError, naming the option, unless CompressionState accepts all of them."""
     if not isinstance(error_feedback, bool):
         raise TypeError(f"error_feedback must be a bool, got {type(error_feedback).__name__}")
     if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int):
@@ -94,7 +94,7 @@ def check_grad_scale(grad_scale: object) -> None:
 
 
 def check_scale(scale: object) -> float:
-    """The number in ``grad_scale``, or an error that names it.
+    """Returns the number in ``grad_scale``; raises an error that names it where there is none.
 
     Example:
         >>> check_scale(torch.tensor(1024.0))

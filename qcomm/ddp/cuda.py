@@ -1,4 +1,4 @@
-"""The hook's buckets on a device: on a stream of their own, while backward goes on, with a Future that knows of it."""
+"""The hook's buckets on a device: a separate stream averages them while backward goes on."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -39,7 +39,7 @@ class DeviceHook:
         Args:
             part: of this rank in the bucket.
             scale: the gradients' factor: a number, or a tensor of one element on the device.
-            serial: of the step. After a failure the rest of the step is not exchanged.
+            serial: of the step, whose remaining buckets are not exchanged after a failure.
         """
         if part.buffer.device != self._device:
             text = f"gradients must be on {self._device} like those before, got device {part.buffer.device}"
@@ -57,23 +57,23 @@ class DeviceHook:
             try:
                 self._choice.average(part, scale)
             except Exception as error:
-                told = part.fault is not None and error is part.fault.error  # this rank took part all the same
+                told = part.fault is not None and error is part.fault.error  # this rank took part nevertheless
                 if not told and not is_agreed(error):
-                    self._broken = error  # whatever was exchanged next would meet the others' part of this collective
+                    self._broken = error  # the next exchange would meet the others' part of this collective
                 raise
             part.telemetry.mark(part.index, "launched")
             return device_future(part.buffer)
 
     def serves(self, group: Group) -> bool:
-        """Whether this is the group it was made for."""
+        """Returns True if this is the group for which the hook was made."""
         return self._choice.serves(group)
 
     def fail(self, serial: int) -> None:
-        """Leaves out the rest of a step that failed on all ranks."""
+        """Skips the rest of a step that failed on all ranks."""
         self._failed_serial = serial
 
     def flush(self) -> None:
-        """Adds what the device has counted to the telemetry. Waits for it."""
+        """Waits for the device and adds its counters to the telemetry."""
         with torch.no_grad(), self._beside():
             self._choice.flush()
 
@@ -86,7 +86,7 @@ class DeviceHook:
             outside = torch.cuda.current_stream(self._device)
             self._stream.wait_stream(outside)
             with ExitStack() as failing:
-                # What has been launched may still use the gradients, and whoever catches the error may write to them.
+                # Launched kernels may still use the gradients, to which a handler of the error may write.
                 failing.callback(outside.wait_stream, self._stream)
                 with torch.cuda.stream(self._stream):
                     yield

@@ -1,7 +1,7 @@
-"""How the process ends while gloo's threads have still something of this library to call.
+"""The end of the process while gloo's threads still have functions of this library to call.
 
-They need Python for it, and to free what they have called. Where there is none any more they would abort the process,
-so its end waits for them, as torch waits for its sums, though torch does so when it is too late.
+The threads need Python to call these functions and to free them. Without an interpreter they would abort the process,
+so its end waits for them. torch also waits for its sums, but too late.
 """
 
 import atexit
@@ -10,11 +10,11 @@ import threading
 
 __all__ = ["CallbackToken"]
 
-EXIT_SECONDS = 60.0  # most that the end of the process waits
+EXIT_SECONDS = 60.0  # maximum wait at the end of the process
 
 
 class _Callbacks:
-    """How many functions of this process gloo's threads have still to call, and to free."""
+    """Counter of the functions that gloo's threads still have to call and to free."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -26,7 +26,7 @@ class _Callbacks:
             self._changed.notify_all()
 
     def wait(self) -> None:
-        """Until there is none."""
+        """Waits until there is none."""
         with self._changed:
             self._changed.wait_for(lambda: self._count == 0, EXIT_SECONDS)
 
@@ -35,7 +35,7 @@ _callbacks = _Callbacks()
 
 
 def _forget() -> None:
-    """A process that was forked has none of gloo's threads, though it has copies of their tokens."""
+    """Resets the counter of a forked process, which has copies of tokens but none of gloo's threads."""
     global _callbacks  # noqa: PLW0603 - tokens of the parent's still count where they began
     _callbacks = _Callbacks()
 
@@ -49,7 +49,7 @@ os.register_at_fork(after_in_child=_forget)
 
 
 class CallbackToken:
-    """What a function has to hold that a thread of gloo's calls: it counts as long as it lives.
+    """A token that a function called by a thread of gloo must hold; it counts as long as it lives.
 
     Example:
         >>> token = CallbackToken()

@@ -1,6 +1,6 @@
 """The communication hook for DistributedDataParallel: gradients are averaged by compressed exchange during backward.
 
-No postponed annotations in this module: DDP compares a hook's annotations by identity.
+This module has no postponed annotations, because DDP compares a hook's annotations by identity.
 """
 
 from typing import Any
@@ -21,15 +21,15 @@ __all__ = ["CompressionState", "attach", "compression_hook"]
 def compression_hook(state: CompressionState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Averages a gradient bucket over all ranks: for ``ddp_model.register_comm_hook(state, qcomm.compression_hook)``.
 
-    Returns at once; a thread of the process group's communicator does the work while backward computes the next
-    bucket. The mean is written into the bucket's own buffer, in its dtype, equal bit for bit on all ranks.
+    It returns at once. The background thread of the process group's communicator does the work while backward computes
+    the next bucket. The mean is written into the bucket's own buffer, in its dtype, equal bit for bit on all ranks.
 
     Args:
         state: a CompressionState.
         bucket: from DDP.
 
     Returns:
-        A Future of ``bucket.buffer()``; waiting for it, as DDP does at the end of backward, raises what went wrong.
+        A Future of ``bucket.buffer()``; waiting for it, as DDP does at the end of backward, raises the error.
 
     Raises:
         TypeError: DDP runs with ``optimize_ddp="python_reducer"``, which ignores a hook's result.
@@ -46,7 +46,7 @@ def compression_hook(state: CompressionState, bucket: dist.GradBucket) -> torch.
 
 
 def _is(value: object, kind: type) -> bool:
-    # Annotations say what a caller should pass, and DDP and its users may pass something else.
+    # DDP and its users may pass other types than the annotated ones.
     return isinstance(value, kind)
 
 
@@ -60,8 +60,8 @@ def attach(
 
     Args:
         ddp_model: a DistributedDataParallel that has no communication hook yet.
-        state: a state to go on with, unpickled or of an earlier model with the same parameters, which is gone or wraps
-            the same module; the only option beside it is ``grad_scale``, which replaces the state's.
+        state: a state to resume from, unpickled or of an earlier model with the same parameters. That model is gone or
+            wraps the same module. The only option beside it is ``grad_scale``, which replaces the state's.
         **options: of :class:`CompressionState`.
 
     Returns:

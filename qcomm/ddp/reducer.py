@@ -5,8 +5,9 @@
     backward     begin a step | find the layout | queue | return a Future
     worker                                              | average over all ranks | count | complete the Future
 
-A bucket goes one of three ways. It bypasses the worker where compression does not pay for it (:mod:`qcomm.ddp.bypass`).
-It stays on its device where the codec runs there (:mod:`qcomm.ddp.cuda`). Otherwise the group's worker averages it.
+A bucket takes one of three paths. It bypasses the worker where compression does not pay for it
+(:mod:`qcomm.ddp.bypass`). It stays on its device where the codec runs there (:mod:`qcomm.ddp.cuda`). Otherwise the
+group's worker averages it.
 """
 
 import time
@@ -56,17 +57,17 @@ GradScale = Scale | Callable[[], Scale] | None
 
 
 class Steps:
-    """Counts steps by the buckets of which they consist, on the thread that backward runs on.
+    """Counts steps by their buckets, on the thread of backward.
 
     Attributes:
         number: of the present step, as a checkpoint has it.
-        serial: of the present step among those of this object, which a loaded checkpoint does not change: jobs of a
-            step that failed may still be in the queue while the step that a checkpoint goes on with has its number.
-        failed_serial: the last one that failed on all ranks, whose remaining buckets are left out.
+        serial: of the present step among those of this object. A loaded checkpoint does not change it, because jobs of
+            a failed step may still be in the queue when the resumed step has the same number.
+        failed_serial: the last one that failed on all ranks, whose remaining buckets are skipped.
         error_serial: the last one in which this rank saw an error.
-        scale: what the present step's gradients were multiplied by: a number, or a tensor that stays on its device.
+        scale: the factor of the present step's gradients: a number, or a tensor that stays on its device.
         last_error: of any step.
-        owed: a fault that the other ranks have not been told of.
+        owed: a fault that the other ranks do not know yet.
     """
 
     def __init__(self) -> None:
@@ -80,13 +81,13 @@ class Steps:
         self._last_index = -1
 
     def __getstate__(self) -> dict[str, object]:
-        """Without what belongs to the process: errors, and a scale that may be on a device."""
+        """Returns the state without the objects of this process: errors, and a scale that may be on a device."""
         return {**self.__dict__, "scale": 1.0, "last_error": LastError(), "owed": None}
 
     def begin(self, index: int) -> bool:
-        """Begins bucket ``index``, and a new step if it is a step's first; returns whether it is."""
-        # Buckets come in ascending order, so an index that does not ascend is a new step, also where the last ones of
-        # a step were left out.
+        """Begins bucket ``index``, and a new step if it is a step's first; returns True if it is."""
+        # Buckets come in ascending order, so an index that does not ascend begins a new step, also where the last
+        # buckets of a step were skipped.
         first = index <= self._last_index or self._last_index < 0
         self._last_index = index
         if first:
@@ -97,7 +98,7 @@ class Steps:
     def set_scale(self, grad_scale: GradScale) -> None:
         """Reads the present step's scale; raises ValueError or TypeError where it is not one."""
         scale = grad_scale() if callable(grad_scale) else grad_scale
-        # The value of a tensor on the device stays there: to look at it would be to wait.
+        # The value of a tensor on the device stays there, because reading it would wait for the device.
         if isinstance(scale, torch.Tensor) and scale.numel() == 1 and scale.is_cuda:
             self.scale = scale
         else:
@@ -108,7 +109,7 @@ class Steps:
         self.owed = self.owed or fault
 
     def take_owed(self) -> Fault | None:
-        """The fault that is to be told now."""
+        """Returns the owed fault, to be told now, and forgets it."""
         fault, self.owed = self.owed, None
         return fault
 
@@ -149,29 +150,29 @@ class Reducer:
         self._device_hook: DeviceHook | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the things of this process: its group, its device, a ``grad_scale`` that is no number."""
+        """Returns the state without the objects of this process: group, device, a ``grad_scale`` that is no number."""
         fixed = self.grad_scale is None or isinstance(self.grad_scale, (int, float))
         kept = self.grad_scale if fixed else _forgotten_scale
         return {**self.__dict__, "group": None, "_device_hook": None, "grad_scale": kept}
 
     def reconfigure(self, options: ReduceOptions) -> None:
-        """Goes on with other options; agreements to bypass were about the ones before."""
+        """Replaces the options and forgets agreements to bypass, which concerned the earlier ones."""
         self._options = options
         self.forget_agreements()
 
     def forget_agreements(self) -> None:
-        """Begins anew with another model: agreements, and faults that are owed, were about the one before."""
+        """Forgets agreements and owed faults, which concerned the earlier model or options."""
         self.bypass.flush()
         self.bypass, self.steps.owed = Bypass(self._telemetry), None
 
     def flush(self) -> None:
-        """Adds everything that is counted elsewhere to the telemetry. Waits for a device."""
+        """Adds the counters of the bypass and of the device to the telemetry. It waits for the device."""
         self.bypass.flush()
         if self._device_hook is not None:
             self._device_hook.flush()
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """Starts averaging a bucket. Never raises, because DDP could not go on; the Future does."""
+        """Starts averaging a bucket. The Future raises all errors, because DDP could not go on after one raised here."""
         self._prepare(self._begin, bucket.index())
         try:
             group = resolve_group(self.group)
@@ -182,7 +183,7 @@ class Reducer:
         except (RuntimeError, ValueError) as error:
             return self._failed(error)
         world_size = 1 if communicator is None else communicator.world_size
-        # Looked up even where a fault is owed: on a device a rank must know whether the others wait for its part.
+        # The lookup happens even where a fault is owed: on a device a rank must know if the others wait for its part.
         known = self._prepare(self._table.look_up, bucket, world_size, self._is_warming_up)
         task = None if known is None or self.steps.owed else self._prepare(self._task, bucket, known, group)
         fault = self.steps.take_owed()
@@ -237,16 +238,16 @@ class Reducer:
         )
 
     def _pass_by(self, lane: Lane, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """A step without an agreement. A fault that is owed must wait: every rank takes part in the sum."""
+        """Starts a step without an agreement. An owed fault must wait, because every rank takes part in the sum."""
         future = self.bypass.reduce(lane, bucket, self.steps.last_error, self.steps.owe)
-        if self.steps.error_serial == self.steps.serial:  # seen here, or the sum is seen where the error was noted
+        if self.steps.error_serial == self.steps.serial:  # if not seen here, _note sees the sum
             self.bypass.drain()
         return future
 
     def _finished(
         self, task: MeanTask | None, fault: Fault | None, bucket: dist.GradBucket
     ) -> torch.futures.Future[torch.Tensor]:
-        """The Future of a rank that is alone, whose gradients are their own mean."""
+        """Returns the Future of a rank that is alone, whose gradients are their own mean."""
         if task is None and fault is not None:
             return self._failed(fault.error)
         self._count(task)
@@ -301,7 +302,7 @@ class Reducer:
     def _note(self, error: Exception, serial: int) -> None:
         self.steps.last_error.note(error)
         self.steps.error_serial = serial
-        if not isinstance(error, LateFaultError):  # all ranks know, and leave out the rest of the step
+        if not isinstance(error, LateFaultError):  # all ranks know, and skip the rest of the step
             self.steps.failed_serial = serial
         if is_agreed(error):  # otherwise connections must be closed first, for the others' sake
             self.bypass.drain()

@@ -20,28 +20,28 @@ __all__ = ["CompressionState"]
 
 
 class CompressionState:
-    """Options, error feedback and counters of the hook. One for each model and rank.
+    """Options, error feedback and counters of the hook. Each model has one on each rank.
 
-    Every rank passes the same options, ``num_threads`` excepted; where they differ, every rank gets a
-    ConfigMismatchError that names the option, at the first bucket (through DDP as a RuntimeError with its text;
-    ``exception()`` has the object).
+    Every rank passes the same options except ``num_threads``. Where they differ, every rank gets a ConfigMismatchError
+    that names the option, at the first bucket. DDP raises it as a RuntimeError with its text; ``exception()`` returns
+    the object.
 
     Args:
         process_group: the group to average over; by default the model's with :func:`attach`, otherwise the default one.
-            A :class:`qcomm.MpiGroup` has the gradients travel over MPI.
-        grid: how finely gradients are quantized, ``SigmaGrid`` or ``RangeGrid``. Means are quantized once more, with
+            A :class:`qcomm.MpiGroup` sends the gradients over MPI.
+        grid: of the quantization of gradients, ``SigmaGrid`` or ``RangeGrid``. Means are quantized once more, with
             ``step`` at most 1.
-        error_feedback: keep the quantization error and add it to the next gradient: 4 bytes a parameter, and 4 / W for
-            the means. A step that fails, or that GradScaler skips, loses at most its own gradient and that feedback.
-        warmup_steps: number of initial steps whose gradients are exchanged uncompressed.
-        exclude: patterns (``fnmatch``) of the names of parameters that travel as they are. Needs :func:`attach`,
+        error_feedback: keep the quantization error and add it to the next gradient: 4 bytes per parameter, and 4 / W
+            for the means. A step that fails, or that GradScaler skips, loses at most its own gradient and that
+        feedback. warmup_steps: number of initial steps whose gradients are exchanged uncompressed.
+        exclude: patterns (``fnmatch``) of the names of parameters that travel uncompressed. They need :func:`attach`,
             which knows the names.
         grad_scale: the factor of the loss, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. It is read
-            once a step, a tensor on a CUDA device without waiting for it. Error feedback is kept without it, so that a
-            residual stays right when the scale changes.
+            once per step, a tensor on a CUDA device without waiting for it. Error feedback is kept without the factor,
+            so that a residual stays right when the scale changes.
         **options: ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads`` and ``profile`` of
             :class:`qcomm.collectives.ReduceOptions`. ``stats()["strategies"]`` has the strategy that ``"auto"`` took
-            for each bucket. A named strategy runs also in a world of one rank, which otherwise has nothing to do.
+            for each bucket. A named strategy also runs in a world of one rank, where ``"auto"`` does nothing.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -80,12 +80,12 @@ class CompressionState:
 
     @property
     def process_group(self) -> Group | None:
-        """The group that was given, otherwise the model's; None before :func:`attach`: the default one."""
+        """Returns the given group, otherwise the model's; None, for the default group, before :func:`attach`."""
         return self.reducer.group
 
     @property
     def grad_scale(self) -> GradScale:
-        """The factor of the gradients, see the class; may be replaced between steps."""
+        """Returns the factor of the gradients, see the class; it may be replaced between steps."""
         return self.reducer.grad_scale
 
     @grad_scale.setter
@@ -94,33 +94,33 @@ class CompressionState:
 
     @property
     def error_feedback(self) -> ErrorFeedback | None:
-        """The residuals; None where error feedback is off. Not to be touched during backward."""
+        """Returns the residuals, which must not be used during backward; None where error feedback is off."""
         return self._feedback
 
     def stats(self) -> dict[str, Any]:
-        """Counters of this rank since it began or since ``reset_stats``.
+        """Returns the counters of this rank since its start or since ``reset_stats``.
 
         Returns:
             ``steps``, ``buckets``, ``elements``, ``elements_compressed``;
-            ``bytes_sent``, ``bytes_received``: all that was handed to sends and receives, and the same apart as
-            ``..._phase1`` (values to the owners of chunks), ``..._phase2`` (means to everyone), ``..._inside``
-            (uncompressed values inside a node) and ``..._overhead`` (headers that announce sizes); of an uncompressed
-            all-reduce, which is not this library's, what a ring sends: 2 (W - 1) / W times what is summed;
+            ``bytes_sent``, ``bytes_received``: all bytes handed to sends and receives, and the same by kind as
+            ``..._phase1`` (values to the owners of chunks), ``..._phase2`` (means to all ranks), ``..._inside``
+            (uncompressed values inside a node) and ``..._overhead`` (headers that announce sizes). An uncompressed
+            all-reduce of the process group counts as a ring: 2 (W - 1) / W times the summed bytes;
             ``bytes_uncompressed``: of the gradients, once;
-            ``bits_per_element``: of all elements, the mean of both phases (strategy all_gather has one), all bytes of
-            packets counted: of those sent to owners, and of all means;
+            ``bits_per_element``: of all elements, the mean of both phases (strategy all_gather has one), from all bytes
+            of packets sent to owners, and of all means;
             ``bits_per_element_phase1``, ``bits_per_element_phase2`` and their mean ``bits_per_element_compressed``: the
             same for compressed parameters alone;
             ``encode_seconds``, ``decode_seconds`` and ``communication_seconds`` (waiting for slower ranks included) of
             the worker thread, and of all-reduces that bypass it (docs/collective.md), side by side where buckets are;
             ``wait_seconds``, from the last bucket's gradient to its mean;
-            ``nonfinite_tensors``: how often one held NaN or infinity;
-            ``dropped_values``: how many were sent as zeros because a slot was full, and are kept in the residuals (on a
+            ``nonfinite_tensors``: number of times that a tensor held NaN or infinity;
+            ``dropped_values``: number of values sent as zeros because a slot was full, and kept in the residuals (on a
             CUDA device only, where bytes sent and received are those of whole slots, seconds are not measured, and this
             call waits for the device);
-            ``strategies``: for each bucket how it was averaged last;
+            ``strategies``: for each bucket the strategy of its last mean;
             ``tensors``: for each compressed parameter the last ``grid``, ``coding``, ``num_bits`` and ``step``;
-            ``residual_norm``: of what is still to be sent.
+            ``residual_norm``: of the residuals.
         """
         self.reducer.flush()
         residual_norm = self._feedback.norm() if self._feedback is not None else 0.0
@@ -132,22 +132,22 @@ class CompressionState:
         self.telemetry.reset()
 
     def exception(self) -> Exception | None:
-        """The error that ended the last failed step: DDP passes on its text, this is the object."""
+        """Returns the error that ended the last failed step, as an object; DDP raises its text."""
         return self.reducer.steps.last_error.error
 
     def state_dict(self) -> dict[str, Any]:
-        """What this rank needs to go on: number of steps and residuals.
+        """Returns the state to resume this rank from: number of steps and residuals.
 
-        Every rank has to save its own; call it between steps.
+        Every rank has to save its own state, between steps.
         """
         return save(self.reducer.steps.number, self._table, self._feedback)
 
     def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
-        """Goes on from what ``state_dict`` returned on this rank; the number of ranks may have changed.
+        """Resumes from a result of ``state_dict`` on this rank; the number of ranks may have changed.
 
         Args:
-            state_dict: this rank's. When W ranks go on as fewer, W', rank r passes a list of those of ranks r, r + W',
-                r + 2W', ... or, losing part of the residuals, its own alone. A rank that is new passes rank 0's with
+            state_dict: this rank's. When W ranks resume as fewer, W', rank r passes a list of those of ranks r, r + W',
+                r + 2W', ... Its own alone also works, but loses part of the residuals. A new rank passes rank 0's with
                 ``"error_feedback"`` set to None.
 
         Raises:
@@ -157,7 +157,7 @@ class CompressionState:
         self.reducer.steps.owed = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but what belongs to the process: its group, its parameters' identity, its ``grad_scale``.
+        """Returns the state without the objects of this process: group, identities of parameters, ``grad_scale``.
 
         A copy of a ``grad_scale`` that is a function or a tensor would not follow the GradScaler.
         """
