@@ -200,7 +200,7 @@ def _raise_mismatch(transport: Transport, fields: Fields) -> None:
 
 
 def _by_value(values: Sequence[str], transport: Transport) -> str:
-    """'a on rank 0, b on ranks 1 2'."""
+    """Returns the ranks of each value, as 'a on rank 0, b on ranks 1 2'."""
     groups: dict[str, list[int]] = {}
     for rank, value in enumerate(values):
         groups.setdefault(value, []).append(transport.ranks[rank])

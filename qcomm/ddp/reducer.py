@@ -172,7 +172,7 @@ class Reducer:
             self._device_hook.flush()
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        """Starts averaging a bucket. The Future raises all errors, because DDP could not go on after one raised here."""
+        """Starts averaging a bucket. The Future raises all errors, since DDP could not go on after one raised here."""
         self._prepare(self._begin, bucket.index())
         try:
             group = resolve_group(self.group)

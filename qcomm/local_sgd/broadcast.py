@@ -94,7 +94,7 @@ def broadcast_parameters(
 
 
 def _is(value: object, kind: type) -> bool:
-    # Annotations say what a caller should pass; ``save`` takes patterns under the same name.
+    # Callers may pass other types than the annotated ones; ``save`` takes patterns under the same name.
     return isinstance(value, kind)
 
 
