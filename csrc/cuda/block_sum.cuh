@@ -26,4 +26,26 @@ __device__ T block_exclusive_sum(T value, T* scratch, T* total) {
     return static_cast<T>(before + inclusive - value);
 }
 
+// Sums of a struct S of 64-bit numbers, all of which are listed in kFields.
+template <class S, std::int64_t S::*... kFields>
+struct FieldSums {
+    static constexpr int kCount = sizeof...(kFields);
+    static_assert(sizeof(S) == kCount * sizeof(std::int64_t), "a field is missing");
+
+    // A round of a scan over more items than threads: returns *before, the sum of the rounds until now, plus `mine` of
+    // the threads before this one, and adds the round to *before. The scratch may be used again after the next barrier.
+    __device__ __forceinline__ static S scan(const S& mine, std::int64_t (*scratch)[kMaxWarps], S* before) {
+        constexpr std::int64_t S::* fields[kCount] = {kFields...};
+        S sum{};
+        // A loop that is unrolled late needs fewer registers than an expression for each field.
+#pragma unroll
+        for (int f = 0; f < kCount; ++f) {
+            std::int64_t round = 0;
+            sum.*fields[f] = before->*fields[f] + block_exclusive_sum(mine.*fields[f], scratch[f], &round);
+            before->*fields[f] += round;
+        }
+        return sum;
+    }
+};
+
 }  // namespace qcomm::cuda

@@ -26,11 +26,11 @@ static_assert(sizeof(PacketHeader) % 4 == 0 && sizeof(SegmentRecord) % 4 == 0, "
 struct Sizes {
     std::int64_t payload, ends, checksums, lengths, elements;
 };
-constexpr int kSizeFields = sizeof(Sizes) / sizeof(std::int64_t);
+using SizeSums = FieldSums<Sizes, &Sizes::payload, &Sizes::ends, &Sizes::checksums, &Sizes::lengths, &Sizes::elements>;
 
 struct Shared {
     std::uint32_t units[kMaxWarps];
-    std::int64_t sums[kSizeFields][kMaxWarps];
+    std::int64_t sums[SizeSums::kCount][kMaxWarps];
 };
 
 template <class T>
@@ -95,7 +95,7 @@ __device__ Sizes place_segments(const EncodeTables& e, const PacketTask& packet,
     Sizes before{};
     for (int at = 0; at < packet.segments; at += kThreads) {
         const int i = at + static_cast<int>(threadIdx.x), s = packet.first_segment + i;
-        Sizes size{}, place{}, total{};
+        Sizes size{};
         SegmentState state{};
         if (i < packet.segments) {
             const SegmentTask& segment = e.segments[s];
@@ -106,11 +106,7 @@ __device__ Sizes place_segments(const EncodeTables& e, const PacketTask& packet,
             const auto units = segment.blocks == 0 ? 0u : end - static_cast<std::uint32_t>(state.units_before);
             size = settle(e, s, item, units, &state.quantizer);
         }
-        for (int f = 0; f < kSizeFields; ++f) {
-            (&place.payload)[f] =
-                (&before.payload)[f] + block_exclusive_sum((&size.payload)[f], shared->sums[f], &(&total.payload)[f]);
-            (&before.payload)[f] += (&total.payload)[f];
-        }
+        const Sizes place = SizeSums::scan(size, shared->sums, &before);
         state.payload = place.payload;
         state.first_end = place.ends;
         state.first_checksum = place.checksums;

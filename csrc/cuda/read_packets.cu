@@ -34,25 +34,11 @@ constexpr std::int64_t kDimsAt = sizeof(PacketHeader);
 struct Sizes {
     std::int64_t values = 0, blocks = 0, checksums = 0, plain = 0, tiles = 0, sum_tiles = 0, pieces = 0;
 };
-constexpr int kSizeFields = sizeof(Sizes) / sizeof(std::int64_t);
-
-// Calls f(field, number) for each field.
-template <class F>
-__device__ __forceinline__ void for_each_size(const F& f) {
-    constexpr std::int64_t Sizes::* kFields[kSizeFields] = {&Sizes::values, &Sizes::blocks, &Sizes::checksums,
-                                                            &Sizes::plain,  &Sizes::tiles,  &Sizes::sum_tiles,
-                                                            &Sizes::pieces};
-#pragma unroll
-    for (int i = 0; i < kSizeFields; ++i) f(kFields[i], i);
-}
-__device__ __forceinline__ Sizes operator+(const Sizes& a, const Sizes& b) {
-    Sizes sum;
-    for_each_size([&](auto field, int) { sum.*field = a.*field + b.*field; });
-    return sum;
-}
+using SizeSums = FieldSums<Sizes, &Sizes::values, &Sizes::blocks, &Sizes::checksums, &Sizes::plain, &Sizes::tiles,
+                           &Sizes::sum_tiles, &Sizes::pieces>;
 
 struct Shared {
-    std::int64_t scratch[kSizeFields][kMaxWarps];
+    std::int64_t scratch[SizeSums::kCount][kMaxWarps];
     CodeListShared list;
 };
 
@@ -122,15 +108,6 @@ __device__ Sizes sizes_of(const SegmentRecord& r, int steps, std::int64_t item, 
     s.sum_tiles = ceil_div(count, sum_tile_values(steps));
     s.pieces = checksums ? ceil_div(s.plain, kChecksumPiece) : 0;
     return s;
-}
-
-// Exclusive sums of all fields over the block; *total receives those over all its threads.
-__device__ Sizes scan(const Sizes& size, Shared* shared, Sizes* total) {
-    Sizes before;
-    for_each_size([&](auto field, int number) {
-        before.*field = block_exclusive_sum(size.*field, shared->scratch[number], &(total->*field));
-    });
-    return before;
 }
 
 // Where a segment begins in the payload: behind the last block before it, and the plain segments since.
@@ -215,10 +192,8 @@ __device__ bool read_records(const Reading& p, const DecodeTables& d, Shared* sh
                 size = sizes_of(record, d.steps, sizeof(typename Tr::Storage), p.has_checksums);
             }
         }
-        Sizes round{};
-        const Sizes before = *all + scan(size, shared, &round);
+        const Sizes before = SizeSums::scan(size, shared->scratch, all);
         if (i < p.segments) put_view(&p.views[i], record, before, size);
-        *all = *all + round;
         __syncthreads();  // the next round uses the scratch again
     }
     return bad;
