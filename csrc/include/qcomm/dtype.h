@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 
+// Marks functions that the CUDA kernels share with the host: one text, so that both compute the same.
 #ifdef __CUDACC__
 #define QCOMM_HOST_DEVICE __host__ __device__
 #else
@@ -64,6 +65,7 @@ QCOMM_INLINE std::uint16_t float_to_half(float f) {
     return static_cast<std::uint16_t>(sign | rounded >> 13);
 }
 
+// bfloat16 -> float32, exact: it is the upper half of one.
 QCOMM_INLINE float bfloat_to_float(std::uint16_t b) { return bit_cast<float>(static_cast<std::uint32_t>(b) << 16); }
 
 // The parts of float_to_bfloat(), which divide_to_bfloat() of rounding.h puts together in another way.
@@ -73,6 +75,7 @@ QCOMM_INLINE bool is_nan(std::uint32_t float_bits) { return (float_bits & 0x7FFF
 QCOMM_INLINE std::uint32_t round_to_upper_half(std::uint32_t float_bits) {
     return float_bits + 0x7FFFu + (float_bits >> 16 & 1u);
 }
+// Keeps a NaN one where its payload was in the lower half.
 QCOMM_INLINE std::uint16_t quiet_bfloat(std::uint32_t nan_bits) {
     return static_cast<std::uint16_t>(nan_bits >> 16 | 0x40u);
 }

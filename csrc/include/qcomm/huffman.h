@@ -62,6 +62,7 @@ struct EncodeTable {
     EncodeTable() = default;
     EncodeTable(const std::uint8_t* lengths, int size);
     bool empty() const { return entries.empty(); }
+    // Tells whether the symbol can be coded.
     bool has(std::uint32_t symbol) const { return entries[symbol] != 0; }
 };
 

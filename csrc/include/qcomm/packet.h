@@ -21,6 +21,7 @@ struct SegmentInput {
     float* residual_out = nullptr;
 };
 
+// The properties of a packet as a whole.
 struct EncodeOptions {
     DType dtype = DType::kFloat32;
     // At most kMaxDims. Precondition, not checked: their product is the sum of the segments' counts.

@@ -84,6 +84,8 @@ private:
 //   level   -R .. -1     0    1 .. R        escape
 //
 // Where R * step exceeds the largest finite value, only `limit` < R levels each side are used.
+//
+// Precondition of the constructor: 2 <= num_bits <= 16. Any step may be given, and usable() asked.
 template <class T>
 class SigmaQuantizer {
 public:
@@ -120,7 +122,7 @@ public:
         const Bits above = bit_cast<Bits>(x * inv_ + kMagic) - lowest_, escape = escape_;
         return static_cast<std::uint32_t>(above < escape ? above : escape);
     }
-    // Levels each side of zero that have symbols of their own.
+    // Returns the number of levels each side of zero that have symbols of their own.
     QCOMM_INLINE std::uint32_t limit() const { return static_cast<std::uint32_t>(limit_); }
     // For vector versions of decode().
     QCOMM_INLINE T step() const { return step_; }
@@ -176,11 +178,12 @@ enum class QuantizerFault : std::uint8_t {
     kStaticCode,    // the table does not exist, or is for another coding or number of bits
     kStaticOnRange  // static tables are made for sigma grids: encoders refuse it, a decoder can read it
 };
+// Tells whether a decoder accepts such a quantizer in a packet.
 constexpr bool is_readable(QuantizerFault fault) {
     return fault == QuantizerFault::kNone || fault == QuantizerFault::kStaticOnRange;
 }
 
-// The alphabet that a static table codes; num_bits 0: there is no such table.
+// Coding and number of bits of the alphabet that a static table codes; num_bits 0: there is no such table.
 struct StaticAlphabet {
     Coding coding = Coding::kSingle;
     int num_bits = 0;

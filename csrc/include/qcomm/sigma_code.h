@@ -13,6 +13,7 @@
 
 namespace qcomm {
 
+// These numbers are part of the choice, and so of the packets that `auto` writes: changing one changes bytes.
 constexpr double kSigmaSampleFraction = 0.03;
 constexpr std::int64_t kMaxSampledPairs = 1 << 14;  // more would sharpen nothing and cost more than the encoder
 constexpr double kOwnTableMustSave = 0.03;          // of the bits: below that a static table's speed is worth more

@@ -7,6 +7,7 @@
 
 namespace qcomm {
 
+// Whose fault it is, which decides the type of the exception.
 enum class StatusCode : std::uint8_t {
     kOk,
     kBadArgument,  // the caller broke a precondition: ValueError
@@ -25,6 +26,7 @@ struct [[nodiscard]] Status {
     bool ok() const { return code == StatusCode::kOk; }
 };
 
+// Texts end so that `where` can follow them: "...; segment" or "..., found".
 inline Status bad_argument(const char* what, std::int64_t where = 0) { return {StatusCode::kBadArgument, what, where}; }
 inline Status bad_packet(const char* what, std::int64_t where = 0) { return {StatusCode::kBadPacket, what, where}; }
 inline Status no_space(const char* what, std::int64_t where = 0) { return {StatusCode::kNoSpace, what, where}; }

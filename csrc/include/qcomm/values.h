@@ -36,6 +36,7 @@ public:
           inv_scale_(static_cast<T>(values.inv_scale)),
           scaled_(values.inv_scale != 1.0) {}
 
+    // A product, then a sum, each rounded: a fused operation would round once and give other bits.
     QCOMM_INLINE T operator[](std::int64_t i) const {
         T u = Tr::widen(data_[i]);
         if (scaled_) u *= inv_scale_;
