@@ -1,3 +1,10 @@
+// A block goes through three steps while its values are in a core's caches:
+//
+//   values   -> symbols   in runs of kRun, together with the new residual and a scan for escapes
+//   symbols  -> words     encode_lanes, into words_; skipped where the block cannot be coded
+//   all      -> bytes     choose_mode() of block.h picks one of four forms, which are put one part behind the other
+//
+// Nothing is allocated in these steps, so that they may run on a thread that must not throw.
 #include "block_writer.h"
 
 #include <algorithm>
@@ -11,7 +18,8 @@ namespace {
 
 constexpr std::int64_t kInfoBytes = sizeof(std::uint32_t);
 
-// What the block from `begin` on is made of, if it is a whole one. `known`: see BlockWriter.
+// Returns the source of the block from `begin` on, if it is a whole one: its values, or its symbols if they are known.
+// encode_lanes prefetches it while it computes, because a block's first pass would otherwise wait for memory.
 Ahead ahead_of(const SegmentInput& in, const std::uint16_t* known, std::int64_t begin, std::int64_t count) {
     if (begin + count > in.values.count) return {};
     if (known != nullptr) return {known + begin, sizeof(*known), nullptr};
@@ -34,10 +42,12 @@ void BlockWriter::reserve(std::int64_t blocks) {
     checksums.reserve(static_cast<std::size_t>(blocks));
 }
 
+// One array of float64 serves both arithmetics.
 void* BlockWriter::scratch(int at) const {
     return reinterpret_cast<std::uint8_t*>(scratch_.get()) + at * (options_.dtype == DType::kFloat64 ? 8 : 4);
 }
 
+// Words grow downwards from here. In front of the most that a block can have there is room for a vector store.
 std::uint16_t* BlockWriter::words_end() const { return words_.get() + kWordsSlack + kMaxCodewords; }
 
 void BlockWriter::write(const SegmentInput& in, const Quantizer& q, const EncodeTable* table,
@@ -70,11 +80,15 @@ void BlockWriter::write(const SegmentInput& in, const Quantizer& q, const Encode
                 if (residual != nullptr) kernels_.update_residual(u, options_.dtype, symbols + at, m, q, residual);
             }
             scan.escapes += part.escapes;
+            // A run compares its symbols with its first one; here the runs' first symbols are compared.
             scan.constant &= part.constant && symbols[at] == symbols[0];
         }
+        // The residual may be part of u and has been overwritten by now, so u is taken from the scratch, unless it is
+        // the values themselves.
         const void* u = in_place(in.values, begin);
         const BlockMode mode = write_block(u != nullptr ? u : scratch(0), symbols, n, scan, q, table,
                                            ahead_of(in, known, begin + per_block, per_block));
+        // The residuals were computed before the mode was known, while u was at hand. A raw block loses nothing.
         if (mode == BlockMode::kRaw && in.residual_out != nullptr) std::fill_n(in.residual_out + begin, n, 0.0f);
     }
 }
@@ -82,12 +96,15 @@ void BlockWriter::write(const SegmentInput& in, const Quantizer& q, const Encode
 BlockMode BlockWriter::write_block(const void* u, const std::uint16_t* symbols, int n, const SymbolScan& scan,
                                    const Quantizer& q, const EncodeTable* table, const Ahead& ahead) {
     const bool constant = scan.constant && symbols[0] != escape_of(q);
+    // Coding is the dear part. It is left out where the mode is decided without it: constant blocks, and raw ones by
+    // their escapes. `words` is -1 where there is no code, or a symbol has no codeword in it.
     BlockShape shape{n, q.num_bits, static_cast<int>(item_bytes(options_.dtype)), scan.escapes, -1};
     if (!constant && !shape.has_too_many_escapes() && table != nullptr) {
         shape.words = kernels_.encode_lanes(symbols, n, q.coding == Coding::kPair, *table, ahead, start_, words_end());
     }
     const BlockMode mode = choose_mode(shape, constant, shape.words >= 0);
 
+    // The order of the parts is the format's: info, start windows, escapes, and words, packed symbols or values.
     std::uint8_t* const begin = out_ + bytes;
     std::uint8_t* at = begin;
     const auto put = [&](const void* data, std::int64_t size) {
@@ -113,7 +130,7 @@ BlockMode BlockWriter::write_block(const void* u, const std::uint16_t* symbols, 
     return mode;
 }
 
-// Values in the packet's dtype; returns the end.
+// Puts values in the packet's dtype, unaligned; returns the end.
 std::uint8_t* BlockWriter::put_values(const void* u, int n, std::uint8_t* at) const {
     return dispatch(options_.dtype, [&](auto traits) {
         using Tr = decltype(traits);
@@ -125,8 +142,9 @@ std::uint8_t* BlockWriter::put_values(const void* u, int n, std::uint8_t* at) co
     });
 }
 
-// The values of the escape symbols, then their positions; returns the end. Escapes are rare: whole groups of symbols
-// are passed over with a comparison that compilers turn into vector instructions.
+// Puts the values of the escape symbols, then their positions; returns the end. Their number is known, so both are
+// written in one pass. Escapes are rare: whole groups of symbols are passed over with a comparison that compilers turn
+// into vector instructions.
 std::uint8_t* BlockWriter::put_escapes(const void* u, const std::uint16_t* symbols, int n, int escapes, int escape,
                                        std::uint8_t* at) const {
     constexpr int kGroup = 64;

@@ -12,11 +12,14 @@ namespace qcomm {
 
 constexpr int kRun = 2048;  // values that are worked on at a time: they stay in the first-level cache
 
-// Most bytes that n values take in blocks, whatever their modes.
+// Returns the most bytes that n values take in blocks, whatever their modes: raw values, an info word, and at most 3
+// zeros behind them.
 inline std::int64_t max_block_bytes(std::int64_t values, std::int64_t blocks, DType dtype) {
     return values * item_bytes(dtype) + 8 * blocks;
 }
 
+// Owns a block's scratch, about 350 KiB, which is why writers are kept from one segment of a packet to the next. It
+// borrows the options.
 class BlockWriter {
 public:
     explicit BlockWriter(const EncodeOptions& options);
@@ -26,14 +29,14 @@ public:
     void write(const SegmentInput& in, const Quantizer& q, const EncodeTable* table, const std::uint16_t* known,
                std::int64_t first, std::int64_t last, std::uint8_t* out);
 
-    // Makes room for the sizes and checksums of so many blocks; `write` then allocates nothing.
+    // Makes room for the sizes and checksums of `blocks` blocks; `write` then allocates nothing.
     void reserve(std::int64_t blocks);
 
-    // Of the last write: bytes in all, and for each block its size in units of 4 bytes, and its checksum.
+    // Results of the last write: bytes in all, and for each block its size in units of 4 bytes, and its checksum.
     std::int64_t bytes = 0;
     std::vector<std::uint32_t> sizes, checksums;
 
-    // Room for u from value `at` of a block on, in the arithmetic of the dtype.
+    // Returns the room for u from value `at` of a block on, in the arithmetic of the dtype.
     void* scratch(int at) const;
 
 private:

@@ -1,3 +1,5 @@
+// A long segment's checksum has two levels: pieces are independent of each other, so any number of threads, or of
+// warps, computes the same result.
 #include "qcomm/checksum.h"
 
 #include <algorithm>
@@ -16,6 +18,8 @@ constexpr std::int64_t kPiecesPerThread = 32;  // 2 MiB: a checksum is an order 
 
 std::uint32_t checksum(const std::uint8_t* data, std::int64_t bytes) { return kernels().checksum(data, bytes); }
 
+// The inner checksums are words in memory, so the outer one is a checksum like any other. An empty segment has no
+// pieces.
 std::uint32_t checksum_pieces(const std::uint8_t* data, std::int64_t bytes, int threads) {
     const std::int64_t count = ceil_div(bytes, kChecksumPiece);
     std::vector<std::uint32_t> pieces(static_cast<std::size_t>(count));

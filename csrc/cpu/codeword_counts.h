@@ -1,5 +1,9 @@
-// How often each codeword occurs in a segment: what its own table is made of. Each thread counts what it has quantized,
-// as long as that is in the first-level cache.
+// How often each codeword occurs in a segment, from which its own table is made. Each thread counts the symbols it has
+// quantized while they are in the first-level cache.
+//
+// An increment waits until the one before has reached memory if both are of the same counter, and gradients have runs
+// of equal symbols. So neighbours count in different tables, and where two symbols fit an index they are counted as
+// one: half the increments, and a run of equal symbols then alternates between two tables.
 #pragma once
 
 #include <algorithm>
@@ -27,11 +31,13 @@ public:
           recent_((joint_ ? 2 : 4) * stride_),
           totals_(static_cast<std::size_t>(alphabet_size(q.coding, q.num_bits))) {}
 
-    // Counts n < 2^30 symbols. Where pairs are coded, n is odd at most at the segment's end.
+    // Counts n < 2^30 symbols; one of 32 bits cannot overflow before they are collected. Where pairs are coded, n is
+    // odd at most at the segment's end.
     QCOMM_INLINE void add(const std::uint16_t* symbols, int n) {
         if (uncollected_ > kMaxUncollected - n) collect();
         uncollected_ += n;
         const int done = joint_ ? add_joint(symbols, n) : add_single(symbols, n);
+        // Symbols left over go to the totals at once. In pairs there is at most one, with the level zero as its second.
         for (int i = done; i < n; ++i) {
             const std::size_t zero = static_cast<std::size_t>(sigma_radius(kPairBits)) << kPairBits;
             ++totals_[symbols[i] | (pairs_ ? zero : 0)];
@@ -45,10 +51,12 @@ public:
     }
 
 private:
-    static constexpr int kMaxJointBits = 6;
+    static constexpr int kMaxJointBits = 6;  // two tables of 2^12 counters are 32 KiB, a first-level cache
     static constexpr std::int64_t kMaxUncollected = std::int64_t{1} << 32;  // a counter has 32 bits
 
-    // Two neighbours of few bits are counted as one. Returns how many symbols that covers.
+    // Counts two neighbours of few bits as one, and returns how many symbols that covers. Four symbols are one load,
+    // and one shift puts each second symbol beside the first: of `joint`, the lowest bits are first | second << bits,
+    // and those from bit 32 on third | fourth << bits.
     QCOMM_INLINE int add_joint(const std::uint16_t* symbols, int n) {
         // Copies, which the increments cannot be taken to change.
         std::uint32_t *const even = recent_.data(), *const odd = even + stride_;
@@ -80,6 +88,7 @@ private:
         return done;
     }
 
+    // Moves the recent counts to the totals. A joint count is one of each of its two symbols, unless pairs are coded.
     void collect() {
         const std::size_t low = (std::size_t{1} << bits_) - 1;
         for (std::size_t table = 0; table < recent_.size(); table += stride_) {
@@ -101,7 +110,8 @@ private:
     bool pairs_;  // a codeword is two symbols
     bool joint_;  // recent_ counts two symbols
     std::size_t stride_;
-    // Several tables, so that a run of equal symbols does not wait for its own increments.
+    // Several tables, so that a run of equal symbols does not wait for its own increments. Counters of 32 bits let them
+    // stay in the first-level cache; the totals have 64.
     std::vector<std::uint32_t> recent_;
     std::vector<std::uint64_t> totals_;
     std::int64_t uncollected_ = 0;

@@ -1,12 +1,23 @@
 // decode_lanes for AVX-512. Included like kernels_loops.inl.
+//
+// A step looks up 32 codewords without memory: a gather from a table of all windows would take most of the time. It
+// computes a codeword's length and its rank in canonical order instead (RankTable in huffman.h), which is a table small
+// enough for registers:
+//
+//   window   the lane's next 16 bits, the first one highest
+//   length   by the window's first 7 bits, then by one comparison for each longer length
+//   rank     (window >> 16 - length) + offset of the length
+//   symbol   of the rank
+//
+// Two blocks are decoded together, since each of these waits for the one before.
 
-// What 32 codewords stand for, and 16 minus their lengths.
+// The symbols of 32 codewords, and 16 minus their lengths: lengths as the shifts below need them.
 struct Decoded {
     __m512i symbol, spare;
 };
 
-// By rank (see RankTable). The window's first 7 bits tell the length of a codeword of at most 7 bits; the others are
-// told apart by comparisons. Then the rank is looked up, in registers where the table has it.
+// A code by rank. The window's first 7 bits tell the length of a codeword of at most 7 bits; the others are told apart
+// by comparisons. Then the rank is looked up, in registers where the table has it. kHasAll: it has all symbols.
 template <class Table, int kLongest, bool kHasAll>
 class RankedCode {
 public:
@@ -24,10 +35,11 @@ public:
     }
 
     QCOMM_INLINE Decoded operator[](__m512i bits) const {
-        // The first bit highest: bits reversed in each byte, then bytes exchanged.
+        // The first bit highest, as canonical order compares windows: bits reversed in each byte, then bytes exchanged.
         const __m512i reversed = _mm512_gf2p8affine_epi64_epi8(bits, _mm512_set1_epi64(0x8040201008040201), 0);
         const __m512i window = _mm512_shldi_epi16(reversed, reversed, 8), one = _mm512_set1_epi16(1);
         __m512i spare = spare_[_mm512_srli_epi16(window, kWindowBits - kFirstBits)];
+        // A window behind all codewords of a length is of a longer one.
         for (const __m512i& last : last_window_)
             spare = _mm512_mask_sub_epi16(spare, _mm512_cmpgt_epu16_mask(window, last), spare, one);
         const __m512i rank =
@@ -44,7 +56,8 @@ private:
     struct FirstBits {
         std::uint16_t of[1 << kFirstBits];
     };
-    // Of a longer codeword, what the shortest possible one would leave.
+    // For each value of the first bits, 16 minus the length. For a longer codeword it is that of the shortest such one:
+    // the comparisons correct it.
     static FirstBits spare_of_first_bits(const RankTable& ranks) {
         FirstBits spare;
         for (std::uint32_t first = 0; first < 1u << kFirstBits; ++first) {
@@ -69,7 +82,8 @@ using SmallCode = RankedCode<ByteTable<1>, kShort, true>;
 using LargeCode = RankedCode<ByteTable<2>, kShort, true>;
 using AnyCode = RankedCode<RegisterTable<kLarge>, kLong, false>;
 
-// Calls f(code) with the fastest one for a code; `symbol_bits`: of a symbol, or of two that are coded together.
+// Calls f(code) with the fastest one for a code; `symbol_bits`: of a symbol, or of two that are coded together. Tables
+// of bytes hold symbols of 8 bits; codes with longer words need more comparisons.
 template <class F>
 void with_code(const RankTable& ranks, int symbol_bits, F f) {
     if (ranks.longest > kShort || ranks.count > LargeCode::kRanks || symbol_bits > 8) {
@@ -81,7 +95,8 @@ void with_code(const RankTable& ranks, int symbol_bits, F f) {
     }
 }
 
-// One block's decoder, its lanes in registers.
+// One block's decoder, its lanes in registers: the next 16 bits of each in `low`, the others in `high`, their number in
+// `held`. `least` is as in DecodeLanes, but 16 more.
 template <bool kPairs, class Sink>
 struct Decoder {
     static constexpr int kStepSymbols = kLanes * (kPairs ? 2 : 1);
@@ -111,7 +126,7 @@ struct Decoder {
     // Whether the next step is a whole one that cannot run out of words.
     QCOMM_INLINE bool runs() const { return steps_left > 0 && words_end - words >= 2 * kLanes; }
 
-    // kLast: fewer words may be left than lanes ask for.
+    // Decodes a step of whole codewords. kLast: fewer words may be left than lanes ask for.
     template <bool kLast, class Code>
     QCOMM_INLINE void step(const Code& code) {
         const __m512i word = _mm512_set1_epi16(kWordBits), zero = _mm512_setzero_si512();
@@ -123,7 +138,7 @@ struct Decoder {
             put(next.symbol);
         }
         --steps_left;
-        // To the right by a codeword's length is to the left by what it leaves of 16 bits, a word higher.
+        // A shift to the right by a codeword's length is one to the left by 16 minus it, a word higher.
         low = _mm512_shldv_epi16(high, low, next.spare);
         high = _mm512_shldv_epi16(zero, high, next.spare);
         held = _mm512_add_epi16(held, next.spare);  // 16 too many, as after reading a word
@@ -154,7 +169,7 @@ struct Decoder {
         sink.put(next_symbols);
     }
 
-    // The last steps, and what is no whole step.
+    // The last whole steps; then the lanes go to memory, and scalar code decodes the rest.
     template <class Code>
     QCOMM_INLINE void finish(CodedBlock& block, const DecodeTable& table, const Code& code) {
         while (steps_left > 0) step<true>(code);
@@ -181,6 +196,8 @@ struct Decoder {
     }
 };
 
+// Decodes one or two blocks. While both have words for whole steps they take turns. Decoders are copied to locals, so
+// that compilers keep them in registers.
 template <bool kPairs, class Code, class MakeSink>
 void decode(CodedBlock* blocks, int count, const DecodeTable& table, const Code& code, MakeSink make_sink) {
     using Sink = decltype(make_sink(blocks[0]));
@@ -203,6 +220,7 @@ void decode(CodedBlock* blocks, int count, const DecodeTable& table, const Code&
     }
 }
 
+// With float32 values made in registers, stored or added.
 template <bool kPairs, class Code, class Values>
 void decode_values(CodedBlock* blocks, int count, const LaneDecoding& how, const Code& code, const Values& values) {
     if (how.accumulate) {
@@ -216,6 +234,7 @@ void decode_values(CodedBlock* blocks, int count, const LaneDecoding& how, const
     }
 }
 
+// Picks the sink. Only float32, the dtype that collectives send, has values made in registers.
 template <bool kPairs, class Code>
 void decode_with(CodedBlock* blocks, int count, const LaneDecoding& how, const Code& code) {
     if (how.dtype != DType::kFloat32 || blocks[0].values == nullptr) {

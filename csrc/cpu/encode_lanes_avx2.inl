@@ -2,7 +2,16 @@
 //
 // A lane's bits, 16 to 31 of them, are two words: `high` is the one that is written next, and `low` has the others on
 // top. Codewords are kept on top of 16 bits, too, so that pushing one is a shift to the right by as many bits as `low`
-// holds. There is no such shift for words: a product with a power of two has both of its halves.
+// holds. There is no such shift for words: a product with a power of two has both of its halves. With h bits in `low`
+// and p = 2^(16 - h), a codeword c of l bits is pushed so:
+//
+//   filled = low | upper half of c * p         c >> h: the bits that fit into `low`
+//   rest   = lower half of c * p               those that do not
+//   h + l < 16:   low = filled                 `rest` is 0
+//   h + l >= 16:  write high; high = filled; low = rest
+//
+// For h = 0 p would be 2^16, which is no word: power16() gives 0, and `none` puts c into `filled` instead. The lane
+// cannot be full then, since a codeword has at most 15 bits.
 
 constexpr int kHalf = kLanes / 2;  // lanes in a register
 
@@ -15,11 +24,13 @@ QCOMM_INLINE __m256i power16(__m256i s) {
     return _mm256_shuffle_epi8(powers, _mm256_sub_epi8(twice, _mm256_set1_epi16(8)));
 }
 
+// A table's answer for 16 lanes.
 struct Codewords {
     __m256i code, length;  // of 16 lanes; a code's first bit is the highest of 16
 };
 
-// Of any alphabet. Loads of their own take half as long as the gather instructions of many processors.
+// The code of any alphabet, in memory. Loads of their own take half as long as the gather instructions of many
+// processors.
 class LoadedCode {
 public:
     explicit LoadedCode(const EncodeTable& table) : entries_(table.entries.data()) {}
@@ -43,7 +54,7 @@ private:
     const std::uint32_t* entries_;
 };
 
-// Of at most 16 codewords, in registers.
+// A code of at most 16 codewords, in registers: three shuffles of bytes look up 16 of them.
 class ShuffledCode {
 public:
     static constexpr std::size_t kSize = 16;
@@ -71,7 +82,7 @@ private:
     __m256i low_, high_, length_;
 };
 
-// What 16 codewords stand for: symbols, or pairs as first | second << 4.
+// Returns the entries' numbers of 16 codewords: symbols, or pairs as first | second << 4.
 template <bool kPairs>
 QCOMM_INLINE __m256i alphabet_index(const std::uint16_t* symbols) {
     if (!kPairs) return load256(symbols);
@@ -107,7 +118,8 @@ QCOMM_INLINE std::uint16_t* put_words(__m128i of, unsigned mask, std::uint16_t* 
     return words - __builtin_popcount(mask);
 }
 
-// Pushes whole steps as long as no lane is full. Returns the step that fills one, or -1.
+// Pushes whole steps as long as no lane is full. Returns the step that fills one, or -1. At most 31 come here, since a
+// codeword has a bit or more, so they are pushed lane by lane. The vector loop needs lanes of 16 bits or more.
 template <bool kPairs, class Code>
 int push_before_start(EncodeLanes& lanes, const std::uint16_t* symbols, const Code& code, const Ahead& ahead,
                       int step) {
@@ -134,6 +146,9 @@ int push_before_start(EncodeLanes& lanes, const std::uint16_t* symbols, const Co
     return step;
 }
 
+// Codes a block in three parts: the last steps as long as they are short, in scalar code; steps before the first word;
+// then one vector step after the other. A missing codeword has length 0, and is looked for once, at the end, in the
+// shortest length of all.
 template <bool kPairs, class Code>
 int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, const Ahead& ahead, std::uint32_t* start,
            std::uint16_t* words_end) {
@@ -149,6 +164,8 @@ int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, const 
     const Code code(table);
     if (!lanes.started) step = push_before_start<kPairs>(lanes, symbols, code, ahead, step);
     if (step < 0) return finish_lanes(lanes, start, words_end);
+    // From a number of c bits to two words: the highest 16 bits, and the others on top of the second word. The first
+    // word raises all lanes to 16 bits; here they are, whether the scalar path has done so or not.
     alignas(32) std::uint16_t high_of[kLanes], low_of[kLanes], held_of[kLanes];
     for (int j = 0; j < kLanes; ++j) {
         const std::uint32_t c = lanes.count[j] < kWordBits ? kWordBits : lanes.count[j];
@@ -180,13 +197,15 @@ int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, const 
             low[h] = _mm256_blendv_epi8(filled, _mm256_mullo_epi16(next.code, power), full[h]);
             held[h] = _mm256_and_si256(sum, last);
         }
-        // Lanes 0-7, 16-23, 8-15, 24-31.
+        // Higher lanes write first. Packing interleaves halves, so the mask's bytes are of lanes 0-7, 16-23, 8-15,
+        // 24-31.
         const auto masks = static_cast<unsigned>(_mm256_movemask_epi8(_mm256_packs_epi16(full[0], full[1])));
         words = put_words(_mm256_extracti128_si256(written[1], 1), masks >> 24, words);
         words = put_words(_mm256_castsi256_si128(written[1]), masks >> 8 & 0xFFu, words);
         words = put_words(_mm256_extracti128_si256(written[0], 1), masks >> 16 & 0xFFu, words);
         words = put_words(_mm256_castsi256_si128(written[0]), masks & 0xFFu, words);
     }
+    // And back, for the start windows.
     for (int h = 0; h < 2; ++h) {
         store256(high_of + h * kHalf, high[h]);
         store256(low_of + h * kHalf, low[h]);

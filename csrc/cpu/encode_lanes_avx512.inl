@@ -1,9 +1,15 @@
 // encode_lanes for AVX-512. Included like kernels_loops.inl.
+//
+// A lane's bits are a word `low` and a word `high` in registers of 32 words each. Pushing a codeword is a funnel shift
+// of both to the left, and the 16 highest bits of a full lane are one of both to the right: instructions of VBMI2. The
+// words of a step are compressed to its full lanes and stored in front of the others, lane 0 first.
 
+// A table's answer for 32 lanes.
 struct Codewords {
     __m512i code, length;  // of 32 lanes; above a code's bits there are zeros
 };
 
+// The code of any alphabet, in memory: two gathers a step.
 class WideCode {
 public:
     QCOMM_INLINE explicit WideCode(const EncodeTable& table) : entries_(table.entries.data()) {}
@@ -16,7 +22,8 @@ private:
     const std::uint32_t* entries_;
 };
 
-// From registers; a step with any other symbol takes the wide way.
+// The code's NarrowTable in registers; a step with any symbol outside takes the wide way. kHasAll: there is none
+// outside, and the alphabet begins at 0.
 template <int kParts, bool kHasAll>
 class NarrowCode {
 public:
@@ -43,7 +50,7 @@ private:
     WideCode wide_;
 };
 
-// What 32 codewords stand for: symbols, or pairs as first | second << 4.
+// Returns the entries' numbers of 32 codewords: symbols, or pairs as first | second << 4.
 template <bool kPairs>
 QCOMM_INLINE __m512i alphabet_index(const std::uint16_t* symbols) {
     const __m512i a = _mm512_loadu_si512(symbols);
@@ -52,6 +59,8 @@ QCOMM_INLINE __m512i alphabet_index(const std::uint16_t* symbols) {
     return _mm512_or_si512(low_words(a, b), _mm512_slli_epi16(high_words(a, b), kPairBits));
 }
 
+// Codes a block: the last steps as long as they are short, in scalar code, then one vector step after the other. Unlike
+// the AVX2 version it needs no loop of its own before the first word: its shifts are right for any number of bits.
 template <bool kPairs, class Code>
 int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, const Ahead& ahead, std::uint32_t* start,
            std::uint16_t* words_end) {
@@ -67,7 +76,7 @@ int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, const 
     const Code code(table);
     const __m512i word = _mm512_set1_epi16(kWordBits), emit = _mm512_set1_epi16(kEmitBits);
     const __m512i bits[] = {_mm512_loadu_si512(lanes.bits), _mm512_loadu_si512(lanes.bits + 16)};
-    // Above a lane's count there are bits that have already been written: nobody looks at them.
+    // Above a lane's count there are bits that have already been written: they are masked away at the end.
     __m512i low = low_words(bits[0], bits[1]), high = high_words(bits[0], bits[1]);
     __m512i held = low_words(_mm512_loadu_si512(lanes.count), _mm512_loadu_si512(lanes.count + 16));
     __m512i shortest = word;
@@ -106,6 +115,7 @@ int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, const 
     return finish_lanes(lanes, start, words_end);
 }
 
+// Picks the smallest table that holds the code: each size is a loop of its own, without a branch inside.
 template <bool kPairs>
 int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, const Ahead& ahead, std::uint32_t* start,
            std::uint16_t* words_end) {

@@ -1,3 +1,5 @@
+// The sample of a tensor. Each thread has a histogram of its own; sums of integers have no order, so the result does
+// not depend on the number of threads.
 #include "qcomm/entropy.h"
 
 #include <algorithm>
@@ -11,6 +13,7 @@
 namespace qcomm {
 namespace {
 
+// A small sample's entropy is too small, since it misses what is rare; a small tensor is sampled whole.
 constexpr std::int64_t kMinSample = 1024;
 constexpr std::int64_t kSamplesPerThread = 1 << 15;  // each a cache miss: about 0.1 ms
 
@@ -30,6 +33,8 @@ std::int64_t sample_size(std::int64_t count, double fraction) {
     return std::min(count, std::max(kMinSample, wanted));
 }
 
+// Bins are those of a center grid, whose floor is one multiplication; `quantizer` is not used where lo == hi, since it
+// would divide by 0.
 std::vector<std::uint32_t> sample_histogram(const Values& values, double lo, double hi, int num_bits, double fraction,
                                             std::uint32_t seed, int threads) {
     const std::int64_t n = sample_size(values.count, fraction);
@@ -43,10 +48,12 @@ std::vector<std::uint32_t> sample_histogram(const Values& values, double lo, dou
             const Reader<decltype(traits)> reader(values);
             for (std::int64_t i = first; i < last; ++i) {
                 const double x = static_cast<double>(reader[sample_index(i, n, values.count, seed)]);
+                // Floor bins of [lo, hi]; a constant tensor has no bins to divide.
                 ++counts[lo < hi ? quantizer(x) : 0u];
             }
         });
     });
+    // Added on one thread: a histogram has at most 4096 bins.
     for (std::size_t part = 1; part < found.size(); ++part) {
         for (std::size_t bin = 0; bin < found[0].size(); ++bin) found[0][bin] += found[part][bin];
     }

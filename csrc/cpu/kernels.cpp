@@ -1,3 +1,5 @@
+// The choice of the inner loops' version: a pointer that is set when it is first asked for, and that tests change.
+// Compiling for the oldest processor and choosing at run time lets one build run everywhere, at each machine's speed.
 #include "kernels.h"
 
 #include <atomic>
@@ -13,6 +15,8 @@ struct Version {
     bool (*supported)();
 };
 
+// The best one last. A version asks for every feature that its file is compiled with (CMakeLists.txt), since the
+// compiler may use any of them in any function of that file.
 const Version kVersions[] = {
     {&kScalarKernels, [] { return true; }},
 #ifdef QCOMM_X86_KERNELS
@@ -29,6 +33,7 @@ const Version kVersions[] = {
 #endif
 };
 
+// The last version that the processor can run. The scalar one always can.
 const Kernels* best() {
     const Kernels* found = nullptr;
     for (const Version& version : kVersions) {
@@ -37,6 +42,7 @@ const Kernels* best() {
     return found;
 }
 
+// Relaxed loads and stores suffice: versions are constants, and all of them compute the same.
 std::atomic<const Kernels*>& current() {
     static std::atomic<const Kernels*> kernels{best()};
     return kernels;

@@ -1,5 +1,8 @@
 // The inner loops, one version for each instruction set. All versions write the same bits; which one runs is decided
 // once, by the processor.
+//
+// A version is a table of function pointers. They are called for blocks or runs of thousands of values, so a call by
+// way of a pointer costs nothing that can be measured, and inside of one everything is inlined for its instruction set.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +28,7 @@ struct BlockStatistics {
 };
 
 struct SymbolScan {
-    int escapes;    // how many symbols are the escape symbol
+    int escapes;    // number of escape symbols
     bool constant;  // all symbols are equal
 };
 
@@ -40,7 +43,7 @@ struct CodedBlock {
     bool whole;              // out: the bits end where the codewords do; otherwise symbols and values are meaningless
 };
 
-// What the blocks of a segment have in common.
+// The properties that the blocks of a segment share.
 struct LaneDecoding {
     bool pairs;  // a codeword is two symbols
     const DecodeTable* table;
@@ -49,7 +52,7 @@ struct LaneDecoding {
     bool accumulate;  // values are added to what is there
 };
 
-// What will be read next, prefetched while memory is idle: `bytes` a symbol from `first` (values, or symbols that are
+// The memory to be read next, prefetched while it is idle: `bytes` a symbol from `first` (values, or symbols that are
 // known; null: nothing), and where there is a residual 4 from that, too.
 struct Ahead {
     const void* first = nullptr;
@@ -57,6 +60,7 @@ struct Ahead {
     const float* residual = nullptr;
 };
 
+// Returns the symbol that stands for a value outside the levels; -1, which no symbol is, for range grids.
 inline int escape_of(const Quantizer& q) { return q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1; }
 
 constexpr int kWordsSlack = 32;  // words in front of encode_lanes' output that a vector store may overwrite
@@ -71,7 +75,7 @@ struct Kernels {
     BlockStatistics (*measure)(const Values& values, std::int64_t begin, int n);
     // Symbols of n >= 1 values.
     SymbolScan (*quantize)(const void* u, DType dtype, int n, const Quantizer& quantizer, std::uint16_t* symbols);
-    // What quantize returns, of n >= 1 symbols that there are already.
+    // The result of quantize() for n >= 1 symbols that are known already.
     SymbolScan (*scan)(const std::uint16_t* symbols, int n, const Quantizer& quantizer);
     // load and quantize in one pass, counting codewords, without a scan. With a `residual` update_residual as well; it
     // may be values.residual + begin.
@@ -106,7 +110,7 @@ extern const Kernels kAvx512Kernels;
 // The version in use; processor.h selects it.
 const Kernels& kernels();
 
-// u[begin...) where it already is: null if it has to be computed first.
+// Returns u[begin...) where it already is: null if it has to be computed first.
 inline const void* in_place(const Values& values, std::int64_t begin) {
     if (!values.is_adjusted() && values.dtype == DType::kFloat32) return static_cast<const float*>(values.data) + begin;
     if (!values.is_adjusted() && values.dtype == DType::kFloat64)
@@ -114,7 +118,7 @@ inline const void* in_place(const Values& values, std::int64_t begin) {
     return nullptr;
 }
 
-// u[begin, begin + n), computed into `scratch` if need be.
+// Returns u[begin, begin + n), computed into `scratch` if need be.
 inline const void* load_block(const Kernels& k, const Values& values, std::int64_t begin, int n, void* scratch) {
     if (const void* u = in_place(values, begin)) return u;
     k.load(values, begin, n, scratch);

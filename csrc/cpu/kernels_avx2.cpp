@@ -1,5 +1,6 @@
-// AVX2: a step is 32 lanes, in two registers of words or in four. Permutations by small tables stand in for the
-// compress and expand that AVX-512 has.
+// AVX2: a step is 32 lanes, in two registers of words (encoding) or in four of 32 bits (decoding). Permutations by
+// small tables stand in for the compress and expand that AVX-512 has. Short steps take the scalar path of
+// kernels_lanes.inl.
 #include <immintrin.h>
 
 #include <cstddef>
@@ -17,7 +18,7 @@ namespace {
 constexpr int kWidth = 8;  // lanes in a register
 constexpr int kGroups = kLanes / kWidth;
 
-// For each mask of 8 lanes, a permutation of the lanes in 8 bytes.
+// For each mask of 8 lanes, a permutation of the lanes in 8 bytes: 2 KiB, where 32 bits an index would be 8 KiB.
 struct Permutations {
     std::uint64_t expand[256];  // lane j of the mask takes element number popcount(mask below j)
 
@@ -33,9 +34,11 @@ struct Permutations {
 };
 constexpr Permutations kPermutations;
 
+// An index for _mm256_permutevar8x32_epi32.
 QCOMM_INLINE __m256i permutation(std::uint64_t bytes) {
     return _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<long long>(bytes)));
 }
+// One bit for each lane whose highest bit is set.
 QCOMM_INLINE unsigned lane_mask(__m256i lanes) {
     return static_cast<unsigned>(_mm256_movemask_ps(_mm256_castsi256_ps(lanes)));
 }
@@ -70,6 +73,9 @@ QCOMM_INLINE void store_symbols(__m256i codewords, std::uint16_t* symbols) {
     }
 }
 
+// Decodes a block with all lanes in registers. Each step looks up all lanes before any takes a word: four gathers are
+// then under way at once, each of which takes many cycles. Words are taken group by group, lane 0 first, as they were
+// written.
 template <bool kPairs>
 void decode_one(CodedBlock& block, const DecodeTable& table) {
     DecodeLanes lanes;
@@ -94,6 +100,8 @@ void decode_one(CodedBlock& block, const DecodeTable& table) {
             least = _mm256_min_epi32(least, c[g]);
         }
         for (int g = 0; g < kGroups; ++g) {
+            // A lane below 16 bits takes the next word. The mask's permutation deals consecutive words to the lanes
+            // that need one; the others get words too, which are masked away.
             const __m256i need = _mm256_cmpgt_epi32(word, c[g]);
             const unsigned m = lane_mask(need);
             const __m256i next = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(lanes.words)));
@@ -106,6 +114,7 @@ void decode_one(CodedBlock& block, const DecodeTable& table) {
             lanes.left -= used;
         }
     }
+    // Back to memory, for the scalar path.
     alignas(32) std::int32_t least_of[kWidth];
     store256(least_of, least);
     for (int g = 0; g < kGroups; ++g) store256(lanes.bits + kWidth * g, x[g]), store256(lanes.count + kWidth * g, c[g]);

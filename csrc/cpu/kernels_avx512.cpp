@@ -1,5 +1,6 @@
 // AVX-512 with VBMI, VBMI2 and GFNI (Ice Lake, Zen 4 and later): a step is 32 lanes of 16 bits, and one compress or
-// expand instruction packs or unpacks a step's words.
+// expand instruction packs or unpacks a step's words. The parts are files of their own, since together they are too
+// long to read; each needs those before it.
 #include <immintrin.h>
 
 #include <cstddef>

@@ -1,9 +1,18 @@
-// The 32 lanes of a block, one at a time: the definition (see block.h), and what the vector versions use for a short
+// The 32 lanes of a block, one at a time: the definition (see block.h), and the path of the vector versions for a short
 // last step. Included like kernels_loops.inl.
 
+// Encoding is decoding backwards. A decoder drops a codeword and then, below 16 bits, takes a word, so that it holds 16
+// to 31 bits before each codeword. An encoder therefore pushes codewords from the last to the first, and writes a word
+// just before a lane would hold 32 bits: it then holds 16 or more, of which it gives the highest 16. Both lanes hold
+// the same bits between any two steps, which is why the words come out in the order in which they are asked for.
+//
+//   bit 31                                 0
+//   | 1 | last codeword ... | next codeword |      a lane: x, with its sentinel in a start window only
+//         ^ words arrive here   ^ dropped from here by a decoder, pushed here by an encoder
+
 constexpr std::uint32_t kWordBits = 16;
-constexpr std::uint32_t kEmitBits =
-    2 * kWordBits;  // a codeword that would bring a lane to 32 bits makes it write a word first
+// A codeword that would bring a lane to this number of bits makes it write a word first.
+constexpr std::uint32_t kEmitBits = 2 * kWordBits;
 
 // All bits or none. The compiler cannot see that there are only two values, so it makes no branch of them, which would
 // be mispredicted.
@@ -13,6 +22,7 @@ QCOMM_INLINE std::uint32_t mask_of(bool condition) {
     return mask;
 }
 
+// Each lane's bits as a number: the first bit that a decoder uses is the lowest. Bits above `count` are 0.
 struct EncodeLanes {
     std::uint32_t bits[kLanes];
     std::uint32_t count[kLanes];
@@ -21,7 +31,7 @@ struct EncodeLanes {
     std::uint16_t* words;  // where the last word was written
 };
 
-// Codeword t of a block: entries[] of a symbol, or of a pair; the symbol behind an odd tail is the level zero.
+// Returns codeword t of a block: entries[] of a symbol, or of a pair; the symbol behind an odd tail is the level zero.
 QCOMM_INLINE std::uint32_t codeword(const std::uint16_t* symbols, int n, bool pairs, const std::uint32_t* entries,
                                     int t) {
     if (!pairs) return entries[symbols[t]];
@@ -30,7 +40,9 @@ QCOMM_INLINE std::uint32_t codeword(const std::uint16_t* symbols, int n, bool pa
     return entries[symbols[2 * t] | second << kPairBits];
 }
 
-// Before a first word is written every lane is raised to 16 bits: those that are full can then give one.
+// Before a first word is written every lane is raised to 16 bits: those that are full can then give one. The zeros that
+// this adds come behind a lane's last codeword, so no decoder uses them. A block that writes no word stays as short as
+// its codewords.
 inline void start_if_full(EncodeLanes& lanes, const std::uint32_t* codewords, int live) {
     bool full = false;
     for (int j = 0; j < live; ++j) full |= lanes.count[j] + (codewords[j] >> 16) >= kEmitBits;
@@ -39,7 +51,8 @@ inline void start_if_full(EncodeLanes& lanes, const std::uint32_t* codewords, in
     for (int j = 0; j < kLanes; ++j) lanes.count[j] = lanes.count[j] < kWordBits ? kWordBits : lanes.count[j];
 }
 
-// Pushes one step's codewords, lane 31 first.
+// Pushes one step's codewords, lane 31 first: words are written downwards and read upwards. No word is written before
+// the lanes have started, since until then no lane is full.
 QCOMM_INLINE void push_step(EncodeLanes& lanes, const std::uint32_t* codewords, int live) {
     if (!lanes.started) start_if_full(lanes, codewords, live);
     bool missing = false;
@@ -67,7 +80,7 @@ inline void begin_lanes(EncodeLanes& lanes, std::uint16_t* words_end) {
     lanes.words = words_end;
 }
 
-// Row `step` of `bytes` bytes, to the first-level cache (kNear) or the second.
+// Prefetches row `step` of `bytes` bytes, to the first-level cache (kNear) or the second.
 template <bool kNear>
 QCOMM_INLINE void fetch_row(const void* from, std::int64_t bytes, int step) {
     constexpr int kLine = 64;
@@ -75,8 +88,8 @@ QCOMM_INLINE void fetch_row(const void* from, std::int64_t bytes, int step) {
     for (std::int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(at + i, 0, kNear ? 3 : 2);
 }
 
-// What the `symbols` symbols of step `step` of the next block are made of. With a residual there is more to read than
-// can be hidden, and the nearer cache was 5 % faster; without one it was slower.
+// Prefetches the source of the `symbols` symbols of step `step` of the next block. With a residual there is more to
+// read than can be hidden, and the nearer cache was 5 % faster; without one it was slower.
 QCOMM_INLINE void fetch(const Ahead& ahead, int step, int symbols) {
     if (ahead.residual != nullptr) {
         fetch_row<true>(ahead.first, std::int64_t{ahead.bytes} * symbols, step);
@@ -94,12 +107,14 @@ QCOMM_INLINE void encode_step(EncodeLanes& lanes, const std::uint16_t* symbols, 
     push_step(lanes, codewords, live);
 }
 
+// A start window is a lane's bits below a sentinel, a 1 that says where they end. Returns the number of words, or -1.
 inline int finish_lanes(const EncodeLanes& lanes, std::uint32_t* start, const std::uint16_t* words_end) {
     if (lanes.missing) return -1;
     for (int j = 0; j < kLanes; ++j) start[j] = lanes.bits[j] | 1u << lanes.count[j];
     return static_cast<int>(words_end - lanes.words);
 }
 
+// A decoder's alphabet is pairs; values are of single symbols.
 inline void split_pairs(const std::uint16_t* pairs, int count, std::uint16_t* symbols) {
     for (int i = 0; i < count; ++i) {
         symbols[2 * i] = pairs[i] & ((1u << kPairBits) - 1u);
@@ -115,6 +130,7 @@ struct DecodeLanes {
     std::int32_t least;         // the smallest count so far: negative when more bits were used than there were
 };
 
+// Takes the start windows; false if one has no sentinel, which no encoder writes.
 inline bool begin_lanes(DecodeLanes& lanes, const CodedBlock& block) {
     __builtin_memcpy(lanes.bits, block.start, sizeof(lanes.bits));
     for (int j = 0; j < kLanes; ++j) {
@@ -128,7 +144,11 @@ inline bool begin_lanes(DecodeLanes& lanes, const CodedBlock& block) {
     return true;
 }
 
-// kChecked: there may be fewer words left than lanes ask for.
+// Decodes one codeword in each of the lanes [0, live). kChecked: there may be fewer words left than lanes ask for.
+//
+// Nothing is refused here, for a branch would cost more than all the rest. Damaged input leaves its mark: a lane that
+// used more bits than it had makes `least` negative, and end_lanes() tells. A lookup stays inside the table, since it
+// is masked, and a word is only read where there is one.
 template <bool kChecked>
 QCOMM_INLINE void decode_step(DecodeLanes& lanes, const std::uint16_t* entries, std::uint32_t mask, int live,
                               std::uint16_t* symbols) {

@@ -2,6 +2,7 @@
 // that set; includes nothing and calls only always-inlined helpers, so that no function compiled for one processor can
 // be linked into code for another.
 
+// u in the arithmetic of the dtype, behind the untyped pointer that the table of kernels has.
 template <class Tr>
 inline typename Tr::Arithmetic* as_arithmetic(void* u) {
     return static_cast<typename Tr::Arithmetic*>(u);
@@ -24,6 +25,7 @@ QCOMM_INLINE decltype(auto) with_values(const Values& values, std::int64_t begin
     return f([=](int i) { return Tr::widen(data[i]) * inv_scale + static_cast<T>(residual[i]); });
 }
 
+// u in memory, for blocks whose values are not their own u.
 void load(const Values& values, std::int64_t begin, int n, void* u) {
     dispatch(values.dtype, [&](auto traits) {
         using Tr = decltype(traits);
@@ -34,11 +36,13 @@ void load(const Values& values, std::int64_t begin, int n, void* u) {
     });
 }
 
-// Whether squares of T, and sums of a block of them, neither overflow nor round in float64: they are finite where the
-// values are, and a fused addition changes nothing.
+// Tells whether squares of T, and sums of a block of them, neither overflow nor round in float64: they are finite where
+// the values are, and a fused addition changes nothing.
 template <class T>
 constexpr bool kHasWideSquares = sizeof(T) < sizeof(double);
 
+// Returns sum + x * x. The product of two float32 is exact in float64, so a fused addition rounds where the plain one
+// does; the product of two float64 is not, so there it may not be fused.
 template <class T>
 QCOMM_INLINE double add_square(double sum, T x) {
     const auto wide = static_cast<double>(x);
@@ -48,12 +52,14 @@ QCOMM_INLINE double add_square(double sum, T x) {
     return sum + wide * wide;
 }
 
+// Lane j has the values j, j + 32, ... of a block.
 template <class T>
 struct LaneStatistics {
     T low[kLanes], high[kLanes], poison[kLanes];  // poison: x * 0 is NaN for every non-finite x
     double squares[kLanes];
 };
 
+// Folds 32 lanes to one: lane j takes lane j + 16, then 8, 4, 2, 1. The order is the format's, and a warp's.
 template <class T>
 BlockStatistics fold(LaneStatistics<T>& lanes) {
     for (int d = kLanes / 2; d > 0; d /= 2) {
@@ -68,7 +74,8 @@ BlockStatistics fold(LaneStatistics<T>& lanes) {
     return {static_cast<double>(lanes.low[0]), static_cast<double>(lanes.high[0]), lanes.squares[0], finite};
 }
 
-// Lanes hold independent accumulators, so vectorising reorders no addition.
+// Lanes hold independent accumulators, so vectorising reorders no addition. Comparisons are written so that a NaN never
+// replaces an extreme. Where squares are wide a NaN or an infinity shows in their sum, and needs no sum of its own.
 template <class T, class Value>
 QCOMM_INLINE BlockStatistics measure_values(const Value& value, int n) {
     LaneStatistics<T> lanes;
@@ -87,6 +94,7 @@ QCOMM_INLINE BlockStatistics measure_values(const Value& value, int n) {
             lanes.squares[j] = add_square(lanes.squares[j], x);
         }
     };
+    // Whole rows have a constant width, for which compilers make vector code; the last row may be short.
     int i = 0;
     for (; i + kLanes <= n; i += kLanes) add_row(i, kLanes);
     add_row(i, n - i);
@@ -101,6 +109,8 @@ BlockStatistics measure(const Values& values, std::int64_t begin, int n) {
     });
 }
 
+// Two passes over symbols in the nearest cache: one that mostly ends after a group, and one that counts, where there
+// can be escapes. Each is a loop that compilers turn into a few vector instructions.
 SymbolScan scan(const std::uint16_t* symbols, int n, const Quantizer& quantizer) {
     // A block of equal symbols is rare: the first few tell.
     constexpr int kGroup = 128;
@@ -109,6 +119,7 @@ SymbolScan scan(const std::uint16_t* symbols, int n, const Quantizer& quantizer)
         const int end = begin + kGroup < n ? begin + kGroup : n;
         for (int i = begin; i < end; ++i) different |= static_cast<std::uint16_t>(symbols[i] ^ symbols[0]);
     }
+    // Range grids have no escapes to count.
     if (quantizer.grid != Grid::kSigma) return {0, different == 0};
     const auto escape = static_cast<std::uint16_t>(escape_of(quantizer));
     int escapes = 0;
@@ -116,6 +127,8 @@ SymbolScan scan(const std::uint16_t* symbols, int n, const Quantizer& quantizer)
     return {escapes, different == 0};
 }
 
+// The first loop has no condition in it, so it vectorises on every processor; the scan is a second loop over symbols
+// that are still in the nearest cache.
 SymbolScan quantize(const void* u, DType dtype, int n, const Quantizer& quantizer, std::uint16_t* symbols) {
     dispatch(dtype, [&](auto traits) {
         using Tr = decltype(traits);
@@ -127,8 +140,8 @@ SymbolScan quantize(const void* u, DType dtype, int n, const Quantizer& quantize
     return scan(symbols, n, quantizer);
 }
 
-// Symbols and residuals of values [begin, begin + n) of a run; calls keep(i, u) for each. Residuals may be written
-// where they were read: each value's own.
+// Computes symbols and residuals of values [begin, begin + n) of a run; calls keep(i, u) for each. Residuals may be
+// written where they were read: each value's own.
 template <class Tr, class Grid, class Value, class Keep>
 QCOMM_INLINE void quantize_row(const Grid& grid, const Value& value, int escape, int begin, int n,
                                std::uint16_t* symbols, float* residual, const Keep& keep) {
@@ -143,6 +156,7 @@ QCOMM_INLINE void quantize_row(const Grid& grid, const Value& value, int escape,
     }
 }
 
+// In one pass: values and residuals come from memory, and are far more bytes than symbols.
 SymbolScan quantize_residual(const Values& values, std::int64_t begin, int n, const Quantizer& quantizer, void* u,
                              std::uint16_t* symbols, float* residual) {
     dispatch(values.dtype, [&](auto traits) {
@@ -165,6 +179,7 @@ SymbolScan quantize_residual(const Values& values, std::int64_t begin, int n, co
 template <class Quantize>
 QCOMM_INLINE void count_behind(const Quantize& quantize_batch, int n, const std::uint16_t* symbols,
                                CodewordCounts* counts) {
+    // A batch is a few vector instructions; the lag is longer than a store takes to reach the cache.
     constexpr int kBatch = 32, kLag = 4 * kBatch;
     int done = 0, counted = 0;
     for (; done + kBatch <= n; done += kBatch) {
@@ -177,6 +192,8 @@ QCOMM_INLINE void count_behind(const Quantize& quantize_batch, int n, const std:
     counts->add(symbols + counted, n - counted);
 }
 
+// The branches on dtype, grid, scale and residual are taken once, outside: the innermost loop is straight code of which
+// a version is compiled for each combination.
 void quantize_counted(const Values& values, std::int64_t begin, int n, const Quantizer& quantizer,
                       std::uint16_t* symbols, CodewordCounts* counts, float* residual) {
     dispatch(values.dtype, [&](auto traits) {
@@ -202,6 +219,8 @@ void quantize_counted(const Values& values, std::int64_t begin, int n, const Qua
     });
 }
 
+// decode() of an escape symbol means nothing, but is a number: it is computed for all and chosen against, without a
+// branch.
 void update_residual(const void* u, DType dtype, const std::uint16_t* symbols, int n, const Quantizer& quantizer,
                      float* residual) {
     dispatch(dtype, [&](auto traits) {
@@ -217,6 +236,7 @@ void update_residual(const void* u, DType dtype, const std::uint16_t* symbols, i
     });
 }
 
+// An escape's value is 0 here, so that adding it changes nothing; the decoder puts its own in place afterwards.
 template <class Tr, bool kAccumulates, class Grid>
 QCOMM_INLINE void dequantize_row(const Grid& grid, int escape, const std::uint16_t* symbols, int n,
                                  typename Tr::Storage* values) {
@@ -243,6 +263,7 @@ private:
 };
 #endif
 
+// The destination may hold values to which these are added, in the arithmetic of the dtype and rounded once.
 void dequantize(const std::uint16_t* symbols, int n, const Quantizer& quantizer, DType dtype, void* out,
                 bool accumulate) {
     const int escape = escape_of(quantizer);
@@ -257,6 +278,7 @@ void dequantize(const std::uint16_t* symbols, int n, const Quantizer& quantizer,
             }
         };
 #ifndef __FMA__
+        // Pays where there are more values than symbols.
         if (is_range(quantizer.grid) && quantizer.num_bits <= TabledGrid::kMaxBits && n >> quantizer.num_bits > 1)
             return dequantize_with(TabledGrid(range_quantizer(quantizer), quantizer.num_bits));
 #endif
@@ -264,11 +286,14 @@ void dequantize(const std::uint16_t* symbols, int n, const Quantizer& quantizer,
     });
 }
 
+// For versions whose lanes only decode symbols: the values follow while these are in the nearest cache.
 inline void dequantize_block(const CodedBlock& block, const LaneDecoding& how) {
     if (block.whole && block.values != nullptr)
         dequantize(block.symbols, block.count, how.quantizer, how.dtype, block.values, how.accumulate);
 }
 
+// One row of the checksum: lane j takes word j. Each step can be undone, as the multiplier is odd, so two words that
+// differ leave lanes that differ; and lanes are independent, so the row is one vector operation.
 QCOMM_INLINE void absorb(std::uint32_t* h, const std::uint32_t* words, int count) {
     for (int j = 0; j < count; ++j) {
         h[j] = (h[j] ^ words[j]) * 0x85EBCA6Bu;
@@ -276,6 +301,8 @@ QCOMM_INLINE void absorb(std::uint32_t* h, const std::uint32_t* words, int count
     }
 }
 
+// Rows of 32 words, then lanes fold in the order of a warp: 16, 8, 4, 2, 1. The rotation tells the upper half from the
+// lower.
 std::uint32_t checksum(const std::uint8_t* data, std::int64_t bytes) {
     std::uint32_t h[kLanes];
     for (int j = 0; j < kLanes; ++j) h[j] = 0x9E3779B9u * static_cast<std::uint32_t>(j + 1);
@@ -286,6 +313,7 @@ std::uint32_t checksum(const std::uint8_t* data, std::int64_t bytes) {
         __builtin_memcpy(row, data + at, sizeof(row));
         absorb(h, row, kLanes);
     }
+    // The last row may be short: words that are not there are not absorbed, bytes that are not there are 0.
     if (at < bytes) {
         __builtin_memset(row, 0, sizeof(row));
         __builtin_memcpy(row, data + at, static_cast<std::size_t>(bytes - at));

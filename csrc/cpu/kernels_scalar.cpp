@@ -1,4 +1,5 @@
-// The portable version, and the definition of all others.
+// The portable version, and the definition of all others: tests compare every version with this one, bit for bit.
+// Nothing here is written for a processor, so it is also what processors without a version of their own run.
 #include <cstddef>
 
 #include "kernels.h"
@@ -17,6 +18,7 @@ int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const EncodeTa
     EncodeLanes lanes;
     begin_lanes(lanes, words_end);
     const int count = pairs ? (n + 1) / 2 : n;
+    // Backwards; the last step of a block may have fewer codewords than lanes.
     for (int step = (count - 1) / kLanes; step >= 0; --step) {
         const int live = count - step * kLanes < kLanes ? count - step * kLanes : kLanes;
         encode_step(lanes, symbols, n, pairs, entries, step, live);
@@ -29,6 +31,7 @@ void decode_lanes(CodedBlock* blocks, int count, const LaneDecoding& how) {
         DecodeLanes lanes;
         block->whole = begin_lanes(lanes, *block);
         if (!block->whole) continue;
+        // All of it is "the rest" here: there are no vector steps before.
         decode_rest(lanes, *block, how.pairs, *how.table, 0);
         block->whole = end_lanes(lanes);
         dequantize_block(*block, how);

@@ -1,4 +1,6 @@
-// Packets, reading the values.
+// Packets, reading the values. A SegmentDecoder reads a segment and hands its contents to a sink, of which there are
+// two: values are stored or added, symbols are counted. Segments follow each other in the payload, so they are read in
+// order; each one's blocks are shared by threads.
 #include <cstring>
 
 #include "packet_parts.h"
@@ -9,7 +11,7 @@
 namespace qcomm {
 namespace {
 
-// A segment's values, stored or added to what is there.
+// Stores a segment's values, or adds them to those in memory: in the arithmetic of the dtype, with one rounding.
 template <class Tr, bool kAdds>
 class ValueSink {
 public:
@@ -19,7 +21,7 @@ public:
     explicit ValueSink(Storage* out) : out_(out) {}
 
     void* values(std::int64_t begin) const { return out_ + begin; }
-    void symbols(const std::uint16_t*, int) const {}  // never: there is a place for values
+    void symbols(const std::uint16_t*, int) const {}  // never called, since there is a place for values
     void raw(std::int64_t begin, const std::uint8_t* bytes, std::int64_t n) const {
         for (std::int64_t i = 0; i < n; ++i) escape(begin + i, bytes + i * static_cast<std::int64_t>(sizeof(Storage)));
     }
@@ -36,7 +38,7 @@ private:
     Storage* out_;
 };
 
-// How often each symbol occurs.
+// Counts how often each symbol occurs. It is used by one thread only.
 class CountSink {
 public:
     static constexpr bool kAccumulates = false;
@@ -47,6 +49,7 @@ public:
     void symbols(const std::uint16_t* symbols, int n) const {
         for (int i = 0; i < n; ++i) ++counts_[symbols[i]];
     }
+    // Values without a symbol do not count.
     void raw(std::int64_t, const std::uint8_t*, std::int64_t) const {}
     void escape(std::int64_t, const std::uint8_t*) const {}
 
@@ -54,6 +57,7 @@ private:
     std::uint64_t* counts_;
 };
 
+// `out` moves on with the segments: their values lie one behind the other.
 template <class Tr, bool kAdds>
 Status decode_segments(const PacketView& view, typename Tr::Storage* out, int threads) {
     SegmentPlace place;
@@ -77,6 +81,7 @@ Status decode_segments(const PacketView& view, typename Tr::Storage* out, int th
 
 }  // namespace
 
+// One dispatch for the whole packet: below it dtype and sink are known at compile time.
 Status decode_packet(const PacketView& view, void* out, bool accumulate, int threads) {
     if (accumulate && item_bytes(view.header.dtype) < 4)
         return bad_argument("accumulate needs a float32 or float64 packet");
@@ -89,6 +94,7 @@ Status decode_packet(const PacketView& view, void* out, bool accumulate, int thr
 }
 
 Status count_symbols(const PacketView& view, std::size_t index, std::uint64_t* counts) {
+    // The segments before this one are passed over by their metadata alone.
     SegmentPlace place;
     for (std::size_t i = 0; i < index; ++i) {
         const SegmentRecord& r = view.records[i];

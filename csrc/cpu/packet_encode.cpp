@@ -13,6 +13,7 @@ namespace {
 
 constexpr std::uint64_t kMaxPayloadBytes = std::uint64_t{4} << 32;  // block ends count 4-byte units in 32 bits
 
+// Returns the most payload that a segment can come to.
 std::int64_t max_payload_bytes(std::int64_t count, const Quantizer& q, DType dtype, int steps) {
     const SegmentRecord record = make_record(count, q);
     switch (q.coding) {
@@ -27,24 +28,27 @@ std::int64_t max_payload_bytes(std::int64_t count, const Quantizer& q, DType dty
     }
 }
 
+// Returns the most bytes of a packet's metadata, if its lists of code lengths have `lengths_bytes`.
 std::int64_t metadata_bytes(const std::vector<SegmentInput>& segments, const EncodeOptions& options,
                             std::int64_t lengths_bytes) {
     std::int64_t total = sizeof(PacketHeader) + 8 * static_cast<std::int64_t>(options.dims.size()) + lengths_bytes;
     for (const SegmentInput& segment : segments) {
         const SegmentRecord record = make_record(segment.values.count, segment.quantizer);
-        // What a segment falls back to has no more: raw and fixed have one checksum, and each block of values has one.
+        // A segment that falls back to raw or fixed has no more: it has one checksum, as many as one block.
         total += static_cast<std::int64_t>(sizeof(SegmentRecord)) + 4 * blocks_in(record, options.steps) +
                  4 * checksums_in(record, options.steps);
     }
     return total;
 }
 
+// Returns the most bytes that all lists of code lengths can have.
 std::int64_t sum_max_lengths(const std::vector<SegmentInput>& segments) {
     std::int64_t total = 0;
     for (const SegmentInput& segment : segments) total += max_lengths_bytes(segment.quantizer);
     return total;
 }
 
+// Finds everything that could go wrong with a segment, so that encoding it cannot fail.
 Status check_segment(const SegmentInput& segment, DType dtype, std::int64_t index) {
     if (segment.values.dtype != dtype) return bad_argument("a segment's dtype differs from the packet's", index);
     if (segment.values.is_adjusted() && item_bytes(dtype) < 4) {
@@ -55,6 +59,7 @@ Status check_segment(const SegmentInput& segment, DType dtype, std::int64_t inde
     return fault == QuantizerFault::kNone ? Status{} : bad_argument(refusal_of(fault), index);
 }
 
+// Writes all in front of the payload, and last the checksum over it, with the checksum's own field still 0.
 void write_metadata(const SegmentEncoder& encoder, const EncodeOptions& options, std::int64_t payload_at,
                     std::int64_t total, std::uint8_t* out) {
     std::uint64_t elements = 0;
@@ -71,6 +76,7 @@ void write_metadata(const SegmentEncoder& encoder, const EncodeOptions& options,
     header.steps = static_cast<std::uint16_t>(options.steps);
     header.lengths_words = static_cast<std::uint32_t>(encoder.lengths.size() / 4);
 
+    // The parts in the format's order; nothing is aligned beyond 4 bytes, so all are copied.
     std::uint8_t* at = out;
     const auto put = [&](const void* data, std::size_t bytes) {
         if (bytes > 0) std::memcpy(at, data, bytes);
@@ -102,6 +108,7 @@ Status encode_packet(const std::vector<SegmentInput>& segments, const EncodeOpti
     if (options.steps < 1 || options.steps > kMaxSteps) return bad_argument("steps must be 1..512", options.steps);
     if (options.dims.size() > kMaxDims)
         return bad_argument("a tensor has at most 64 dimensions", static_cast<std::int64_t>(options.dims.size()));
+    // All segments are checked before the first is encoded, since encoding updates residuals.
     for (std::size_t i = 0; i < segments.size(); ++i) {
         QCOMM_RETURN_IF_ERROR(check_segment(segments[i], options.dtype, static_cast<std::int64_t>(i)));
     }
@@ -110,6 +117,11 @@ Status encode_packet(const std::vector<SegmentInput>& segments, const EncodeOpti
         return bad_argument("a packet holds at most 16 GiB; split the tensor", bound);
     if (capacity < bound) return no_space("the destination is smaller than encode_bound", bound);
 
+    // The payload is written where it would begin with the largest possible metadata, whose true size is known only at
+    // the end. Moving it down once is cheaper than a second buffer, and mostly there is nothing to move.
+    //
+    //   | largest metadata possible ............ | payload ......... |
+    //   | metadata ............... | payload ......... |
     const std::int64_t provisional = metadata_bytes(segments, options, sum_max_lengths(segments));
     SegmentEncoder encoder(options, out + provisional);
     for (const SegmentInput& segment : segments) {

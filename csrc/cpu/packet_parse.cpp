@@ -1,5 +1,14 @@
 // Packets, reading the metadata. The bytes are hostile: every size is checked before it is used, and in an order in
-// which no sum can overflow.
+// which no sum can overflow. The order is
+//
+//   1. the header, whose total_bytes must be the bytes present
+//   2. dimensions, records and lists, of sizes that the header says, taken from those bytes
+//   3. each record, and so the number of blocks and of checksums
+//   4. the tables of both, whose sizes follow; the rest is the payload
+//   5. the checksum over 1 to 4, which fails for most damage, and only then
+//   6. code lengths and block ends, whose contents are walked through
+//
+// After that a decoder may rely on offsets; the payload's own contents it still may not trust.
 #include <cstddef>
 #include <cstring>
 
@@ -10,9 +19,10 @@
 namespace qcomm {
 namespace {
 
-// Far above any tensor, and safe to multiply by an item's bits.
+// Far above any tensor, and safe to multiply by an item's bits: 2^42 * 64 fits 63 bits.
 constexpr std::uint64_t kMaxElements = std::uint64_t{1} << 42;
 
+// Checks the fields that can be judged by themselves, and the size. A field that a later version may use must be 0 now.
 Status check_header(const PacketHeader& h, std::int64_t bytes) {
     if (h.magic != kMagic) return bad_packet("these bytes are not a qcomm packet: wrong magic number");
     if (h.version != kVersion)
@@ -31,8 +41,10 @@ Status check_header(const PacketHeader& h, std::int64_t bytes) {
     return {};
 }
 
+// Checks that the dimensions multiply to the element count. Each factor is compared with the quotient before it is
+// multiplied, so the product never overflows.
 Status check_dims(const std::vector<std::int64_t>& dims, std::uint64_t elements) {
-    // Of the dimensions that are not 0: torch computes strides from them also for an empty tensor.
+    // The product of the dimensions that are not 0: torch computes strides from them also for an empty tensor.
     std::uint64_t product = 1;
     bool empty = false;
     for (const std::int64_t d : dims) {
@@ -49,7 +61,8 @@ Status check_dims(const std::vector<std::int64_t>& dims, std::uint64_t elements)
                                              : bad_packet("the dimensions do not agree with the element count");
 }
 
-// Of a fault that is not readable.
+// Returns the text for a record with a fault that is not readable. It differs from refusal_of(), which advises a
+// caller.
 const char* damage_of(QuantizerFault fault) {
     switch (fault) {
         case QuantizerFault::kNumBits:
@@ -72,6 +85,7 @@ const char* damage_of(QuantizerFault fault) {
     return "";
 }
 
+// Checks a record by itself. Raw and constant segments use neither grid nor table: those fields may hold anything.
 Status check_record(const SegmentRecord& r, DType dtype, std::int64_t index) {
     if (r.count > kMaxElements) return bad_packet("a segment's count is out of range; segment", index);
     if (static_cast<unsigned>(r.grid) > 3 || static_cast<unsigned>(r.coding) > 4 || r.reserved != 0)
@@ -80,6 +94,7 @@ Status check_record(const SegmentRecord& r, DType dtype, std::int64_t index) {
     return is_readable(fault) ? Status{} : bad_packet(damage_of(fault), index);
 }
 
+// Tells whether the packet has the code lengths of a segment.
 bool has_lengths(const SegmentRecord& r) { return is_block_coded(r.coding) && r.table == kTableOnWire; }
 
 // Checks that the code lengths of all segments are codes and fill their area exactly.
@@ -99,7 +114,8 @@ Status check_lengths(PacketView* view, std::int64_t bytes) {
     return at == bytes ? Status{} : bad_packet("the code lengths do not fill their area");
 }
 
-// Checks that segments and blocks divide the payload without gaps.
+// Checks that segments and blocks divide the payload without gaps: each block end lies behind the one before and inside
+// the payload, so a block has at least its info word, and the last segment ends where the payload does.
 Status check_layout(const PacketView& view) {
     std::int64_t at = 0, block = 0;
     for (const SegmentRecord& r : view.records) {
@@ -181,6 +197,7 @@ Status parse_packet(const std::uint8_t* packet, std::int64_t bytes, PacketView* 
     view->payload_bytes = cursor.left();
     view->payload = cursor.take(static_cast<std::uint64_t>(cursor.left()));
 
+    // The checksum is computed of a copy, in which its own field can be 0.
     std::vector<std::uint8_t> metadata(packet, view->payload);
     std::memset(metadata.data() + offsetof(PacketHeader, header_checksum), 0, sizeof(std::uint32_t));
     if (checksum(metadata.data(), static_cast<std::int64_t>(metadata.size())) != h.header_checksum) {

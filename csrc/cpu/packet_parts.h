@@ -1,4 +1,4 @@
-// What reading a packet's metadata and reading its blocks have in common.
+// Helpers that reading a packet's metadata and reading its blocks share.
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,16 @@
 
 namespace qcomm {
 
+// Packets may begin at any address, so words are copied and never pointed at.
 inline std::uint32_t load_u32(const std::uint8_t* at) {
     std::uint32_t word;
     std::memcpy(&word, at, sizeof(word));
     return word;
 }
 
-// Takes `bytes` from what is left of a packet; null when there are not so many.
+// A place in bytes that are not trusted, and the number of bytes left. take() returns where the next `bytes` begin and
+// moves on, or returns null and stays where fewer are left. A reader that takes each part this way never leaves the
+// packet.
 class Cursor {
 public:
     Cursor(const std::uint8_t* begin, std::int64_t bytes) : at_(begin), left_(bytes) {}
@@ -33,7 +36,7 @@ private:
     std::int64_t left_;
 };
 
-// Bytes of a segment that is not block-coded.
+// Returns the payload bytes of a segment that is not block-coded.
 inline std::int64_t plain_bytes(const SegmentRecord& r, DType dtype) {
     const auto count = static_cast<std::int64_t>(r.count);
     if (r.coding == Coding::kRaw) return align4(count * item_bytes(dtype));

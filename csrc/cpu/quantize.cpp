@@ -11,15 +11,18 @@ bool is_usable(const Quantizer& quantizer, DType dtype) {
     });
 }
 
+// Looked up only where the table is a static one, since the first look-up expands all of them.
 StaticAlphabet static_alphabet(const Quantizer& quantizer) {
     const StaticCode* code = has_static_table(quantizer) ? find_static_code(quantizer.table) : nullptr;
     return code != nullptr ? StaticAlphabet{code->coding, code->num_bits} : StaticAlphabet{};
 }
 
+// The template holds the rule; this finds its two arguments, the dtype and the static table.
 QuantizerFault check(const Quantizer& quantizer, DType dtype) {
     return dispatch(dtype, [&](auto traits) { return check<decltype(traits)>(quantizer, static_alphabet(quantizer)); });
 }
 
+// A table that does not exist and one that does not fit get the same text: the remedy is the same.
 const char* refusal_of(QuantizerFault fault) {
     switch (fault) {
         case QuantizerFault::kNone:

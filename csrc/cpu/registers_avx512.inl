@@ -15,6 +15,7 @@ QCOMM_INLINE __m512i gather(__m512i index, const void* table, const int scale) {
 
 // Below, a lane's 32 bits are two words in registers of their own, so that all 32 lanes advance with one instruction.
 
+// Every other word of two registers: `first` is 0 for the low words of 32-bit lanes, 1 for the high ones.
 struct WordIndices {
     std::uint16_t of[kLanes];
     constexpr explicit WordIndices(int first) : of() {
@@ -23,6 +24,7 @@ struct WordIndices {
 };
 alignas(64) constexpr WordIndices kLowWords(0), kHighWords(1);
 
+// a and b hold 16 lanes of 32 bits each; the results 32 lanes of 16. lower_half() and upper_half() widen words again.
 QCOMM_INLINE __m512i low_words(__m512i a, __m512i b) {
     return _mm512_permutex2var_epi16(a, _mm512_load_si512(kLowWords.of), b);
 }
@@ -32,7 +34,7 @@ QCOMM_INLINE __m512i high_words(__m512i a, __m512i b) {
 QCOMM_INLINE __m512i lower_half(__m512i words) { return _mm512_cvtepu16_epi32(_mm512_castsi512_si256(words)); }
 QCOMM_INLINE __m512i upper_half(__m512i words) { return _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(words, 1)); }
 
-// 64 * kParts words, looked up without touching memory, which is what a gather spends its time on.
+// 64 * kParts words, looked up without touching memory, on which a gather spends its time.
 template <int kParts>
 struct RegisterTable {
     static constexpr int kSize = 64 * kParts;
@@ -41,6 +43,7 @@ struct RegisterTable {
     QCOMM_INLINE explicit RegisterTable(const std::uint16_t* table) {
         for (int i = 0; i < 2 * kParts; ++i) words[i] = _mm512_loadu_si512(table + i * kLanes);
     }
+    // 64 words of the table: one instruction picks from two registers.
     QCOMM_INLINE __m512i part(int i, __m512i index) const {
         return _mm512_permutex2var_epi16(words[2 * i], index, words[2 * i + 1]);
     }
@@ -54,7 +57,8 @@ struct RegisterTable {
 };
 constexpr int kSmall = 1, kLarge = 4;  // kParts of tables of 64 and of 256 words
 
-// 128 * kParts words below 256. Fewer registers and instructions than a table of words takes.
+// 128 * kParts words below 256, kept as bytes: fewer registers and instructions than a table of words takes. The
+// index's lowest byte picks a byte, and a mask clears the other half of each word.
 template <int kParts>
 struct ByteTable {
     static constexpr int kSize = 128 * kParts;
@@ -63,7 +67,7 @@ struct ByteTable {
     QCOMM_INLINE explicit ByteTable(const std::uint16_t* table) {
         for (int i = 0; i < 2 * kParts; ++i) bytes[i] = low_bytes(table + 64 * i);
     }
-    // Of 64 words.
+    // The low bytes of 64 words.
     static QCOMM_INLINE __m512i low_bytes(const std::uint16_t* words) {
         const __m256i first = _mm512_cvtepi16_epi8(_mm512_loadu_si512(words)),
                       second = _mm512_cvtepi16_epi8(_mm512_loadu_si512(words + kLanes));

@@ -17,7 +17,7 @@
 
 namespace qcomm {
 
-// One block after its parts have been told apart and checked to lie inside it.
+// One block after its parts have been told apart and checked to lie inside it. They point into the packet, unaligned.
 struct BlockParts {
     BlockInfo info{};
     const std::uint8_t* start = nullptr;
@@ -27,6 +27,8 @@ struct BlockParts {
     std::int64_t body_bytes = 0;
 };
 
+// Splits a block of n values. It reads only [block, block + bytes), where bytes >= 4. Contents are checked where they
+// are decoded; here sizes are, so that decoding need not. Bytes behind the contents are padding and not looked at.
 inline Status split_block(const std::uint8_t* block, std::int64_t bytes, int n, const SegmentRecord& r,
                           std::int64_t item, std::int64_t index, BlockParts* parts) {
     Cursor cursor(block, bytes);
@@ -51,7 +53,7 @@ inline Status split_block(const std::uint8_t* block, std::int64_t bytes, int n, 
     return {};
 }
 
-// Where a segment's block table, checksums and payload go on.
+// Where a segment's block ends, checksums and payload begin among the packet's.
 struct SegmentPlace {
     std::int64_t block = 0, checksum = 0;  // numbers
     std::int64_t at = 0;                   // payload offset
@@ -72,6 +74,8 @@ public:
     SegmentDecoder(const PacketView& view, std::size_t index, int threads, const Sink& sink)
         : view_(view), record_(view.records[index]), threads_(threads), sink_(sink) {
         if (!is_block_coded(record_.coding)) return;
+        // The list was checked when the packet was parsed, and its code is needed only now: a packet of many segments
+        // would otherwise hold many tables at once.
         if (record_.table == kTableOnWire) {
             const int size = alphabet_size(record_.coding, record_.num_bits);
             std::vector<std::uint8_t> lengths(static_cast<std::size_t>(size));
@@ -86,7 +90,7 @@ public:
         }
     }
 
-    // From `place`, which moves on behind the segment.
+    // Decodes from `place`, which moves on behind the segment.
     Status run(SegmentPlace* place) {
         QCOMM_RETURN_IF_ERROR(status_);
         if (record_.coding == Coding::kConstant) return {};
@@ -95,7 +99,8 @@ public:
 
 private:
     static constexpr std::int64_t kItem = sizeof(typename Tr::Storage);
-    static constexpr int kBatch = 2;  // blocks decoded together
+    // Blocks decoded together: two hide each other's lookups where lanes are in registers (decode_lanes_avx512.inl).
+    static constexpr int kBatch = 2;
 
     struct Block {
         BlockParts parts;
@@ -105,6 +110,7 @@ private:
         std::unique_ptr<std::uint16_t[]> symbols{new std::uint16_t[kMaxBlockValues + 1]};
     };
 
+    // The memory of one thread.
     struct Workspace {
         Block blocks[kBatch];
     };
@@ -113,11 +119,13 @@ private:
     std::int64_t block_end(std::int64_t block) const {
         return 4 * static_cast<std::int64_t>(load_u32(view_.block_ends + 4 * block));
     }
+    // Compares with a checksum of the packet; nothing is computed where it has none.
     template <class Compute>
     bool matches(std::int64_t index, Compute compute) const {
         return view_.checksums == nullptr || load_u32(view_.checksums + 4 * index) == compute();
     }
 
+    // A raw or fixed segment: its checksum is verified before the first value is written.
     Status run_plain(SegmentPlace* place) {
         const std::int64_t bytes = plain_bytes(record_, view_.header.dtype);
         const std::uint8_t* data = view_.payload + place->at;
@@ -134,6 +142,7 @@ private:
         return {};
     }
 
+    // A fixed segment, in runs of symbols that begin at whole bytes.
     void unpack_all(const std::uint8_t* data) {
         constexpr std::int64_t kRun = 4096;  // a multiple of 8 values begins at a whole byte
         const std::int64_t runs = ceil_div(count(), kRun);
@@ -148,6 +157,7 @@ private:
         });
     }
 
+    // Blocks are independent of each other, so each thread takes a run of them, with a status of its own.
     Status run_coded(SegmentPlace* place) {
         const std::int64_t per_block = values_per_block(record_.coding, view_.header.steps);
         const std::int64_t blocks = blocks_in(record_, view_.header.steps);
@@ -166,7 +176,8 @@ private:
         return {};
     }
 
-    // Decodes blocks [first, last) of the segment.
+    // Decodes blocks [first, last) in pairs. Checksums are compared first, so damage is mostly found before a value is
+    // written; the checks behind them are for bytes that were made to deceive.
     Status run_blocks(Workspace& workspace, const SegmentPlace& place, std::int64_t first, std::int64_t last) {
         const std::int64_t per_block = values_per_block(record_.coding, view_.header.steps);
         std::int64_t at = first == 0 ? place.at : block_end(place.block + first - 1);
@@ -214,6 +225,7 @@ private:
         return {};
     }
 
+    // Symbols that are not coded go to the sink, as values if it wants values.
     void put_symbols(std::int64_t begin, const std::uint16_t* symbols, int n) const {
         if (void* const values = sink_.values(begin)) {
             kernels().dequantize(symbols, n, quantizer_of(record_), view_.header.dtype, values, Sink::kAccumulates);
@@ -222,6 +234,8 @@ private:
         }
     }
 
+    // Hands a block's contents to the sink, then its escapes, in whose places it got 0. Symbols of a sigma grid beyond
+    // the alphabet cannot come from a code or from N bits, but a constant's 16 bits may hold anything.
     Status emit(Block& b) const {
         const BlockInfo& info = b.parts.info;
         const int alphabet = 1 << record_.num_bits;

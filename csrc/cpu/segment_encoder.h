@@ -1,4 +1,12 @@
-// Writes the segments of a packet one after another: their payload, and what the metadata says of it.
+// Writes the segments of a packet one after another: their payload, and their part of the metadata. A segment may turn
+// out larger than expected, so it is tried in this order, and a try that does not pay is taken back before the next:
+//
+//   range, single    blocks with a table of the segment's own; fixed, if that is no larger
+//   sigma            blocks with a static table, or with its own if that is forecast to pay
+//   either           raw, if that is no larger
+//
+// The last step is left out for a segment with a residual: blocks have updated it, so they must stand. Their loss is in
+// it, and a block that does not fit its grid is raw by itself.
 #pragma once
 
 #include <algorithm>
@@ -20,20 +28,26 @@
 
 namespace qcomm {
 
+// The record of `count` values with a quantizer; its reserved field is 0.
 inline SegmentRecord make_record(std::int64_t count, const Quantizer& q) {
     return {static_cast<std::uint64_t>(count), q.grid, q.num_bits, q.coding, q.table, 0, q.p0, q.p1};
 }
 
+// Returns the most bytes of a segment's list of code lengths; 0 if it can have none.
 inline std::int64_t max_lengths_bytes(const Quantizer& q) {
     // The dearest list alternates used and unused symbols: three nibbles for two.
     return is_block_coded(q.coding) && q.table == kTableOnWire ? align4(alphabet_size(q.coding, q.num_bits)) : 0;
 }
 
+// Encodes to `payload`, which must have room for encode_bound(). Preconditions of encode(): check_segment() of
+// packet_encode.cpp. Records, lists, block ends and checksums are kept as vectors, since only their sizes are known
+// before.
 class SegmentEncoder {
 public:
     SegmentEncoder(const EncodeOptions& options, std::uint8_t* payload)
         : options_(options), kernels_(kernels()), payload_(payload) {}
 
+    // Appends a segment. The record says how it finally is, which may differ from the request.
     template <class Tr>
     void encode(Tr, const SegmentInput& in) {
         const Mark start = mark();
@@ -68,6 +82,7 @@ public:
     const std::uint8_t* payload() const { return payload_; }
 
 private:
+    // The state to which a try that did not pay goes back. Residuals are not part of it.
     struct Mark {
         std::size_t lengths, block_ends, checksums;
         std::int64_t payload;
@@ -79,6 +94,7 @@ private:
         checksums.resize(m.checksums);
         payload_bytes = m.payload;
     }
+    // Without checksums in the packet they cost nothing, which may decide for another coding.
     std::int64_t checksum_bytes(std::int64_t n) const { return options_.checksums ? 4 * n : 0; }
     std::int64_t cost_since(const Mark& m) const {
         return static_cast<std::int64_t>(lengths.size() - m.lengths) +
@@ -87,19 +103,22 @@ private:
     }
     std::uint8_t* cursor() const { return payload_ + payload_bytes; }
 
-    // Pads what was written at the cursor to 4 bytes, and moves the cursor behind it.
+    // Pads the bytes written at the cursor to 4, and moves the cursor behind them. Returns their number.
     std::int64_t advance(std::int64_t bytes) {
         const std::int64_t padded = align4(bytes);
         std::memset(cursor() + bytes, 0, static_cast<std::size_t>(padded - bytes));
         payload_bytes += padded;
         return padded;
     }
+    // Ends a raw or fixed segment of `bytes` bytes at the cursor.
     void finish_pieces(std::int64_t bytes) {
         const std::uint8_t* begin = cursor();
         checksums.push_back(options_.checksums ? checksum_pieces(begin, align4(bytes), options_.threads) : 0u);
         advance(bytes);
     }
 
+    // Without a residual and a scale values are copied, so that the bits of a NaN survive; otherwise u is stored, and
+    // since nothing of it is lost the new residual is 0.
     template <class Tr>
     void write_raw(const SegmentInput& in) {
         const Reader<Tr> reader(in.values);
@@ -118,6 +137,7 @@ private:
         finish_pieces(bytes);
     }
 
+    // A constant has no payload, and loses u - value. One that is not finite leaves the residual as it was.
     template <class Tr>
     void write_constant(const SegmentInput& in, double value) {
         if (in.residual_out == nullptr || !std::isfinite(value)) return;
@@ -128,6 +148,7 @@ private:
         });
     }
 
+    // Packs known symbols. Threads pack runs of kRun symbols, which begin and end at whole bytes.
     void write_fixed(const std::uint16_t* symbols, std::int64_t count, int num_bits) {
         const std::int64_t bytes = packed_bytes(count, num_bits);
         std::uint8_t* const out = cursor();
@@ -174,12 +195,13 @@ private:
         const Mark start = mark();
         const int size = alphabet_size(q.coding, q.num_bits);
         std::vector<CodewordCounts> counted(static_cast<std::size_t>(run_parts(in.values.count)), CodewordCounts(q));
-        // A range segment may yet fall back to fixed width, with the same symbols: what they lose is known now.
+        // A range segment may yet fall back to fixed width, with the same symbols, so its residual is known now.
         float* const residual = is_range(q.grid) ? in.residual_out : nullptr;
         for_each_run(in.values.count, [&](int part, std::int64_t begin, int n) {
             kernels_.quantize_counted(in.values, begin, n, q, symbols + begin, &counted[static_cast<std::size_t>(part)],
                                       residual != nullptr ? residual + begin : nullptr);
         });
+        // Counts are added up and the code is made by one thread: an alphabet is small beside a segment.
         std::vector<std::uint64_t> counts(static_cast<std::size_t>(size));
         for (CodewordCounts& part : counted) part.add_to(&counts);
         std::vector<std::uint8_t> own(static_cast<std::size_t>(size));
@@ -207,6 +229,7 @@ private:
         return q;
     }
 
+    // Forecasts a sigma segment's size with its own table from the lengths of its codewords.
     bool table_pays(const std::vector<std::uint64_t>& counts, const std::vector<std::uint8_t>& own,
                     std::size_t list_bytes, std::int64_t count, const Quantizer& q) const {
         std::uint64_t bits = 0;
@@ -223,10 +246,11 @@ private:
                 f(part, begin, static_cast<int>(std::min<std::int64_t>(kRun, count - begin)));
         });
     }
+    // How many threads the runs of `count` values are worth.
     int run_parts(std::int64_t count) { return parts_of(ceil_div(count, kRun), kRun); }
 
-    // Writes the blocks of a segment, in parts whose first bytes are as far apart as they can come to need, and then
-    // moves the parts together. `known`: see BlockWriter.
+    // Writes the blocks of a segment, each part by a thread, in parts whose first bytes are as far apart as they can
+    // come to need, and then moves the parts together. `known`: see BlockWriter.
     void write_blocks(const SegmentInput& in, const Quantizer& q, const EncodeTable* table,
                       const std::uint16_t* known) {
         const std::int64_t per_block = values_per_block(q.coding, options_.steps);
@@ -239,6 +263,7 @@ private:
         parallel_for(blocks, parts, [&](int part, std::int64_t first, std::int64_t last) {
             writer(part).write(in, q, table, known, first, last, cursor() + room_before(first));
         });
+        // The first part is in its place already; those behind it move down, in order, so none overwrites another.
         std::uint8_t* const base = cursor();
         for (int part = 0; part < parts; ++part) {
             const BlockWriter& written = writer(part);
@@ -252,7 +277,7 @@ private:
         }
     }
 
-    // How many threads `count` units of `values` values each are worth; there is a writer for each.
+    // Returns how many threads `count` units of `values` values each are worth; there is a writer for each.
     int parts_of(std::int64_t count, std::int64_t values) {
         const int parts = part_count(count, ceil_div(kValuesPerThread, values), options_.threads);
         while (static_cast<int>(writers_.size()) < parts) writers_.push_back(std::make_unique<BlockWriter>(options_));

@@ -1,3 +1,5 @@
+// Blocks of 4096 values are measured by the kernels, in the format's order; here they are dealt to threads, and their
+// sums are added in a fixed tree. Extremes and flags have no order.
 #include "qcomm/statistics.h"
 
 #include <algorithm>
@@ -14,6 +16,8 @@ namespace {
 constexpr int kSumBlock = 4096;
 constexpr std::int64_t kBlocksPerThread = 4 * kValuesPerThread / kSumBlock;  // a scan is that much cheaper than coding
 
+// Neighbours become one sum, level by level, and an odd last one is carried over. The tree depends on the number of
+// sums alone, which no other order of additions would: threads and GPUs must add alike.
 double pairwise_sum(std::vector<double>& sums) {
     for (std::size_t n = sums.size(); n > 1; n = (n + 1) / 2) {
         for (std::size_t i = 0; i < n / 2; ++i) sums[i] = sums[2 * i] + sums[2 * i + 1];
@@ -24,6 +28,7 @@ double pairwise_sum(std::vector<double>& sums) {
 
 }  // namespace
 
+// Infinities stand for "none yet"; an empty tensor never meets them, as it returns before.
 Statistics measure(const Values& values, int threads) {
     if (values.count == 0) return {};
     const Kernels& k = kernels();
@@ -31,6 +36,7 @@ Statistics measure(const Values& values, int threads) {
     std::vector<double> sums(static_cast<std::size_t>(blocks));
     const int parts = part_count(blocks, kBlocksPerThread, threads);
     const double infinity = std::numeric_limits<double>::infinity();
+    // Each thread's extremes, and one sum for each block: blocks are dealt to threads, but sums are not.
     std::vector<Statistics> found(static_cast<std::size_t>(parts), Statistics{infinity, -infinity, 0.0, true});
     parallel_for(blocks, parts, [&](int part, std::int64_t first, std::int64_t last) {
         Statistics own = found[static_cast<std::size_t>(part)];

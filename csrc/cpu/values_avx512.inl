@@ -1,6 +1,7 @@
-// Symbols to float32 values in registers, and where they go. Included like kernels_loops.inl.
+// Symbols to float32 values in registers, and where they go. Included like kernels_loops.inl. Each class computes
+// exactly the operations of its grid's decode(), in their order, since every version must give the same bits.
 
-// Values of 16 symbols, as SigmaQuantizer<float>::decode() computes them.
+// Values of 16 symbols, as SigmaQuantizer<float>::decode() computes them; 0 for an escape.
 class SigmaValues {
 public:
     explicit SigmaValues(const SigmaQuantizer<float>& grid)
@@ -18,7 +19,8 @@ private:
     __m512i radius_, escape_;
 };
 
-// The same of RangeQuantizer::decode().
+// The same of RangeQuantizer::decode(): a fused multiply-add in float64, in halves of 8. Where there is no endpoint
+// level `top` is a symbol that does not occur.
 class RangeValues {
 public:
     explicit RangeValues(const RangeQuantizer& grid)
@@ -66,12 +68,14 @@ private:
     __m512 values_[4];
 };
 
+// For symbols alone.
 struct NoSink {
     QCOMM_INLINE void put(__m512i) {}
     QCOMM_INLINE void put_rest(const std::uint16_t*, int) {}
 };
 
-// Turns symbols into values while they are in registers: memory is written while the next ones are decoded.
+// Turns symbols into values while they are in registers: memory is written while the next ones are decoded. An
+// accumulated value is added in the same pass, which saves reading it again.
 template <class Values, bool kAccumulates>
 struct FloatSink {
     const Values* values;
@@ -86,6 +90,7 @@ struct FloatSink {
     static QCOMM_INLINE void put16(__m512 value, float* at) {
         _mm512_storeu_ps(at, kAccumulates ? _mm512_add_ps(_mm512_loadu_ps(at), value) : value);
     }
+    // The last, short step: its symbols are in memory.
     QCOMM_INLINE void put_rest(const std::uint16_t* symbols, int n) {
         dequantize(symbols, n, how->quantizer, how->dtype, out, kAccumulates);
     }
