@@ -1,9 +1,12 @@
-// Sums over encodings: what statistics show and capacities follow, kept on the device until somebody reads them.
+// Sums over encodings, which statistics show and capacities follow, kept on the device until they are read.
 //
 //   account.packet_bytes += sum of sizes   account.largest_packet = max(itself, wanted sizes)   and so on: Account
 //
-// Thread: every 128th packet, then every 128th tensor. Block: the only one. No shared memory. Passes: one. Limits:
-// none. Determinism: integers only. Bytes moved: 24 a packet, 32 a tensor.
+// Thread: every 128th packet, then every 128th tensor. Block: the only one. No shared memory.
+// Passes: one.
+// Limits: none.
+// Determinism: integers only.
+// Bytes moved: 24 a packet, 32 a tensor.
 #include "kernels.cuh"
 
 namespace qcomm::cuda {
@@ -11,11 +14,12 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// Atomics on what is signed elsewhere: two's complement adds alike.
+// Atomic additions are of unsigned numbers only; in two's complement signed ones add alike.
 __device__ void add(std::int64_t* sum, std::int64_t value) {
     if (value != 0) atomicAdd(reinterpret_cast<Count*>(sum), static_cast<Count>(value));
 }
 
+// Each thread sums its share in registers and adds it once. total_bytes is minus the size of a packet that did not fit.
 __global__ void __launch_bounds__(kThreads, 1)
     count_encoding(EncodeTables e, const std::int64_t* total_bytes, Account* account) {
     std::int64_t bytes = 0, largest = 0, dropped = 0, unsent = 0, nonfinite = 0;

@@ -17,6 +17,7 @@ namespace {
 
 using Address = std::uintptr_t;
 
+// An error of a launch is no fault of the arguments, and becomes a RuntimeError.
 void raise_if_error(const Status& status) {
     if (status.ok()) return;
     std::string message = status.what;
@@ -30,10 +31,11 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+// A copy for Python, which puts it into device memory.
 py::bytes to_bytes(const void* data, std::size_t size) { return {static_cast<const char*>(data), size}; }
 
-// The records of qcomm/codec/_native_cuda.py.
-// grid, num_bits, coding, table
+// Plans arrive as tuples of numbers, the records of qcomm/codec/_native_cuda.py, so that this file needs no class for
+// each struct of cuda.h. Their fields, in order: grid, num_bits, coding, table
 using QuantizerTuple = std::tuple<int, int, int, int>;
 // c, entropy_bits, fraction, max_bits, seed, choose_code
 using RuleTuple = std::tuple<double, int, double, int, std::uint32_t, bool>;
@@ -71,6 +73,7 @@ cuda::Tensor make_tensor(const TensorTuple& t) {
             zero_keeps_residual};
 }
 
+// A plan that refuses its arguments never reaches Python.
 cuda::EncodePlan make_encode_plan(int dtype, int steps, bool checksums, const std::vector<TensorTuple>& tensors,
                                   const std::vector<SegmentTuple>& segments, const std::vector<PacketTuple>& packets) {
     std::vector<cuda::Tensor> made_tensors;
@@ -86,6 +89,7 @@ cuda::EncodePlan make_encode_plan(int dtype, int steps, bool checksums, const st
     return plan;
 }
 
+// measure() and encode() together: Python has nothing to do between them, since the device decides.
 void encode(const cuda::EncodePlan& plan, Address blob, Address codes, Address workspace, Address total_bytes,
             Address stream) {
     Status status;
@@ -130,6 +134,7 @@ void decode(const cuda::DecodePlan& plan, Address blob, Address codes, Address w
     raise_if_error(status);
 }
 
+// The order of the tasks is that of the additions.
 void decode_sum(const cuda::DecodePlan& plan, Address blob, Address codes, Address workspace, Address faults, bool add,
                 Address stream) {
     Status status;
@@ -158,12 +163,14 @@ void copy_runs(const cuda::RunPlan& plan, Address blob, double divisor, Address 
                              pointer<const unsigned>(faults), pointer<void>(stream)));
 }
 
+// `workspace` is that of `measured`, which must have been measured in it on the same stream.
 void add_own(const cuda::RunPlan& plan, Address blob, const cuda::EncodePlan& measured, Address workspace,
              Address inv_scale, bool add, Address stream) {
     raise_if_error(plan.add_own(pointer<const void>(blob), measured, pointer<void>(workspace),
                                 pointer<const double>(inv_scale), add, pointer<void>(stream)));
 }
 
+// In host memory; the caller makes a copy for each device.
 py::bytes static_tables() {
     const auto tables = std::make_unique<cuda::StaticTables>();
     cuda::fill_static_tables(tables.get());

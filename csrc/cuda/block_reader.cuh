@@ -15,13 +15,14 @@
 
 namespace qcomm::cuda {
 
-// What a lookup gives: length | symbol << 16. A shift looks at the 5 lowest bits only, so nothing has to be cut out.
+// A lookup gives length | symbol << 16. A shift looks at the 5 lowest bits only, so nothing has to be cut out.
 constexpr int kSymbolAt = 16;
 __device__ __forceinline__ std::uint32_t lookup_entry(std::uint16_t entry) {
     return (entry & 0xFFFu) << kSymbolAt | static_cast<std::uint32_t>(entry >> 12);
 }
 
-// Values of symbols.
+// Values of symbols, by three ways with one interface: of a symbol, and of an entry that a lookup gave. Two compute
+// them, as the quantizers' decode() does; the third looks them up.
 template <class Tr>
 class RangeValues {
 public:
@@ -100,6 +101,7 @@ __device__ __forceinline__ std::uint32_t load_symbol(const std::uint8_t* at, std
     return window >> (bit % 16) & ((1u << num_bits) - 1u);
 }
 
+// A segment's code in device memory: static, or made for the packet by decode_tables.cu.
 struct DecodeCode {
     const std::uint16_t* entries;  // symbol | length << 12
     std::uint32_t mask;            // 0: no code
@@ -112,7 +114,8 @@ __device__ inline DecodeCode find_decode_code(const DecodeTables& d, int packet,
     return index < 0 ? DecodeCode{nullptr, 0} : DecodeCode{d.codes->decode[index], d.codes->decode_mask[index]};
 }
 
-// A code's entries: as they are in device memory, and as lookups give them in shared memory.
+// A code's entries, turned round by each lookup or beforehand: as they are in device memory, and as lookups give them
+// in shared memory.
 struct FarEntries {
     DecodeCode code;
     __device__ __forceinline__ bool empty() const { return code.mask == 0; }
@@ -127,6 +130,9 @@ struct NearEntries {
     __device__ __forceinline__ std::uint32_t operator()(std::uint32_t bits) const { return entries[bits & mask]; }
 };
 
+// Reads a block front to back, possibly in several parts; all 32 lanes call together. The state is a lane's: its bits,
+// how many it holds, and how many words all lanes have taken. Nothing of the block is trusted: open() checks its sizes,
+// and read() stays inside whatever the bits are; whether they made sense is known at close().
 template <class Tr, class Entries>
 class BlockReader {
 public:
@@ -158,6 +164,7 @@ public:
         if (mode_ == BlockMode::kFixed) return bytes - body_at >= packed_bytes(n, q.num_bits);
         if (mode_ == BlockMode::kRaw) return bytes - body_at >= n * item;
         if (mode_ == BlockMode::kConstant) return static_cast<int>(symbol_) < (1 << q.num_bits) - (sigma ? 1 : 0);
+        // The start windows: each lane's bits below a sentinel, its highest 1. A window of 0 has none.
         if (entries.empty()) return false;
         bits_ = load_u32(block + 4 + 4 * lane_number());
         count_ = 31 - __clz(static_cast<int>(bits_));
@@ -196,7 +203,7 @@ public:
     }
 
 private:
-    // One symbol after the other, whatever the block's mode.
+    // Reads one symbol a codeword, whatever the block's mode.
     template <class ValueOf, class Sink>
     __device__ __forceinline__ void read_single(int begin, int end, const ValueOf& value_of, const Sink& sink) {
         if (mode_ == BlockMode::kCoded) return read_coded<false>(begin, end, value_of, sink);
@@ -206,6 +213,8 @@ private:
         }
     }
 
+    // Steps of 32 codewords, four at a time as long as nothing can run out, then one at a time with all that must be
+    // asked.
     template <bool kPairs, class ValueOf, class Sink>
     __device__ __forceinline__ void read_coded(int begin, int end, const ValueOf& value_of, const Sink& sink) {
         constexpr int kRow = kWarpLanes * (kPairs ? 2 : 1), kRows = 4;
@@ -230,6 +239,11 @@ private:
     // Looks a codeword up in every lane; each then takes a word if it has less than 16 bits left. Before and after,
     // lanes have 16 to 31, in the 5 lowest bits of `count_`; and there are 32 words to take. The load is every lane's:
     // a condition costs more.
+    //
+    // An entry is subtracted whole: its length is in the lowest bits, and the symbol above does not reach them. Of a
+    // count of 16 to 31 less a length of at most 15, bit 4 says whether 16 bits are left. If so it stays; if not, the
+    // word that is taken adds 16. Either way bit 4 is then set, which is one instruction, and the bits above, where the
+    // symbol has been, are never looked at.
     __device__ __forceinline__ std::uint32_t next_entry() {
         const std::uint32_t entry = entries_(bits_);
         bits_ >>= entry & 31u;
@@ -263,6 +277,7 @@ private:
         return entry;
     }
 
+    // Puts a lane's value, or two, of a row of values that may be short.
     template <bool kPairs, class ValueOf, class Sink>
     __device__ __forceinline__ void put_codeword(std::uint32_t entry, int at, int row, const ValueOf& value_of,
                                                  const Sink& sink) const {
@@ -276,7 +291,8 @@ private:
         }
     }
 
-    // Those with positions in [begin, end).
+    // Puts the escapes with positions in [begin, end), 32 at a time. Each lane compares its position with the one
+    // before, so the order is checked without a loop over all.
     template <class Sink>
     __device__ void put_escapes(int begin, int end, const Sink& sink) {
         __syncwarp();  // the symbols' values are written by other lanes

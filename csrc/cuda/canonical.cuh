@@ -41,6 +41,7 @@ __device__ void assign_codewords(const std::uint8_t* lengths, int size, int* scr
     }
 }
 
+// In packets a codeword's first bit is its lowest.
 __device__ __forceinline__ std::uint32_t reverse_bits(std::uint32_t bits, int count) {
     return __brev(bits) >> (32 - count);
 }

@@ -5,6 +5,8 @@
 
 namespace qcomm::cuda {
 
+// A lane's state of a checksum whose words the caller hands over in order: they may come from memory, or pass by on
+// their way to it.
 class WarpChecksum {
 public:
     __device__ WarpChecksum() : h_(0x9E3779B9u * static_cast<std::uint32_t>(lane_number() + 1)) {}
@@ -14,7 +16,7 @@ public:
         h_ ^= h_ >> 15;
     }
 
-    // By the whole warp; every lane gets the result. `bytes` is the size of what was absorbed.
+    // By the whole warp; every lane gets the result. `bytes` is the size of the words absorbed.
     __device__ std::uint32_t finish(std::int64_t bytes) {
         for (unsigned d = kWarpLanes / 2; d > 0; d /= 2) {
             const std::uint32_t other = __shfl_down_sync(kAllLanes, h_, d);

@@ -25,6 +25,7 @@ static_assert(kCodeThreads / kWarpLanes <= kMaxWarps, "scratch of block_exclusiv
 
 constexpr int kListWords = kMaxAlphabet * 3 / 2 / 8;  // every second symbol unused: three nibbles for two
 
+// For the list. It takes the place of the flags, which are not needed any more by then.
 struct Packing {
     std::uint8_t lengths[kMaxAlphabet];
     std::uint16_t used[kMaxAlphabet];  // the used symbols, ascending
@@ -45,11 +46,14 @@ static_assert(sizeof(Shared) <= 48 << 10, "more would have to be asked for");
 
 constexpr int kLongRun = 16 + 255;  // the longest run of unused symbols that is written at once
 
+// Nibbles of a run of unused symbols: 4 for each that is as long as possible, then 2 or 4.
 __device__ __forceinline__ int run_nibbles(int run) {
     const int rest = run % kLongRun;
     return run / kLongRun * 4 + (rest == 0 ? 0 : rest < 16 ? 2 : 4);
 }
 
+// Writes one thread's part of the list, which begins anywhere in a word. Sizes were summed before, so threads write at
+// once.
 class NibbleWriter {
 public:
     __device__ NibbleWriter(std::uint32_t* list, int at) : list_(list), at_(at) {}
@@ -88,7 +92,8 @@ __device__ int load_keys(const Count* counts, int size, Shared* shared) {
     return used;
 }
 
-// packing.lengths from the levels' symbols; returns the bits of all codewords. Ends with a barrier.
+// Sets packing.lengths from the levels' symbols: the symbol of rank r has a bit for each level that uses more than r.
+// Returns the bits of all codewords. Ends with a barrier.
 __device__ Count set_lengths(int size, int used, int limit, Shared* shared) {
     for (int s = static_cast<int>(threadIdx.x); s < size; s += kCodeThreads) shared->packing.lengths[s] = 0;
     __syncthreads();
@@ -105,7 +110,8 @@ __device__ Count set_lengths(int size, int used, int limit, Shared* shared) {
     return bits;
 }
 
-// packing.list from packing.lengths; returns its bytes. Ends with a barrier.
+// Sets packing.list from packing.lengths, in two scans: the used symbols get ranks, so that a thread sees the run
+// before each of its symbols; then the nibbles of all threads get places. Returns its bytes. Ends with a barrier.
 __device__ int pack_list(int size, int used, Shared* shared) {
     Packing& p = shared->packing;
     const int per_thread = (size + kCodeThreads - 1) / kCodeThreads, first = static_cast<int>(threadIdx.x) * per_thread;
@@ -141,7 +147,7 @@ __global__ void __launch_bounds__(kCodeThreads, 1) make_codes(EncodeTables e) {
     const int size = alphabet_size(q.coding, q.num_bits), limit = length_limit(q.coding, q.num_bits);
     Count* const counts = e.counts + segment.first_codeword;
     const int used = load_keys(counts, size, shared);
-    if (used < 2) return;
+    if (used < 2) return;  // no code: all blocks are constant
     sort_keys(shared->keys, size);
     merge_packages(shared->keys, used, limit, counts, e.packages + segment.first_codeword, &shared->flags,
                    shared->used);

@@ -1,7 +1,7 @@
-// A packet's list of code lengths, read by a thread block (specification: unpack_lengths() of qcomm/huffman.h). What a
-// nibble means depends on those before it: a length, the size of a run of unused symbols, or one of the two nibbles of
-// a long run. Each thread has a word of eight nibbles; it finds for every meaning that its first nibble may have which
-// one the first nibble behind it has, and a scan of these maps tells all threads where they stand.
+// A packet's list of code lengths, read by a thread block (specification: unpack_lengths() of qcomm/huffman.h). The
+// meaning of a nibble depends on those before it: a length, the size of a run of unused symbols, or one of the two
+// nibbles of a long run. Each thread has a word of eight nibbles; it finds for every meaning that its first nibble may
+// have which one the first nibble behind it has, and a scan of these maps tells all threads where they stand.
 #pragma once
 
 #include "block_sum.cuh"
@@ -9,16 +9,21 @@
 
 namespace qcomm::cuda {
 
+//   kLength --1..15--> kLength       a symbol's length
+//   kLength ---0-----> kRun          a run of unused symbols follows
+//   kRun    ---0..14-> kLength       ... of that number plus 1
+//   kRun    ---15----> kRunLow --any--> kRunHigh --any--> kLength       ... of 16 plus two nibbles
 enum NibbleState : unsigned { kLength, kRun, kRunLow, kRunHigh };
 
-// The state behind a nibble.
+// Returns the state behind a nibble.
 __device__ __forceinline__ unsigned next_state(unsigned state, unsigned nibble) {
     if (state == kLength) return nibble > 0 ? kLength : kRun;
     if (state == kRun) return nibble < 15 ? kLength : kRunLow;
     return state == kRunLow ? kRunHigh : kLength;
 }
 
-// From each state, in two bits, to that behind a word.
+// A map from each of the four states, in two bits, to the state behind a word: a byte. Maps compose in any grouping, so
+// a scan can combine them.
 __device__ inline unsigned state_map(std::uint32_t word) {
     unsigned map = 0;
     for (unsigned from = kLength; from <= kRunHigh; ++from) {
@@ -35,13 +40,14 @@ __device__ inline unsigned compose(unsigned first, unsigned then) {
     return map;
 }
 
+// A warp's map, symbols and Kraft sum; the word behind the list, once a thread has found it.
 struct CodeListShared {
     unsigned maps[kMaxWarps];
     int symbols[kMaxWarps], sums[kMaxWarps];
     std::int64_t end;
 };
 
-// The state at each thread's word, `state` being that of the first thread; *state becomes that behind the last.
+// Returns the state at each thread's word, `state` being that of the first thread; *state becomes that behind the last.
 __device__ inline unsigned scan_states(std::uint32_t word, unsigned* state, unsigned* scratch) {
     unsigned map = state_map(word);
     for (int d = 1; d < kWarpLanes; d *= 2) {
@@ -59,7 +65,7 @@ __device__ inline unsigned scan_states(std::uint32_t word, unsigned* state, unsi
     return lane_number() == 0 ? own : apply(before, own);
 }
 
-// Reads eight nibbles and what they say.
+// Reads the eight nibbles of a word.
 class WordReader {
 public:
     // `previous` is the word before.
@@ -133,6 +139,8 @@ __device__ inline std::int64_t read_code_list(const std::uint32_t* words, std::i
         const std::uint32_t word = i < available ? words[i] : 0u,
                             previous = i > 0 && i <= available ? words[i - 1] : 0u;
         const unsigned own_state = scan_states(word, &state, shared->maps);
+        // First every thread counts the symbols in its word, as if the list went on; sums of these tell where each
+        // thread's first symbol is. Then the threads in front of the list's end read theirs in earnest.
         int own_symbols = 0, own_sum = 0, all_symbols = 0, all_sum = 0;
         WordReader(word, previous, own_state, 0, 0).skip(&own_symbols, &own_sum);
         own_symbols = symbols + block_exclusive_sum(own_symbols, shared->symbols, &all_symbols);

@@ -11,7 +11,7 @@
 namespace qcomm::cuda {
 
 constexpr std::uint32_t kWordBits = 16;
-constexpr std::uint32_t kEmitBits = 2 * kWordBits;  // a lane that would hold so many writes a word first
+constexpr std::uint32_t kEmitBits = 2 * kWordBits;  // a lane that would hold this number writes a word first
 
 // A segment's code for encoding: an entry (codeword | length << 16) for each symbol; null where it has no code.
 struct Code {
@@ -29,7 +29,7 @@ __device__ inline Code find_code(const EncodeTables& e, const Quantizer& q, int 
     return index < 0 ? Code{nullptr, 0} : Code{e.codes->encode[index], symbols};
 }
 
-// The symbol that stands for a value outside the levels; -1 for range grids, which have none.
+// Returns the symbol that stands for a value outside the levels; -1 for range grids, which have none.
 __device__ __forceinline__ int escape_of(const Quantizer& q) {
     return q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1;
 }
@@ -50,7 +50,7 @@ __device__ std::uint32_t packed_word(const Values& u, const Levels& grid, std::i
     return result;
 }
 
-// What quantization loses of x, in float32.
+// Returns the part of x that quantization loses, in float32.
 template <class Tr, class Levels, class T>
 __device__ __forceinline__ float residual_of(T x, const Levels& grid, int escape) {
     const std::uint32_t symbol = grid(x);

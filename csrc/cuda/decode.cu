@@ -11,7 +11,7 @@
 // for the first-level cache) and its table of values (at most 2 KiB).
 // sum_packets. Warp: a packet. Block: 64 * steps values of a segment; the warps decode a chunk each into shared memory
 // (1 or 2 KiB), then all threads add them and store once. Codes are read through the first-level cache, as packets may
-// differ in them. 8 packets a launch; more are added to what the launch before has stored.
+// differ in them. 8 packets a launch; more are added to the sum that the launch before has stored.
 // Passes: one, and one over the code's bytes before it for the checksum, which is compared before a value is used.
 // Limits: codes of at most 15 bits.
 // Safety: every read is inside the block, whose place read_packets has checked; every loop is over values of the block.
@@ -28,6 +28,7 @@ namespace {
 constexpr int kThreads = kDecodeWarps * kWarpLanes;
 constexpr int kChunkBytes = 2048;  // of a packet's values in sum_packets
 
+// A code and its values, as all four warps look them up.
 template <class Tr>
 struct Shared {
     std::uint32_t entries[StaticTables::kMaxEntries];  // lookup_entry() of each
@@ -50,7 +51,8 @@ struct Sink {
     __device__ __forceinline__ Storage get(int i) const { return out[i]; }
 };
 
-// Values [begin, begin + n) of a segment without blocks.
+// Reads values [begin, begin + n) of a segment without blocks. Its checksum is check_pieces', compared before this
+// launch.
 template <class Tr, class S>
 __device__ void read_plain(const SegmentView& segment, const std::uint8_t* payload, std::int64_t begin, int n,
                            const S& sink) {
@@ -70,7 +72,8 @@ __device__ void read_plain(const SegmentView& segment, const std::uint8_t* paylo
     }
 }
 
-// A block of a segment, its checksum compared.
+// Opens a block of a segment, if its checksum is right. read_packets has checked that its ends ascend inside the
+// payload.
 template <class Tr, class Entries>
 __device__ bool open_block(const std::uint8_t* packet, const PacketView& view, const SegmentView& segment,
                            std::int64_t block, int n, const Entries& entries, const typename Tr::Storage* values,
@@ -91,7 +94,7 @@ __device__ bool open_block(const std::uint8_t* packet, const PacketView& view, c
     return reader->open(data, bytes, n, segment.quantizer, entries, values);
 }
 
-// A unit of a segment, by a warp; false where it is malformed.
+// Decodes a unit of a segment, by a warp; false where it is malformed. Values may have been written by then.
 template <class Tr, class Entries>
 __device__ __forceinline__ bool decode_unit(const DecodeTables& d, int number, const SegmentView& segment, int tile,
                                             const Entries& entries, const typename Tr::Storage* values) {
@@ -140,7 +143,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_packets(DecodeTables d, in
     if (!good && lane_number() == 0) report(&d.faults[number], Fault::kBlock);
 }
 
-// What one packet adds to a tile of a sum: values in order, over block boundaries.
+// One packet's part in a tile of a sum: values in order, over block boundaries. Packets may code a segment in different
+// ways, so one has blocks of single symbols where another has blocks of pairs; a tile is the size of the larger.
 template <class Tr>
 class SumSource {
 public:
@@ -223,6 +227,7 @@ __global__ void __launch_bounds__(kMaxSumPackets* kWarpLanes, 1) sum_packets(Dec
     if (!alike && lane_number() == 0) report(&d.faults[number], Fault::kMismatch);
     if (__syncthreads_or(!alike)) return;
 
+    // Warps decode a chunk each; then every thread adds one value of all of them, in the packets' order.
     auto* const out = static_cast<typename Tr::Storage*>(d.tasks[0].out) + model.first_value + begin;
     const Sink<typename Tr::Storage> sink{shared->chunk[warp_number()]};
     for (int at = 0; at < n; at += kChunk) {

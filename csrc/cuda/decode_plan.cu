@@ -1,5 +1,6 @@
 // The host's side of decoding: how large a launch must be for any packet of the expected shape, and where the kernels
-// keep what they find out.
+// keep their findings. Packets are not read here: they may not even have arrived when the kernels are enqueued. So
+// sizes follow from the caller's expectation, and a kernel refuses a packet that is another.
 #include <algorithm>
 #include <cstring>
 
@@ -15,12 +16,13 @@ constexpr std::int64_t kMaxLaunch = 0x7FFFFFFF;  // thread blocks
 constexpr int kMaxSegments = 1 << 20;
 constexpr std::int64_t kPieceWarps = 4;  // of check_pieces
 
-// Of codes that segments have of their own; those of pairs count as 8 bits.
+// The alphabet and the longest codeword of codes that segments have of their own; pairs count as 8 bits.
 int max_alphabet(int bits) { return bits == 0 ? 0 : 1 << std::max(bits, 2 * kPairBits); }
 int code_bits(int bits) { return length_limit(Coding::kSingle, bits); }
 
 }  // namespace
 
+// The last fault found is told; nothing is launched after any.
 DecodePlan::DecodePlan(DType dtype, int steps, int max_segments, const std::vector<DecodeTask>& tasks,
                        int own_code_bits)
     : dtype_(dtype),
@@ -44,7 +46,7 @@ DecodePlan::DecodePlan(DType dtype, int steps, int max_segments, const std::vect
         bytes = std::max(bytes, task.bytes);
     }
     if (!status_.ok()) return;
-    // A segment may have one short tile, and one short piece.
+    // Whole tiles follow from the elements; besides, each segment may have one short tile, and one short piece.
     tiles_ = ceil_div(elements, kDecodeWarps * unit_values(steps)) + max_segments;
     sum_tiles_ = ceil_div(elements, sum_tile_values(steps)) + max_segments;
     const std::int64_t pieces = std::min(bytes, elements * item_bytes(dtype)) / kChecksumPiece + max_segments;
@@ -60,6 +62,7 @@ DecodePlan::DecodePlan(DType dtype, int steps, int max_segments, const std::vect
     workspace_bytes_ = measured.bytes();
 }
 
+// Segments, pieces and codes have room by packet and number, as DecodeTables finds them.
 void DecodePlan::place(Workspace* workspace, DecodeTables* d) const {
     const std::int64_t packets = packet_count_, segments = packets * max_segments_;
     const std::int64_t own = own_code_bits_ > 0 ? segments : 0;
@@ -88,6 +91,8 @@ DecodeTables DecodePlan::tables(const void* blob, const StaticTables* codes, voi
     return d;
 }
 
+// Everything that precedes the values, for both operations. Faults and counters are zeroed by each call, and a packet
+// with a fault is left alone by the launches behind the one that found it.
 void DecodePlan::prepare(const DecodeTables& d, void* stream) const {
     launch_clear(d.counters, 4 * std::int64_t{packet_count_}, stream);
     launch_clear(d.faults, 4 * std::int64_t{packet_count_}, stream);

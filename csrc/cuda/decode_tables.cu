@@ -6,8 +6,11 @@
 //
 // Thread: entries tid, tid + 256, ...; each looks for its codeword among the lengths, of which there are at most 15, so
 // that a short codeword, which has thousands of entries, is no thread's own burden. Block: a segment of a packet.
-// Shared memory: 12 KiB. Passes: ranks of the symbols by (length, symbol), then the entries. Limits: alphabets of 4096,
-// 15 bits. Safety: read_packets has checked that the lengths are a complete code. Determinism: integers.
+// Shared memory: 12 KiB.
+// Passes: ranks of the symbols by (length, symbol), then the entries.
+// Limits: alphabets of 4096, 15 bits.
+// Safety: read_packets has checked that the lengths are a complete code.
+// Determinism: integers.
 // Bytes moved: 1 a symbol in, 2 an entry out.
 #include "canonical.cuh"
 #include "kernels.cuh"
@@ -52,6 +55,8 @@ __global__ void __launch_bounds__(kThreads, 1) make_decode_tables(DecodeTables d
     longest = shared->longest;
     std::uint16_t* const entries = d.entries_of(number, s);
     for (int i = static_cast<int>(threadIdx.x); i < 1 << longest; i += kThreads) {
+        // As a canonical code counts: the first bit highest. The codeword's length is the first whose codewords reach
+        // this far, and its rank follows from the last codeword of that length.
         const std::uint32_t bits = reverse_bits(static_cast<std::uint32_t>(i), longest);
         int length = 1;
         while (length < longest && bits >> (longest - length) >= shared->levels.end[length]) ++length;

@@ -1,8 +1,8 @@
 // Values to coded blocks, quantized and coded in one pass, and the new residual (specification: encode_block() of
 // qcomm/reference/packet.py, encode_lanes() of qcomm/reference/lanes.py).
 //
-//   q = rint(u / step) + R or floor bins of a range; x = x << l | code, a word leaves a lane before it would hold 32
-//   bits
+//   q = rint(u / step) + R or floor bins of a range
+//   x = x << l | code; a word leaves a lane before it would hold 32 bits
 //
 //   slot   | 32 start windows | escape values <-- | words <-- | escape positions <-- |      <--: written backwards
 //          (a block that is fixed instead has its packed symbols at the front of the words' area)
@@ -13,10 +13,11 @@
 // Passes: one over the values, plus one over those of blocks that turn out to be fixed, or that have a residual:
 // whether a block is raw, which clears it, is known only at the end. That pass finds the values in the L2 cache. Raw
 // blocks are left to payload.cu, which must see the residual as it was; and so are the residuals of range grids, whose
-// segments may still become fixed, and of packets from which blocks may be dropped. Limits: 512 steps; alphabets of 256
-// symbols in a static code, 4096 in a code of the segment's own. Determinism: a warp owns its block; nothing depends on
-// other warps. Bytes moved per value: its size, and the code's (words 0.3 or so); with a residual 8 and a write of 4
-// more. The lanes: F. Giesen, "Interleaved entropy coders", arXiv:1402.3392, 2014.
+// segments may still become fixed, and of packets from which blocks may be dropped.
+// Limits: 512 steps; alphabets of 256 symbols in a static code, 4096 in a code of the segment's own.
+// Determinism: a warp owns its block; nothing depends on other warps.
+// Bytes moved per value: its size, and the code's (words 0.3 or so); with a residual 8 and a write of 4 more.
+// The lanes: F. Giesen, "Interleaved entropy coders", arXiv:1402.3392, 2014.
 #include "coder.cuh"
 #include "kernels.cuh"
 #include "source.cuh"
@@ -28,15 +29,19 @@ namespace {
 constexpr int kThreads = kEncodeWarps * kWarpLanes;
 constexpr int kRows = 4;  // steps whose values are loaded together, while those before are coded
 
+//   entry   | codeword, 16 bits | 0 | escape flag at 8 | 0 | length, 5 bits |
+//
 // Entries of a code in shared memory are turned round: the length below, the codeword in the upper half. So neither has
 // to be cut out: a shift looks at its 5 lowest bits only, and so does the sum that says whether a lane is full.
 constexpr int kCodewordAt = 16;
 constexpr std::uint32_t kEscapeFlag = 1u << 8;  // of an entry whose symbol, or one of whose two, is an escape
 
+// An entry of 0, which has no codeword, stays one whose length is 0.
 __device__ __forceinline__ std::uint32_t turned_entry(std::uint32_t entry, bool escape) {
     return entry << kCodewordAt | entry >> 16 | (escape ? kEscapeFlag : 0u);
 }
 
+// A block's place between this kernel and payload.cu.
 struct Slot {
     std::uint8_t* begin;
     SlotShape shape;
@@ -63,7 +68,9 @@ __device__ __forceinline__ int collect(std::uint8_t* slot, SlotShape shape, int 
     return count + __popc(firsts) + __popc(seconds);
 }
 
-// One warp encodes one block: the first n values of `u`.
+// One warp encodes one block: the first n values of `u`. Before the first word lanes may hold fewer than 16 bits, and
+// the last step may be short: push_guarded() takes those steps. push_rows() takes all others, four at a time, and asks
+// for none of this. A lane pushes 0 bits where it has no codeword.
 template <class Tr, class Levels, class Values, bool kPairs>
 class BlockEncoder {
 public:
@@ -90,10 +97,11 @@ public:
         reference_entry_ = has_code ? entries[codeword(all)] : 0u;
     }
 
+    // From the last step to the first.
     __device__ void run() {
         const int codewords = (n_ + kPerLane - 1) / kPerLane;
         int step = (codewords - 1) / kWarpLanes;
-        // Steps in which all lanes have all their values. What is rare takes the slower way through all: a grid that
+        // Steps in which all lanes have all their values. Rare cases take the slower way through all: a grid that
         // lacks levels, and having no code, where nothing is pushed.
         const int whole = has_code_ && grid_.has_all_levels() ? n_ / (kWarpLanes * kPerLane) : 0;
         for (; step >= 0 && (step >= whole || !started_ || (step + 1) % kRows != 0); --step) push_guarded(step);
@@ -102,8 +110,8 @@ public:
         T x[kRows][kPerLane];
         load_rows(step, x);
         for (; step >= 0; step -= kRows) {
-            // A bucket has few blocks for so many processors: nobody else hides what loads take. The last turn loads
-            // its own again, for nobody.
+            // A bucket has few blocks for the processors of a GPU, so no other warp hides the time of loads. The last
+            // turn loads its own again, in vain.
             T next[kRows][kPerLane];
             load_rows(step < kRows ? step : step - kRows, next);
             push_rows(step, x);
@@ -139,6 +147,8 @@ private:
         }
     }
 
+    // Four whole steps: all symbols first, then all lookups, and only then the pushes, each of which waits for the one
+    // before. Escapes are rare, so one ballot asks for them in all four.
     __device__ __forceinline__ void push_rows(int step, const T (&x)[kRows][kPerLane]) {
         std::uint32_t entries[kRows], flags = 0;
 #pragma unroll
@@ -175,7 +185,7 @@ private:
         return symbols[0];
     }
 
-    // Compares with the first symbol; whether there is an escape.
+    // Compares with the first symbol: a block is constant while no bit has differed. Tells whether there is an escape.
     __device__ __forceinline__ bool note(const std::uint32_t (&symbols)[kPerLane], int present) {
         bool escapes = false;
 #pragma unroll
@@ -220,7 +230,7 @@ private:
     }
 
     // The same in lanes that have all started and have an entry each. They hold 16 bits or more, so here `count_` is
-    // what they hold beyond these: 15 at most, to which a length adds 15 at most.
+    // the number beyond these: 15 at most, to which a length adds 15 at most.
     __device__ __forceinline__ void push(std::uint32_t entry) {
         const std::uint32_t sum = count_ + entry;
         const unsigned full = ballot_bits(sum, kWordBits);
@@ -230,6 +240,7 @@ private:
         count_ = sum & (kWordBits - 1);
     }
 
+    // Writes a full lane's word. Lanes above write theirs behind it, so a step's words are in the order of the lanes.
     __device__ __forceinline__ void put_word(unsigned full, std::uint32_t shift) {
         words_end_[next_word_ - __popc(full & from_here_)] = static_cast<std::uint16_t>(bits_ >> shift);
     }
@@ -256,7 +267,7 @@ private:
     bool started_ = false;  // a word has been written
 };
 
-// The first n values of `u` into a slot, and what that loses of them to `residual_out` if it is not null.
+// Encodes the first n values of `u` into a slot, and writes their new residual to `residual_out` if it is not null.
 template <class Tr, bool kPairs, class Levels, class Values>
 __device__ BlockResult encode_block(const Values& u, int n, const Levels& grid, const Quantizer& q,
                                     const std::uint32_t* entries, bool has_code, const Slot& slot,
@@ -280,7 +291,8 @@ __device__ BlockResult encode_block(const Values& u, int n, const Levels& grid, 
     return result;
 }
 
-// Each warp encodes one block into its slot.
+// Each warp encodes one block into its slot. The four of a thread block share the code, which they copy to shared
+// memory in the form that the lanes want.
 template <class Tr, bool kAdjusted>
 __global__ void __launch_bounds__(kThreads, 1) encode_blocks(EncodeTables e) {
     DYNAMIC_SHARED(std::uint32_t, entries);

@@ -1,5 +1,20 @@
-// The host's side of encoding: checks what is asked for, lays out the blob (tasks, as the kernels read them) and the
+// The host's side of encoding: checks the request, lays out the blob (tasks, as the kernels read them) and the
 // workspace, and enqueues the kernels.
+//
+//   constructor   tensors -> TensorTask; packets -> PacketTask and their segments -> SegmentTask; running totals on the
+//   way measure()     statistics.cu, sample.cu encode()      histogram.cu and code_lengths.cu, encode.cu, layout.cu,
+//   payload.cu, residual.cu
+//
+//   blob        | tensors | segments | packets | dimensions | segments that may have a code of their own |
+//   workspace   place() lists its arrays
+//
+// A kernel has one grid of thread blocks for all tensors, segments or packets. Each of these notes the number of its
+// first block in that grid ("tile"), and the totals are the grids. A tile covers, by kernel, 32768 values of a tensor
+// (statistics), 4 blocks of a segment (encode), 4 units of a packet (payload), a unit being a block or a piece of 64
+// KiB.
+//
+// The host never learns which quantizer a tensor has got, so totals are upper bounds over all that it may get: blocks
+// by the code with the most of them, slots by the code with the largest, alphabets by the most bits.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -17,6 +32,8 @@ constexpr std::int64_t kMaxElements = std::int64_t{1} << 42;
 constexpr std::int64_t kMaxPayloadBytes = std::int64_t{4} << 32;  // block ends count 4-byte units in 32 bits
 constexpr std::int64_t kMaxLaunch = 0x7FFFFFFF;                   // thread blocks
 
+// On a range grid the plan is narrower than a packet: lo and hi, and perhaps N, are yet to be measured, and a code is
+// always the segment's own.
 Status check_range(const Tensor& tensor, std::int64_t index) {
     const Quantizer& q = tensor.quantizer;
     const SampleRule& rule = tensor.sample;
@@ -33,9 +50,11 @@ Status check_range(const Tensor& tensor, std::int64_t index) {
     return good ? Status{} : bad_argument("a range grid is coded single up to 12 bits, and fixed", index);
 }
 
+// Whether a grid's parameters are usable is left to the device, which makes a tensor raw where they are not.
 Status check_tensor(const Tensor& tensor, DType dtype, std::int64_t index) {
     const Quantizer& q = tensor.quantizer;
     if (tensor.count < 0 || tensor.count > kMaxElements) return bad_argument("a tensor's count is out of range", index);
+    // The scale is on the device: that it is 1 cannot be seen from here.
     if (item_bytes(dtype) < 4 && (tensor.residual != nullptr || tensor.inv_scale != nullptr)) {
         return bad_argument("a residual or a scale needs float32 or float64 values: 16 bits cannot carry them exactly",
                             index);
@@ -51,6 +70,7 @@ Status check_tensor(const Tensor& tensor, DType dtype, std::int64_t index) {
     return fault == QuantizerFault::kNone ? Status{} : bad_argument(refusal_of(fault), index);
 }
 
+// Offset and count are compared so that no sum of them can overflow.
 Status check_segment(const Segment& segment, const std::vector<Tensor>& tensors, std::int64_t index) {
     if (segment.tensor < 0 || segment.tensor >= static_cast<std::int32_t>(tensors.size()))
         return bad_argument("a segment's tensor does not exist", index);
@@ -60,18 +80,20 @@ Status check_segment(const Segment& segment, const std::vector<Tensor>& tensors,
     return {};
 }
 
+// Returns the number of the static table for a step of k times the RMS, or kNoTable.
 std::uint8_t nearest_table(Coding coding, int num_bits, double k) {
     const StaticCode* code = nearest_static_code(coding, num_bits, k);
     return code != nullptr ? code->id : kNoTable;
 }
 
-// The most bits that a symbol on the tensor's grid can have.
+// Returns the most bits that a symbol on the tensor's grid can have; where the entropy decides, that is c + M rounded
+// down.
 int most_bits(const Tensor& t) {
     if (!is_range(t.quantizer.grid) || t.quantizer.num_bits > 0) return t.quantizer.num_bits;
     return std::max(1, std::min(static_cast<int>(std::floor(t.sample.c + t.sample.entropy_bits)), t.sample.max_bits));
 }
 
-// Whether a segment of the tensor may get a code of its own.
+// Tells whether a segment of the tensor may get a code of its own, so that it needs counts, packages and a list.
 bool may_own_code(const Tensor& t) {
     if (t.quantizer.grid == Grid::kNone ||
         (is_range(t.quantizer.grid) && t.quantizer.coding == Coding::kFixed && t.quantizer.num_bits > 0))
@@ -81,12 +103,14 @@ bool may_own_code(const Tensor& t) {
                  : t.quantizer.num_bits <= kMaxCodedBits;
 }
 
-// The largest alphabet of a code of its own.
+// Returns the largest alphabet of a code of its own. A sigma grid of 4 bits may come to code pairs. A multiple of 4
+// keeps the lists of neighbouring segments apart by whole words.
 int own_alphabet(const Tensor& t) {
     if (t.quantizer.grid == Grid::kSigma && t.quantizer.num_bits == kPairBits) return 256;
     return std::max(4, 1 << std::min(most_bits(t), kMaxCodedBits));
 }
 
+// Returns the task of a tensor's sample, whose count is 0 where nothing is left to decide.
 SampleTask make_sample(const Tensor& t, std::int64_t first_bin) {
     SampleTask task;
     task.first_bin = first_bin;
@@ -106,7 +130,7 @@ SampleTask make_sample(const Tensor& t, std::int64_t first_bin) {
     return task;
 }
 
-// What the tensor is if it is neither constant nor raw, as far as that is known before it is measured.
+// Returns the tensor's quantizer if it is neither constant nor raw, as far as that is known before it is measured.
 Quantizer make_wanted(const Tensor& t) {
     Quantizer q = t.quantizer;
     if (is_range(q.grid) && q.num_bits == 0) q.coding = Coding::kSingle;
@@ -117,7 +141,8 @@ Quantizer make_wanted(const Tensor& t) {
     return q;
 }
 
-// The most blocks that `count` values of the tensor come to, and what their slots take.
+// The most blocks that `count` values of the tensor come to, and the bytes of their slots: those of single symbols and
+// of pairs, whichever is more, where either may be chosen.
 struct BlockSpace {
     std::int64_t blocks, slots;
 };
@@ -137,6 +162,7 @@ BlockSpace block_space(const Tensor& t, std::int64_t count, int steps, std::int6
     return space;
 }
 
+// Appends arrays to a blob, each aligned to 16 bytes. put() returns where one begins.
 class BlobWriter {
 public:
     explicit BlobWriter(std::vector<std::uint8_t>* blob) : blob_(blob) {}
@@ -152,6 +178,7 @@ private:
     std::vector<std::uint8_t>* blob_;
 };
 
+// Returns the array at an offset of the blob's copy on the device.
 template <class T>
 const T* at(const void* blob, std::int64_t offset) {
     return reinterpret_cast<const T*>(static_cast<const std::uint8_t*>(blob) + offset);
@@ -159,6 +186,7 @@ const T* at(const void* blob, std::int64_t offset) {
 
 }  // namespace
 
+// Codes and ids are matched by StaticTables::index() alone, as on the device.
 void fill_static_tables(StaticTables* tables) {
     std::memset(tables, 0, sizeof(*tables));
     for (int id = 1; id < kNoTable; ++id) {
@@ -181,12 +209,13 @@ struct EncodePlan::Tasks {
     std::vector<std::int32_t> own_segments;
 };
 
-// What measure() and encode() launch kernels with.
+// The arguments with which measure() and encode() launch kernels.
 struct EncodePlan::Arrays {
     EncodeTables tables{};
     TileStatistics* tiles = nullptr;
 };
 
+// A plan that status() calls bad has no workspace and launches nothing.
 EncodePlan::EncodePlan(DType dtype, int steps, bool checksums, const std::vector<Tensor>& tensors,
                        const std::vector<Segment>& segments, const std::vector<Packet>& packets)
     : dtype_(dtype),
@@ -205,6 +234,7 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
     for (const Tensor& tensor : tensors) QCOMM_RETURN_IF_ERROR(add_tensor(tensor, &tasks));
     for (const Packet& packet : packets) QCOMM_RETURN_IF_ERROR(add_packet(packet, tensors, segments, &tasks));
     if (tasks.segments.size() != segments.size()) return bad_argument("there are segments that no packet holds");
+    // A grid of blocks has one dimension of 2^31.
     if (std::max({tiles_, sample_tiles_, histogram_tiles_, encode_tiles_, units_ / kEncodeWarps}) > kMaxLaunch)
         return bad_argument("too many values for one launch");
     write_blob(tasks);
@@ -215,6 +245,7 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
     return {};
 }
 
+// The first check that fails is told, with the tensor's number.
 Status EncodePlan::add_tensor(const Tensor& t, Tasks* tasks) {
     QCOMM_RETURN_IF_ERROR(check_tensor(t, dtype_, static_cast<std::int64_t>(tasks->tensors.size())));
     TensorTask task{};
@@ -232,10 +263,12 @@ Status EncodePlan::add_tensor(const Tensor& t, Tasks* tasks) {
     task.sample = make_sample(t, bins_);
     tasks->tensors.push_back(task);
 
+    // The next tensor's tiles and bins begin behind this one's.
     const std::int64_t per_sample = t.quantizer.grid == Grid::kSigma ? 2 : 1;  // values: pairs on a sigma grid
     tiles_ += statistics_tiles(measured_count(task));
     bins_ += task.sample.bins;
     sample_tiles_ += ceil_div(per_sample * task.sample.count, kSampleTile);
+    // encode_blocks copies a code to shared memory, whose size is one for the whole launch.
     const bool has_code = is_block_coded(t.quantizer.coding) && t.quantizer.table != kNoTable;
     if (has_code || may_own_code(t) || t.sample.choose_code)
         max_symbols_ = std::max(max_symbols_, may_own_code(t) ? own_alphabet(t) : kMaxStaticSymbols);
@@ -314,6 +347,7 @@ std::int64_t EncodePlan::add_segment(const Segment& segment, const Tensor& tenso
     return bound + own_alphabet(tensor);  // its list: three nibbles for two symbols at most
 }
 
+// Tensors come first, at offset 0.
 void EncodePlan::write_blob(const Tasks& tasks) {
     BlobWriter writer(&blob_);
     writer.put(tasks.tensors);
@@ -354,6 +388,7 @@ EncodePlan::Arrays EncodePlan::placed(void* base) const {
     return arrays;
 }
 
+// The arguments of the kernels: arrays of the blob and of the workspace, and the plan's numbers.
 EncodePlan::Arrays EncodePlan::arrays(const void* blob, const StaticTables* codes, void* workspace) const {
     Arrays arrays = placed(workspace);
     EncodeTables& e = arrays.tables;
@@ -378,6 +413,8 @@ Quantizer* EncodePlan::quantizers(void* workspace) const { return placed(workspa
 std::int64_t* EncodePlan::dropped_values(void* workspace) const { return placed(workspace).tables.dropped; }
 std::uint8_t* EncodePlan::absent(void* workspace) const { return placed(workspace).tables.absent; }
 
+// Counters are zeroed by each call, since the kernels before may have left them anywhere: two for each tensor here, one
+// for each packet in encode().
 Status EncodePlan::measure(const void* blob, const StaticTables* codes, void* workspace, void* stream) const {
     QCOMM_RETURN_IF_ERROR(status_);
     const Arrays a = arrays(blob, codes, workspace);
@@ -391,6 +428,8 @@ Status EncodePlan::measure(const void* blob, const StaticTables* codes, void* wo
     return launch_status();
 }
 
+// The launches follow each other on the stream, and each reads the results of those before. Those that a plan can never
+// need are left out; a launch whose segments turn out not to need it costs blocks that return.
 Status EncodePlan::encode(const void* blob, const StaticTables* codes, void* workspace, std::int64_t* total_bytes,
                           void* stream) const {
     QCOMM_RETURN_IF_ERROR(status_);

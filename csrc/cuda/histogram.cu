@@ -1,4 +1,4 @@
-// How often each codeword occurs in a segment: what its own code is made of (specification: own_table() of
+// How often each codeword occurs in a segment, from which its own code is made (specification: own_table() of
 // qcomm/reference/packet.py; csrc/cpu/codeword_counts.h).
 //
 //   counts[codeword(i)] += 1 for every i, or for every second i with pairs
@@ -8,7 +8,8 @@
 // Thread: a codeword a row. Warp: every 8th row of 32 codewords of a tile. Block of 8 warps: a tile of 32768 values of
 // one segment. Shared memory: 32 KiB of counters, the alphabet as often as it fits, at most 8 times.
 // Passes: one over the values, for all segments of all packets in one launch; segments without a code of their own cost
-// a block that returns. Limits: alphabets of 4096.
+// a block that returns.
+// Limits: alphabets of 4096.
 // Determinism: sums of integers.
 // Bytes moved per value: its size (and 4 for a residual).
 // The ballot for the most frequent codeword follows from nvCOMP's and DietGPU's experience with skewed data:

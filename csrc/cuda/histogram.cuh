@@ -26,7 +26,7 @@ public:
     __device__ void clear() const {
         for (int i = static_cast<int>(threadIdx.x); i < copies_ * size_; i += kHistogramThreads) counters_[i] = 0;
     }
-    // Those of the calling warp.
+    // Returns the counters of the calling warp, which it may share with others: additions are atomic.
     __device__ unsigned* own() const { return counters_ + warp_number() % copies_ * size_; }
 
     // Adds them to counters in device memory; by all threads, behind a barrier.
@@ -43,7 +43,7 @@ private:
     int size_, copies_;
 };
 
-// What one warp counts.
+// The counting of one warp: its most frequent codeword in a register, all others in shared memory.
 class WarpCounter {
 public:
     __device__ explicit WarpCounter(unsigned* counters) : counters_(counters) {}
@@ -63,7 +63,8 @@ public:
 private:
     static constexpr std::uint32_t kNone = ~0u;
 
-    // Of those that the lanes have.
+    // Returns the codeword that most lanes have, of those the largest. It is looked for in the first row only: a guess
+    // that turns out wrong costs time, and no count.
     __device__ static std::uint32_t most_frequent(std::uint32_t codeword, bool present) {
         const unsigned alike = __match_any_sync(kAllLanes, present ? codeword : kNone);
         unsigned best = present ? static_cast<unsigned>(__popc(alike)) << 16 | codeword : 0u;

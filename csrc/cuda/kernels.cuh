@@ -1,4 +1,6 @@
-// The launchers of the kernels, one an operation; cuda.h is what a user sees. Each enqueues on `stream` and returns.
+// The launchers of the kernels, one an operation; cuda.h is the interface for users. Each enqueues on `stream` and
+// returns. A kernel sees the results of those before it on the stream. `tiles` are thread blocks, as the plan has
+// counted them.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +39,7 @@ inline void launch_clear(void* memory, std::int64_t bytes, void* stream) {
 #endif
 }
 
-// sample.cu: what a sample decides, after launch_measure.
+// sample.cu: the decisions by a sample, after launch_measure.
 constexpr int kSampleTile = 4096;
 void launch_sample(const EncodeTables& e, bool adjusted, std::int64_t tiles, void* stream);
 

@@ -1,12 +1,14 @@
-// "Am I the last block?": how a launch ends with something that needs the results of all its blocks.
+// "Am I the last block?": how a launch ends with something that needs the results of all its blocks. A second launch
+// would do the same, and costs some microseconds; the blocks of a launch cannot wait for each other, since not all need
+// be running.
 #pragma once
 
 #include "launch.h"
 
 namespace qcomm::cuda {
 
-// Whether all other blocks of `total` that share the counter have come here before: then what they have written is
-// visible. The counter starts at 0. Contains barriers.
+// Tells whether all other blocks of `total` that share the counter have come here before: then all that they have
+// written is visible. The counter starts at 0. Contains barriers.
 __device__ inline bool is_last_block(unsigned* counter, unsigned total) {
 #ifndef QCOMM_PLANT_MISSING_FENCE
     __threadfence();

@@ -1,16 +1,17 @@
 // Where everything goes in the packets: sizes are known, so fallbacks are decided and offsets are sums (specification:
 // write_segment() and encode_packet() of qcomm/reference/packet.py).
 //
-//   header 40 | dimensions 8*ndim | segment records 32*segments | code lengths | block ends 4*B | checksums 4*C |
-//   payload ^ written here ............................................. ^ written by payload.cu
+//   header 40 | dimensions 8*ndim | records 32*segments | code lengths | block ends 4*B | checksums 4*C | payload
+//   written here ....................................................... | written by payload.cu ..................
 //
 // Thread: every 256th block, then every 256th segment. Block: a packet. Shared memory: 8 bytes a warp for each scan.
 // Passes: a scan of the sizes of the packet's blocks; segments choose, in parallel, whether they become fixed or raw;
 // scans over segments give the offsets. If the packet then exceeds its capacity, blocks are dropped, and all is done
 // again: of the blocks that may be, those of sigma segments with a residual, in their order, the first ones stay, as
 // many as there is room for; the others become constant blocks of zeros of 4 bytes, whose values the residual keeps.
-// Limits: a packet below 16 GiB, whose block ends fit 32 bits in units of 4 bytes
-// (EncodePlan refuses more). Determinism: integers only. Bytes moved per value: nothing to speak of; 16 per block.
+// Limits: a packet below 16 GiB, whose block ends fit 32 bits in units of 4 bytes (EncodePlan refuses more).
+// Determinism: integers only.
+// Bytes moved per value: nothing to speak of; 16 per block.
 #include "block_sum.cuh"
 #include "kernels.cuh"
 #include "qcomm/block.h"
@@ -22,7 +23,7 @@ namespace {
 constexpr int kThreads = 256;
 static_assert(sizeof(PacketHeader) % 4 == 0 && sizeof(SegmentRecord) % 4 == 0, "both are written in words");
 
-// Of a segment, or of all before it.
+// Bytes of payload and of lists, numbers of block ends and checksums, values: of a segment, or of all before it.
 struct Sizes {
     std::int64_t payload, ends, checksums, lengths, elements;
 };
@@ -33,6 +34,7 @@ struct Shared {
     std::int64_t sums[SizeSums::kCount][kMaxWarps];
 };
 
+// Structs are written in words: packets are aligned to 4 bytes only.
 template <class T>
 __device__ void write_words(std::uint8_t* out, const T& value) {
     std::uint32_t words[sizeof(T) / 4];
@@ -40,7 +42,7 @@ __device__ void write_words(std::uint8_t* out, const T& value) {
     for (std::size_t i = 0; i < sizeof(T) / 4; ++i) reinterpret_cast<std::uint32_t*>(out)[i] = words[i];
 }
 
-// ends[i] = units of the packet's blocks up to and including i.
+// Sets ends[i] to the units of the packet's blocks up to and including i, in rounds of as many blocks as threads.
 __device__ void sum_blocks(const BlockResult* blocks, std::int64_t count, std::uint32_t* ends, std::uint32_t* scratch) {
     std::uint32_t before = 0;
     for (std::int64_t at = 0; at < count; at += kThreads) {
@@ -54,7 +56,9 @@ __device__ void sum_blocks(const BlockResult* blocks, std::int64_t count, std::u
     }
 }
 
-// The segment's final quantizer, and what it takes. `units` are those of its blocks.
+// Finds the segment's final quantizer, and returns its sizes. `units` are those of its blocks. The order of the
+// choices is the CPU encoder's (csrc/cpu/segment_encoder.h): constant and raw stay; blocks become fixed on a range
+// grid, if that is no larger; either becomes raw, if that is no larger and no residual has been updated for it.
 __device__ Sizes settle(const EncodeTables& e, int s, std::int64_t item, std::uint32_t units, Quantizer* q) {
     const SegmentTask& segment = e.segments[s];
     const Quantizer none{Grid::kNone, 0, Coding::kRaw, kTableOnWire, 0.0, 0.0};
@@ -89,7 +93,7 @@ __device__ Sizes settle(const EncodeTables& e, int s, std::int64_t item, std::ui
     return size;
 }
 
-// Settles the packet's segments; their sizes together.
+// Settles the packet's segments and says where each begins among the packet's parts; returns their sizes together.
 __device__ Sizes place_segments(const EncodeTables& e, const PacketTask& packet, std::int64_t item, Shared* shared) {
     const std::uint32_t* const ends = e.ends + packet.first_block;
     Sizes before{};
@@ -118,12 +122,14 @@ __device__ Sizes place_segments(const EncodeTables& e, const PacketTask& packet,
     return before;
 }
 
-// A block that may be dropped: what that saves (0: it may not), its values, the symbol of its zeros.
+// A block that may be dropped: the units that this saves (0: it may not), its values, the symbol of its zeros.
 struct Candidate {
     std::int64_t saved, values;
     std::uint32_t zero;
 };
 
+// Only blocks of sigma segments with a residual may be dropped, for only their values are not lost by it. One that
+// takes a word already saves nothing.
 __device__ Candidate candidate(const EncodeTables& e, const PacketTask& packet, std::int64_t block) {
     const std::uint32_t units = block < packet.blocks ? e.blocks[packet.first_block + block].units : 0u;
     if (units <= 1) return {0, 0, 0};
@@ -138,7 +144,8 @@ __device__ Candidate candidate(const EncodeTables& e, const PacketTask& packet, 
             static_cast<std::uint32_t>(sigma_radius(q.num_bits))};
 }
 
-// Calls f(block, its candidate, what the candidates before it save) for every block; returns what all save.
+// Calls f(block, its candidate, the units that the candidates before it save) for every block; returns the units that
+// all save.
 template <class F>
 __device__ std::int64_t scan_candidates(const EncodeTables& e, const PacketTask& packet, Shared* shared, F f) {
     std::int64_t before = 0;
@@ -154,7 +161,8 @@ __device__ std::int64_t scan_candidates(const EncodeTables& e, const PacketTask&
     return before;
 }
 
-// Drops the last candidates, as many as save `excess` units; none where all do not. Returns the values dropped.
+// Drops the last candidates, as many as save `excess` units; none where all do not. Returns the values dropped. Which
+// ones go is a fixed rule, so it does not depend on the order of threads.
 __device__ std::int64_t drop_blocks(const EncodeTables& e, const PacketTask& packet, std::int64_t excess,
                                     Shared* shared) {
     const std::int64_t all = scan_candidates(e, packet, shared, [](std::int64_t, const Candidate&, std::int64_t) {});
@@ -170,7 +178,7 @@ __device__ std::int64_t drop_blocks(const EncodeTables& e, const PacketTask& pac
     return dropped;
 }
 
-// Where the parts of a packet begin.
+// Returns where the parts of a packet begin, and whether it fits.
 __device__ PacketState place_parts(const PacketTask& packet, const Sizes& sizes, bool checksums) {
     PacketState state{};
     state.lengths = static_cast<std::int64_t>(sizeof(PacketHeader)) + 8 * packet.ndim +
@@ -196,6 +204,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     std::int64_t dropped = 0;
     if (threadIdx.x == 0) e.wanted_bytes[blockIdx.x] = state.payload + sizes.payload;
     if (!state.fits && packet.may_drop) {
+        // Dropping changes sizes and so perhaps which segments fall back: everything is summed again.
         const std::int64_t excess = ceil_div(state.payload + sizes.payload - packet.capacity, 4);
         dropped = drop_blocks(e, packet, excess, shared);
         sum_blocks(blocks, packet.blocks, ends, shared->units);
@@ -208,6 +217,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         e.dropped[blockIdx.x] = dropped;
         total_bytes[blockIdx.x] = state.fits ? total : -total;
     }
+    // A packet that does not fit is not begun: payload.cu keeps its values in the residuals.
     if (!state.fits) return;
     if (threadIdx.x == 0) {
         PacketHeader header{};

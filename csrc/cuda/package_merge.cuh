@@ -3,7 +3,7 @@
 // barriers; of each level only the packages stay, and which items were symbols. The lengths follow by walking back, as
 // in csrc/cpu/huffman.cpp, and are the same: ties go by symbol, and symbols before packages.
 //
-//   keys      | count << 12 | symbol, ascending | ...        64 bits; what is not used lies behind, as all ones
+//   keys      | count << 12 | symbol, ascending | ...        64 bits; unused symbols lie behind, as all ones
 //   flags     | level 1: 4096 pairs of items * 2 bits | level 2 ...     1 KiB a level
 //   packages  two arrays of 64 bits, of this level and of the one before
 //
@@ -20,7 +20,7 @@ namespace qcomm::cuda {
 constexpr int kCodeThreads = 512;
 constexpr int kMaxAlphabet = 1 << kMaxCodedBits;
 constexpr int kSymbolBits = kMaxCodedBits;  // below the count in a key
-constexpr int kNearSymbols = 1024;          // so many used ones have their packages in shared memory
+constexpr int kNearSymbols = 1024;          // up to this number of used ones have their packages in shared memory
 
 // Of each level but the first, whose items are all symbols: which items are. Of each pair one bit for its first item
 // and one for its second.
@@ -54,7 +54,9 @@ struct Level {
     int count;
 
     __device__ __forceinline__ Count symbol(int i) const { return keys[i] >> kSymbolBits; }
-    // How many of the first `at` items are symbols.
+    // Returns how many of the first `at` items are symbols. Items `at` of the merge lie on the diagonal symbols +
+    // packages = at; along it, a symbol is taken as long as it is no heavier than the package that would stand in its
+    // place.
     __device__ int symbols_before(int at) const {
         int low = at > count ? at - count : 0, high = at < n ? at : n;
         while (low < high) {
@@ -113,6 +115,8 @@ __device__ inline void merge_packages(Count* keys, int n, int limit, Count* far,
         to = free;
         __syncthreads();
     }
+    // One warp walks back; a level's flags are a few words for each lane. A level takes its cheapest items, an even
+    // number, of which each package is two items of the level below.
     if (warp_number() == 0) {
         int take = 2 * n - 2;  // items; always an even number
         for (int depth = limit - 1; depth > 0; --depth) {

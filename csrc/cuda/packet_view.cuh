@@ -13,6 +13,7 @@ constexpr int kMaxSumPackets = 8;    // packets that a block of sum_packets adds
 constexpr int kMaxValueTable = 256;  // alphabets up to here are decoded by a table of values
 constexpr std::int64_t kMaxElements = std::int64_t{1} << 42;
 
+// A segment, by its record and by the sizes of those before it.
 struct SegmentView {
     std::int64_t count, first_value;
     std::int64_t plain_before, plain_bytes;  // payload bytes of raw and fixed segments: before this one, its own
@@ -23,12 +24,15 @@ struct SegmentView {
     std::uint32_t code_mask;  // of a code of its own, set by make_decode_tables
 };
 
+// A packet, by its header and the sizes of all segments.
 struct PacketView {
     std::int64_t ends, checksums, payload;  // byte offsets in the packet; checksums is 0 where there are none
     std::int64_t tiles, sum_tiles, pieces;
     int segments;
 };
 
+// All that the decoding kernels read and write. Arrays have room for the segments and pieces that the plan expects, so
+// that where a packet's entries are does not depend on its contents.
 struct DecodeTables {
     const DecodeTask* tasks;
     const StaticTables* codes;
@@ -62,7 +66,7 @@ struct DecodeTables {
 constexpr std::int64_t unit_values(int steps) { return std::int64_t{kLanes} * steps; }
 constexpr std::int64_t sum_tile_values(int steps) { return 2 * unit_values(steps); }  // a block of pairs
 
-// Packets are aligned to 4 bytes only.
+// Packets are aligned to 4 bytes only, so larger numbers are read in words.
 __device__ __forceinline__ std::uint64_t load_u64(const std::uint8_t* at) {
     const auto* words = reinterpret_cast<const std::uint32_t*>(at);
     return words[0] | static_cast<std::uint64_t>(words[1]) << 32;
@@ -71,6 +75,7 @@ __device__ __forceinline__ std::uint32_t load_u32(const std::uint8_t* at) {
     return *reinterpret_cast<const std::uint32_t*>(at);
 }
 
+// The largest fault stays, whatever the order of threads.
 __device__ __forceinline__ void report(unsigned* fault, Fault what) {
     if (what != Fault::kNone) atomicMax(fault, static_cast<unsigned>(what));
 }

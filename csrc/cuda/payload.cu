@@ -6,11 +6,13 @@
 //
 // Thread: a word of the packet at a time. Warp: a unit, which is a block, or 64 KiB of a raw or fixed segment: words
 // pass through the lanes in the order of the checksum, so it costs no access to memory. Block: 4 units of one packet.
-// No shared memory. Passes: one. The last block of a packet combines the checksums of pieces and computes that of the
-// metadata. Limits: steps <= 512, so that a block's offsets fit an int. Determinism: a warp owns its unit; which block
-// is last only decides where the header's checksum is computed. Bytes moved per value: twice the code's; of raw ones a
-// read (with a residual 8 and a write of 4) and a write. In a packet from which blocks may be dropped residuals are
-// written here, too: 8 and a write of 4 more, for which encode.cu then does not do so.
+// No shared memory.
+// Passes: one. The last block of a packet combines the checksums of pieces and computes that of the metadata.
+// Limits: steps <= 512, so that a block's offsets fit an int.
+// Determinism: a warp owns its unit; which block is last only decides where the header's checksum is computed.
+// Bytes moved per value: twice the code's; of raw ones a read (with a residual 8 and a write of 4) and a write. In a
+// packet from which blocks may be dropped residuals are written here, too: 8 and a write of 4 more, for which encode.cu
+// then does not do so.
 #include "checksum.cuh"
 #include "coder.cuh"
 #include "kernels.cuh"
@@ -24,6 +26,7 @@ constexpr int kThreads = kEncodeWarps * kWarpLanes;
 constexpr std::int64_t kPieceWords = kChecksumPiece / 4;
 
 // Word k of n values' storage, with zeros behind the last one.
+// Narrow values are two a word, wide ones two words a value; neighbouring lanes still read neighbouring memory.
 template <class Tr, class Values>
 __device__ __forceinline__ std::uint32_t value_word(const Values& u, std::int64_t begin, std::int64_t n,
                                                     std::int64_t k) {
@@ -37,7 +40,10 @@ __device__ __forceinline__ std::uint32_t value_word(const Values& u, std::int64_
     }
 }
 
-// The parts of a fixed or coded block behind its start windows, as one row of u16.
+// The parts of a fixed or coded block behind its start windows, as one row of u16: they follow each other without gaps
+// in a packet, so a word of 32 bits may have the end of one part and the begin of the next.
+//
+//   | escape values | escape positions | words, or packed symbols |   zeros behind
 class BlockTail {
 public:
     __device__ BlockTail(const std::uint8_t* slot, const SlotShape& shape, const BlockResult& block, int n,
@@ -94,7 +100,7 @@ __device__ __forceinline__ void write_words(std::uint32_t* to, Index first, Inde
     }
 }
 
-// A packet being written, by one warp.
+// A unit of a packet being written, by one warp: a block from its slot, or a piece of a segment without blocks.
 template <class Tr, bool kAdjusted>
 struct Unit {
     const EncodeTables& e;
@@ -107,15 +113,19 @@ struct Unit {
 
     static constexpr int kItem = sizeof(typename Tr::Storage);
 
+    // Offsets are from the segment's first byte.
     __device__ std::uint32_t* payload_word(std::int64_t offset) const {
         return reinterpret_cast<std::uint32_t*>(out + packet.payload + state.payload + offset);
     }
+    // Raw values lose nothing.
     __device__ void clear_residual(std::int64_t begin, std::int64_t n) const {
         if (segment.residual_out == nullptr) return;
         __syncwarp();  // it may be part of u, which all lanes have read by now
         for (std::int64_t i = lane_number(); i < n; i += kWarpLanes) segment.residual_out[begin + i] = 0.0f;
     }
 
+    // Puts a block together: its words in order, in rows of 32 that pass through the checksum. The first two rows have
+    // the info and the start windows in them, and take the slower way; raw blocks have their values behind the info.
     __device__ void write_block(std::int64_t b) const {
         const Quantizer& q = state.quantizer;
         const BlockResult block = e.blocks[segment.first_block + b];
@@ -154,7 +164,7 @@ struct Unit {
         }
     }
 
-    // What is lost of a block's values; of a dropped one all is.
+    // The residual of a block's values; a dropped block's is all of u.
     __device__ void update_residual(const Quantizer& q, std::int64_t begin, int n, bool dropped) const {
         __syncwarp();
         const auto grid = sigma_quantizer<Tr>(q);
@@ -164,7 +174,8 @@ struct Unit {
                 dropped ? static_cast<float>(u[begin + i]) : residual_of<Tr>(u[begin + i], grid, escape);
     }
 
-    // Words of a piece of a segment without blocks, word i being word_at(i).
+    // Writes a piece of a segment without blocks, word i of which is word_at(i), and leaves its checksum for the
+    // packet's last thread block. Pieces are of the checksum's size, so each is one warp's whole sum.
     template <class WordAt>
     __device__ void write_piece(std::int64_t piece, std::int64_t words, std::uint32_t* piece_sum,
                                 const WordAt& word_at) const {
@@ -182,6 +193,7 @@ struct Unit {
         const std::int64_t begin = piece * kPieceWords * 4 / kItem, end = begin + kPieceWords * 4 / kItem;
         clear_residual(begin, (end < segment.count ? end : segment.count) - begin);
     }
+    // Symbols reach over the borders of words: a word's symbols are quantized again where it begins inside one.
     __device__ void write_fixed_piece(std::int64_t piece, std::uint32_t* piece_sum) const {
         const Quantizer& q = state.quantizer;
         const RangeQuantizer grid(q.grid, q.num_bits, q.p0, q.p1);
@@ -190,7 +202,7 @@ struct Unit {
                     [&](std::int64_t i) { return packed_word(u, grid, 0, segment.count, q.num_bits, i); });
     }
 
-    // Of every units-th row of 32 values.
+    // A constant segment has no payload, only residuals: its units take every units-th row of 32 values.
     __device__ void lose_constant(std::int64_t unit) const {
         const double value = state.quantizer.p0;
         if (segment.residual_out == nullptr || !__builtin_isfinite(value) || e.absent[segment.tensor] != 0) return;
@@ -199,7 +211,7 @@ struct Unit {
             segment.residual_out[i] = static_cast<float>(u[i] - static_cast<typename Tr::Arithmetic>(value));
     }
 
-    // Of a packet that cannot be written: nothing of its values is sent, and what is finite is kept.
+    // Of a packet that cannot be written no value is sent, and all that are finite are kept.
     __device__ void keep_everything(std::int64_t unit) const {
         const Quantizer& q = state.quantizer;
         if (segment.residual_out == nullptr || (q.coding == Coding::kConstant && !__builtin_isfinite(q.p0)) ||
@@ -263,6 +275,7 @@ __global__ void __launch_bounds__(kThreads, 1) write_payload(EncodeTables e) {
         }
     }
     const auto blocks = static_cast<unsigned>(packet.units == 0 ? 1 : ceil_div(packet.units, kEncodeWarps));
+    // The rest needs the results of the packet's other blocks: checksums of pieces and blocks, and block ends.
     if (!is_last_block(&e.counters[2 * e.tensor_count + p], blocks) || !layout.fits) return;
     if (e.checksums) {
         for (int s = warp_number(); s < packet.segments; s += kEncodeWarps)

@@ -1,14 +1,13 @@
-// The metadata of packets, checked and turned into what the decoding kernels need: where segments, blocks and tiles
-// begin (specification: parse_packet() of csrc/cpu/packet_decode.cpp, "What a decoder refuses" in docs/format.md).
+// The metadata of packets, checked and turned into the views that the decoding kernels need: where segments, blocks and
+// tiles begin (specification: parse_packet() of csrc/cpu/packet_parse.cpp, "What a decoder refuses" in docs/format.md).
 //
-//   header 40 | dimensions 8*ndim | segment records 32*segments | code lengths | block ends 4*B | checksums 4*C |
-//   payload all threads | all threads     | a thread each, and scans    |              | a thread each  | |
-//   check_pieces
+//   header 40    | dimensions  | records 32*n       | code lengths | block ends 4*B | checksums 4*C | payload
+//   all threads  | all threads | a thread each, and | all threads  | a thread each  |               | check_pieces
+//                |             | scans of sizes     |              |                |               |
 //
-// Block: a packet. Shared memory: 8 bytes a warp for scans, and what ends the scan of segments.
-// Passes: records (checked, and their sizes summed), lists of code lengths, where segments lie, block ends, the header
-// checksum. check_pieces
-// then reads raw and fixed segments, 64 KiB a warp.
+// Block: a packet. Shared memory: 8 bytes a warp for each field of a scan, and 0.4 KiB for lists of code lengths.
+// Passes: records (checked, and their sizes summed), lists of code lengths, block ends and where segments lie, the
+// header checksum. check_pieces then reads raw and fixed segments, 64 KiB a warp.
 // Limits: as many segments as the caller expects; 2^42 values.
 // Safety: nothing is read before its offset is known to lie in the packet; loops are bounded by sizes that have been
 // compared with the packet's.
@@ -42,6 +41,7 @@ struct Shared {
     CodeListShared list;
 };
 
+// Header and records are read in words: packets are aligned to 4 bytes, and these structs to 8.
 __device__ PacketHeader load_header(const std::uint8_t* packet) {
     std::uint32_t words[sizeof(PacketHeader) / 4];
     for (std::size_t i = 0; i < sizeof(words) / 4; ++i) words[i] = load_u32(packet + 4 * i);
@@ -50,6 +50,8 @@ __device__ PacketHeader load_header(const std::uint8_t* packet) {
     return header;
 }
 
+// Bytes that are no packet are another fault than a packet that was not expected: a caller that sees the second has
+// mixed up its own packets.
 __device__ Fault check_header(const PacketHeader& h, const DecodeTask& task, const DecodeTables& d) {
     const auto bytes = static_cast<std::uint64_t>(task.bytes);
     if (h.magic != kMagic || h.version != kVersion || h.flags > kFlagChecksums || h.reserved != 0 ||
@@ -61,6 +63,7 @@ __device__ Fault check_header(const PacketHeader& h, const DecodeTask& task, con
     return Fault::kNone;
 }
 
+// By every thread alike: there are 64 at most. A factor is compared with the quotient first, so no product overflows.
 __device__ Fault check_dims(const std::uint8_t* dims, int ndim, std::uint64_t elements) {
     std::uint64_t product = 1;  // of the dimensions that are not 0
     bool empty = false;
@@ -74,6 +77,7 @@ __device__ Fault check_dims(const std::uint8_t* dims, int ndim, std::uint64_t el
     return (empty ? 0 : product) == elements ? Fault::kNone : Fault::kRecords;
 }
 
+// The rule is check() of qcomm/quantize.h, with the static tables of device memory.
 template <class Tr>
 __device__ Fault check_record(const SegmentRecord& r, const DecodeTables& d) {
     if (r.count > kMaxElements || static_cast<unsigned>(r.grid) > 3 || static_cast<unsigned>(r.coding) > 4 ||
@@ -95,6 +99,8 @@ __device__ SegmentRecord load_record(const std::uint8_t* at) {
     return record;
 }
 
+// Sizes of a record that has been checked. No sum of them overflows: a count is at most 2^42, and segments are at most
+// 2^20.
 __device__ Sizes sizes_of(const SegmentRecord& r, int steps, std::int64_t item, bool checksums) {
     const auto count = static_cast<std::int64_t>(r.count);
     Sizes s;
@@ -110,7 +116,9 @@ __device__ Sizes sizes_of(const SegmentRecord& r, int steps, std::int64_t item, 
     return s;
 }
 
-// Where a segment begins in the payload: behind the last block before it, and the plain segments since.
+// Returns where a segment begins in the payload: behind the last block before it, and the plain segments since. Block
+// ends say where blocks are, and the sizes of plain segments follow from their records; a segment may have either
+// behind it.
 __device__ std::int64_t begin_of(const SegmentView* segments, int count, int s, const std::uint8_t* ends) {
     const SegmentView& segment = segments[s];
     if (segment.first_end == 0) return segment.plain_before;
@@ -119,7 +127,8 @@ __device__ std::int64_t begin_of(const SegmentView* segments, int count, int s, 
     return 4 * static_cast<std::int64_t>(load_u32(ends + 4 * block)) + segment.plain_before - owner.plain_before;
 }
 
-// All lists of a packet, one after the other: where one ends only its contents tell. Whether they fill `words` words.
+// Reads all lists of a packet, one after the other, as only the contents of one tell where it ends. Tells whether they
+// fill `words` words exactly.
 __device__ bool read_code_lists(const DecodeTables& d, const std::uint8_t* lists, std::int64_t words, int number,
                                 int segments, Shared* shared) {
     std::int64_t at = 0;
@@ -158,6 +167,7 @@ __device__ Reading begin_reading(const DecodeTables& d, const DecodeTask& task, 
     return p;
 }
 
+// Fills a view, except for the fields that block ends decide.
 __device__ void put_view(SegmentView* view, const SegmentRecord& r, const Sizes& before, const Sizes& own) {
     view->count = static_cast<std::int64_t>(r.count);
     view->first_value = before.values;
@@ -242,10 +252,13 @@ __device__ Fault read_packet(const DecodeTables& d, const DecodeTask& task, int 
     const Fault fault = check_header(h, task, d);
     if (fault != Fault::kNone) return fault;
     const Reading p = begin_reading(d, task, number, h);
+    // From here on dimensions, records and lists lie in the packet; how long the tables behind them are the records
+    // tell.
     if (p.ends_at > p.total || p.total % 4 != 0) return Fault::kHeader;
     if (check_dims(p.task->packet + kDimsAt, h.ndim, h.element_count) != Fault::kNone) return Fault::kRecords;
 
     Sizes all;
+    // Barriers follow each pass: the next one reads the findings of other threads, and all must agree to go on.
     const bool bad_record = read_records<Tr>(p, d, shared, &all);
     if (__syncthreads_or(bad_record) || all.values != task.elements) return Fault::kRecords;
     if (!read_code_lists(d, p.task->packet + p.lengths_at, h.lengths_words, number, p.segments, shared))
@@ -295,6 +308,7 @@ __global__ void __launch_bounds__(kPieceWarps* kWarpLanes) check_pieces(DecodeTa
         const std::uint32_t sum = warp_checksum(words, (rest < kChecksumPiece ? rest : kChecksumPiece) / 4);
         if (lane_number() == 0) sums[piece] = sum;
     }
+    // A segment's checksum is that of its pieces' checksums, which all blocks of the packet have left in device memory.
     if (!is_last_block(&d.counters[number], static_cast<unsigned>(tiles))) return;
     for (int s = warp_number(); s < packet.segments; s += kPieceWarps) {
         const std::int64_t pieces = ceil_div(segments[s].plain_bytes, kChecksumPiece);

@@ -1,4 +1,4 @@
-// What range grids lose (specification: update_residual() of qcomm/reference/packet.py).
+// The residuals of range grids (specification: update_residual() of qcomm/reference/packet.py).
 //
 //   residual[i] = float32(u[i] - decoded(u[i]))
 //
@@ -9,7 +9,10 @@
 // part, must stay.
 //
 // Thread: a value a row. Warp: every units-th row of 32 values of one segment. Block: 4 such warps. No shared memory.
-// Passes: one. Limits: as payload.cu. Determinism: each value by itself. Bytes moved per value: 8 and a write of 4.
+// Passes: one.
+// Limits: as payload.cu.
+// Determinism: each value by itself.
+// Bytes moved per value: 8 and a write of 4.
 #include "coder.cuh"
 #include "kernels.cuh"
 #include "source.cuh"

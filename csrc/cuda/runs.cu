@@ -1,14 +1,15 @@
-// Runs of values, copied or added: what a collective does with values that no packet holds (specification: _add_own()
-// and decode() of qcomm/collectives/two_phase_steps.py, gather_runs() and scatter_chunk() of
-// qcomm/collectives/layout.py).
+// Runs of values, copied or added: those of a collective that no packet holds (specification: _add_own() and decode()
+// of qcomm/collectives/two_phase_steps.py, gather_runs() and scatter_chunk() of qcomm/collectives/packing.py).
 //
 //   copy      to = from / divisor * factor, NaN where a packet that it comes from is damaged
 //   add_own   to = [to +] from * inv_scale, to += residual, residual = 0
 //
 //   run      | 4096 values: a tile | tile | ... | short tile |  next run | ...
 //
-// Thread: every 256th value of a tile. Block: a tile of one run. No shared memory. Passes: one. Limits: 2^31 tiles a
-// launch. Determinism: each value by itself, one rounding an operation.
+// Thread: every 256th value of a tile. Block: a tile of one run. No shared memory.
+// Passes: one.
+// Limits: 2^31 tiles a launch.
+// Determinism: each value by itself, one rounding an operation.
 // Bytes moved per value: copy 8 and half that for 16 bits; add_own 12, with a residual 20.
 #include <cstring>
 #include <limits>
@@ -39,6 +40,7 @@ private:
     }
 };
 
+// A tile a block. Values of damaged packets become NaN, so that training notices.
 template <class Tr>
 __global__ void __launch_bounds__(kThreads, 1)
     copy_runs(const RunTask* tasks, int count, double divisor, const double* factor, const unsigned* faults) {
@@ -54,6 +56,8 @@ __global__ void __launch_bounds__(kThreads, 1)
         to[i] = Tr::narrow(damaged ? std::numeric_limits<T>::quiet_NaN() : from[i] / by * times);
 }
 
+// A tile a block. A tensor that measure() has found not finite adds NaN, as its packet would, and its residual waits
+// for a better step.
 template <class Tr>
 __global__ void __launch_bounds__(kThreads, 1) add_runs(const RunTask* tasks, int count, const Quantizer* quantizers,
                                                         const std::uint8_t* absent, const double* inv_scale, bool add) {

@@ -1,4 +1,4 @@
-// What a sample of a tensor decides, once its statistics are known (specification: plan() of qcomm/codec/quantize.py;
+// The decisions by a sample of a tensor, once its statistics are known (specification: plan() of qcomm/codec/quantize.py;
 // docs/format.md, "Entropy" and "Choice of the code of a sigma segment").
 //
 //   range grid: histogram of 2^M center bins -> entropy H -> N = min(ceil(H + c), most), at least 1
@@ -7,9 +7,10 @@
 //   counts  | tensor 0: u64 * its bins | tensor 1 ... |
 //
 // Thread: a sampled value, or pair, a row. Block of 8 warps: a tile of 4096 sampled values of one tensor. Shared
-// memory: 32 KiB of counters. Passes: one over the sample; the last block of a tensor then adds up its histogram and
-// decides. Limits: 2^32 samples; 4096 bins. Determinism: integers, and a few float64 operations in one thread; which
-// block is last only decides where.
+// memory: 32 KiB of counters.
+// Passes: one over the sample; the last block of a tensor then adds up its histogram and decides.
+// Limits: 2^32 samples; 4096 bins.
+// Determinism: integers, and a few float64 operations in one thread; which block is last only decides where.
 // Bytes moved: a sector of 32 bytes a sample.
 // The method: A. Oland and B. Raj, "Reducing communication overhead in distributed learning by an order of magnitude
 // (almost)", ICASSP 2015.
@@ -33,7 +34,7 @@ struct Shared {
 template <class Values, bool kPairs>
 struct Sampled {
     const Values& u;
-    std::int64_t n, count;  // samples, of so many values or pairs
+    std::int64_t n, count;  // samples, and the values or pairs from which they are drawn
     std::uint32_t seed;
 
     __device__ auto operator[](std::int64_t i) const {
@@ -42,6 +43,7 @@ struct Sampled {
     }
 };
 
+// The sums are integers, so the result is that of the CPU's loop.
 __device__ CodeSample sum_over_block(const CodeSample& mine, std::uint64_t (*scratch)[kMaxWarps]) {
     CodeSample sum;
     block_exclusive_sum(mine.n, scratch[0], &sum.n);
@@ -55,7 +57,7 @@ __device__ unsigned static_length(const EncodeTables& e, int table, int codeword
     return table == kNoTable ? 0u : e.codes->encode[StaticTables::index(table)][codeword] >> 16;
 }
 
-// How often symbol s occurs in pairs.
+// Returns how often symbol s occurs in pairs, as first or as second: one histogram prices both kinds of codes.
 __device__ std::uint32_t count_single(const Count* pairs, int s) {
     Count sum = 0;
     for (int other = 0; other < 1 << kPairBits; ++other)
@@ -63,7 +65,7 @@ __device__ std::uint32_t count_single(const Count* pairs, int s) {
     return static_cast<std::uint32_t>(sum);
 }
 
-// The quantizer with what the tensor's whole histogram says; by all threads.
+// Completes the quantizer by the tensor's whole histogram; by all threads.
 __device__ Quantizer decide(const EncodeTables& e, const TensorTask& tensor, Quantizer q, Shared* shared) {
     const SampleTask& task = tensor.sample;
     const Count* const counts = e.sample_counts + task.first_bin;

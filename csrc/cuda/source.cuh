@@ -13,11 +13,12 @@ class Source {
 public:
     using T = typename Tr::Arithmetic;
 
-    // From value `offset` on.
+    // From value `offset` on. The scale is read once and stays in a register.
     __device__ __forceinline__ explicit Source(const TensorTask& tensor, std::int64_t offset = 0)
         : values_(static_cast<const typename Tr::Storage*>(tensor.values) + offset),
           has_residual_(kAdjusted && tensor.residual != nullptr),
-          // Some address of global memory, which both are said to be. Nobody makes a source of an empty tensor.
+          // Without a residual this is some other address of global memory, which both are said to be. A source is
+          // never of an empty tensor.
           residual_(has_residual_ ? tensor.residual + offset : reinterpret_cast<const float*>(values_)),
           inv_scale_(kAdjusted && tensor.inv_scale != nullptr ? static_cast<T>(*tensor.inv_scale) : T(1)) {
         QCOMM_ASSUME_GLOBAL(values_);

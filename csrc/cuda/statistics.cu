@@ -8,7 +8,8 @@
 //
 // Thread: every 32nd value of 4096. Warp: 4096 values, lanes folded by shuffles. Block of 8 warps: 32768 values, an
 // aligned subtree of the format's tree, so that no tile depends on its neighbours. Shared memory: 256 partial results,
-// 8 KiB. Passes: one. The last block of a tensor adds its tiles' results, level by level, and derives the quantizer.
+// 8 KiB.
+// Passes: one. The last block of a tensor adds its tiles' results, level by level, and derives the quantizer.
 // Limits: 2^42 values a tensor; 2^31 tiles a launch.
 // Determinism: the order of additions is the format's, whatever the order of blocks; which block is last only decides
 // where the last levels are added.
@@ -32,6 +33,7 @@ struct Shared {
     TileStatistics partial[kThreads];
 };
 
+// Everything but the sum has no order; the sum's is that of the calls.
 __device__ __forceinline__ void combine(TileStatistics& left, const TileStatistics& right) {
     left.minimum = right.minimum < left.minimum ? right.minimum : left.minimum;
     left.maximum = right.maximum > left.maximum ? right.maximum : left.maximum;
@@ -40,7 +42,8 @@ __device__ __forceinline__ void combine(TileStatistics& left, const TileStatisti
     left.nonzero |= right.nonzero;
 }
 
-// Neighbours are combined until one is left, in partial[0]. Ends with a barrier.
+// Combines neighbours until one is left, in partial[0], and ends with a barrier. An odd last one has no partner and
+// stays where the next level looks for it: partial[i * 2^level], which is the carrying over of the format's tree.
 __device__ void fold_pairwise(TileStatistics* partial, int n) {
     for (int d = 1; d < n; d *= 2) {
         __syncthreads();
@@ -50,7 +53,8 @@ __device__ void fold_pairwise(TileStatistics* partial, int n) {
     __syncthreads();
 }
 
-// Of n <= 4096 values; lane 0 has the result.
+// Measures n <= 4096 values; lane 0 has the result. The fold by shuffles is the format's: lane j takes lane j + 16, 8,
+// ...
 template <class Tr, bool kAdjusted>
 __device__ TileStatistics measure_block(const Source<Tr, kAdjusted>& u, std::int64_t begin, int n) {
     using T = typename Tr::Arithmetic;
@@ -79,7 +83,7 @@ __device__ TileStatistics measure_block(const Source<Tr, kAdjusted>& u, std::int
     return result;
 }
 
-// What Python's plan() returns, but for what sample.cu then decides.
+// Returns the quantizer that Python's plan() returns, except for the parts that sample.cu then decides.
 template <class Tr>
 __device__ Quantizer choose_quantizer(const TensorTask& tensor, const Statistics& s) {
     Quantizer q{Grid::kNone, 0, Coding::kRaw, kTableOnWire, 0.0, 0.0};
@@ -131,6 +135,8 @@ __global__ void __launch_bounds__(kThreads, 1) measure_tensors(EncodeTables e, T
     const std::int64_t count = statistics_tiles(values);
     if (!is_last_block(&e.counters[t], static_cast<unsigned>(count))) return;
 
+    // The tiles' results are the leaves of the rest of the tree. Each round folds runs of 256, in place: a run's result
+    // goes to the front, where it has been read already.
     TileStatistics* const level = tiles + tensor.first_tile;
     for (std::int64_t n = count; n > 1; n = ceil_div(n, kThreads)) {
         for (std::int64_t at = 0; at < n; at += kThreads) {
@@ -141,6 +147,7 @@ __global__ void __launch_bounds__(kThreads, 1) measure_tensors(EncodeTables e, T
             __syncthreads();  // before partial[] and level[] are used again
         }
     }
+    // One thread decides: a few float64 operations, which are IEEE on every device.
     if (threadIdx.x != 0) return;
     Statistics s;
     bool absent = tensor.zero_keeps_residual && !tensor.as_it_is;

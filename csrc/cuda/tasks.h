@@ -1,5 +1,5 @@
-// What the encoding kernels are told, and what they tell each other: arrays of these structs in device memory. The host
-// fills the tasks (encode_plan.cu), the device the states.
+// The tasks of the encoding kernels, and the results that one leaves for the next: arrays of these structs in device
+// memory. The host fills the tasks once (encode_plan.cu), the device the states in every step.
 //
 //   tensor   is measured as a whole and gets a quantizer             statistics.cu
 //   segment  is a run of a tensor's values inside a packet           encode.cu: blocks into slots
@@ -16,12 +16,12 @@
 
 namespace qcomm::cuda {
 
-using Count = unsigned long long;  // what atomicAdd takes
+using Count = unsigned long long;  // the type of 64 bits that atomicAdd has
 
 constexpr int kEncodeWarps = 4;  // blocks (encode) or units (payload) that a thread block works on
 constexpr int kMaxStaticSymbols = 256;
 
-// What a sample of a tensor decides: the number of bits of a range grid, or the code on a sigma grid.
+// The sample of a tensor, which decides the number of bits of a range grid, or the code on a sigma grid.
 struct SampleTask {
     std::int64_t count = 0;      // values, or pairs of neighbours on a sigma grid; 0: nothing is decided
     std::int64_t first_bin = 0;  // of its histogram
@@ -32,6 +32,8 @@ struct SampleTask {
     std::uint8_t single_table = kNoTable, pair_table = kNoTable;  // sigma: the static codes made for this k
 };
 
+// A tensor to measure, with all that is known of it beforehand. first_tile and its like count the thread blocks of one
+// launch over all tensors: a block finds its task by a binary search (find_task).
 struct TensorTask {
     const void* values;
     const float* residual;    // null: none
@@ -39,12 +41,13 @@ struct TensorTask {
     std::int64_t count;
     std::int64_t first_tile;  // of measure_tensors, among those of all tensors
     double k;                 // sigma: the step in units of the RMS
-    Quantizer wanted;         // what it is if it is neither constant nor raw; sigma: p1 is yet to be measured
+    Quantizer wanted;         // unless it turns out constant or raw; sigma: p1 is yet to be measured
     bool nonfinite_is_constant, as_it_is, zero_keeps_residual;
     std::int64_t first_sample_tile;  // of sample_tensors
     SampleTask sample;
 };
 
+// A segment to encode. Blocks, slots and codewords are numbered over all segments of the plan, since they share arrays.
 struct SegmentTask {
     std::int32_t tensor, packet;
     std::int64_t offset, count;  // its values in the tensor
@@ -53,12 +56,13 @@ struct SegmentTask {
     std::int64_t first_unit;     // of write_payload: a block, or a piece of a raw or fixed segment
     std::int64_t units;
     std::int64_t first_block;  // of its results
-    std::int64_t blocks;       // the most that it can have; the last ones may stay empty
+    std::int64_t blocks;       // the most that it can have, with any code; the last ones may stay empty
     std::int64_t slots;        // byte offset of its first slot in the workspace
     std::int64_t first_histogram_tile;
     std::int64_t first_codeword;  // of its own code; a multiple of 4
 };
 
+// A packet to write. Its segments, blocks and units follow each other.
 struct PacketTask {
     std::uint8_t* out;  // 4-byte aligned
     std::int64_t capacity;
@@ -87,6 +91,7 @@ struct SegmentState {
     int list_bytes;
 };
 
+// A packet after layout_packets.
 struct PacketState {
     std::int64_t ends, checksums, payload;  // byte offsets in the packet
     std::int64_t lengths;                   // of the lists of code lengths

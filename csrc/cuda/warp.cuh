@@ -1,4 +1,7 @@
-// What the kernels share: lanes of a warp and their sum (by all 32 together), and which task a block has.
+// Helpers that the kernels share: lanes of a warp and their sum (by all 32 together), and which task a block has.
+//
+// A warp's lanes need not run in step, so each operation names all of them and waits until they arrive. It does not
+// order memory between lanes: __syncwarp() stands where one writes a place that another has read.
 #pragma once
 
 #include <cstdint>
@@ -31,6 +34,8 @@ __device__ __forceinline__ unsigned ballot_bits(unsigned value, unsigned bits) {
 #endif
 }
 
+// Returns the sum of the lanes up to and including this one, in five steps of doubling distance (Hillis and Steele,
+// "Data parallel algorithms", CACM 29(12), 1986).
 template <class T>
 __device__ __forceinline__ T warp_inclusive_sum(T value) {
     for (int d = 1; d < kWarpLanes; d *= 2) {
@@ -40,7 +45,9 @@ __device__ __forceinline__ T warp_inclusive_sum(T value) {
     return value;
 }
 
-// The last of `count` tasks, ordered by `first`, that begins at or before `at`.
+// Returns the last of `count` tasks, ordered by `first`, that begins at or before `at`. Launches cover many tensors,
+// segments or packets with one grid, and this is how a block finds its own: some ten reads, which the cache has after
+// the first block. Of tasks without anything in them, which begin where the next one does, it skips all.
 template <class Task>
 __device__ __forceinline__ int find_task(const Task* tasks, int count, std::int64_t at, std::int64_t Task::* first) {
     int low = 0;
