@@ -1,5 +1,8 @@
 // The only file that knows Python. Tensors arrive as addresses, checked by qcomm/codec/_native.py; the GIL is released
 // around every operation that walks over data.
+//
+// Each function turns numbers into a struct of the core, calls one operation, and turns its status into an exception
+// once the GIL is held again. Structs arrive as tuples: their fields have the order of the struct's.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -29,6 +32,7 @@ py::object& packet_error() {
     return *error;
 }
 
+// The exception's text is the status's; `where` follows it, unless that is 0.
 void raise_if_error(const Status& status) {
     if (status.ok()) return;
     std::string message = status.what;
@@ -45,10 +49,12 @@ T* pointer(Address address) {
     return reinterpret_cast<T*>(address);
 }
 
+// `residual` is 0 where there is none.
 Values make_values(Address data, int dtype, std::int64_t count, Address residual, double inv_scale) {
     return {pointer<const void>(data), static_cast<DType>(dtype), count, pointer<const float>(residual), inv_scale};
 }
 
+// (minimum, maximum, sum of squares, finite)
 py::tuple py_measure(Address data, int dtype, std::int64_t count, Address residual, double inv_scale, int threads) {
     Statistics s;
     {
@@ -58,6 +64,7 @@ py::tuple py_measure(Address data, int dtype, std::int64_t count, Address residu
     return py::make_tuple(s.minimum, s.maximum, s.sum_squares, s.finite);
 }
 
+// The entropy in bits. It is exact in 24 bits of fraction, so every machine returns the same double.
 double py_entropy(Address data, int dtype, std::int64_t count, Address residual, double inv_scale, double lo, double hi,
                   int num_bits, double fraction, std::uint32_t seed, int threads) {
     py::gil_scoped_release nogil;
@@ -66,6 +73,7 @@ double py_entropy(Address data, int dtype, std::int64_t count, Address residual,
     return static_cast<double>(entropy_fixed(counts.data(), static_cast<int>(counts.size()))) / (1 << kLogFractionBits);
 }
 
+// (coding, table)
 py::tuple py_sigma_code(Address data, int dtype, std::int64_t count, Address residual, double inv_scale, int num_bits,
                         double step, double k, std::uint32_t seed, int threads) {
     SigmaCode code{};
@@ -77,11 +85,13 @@ py::tuple py_sigma_code(Address data, int dtype, std::int64_t count, Address res
     return py::make_tuple(static_cast<int>(code.coding), static_cast<int>(code.table));
 }
 
+// Returns a table's number, or 255 for none.
 int py_nearest_static_table(int coding, int num_bits, double k) {
     const StaticCode* code = nearest_static_code(static_cast<Coding>(coding), num_bits, k);
     return code != nullptr ? code->id : kNoTable;
 }
 
+// grid, num_bits, coding, table, p0, p1
 using QuantizerTuple = std::tuple<int, int, int, int, double, double>;
 
 Quantizer make_quantizer(const QuantizerTuple& q) {
@@ -93,6 +103,7 @@ Quantizer make_quantizer(const QuantizerTuple& q) {
             std::get<5>(q)};
 }
 
+// One symbol a value, for qcomm.quantize: packets are written by other loops, to which tests hold these.
 void py_quantize(Address data, int dtype, std::int64_t count, const QuantizerTuple& quantizer, Address symbols) {
     py::gil_scoped_release nogil;
     dispatch(static_cast<DType>(dtype), [&](auto traits) {
@@ -121,6 +132,7 @@ void py_dequantize(Address symbols, std::int64_t count, const QuantizerTuple& qu
 // (values, count, residual or 0, quantizer) of each segment.
 using SegmentTuple = std::tuple<Address, std::int64_t, Address, QuantizerTuple>;
 
+// The new residual replaces the old one in place.
 std::vector<SegmentInput> make_segments(const std::vector<SegmentTuple>& segments, int dtype, double inv_scale) {
     std::vector<SegmentInput> inputs;
     inputs.reserve(segments.size());
@@ -136,6 +148,7 @@ std::int64_t py_encode_bound(const std::vector<SegmentTuple>& segments, int dtyp
     return encode_bound(make_segments(segments, dtype, 1.0), {static_cast<DType>(dtype), dims, checksums, steps, 1});
 }
 
+// Returns the packet's size. A refusal has written nothing, neither to `out` nor to residuals.
 std::int64_t py_encode(const std::vector<SegmentTuple>& segments, double inv_scale, int dtype,
                        const std::vector<std::int64_t>& dims, bool checksums, int steps, int threads, Address out,
                        std::int64_t capacity) {
@@ -151,6 +164,7 @@ std::int64_t py_encode(const std::vector<SegmentTuple>& segments, double inv_sca
     return total;
 }
 
+// The view points into the packet, which the caller keeps alive meanwhile.
 PacketView parse(Address packet, std::int64_t bytes) {
     PacketView view;
     Status status;
@@ -162,6 +176,7 @@ PacketView parse(Address packet, std::int64_t bytes) {
     return view;
 }
 
+// The front of a packet as Python objects.
 py::dict describe_front(const PacketView& view) {
     py::list records;
     for (const SegmentRecord& r : view.records) {
@@ -178,6 +193,7 @@ py::dict describe_front(const PacketView& view) {
     return info;
 }
 
+// A packet's metadata as Python objects, for qcomm.inspect.
 py::dict py_parse(Address packet, std::int64_t bytes) {
     const PacketView view = parse(packet, bytes);
     py::dict info = describe_front(view);
@@ -220,6 +236,7 @@ void py_decode(Address packet, std::int64_t bytes, Address out, std::int64_t cou
     raise_if_error(status);
 }
 
+// Adds to 65536 counters.
 void py_count_symbols(Address packet, std::int64_t bytes, std::size_t segment, Address counts) {
     Status status;
     {
@@ -238,6 +255,7 @@ void py_code_lengths(Address counts, int size, int limit, Address lengths) {
     code_lengths(pointer<const std::uint64_t>(counts), size, limit, pointer<std::uint8_t>(lengths));
 }
 
+// (id, coding, num_bits, lengths) of each table, for tests and for the reference's copy of them.
 py::list py_static_tables() {
     py::list tables;
     for (int id = 1; id < kNoTable; ++id) {

@@ -1,4 +1,4 @@
-// What the fuzz targets share: how they report, buffers that notice a write beside them, and a loop over the versions
+// Helpers of the fuzz targets: how they report, buffers that notice a write beside them, and a loop over the versions
 // of the inner loops.
 #pragma once
 
@@ -32,6 +32,7 @@ public:
     }
     std::uint8_t* data() { return arena_.data() + kMargin; }
     std::int64_t size() const { return size_; }
+    // Tells whether nothing has been written beside the bytes, and whether they are still as they were filled.
     bool intact() const {
         const auto is_canary = [](std::uint8_t byte) { return byte == kCanary; };
         return std::all_of(arena_.begin(), arena_.begin() + kMargin, is_canary) &&
@@ -49,10 +50,12 @@ private:
     std::vector<std::uint8_t> arena_;
 };
 
+// As values these would not do: a NaN differs from itself, and two zeros do not differ.
 inline bool same_bytes(const void* a, const void* b, std::size_t bytes) {
     return bytes == 0 || std::memcmp(a, b, bytes) == 0;
 }
 
+// The text and the place count, too: which of several faults is found must not depend on the version.
 inline bool same_status(const Status& a, const Status& b) {
     return a.code == b.code && a.where == b.where && std::strcmp(a.what, b.what) == 0;
 }

@@ -20,6 +20,7 @@ class Input {
 public:
     Input(const std::uint8_t* data, std::size_t size) : at_(data), end_(data + size) {}
 
+    // A number from the front, and one from the back.
     template <class T>
     T take() {
         return read<T>([&] { return *at_++; });
@@ -28,6 +29,7 @@ public:
     T take_pattern() {
         return read<T>([&] { return *--end_; });
     }
+    // 0 .. bound - 1. Small inputs give small numbers, so an input that shrinks becomes a simpler request.
     int below(int bound) { return take<std::uint16_t>() % bound; }
 
     // Roughly normal, of standard deviation 1: many values from few bytes.
@@ -39,6 +41,7 @@ public:
         }
         return sum * std::sqrt(2.0);
     }
+    // Starts bell() anew, so that one segment's values do not depend on how many the one before had.
     void seed() { state_ = take<std::uint16_t>(); }
 
 private:
@@ -53,6 +56,7 @@ private:
     std::uint32_t state_ = 0;
 };
 
+// A segment, with its values and residuals.
 template <class Tr>
 struct Part {
     std::vector<typename Tr::Storage> values;
@@ -61,6 +65,7 @@ struct Part {
     bool chosen = false;  // the quantizer was chosen for the values, so it must be accepted
 };
 
+// A whole packet's worth of segments.
 template <class Tr>
 struct Request {
     std::vector<Part<Tr>> parts;
@@ -74,6 +79,8 @@ struct Request {
     }
 };
 
+// `count` values in one of four styles: bit patterns, a bell with patterns among it, multiples that repeat, a bell. The
+// scale is a power of 2 over the range of exponents, so that grids meet subnormals and values near the largest.
 template <class Tr>
 std::vector<typename Tr::Storage> make_values(Input* in, int count) {
     using Storage = typename Tr::Storage;
@@ -96,6 +103,7 @@ std::vector<typename Tr::Storage> make_values(Input* in, int count) {
     return values;
 }
 
+// Any fields at all: an encoder must refuse such a quantizer, or keep its promises with it.
 inline Quantizer random_quantizer(Input* in, const Statistics& s) {
     Quantizer q;
     q.grid = static_cast<Grid>(in->below(4));
@@ -141,6 +149,7 @@ inline Quantizer choose_quantizer(Input* in, const Values& values, const Statist
     return is_usable(q, values.dtype) ? q : Quantizer{};
 }
 
+// Most segments are short; some are longer than a block. Three in four get a quantizer that suits them.
 template <class Tr>
 Part<Tr> make_part(Input* in, DType dtype, double inv_scale, bool with_residual) {
     Part<Tr> part;
@@ -154,6 +163,7 @@ Part<Tr> make_part(Input* in, DType dtype, double inv_scale, bool with_residual)
     return part;
 }
 
+// Mostly one segment. 16-bit values have neither a scale nor residuals, which encoders refuse.
 template <class Tr>
 Request<Tr> make_request(Input* in, DType dtype) {
     Request<Tr> request;

@@ -30,6 +30,7 @@ struct Answer {
     }
 };
 
+// Decodes, or adds; only the packet may be at fault, and nothing beside the destination is touched.
 Status decode(const PacketView& view, bool accumulate, Guarded* out, std::vector<std::uint8_t>* decoded) {
     const Status status = decode_packet(view, out->data(), accumulate);
     require(out->intact(), "decoding writes inside the destination only");
@@ -51,6 +52,7 @@ void check_sums(const Answer& answer) {
     }
 }
 
+// Adds the packet to ones.
 template <class T>
 Status accumulate(const PacketView& view, Answer* answer) {
     Guarded ones(static_cast<std::int64_t>(view.header.element_count * sizeof(T)));
@@ -61,6 +63,7 @@ Status accumulate(const PacketView& view, Answer* answer) {
     return status;
 }
 
+// Counts the symbols of all segments: where decoding succeeds, of their alphabets, and no more than there are elements.
 void count(const PacketView& view, Answer* answer) {
     static std::vector<std::uint64_t> counts(65536), zeros(65536);  // static: page faults would take longest of all
     const bool decodes = answer->statuses[1].ok();
@@ -93,6 +96,7 @@ Answer ask(const std::uint8_t* packet, std::int64_t bytes, std::uint8_t fill) {
         require(answer.statuses[0].code == StatusCode::kBadPacket, "parsing fails because of the packet only");
         return answer;
     }
+    // A packet says how long it is, so no prefix of one is another.
     PacketView shorter;
     require(!parse_packet(packet, bytes - 1, &shorter).ok(), "a packet without its last byte is refused");
     if (view.header.element_count > kMaxElements) return answer;
@@ -129,6 +133,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t max_size,
                                                unsigned seed) {
+    // Mostly a mutation that is then repaired; sometimes one that is not, and sometimes the packet without its
+    // checksums.
     size = seed % 16 == 0 ? strip_checksums(data, size) : LLVMFuzzerMutate(data, size, max_size);
     return seed % 16 == 1 ? size : repair(data, size);
 }

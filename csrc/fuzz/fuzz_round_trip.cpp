@@ -9,15 +9,16 @@ using namespace qcomm::fuzz;
 
 namespace {
 
-constexpr std::int64_t kAllowance = 128;  // what qcomm.compress promises on top of the values, up to 6 dimensions
+constexpr std::int64_t kAllowance = 128;  // the promise of qcomm.compress on top of the values, up to 6 dimensions
 
-// What one version makes of a request.
+// The results of a request with one version.
 struct Outcome {
     bool accepted = false;
     std::vector<std::uint8_t> packet, decoded;
     std::vector<std::vector<float>> residuals;
 };
 
+// Bytes are compared, residuals included, so that even the bits of a NaN must agree.
 bool same_outcome(const Outcome& a, const Outcome& b) {
     bool same = a.accepted == b.accepted && a.packet == b.packet && a.decoded == b.decoded;
     for (std::size_t i = 0; i < a.residuals.size(); ++i) {
@@ -26,6 +27,7 @@ bool same_outcome(const Outcome& a, const Outcome& b) {
     return same;
 }
 
+// Encodes with a byte too little first, which must be refused without a trace, then with enough, and decodes.
 template <class Tr>
 Outcome encode_and_decode(const Request<Tr>& request) {
     Outcome outcome;
@@ -70,7 +72,7 @@ long double spacing(DType dtype, long double magnitude) {
     return dtype == DType::kFloat32 ? at_least(0x1p-23L, 0x1p-149L) : at_least(0x1p-52L, 0x1p-1074L);
 }
 
-// The farthest that a grid may move a value: half a step, and what its arithmetic and the dtype round.
+// The farthest that a grid may move a value: half a step, and the rounding of its arithmetic and of the dtype.
 long double bound(const Quantizer& q, DType dtype, long double magnitude) {
     const long double levels = std::ldexp(1.0L, q.num_bits) - (q.grid == Grid::kRangeEndpoint ? 1 : 0);
     const long double step = q.grid == Grid::kSigma ? q.p1 : (static_cast<long double>(q.p1) - q.p0) / levels;
@@ -78,6 +80,7 @@ long double bound(const Quantizer& q, DType dtype, long double magnitude) {
     return step / 2 * (1 + 0x1p-20L) + 3 * spacing(arithmetic, magnitude) + spacing(dtype, magnitude + step);
 }
 
+// Compares a segment with its values, by the coding that its record says it has got.
 template <class Tr>
 void check_part(const Part<Tr>& part, const Values& values, const SegmentRecord& record,
                 const typename Tr::Storage* decoded, const std::vector<float>& residual) {
@@ -96,6 +99,7 @@ void check_part(const Part<Tr>& part, const Values& values, const SegmentRecord&
             const long double error = std::fabs(static_cast<long double>(u) - back);
             require(error <= bound(q, values.dtype, std::fabs(u)), "the error is within half a step and rounding");
         }
+        // A residual of a constant that is not finite waits; else it is the loss, and 0 where that is not finite.
         if (residual.empty()) continue;
         const bool untouched = constant && !std::isfinite(q.p0);
         const float lost = std::isfinite(u) ? static_cast<float>(u - back) : 0.0f;
@@ -105,6 +109,7 @@ void check_part(const Part<Tr>& part, const Values& values, const SegmentRecord&
     }
 }
 
+// The values need to be compared for one version only, since all must give the same.
 template <class Tr>
 void check_request(const Request<Tr>& request) {
     Outcome scalar;

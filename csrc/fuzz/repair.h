@@ -19,6 +19,7 @@ struct Layout {
     SegmentRecord last{};
 };
 
+// Block ends and checksums follow from the records, as for a reader; nothing is read behind `bytes`.
 inline bool find_layout(const PacketHeader& h, const std::uint8_t* packet, std::uint64_t bytes, Layout* layout) {
     layout->records = sizeof(PacketHeader) + std::uint64_t{8} * h.ndim;
     layout->block_ends = layout->records + sizeof(SegmentRecord) * std::uint64_t{h.segment_count};
