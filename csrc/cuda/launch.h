@@ -3,7 +3,7 @@
 //
 // Kernels say __launch_bounds__(threads, 1): without the 1 ptxas saves registers by spilling some.
 //
-// QCOMM_PLANT_... are errors that tests/test_cuda_emulation.py plants, to show that they would be noticed.
+// QCOMM_PLANT_... are errors that tests/codec/test_cuda_emulation.py plants, to show that they would be noticed.
 //
 // A kernel's shared memory is one struct: DYNAMIC_SHARED(Struct, name), with its size in the launch.
 #pragma once

@@ -1,5 +1,5 @@
-// The decisions by a sample of a tensor, once its statistics are known (specification: plan() of qcomm/codec/quantize.py;
-// docs/format.md, "Entropy" and "Choice of the code of a sigma segment").
+// The decisions by a sample of a tensor, once its statistics are known (specification: plan() of
+// qcomm/codec/quantize.py; docs/format.md, "Entropy" and "Choice of the code of a sigma segment").
 //
 //   range grid: histogram of 2^M center bins -> entropy H -> N = min(ceil(H + c), most), at least 1
 //   sigma grid: histogram of neighbouring pairs -> the price of each code -> single or pair, static or of its own
