@@ -184,7 +184,9 @@ def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceW
     choice = DeviceChoice(group, get_communicator(group), task.telemetry, tensor.device)
     with torch.no_grad(), torch.cuda.device_of(tensor):
         try:
-            choice.average(DevicePart.of(task))
+            fault = choice.average(DevicePart.of(task))
+            if fault is not None:
+                raise fault.error
             choice.flush()
         except (CollectiveError, ConfigMismatchError) as error:
             return AllReduceWork(failed(error), task.telemetry)

@@ -23,7 +23,7 @@ from qcomm.collectives_cuda.handshake import AgreedNumbers, DevicePart, agree, i
 from qcomm.collectives_cuda.slots import PERIOD
 from qcomm.collectives_cuda.two_phase import DeviceMean, check_group
 from qcomm.collectives_cuda.uncompressed import DevicePlain
-from qcomm.communicator import UNTIMED, Communicator, Group, is_agreed
+from qcomm.communicator import UNTIMED, Communicator, Fault, Group, is_agreed
 from qcomm.errors import CollectiveError, ConfigMismatchError
 
 __all__ = ["DEVICE_STRATEGIES", "DeviceChoice", "check_device_strategy", "device_ways"]
@@ -129,21 +129,24 @@ class DeviceChoice:
         self._communicator, self._telemetry = communicator, telemetry
         self._lanes: dict[int, _Lane] = {}
 
-    def average(self, part: DevicePart, scale: Scale = 1.0) -> None:
+    def average(self, part: DevicePart, scale: Scale = 1.0) -> Fault | None:
         """Replaces the part's buffer by its mean over all ranks.
 
         Args:
             part: of this rank.
             scale: the buffer holds values times this: a number, or a tensor of one element on the device.
 
+        Returns:
+            None, or a fault of this rank, which took part in the collective nevertheless: the caller raises its error
+            and may go on with the next collective.
+
         Raises:
             CollectiveError, ConfigMismatchError: on all ranks, where the host waits.
-            Exception: this rank's own fault, which the others learn later.
         """
         lane = self._lane(part)
         if lane is None:
             agree(part, self._communicator, "auto")
-            raise ValueError("a part without a task needs a fault") if part.fault is None else part.fault.error
+            return part.fault
         first = False
         # Collectives that a graph captures are not counted: they run again without this code.
         if not (part.buffer.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -156,17 +159,20 @@ class DeviceChoice:
             stopwatch.start()
         try:
             if lane.strategy in PLAIN:
-                self._plain.average(part, scale, lane.strategy, self._compressed.group(), with_residuals=first)
+                fault = self._plain.average(part, scale, lane.strategy, self._compressed.group(), with_residuals=first)
             else:
-                self._compressed.average(part, scale)
+                fault = self._compressed.average(part, scale)
         except (CollectiveError, ConfigMismatchError) as error:
             if is_agreed(error):  # a rank with a fault may have had no lane, and begins one next
                 self._lanes[part.index] = _Lane(lane.layout, lane.dtype, lane.ways, lane.ways[0])
             raise
+        if fault is not None:
+            return fault
         if stopwatch is not None:
             stopwatch.stop()
             lane.stopwatch = stopwatch
         self._telemetry.note_strategy(part.index, lane.strategy)
+        return None
 
     def serves(self, group: Group) -> bool:
         """Returns whether this object was made for ``group``."""

@@ -24,7 +24,7 @@ from qcomm.collectives import BucketLayout, MeanTask, Scale, Telemetry, owner_gr
 from qcomm.collectives_cuda.handshake import AgreedNumbers, DevicePart, agree, is_known
 from qcomm.collectives_cuda.slots import PERIOD, Slots, adjusted, is_fixed, nominal_bytes, slot_bytes
 from qcomm.collectives_cuda.two_phase_steps import Accounts, DeviceSteps, Workspaces, packet_bounds
-from qcomm.communicator import Communicator, Group, Phase, attempt
+from qcomm.communicator import Communicator, Fault, Group, Phase, attempt
 from qcomm.errors import CollectiveError
 from qcomm.transport import MpiGroup, Traffic
 
@@ -81,12 +81,16 @@ class DeviceMean:
         self._factors: torch.Tensor | None = None
         self._workspaces: Workspaces | None = None
 
-    def average(self, part: DevicePart, scale: Scale = 1.0) -> None:
+    def average(self, part: DevicePart, scale: Scale = 1.0) -> Fault | None:
         """Replaces the part's buffer by its mean over all ranks.
 
         Args:
             part: of this rank.
             scale: the buffer holds values times this: a number, or a tensor of one element on the device.
+
+        Returns:
+            None, or a fault of this rank, which took part in the collective nevertheless: the caller raises its error
+            and may go on with the next collective.
 
         Raises:
             CollectiveError, ConfigMismatchError: on all ranks, if the host waits; else see the module.
@@ -103,12 +107,12 @@ class DeviceMean:
             if bucket.fixed is None:
                 agree(part, self._communicator, "two_phase")
             self._run(bucket, task)
-            return
+            return None
         if known is not None and known.fixed is not None:
             self._take_part(known, part.buffer.device)
         else:
             agree(replace(part, fault=fault), self._communicator, "two_phase")
-        raise CollectiveError("preparing the exchange failed") if fault is None else fault.error
+        return fault
 
     def serves(self, group: Group) -> bool:
         """Returns whether this object was made for ``group``."""

@@ -43,7 +43,7 @@ class DevicePlain:
 
     def average(
         self, part: DevicePart, scale: Scale, strategy: str, group: dist.ProcessGroup, with_residuals: bool
-    ) -> None:
+    ) -> Fault | None:
         """Replaces the part's buffer by its mean over all ranks.
 
         Args:
@@ -54,9 +54,12 @@ class DevicePlain:
             with_residuals: send the residuals that error feedback keeps of the bucket's parameters. Only other
                 strategies keep any, so the first of many collectives sends them for all.
 
+        Returns:
+            None, or a fault of this rank, which took part in the collective nevertheless: the caller raises its error
+            and may go on with the next collective.
+
         Raises:
             CollectiveError, ConfigMismatchError: on all ranks, where the bucket or its strategy is new.
-            Exception: this rank's own fault. If neither is new the others get NaN, and do not wait.
         """
         known = self._known(part)
         made, fault = self._prepare(part, scale, known, strategy, with_residuals)
@@ -64,7 +67,7 @@ class DevicePlain:
         if known is None or strategy not in known.values:
             agree(part, self._communicator, strategy)
             if fault is not None:
-                raise fault.error
+                return fault
         if known is None:
             if part.layout is None:
                 raise ValueError("a part without a fault needs a layout")
@@ -80,8 +83,9 @@ class DevicePlain:
             dist.all_reduce(summed, group=group)
         values.store(part.buffer)
         if fault is not None:
-            raise fault.error
+            return fault
         count_rings(part.telemetry, strategy, known.layout, part.buffer.dtype)
+        return None
 
     def _known(self, part: DevicePart) -> _Bucket | None:
         known = self._buckets.get(part.index)

@@ -55,12 +55,13 @@ class DeviceHook:
             if self._stream is not None:
                 part.buffer.record_stream(self._stream)
             try:
-                self._choice.average(part, scale)
+                fault = self._choice.average(part, scale)
             except Exception as error:
-                told = part.fault is not None and error is part.fault.error  # this rank took part nevertheless
-                if not told and not is_agreed(error):
+                if not is_agreed(error):
                     self._broken = error  # the next exchange would meet the others' part of this collective
                 raise
+            if fault is not None:  # this rank took part nevertheless
+                raise fault.error
             part.telemetry.mark(part.index, "launched")
             return device_future(part.buffer)
 

@@ -32,6 +32,7 @@ WAYS = {FINE: ("none", "two_phase"), COARSE: ("none", "bf16", "two_phase")}
 CPU = torch.device("cpu")
 # What takes hundreds of collectives, of emulated kernels, sooner.
 PERIOD, WARM_UP, RECHECK = 6, 4, 24
+PERIODS = 60  # steps after which all ranks have agreed anew, for slots are kept for 50
 
 
 def trials(ways):
@@ -174,7 +175,9 @@ def case_faults(rank, world_size, path, failing, known):
                 fault, nothing = Fault(Phase.PREPARE, error), None if not known else layout
                 task = DevicePart(task.index, place, side.telemetry, nothing, None, fault)
             try:
-                choice.average(task)
+                fault = choice.average(task)
+                if fault is not None:
+                    raise fault.error
             except (ValueError, qcomm.CollectiveError) as error:
                 failed.append((step, str(error)))
             else:
@@ -270,3 +273,30 @@ def test_a_way_without_memory(rank, world_size, emulated_path):
             else:
                 assert_same_on_all_ranks(place)
     assert len(errors) == 1 and "rank 1 failed while preparing the exchange: MemoryError: no room" in errors[0]
+
+
+@world(2, alone=True)
+@pytest.mark.parametrize("strategy", ["two_phase", "none"])
+def test_a_rank_that_cannot_prepare_takes_part_and_goes_on(rank, world_size, emulated_path, strategy):
+    """Preparing a known bucket fails on one rank: it takes part without values, and nobody waits for its next one."""
+    place, name = {"two_phase": (DeviceMean, "_prepare"), "none": (device_plain, "_add_residuals")}[strategy]
+    with emulated_device(emulated_path):
+        model = wrap()
+        qcomm.attach(model, strategy=strategy)
+        original, calls = getattr(place, name), []
+
+        def fail_once(*arguments):
+            calls.append(arguments)
+            if rank == 1 and len(calls) == 1:
+                raise MemoryError("no room")
+            return original(*arguments)
+
+        for _ in range(3):
+            backward(model, rank)
+        with mock.patch.object(place, name, fail_once):
+            errors = [error_of(model, rank) for _ in range(2 * PERIODS)]
+        if rank == 1:
+            assert any("no room" in str(error) for error in errors)
+        assert not any("ended half way" in str(error) for error in errors)
+        assert errors[-1] is None
+        assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters()])

@@ -135,7 +135,9 @@ def case_fault(rank, world_size, path):
             task = side.task(place.copy_(buffer_of(layout, rank, step, torch.float32, "")), layout, SIGMA)
             scale = "nonsense" if rank == 1 and step == 2 else 1.0
             try:
-                mean.average(DevicePart.of(task), scale)
+                fault = mean.average(DevicePart.of(task), scale)
+                if fault is not None:
+                    raise fault.error
             except (TypeError, qcomm.CollectiveError) as error:
                 heard.append((step, type(error).__name__, str(error)))
             else:
