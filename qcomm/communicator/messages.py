@@ -69,7 +69,9 @@ class Pipeline:
         try:
             return step(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - any: it is raised again, on every rank, when the messages have ended
-            self.fault = Fault(phase, error)
+            # Without this frame, which would keep the pipeline, and with it the connections, as long as the error.
+            own = error.__traceback__
+            self.fault = Fault(phase, error.with_traceback(None if own is None else own.tb_next))
             return None
 
     def expect(self, exchange: int, slice_number: int, limits: Sequence[int]) -> None:
