@@ -235,6 +235,19 @@ class Bypass:
         lane.under_way = cast(torch.futures.Future[torch.Tensor], torch.futures.collect_all(sums).then(finish))
         return lane.under_way
 
+    def forget(self) -> None:
+        """Ends all lanes, so that every bucket is agreed on anew; a group whose sums have failed stays known."""
+        self.flush()
+        with self._lock:
+            self._lanes = {}
+
+    def leave(self, index: int) -> None:
+        """Ends the lane of bucket ``index``, if there is one."""
+        if index in self._lanes:
+            self.flush()
+            with self._lock:
+                self._lanes = {number: lane for number, lane in self._lanes.items() if number != index}
+
     def drain(self) -> None:
         """Waits for the sums under way.
 

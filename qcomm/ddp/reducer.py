@@ -12,6 +12,7 @@ group's worker averages it.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -156,9 +157,14 @@ class Reducer:
         return {**self.__dict__, "group": None, "_device_hook": None, "grad_scale": kept}
 
     def reconfigure(self, options: ReduceOptions) -> None:
-        """Replaces the options and forgets agreements to bypass, which concerned the earlier ones."""
+        """Goes on with other options.
+
+        Agreements to bypass end with the options they were about. The number of threads is each rank's own business, so
+        a change of it alone must not make this rank agree where the others do not.
+        """
+        if replace(options, num_threads=1) != replace(self._options, num_threads=1):
+            self.bypass.forget()
         self._options = options
-        self.forget_agreements()
 
     def forget_agreements(self) -> None:
         """Forgets agreements and owed faults, which concerned the earlier model or options."""
@@ -269,6 +275,8 @@ class Reducer:
             started = self.bypass.started(index)
             lane = self.bypass.begin(bucket, None if task is None else task.layout, group)
             bypassing = None if lane is None else Bypassing(started, lane.memory)
+        elif self._is_warming_up:  # perhaps again, after a checkpoint was loaded: what was agreed on is of another time
+            self.bypass.leave(index)
 
         def job() -> torch.Tensor:
             self._check_step(index, serial)

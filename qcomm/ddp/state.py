@@ -1,5 +1,6 @@
 """The state of the communication hook: its options, residuals and counters, kept over pickling and checkpoints."""
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +34,8 @@ class CompressionState:
             ``step`` at most 1.
         error_feedback: keep the quantization error and add it to the next gradient: 4 bytes per parameter, and 4 / W
             for the means. A step that fails, or that GradScaler skips, loses at most its own gradient and that
-        feedback. warmup_steps: number of initial steps whose gradients are exchanged uncompressed.
+            feedback.
+        warmup_steps: number of initial steps whose gradients are exchanged uncompressed.
         exclude: patterns (``fnmatch``) of the names of parameters that travel uncompressed. They need :func:`attach`,
             which knows the names.
         grad_scale: the factor of the loss, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. It is read
@@ -58,6 +60,7 @@ class CompressionState:
         process_group: Group | None = None,
         grid: Grid = SigmaGrid(step=1.0),
         error_feedback: bool = True,
+        *,
         warmup_steps: int = 0,
         exclude: Sequence[str] = (),
         grad_scale: GradScale = None,
@@ -66,7 +69,7 @@ class CompressionState:
         self.options = ReduceOptions(grid, **options)
         check_hook_options(error_feedback, warmup_steps, exclude, grad_scale)
         self.given_group = process_group
-        self.warmup_steps = warmup_steps
+        self._warmup_steps = warmup_steps
         self.telemetry = Telemetry()
         described = {
             "error_feedback": str(error_feedback),
@@ -96,6 +99,26 @@ class CompressionState:
     def error_feedback(self) -> ErrorFeedback | None:
         """Returns the residuals, which must not be used during backward; None where error feedback is off."""
         return self._feedback
+
+    @property
+    def warmup_steps(self) -> int:
+        """Number of initial steps whose gradients are exchanged uncompressed; fixed."""
+        return self._warmup_steps
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of gradients; :meth:`reconfigure` changes it."""
+        return self.options.grid
+
+    @property
+    def strategy(self) -> str:
+        """The strategy of the mean; :meth:`reconfigure` changes it."""
+        return self.options.strategy
+
+    @property
+    def num_threads(self) -> int:
+        """Maximum number of threads of the codec; :meth:`reconfigure` changes it, on one rank or on several."""
+        return self.options.num_threads
 
     def stats(self) -> dict[str, Any]:
         """Returns the counters of this rank since its start or since ``reset_stats``.
@@ -167,10 +190,11 @@ class CompressionState:
             stacklevel=2,
         )
         self.reducer.flush()
-        return {**self.__dict__, "given_group": None}
+        # A copy of the reducer has no group either; a copied state must not share this one's.
+        return {**self.__dict__, "given_group": None, "reducer": copy.copy(self.reducer)}
 
     def reconfigure(self, **changes: Any) -> None:
-        """Changes options of the mean between two steps. Every rank makes the same change at the same step.
+        """Changes options of the mean between two steps, on every rank alike; ``num_threads`` on any rank.
 
         Args:
             **changes: ``grid`` and the options that :class:`qcomm.collectives.ReduceOptions` has.

@@ -272,3 +272,45 @@ def test_modes_of_ddp(rank, world_size, mode, strategy):
             assert torch.equal(ours.grad, theirs.grad), step
         model.zero_grad()
         expected.zero_grad()
+
+
+@world(2)
+def test_the_number_of_threads_changes_on_one_rank_alone(rank, world_size):
+    """Ranks that differ in it still agree, or bypass, at the same steps."""
+    model = wrap()
+    state = qcomm.attach(model, strategy="none")
+    for step in range(bypass.BYPASSED + AGREED + 3):
+        if rank == 0 and step == AGREED + 1:
+            state.reconfigure(num_threads=2)
+        backward(model, rank, step)
+        assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters()])
+    assert state.num_threads == (2 if rank == 0 else 1)
+
+
+@world(2)
+def test_a_change_of_strategy_is_agreed_on(rank, world_size):
+    model = wrap()
+    state = qcomm.attach(model, strategy="none")
+    for step in range(AGREED + 2):
+        backward(model, rank, step)
+    state.reconfigure(strategy="two_phase")
+    backward(model, rank)
+    assert set(state.stats()["strategies"].values()) == {"two_phase"}
+    state.reconfigure(strategy="none")
+    for step in range(AGREED + 2):
+        backward(model, rank, step)
+        assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters()])
+
+
+@world(2)
+def test_a_return_to_warm_up_ends_what_was_agreed_on(rank, world_size):
+    """A checkpoint of an early step is loaded into a state whose buckets bypass."""
+    model = wrap()
+    state = qcomm.attach(model, strategy="none", warmup_steps=2)
+    early = state.state_dict()
+    for step in range(2 + AGREED + 2):
+        backward(model, rank, step)
+    assert state.reducer.bypass._lanes
+    state.load_state_dict(early)
+    backward(model, rank)
+    assert not state.reducer.bypass._lanes

@@ -283,3 +283,22 @@ def test_copying_a_model_and_process_errors():
         all_reduce(torch.ones(3))
     assert issubclass(TransportError, qcomm.CollectiveError)
     assert copy.deepcopy(qcomm.SigmaGrid()) == qcomm.SigmaGrid()
+
+
+def test_options_behind_error_feedback_have_names():
+    with pytest.raises(TypeError, match="positional arguments"):
+        qcomm.CompressionState(None, qcomm.SigmaGrid(), True, 1024)
+
+
+@pytest.mark.parametrize("name", ["grid", "strategy", "num_threads", "warmup_steps"])
+def test_an_option_is_not_changed_by_assignment(name):
+    """It would change nothing, in silence."""
+    with pytest.raises(AttributeError):
+        setattr(qcomm.CompressionState(), name, getattr(qcomm.CompressionState(), name))
+
+
+@pytest.mark.filterwarnings("ignore:a pickled CompressionState")
+def test_a_copy_of_a_state_has_no_group():
+    state = qcomm.CompressionState(strategy="two_phase")
+    state.reducer.group = object()
+    assert copy.copy(state).process_group is None and state.process_group is not None
