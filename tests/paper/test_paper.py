@@ -4,6 +4,7 @@ import json
 import math
 import zlib
 from itertools import pairwise
+from unittest import mock
 
 import pytest
 import torch
@@ -229,8 +230,18 @@ class TestTraining:
         assert not torch.equal(first.network[0].weight, other.network[0].weight)
 
     def test_divergence_stops_with_the_layers_name(self):
-        with pytest.raises(RecipeError, match=r"float-uniform-seed0, epoch 1, worker [01]: .* of layer [123] \("):
-            train(Settings(dataset="digits", epochs=1, train_images=40, batch_size=1, learning_rate=3e38))
+        """A learning rate that diverges on one processor saturates on another, so the NaN is planted."""
+
+        def diverging(network, *arguments):
+            loss = train_epoch(network, *arguments)
+            network[1].weight[3, 5] = math.nan
+            return loss
+
+        with (
+            mock.patch("qcomm.paper.training.train_epoch", diverging),
+            pytest.raises(RecipeError, match=r"float-uniform-seed0, epoch 1, worker 0: 1 of .* weights of layer 2 \("),
+        ):
+            train(Settings(dataset="digits", epochs=1, train_images=40))
 
     def test_the_probe_of_all_weights_is_the_librarys_entropy(self):
         weight = random_network()[1].weight
