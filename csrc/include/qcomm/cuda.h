@@ -102,6 +102,7 @@ struct Packet {
 
 // Sums over encodings, kept on the device and zeroed by the caller: they are read seldom, so that steps need not wait
 // for numbers.
+// All fields are 64-bit: Python reads them as an int64 tensor, in the order of ACCOUNT in qcomm/codec/plans_cuda.py.
 struct Account {
     std::int64_t packet_bytes = 0;
     std::int64_t largest_packet = 0;  // the most bytes that a packet needed to hold all its values
@@ -178,6 +179,8 @@ private:
 
 // The status word of a packet. Threads that find something wrong take the maximum, so where several things are wrong
 // the word does not depend on their order.
+// FAULTS in qcomm/codec/_native_cuda.py has a text for each number. A fault that explains others is larger than they
+// are: bytes that are no packet have bad records and blocks, too.
 enum class Fault : unsigned {
     kNone,
     kPiece,     // the checksum of a raw or fixed segment

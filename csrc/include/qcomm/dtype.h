@@ -20,12 +20,16 @@
 
 namespace qcomm {
 
+// The numbers are those of a packet's header, and of DTYPES in qcomm/codec/_native.py. A header is copied before it is
+// checked, so a variable of this type may hold any byte until is_valid() has been asked.
 enum class DType : std::uint8_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 
 // Tells whether a number that comes from a packet is a dtype.
 inline bool is_valid(DType dtype) { return static_cast<unsigned>(dtype) <= 3; }
 
 // std::bit_cast of C++20.
+// A copy is the conversion that C++17 defines: a pointer of another type would break its aliasing rules, and compilers
+// make one instruction of either.
 template <class To, class From>
 QCOMM_INLINE To bit_cast(From from) {
     static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
@@ -39,6 +43,7 @@ QCOMM_INLINE To bit_cast(From from) {
 QCOMM_INLINE float half_to_float(std::uint16_t h) {
     const std::uint32_t sign = static_cast<std::uint32_t>(h & 0x8000u) << 16;
     const std::uint32_t magnitude = h & 0x7FFFu;
+    // Infinity and NaN: the highest exponent of one type is that of the other, without rebasing.
     if (magnitude >= 0x7C00u) return bit_cast<float>(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
     // A subnormal's fraction is put on top of 2^-14, which is then taken away: no float32 subnormal appears, so flush
     // modes do not matter.
@@ -55,8 +60,11 @@ QCOMM_INLINE std::uint16_t float_to_half(float f) {
     const std::uint32_t bits = bit_cast<std::uint32_t>(f);
     const auto sign = static_cast<std::uint16_t>(bits >> 16 & 0x8000u);
     const std::uint32_t magnitude = bits & 0x7FFFFFFFu;
+    // A NaN's payload means nothing in a packet, so all become the same quiet one.
     if (magnitude > 0x7F800000u) return static_cast<std::uint16_t>(sign | 0x7E00u);
+    // Half way between 65504, the largest finite value, and 65536: the fraction of 65504 is odd, so the tie goes up.
     if (magnitude >= 0x477FF000u) return static_cast<std::uint16_t>(sign | 0x7C00u);  // 65520 and above
+    // A subnormal of float32 becomes 0, whether or not a flush mode makes it 0 before the addition.
     if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 lets the adder round at the subnormal's last bit, 2^-24
         const float shifted = bit_cast<float>(magnitude) + 0.5f;
         return static_cast<std::uint16_t>(sign | (bit_cast<std::uint32_t>(shifted) - 0x3F000000u));
@@ -72,6 +80,7 @@ QCOMM_INLINE float bfloat_to_float(std::uint16_t b) { return bit_cast<float>(sta
 QCOMM_INLINE bool is_nan(std::uint32_t float_bits) { return (float_bits & 0x7FFFFFFFu) > 0x7F800000u; }
 // Leaves a bfloat16 in the upper half, by the addition that float_to_half() explains. The lower half is to be cut off.
 // Of a NaN the result means nothing, since the carry may turn it into an infinity.
+// Infinity stays one: its lower half is 0, from which nothing is carried.
 QCOMM_INLINE std::uint32_t round_to_upper_half(std::uint32_t float_bits) {
     return float_bits + 0x7FFFu + (float_bits >> 16 & 1u);
 }
@@ -88,6 +97,9 @@ QCOMM_INLINE std::uint16_t float_to_bfloat(float f) {
 // A dtype at compile time. Storage is the type in memory and in packets, Arithmetic is T. kMax is the largest finite
 // value: levels of a grid beyond it would overflow when they are decoded. widen(): storage -> T, exact. narrow(): one
 // rounding from T, except that a float64 goes to the 16-bit types by way of float32, as docs/format.md says.
+// Float32 and the 16-bit types have two overloads of narrow(): sigma grids compute in T, range grids in float64
+// whatever the dtype. Both 16-bit types are stored as std::uint16_t, so nothing may be chosen by Storage alone, and
+// kMax is written out: std::numeric_limits would tell the integer's.
 template <DType>
 struct Traits;
 
@@ -104,6 +116,7 @@ template <>
 struct Traits<DType::kFloat16> {
     using Storage = std::uint16_t;
     using Arithmetic = float;
+    // It is (2 - 2^-10) * 2^15: the fraction has 10 bits, and the highest exponent is infinity's.
     static constexpr double kMax = 65504.0;
     static QCOMM_INLINE float widen(std::uint16_t v) { return half_to_float(v); }
     static QCOMM_INLINE std::uint16_t narrow(float v) { return float_to_half(v); }
@@ -113,6 +126,7 @@ template <>
 struct Traits<DType::kBFloat16> {
     using Storage = std::uint16_t;
     using Arithmetic = float;
+    // It is (2 - 2^-7) * 2^127: float32's exponents, and a fraction of 7 bits.
     static constexpr double kMax = 0x1.FEp127;
     static QCOMM_INLINE float widen(std::uint16_t v) { return bfloat_to_float(v); }
     static QCOMM_INLINE std::uint16_t narrow(float v) { return float_to_bfloat(v); }
@@ -130,6 +144,8 @@ struct Traits<DType::kFloat64> {
 // Calls f(Traits<dtype>{}); the one place where a run-time dtype becomes a compile-time one. Precondition: is_valid.
 template <class F>
 QCOMM_INLINE decltype(auto) dispatch(DType dtype, F&& f) {
+    // Without a default the compiler warns where a new dtype is missing. A number that is no dtype takes float32's way,
+    // so the function ends with a return for it, too.
     switch (dtype) {
         case DType::kFloat16:
             return f(Traits<DType::kFloat16>{});
@@ -144,6 +160,7 @@ QCOMM_INLINE decltype(auto) dispatch(DType dtype, F&& f) {
 }
 
 // Returns the bytes of an element, in memory and in packets.
+// It is 64-bit because it multiplies counts: with an int a tensor of 2 GiB would overflow.
 inline std::int64_t item_bytes(DType dtype) {
     return dispatch(dtype,
                     [](auto traits) { return static_cast<std::int64_t>(sizeof(typename decltype(traits)::Storage)); });

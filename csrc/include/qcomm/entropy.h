@@ -11,6 +11,9 @@
 
 namespace qcomm {
 
+// With 24 bits a sum of count * log2_fixed(count) over fewer than 2^32 samples stays below 2^61, and an entropy is
+// exact as a double. With 12 bits a histogram is no larger than an alphabet of kMaxCodedBits, so histogram.cuh of
+// csrc/cuda counts the one like the other.
 constexpr int kLogFractionBits = 24;  // of a logarithm or an entropy in fixed point
 constexpr int kMaxEntropyBits = 12;   // M: at most 4096 bins
 
@@ -41,6 +44,7 @@ QCOMM_HOST_DEVICE inline std::uint64_t entropy_of_sums(std::uint64_t n, std::uin
     while (bins >> most > 1) ++most;
     most <<= kLogFractionBits;
     const std::uint64_t whole = n * log2_fixed(static_cast<std::uint32_t>(n));
+    // Compared before they are subtracted: unsigned numbers have no negative difference.
     const std::uint64_t h = whole > weighted ? (whole - weighted) / n : 0;
     return h < most ? h : most;
 }
@@ -48,11 +52,13 @@ QCOMM_HOST_DEVICE inline std::uint64_t entropy_of_sums(std::uint64_t n, std::uin
 std::uint64_t entropy_fixed(const std::uint32_t* counts, int bins);
 
 // Returns how many of `count` values are sampled: max(1024, ceil(fraction * count)), but not more than there are.
+// Precondition: 0 < fraction <= 1. Plans for a device call it on the host, so both sample the same values.
 std::int64_t sample_size(std::int64_t count, double fraction);
 
 // Returns the index of sample i of n <= count values: one from each stride of count / n, and a hash of i and `seed`
 // says where in the stride. Strides spread the sample over the tensor; the hash keeps it from falling in step with a
 // period of the values, such as the length of a row. The hash: the "lowbias32" finalizer of C. Wellons, 2018.
+// Precondition: 0 <= i < n. Strides do not overlap, so no value is sampled twice.
 QCOMM_HOST_DEVICE inline std::int64_t sample_index(std::int64_t i, std::int64_t n, std::int64_t count,
                                                    std::uint32_t seed) {
     const std::int64_t stride = count / n;
@@ -68,6 +74,8 @@ QCOMM_HOST_DEVICE inline std::int64_t sample_index(std::int64_t i, std::int64_t 
 
 // Returns the sample's histogram over 2^num_bits floor bins of [lo, hi], the extremes of u; all is in bin 0 when they
 // are equal. It works on up to `threads` threads.
+// Preconditions: 1 <= num_bits <= kMaxEntropyBits, hi - lo is finite, and the sample has fewer than 2^32 values, as
+// counters have 32 bits. Where hi - lo is too small to divide by, values fall into the first and the last bin.
 std::vector<std::uint32_t> sample_histogram(const Values& values, double lo, double hi, int num_bits, double fraction,
                                             std::uint32_t seed, int threads = 1);
 

@@ -23,6 +23,7 @@ constexpr int alphabet_size(Coding coding, int num_bits) { return coding == Codi
 // Finds optimal lengths (0 for an unused symbol, 1 for a lone one) of at most `limit` bits. Precondition: used symbols
 // <= 2^limit, limit <= 15, size <= 4096, counts sum below 2^48. Ties go by symbol, and symbols before packages, so the
 // result is unique.
+// The bounds let csrc/cuda sort count and symbol as one number of 64 bits, count << 12 | symbol.
 void code_lengths(const std::uint64_t* counts, int size, int limit, std::uint8_t* lengths);
 
 // Tells whether the lengths fill the code space exactly (their Kraft sum is 1): every bit string then decodes, and a
@@ -63,6 +64,7 @@ struct EncodeTable {
     EncodeTable(const std::uint8_t* lengths, int size);
     bool empty() const { return entries.empty(); }
     // Tells whether the symbol can be coded.
+    // The symbol must be of the alphabet, as quantizers' symbols are: it is not checked.
     bool has(std::uint32_t symbol) const { return entries[symbol] != 0; }
 };
 

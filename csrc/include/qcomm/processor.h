@@ -1,5 +1,5 @@
-// Which version of the inner loops runs: one for each instruction set, chosen by the processor when the library is
-// loaded. All write the same bytes.
+// Which version of the inner loops runs: one for each instruction set, chosen by the processor when a loop is first
+// asked for. All write the same bytes.
 #pragma once
 
 #include <string>
@@ -14,6 +14,8 @@ std::vector<std::string> kernel_versions();
 std::string kernel_version();
 
 // Uses the named version from now on, in all threads; false when this processor, or this build, has no such version.
+// It is for tests and benchmarks. An operation that runs meanwhile may use both versions, and still writes the same
+// bytes.
 bool use_kernel_version(const char* name);
 
 }  // namespace qcomm

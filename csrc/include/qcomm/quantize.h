@@ -13,6 +13,7 @@ namespace qcomm {
 
 // The part of a segment record that describes its grid and its code: everything needed to encode a tensor once it has
 // been measured. check() below says which combinations are legal. A constant segment's value is p0; a raw one has none.
+// qcomm/codec/plans_cuda.py reads it out of a plan's workspace by offsets: the four bytes at 0 to 3, p0 at 8, p1 at 16.
 struct Quantizer {
     Grid grid = Grid::kNone;
     std::uint8_t num_bits = 0;
@@ -29,6 +30,7 @@ constexpr Quantizer quantizer_of(const SegmentRecord& r) { return {r.grid, r.num
 //
 // Both are one formula: q = floor((x - lo) * inv + (0.5 - offset)) and value = lo + (q + offset) * step, where center
 // has 2^N intervals and offset 0.5, endpoint 2^N - 1 intervals and offset 0.
+// Precondition of the constructor: num_bits <= 16. Any lo and hi may be given, and usable() asked.
 class RangeQuantizer {
 public:
     QCOMM_INLINE RangeQuantizer(Grid grid, int num_bits, double lo, double hi)
@@ -52,6 +54,7 @@ public:
         const double q = (x - lo_) * inv_ + (0.5 - offset_);
         // Below lo there should be nothing; a symbol outside the alphabet would be written out of bounds.
         const double low = q > 0.0 ? q : 0.0, top = static_cast<double>(top_);
+        // What is left is not negative, so truncation is the formula's floor.
         // By way of a signed integer, for which all processors have an instruction.
         return static_cast<std::uint32_t>(static_cast<std::int32_t>(low < top ? low : top));
     }
@@ -72,6 +75,7 @@ public:
     QCOMM_INLINE double step() const { return step_; }
 
 private:
+    // In the order in which the constructor computes them, each from those before it.
     double lo_, hi_;
     std::uint32_t top_;
     double offset_, intervals_, inv_, step_;
@@ -94,6 +98,8 @@ public:
           inv_(T(1) / step_),
           radius_(sigma_radius(num_bits)),
           escape_(static_cast<std::uint32_t>(escape_symbol(num_bits))),
+          // The conversion is defined for every step: fmin and fmax ignore the quotient of a step that is NaN, and cut
+          // off one that is infinite or negative.
           limit_(static_cast<std::int32_t>(
               __builtin_fmax(0.0, __builtin_fmin(radius_, __builtin_floor(max_value / static_cast<double>(step_)))))),
           lowest_(bit_cast<Bits>(kMagic) - static_cast<Bits>(limit_)),
@@ -101,6 +107,7 @@ public:
 
     // Tells whether step and inverse are positive normal numbers, which no processor flushes to zero.
     QCOMM_INLINE bool usable() const {
+        // A NaN fails each comparison, so it needs no test of its own.
         return step_ >= kSmallest && step_ <= kLargest && inv_ >= kSmallest && inv_ <= kLargest;
     }
 
@@ -113,6 +120,7 @@ public:
     }
     // Returns the value of a level's symbol; of the escape symbol, a number that means nothing.
     QCOMM_INLINE T decode(std::uint32_t symbol) const {
+        // The product is the only rounding: a level's number has at most 16 bits, which every T holds.
         return static_cast<T>(static_cast<std::int32_t>(symbol) - radius_) * step_;
     }
     // Tells whether every level is a value of the packet's dtype, as always but for steps near its largest value. Then
@@ -134,8 +142,10 @@ private:
     using Bits = std::conditional_t<sizeof(T) == sizeof(std::uint32_t), std::uint32_t, std::uint64_t>;
     // The constant 1.5 * 2^(digits - 1): between 2^(digits - 1) and 2^digits the spacing of T is 1. The half keeps a
     // negative addend in that range, so sums of both signs count up by one for each integer.
+    // Inside the class the name hides that of the packet's magic number in format.h.
     static constexpr T kMagic = T(1.5) * static_cast<T>(std::int64_t{1} << (std::numeric_limits<T>::digits - 1));
 
+    // In the order of the constructor's computations, as above.
     T step_, inv_;
     std::int32_t radius_;
     std::uint32_t escape_;
@@ -155,6 +165,7 @@ QCOMM_INLINE RangeQuantizer range_quantizer(const Quantizer& q) {
 
 // Calls f(grid) with the RangeQuantizer or SigmaQuantizer<T> of a quantizer whose grid is not kNone: a loop inside f is
 // compiled for each grid and asks for its kind only once.
+// Without a grid the quantizer would be taken for one on a range.
 template <class Tr, class F>
 QCOMM_INLINE decltype(auto) with_grid(const Quantizer& q, F&& f) {
     if (q.grid == Grid::kSigma) return f(sigma_quantizer<Tr>(q));
@@ -162,11 +173,14 @@ QCOMM_INLINE decltype(auto) with_grid(const Quantizer& q, F&& f) {
 }
 
 // Tells whether the grid can represent these values at all; if not, a segment travels raw.
+// Precondition: a num_bits that check_levels() accepts, or a raw quantizer, whose p0 = p1 = 0 are never usable.
 bool is_usable(const Quantizer& quantizer, DType dtype);
 
 // Why no segment of a packet may have a quantizer, in the order in which the reasons are looked for. This is the one
 // place that knows which grid, number of bits, coding and table go together: encoders refuse a request by it, decoders
 // a record.
+// A new reason needs its texts: in refusal_of() for callers, and in damage_of() of csrc/cpu/packet_parse.cpp for
+// packets.
 enum class QuantizerFault : std::uint8_t {
     kNone,
     kNumBits,       // a coding of symbols needs a grid, of 1..16 bits
@@ -203,6 +217,7 @@ QCOMM_HOST_DEVICE inline QuantizerFault check_levels(const Quantizer& q) {
 QCOMM_HOST_DEVICE inline QuantizerFault check_coding(const Quantizer& q, const StaticAlphabet& alphabet) {
     if (q.coding == Coding::kFixed) return is_range(q.grid) ? QuantizerFault::kNone : QuantizerFault::kFixedOnSigma;
     if (q.coding == Coding::kPair && (q.grid != Grid::kSigma || q.num_bits != kPairBits)) return QuantizerFault::kPair;
+    // Without a code any number of bits will do: blocks are constant, fixed or raw.
     if (q.table == kNoTable) return QuantizerFault::kNone;
     if (q.table == kTableOnWire) return q.num_bits <= kMaxCodedBits ? QuantizerFault::kNone : QuantizerFault::kOwnCode;
     if (alphabet.coding != q.coding || alphabet.num_bits != q.num_bits) return QuantizerFault::kStaticCode;
@@ -213,6 +228,7 @@ QCOMM_HOST_DEVICE inline QuantizerFault check_coding(const Quantizer& q, const S
 template <class Tr>
 QCOMM_HOST_DEVICE inline QuantizerFault check(const Quantizer& q, const StaticAlphabet& alphabet) {
     if (!has_symbols(q.coding)) return QuantizerFault::kNone;
+    // Before a grid is made, whose constructor shifts by num_bits: in a hostile record that may be any byte.
     const QuantizerFault levels = check_levels(q);
     if (levels != QuantizerFault::kNone) return levels;
     if (!with_grid<Tr>(q, [](const auto& grid) { return grid.usable(); })) return QuantizerFault::kUnusable;
@@ -233,6 +249,7 @@ struct SigmaCode {
 // Returns the cheapest code by the counts of a sample; `k` is the step in units of the RMS, for which static tables
 // were made. An encoder may use any legal code, so a choice can be kept for later tensors of the same kind. See
 // sigma_code.h.
+// Preconditions: the step is usable, and k > 0. Fewer than two values, or more than 12 bits, get kNoTable.
 SigmaCode choose_sigma_code(const Values& values, int num_bits, double step, double k, std::uint32_t seed,
                             int threads = 1);
 

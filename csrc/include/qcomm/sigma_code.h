@@ -14,15 +14,21 @@
 namespace qcomm {
 
 // These numbers are part of the choice, and so of the packets that `auto` writes: changing one changes bytes.
+// The fraction that a RangeGrid samples by default; for large tensors the next number is the bound.
 constexpr double kSigmaSampleFraction = 0.03;
 constexpr std::int64_t kMaxSampledPairs = 1 << 14;  // more would sharpen nothing and cost more than the encoder
 constexpr double kOwnTableMustSave = 0.03;          // of the bits: below that a static table's speed is worth more
 constexpr double kHuffmanRedundancy = 0.02;         // bits a codeword above entropy
 constexpr double kTableBits = 6.0;                  // a used symbol in a list of code lengths
+// A literal, because the logarithms of two C libraries may differ in their last bit.
 constexpr double kLn2 = 0x1.62e42fefa39efp-1;
+// docs/format.md derives 8 to 134 bytes. Info and windows have 132, and 32 windows of 16 to 31 bits hold about 94 bytes
+// of codewords.
 constexpr std::int64_t kTypicalBlockBytes = 40;  // of a coded block beyond its codewords
 
 // Returns how many neighbouring pairs of `count` values are sampled.
+// A pair is two values, so half a sample's size reads as many. Fewer than two values have no pair, and a segment of
+// them gets no code.
 inline std::int64_t sampled_pairs(std::int64_t count) {
     const std::int64_t wanted = (sample_size(count, kSigmaSampleFraction) + 1) / 2;
     const std::int64_t most = wanted < kMaxSampledPairs ? wanted : kMaxSampledPairs;
@@ -41,6 +47,7 @@ struct CodeSample {
         static_bits += std::uint64_t{count} * static_length;
     }
     // Returns the bits of `codewords` codewords of the static code: its mean length in the sample, times their number.
+    // Prices divide by n: the sample must not be empty.
     QCOMM_HOST_DEVICE double static_cost(double codewords) const {
         return codewords * static_cast<double>(static_bits) / static_cast<double>(n);
     }
@@ -51,6 +58,7 @@ struct CodeSample {
         const auto found = static_cast<double>(used);
         // Miller 1955: a sample's entropy is too small by this.
         const double bias = (found - 1.0) / (2.0 * static_cast<double>(n) * kLn2);
+        // In the order of docs/format.md: a sum that is regrouped may round to another choice, and so to other bytes.
         const double bits = entropy + bias + kHuffmanRedundancy;
         return codewords * (bits > 1.0 ? bits : 1.0) + kTableBits * found;
     }
@@ -68,6 +76,7 @@ QCOMM_HOST_DEVICE inline SigmaCode cheapest_sigma_code(const CodeSample& singles
     double static_cost = has_static ? singles.static_cost(symbols) : 0.0;
     double own_cost = singles.own_cost(symbols, 1 << num_bits);
     if (pairs != nullptr) {
+        // An odd last value counts as half a codeword, as in the specification.
         const double codewords = symbols / 2.0;
         if (pair_table != kNoTable) {
             const double cost = pairs->static_cost(codewords);
@@ -89,6 +98,7 @@ QCOMM_HOST_DEVICE inline SigmaCode cheapest_sigma_code(const CodeSample& singles
 // Tells whether a list of `list_bytes` for codewords of `bits` bits pays in a sigma segment that takes `fixed_bytes` at
 // fixed width. Such a segment cannot be written a second time, its residual being updated as blocks are written: so
 // this is a forecast.
+// Escapes are left out of both sides, since coded and fixed blocks store them alike.
 QCOMM_HOST_DEVICE inline bool sigma_table_pays(std::uint64_t bits, std::int64_t list_bytes, std::int64_t blocks,
                                                std::int64_t fixed_bytes) {
     return static_cast<std::int64_t>(bits / 8) + list_bytes + kTypicalBlockBytes * blocks < fixed_bytes;

@@ -13,6 +13,8 @@ namespace qcomm {
 struct Statistics {
     double minimum = 0.0;  // 0 for an empty tensor; never -0.0
     double maximum = 0.0;
+    // Infinite where squares of large float64 values overflow. The sigma grid made of it is not usable, so the tensor
+    // travels raw.
     double sum_squares = 0.0;  // see docs/format.md, "sum"
     bool finite = true;        // when false the other fields say nothing
 };

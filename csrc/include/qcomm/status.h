@@ -13,6 +13,7 @@ enum class StatusCode : std::uint8_t {
     kBadArgument,  // the caller broke a precondition: ValueError
     kBadPacket,    // bytes that are not a valid packet: PacketError
     kNoSpace,      // the destination is smaller than the operation's bound: ValueError
+    // Only launch_status() of csrc/cuda/launch.h gives it. No argument is at fault: RuntimeError.
     kDeviceError,  // a CUDA kernel could not be launched
 };
 
@@ -20,7 +21,9 @@ enum class StatusCode : std::uint8_t {
 struct [[nodiscard]] Status {
     StatusCode code = StatusCode::kOk;
     // A static string that names the fault and the remedy. The binding appends `where` to it, unless that is 0.
+    // Copies of a status keep the pointer, so the text must never be freed: a std::string's would be.
     const char* what = "";
+    // Number 0 reads like no place at all: a fault in the first segment or block is told without its number.
     std::int64_t where = 0;  // segment or block number, byte offset: `what` says which
 
     bool ok() const { return code == StatusCode::kOk; }
@@ -32,6 +35,8 @@ inline Status bad_packet(const char* what, std::int64_t where = 0) { return {Sta
 inline Status no_space(const char* what, std::int64_t where = 0) { return {StatusCode::kNoSpace, what, where}; }
 
 // Returns the status from the enclosing function, if it is an error.
+// It is one statement, which may stand behind an if without braces. The expression is evaluated once, and must not name
+// `result_`, which would be the new variable.
 #define QCOMM_RETURN_IF_ERROR(expression)             \
     do {                                              \
         const ::qcomm::Status result_ = (expression); \
