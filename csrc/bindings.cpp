@@ -24,6 +24,8 @@ using namespace qcomm;
 
 namespace {
 
+// Python's ints are numbers to pybind11: a tensor's address arrives without its type, and what is behind it was checked
+// by the caller.
 using Address = std::uintptr_t;
 
 // Set by qcomm/codec/_native.py to qcomm.PacketError.
@@ -37,6 +39,7 @@ void raise_if_error(const Status& status) {
     if (status.ok()) return;
     std::string message = status.what;
     if (status.where != 0) message += " " + std::to_string(status.where);
+    // Before set_packet_error() is called there is no such class: ValueError, from which PacketError is derived.
     if (status.code == StatusCode::kBadPacket && packet_error()) {
         PyErr_SetString(packet_error().ptr(), message.c_str());
         throw py::error_already_set();
@@ -56,6 +59,7 @@ Values make_values(Address data, int dtype, std::int64_t count, Address residual
 
 // (minimum, maximum, sum of squares, finite)
 py::tuple py_measure(Address data, int dtype, std::int64_t count, Address residual, double inv_scale, int threads) {
+    // Outside the scope without the GIL: a tuple may only be made once it is held again.
     Statistics s;
     {
         py::gil_scoped_release nogil;
@@ -65,6 +69,7 @@ py::tuple py_measure(Address data, int dtype, std::int64_t count, Address residu
 }
 
 // The entropy in bits. It is exact in 24 bits of fraction, so every machine returns the same double.
+// No Python object is made here, so the GIL may stay released to the end.
 double py_entropy(Address data, int dtype, std::int64_t count, Address residual, double inv_scale, double lo, double hi,
                   int num_bits, double fraction, std::uint32_t seed, int threads) {
     py::gil_scoped_release nogil;
@@ -116,6 +121,7 @@ void py_quantize(Address data, int dtype, std::int64_t count, const QuantizerTup
     });
 }
 
+// Symbols come from users and need not be of the alphabet: none is used as an index.
 void py_dequantize(Address symbols, std::int64_t count, const QuantizerTuple& quantizer, int dtype, Address out) {
     py::gil_scoped_release nogil;
     dispatch(static_cast<DType>(dtype), [&](auto traits) {
@@ -133,6 +139,7 @@ void py_dequantize(Address symbols, std::int64_t count, const QuantizerTuple& qu
 using SegmentTuple = std::tuple<Address, std::int64_t, Address, QuantizerTuple>;
 
 // The new residual replaces the old one in place.
+// All of it is borrowed: the caller's tensors must stay alive until the operation returns.
 std::vector<SegmentInput> make_segments(const std::vector<SegmentTuple>& segments, int dtype, double inv_scale) {
     std::vector<SegmentInput> inputs;
     inputs.reserve(segments.size());
@@ -143,6 +150,7 @@ std::vector<SegmentInput> make_segments(const std::vector<SegmentTuple>& segment
     return inputs;
 }
 
+// The scale has no part in a bound; a residual has none either, but is in the tuple. Sizes only, so the GIL stays.
 std::int64_t py_encode_bound(const std::vector<SegmentTuple>& segments, int dtype,
                              const std::vector<std::int64_t>& dims, bool checksums, int steps) {
     return encode_bound(make_segments(segments, dtype, 1.0), {static_cast<DType>(dtype), dims, checksums, steps, 1});
@@ -202,6 +210,8 @@ py::dict py_parse(Address packet, std::int64_t bytes) {
     return info;
 }
 
+// For packets on a device: only the header, then only the front, is copied to the host. The GIL stays, since a front is
+// short.
 std::int64_t py_front_bytes(Address packet, std::int64_t present, std::int64_t bytes) {
     std::int64_t size = 0;
     raise_if_error(measure_front(pointer<const std::uint8_t>(packet), present, bytes, &size));
@@ -214,11 +224,13 @@ py::dict py_parse_front(Address packet, std::int64_t present, std::int64_t bytes
     return describe_front(view);
 }
 
+// For tensors on a device, whose sample is gathered there: the indices are those of the CPU's estimate.
 void py_sample_indices(std::int64_t size, std::int64_t count, std::uint32_t seed, Address indices) {
     py::gil_scoped_release nogil;
     for (std::int64_t i = 0; i < size; ++i) pointer<std::int64_t>(indices)[i] = sample_index(i, size, count, seed);
 }
 
+// Parses again whatever was parsed before: between two calls the bytes are the caller's, who may have changed them.
 void py_decode(Address packet, std::int64_t bytes, Address out, std::int64_t count, int dtype, bool accumulate,
                int threads) {
     Status status;
@@ -226,6 +238,7 @@ void py_decode(Address packet, std::int64_t bytes, Address out, std::int64_t cou
         py::gil_scoped_release nogil;
         PacketView view;
         status = parse_packet(pointer<const std::uint8_t>(packet), bytes, &view);
+        // The packet decides how much is written, so `out` is compared with it before anything is.
         if (status.ok() && (static_cast<std::int64_t>(view.header.element_count) != count ||
                             static_cast<int>(view.header.dtype) != dtype)) {
             status = bad_argument("out must have the packet's dtype and element count,",
@@ -258,6 +271,7 @@ void py_code_lengths(Address counts, int size, int limit, Address lengths) {
 // (id, coding, num_bits, lengths) of each table, for tests and for the reference's copy of them.
 py::list py_static_tables() {
     py::list tables;
+    // 0 and 255 are no tables; most numbers between them are free.
     for (int id = 1; id < kNoTable; ++id) {
         if (const StaticCode* code = find_static_code(static_cast<std::uint8_t>(id))) {
             tables.append(py::make_tuple(id, static_cast<int>(code->coding), code->num_bits, code->lengths));
@@ -278,6 +292,8 @@ PYBIND11_MODULE(_C, m) {
     m.attr("CHECKSUM_BYTES") = kChecksumBytes;
     m.attr("MAX_CODED_BITS") = kMaxCodedBits;
     m.attr("QUANTIZER_BYTES") = sizeof(Quantizer);
+    // The class is Python's, so that users can catch it by its module's name; the core is told of it once.
+    // Arguments have no names here: _C.pyi has them, for the only caller, qcomm/codec/_native.py.
     m.def("set_packet_error", [](py::object error) { packet_error() = std::move(error); });
     m.def("measure", &py_measure);
     m.def("entropy", &py_entropy);

@@ -20,6 +20,7 @@ public:
 
     explicit ValueSink(Storage* out) : out_(out) {}
 
+    // Symbols are decoded to here by the loops themselves, which add if kAccumulates says so.
     void* values(std::int64_t begin) const { return out_ + begin; }
     void symbols(const std::uint16_t*, int) const {}  // never called, since there is a place for values
     void raw(std::int64_t begin, const std::uint8_t* bytes, std::int64_t n) const {
@@ -27,6 +28,7 @@ public:
     }
     void escape(std::int64_t i, const std::uint8_t* bytes) const {
         Storage stored;
+        // Values in a packet have no alignment.
         std::memcpy(&stored, bytes, sizeof(stored));
         put(i, stored);
     }
@@ -65,6 +67,7 @@ Status decode_segments(const PacketView& view, typename Tr::Storage* out, int th
         const SegmentRecord& r = view.records[i];
         const auto count = static_cast<std::int64_t>(r.count);
         const ValueSink<Tr, kAdds> sink(out);
+        // A constant has neither payload nor checksum, so `place` stays.
         if (r.coding == Coding::kConstant) {
             const typename Tr::Storage value = Tr::narrow(static_cast<typename Tr::Arithmetic>(r.p0));
             parallel_for_values(count, threads, [&](std::int64_t begin, std::int64_t end) {
@@ -96,6 +99,7 @@ Status decode_packet(const PacketView& view, void* out, bool accumulate, int thr
 Status count_symbols(const PacketView& view, std::size_t index, std::uint64_t* counts) {
     // The segments before this one are passed over by their metadata alone.
     SegmentPlace place;
+    // parse_packet() has checked that block ends ascend and stay in the payload, so they may be relied on.
     for (std::size_t i = 0; i < index; ++i) {
         const SegmentRecord& r = view.records[i];
         const std::int64_t blocks = blocks_in(r, view.header.steps);
@@ -105,6 +109,7 @@ Status count_symbols(const PacketView& view, std::size_t index, std::uint64_t* c
                               : place.at + plain_bytes(r, view.header.dtype);
     }
     return dispatch(view.header.dtype, [&](auto traits) {
+        // One thread, since threads would add to the same counters.
         const CountSink sink(counts);
         return SegmentDecoder<decltype(traits), CountSink>(view, index, 1, sink).run(&place);
     });

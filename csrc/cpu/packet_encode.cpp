@@ -64,6 +64,7 @@ void write_metadata(const SegmentEncoder& encoder, const EncodeOptions& options,
                     std::int64_t total, std::uint8_t* out) {
     std::uint64_t elements = 0;
     for (const SegmentRecord& record : encoder.records) elements += record.count;
+    // Fields that are reserved must be 0.
     PacketHeader header{};
     header.magic = kMagic;
     header.version = kVersion;
@@ -113,6 +114,7 @@ Status encode_packet(const std::vector<SegmentInput>& segments, const EncodeOpti
         QCOMM_RETURN_IF_ERROR(check_segment(segments[i], options.dtype, static_cast<std::int64_t>(i)));
     }
     const std::int64_t bound = encode_bound(segments, options);
+    // The bound counts, not the size: whether a tensor is refused must not depend on its values.
     if (static_cast<std::uint64_t>(bound) >= kMaxPayloadBytes)
         return bad_argument("a packet holds at most 16 GiB; split the tensor", bound);
     if (capacity < bound) return no_space("the destination is smaller than encode_bound", bound);

@@ -78,6 +78,7 @@ const char* damage_of(QuantizerFault fault) {
             return "no codes exist for so many bits; segment";
         case QuantizerFault::kStaticCode:
             return "unknown static table; segment";
+        // Both are readable, so no packet is refused for them.
         case QuantizerFault::kStaticOnRange:
         case QuantizerFault::kNone:
             break;
@@ -140,6 +141,7 @@ Status read_header(const std::uint8_t* packet, std::int64_t present, std::int64_
 
 std::uint64_t dims_bytes(const PacketHeader& h) { return std::uint64_t{kDimensionBytes} * h.ndim; }
 std::uint64_t records_bytes(const PacketHeader& h) { return sizeof(SegmentRecord) * std::uint64_t{h.segment_count}; }
+// Records of 2^32 segments are 2^37 bytes, so the sum fits whatever the header says.
 std::uint64_t front_bytes_of(const PacketHeader& h) { return sizeof(h) + dims_bytes(h) + records_bytes(h); }
 
 }  // namespace
@@ -161,6 +163,7 @@ Status parse_front(const std::uint8_t* packet, std::int64_t present, std::int64_
     if (dims == nullptr || records == nullptr) return bad_packet("the packet's metadata is truncated");
     view->dims.resize(h.ndim);
     if (h.ndim > 0) std::memcpy(view->dims.data(), dims, dims_bytes(h));
+    // Bytes for all of these are present, so a header cannot ask for more memory than a packet's size.
     view->records.resize(h.segment_count);
     std::memcpy(view->records.data(), records, records_bytes(h));
 
@@ -169,6 +172,7 @@ Status parse_front(const std::uint8_t* packet, std::int64_t present, std::int64_
         const SegmentRecord& r = view->records[i];
         QCOMM_RETURN_IF_ERROR(check_record(r, h.dtype, static_cast<std::int64_t>(i)));
         elements += r.count;
+        // After each record, so that the sum never wraps round.
         if (elements > kMaxElements) return bad_packet("the segments' counts are out of range");
     }
     if (elements != h.element_count) return bad_packet("the segments' counts do not agree with the element count");
@@ -190,6 +194,7 @@ Status parse_packet(const std::uint8_t* packet, std::int64_t bytes, PacketView* 
     }
     const bool with_checksums = (h.flags & kFlagChecksums) != 0;
     view->block_ends = cursor.take(4 * blocks);
+    // An empty part has a place, too, so null still tells that a part is cut off.
     view->checksums = cursor.take(with_checksums ? kChecksumBytes * sums : 0);
     if (view->block_ends == nullptr || view->checksums == nullptr)
         return bad_packet("the packet's block table is truncated");

@@ -24,6 +24,7 @@ QuantizerFault check(const Quantizer& quantizer, DType dtype) {
 
 // A table that does not exist and one that does not fit get the same text: the remedy is the same.
 const char* refusal_of(QuantizerFault fault) {
+    // Without a default, so that the compiler tells of a reason that has no text.
     switch (fault) {
         case QuantizerFault::kNone:
             break;

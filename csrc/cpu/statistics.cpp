@@ -39,6 +39,7 @@ Statistics measure(const Values& values, int threads) {
     // Each thread's extremes, and one sum for each block: blocks are dealt to threads, but sums are not.
     std::vector<Statistics> found(static_cast<std::size_t>(parts), Statistics{infinity, -infinity, 0.0, true});
     parallel_for(blocks, parts, [&](int part, std::int64_t first, std::int64_t last) {
+        // A copy on the thread's stack: neighbours in `found` share cache lines.
         Statistics own = found[static_cast<std::size_t>(part)];
         for (std::int64_t i = first; i < last; ++i) {
             const std::int64_t begin = i * kSumBlock;

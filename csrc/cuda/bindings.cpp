@@ -1,6 +1,7 @@
 // The CUDA core for Python, as a module of its own: one that has it imports on machines without a GPU, and the rest of
 // qcomm works without it. Device memory and streams arrive as addresses, checked by qcomm/codec/_native_cuda.py;
-// nothing here allocates device memory or waits. The GIL is released around launches.
+// nothing here allocates device memory or waits. The GIL is released around encodings and decodings, which are several
+// launches each.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -55,6 +56,7 @@ cuda::Tensor make_tensor(const TensorTuple& t) {
     const auto& [values, count, residual, inv_scale, q, k, rule, nonfinite_is_constant, as_it_is, zero_keeps_residual] =
         t;
     const auto& [c, entropy_bits, fraction, max_bits, seed, choose_code] = rule;
+    // p0 and p1 are measured on the device: Python does not know them when it makes a plan.
     const Quantizer quantizer{static_cast<Grid>(std::get<0>(q)),
                               static_cast<std::uint8_t>(std::get<1>(q)),
                               static_cast<Coding>(std::get<2>(q)),
@@ -76,6 +78,7 @@ cuda::Tensor make_tensor(const TensorTuple& t) {
 // A plan that refuses its arguments never reaches Python.
 cuda::EncodePlan make_encode_plan(int dtype, int steps, bool checksums, const std::vector<TensorTuple>& tensors,
                                   const std::vector<SegmentTuple>& segments, const std::vector<PacketTuple>& packets) {
+    // Plans copy what they need of these vectors into the blob, so they may go when this returns.
     std::vector<cuda::Tensor> made_tensors;
     std::vector<cuda::Segment> made_segments;
     std::vector<cuda::Packet> made_packets;
@@ -105,6 +108,7 @@ void encode(const cuda::EncodePlan& plan, Address blob, Address codes, Address w
     raise_if_error(status);
 }
 
+// It is one launch, so the GIL stays; so it does for runs.
 void count(const cuda::EncodePlan& plan, Address blob, Address workspace, Address total_bytes, Address account,
            Address stream) {
     raise_if_error(plan.count(pointer<const void>(blob), pointer<void>(workspace),
@@ -112,6 +116,7 @@ void count(const cuda::EncodePlan& plan, Address blob, Address workspace, Addres
                               pointer<void>(stream)));
 }
 
+// Memory of packets need not hold packets yet: a plan only notes where they will be.
 cuda::DecodePlan make_decode_plan(int dtype, int steps, int max_segments, const std::vector<TaskTuple>& tasks,
                                   int own_code_bits) {
     std::vector<cuda::DecodeTask> made;
@@ -172,6 +177,7 @@ void add_own(const cuda::RunPlan& plan, Address blob, const cuda::EncodePlan& me
 
 // In host memory; the caller makes a copy for each device.
 py::bytes static_tables() {
+    // On the heap, since a thread's stack may not have 288 KiB to spare.
     const auto tables = std::make_unique<cuda::StaticTables>();
     cuda::fill_static_tables(tables.get());
     return to_bytes(tables.get(), sizeof(*tables));
@@ -182,12 +188,15 @@ py::bytes static_tables() {
 PYBIND11_MODULE(_cuda, m) {
     m.doc() = "qcomm's CUDA core; use it through the qcomm package, which checks its arguments.";
     m.def("static_tables", &static_tables);
+    // A plan is moved into its Python object and has no pointers to itself; several threads may use one object, each
+    // with a workspace of its own, since all its operations are const.
     py::class_<cuda::EncodePlan>(m, "EncodePlan")
         .def(py::init(&make_encode_plan))
         .def("blob", [](const cuda::EncodePlan& p) { return to_bytes(p.blob().data(), p.blob().size()); })
         .def("workspace_bytes", &cuda::EncodePlan::workspace_bytes)
         .def("bound", &cuda::EncodePlan::bound)
         .def("quantizers",
+             // An address inside the workspace, from which Python copies the quantizers on the device.
              [](const cuda::EncodePlan& p, Address workspace) {
                  return reinterpret_cast<Address>(p.quantizers(pointer<void>(workspace)));
              })

@@ -13,10 +13,13 @@ namespace qcomm::cuda {
 namespace {
 
 constexpr std::int64_t kMaxLaunch = 0x7FFFFFFF;  // thread blocks
+// The sum of their values then fits 63 bits, although each segment of a packet may claim 2^42.
 constexpr int kMaxSegments = 1 << 20;
 constexpr std::int64_t kPieceWarps = 4;  // of check_pieces
 
 // The alphabet and the longest codeword of codes that segments have of their own; pairs count as 8 bits.
+// A kernel has room for the larger of both alphabets, as it is not known which coding a packet takes: length_limit() is
+// 12 for pairs and for up to 8 bits alike.
 int max_alphabet(int bits) { return bits == 0 ? 0 : 1 << std::max(bits, 2 * kPairBits); }
 int code_bits(int bits) { return length_limit(Coding::kSingle, bits); }
 
@@ -40,6 +43,7 @@ DecodePlan::DecodePlan(DType dtype, int steps, int max_segments, const std::vect
     for (const DecodeTask& task : tasks) {
         if (task.elements < 0 || task.elements > kMaxElements)
             status_ = bad_argument("elements out of range", task.elements);
+        // Kernels read words, which a GPU does only at multiples of their size.
         if (reinterpret_cast<std::uintptr_t>(task.packet) % 4 != 0)
             status_ = bad_argument("a packet must be aligned to 4 bytes");
         elements = std::max(elements, task.elements);
@@ -49,11 +53,13 @@ DecodePlan::DecodePlan(DType dtype, int steps, int max_segments, const std::vect
     // Whole tiles follow from the elements; besides, each segment may have one short tile, and one short piece.
     tiles_ = ceil_div(elements, kDecodeWarps * unit_values(steps)) + max_segments;
     sum_tiles_ = ceil_div(elements, sum_tile_values(steps)) + max_segments;
+    // Pieces are of plain segments, which have no more bytes than the packet, nor than the values themselves.
     const std::int64_t pieces = std::min(bytes, elements * item_bytes(dtype)) / kChecksumPiece + max_segments;
     piece_tiles_ = ceil_div(pieces, kPieceWarps);
     if (std::max({tiles_, sum_tiles_, piece_tiles_, std::int64_t{max_segments}}) * packet_count_ > kMaxLaunch)
         status_ = bad_argument("too many values for one launch", elements);
 
+    // The tasks are read as they are: a blob of one array needs no offsets.
     blob_.resize(sizeof(DecodeTask) * tasks.size());
     std::memcpy(blob_.data(), tasks.data(), blob_.size());
     Workspace measured;
@@ -112,6 +118,7 @@ Status DecodePlan::decode(const void* blob, const StaticTables* codes, void* wor
 Status DecodePlan::decode_sum(const void* blob, const StaticTables* codes, void* workspace, unsigned* faults,
                               void* stream, bool add) const {
     QCOMM_RETURN_IF_ERROR(status_);
+    // As on the CPU: a sum in 16 bits would be rounded anew for each packet.
     if (item_bytes(dtype_) < 4) return bad_argument("a sum needs float32 or float64 packets");
     const DecodeTables d = tables(blob, codes, workspace, faults);
     prepare(d, stream);

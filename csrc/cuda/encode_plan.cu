@@ -28,6 +28,7 @@
 namespace qcomm::cuda {
 namespace {
 
+// As in a packet, so that no multiplication by a value's bits overflows.
 constexpr std::int64_t kMaxElements = std::int64_t{1} << 42;
 constexpr std::int64_t kMaxPayloadBytes = std::int64_t{4} << 32;  // block ends count 4-byte units in 32 bits
 constexpr std::int64_t kMaxLaunch = 0x7FFFFFFF;                   // thread blocks
@@ -146,6 +147,7 @@ Quantizer make_wanted(const Tensor& t) {
 struct BlockSpace {
     std::int64_t blocks, slots;
 };
+// Short segments have one block with either coding, and that of pairs needs the larger slot.
 BlockSpace block_space(const Tensor& t, std::int64_t count, int steps, std::int64_t item) {
     const Quantizer& q = t.quantizer;
     const bool choose = q.grid == Grid::kSigma && t.sample.choose_code;
@@ -194,6 +196,8 @@ void fill_static_tables(StaticTables* tables) {
         if (index < 0) continue;
         const StaticCode& code = *find_static_code(static_cast<std::uint8_t>(id));
         std::copy(code.encode.entries.begin(), code.encode.entries.end(), tables->encode[index]);
+        // The entry that a gather reads behind a table stays out: kernels do not gather, and behind 12 bits it has no
+        // room.
         std::copy_n(code.decode.entries.begin(), code.decode.mask + 1, tables->decode[index]);
         tables->decode_mask[index] = code.decode.mask;
         tables->num_bits[index] = static_cast<std::uint8_t>(code.num_bits);
@@ -233,6 +237,7 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
     Tasks tasks;
     for (const Tensor& tensor : tensors) QCOMM_RETURN_IF_ERROR(add_tensor(tensor, &tasks));
     for (const Packet& packet : packets) QCOMM_RETURN_IF_ERROR(add_packet(packet, tensors, segments, &tasks));
+    // Checked last, since add_packet() takes the segments one after another.
     if (tasks.segments.size() != segments.size()) return bad_argument("there are segments that no packet holds");
     // A grid of blocks has one dimension of 2^31.
     if (std::max({tiles_, sample_tiles_, histogram_tiles_, encode_tiles_, units_ / kEncodeWarps}) > kMaxLaunch)
@@ -240,6 +245,7 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
     write_blob(tasks);
     Workspace measured;
     Arrays nowhere;
+    // At address 0, so that the last place is the size.
     place(&measured, &nowhere);
     workspace_bytes_ = measured.bytes();
     return {};
@@ -304,6 +310,7 @@ Status EncodePlan::add_packet(const Packet& packet, const std::vector<Tensor>& t
     task.units = units_ - task.first_unit;
     // Thread blocks do not straddle packets, and each packet has one to complete it.
     units_ = task.first_unit + kEncodeWarps * std::max<std::int64_t>(1, ceil_div(task.units, kEncodeWarps));
+    // Where the bound fits, nothing will be dropped, and residuals of sigma grids are written as blocks are coded.
     task.may_drop = packet.capacity < bound;
     tasks->packets.push_back(task);
     if (bound >= kMaxPayloadBytes) return bad_argument("a packet holds at most 16 GiB; split the tensor", number);
@@ -324,6 +331,7 @@ std::int64_t EncodePlan::add_segment(const Segment& segment, const Tensor& tenso
     task.residual_out = segment.residual_out;
     task.first_tile = encode_tiles_;
     task.first_unit = units_;
+    // The segment may turn out raw or coded: units are enough for its blocks and for its pieces.
     task.units = std::max(space.blocks, ceil_div(bytes, kChecksumPiece));
     task.first_block = blocks_;
     task.blocks = space.blocks;
@@ -358,6 +366,8 @@ void EncodePlan::write_blob(const Tasks& tasks) {
     own_count_ = static_cast<std::int32_t>(tasks.own_segments.size());
 }
 
+// The order is free, since kernels get pointers. The counts must be those that the constructor found, as each call
+// places the arrays again.
 void EncodePlan::place(Workspace* workspace, Arrays* arrays) const {
     EncodeTables& e = arrays->tables;
     workspace->put(e.statistics, tensor_count_);
@@ -374,6 +384,7 @@ void EncodePlan::place(Workspace* workspace, Arrays* arrays) const {
     workspace->put(e.counters, std::int64_t{2} * tensor_count_ + packet_count_);
     workspace->put(e.slots, slot_bytes_);
     workspace->put(e.list_bytes, segment_count_);
+    // Segments that may have codes of their own share these, each from its first_codeword on.
     workspace->put(e.counts, codewords_);
     workspace->put(e.packages, codewords_);
     workspace->put(e.own_entries, codewords_);
@@ -450,6 +461,7 @@ Status EncodePlan::encode(const void* blob, const StaticTables* codes, void* wor
 Status EncodePlan::count(const void* blob, void* workspace, const std::int64_t* total_bytes, Account* account,
                          void* stream) const {
     QCOMM_RETURN_IF_ERROR(status_);
+    // It reads results only, no codes.
     launch_count(arrays(blob, nullptr, workspace).tables, total_bytes, account, stream);
     return launch_status();
 }

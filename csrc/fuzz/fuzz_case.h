@@ -107,9 +107,12 @@ std::vector<typename Tr::Storage> make_values(Input* in, int count) {
 inline Quantizer random_quantizer(Input* in, const Statistics& s) {
     Quantizer q;
     q.grid = static_cast<Grid>(in->below(4));
+    // 0 and 17 are no numbers of bits, and must be refused where there are symbols.
     q.num_bits = static_cast<std::uint8_t>(in->below(18));
     q.coding = static_cast<Coding>(in->below(5));
     q.table = static_cast<std::uint8_t>(in->below(3) > 0 ? in->take<std::uint8_t>() : in->below(2) * kNoTable);
+    // On a range grid the true extremes: values beyond p0 and p1 would be clipped, and no bound of their error would
+    // hold.
     q.p0 = is_range(q.grid) ? s.minimum : in->take<double>();
     q.p1 = is_range(q.grid) ? s.maximum : in->take<double>();
     return q;
@@ -127,10 +130,12 @@ inline Quantizer choose_quantizer(Input* in, const Values& values, const Statist
         q.p0 = s.minimum;
         q.p1 = s.maximum;
     } else {
+        // On both sides of the steps that static tables were made for, which are 2^(-13/4) to 4.
         const double k = std::exp2(in->below(29) / 2.0 - 10.0);  // 2^-10 .. 2^4
         const int bits = in->below(3) ? 4 : 2 + in->below(15);
         const double step = k * std::sqrt(s.sum_squares / static_cast<double>(values.count));
         q = {Grid::kSigma, static_cast<std::uint8_t>(bits), Coding::kSingle, kNoTable, 0.0, step};
+        // choose_sigma_code() must not be asked for a step that is not usable.
         if (!is_usable(q, values.dtype)) return {};
         const int way = in->below(3);
         if (way == 0) {
@@ -158,6 +163,7 @@ Part<Tr> make_part(Input* in, DType dtype, double inv_scale, bool with_residual)
     if (with_residual) part.residual = make_values<Traits<DType::kFloat32>>(in, count);
     const Values values{part.values.data(), dtype, count, with_residual ? part.residual.data() : nullptr, inv_scale};
     const Statistics s = measure(values);
+    // Values that are not finite are never given a random grid: there a range's extremes mean nothing.
     part.chosen = in->below(4) > 0 || !s.finite;
     part.quantizer = part.chosen ? choose_quantizer(in, values, s) : random_quantizer(in, s);
     return part;
@@ -179,6 +185,7 @@ Request<Tr> make_request(Input* in, DType dtype) {
         request.valid &= request.parts.back().chosen;
         total += static_cast<std::int64_t>(request.parts.back().values.size());
     }
+    // Leading dimensions of 1 keep the product equal to the number of values, as EncodeOptions requires.
     request.options.dims.assign(static_cast<std::size_t>(in->below(6)), 1);
     request.options.dims.push_back(total);
     return request;

@@ -56,6 +56,7 @@ void check_sums(const Answer& answer) {
 template <class T>
 Status accumulate(const PacketView& view, Answer* answer) {
     Guarded ones(static_cast<std::int64_t>(view.header.element_count * sizeof(T)));
+    // Ones, since adding to zeros would look like storing.
     std::fill_n(reinterpret_cast<T*>(ones.data()), view.header.element_count, T(1));
     const Status status = decode(view, true, &ones, &answer->sums);
     require(same_status(status, answer->statuses.back()), "accumulate fails where decoding fails");
@@ -70,6 +71,7 @@ void count(const PacketView& view, Answer* answer) {
     bool counted = true;
     std::size_t alphabet = 1;
     for (std::size_t i = 0; i < view.records.size(); ++i) {
+        // Raw and constant records may hold any number of bits, since it means nothing there.
         if (view.records[i].num_bits <= 16) alphabet = std::max(alphabet, std::size_t{1} << view.records[i].num_bits);
         answer->statuses.push_back(count_symbols(view, i, counts.data()));
         counted &= answer->statuses.back().ok();
@@ -82,6 +84,7 @@ void count(const PacketView& view, Answer* answer) {
         if (counts[symbol] == 0) continue;
         answer->counts.emplace_back(symbol, counts[symbol]);
         total += counts[symbol];
+        // For the next packet, as the vector is kept.
         counts[symbol] = 0;
     }
     require(!decodes || total <= view.header.element_count, "there are no more symbols than elements");
@@ -99,6 +102,7 @@ Answer ask(const std::uint8_t* packet, std::int64_t bytes, std::uint8_t fill) {
     // A packet says how long it is, so no prefix of one is another.
     PacketView shorter;
     require(!parse_packet(packet, bytes - 1, &shorter).ok(), "a packet without its last byte is refused");
+    // A constant segment of a few bytes may claim 2^42 values.
     if (view.header.element_count > kMaxElements) return answer;
     const std::int64_t item = item_bytes(view.header.dtype);
     Guarded out(static_cast<std::int64_t>(view.header.element_count) * item, fill);

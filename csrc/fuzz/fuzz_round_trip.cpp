@@ -54,6 +54,7 @@ Outcome encode_and_decode(const Request<Tr>& request) {
     status = parse_packet(outcome.packet.data(), size, &view);
     require(status.ok() && view.dims == options.dims, "what was written can be parsed");
     Guarded back(options.dims.back() * item_bytes(options.dtype));
+    // Each segment adds a record, and one with a residual may not fall back to raw: the promise is for neither.
     if (inputs.size() == 1 && outcome.residuals[0].empty())
         require(size <= back.size() + kAllowance, "a packet is hardly larger than its values");
     status = decode_packet(view, back.data(), false);
@@ -73,10 +74,13 @@ long double spacing(DType dtype, long double magnitude) {
 }
 
 // The farthest that a grid may move a value: half a step, and the rounding of its arithmetic and of the dtype.
+// In long double, so that the bound's own rounding does not count beside that of the values.
 long double bound(const Quantizer& q, DType dtype, long double magnitude) {
     const long double levels = std::ldexp(1.0L, q.num_bits) - (q.grid == Grid::kRangeEndpoint ? 1 : 0);
     const long double step = q.grid == Grid::kSigma ? q.p1 : (static_cast<long double>(q.p1) - q.p0) / levels;
     const DType arithmetic = dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    // Beyond half a step it is slack for roundings: of the grid's arithmetic at the value's magnitude, and of the
+    // result to the dtype, which may lie farther from 0 than the value.
     return step / 2 * (1 + 0x1p-20L) + 3 * spacing(arithmetic, magnitude) + spacing(dtype, magnitude + step);
 }
 
@@ -92,6 +96,8 @@ void check_part(const Part<Tr>& part, const Values& values, const SegmentRecord&
     for (std::size_t i = 0; i < part.values.size(); ++i) {
         const T u = reader[static_cast<std::int64_t>(i)], back = Tr::widen(decoded[i]);
         if (record.coding == Coding::kRaw || constant) {
+            // Without a scale and a residual the bits are those of the input: a NaN's, too, which narrow() might
+            // change.
             const Storage raw = values.is_adjusted() ? Tr::narrow(u) : part.values[i];
             const Storage exact = constant ? Tr::narrow(static_cast<T>(q.p0)) : raw;
             require(same_bytes(&exact, decoded + i, sizeof(exact)), "raw and constant values come back bit for bit");

@@ -28,6 +28,7 @@ inline bool find_layout(const PacketHeader& h, const std::uint8_t* packet, std::
     std::uint64_t sums = 0;
     for (std::uint64_t i = 0; i < h.segment_count; ++i) {
         std::memcpy(&layout->last, packet + layout->records + sizeof(SegmentRecord) * i, sizeof(SegmentRecord));
+        // Readers refuse larger counts anyway, and below that no sum over an input's segments overflows.
         if (layout->last.count > std::uint64_t{1} << 42) return false;
         layout->elements += layout->last.count;
         layout->blocks += static_cast<std::uint64_t>(blocks_in(layout->last, h.steps));
@@ -50,6 +51,7 @@ inline std::size_t repair(std::uint8_t* packet, std::size_t bytes) {
     Layout layout;
     const bool found = find_layout(h, packet, bytes, &layout);
     if (found) {
+        // Of several dimensions none could be told to be the wrong one: they are left for check_dims() to refuse.
         if (h.ndim == 1) {
             h.element_count = layout.elements;
             std::memcpy(packet + sizeof(h), &layout.elements, sizeof(layout.elements));
@@ -73,6 +75,7 @@ inline std::size_t strip_checksums(std::uint8_t* packet, std::size_t bytes) {
     if (bytes < sizeof(h)) return bytes;
     std::memcpy(&h, packet, sizeof(h));
     if ((h.flags & kFlagChecksums) == 0 || !find_layout(h, packet, bytes, &with)) return bytes;
+    // The layout is found twice, since without checksums the payload begins earlier: it moves down to there.
     h.flags = 0;
     std::memcpy(packet, &h, sizeof(h));
     if (!find_layout(h, packet, bytes, &without)) return bytes;
