@@ -18,8 +18,8 @@ import qcomm
 from qcomm.codec._native import measure
 from qcomm.codec.grids import Grid, SigmaGrid
 from qcomm.codec.quantize import plan
+from qcomm.collectives import ReduceOptions
 from qcomm.collectives.layout import BucketLayout
-from qcomm.collectives.options import owner_grid
 from qcomm.collectives.telemetry import Event
 from qcomm.collectives.two_phase_schedule import SLICE_ELEMENTS, cut_slices
 
@@ -171,7 +171,7 @@ class Compressed:
 
     def _owner_step(self, mean: torch.Tensor, error: float) -> float:
         """Most that the step can be for values within ``error`` of ``mean``."""
-        grid = owner_grid(self.grid)
+        grid = ReduceOptions(self.grid).mean_grid
         if isinstance(grid, SigmaGrid):
             return grid.step * (float(mean.double().square().mean().sqrt()) + error)
         return (float(mean.max() - mean.min()) + 2 * error) / (2 ** grid.bits_for(0.0) - 1)

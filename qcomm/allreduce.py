@@ -101,12 +101,12 @@ def all_reduce(
             not see the change. A non-finite value makes the whole result NaN on every rank (uncompressed: only its own
             element).
         grid: of the quantization. Each rank's values are scaled to its own RMS or range. The mean is quantized once
-            more, with ``step`` at most 1.
+            more, see ``mean_step``.
         group: by default the default process group. Its backend does not matter for tensors on the CPU: the traffic has
             its own gloo connections, with the group's timeout. A :class:`qcomm.MpiGroup` sends it over MPI.
             CUDA tensors need NCCL.
         async_op: return at once; the tensor must not be used until ``wait()`` of the handle has returned.
-        **options: ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads`` and ``profile`` of
+        **options: ``mean_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads`` and ``profile`` of
             :class:`qcomm.collectives.ReduceOptions`. A profile's file is read at each call. For CUDA tensors ``"auto"``
             is ``"two_phase"``.
 

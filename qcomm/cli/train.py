@@ -116,6 +116,10 @@ class TrainOptions:
         default=None,
         metadata=option("Of the sigma grid, in standard deviations.", _EXCHANGE, shown=f"{TrainConfig.step:g}"),
     )
+    mean_step: float | None = field(
+        default=None,
+        metadata=option("Of the grid for means.", _EXCHANGE, shown="at most 1 up to --step 2, then --step"),
+    )
     c: float | None = field(
         default=None,
         metadata=option("Of the range grid, bits above the entropy.", _EXCHANGE, shown=f"{TrainConfig.c:g}"),
@@ -152,10 +156,12 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if self.grid == "sigma" and self.c is not None:
             raise RecipeError("--c belongs to --grid range")
-        if self._on_range_grid and self.step is not None:
-            raise RecipeError("--step belongs to --grid sigma")
+        if self._on_range_grid and (self.step is not None or self.mean_step is not None):
+            raise RecipeError("--step and --mean-step belong to --grid sigma")
         if self._has_grid and self.method not in (None, "qcomm"):
-            raise RecipeError(f"--grid, --step and --c belong to --method qcomm; --method is {self.method!r}")
+            raise RecipeError(
+                f"--grid, --step, --mean-step and --c belong to --method qcomm; --method is {self.method!r}"
+            )
         if self.compares and (self.resume is not None or self.checkpoint_every):
             raise RecipeError("--resume and --checkpoint-every need --method: a comparison is run in one piece")
         of_qcomm = not self.error_feedback or self.compression_warmup_steps
@@ -168,7 +174,7 @@ class TrainOptions:
 
     @property
     def _has_grid(self) -> bool:
-        return self.grid is not None or self.step is not None or self.c is not None
+        return any(value is not None for value in (self.grid, self.step, self.mean_step, self.c))
 
     @property
     def compares(self) -> bool:
@@ -181,7 +187,7 @@ class TrainOptions:
         given = {name: value for name, value in vars(self).items() if value is not None and name != "ranks"}
         if self._has_grid:
             given["method"] = "qcomm"
-        if self._on_range_grid:
+        if self.grid is None and self._on_range_grid:
             given["grid"] = "range"
         return TrainConfig(**{**_DEFAULTS.get(self.dataset, _OTHER_DEFAULTS), **given})
 

@@ -155,6 +155,11 @@ class RangeGrid:
             return self.num_bits
         return max(1, min(math.ceil(entropy + self.c), math.floor(self.c + self.entropy_bits), self.max_bits))
 
+    @property
+    def max_num_bits(self) -> int:
+        """Returns the largest N that a tensor may get."""
+        return self.bits_for(float(self.entropy_bits))
+
     def describe(self) -> str:
         """Returns the configuration as one line, equal on all ranks with the same configuration."""
         fields = ("c", "entropy_bits", "sample_fraction", "max_bits", "reconstruction", "num_bits", "seed")

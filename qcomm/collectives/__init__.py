@@ -16,7 +16,7 @@ from qcomm.collectives.cost_model import (
 from qcomm.collectives.error_feedback import ErrorFeedback
 from qcomm.collectives.layout import BucketLayout, Chunk, TensorSpec
 from qcomm.collectives.machine import measure_codec, measure_link, slowest
-from qcomm.collectives.options import STRATEGIES, ReduceKeywords, ReduceOptions, owner_grid
+from qcomm.collectives.options import STRATEGIES, ReduceKeywords, ReduceOptions
 from qcomm.collectives.packing import no_bytes
 from qcomm.collectives.rounds import Rounds, announce_late, refuse
 from qcomm.collectives.strategies import average, plain_ways, settled
@@ -53,7 +53,6 @@ __all__ = [
     "measure_codec",
     "measure_link",
     "no_bytes",
-    "owner_grid",
     "plain_ways",
     "refuse",
     "seconds",

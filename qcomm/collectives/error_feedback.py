@@ -4,6 +4,10 @@ With error feedback a rank sends ``Q(u)``, ``u = g + e``, and keeps ``e = u - Q(
 same with the mean and its owner residual ``o``. So nothing is lost for good:
 ``sum_t out_t = sum_t mean(g_t) - (mean_i(e_i) + o)``.
 
+Rounding to nearest spreads ``e`` evenly over one step s of the grid, so its mean square is ``s^2 / 12`` whatever the
+gradient is. A step of k times the RMS of u therefore comes to rest at ``s = k g / sqrt(1 - k^2 / 12)`` for gradients of
+RMS g. From ``k = sqrt(12)`` on there is no such s: step and residual grow for ever.
+
 F. Seide et al., "1-bit stochastic gradient descent", Interspeech 2014; in both directions: H. Tang et al.,
 "DoubleSqueeze", ICML 2019.
 """
@@ -13,10 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qcomm.codec import Grid, SigmaGrid
 from qcomm.collectives.layout import BucketLayout, Piece
 
-__all__ = ["ErrorFeedback"]
+__all__ = ["MAX_FEEDBACK_STEP", "ErrorFeedback", "check_equilibrium"]
 
+# Below sqrt(12), where a step has 18 times the gradient's RMS: a little more and it has 30, then 70.
+MAX_FEEDBACK_STEP = 3.4
 FORMAT = 1
 CPU = torch.device("cpu")
 
@@ -36,6 +43,33 @@ class Residuals(NamedTuple):
 
 
 NO_RESIDUALS = Residuals({}, {}, frozenset())
+
+
+def check_equilibrium(grid: Grid, name: str) -> None:
+    """Checks that the residuals of error feedback stay bounded on a grid.
+
+    Args:
+        grid: of values or of means.
+        name: of the option that the message is about.
+
+    Raises:
+        ValueError: naming the option, and a value that is allowed.
+
+    Example:
+        >>> check_equilibrium(SigmaGrid(step=3.4), "step")
+    """
+    if isinstance(grid, SigmaGrid):
+        if grid.step > MAX_FEEDBACK_STEP:
+            raise ValueError(
+                f"{name} must be at most {MAX_FEEDBACK_STEP:g} with error feedback, got {grid.step}: from sqrt(12) = "
+                f"3.46 on residuals grow for ever; take {name}={MAX_FEEDBACK_STEP:g}, or error_feedback=False"
+            )
+    elif grid.reconstruction == "endpoint" and grid.max_num_bits == 1:
+        # The residual is as wide as the levels' distance, which is all of value plus residual: both grow together.
+        raise ValueError(
+            "grid must have more than one bit with error feedback and reconstruction 'endpoint', otherwise residuals "
+            "grow for ever; take num_bits=2, reconstruction='center', or error_feedback=False"
+        )
 
 
 class ErrorFeedback:

@@ -43,7 +43,6 @@ import torch
 
 from qcomm.codec import Coding, Grid, Quantizer, Segment, measure
 from qcomm.collectives.layout import Chunk, Piece
-from qcomm.collectives.options import owner_grid
 from qcomm.collectives.packing import (
     Measured,
     choose,
@@ -205,7 +204,7 @@ def _reduce_chunk(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]
             unpack(packet, mean, rank, accumulate=number > 0, num_threads=task.options.num_threads)
         mean.div_(layout.world_size)
     with task.telemetry.timed("encode_seconds"):
-        return _pack(task, place, chunk, mean, owner_grid(task.options.grid), owner=True)
+        return _pack(task, place, chunk, mean, task.options.mean_grid, owner=True)
 
 
 def _pack(task: MeanTask, place: _Place, chunk: Chunk, values: torch.Tensor, grid: Grid, owner: bool) -> torch.Tensor:

@@ -1,22 +1,26 @@
 """Options of the mean over all ranks: documented once, checked once, and described for the comparison between ranks."""
 
 import os
-from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TypedDict
 
 from qcomm.codec import Grid, RangeGrid, SigmaGrid, check_num_threads
 from qcomm.collectives.cost_model import Profile
+from qcomm.collectives.error_feedback import check_equilibrium
 
-__all__ = ["STRATEGIES", "ReduceKeywords", "ReduceOptions", "owner_grid"]
+__all__ = ["STRATEGIES", "ReduceKeywords", "ReduceOptions"]
 
 STRATEGIES = ("auto", "none", "bf16", "exact_sum", "all_gather", "hierarchical", "two_phase")
+# Up to this step the mean is at most as coarse as its RMS. Beyond it, bytes count more than the mean's noise.
+FINE_STEP = 2.0
 
 
 class ReduceKeywords(TypedDict, total=False):
     """Keyword arguments that become :class:`ReduceOptions`; ``grid`` is an argument of its own everywhere."""
 
+    mean_step: float | None
     min_elements: int
     strategy: str
     ranks_per_node: int | None
@@ -29,8 +33,10 @@ class ReduceOptions:
     """The way in which a mean over all ranks is computed. All ranks pass the same, ``num_threads`` excepted.
 
     Args:
-        grid: :class:`qcomm.SigmaGrid` or :class:`qcomm.RangeGrid`: how finely each rank's values are quantized. Means
-            are quantized once more, with ``step`` at most 1.
+        grid: :class:`qcomm.SigmaGrid` or :class:`qcomm.RangeGrid`: how finely each rank's values are quantized.
+        mean_step: ``step`` of the SigmaGrid for means, which ``"two_phase"`` and ``"hierarchical"`` quantize once more.
+            By default it is at most 1 for a grid with ``step`` up to 2, and for a coarser grid equal to its ``step``.
+            A RangeGrid takes None and serves both.
         min_elements: tensors with fewer elements travel uncompressed, in the same packets; ``"bf16"`` rounds them, too.
         strategy: ``"two_phase"`` compresses the values and their means. ``"all_gather"`` compresses the values alone,
             for few ranks or small tensors. ``"exact_sum"`` rounds the values to one grid of all ranks and loses nothing
@@ -60,6 +66,8 @@ class ReduceOptions:
     """
 
     grid: Grid = SigmaGrid(step=1.0)
+    _: KW_ONLY
+    mean_step: float | None = None
     min_elements: int = 1024
     strategy: str = "auto"
     ranks_per_node: int | None = None
@@ -69,6 +77,7 @@ class ReduceOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.grid, (SigmaGrid, RangeGrid)):
             raise TypeError(f"grid must be a qcomm.SigmaGrid or qcomm.RangeGrid, got {type(self.grid).__name__}")
+        _mean_grid(self.grid, self.mean_step)
         _check_int("min_elements", self.min_elements, 0)
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {STRATEGIES}, got {self.strategy!r}")
@@ -91,6 +100,34 @@ class ReduceOptions:
     def node_size(self) -> int:
         """Returns the number of ranks that form a node, of options for a world; 1 where nodes do not count."""
         return self.ranks_per_node or 1
+
+    @cached_property
+    def mean_grid(self) -> Grid:
+        """Returns the grid of means.
+
+        Example:
+            >>> [ReduceOptions(SigmaGrid(step=step)).mean_grid.step for step in (0.5, 2.0, 3.2)]
+            [0.5, 1.0, 3.2]
+            >>> ReduceOptions(SigmaGrid(step=2.0), mean_step=2.0).mean_grid.step
+            2.0
+        """
+        return _mean_grid(self.grid, self.mean_step)
+
+    def check_feedback(self) -> None:
+        """Checks that error feedback comes to rest on the grids of both phases.
+
+        Raises:
+            ValueError: naming the option: residuals would grow from step to step.
+
+        Example:
+            >>> ReduceOptions(SigmaGrid(step=4.0)).check_feedback()
+            Traceback (most recent call last):
+                ...
+            ValueError: step must be at most 3.4 with error feedback, got 4.0: from ...
+        """
+        check_equilibrium(self.grid, "step")
+        if isinstance(self.grid, SigmaGrid):
+            check_equilibrium(self.mean_grid, "mean_step")
 
     @cached_property
     def compresses(self) -> bool:
@@ -117,6 +154,7 @@ class ReduceOptions:
         """Returns all options that have to be equal on all ranks, as text."""
         return {
             "grid": self.grid.describe(),
+            "mean_step": str(self.mean_step),
             "min_elements": str(self.min_elements),
             "strategy": self.strategy,
             "ranks_per_node": str(self.ranks_per_node),
@@ -124,10 +162,19 @@ class ReduceOptions:
         }
 
 
-@lru_cache(maxsize=64)
-def owner_grid(grid: Grid) -> Grid:
-    """Returns the grid for means: no coarser than the RMS, because nothing averages its error away."""
-    return replace(grid, step=min(grid.step, 1.0)) if isinstance(grid, SigmaGrid) else grid
+def _mean_grid(grid: Grid, mean_step: float | None) -> Grid:
+    if isinstance(grid, RangeGrid):
+        if mean_step is not None:
+            raise ValueError(f"mean_step must be None with a RangeGrid, which serves means as well, got {mean_step!r}")
+        return grid
+    if mean_step is None:
+        return replace(grid, step=min(grid.step, 1.0)) if grid.step <= FINE_STEP else grid
+    if isinstance(mean_step, bool) or not isinstance(mean_step, (int, float)):
+        raise TypeError(f"mean_step must be a real number or None, got {type(mean_step).__name__}")
+    try:
+        return replace(grid, step=float(mean_step))
+    except ValueError as error:
+        raise ValueError(f"mean_step must be a step of the grid: {error}") from error
 
 
 def _check_int(name: str, value: object, least: int) -> None:

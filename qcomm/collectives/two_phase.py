@@ -5,7 +5,7 @@ per rank:
 
 1. Every rank measures its tensors, compresses its values chunk by chunk, and sends each chunk to its owner.
 2. The owner adds the W - 1 packets of its chunk and its own values, in rank order, and divides by W. It compresses the
-   mean on a grid of its own and sends it to every rank. This grid is at least as fine, as its error is not averaged.
+   mean on a grid of its own (``mean_step``) and sends it to every rank.
 3. Every rank, the owner included, decodes the same W packets. The results are equal bit for bit.
 
 Let s_i be the step of rank i's grid for a tensor, 0 where rank i is the owner, and t the owner's. Then

@@ -9,7 +9,6 @@ import torch
 from qcomm.codec import Code, GridKind, Quantizer, Segment, encode
 from qcomm.collectives.error_feedback import NO_RESIDUALS
 from qcomm.collectives.layout import BucketLayout, Chunk, Piece
-from qcomm.collectives.options import owner_grid
 from qcomm.collectives.packing import Measured, choose, chunk_segments, gather_runs, scatter_chunk, size_limit, unpack
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.two_phase_schedule import Slice, Step, cut_slices, schedule
@@ -165,7 +164,7 @@ class MeanSteps:
         Each piece is measured anew, with the owner's residuals.
         """
         task, segments, position = self._task, [], 0
-        grid, num_threads = owner_grid(task.options.grid), task.options.num_threads
+        grid, num_threads = task.options.mean_grid, task.options.num_threads
         for piece in chunk.pieces:
             values = mean[position : position + piece.length]
             position += piece.length

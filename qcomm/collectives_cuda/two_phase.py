@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from qcomm.codec import FAULTS, RangeGrid
-from qcomm.collectives import BucketLayout, MeanTask, Scale, Telemetry, owner_grid
+from qcomm.collectives import BucketLayout, MeanTask, Scale, Telemetry
 from qcomm.collectives_cuda.handshake import AgreedNumbers, DevicePart, agree, is_known
 from qcomm.collectives_cuda.slots import PERIOD, Slots, adjusted, is_fixed, nominal_bytes, slot_bytes
 from qcomm.collectives_cuda.two_phase_steps import Accounts, DeviceSteps, Workspaces, packet_bounds
@@ -145,14 +145,14 @@ class DeviceMean:
                 self._telemetry.note_quantizer(key, quantizer)
 
     def _look_up(self, task: MeanTask) -> _Bucket:
-        grid, layout, device = task.options.grid, task.layout, task.buffer.device
+        layout, device = task.layout, task.buffer.device
         bucket = self._buckets.get(task.index)
         if bucket is None or not is_known(DevicePart.of(task), bucket.layout, bucket.dtype):
             if bucket is not None:
                 self.flush()  # its counters go with it
-            bounds = packet_bounds(layout, grid, task.wire_dtype, device)
+            bounds = packet_bounds(layout, task.options, task.wire_dtype, device)
             bucket = self._buckets[task.index] = _Bucket(
-                layout, task.buffer.dtype, bounds, Accounts(device), not isinstance(grid, RangeGrid)
+                layout, task.buffer.dtype, bounds, Accounts(device), not isinstance(task.options.grid, RangeGrid)
             )
         return bucket
 
@@ -210,7 +210,7 @@ class DeviceMean:
             item = task.wire_dtype.itemsize
             nominal = [
                 max(nominal_bytes(grid, chunk, item) for chunk in chunks)
-                for grid in (task.options.grid, owner_grid(task.options.grid))
+                for grid in (task.options.grid, task.options.mean_grid)
             ]
             bucket.fixed = Slots(
                 min(bucket.bounds.values, max(slot_bytes(sizes.values, bucket.bounds.values), nominal[0])),

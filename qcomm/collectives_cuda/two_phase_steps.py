@@ -18,7 +18,6 @@ from qcomm.codec import (
     DecodeTask,
     DeviceTensor,
     Encoder,
-    Grid,
     PacketSlot,
     Quantizer,
     Run,
@@ -29,7 +28,7 @@ from qcomm.codec import (
     own_code_bits,
     read_quantizers,
 )
-from qcomm.collectives import BucketLayout, Chunk, MeanTask, owner_grid
+from qcomm.collectives import BucketLayout, Chunk, MeanTask, ReduceOptions
 from qcomm.collectives_cuda.slots import Slots
 
 __all__ = ["Accounts", "DeviceSteps", "Workspaces", "packet_bounds"]
@@ -37,11 +36,11 @@ __all__ = ["Accounts", "DeviceSteps", "Workspaces", "packet_bounds"]
 LARGEST = ACCOUNT.index("largest_packet")
 
 
-def packet_bounds(layout: BucketLayout, grid: Grid, dtype: torch.dtype, device: torch.device) -> Slots:
+def packet_bounds(layout: BucketLayout, options: ReduceOptions, dtype: torch.dtype, device: torch.device) -> Slots:
     """Returns bytes that suffice for any packet of a phase, whatever the values: equal on all ranks."""
     sizes = []
-    for phase_grid in (grid, owner_grid(grid)):
-        tensors = [DeviceTensor(0, tensor.numel, phase_grid) for tensor in layout.tensors]
+    for grid in (options.grid, options.mean_grid):
+        tensors = [DeviceTensor(0, tensor.numel, grid) for tensor in layout.tensors]
         segments, packets = [], []
         for chunk in layout.chunks:
             if not chunk.count:
@@ -122,7 +121,7 @@ class DeviceSteps:
         workspaces: "Workspaces",
     ) -> None:
         self.slots, self._rank, self._task_dtype = slots, rank, task.buffer.dtype
-        self._layout, self._grid, self._feedback = task.layout, task.options.grid, task.feedback
+        self._layout, self._options, self._feedback = task.layout, task.options, task.feedback
         self._buffer, self._factors = task.buffer, factors
         self._accounts, self._workspaces = accounts, workspaces
         self._dtype, self._device = task.wire_dtype, task.buffer.device
@@ -214,7 +213,7 @@ class DeviceSteps:
             numbers[number] = len(tensors)
             travels = number in self._travelling  # a tensor that stays here whole is not quantized
             residual = self._local(number) if travels else 0
-            grid, at = self._grid if travels else None, address(self._values, tensor.offset)
+            grid, at = self._options.grid if travels else None, address(self._values, tensor.offset)
             tensors.append(DeviceTensor(at, tensor.numel, grid, residual, inv_scale, keeps_zero=keeps_zero))
         others = [chunk for owner, chunk in enumerate(layout.chunks) if owner != self._rank]
         self._raw = self._floats(sum(chunk.raw_count for chunk in others))
@@ -251,7 +250,7 @@ class DeviceSteps:
 
     def _make_reducer(self) -> None:
         """Prepares the sum of the packets before and after the own values, in rank order, and the mean's packet."""
-        chunk, bits = self._chunk, own_code_bits(self._grid)
+        chunk, bits = self._chunk, own_code_bits(self._options.grid)
         senders = [rank for rank in range(self._layout.world_size) if rank != self._rank and chunk.count]
         self._value_faults = self._fault_words(len(senders))
         self._first_after = sum(rank < self._rank for rank in senders)
@@ -261,7 +260,7 @@ class DeviceSteps:
         self._divide = RunCopier(self._dtype, [whole], self._device)
         tensors: list[DeviceTensor] = []
         segments, position = [], 0
-        grid, keeps_zero = owner_grid(self._grid), self._feedback is not None
+        grid, keeps_zero = self._options.mean_grid, self._feedback is not None
         for number, piece in enumerate(chunk.pieces):
             key, residual = self._layout.tensors[piece.tensor].key, 0
             if self._feedback is not None:
@@ -310,7 +309,7 @@ class DeviceSteps:
                 source += length * self._dtype.itemsize
             position += 0 if here else chunk.count
         segments = max((_segment_count(chunk) for _, chunk in present), default=1)
-        bits = own_code_bits(owner_grid(self._grid))
+        bits = own_code_bits(self._options.mean_grid)
         self._decoder = Decoder(self._dtype, self._steps, segments, tasks, bits, self._workspaces.decode)
         self._scatter = RunCopier(self._task_dtype, runs, self._device)
 

@@ -30,18 +30,18 @@ class CompressionState:
     Args:
         process_group: the group to average over; by default the model's with :func:`attach`, otherwise the default one.
             A :class:`qcomm.MpiGroup` sends the gradients over MPI.
-        grid: of the quantization of gradients, ``SigmaGrid`` or ``RangeGrid``. Means are quantized once more, with
-            ``step`` at most 1.
+        grid: of the quantization of gradients, ``SigmaGrid`` or ``RangeGrid``. Means are quantized once more, see
+            ``mean_step``.
         error_feedback: keep the quantization error and add it to the next gradient: 4 bytes per parameter, and 4 / W
-            for the means. A step that fails, or that GradScaler skips, loses at most its own gradient and that
-            feedback.
+            for the means. It needs steps of at most 3.4, see docs/guide.md. A step that fails, or that GradScaler
+            skips, loses at most its own gradient and that feedback.
         warmup_steps: number of initial steps whose gradients are exchanged uncompressed.
         exclude: patterns (``fnmatch``) of the names of parameters that travel uncompressed. They need :func:`attach`,
             which knows the names.
         grad_scale: the factor of the loss, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. It is read
             once per step, a tensor on a CUDA device without waiting for it. Error feedback is kept without the factor,
             so that a residual stays right when the scale changes.
-        **options: ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads`` and ``profile`` of
+        **options: ``mean_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads`` and ``profile`` of
             :class:`qcomm.collectives.ReduceOptions`. ``stats()["strategies"]`` has the strategy that ``"auto"`` took
             for each bucket. A named strategy also runs in a world of one rank, where ``"auto"`` does nothing.
 
@@ -68,6 +68,8 @@ class CompressionState:
     ) -> None:
         self.options = ReduceOptions(grid, **options)
         check_hook_options(error_feedback, warmup_steps, exclude, grad_scale)
+        if error_feedback:
+            self.options.check_feedback()
         self.given_group = process_group
         self._warmup_steps = warmup_steps
         self.telemetry = Telemetry()
@@ -208,7 +210,10 @@ class CompressionState:
             >>> state.options.grid.step
             2.0
         """
-        self.options = replace(self.options, **changes)
+        options = replace(self.options, **changes)
+        if self._feedback is not None:
+            options.check_feedback()
+        self.options = options
         self._table.reconfigure(self.options)
         self.reducer.reconfigure(self.options)
 

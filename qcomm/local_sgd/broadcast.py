@@ -69,7 +69,7 @@ def broadcast_parameters(
     tensors: Tensors = []
     packed, fields, fault = no_bytes(), Fields({}), None
     try:
-        ReduceOptions(grid, min_elements, num_threads=num_threads)  # checks them
+        ReduceOptions(grid, min_elements=min_elements, num_threads=num_threads)  # checks them
         if not _is(lossless, bool):
             raise TypeError(f"lossless must be a bool, got {type(lossless).__name__}")
         tensors = _tensors(module_or_params)

@@ -54,6 +54,8 @@ class ExchangeOptions:
                 "error_feedback must not be True with exchange='weights': the error of a weight is not missing from "
                 "its next value, and would be added to it"
             )
+        if self.uses_feedback:
+            self.reduce.check_feedback()
         if not (self.buffers_of is None or isinstance(self.buffers_of, torch.nn.Module)):
             raise TypeError(f"buffers_of must be a torch.nn.Module or None, got {type(self.buffers_of).__name__}")
 

@@ -5,7 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qcomm.collectives import STRATEGIES
+from qcomm.codec import Grid, RangeGrid, SigmaGrid
+from qcomm.collectives import STRATEGIES, ReduceOptions
 from qcomm.recipes.datasets import DATASET_NAMES
 from qcomm.recipes.errors import RecipeError
 from qcomm.recipes.models import MODEL_NAMES
@@ -43,6 +44,7 @@ class TrainConfig:
         method: average of the gradients, "fp32" (plain all-reduce), "bf16" (torch's bf16_compress_hook) or "qcomm".
         grid: of qcomm, "sigma" or "range".
         step: of the sigma grid, in standard deviations.
+        mean_step: the same for means; None takes the default of :class:`qcomm.collectives.ReduceOptions`.
         c: of the range grid, bits above the entropy.
         error_feedback: of qcomm.
         strategy: of qcomm; by default it compresses even where that is slower, so that runs can be compared.
@@ -82,6 +84,7 @@ class TrainConfig:
     method: str = "fp32"
     grid: str = "sigma"
     step: float = 1.0
+    mean_step: float | None = None
     c: float = 6.0
     error_feedback: bool = True
     strategy: str = "two_phase"
@@ -139,6 +142,21 @@ class TrainConfig:
             raise RecipeError(f"--stem-stride is {self.stem_stride}; it must be 1 or 2")
         if self.checkpoint_every and self.out is None:
             raise RecipeError("--checkpoint-every needs --out, the directory to write to")
+        if self.method == "qcomm":
+            self._check_grids()
+
+    def _check_grids(self) -> None:
+        try:
+            options = ReduceOptions(self.quantization, mean_step=self.mean_step)
+            if self.error_feedback:
+                options.check_feedback()
+        except ValueError as error:
+            raise RecipeError(f"--step is {self.step}, --mean-step {self.mean_step}, --c {self.c}: {error}") from error
+
+    @property
+    def quantization(self) -> Grid:
+        """Returns the grid of qcomm."""
+        return SigmaGrid(step=self.step) if self.grid == "sigma" else RangeGrid(c=self.c)
 
     @property
     def label(self) -> str:

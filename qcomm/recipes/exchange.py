@@ -14,7 +14,6 @@ from torch._C._distributed_c10d import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
-from qcomm.codec import RangeGrid, SigmaGrid
 from qcomm.ddp import attach as attach_hook
 from qcomm.recipes.config import TrainConfig
 
@@ -119,11 +118,11 @@ def attach(ddp_model: DistributedDataParallel, config: TrainConfig, scaler: torc
         scaler: the GradScaler of a fp16 run, so that qcomm's error feedback is kept unscaled; otherwise None.
     """
     if config.method == "qcomm":
-        grid = SigmaGrid(step=config.step) if config.grid == "sigma" else RangeGrid(c=config.c)
         return attach_hook(
             ddp_model,
-            grid=grid,
+            grid=config.quantization,
             error_feedback=config.error_feedback,
+            mean_step=config.mean_step,
             strategy=config.strategy,
             ranks_per_node=config.ranks_per_node,
             min_elements=config.min_elements,

@@ -9,6 +9,7 @@ from qcomm.reference.decode import decode_packet
 from qcomm.reference.grids import (
     dequantize,
     entropy,
+    equilibrium_step,
     log2_fixed,
     quantize,
     range_num_bits,
@@ -30,6 +31,7 @@ __all__ = [
     "encode_lanes",
     "encode_packet",
     "entropy",
+    "equilibrium_step",
     "log2_fixed",
     "nearest_table",
     "pack_lengths",

@@ -80,6 +80,26 @@ def sigma_step(u: torch.Tensor, k: float) -> float:
     return float(torch.tensor(k * math.sqrt(sum_squares(u) / u.numel()), dtype=torch.float64).to(u.dtype))
 
 
+def equilibrium_step(k: float) -> float:
+    """Returns the step at which error feedback comes to rest, in units of the gradient's RMS g.
+
+    Rounding to nearest leaves a residual e that is spread evenly over one step s, so ``RMS(e) = s / sqrt(12)``. The
+    gradient is independent of it, so ``RMS(u)^2 = g^2 + s^2 / 12``, and with ``s = k RMS(u)``::
+
+        s = k g / sqrt(1 - k^2 / 12)
+
+    Raises:
+        ValueError: k is not below sqrt(12), where there is no such step.
+
+    Example:
+        >>> [round(equilibrium_step(k), 1) for k in (1, 2, 3, 3.2, 3.4)]
+        [1.0, 2.4, 6.0, 8.4, 17.8]
+    """
+    if not 0 < k * k < 12:
+        raise ValueError(f"k must be positive and below sqrt(12), got {k}")
+    return k / math.sqrt(1 - k * k / 12)
+
+
 def sigma_num_bits(k: float) -> int:
     """Returns the bits of a sigma grid's alphabet for a step of k RMS."""
     return next(n for n in range(4, 17) if (2 ** (n - 1) - 0.5) * k >= 6.25)

@@ -8,9 +8,8 @@ from distributed import all_reduce, assert_same_on_all_ranks, gathered, world
 from strategy_cases import COUNTS, GRIDS, KINDS, values
 
 import qcomm
-from qcomm.collectives import two_phase
+from qcomm.collectives import ReduceOptions, two_phase
 from qcomm.collectives.layout import BucketLayout, TensorSpec
-from qcomm.collectives.options import owner_grid
 from qcomm.collectives.two_phase_schedule import cut_slices
 
 pytestmark = pytest.mark.world
@@ -47,10 +46,56 @@ def test_equals_twin_and_keeps_the_bound(rank, world_size, grid):
         check_against_twin(rank, world_size, grid, "gauss", 100, dtype, min_elements=1024)
 
 
-def test_means_are_quantized_at_least_as_finely():
-    assert owner_grid(qcomm.SigmaGrid(step=2.0, coding="pair")) == qcomm.SigmaGrid(step=1.0, coding="pair")
-    for grid in (qcomm.SigmaGrid(step=0.5), qcomm.RangeGrid(c=2)):
-        assert owner_grid(grid) == grid
+MEAN_GRIDS = [
+    (qcomm.SigmaGrid(step=0.5), None, qcomm.SigmaGrid(step=0.5)),
+    (qcomm.SigmaGrid(step=2.0, coding="pair"), None, qcomm.SigmaGrid(step=1.0, coding="pair")),
+    (qcomm.SigmaGrid(step=2.5), None, qcomm.SigmaGrid(step=2.5)),
+    (qcomm.SigmaGrid(step=2.0), 3, qcomm.SigmaGrid(step=3.0)),
+    (qcomm.SigmaGrid(step=3.4), 0.5, qcomm.SigmaGrid(step=0.5)),
+    (qcomm.RangeGrid(c=2), None, qcomm.RangeGrid(c=2)),
+]
+
+
+@pytest.mark.parametrize(("grid", "mean_step", "expected"), MEAN_GRIDS, ids=str)
+def test_the_grid_of_means(grid, mean_step, expected):
+    assert ReduceOptions(grid, mean_step=mean_step).mean_grid == expected
+
+
+REFUSED_MEAN_STEPS = [
+    (qcomm.RangeGrid(), 1.0, ValueError, "mean_step must be None with a RangeGrid"),
+    (qcomm.SigmaGrid(), 17.0, ValueError, r"mean_step must be a step of the grid: step must be in \[2\*\*-12, 16\]"),
+    (qcomm.SigmaGrid(), float("nan"), ValueError, "mean_step must be a step of the grid"),
+    (qcomm.SigmaGrid(coding="pair"), 0.5, ValueError, "mean_step must be a step of the grid: coding 'pair' needs step"),
+    (qcomm.SigmaGrid(), "1", TypeError, "mean_step must be a real number or None, got str"),
+    (qcomm.SigmaGrid(), True, TypeError, "mean_step must be a real number or None, got bool"),
+]
+
+
+@pytest.mark.parametrize(("grid", "mean_step", "error", "message"), REFUSED_MEAN_STEPS, ids=str)
+def test_a_mean_step_that_cannot_be_is_refused(grid, mean_step, error, message):
+    with pytest.raises(error, match=message):
+        ReduceOptions(grid, mean_step=mean_step)
+
+
+@world(2, 3)
+@pytest.mark.parametrize("strategy", ["two_phase", "hierarchical"])
+def test_the_mean_is_as_coarse_as_asked(rank, world_size, strategy):
+    """Levels of the result are multiples of the mean's step, whatever the step of the values is."""
+    x = values("gauss", 6144, rank, torch.float32)
+    exact = x.clone()
+    dist.all_reduce(exact)
+    qcomm.all_reduce(x, qcomm.SigmaGrid(step=0.25), mean_step=3.0, strategy=strategy, ranks_per_node=1, min_elements=0)
+    pieces = x.split(x.numel() // world_size)
+    for piece, part in zip(pieces, (exact / world_size).split(x.numel() // world_size), strict=True):
+        step = float(piece.abs()[piece != 0].min())
+        assert step == pytest.approx(3.0 * float(part.square().mean().sqrt()), rel=0.05)
+        assert len(piece.unique()) < 8
+
+
+@world(2)
+def test_ranks_with_different_mean_steps_are_told(rank, world_size):
+    with pytest.raises(qcomm.ConfigMismatchError, match="mean_step"):
+        qcomm.all_reduce(torch.ones(4000), mean_step=1.0 + rank, strategy="two_phase")
 
 
 @world(2, 3)

@@ -13,8 +13,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import qcomm
+from qcomm.codec import Segment, encode, measure, plan
 from qcomm.collectives.error_feedback import ErrorFeedback
 from qcomm.collectives.layout import BucketLayout, Piece, TensorSpec
+from qcomm.local_sgd.options import ExchangeOptions
+from qcomm.reference import equilibrium_step
 
 SIZES = {"a": 700, "b": 33, "c": 5000}
 
@@ -247,3 +250,61 @@ def test_a_pickled_state_goes_on(rank, world_size):
     assert torch.allclose(sums[1] - sums[0], remaining(gathered(restored.state_dict()), names), rtol=0, atol=1e-4)
     with pytest.raises(TypeError, match="state must not be combined with options"):
         attach(new_ddp(plain, None), state=restored, min_elements=3)
+
+
+def residual_rms(grid, steps, count=4096):
+    """RMS of the residual after each of ``steps`` steps of white noise of RMS 1, as the codec keeps it."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1 << 20, generator=generator)
+    starts = torch.randint(noise.numel() - count, (steps,), generator=generator).tolist()
+    residual, found = torch.zeros(count), []
+    for start in starts:
+        values = noise[start : start + count]
+        statistics = measure(values, residual)
+        encode([Segment(values, plan(statistics, grid, values, residual), residual)])
+        found.append(float(residual.norm()) / count**0.5)
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("k", [1.0, 2.0, 3.0, 3.2, 3.4])
+def test_the_step_comes_to_rest_where_the_formula_says(k):
+    rms = residual_rms(qcomm.SigmaGrid(step=k, coding="single"), steps=10_000)
+    assert float(rms[5000:].mean()) == pytest.approx(equilibrium_step(k) / 12**0.5, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "grid", [qcomm.SigmaGrid(step=4.0, coding="single"), qcomm.RangeGrid(num_bits=1)], ids=["sigma", "range"]
+)
+def test_a_grid_that_is_refused_has_no_rest(grid):
+    rms = residual_rms(grid, steps=4000)
+    assert float(rms[-1]) > 1.5 * float(rms[1000]) > 1.5**2 * float(rms[250])
+
+
+REFUSED = [
+    ({"grid": qcomm.SigmaGrid(step=3.5)}, "step must be at most 3.4 with error feedback, got 3.5: .* take step=3.4"),
+    ({"mean_step": 3.41}, "mean_step must be at most 3.4 with error feedback, got 3.41"),
+    ({"grid": qcomm.RangeGrid(num_bits=1)}, "grid must have more than one bit with error feedback"),
+    ({"grid": qcomm.RangeGrid(max_bits=1)}, "grid must have more than one bit with error feedback"),
+    ({"grid": qcomm.RangeGrid(c=0.5, entropy_bits=1)}, "grid must have more than one bit with error feedback"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
+def test_grids_without_rest_are_refused_wherever_feedback_is(options, message):
+    with pytest.raises(ValueError, match=message):
+        qcomm.CompressionState(**options)
+    with pytest.raises(ValueError, match=message):
+        qcomm.CompressedModelAverager(period=2, **options)
+    state = qcomm.CompressionState()
+    with pytest.raises(ValueError, match=message):
+        state.reconfigure(**options)
+    assert state.options == qcomm.CompressionState().options
+    qcomm.CompressionState(error_feedback=False, **options)
+    qcomm.CompressionState(error_feedback=False).reconfigure(**options)
+    ExchangeOptions.of(error_feedback=False, **options)
+
+
+def test_the_coarsest_grids_with_feedback_are_taken():
+    state = qcomm.CompressionState(grid=qcomm.SigmaGrid(step=3.4))
+    assert state.options.mean_grid.step == 3.4
+    qcomm.CompressionState(grid=qcomm.RangeGrid(num_bits=1, reconstruction="center"))

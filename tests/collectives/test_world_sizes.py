@@ -14,8 +14,8 @@ from strategy_twins import HEADER_BYTES, size
 import qcomm
 from qcomm.codec.packet import Segment
 from qcomm.codec.quantize import Quantizer
+from qcomm.collectives import ReduceOptions
 from qcomm.collectives.layout import BucketLayout, TensorSpec
-from qcomm.collectives.options import owner_grid
 from qcomm.collectives.two_phase_schedule import cut_slices
 from qcomm.communicator.messages import HEADER_BYTES as MESSAGE_HEADER_BYTES
 
@@ -39,7 +39,7 @@ def packets_of_formula(buffers, layout, grid, slices):
                     values[rank, owner] += 0 if rank == owner else size([Segment(x[place], quantizers[rank])])
                 sent = [Quantizer.raw() if rank == owner else q for rank, q in enumerate(quantizers)]
                 mean = twin.sum_in_order([twin.lossy(x[place], q) for x, q in zip(buffers, sent, strict=True)])
-                quantizer = twin.quantizer_for(mean, owner_grid(grid), codes.get(owner))
+                quantizer = twin.quantizer_for(mean, ReduceOptions(grid).mean_grid, codes.get(owner))
                 codes[owner] = quantizer.coding, quantizer.table
                 if isinstance(grid, qcomm.RangeGrid):
                     codes.clear()

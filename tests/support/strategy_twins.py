@@ -9,6 +9,7 @@ import twin
 from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, encode
 from qcomm.codec.quantize import Coding, Quantizer
+from qcomm.collectives import ReduceOptions
 from qcomm.collectives.exact_sum_grid import SharedGrid, lossless_quantizer, share, summarize
 from qcomm.communicator.handshake import HEADER_WORDS
 
@@ -150,7 +151,7 @@ def hierarchical(buffers, layout, grid, item_bytes=0, ranks_per_node=1):
         second = {}
         for t, part in places.items():
             mean = total([twin.lossy(x[part], q[t]) for x, q in zip(sums, first, strict=True)]) / world_size
-            second[t] = quantizer(mean, twin.owner_grid(grid))
+            second[t] = quantizer(mean, ReduceOptions(grid).mean_grid)
             result[part] = mean
             bound[part] = (sum(q[t].step for q in first) / world_size + second[t].step) / 2
         for offset, length in chunk.raw_runs:

@@ -7,7 +7,7 @@ import torch
 from qcomm.codec._native import GridKind, measure
 from qcomm.codec.packet import Segment, decompress, encode
 from qcomm.codec.quantize import Quantizer, plan
-from qcomm.collectives.options import owner_grid
+from qcomm.collectives import ReduceOptions
 
 
 def lossy(values, quantizer):
@@ -40,7 +40,7 @@ def mean(buffers, layout, grid, slices=1):
                 if math.isfinite(sent[owner].p0):
                     sent[owner] = Quantizer.raw()
                 total = sum_in_order([lossy(b[part], q) for b, q in zip(buffers, sent, strict=True)])
-                means = quantizer_for(total, owner_grid(grid), codes.get((owner, piece.tensor)))
+                means = quantizer_for(total, ReduceOptions(grid).mean_grid, codes.get((owner, piece.tensor)))
                 if means.grid == GridKind.SIGMA:
                     codes[owner, piece.tensor] = means.coding, means.table
                 result[part] = lossy(total, means)
