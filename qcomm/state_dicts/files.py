@@ -63,7 +63,7 @@ def save(
     """
     if not isinstance(state_dict, Mapping):
         raise TypeError(f"state_dict must be a dictionary, got {type(state_dict).__name__}")
-    ReduceOptions(grid, min_elements, num_threads=num_threads)  # checks them
+    ReduceOptions(grid, min_elements=min_elements, num_threads=num_threads)  # checks them
     if isinstance(lossless, str) or not all(isinstance(pattern, str) for pattern in lossless):
         raise TypeError(f"lossless must be a sequence of patterns, such as ['*.bias'], got {lossless!r}")
     packed = pack_state(state_dict, grid, min_elements, lossless, num_threads)
