@@ -34,11 +34,11 @@ py::object& packet_error() {
     return *error;
 }
 
-// The exception's text is the status's; `where` follows it, unless that is 0.
+// The exception's text is the status's; `where` follows it, unless that is kNowhere.
 void raise_if_error(const Status& status) {
     if (status.ok()) return;
     std::string message = status.what;
-    if (status.where != 0) message += " " + std::to_string(status.where);
+    if (status.where != kNowhere) message += " " + std::to_string(status.where);
     // Before set_packet_error() is called there is no such class: ValueError, from which PacketError is derived.
     if (status.code == StatusCode::kBadPacket && packet_error()) {
         PyErr_SetString(packet_error().ptr(), message.c_str());
@@ -121,7 +121,8 @@ void py_quantize(Address data, int dtype, std::int64_t count, const QuantizerTup
     });
 }
 
-// Symbols come from users and need not be of the alphabet: none is used as an index.
+// Symbols come from users. Python has checked that they are of the alphabet, outside of which a sigma grid's decode()
+// would overflow.
 void py_dequantize(Address symbols, std::int64_t count, const QuantizerTuple& quantizer, int dtype, Address out) {
     py::gil_scoped_release nogil;
     dispatch(static_cast<DType>(dtype), [&](auto traits) {

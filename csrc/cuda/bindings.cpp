@@ -22,7 +22,7 @@ using Address = std::uintptr_t;
 void raise_if_error(const Status& status) {
     if (status.ok()) return;
     std::string message = status.what;
-    if (status.where != 0) message += " " + std::to_string(status.where);
+    if (status.where != kNowhere) message += " " + std::to_string(status.where);
     if (status.code == StatusCode::kDeviceError) throw std::runtime_error("CUDA: " + message);
     throw py::value_error(message);
 }

@@ -16,6 +16,7 @@ from qcomm.codec.packet import Segment, encode
 from qcomm.codec.quantize import Quantizer, plan
 
 HEADER_CHECKSUM_AT = 8
+GRID_AT = 8  # in a segment record
 
 
 def samples() -> dict[str, torch.Tensor]:
@@ -177,6 +178,21 @@ def test_messages_say_what_is_wrong() -> None:
     damaged[-5] ^= 4
     with pytest.raises(qcomm.PacketError, match="wrong checksum; block"):
         qcomm.decompress(damaged)
+
+
+def test_messages_number_the_first_block_and_segment() -> None:
+    packet = SAMPLES["pair"]  # of one block and one segment
+    damaged = packet.clone()
+    damaged[-5] ^= 4
+    with pytest.raises(qcomm.PacketError, match=r"wrong checksum; block 0$"):
+        qcomm.decompress(damaged)
+    size = _native.front_bytes(packet[: _native.PACKET_HEADER_BYTES], packet.numel())
+    front = packet[:size].clone()
+    front[size - _native.SEGMENT_RECORD_BYTES + GRID_AT] = 99
+    with pytest.raises(qcomm.PacketError, match=r"unknown grid or coding; segment 0$"):
+        _native.parse_front(front, packet.numel())
+    with pytest.raises(qcomm.PacketError, match=r"wrong magic number$"):
+        qcomm.decompress(torch.zeros(100, dtype=torch.uint8))
 
 
 def test_a_huge_claim_is_refused_before_memory_is_asked_for() -> None:

@@ -51,7 +51,8 @@ void expect(bool holds, const std::string& what) {
 }
 
 void expect_ok(const Status& status, const std::string& what) {
-    expect(status.ok(), what + ": " + status.what + " " + std::to_string(status.where));
+    const std::string where = status.where == kNowhere ? "" : " " + std::to_string(status.where);
+    expect(status.ok(), what + ": " + status.what + where);
 }
 
 // zlib's.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 namespace qcomm {
 
@@ -17,22 +18,28 @@ enum class StatusCode : std::uint8_t {
     kDeviceError,  // a CUDA kernel could not be launched
 };
 
+// `where` of a fault without a place. Segments and blocks count from 0, and a value that is refused may be negative.
+constexpr std::int64_t kNowhere = std::numeric_limits<std::int64_t>::min();
+
 // A caller that drops one is warned by the compiler.
 struct [[nodiscard]] Status {
     StatusCode code = StatusCode::kOk;
-    // A static string that names the fault and the remedy. The binding appends `where` to it, unless that is 0.
+    // A static string that names the fault and the remedy. The binding appends `where` to it, unless that is kNowhere.
     // Copies of a status keep the pointer, so the text must never be freed: a std::string's would be.
     const char* what = "";
-    // Number 0 reads like no place at all: a fault in the first segment or block is told without its number.
-    std::int64_t where = 0;  // segment or block number, byte offset: `what` says which
+    std::int64_t where = kNowhere;  // segment or block number, byte offset: `what` says which
 
     bool ok() const { return code == StatusCode::kOk; }
 };
 
 // Texts end so that `where` can follow them: "...; segment" or "..., found".
-inline Status bad_argument(const char* what, std::int64_t where = 0) { return {StatusCode::kBadArgument, what, where}; }
-inline Status bad_packet(const char* what, std::int64_t where = 0) { return {StatusCode::kBadPacket, what, where}; }
-inline Status no_space(const char* what, std::int64_t where = 0) { return {StatusCode::kNoSpace, what, where}; }
+inline Status bad_argument(const char* what, std::int64_t where = kNowhere) {
+    return {StatusCode::kBadArgument, what, where};
+}
+inline Status bad_packet(const char* what, std::int64_t where = kNowhere) {
+    return {StatusCode::kBadPacket, what, where};
+}
+inline Status no_space(const char* what, std::int64_t where = kNowhere) { return {StatusCode::kNoSpace, what, where}; }
 
 // Returns the status from the enclosing function, if it is an error.
 // It is one statement, which may stand behind an if without braces. The expression is evaluated once, and must not name
