@@ -169,10 +169,13 @@ def dequantize(symbols: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype =
     """Returns the values that ``symbols`` stand for.
 
     Args:
-        symbols: int32, any shape, as from :func:`quantize`. Escape symbols decode to one level beyond the alphabet,
-            because their values are in the packet only.
+        symbols: int32, any shape, as from :func:`quantize`, in ``0..2**num_bits - 1``. Escape symbols decode to one
+            level beyond the others, because their values are in the packet only.
         quantizer: from :func:`quantize`.
         dtype: float32, float16, bfloat16 or float64.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
 
     Example:
         >>> symbols, quantizer = quantize(torch.tensor([0.0, 0.4, 1.0]), RangeGrid(num_bits=2))
@@ -185,4 +188,8 @@ def dequantize(symbols: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype =
         raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
     if quantizer.grid == GridKind.NONE:
         raise ValueError("quantizer must belong to a grid; raw and constant tensors have no symbols")
+    top = 2**quantizer.num_bits - 1
+    outside = symbols[(symbols < 0) | (symbols > top)]
+    if outside.numel():
+        raise ValueError(f"symbols must be in 0..{top} for {quantizer.num_bits} bits, got {int(outside[0])}")
     return _native.dequantize(symbols, quantizer, dtype)

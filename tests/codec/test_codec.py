@@ -13,7 +13,7 @@ import qcomm
 from qcomm.codec import _native
 from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, decode_into, encode
-from qcomm.codec.quantize import Quantizer, plan, quantize
+from qcomm.codec.quantize import Quantizer, dequantize, plan, quantize
 
 GRIDS = {
     "sigma 0.0005": qcomm.SigmaGrid(0.0005),
@@ -251,6 +251,18 @@ def test_inspect_adds_up() -> None:
     p = torch.bincount(symbols).double() / symbols.numel()
     assert info.num_bits == quantizer.num_bits
     assert info.entropy_bits == pytest.approx(float(-(p[p > 0] * p[p > 0].log2()).sum()), abs=1e-9)
+
+
+@pytest.mark.parametrize("grid", [qcomm.SigmaGrid(1.0), qcomm.RangeGrid(num_bits=4)], ids=["sigma", "range"])
+@pytest.mark.parametrize("stray", [-(2**31), -1, 16, 2**31 - 1])
+def test_symbols_outside_the_alphabet_are_refused(grid: qcomm.codec.Grid, stray: int) -> None:
+    symbols, quantizer = quantize(gaussian(1000), grid)
+    assert quantizer.num_bits == 4
+    symbols[[0, -1]] = torch.tensor([0, 15], dtype=torch.int32)  # both ends are symbols
+    assert dequantize(symbols, quantizer).isfinite().all()
+    symbols[500] = stray
+    with pytest.raises(ValueError, match=rf"symbols must be in 0\.\.15 for 4 bits, got {stray}$"):
+        dequantize(symbols, quantizer)
 
 
 @pytest.mark.parametrize(
