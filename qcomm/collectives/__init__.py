@@ -22,7 +22,7 @@ from qcomm.collectives.rounds import Rounds, announce_late, refuse
 from qcomm.collectives.strategies import average, plain_ways, settled
 from qcomm.collectives.task import MeanTask, Scale
 from qcomm.collectives.telemetry import Telemetry
-from qcomm.collectives.tuner import Chooser
+from qcomm.collectives.tuner import Tuner
 from qcomm.collectives.uncompressed_values import PLAIN, Bypassing, PlainValues, count_rings
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     "STRATEGIES",
     "BucketLayout",
     "Bypassing",
-    "Chooser",
     "Chunk",
     "CodecProfile",
     "ErrorFeedback",
@@ -45,6 +44,7 @@ __all__ = [
     "Scale",
     "Telemetry",
     "TensorSpec",
+    "Tuner",
     "TwoPhase",
     "announce_late",
     "average",

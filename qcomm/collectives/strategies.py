@@ -15,7 +15,7 @@ from qcomm.collectives.layout import BucketLayout
 from qcomm.collectives.options import ReduceOptions
 from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
-from qcomm.collectives.tuner import Chooser
+from qcomm.collectives.tuner import Tuner
 from qcomm.collectives.two_phase import two_phase_mean
 from qcomm.collectives.uncompressed import bf16_mean, plain_mean
 from qcomm.collectives.uncompressed_values import PLAIN, Bypassing, is_rounded
@@ -31,11 +31,11 @@ WAYS: Mapping[str, Callable[[Rounds], None]] = {
     "hierarchical": hierarchical_mean,
     "two_phase": two_phase_mean,
 }
-# "auto" chooses between these, the most exact first: of two equally fast strategies the chooser takes the earlier one.
+# "auto" chooses between these, the most exact first: of two equally fast strategies the tuner takes the earlier one.
 # exact_sum is never the fastest; it is for users who need its exact sums.
 AUTOMATIC = (*PLAIN, "all_gather", "hierarchical", "two_phase")
 
-_tuners: "weakref.WeakKeyDictionary[Communicator, Chooser]" = weakref.WeakKeyDictionary()
+_tuners: "weakref.WeakKeyDictionary[Communicator, Tuner]" = weakref.WeakKeyDictionary()
 
 
 def average(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None = None) -> None:
@@ -92,9 +92,9 @@ def settled(task: MeanTask, communicator: Communicator, bypassing: Bypassing | N
     return _tuner(communicator).settled(_kind(task, bypassing))
 
 
-def _tuner(communicator: Communicator) -> Chooser:
+def _tuner(communicator: Communicator) -> Tuner:
     """Returns the tuner of a group's ranks, which is the same object as long as the communicator lives."""
-    return _tuners.setdefault(communicator, Chooser())
+    return _tuners.setdefault(communicator, Tuner())
 
 
 def _kind(task: MeanTask, bypassing: Bypassing | None) -> Hashable:

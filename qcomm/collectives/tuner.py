@@ -63,7 +63,7 @@ from typing import ClassVar, NamedTuple, TypeAlias
 from qcomm.collectives.uncompressed_values import PLAIN
 from qcomm.communicator import UNTIMED, Took
 
-__all__ = ["Chooser", "Stage"]
+__all__ = ["Stage", "Tuner"]
 
 ROUNDS = 3  # their median counts, so one trial may be slow for reasons of its own
 # Fresh connections and memory slow the first trials down, some strategies more than others. Without new trials an
@@ -271,18 +271,18 @@ class _Kind:
     own_time: Took = UNTIMED
 
 
-class Chooser:
+class Tuner:
     """Chooses strategies for one group of ranks, in lockstep on all of them.
 
     Each rank calls, for each collective, :meth:`next`, then :meth:`own_time` for the header. If all ranks agreed to run
     the collective, it calls :meth:`finished`.
 
     Example:
-        >>> chooser, costs = Chooser(), {"none": 30, "two_phase": 20}
+        >>> tuner, costs = Tuner(), {"none": 30, "two_phase": 20}
         >>> for _ in range(20):
-        ...     strategy = chooser.next("bucket 0", ["none", "two_phase"])
-        ...     chooser.finished("bucket 0", chooser.own_time("bucket 0").work, Took(costs[strategy]))
-        >>> chooser.next("bucket 0", ["none", "two_phase"])
+        ...     strategy = tuner.next("bucket 0", ["none", "two_phase"])
+        ...     tuner.finished("bucket 0", tuner.own_time("bucket 0").work, Took(costs[strategy]))
+        >>> tuner.next("bucket 0", ["none", "two_phase"])
         'two_phase'
     """
 

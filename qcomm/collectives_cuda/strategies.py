@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from qcomm.collectives import PLAIN, BucketLayout, Chooser, MeanTask, Scale, Telemetry, plain_ways
+from qcomm.collectives import PLAIN, BucketLayout, MeanTask, Scale, Telemetry, Tuner, plain_ways
 from qcomm.collectives_cuda.handshake import AgreedNumbers, DevicePart, agree, is_known
 from qcomm.collectives_cuda.slots import PERIOD
 from qcomm.collectives_cuda.two_phase import DeviceMean, check_group
@@ -101,7 +101,7 @@ class _Lane:
     dtype: torch.dtype
     ways: Sequence[str]
     strategy: str
-    chooser: Chooser = field(default_factory=Chooser)
+    tuner: Tuner = field(default_factory=Tuner)
     length: int = 0
     left: int = 0
     stopwatch: Stopwatch | None = None
@@ -204,11 +204,11 @@ class DeviceChoice:
         if lane.length:
             agreed = UNKNOWN if lane.agreed is None else lane.agreed.read()[0]
             own = UNKNOWN if lane.stopwatch is None else lane.stopwatch.read()
-            lane.chooser.finished(None, 0 if agreed == UNKNOWN else agreed, UNTIMED, lane.length)
+            lane.tuner.finished(None, 0 if agreed == UNKNOWN else agreed, UNTIMED, lane.length)
             numbers = torch.full((1,), own, dtype=torch.int64, device=part.buffer.device)
             lane.agreed = AgreedNumbers(numbers, dist.ReduceOp.MIN, self._compressed.group())
-        lane.strategy, lane.stopwatch = lane.chooser.next(None, lane.ways), None
+        lane.strategy, lane.stopwatch = lane.tuner.next(None, lane.ways), None
         lane.length = lane.left = TRIAL
-        if lane.chooser.settled(None):
+        if lane.tuner.settled(None):
             lane.length = lane.left = PERIOD
             self._plain.settle(part.index, lane.strategy)

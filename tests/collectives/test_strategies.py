@@ -11,8 +11,7 @@ from distributed import all_reduce, assert_same_on_all_ranks, attach, gathered, 
 from slow_strategies import all_slow_but
 
 import qcomm
-from qcomm.collectives import strategies
-from qcomm.collectives import tuner as chooser
+from qcomm.collectives import strategies, tuner
 from qcomm.collectives.layout import BucketLayout, TensorSpec
 from qcomm.collectives.options import ReduceOptions
 from qcomm.collectives.two_phase_steps import MeanSteps
@@ -105,7 +104,7 @@ def test_auto_takes_the_faster_way(rank, world_size, winner, elements):
     )
     assert winner in tried
     with all_slow_but(winner, 0.03):
-        for _ in range(len(tried) * chooser.ROUNDS + 1):
+        for _ in range(len(tried) * tuner.ROUNDS + 1):
             assert error_of_auto(torch.randn(elements))[0] is None
         # A fault of one rank in between does not take the ranks out of step, at either end of a collective.
         for name in ("encode", "decode"):
@@ -122,7 +121,7 @@ def test_auto_takes_the_faster_way(rank, world_size, winner, elements):
 def test_auto_considers_nodes_where_it_is_told_of_them(rank, world_size):
     work = None
     with all_slow_but("hierarchical", 0.05):
-        for _ in range(len(strategies.AUTOMATIC) * chooser.ROUNDS + 2):
+        for _ in range(len(strategies.AUTOMATIC) * tuner.ROUNDS + 2):
             work = qcomm.all_reduce(torch.randn(30_011), strategy="auto", ranks_per_node=2, async_op=True)
             work.wait()
     assert work.stats()["strategies"] == {0: "hierarchical"}
@@ -130,11 +129,11 @@ def test_auto_considers_nodes_where_it_is_told_of_them(rank, world_size):
 
 @world(2)
 def test_auto_chooses_for_each_bucket(rank, world_size):
-    group = dist.new_group()  # with a chooser that knows nothing yet
+    group = dist.new_group()  # with a tuner that knows nothing yet
     model = wrap(process_group=group)
     state = qcomm.attach(model, min_elements=100)
     with all_slow_but("two_phase", 0.06):
-        for step in range(len(strategies.AUTOMATIC) * chooser.ROUNDS + 2):
+        for step in range(len(strategies.AUTOMATIC) * tuner.ROUNDS + 2):
             backward(model, rank, step)
             assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
     ways = state.stats()["strategies"]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcomm.collectives import tuner
-from qcomm.collectives.tuner import Chooser, Stage
+from qcomm.collectives.tuner import Stage, Tuner
 from qcomm.communicator.handshake import UNTIMED, Took, agreed_time
 
 CANDIDATES = ("none", "two_phase")
@@ -24,14 +24,14 @@ EDGES = {
 }
 
 
-def choose(choosers, costs, count, candidates=CANDIDATES):
+def choose(tuners, costs, count, candidates=CANDIDATES):
     """Runs ``count`` collectives on all ranks and returns their strategies; ``costs(rank, strategy, number)``."""
     ran = []
     for number in range(count):
-        chosen = [c.next("kind", candidates) for c in choosers]
+        chosen = [c.next("kind", candidates) for c in tuners]
         assert len(set(chosen)) == 1
-        agreed = agreed_time([c.own_time("kind") for c in choosers])
-        for rank, c in enumerate(choosers):
+        agreed = agreed_time([c.own_time("kind") for c in tuners])
+        for rank, c in enumerate(tuners):
             took = costs(rank, chosen[0], number)
             c.finished("kind", agreed, took if isinstance(took, Took) else Took(took))
         ran.append(chosen[0])
@@ -40,7 +40,7 @@ def choose(choosers, costs, count, candidates=CANDIDATES):
 
 def path(candidates, costs, count):
     """Runs ``count`` collectives and returns the stages in which they ran, each with its strategies."""
-    c, ran = Chooser(), []
+    c, ran = Tuner(), []
     for number in range(count):
         strategy = c.next("kind", candidates)
         ran.append((c.stage("kind"), strategy))
@@ -217,7 +217,7 @@ def test_a_check_sees_the_recent_times_only():
 
 
 def test_settled_begins_with_the_first_collective_of_the_choice():
-    c = Chooser()
+    c = Tuner()
     for number in range(END_OF_TRIALS + 1):
         assert c.settled("kind") == "" and (c.stage("kind") is TRIALS) == (number >= SECOND)
         strategy = c.next("kind", CANDIDATES)
@@ -227,7 +227,7 @@ def test_settled_begins_with_the_first_collective_of_the_choice():
 
 
 def test_collectives_without_an_agreement_count():
-    c, costs, calls = Chooser(), {"none": 1000, "two_phase": 900}, 0
+    c, costs, calls = Tuner(), {"none": 1000, "two_phase": 900}, 0
     choose([c], lambda rank, strategy, number: costs[strategy], END_OF_TRIALS + len(turns(CANDIDATES, 8)) + 1)
     assert c.settled("kind") == "none"
     # The other strategy is close, so the second check tries both.
@@ -261,7 +261,7 @@ def test_compression_is_chosen_where_it_is_worth_it(plain, compressed, winner):
     ],
 )
 def test_the_exact_one_of_equally_fast_strategies_is_chosen(costs, winner):
-    assert choose([Chooser()], lambda rank, strategy, number: costs[strategy], 81, tuple(costs))[-1] == winner
+    assert choose([Tuner()], lambda rank, strategy, number: costs[strategy], 81, tuple(costs))[-1] == winner
 
 
 @settings(max_examples=100, deadline=None)
@@ -278,7 +278,7 @@ def test_the_most_exact_strategy_within_a_tie_wins(costs, chosen):
         if name in candidates
     }
     winner = next(name for name in candidates if worth[name] <= tuner.TIE * min(worth.values()))
-    c = Chooser()
+    c = Tuner()
     ran = choose([c], lambda rank, strategy, number: costs[order.index(strategy)], 110, candidates)
     assert ran[-1] == c.settled("kind") == winner
 
@@ -287,7 +287,7 @@ def test_a_strategy_that_was_slow_only_at_first_is_found():
     def cost(rank, strategy, number):
         return 70 if strategy == "two_phase" else (300 if number < 10 else 50)
 
-    ran = choose([Chooser() for _ in range(2)], cost, 100)
+    ran = choose([Tuner() for _ in range(2)], cost, 100)
     assert ran[FIRST] == "two_phase" and set(ran[50:]) == {"none"}
 
 
@@ -296,7 +296,7 @@ def test_the_wait_for_a_slow_rank_is_not_a_cost():
     def cost(rank, strategy, number):
         return Took(40 if strategy == "two_phase" else 80, (1000 if rank else 1) * (1 + number % 2))
 
-    assert choose([Chooser() for _ in range(2)], cost, 50)[-1] == "two_phase"
+    assert choose([Tuner() for _ in range(2)], cost, 50)[-1] == "two_phase"
 
 
 def test_the_rank_with_the_most_work_and_the_price_of_headers_count():
@@ -304,7 +304,7 @@ def test_the_rank_with_the_most_work_and_the_price_of_headers_count():
     def cost(rank, strategy, number):
         return {"none": Took(60 if rank == 0 else 10), "two_phase": Took(45 if rank == 0 else 1, 5)}[strategy]
 
-    assert choose([Chooser() for _ in range(2)], cost, 80)[-1] == "none"
+    assert choose([Tuner() for _ in range(2)], cost, 80)[-1] == "none"
 
 
 @pytest.mark.parametrize("bad", range(tuner.ROUNDS))
@@ -318,7 +318,7 @@ def test_one_bad_trial_does_not_decide(bad, strategy, factor):
         usual = {"none": 1000, "two_phase": 600}[ran]
         return round(usual * (factor if ran == strategy and calls % tuner.ROUNDS == bad else 1))
 
-    ran = choose([Chooser() for _ in range(2)], cost, END_OF_TRIALS + 10)
+    ran = choose([Tuner() for _ in range(2)], cost, END_OF_TRIALS + 10)
     assert set(ran[FIRST:SECOND]) == set(ran[-10:]) == {"two_phase"}
 
 
@@ -331,7 +331,7 @@ def test_trials_tell_close_strategies_apart():
         def cost(rank, strategy, number, generator=generator):
             return round(1e6 * costs[strategy] * generator.uniform(0.9, 1.1))
 
-        right += choose([Chooser()], cost, 80, tuple(costs))[-1] == "bf16"
+        right += choose([Tuner()], cost, 80, tuple(costs))[-1] == "bf16"
     assert right >= 190
 
 
@@ -339,7 +339,7 @@ def test_the_other_strategy_is_tried_again_when_the_link_becomes_slow():
     def cost(rank, strategy, number):
         return 70 if strategy == "two_phase" else (50 if number < 300 else 500)
 
-    ran = choose([Chooser() for _ in range(2)], cost, 300 + 3 * tuner.RECHECK)
+    ran = choose([Tuner() for _ in range(2)], cost, 300 + 3 * tuner.RECHECK)
     assert ran[299] == "none" and ran[-1] == "two_phase"
     # While nothing changes, nothing is tried.
     assert ran[50:300].count("two_phase") == 0 and ran[-tuner.RECHECK :].count("none") == 0
@@ -356,12 +356,12 @@ def test_the_other_strategy_is_tried_again_when_the_link_becomes_slow():
     candidates=st.sampled_from([CANDIDATES, THREE, ("none", "bf16", "all_gather", "two_phase")]),
 )
 def test_ranks_stay_in_lockstep_on_the_edges_of_the_diagram(collectives, candidates):
-    choosers = [Chooser() for _ in range(3)]
+    tuners = [Tuner() for _ in range(3)]
     stage = FIRST_TRIALS
     for own, count in collectives:
-        agreed = agreed_time([c.own_time("kind") for c in choosers])
+        agreed = agreed_time([c.own_time("kind") for c in tuners])
         seen = set()
-        for c, work in zip(choosers, own, strict=True):
+        for c, work in zip(tuners, own, strict=True):
             strategy, running, settled = c.next("kind", candidates), c.stage("kind"), c.settled("kind")
             assert strategy in candidates and settled == (strategy if running is SETTLED else "")
             c.finished("kind", agreed, Took(work), count)
@@ -373,7 +373,7 @@ def test_ranks_stay_in_lockstep_on_the_edges_of_the_diagram(collectives, candida
 
 
 def test_kinds_are_forgotten_when_there_are_too_many():
-    c, kinds = Chooser(), range(3 * tuner.MAX_KINDS)
+    c, kinds = Tuner(), range(3 * tuner.MAX_KINDS)
     for kind in kinds:
         c.next(kind, CANDIDATES)
         c.finished(kind, 0, Took(5))
@@ -382,7 +382,7 @@ def test_kinds_are_forgotten_when_there_are_too_many():
 
 
 def test_a_kind_is_known_only_when_its_collective_has_run():
-    c = Chooser()
+    c = Tuner()
     assert c.next("kind", CANDIDATES) == c.next("kind", CANDIDATES) == "none"
     with pytest.raises(KeyError, match="next was not called for 'unknown'"):
         c.finished("unknown", 0, UNTIMED)

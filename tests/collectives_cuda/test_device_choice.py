@@ -15,7 +15,7 @@ from emulated_core import emulated_device
 
 import qcomm
 from qcomm import SigmaGrid
-from qcomm.collectives import tuner as chooser
+from qcomm.collectives import tuner
 from qcomm.collectives_cuda import strategies as device_choice
 from qcomm.collectives_cuda import uncompressed as device_plain
 from qcomm.collectives_cuda.handshake import DevicePart
@@ -37,7 +37,7 @@ PERIODS = 60  # steps after which all ranks have agreed anew, for slots are kept
 
 def trials(ways):
     """Collectives until all ways have been tried twice, and a turn of what was chosen has begun."""
-    return TRIAL * ((2 * chooser.ROUNDS + chooser.DUEL_ROUNDS) * ways + 5) + WARM_UP + TRIAL
+    return TRIAL * ((2 * tuner.ROUNDS + tuner.DUEL_ROUNDS) * ways + 5) + WARM_UP + TRIAL
 
 
 @contextmanager
@@ -59,7 +59,7 @@ def costs(taken):
 
     with (
         mock.patch.multiple(device_choice, Stopwatch=OwnClock, PERIOD=PERIOD),
-        mock.patch.multiple(chooser, WARM_UP=WARM_UP, RECHECK=RECHECK),
+        mock.patch.multiple(tuner, WARM_UP=WARM_UP, RECHECK=RECHECK),
         mock.patch.object(DeviceMean, "average", counted(DeviceMean.average, lambda _: "two_phase")),
         mock.patch.object(DevicePlain, "average", counted(DevicePlain.average, lambda rest: rest[0])),
     ):
@@ -93,7 +93,7 @@ def test_the_fastest_way_is_taken(rank, world_size, emulated_path, grid, fastest
             assert_same_on_all_ranks(place)
         choice.flush()
     assert len(ways) == steps
-    assert set(ways[: TRIAL * chooser.ROUNDS * len(WAYS[grid])]) == set(WAYS[grid])
+    assert set(ways[: TRIAL * tuner.ROUNDS * len(WAYS[grid])]) == set(WAYS[grid])
     assert set(ways[-2 * PERIOD :]) == {fastest}
     assert all(other == ways for other in gathered(ways))
     assert set(side.telemetry.stats()["strategies"].values()) == {fastest}
@@ -107,7 +107,7 @@ def test_what_has_become_slow_is_left(rank, world_size, emulated_path):
     with emulated_device(emulated_path), costs(taken) as ways:
         choice = make_choice(side)
         place = torch.empty(layout.elements)
-        for step in range(trials(2) + 2 * RECHECK + chooser.RECENT * PERIOD):
+        for step in range(trials(2) + 2 * RECHECK + tuner.RECENT * PERIOD):
             if step == trials(2) + PERIOD:
                 taken["two_phase"] = 1000
             choice.average(auto_task(side, place.copy_(buffer_of(layout, rank, step, torch.float32, "")), layout, FINE))

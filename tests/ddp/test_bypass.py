@@ -16,8 +16,7 @@ from slow_strategies import all_slow_but
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 
 import qcomm
-from qcomm.collectives import strategies
-from qcomm.collectives import tuner as chooser
+from qcomm.collectives import strategies, tuner
 from qcomm.communicator.groups import get_communicator
 from qcomm.ddp import bypass
 
@@ -91,12 +90,12 @@ def test_what_is_excluded_is_not_rounded(rank, world_size):
 
 @world(2)
 def test_auto_bypasses_when_it_has_settled(rank, world_size):
-    group = dist.new_group()  # the shared world's chooser knows buckets of this size already, or would from now on
+    group = dist.new_group()  # the shared world's tuner knows buckets of this size already, or would from now on
     model = wrap(process_group=group)
     state = qcomm.attach(model)
     with all_slow_but("none", 0.02):
         ways = len(strategies.automatic_ways(next_layout(state, model), torch.float32, state.options))
-        trials = ways * (2 * chooser.ROUNDS + chooser.DUEL_ROUNDS) + 3 + chooser.WARM_UP
+        trials = ways * (2 * tuner.ROUNDS + tuner.DUEL_ROUNDS) + 3 + tuner.WARM_UP
         for _ in range(trials + 2):
             backward(model, rank)
         before = get_communicator(group).collectives
