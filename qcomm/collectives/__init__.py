@@ -19,7 +19,7 @@ from qcomm.collectives.machine import measure_codec, measure_link, slowest
 from qcomm.collectives.options import STRATEGIES, ReduceKeywords, ReduceOptions
 from qcomm.collectives.packing import no_bytes
 from qcomm.collectives.rounds import Rounds, announce_late, refuse
-from qcomm.collectives.strategies import average, plain_ways, settled
+from qcomm.collectives.strategies import average, settled, uncompressed_strategies
 from qcomm.collectives.task import MeanTask, Scale
 from qcomm.collectives.telemetry import Telemetry
 from qcomm.collectives.tuner import Tuner
@@ -53,10 +53,10 @@ __all__ = [
     "measure_codec",
     "measure_link",
     "no_bytes",
-    "plain_ways",
     "refuse",
     "seconds",
     "settled",
     "slowest",
     "two_phase_times",
+    "uncompressed_strategies",
 ]

@@ -242,7 +242,7 @@ def bytes_sent(strategy: str, exchange: Exchange, ratio: float) -> tuple[float, 
     if strategy == "hierarchical":
         inner = exchange.ranks_per_node
         return 2 * _share(world // inner) * packets / inner, _share(inner) * (values + buffer)
-    raise ValueError(f"strategy must be a way to a mean, got {strategy!r}")
+    raise ValueError(f"strategy must be a named algorithm of the mean, got {strategy!r}")
 
 
 def seconds(strategy: str, exchange: Exchange, profile: Profile) -> float:
@@ -362,8 +362,8 @@ def candidates(exchange: Exchange, names: Sequence[str], profiles: Sequence[Prof
         profiles: the machines to consider, as a tuple; a single one if it was measured.
 
     Example:
-        >>> ways = "none", "all_gather", "two_phase"
-        >>> candidates(Exchange(10_000, 4), ways), candidates(Exchange(10_000_000, 32), ways)
+        >>> names = "none", "all_gather", "two_phase"
+        >>> candidates(Exchange(10_000, 4), names), candidates(Exchange(10_000_000, 32), names)
         (('none', 'all_gather', 'two_phase'), ('none', 'two_phase'))
     """
     kept = set()

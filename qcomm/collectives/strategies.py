@@ -21,9 +21,9 @@ from qcomm.collectives.uncompressed import bf16_mean, plain_mean
 from qcomm.collectives.uncompressed_values import PLAIN, Bypassing, is_rounded
 from qcomm.communicator import UNTIMED, Communicator, Took
 
-__all__ = ["average", "plain_ways", "settled"]
+__all__ = ["average", "settled", "uncompressed_strategies"]
 
-WAYS: Mapping[str, Callable[[Rounds], None]] = {
+MEAN_BY_STRATEGY: Mapping[str, Callable[[Rounds], None]] = {
     "none": plain_mean,
     "bf16": bf16_mean,
     "exact_sum": exact_sum_mean,
@@ -60,18 +60,18 @@ def average(task: MeanTask, communicator: Communicator, bypassing: Bypassing | N
     else:
         task.telemetry.note_strategy(task.index, task.options.strategy)
         with Rounds(task, communicator, bypassing=bypassing) as rounds:
-            WAYS[task.options.strategy](rounds)
+            MEAN_BY_STRATEGY[task.options.strategy](rounds)
 
 
 def _average_by_tuner(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None) -> None:
     tuner, kind = _tuner(communicator), _kind(task, bypassing)
-    strategy = tuner.next(kind, automatic_ways(task.layout, task.buffer.dtype, task.options))
+    strategy = tuner.next(kind, automatic_strategies(task.layout, task.buffer.dtype, task.options))
     begin, own_time = time.perf_counter_ns(), UNTIMED
     rounds = Rounds(task, communicator, tuner.own_time(kind), bypassing)
     rounds.require_equal("strategy chosen", strategy)
     try:
         with rounds:
-            WAYS[strategy](rounds)
+            MEAN_BY_STRATEGY[strategy](rounds)
         work = time.perf_counter_ns() - begin - rounds.waited
         # Collectives that may be bypassed mostly run without an agreement.
         own_time = Took(work, 0 if strategy in PLAIN and bypassing is not None else rounds.waited)
@@ -105,7 +105,7 @@ def _kind(task: MeanTask, bypassing: Bypassing | None) -> Hashable:
     return (*values, options.grid, task.feedback is None, options.node_size, options.machine, bypassing is None)
 
 
-def automatic_ways(layout: BucketLayout, dtype: torch.dtype, options: ReduceOptions) -> tuple[str, ...]:
+def automatic_strategies(layout: BucketLayout, dtype: torch.dtype, options: ReduceOptions) -> tuple[str, ...]:
     """Returns the strategies that ``"auto"`` tries for a buffer: a pure function, equal on all ranks.
 
     These are always the uncompressed all-reduce, and that in bfloat16 where it is finer than the grid.
@@ -113,7 +113,7 @@ def automatic_ways(layout: BucketLayout, dtype: torch.dtype, options: ReduceOpti
     finds slow is left out: slow on the machine of the profile, or without a profile on every machine.
     """
     several = 1 < options.node_size < layout.world_size
-    plain = plain_ways(layout, dtype, options.grid)
+    plain = uncompressed_strategies(layout, dtype, options.grid)
     names = tuple(name for name in AUTOMATIC if name not in PLAIN and (several or name != "hierarchical"))
     raw, exact = layout.elements - layout.compressed_elements, layout.exact_elements
     exchange = Exchange(layout.elements, layout.world_size, dtype.itemsize, options.node_size, raw, exact)
@@ -122,7 +122,7 @@ def automatic_ways(layout: BucketLayout, dtype: torch.dtype, options: ReduceOpti
     return (*plain, *(name for name in fast if name not in plain))
 
 
-def plain_ways(layout: BucketLayout, dtype: torch.dtype, grid: Grid) -> tuple[str, ...]:
+def uncompressed_strategies(layout: BucketLayout, dtype: torch.dtype, grid: Grid) -> tuple[str, ...]:
     """Returns the plain all-reduce, and that in bfloat16 if it saves bytes and is finer than the grid."""
     return PLAIN if is_rounded("bf16", layout, dtype) and _coarser_than_bf16(grid) else ("none",)
 

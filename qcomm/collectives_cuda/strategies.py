@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from qcomm.collectives import PLAIN, BucketLayout, MeanTask, Scale, Telemetry, Tuner, plain_ways
+from qcomm.collectives import PLAIN, BucketLayout, MeanTask, Scale, Telemetry, Tuner, uncompressed_strategies
 from qcomm.collectives_cuda.handshake import AgreedNumbers, DevicePart, agree, is_known
 from qcomm.collectives_cuda.slots import PERIOD
 from qcomm.collectives_cuda.two_phase import DeviceMean, check_group
@@ -26,7 +26,7 @@ from qcomm.collectives_cuda.uncompressed import DevicePlain
 from qcomm.communicator import UNTIMED, Communicator, Fault, Group, is_agreed
 from qcomm.errors import CollectiveError, ConfigMismatchError
 
-__all__ = ["DEVICE_STRATEGIES", "DeviceChoice", "check_device_strategy", "device_ways"]
+__all__ = ["DEVICE_STRATEGIES", "DeviceChoice", "check_device_strategy", "device_strategies"]
 
 DEVICE_STRATEGIES = ("auto", *PLAIN, "two_phase")
 TRIAL = 2  # collectives of a turn while strategies are tried: the host runs ahead of the device by at most this
@@ -46,12 +46,12 @@ def check_device_strategy(strategy: str) -> None:
         raise ValueError(f"strategy must be one of {DEVICE_STRATEGIES} for CUDA tensors, got {strategy!r}")
 
 
-def device_ways(task: MeanTask) -> tuple[str, ...]:
+def device_strategies(task: MeanTask) -> tuple[str, ...]:
     """Returns the strategies that ``"auto"`` tries for a buffer, the most exact first, or the one that is named."""
     if task.options.strategy != "auto":
         return (task.options.strategy,)
     layout = task.layout
-    plain = plain_ways(layout, task.buffer.dtype, task.options.grid)
+    plain = uncompressed_strategies(layout, task.buffer.dtype, task.options.grid)
     return (*plain, "two_phase") if layout.compressed_elements else plain
 
 
@@ -90,7 +90,7 @@ class _Lane:
 
     Attributes:
         layout, dtype: of the bucket.
-        ways: the strategies of the bucket. No turn is timed if there is only one.
+        strategies: of the bucket. No turn is timed if there is only one.
         strategy: of this turn.
         length, left: number of collectives of this turn, and of those still to come.
         stopwatch: of this turn's first collective, unless it failed.
@@ -99,7 +99,7 @@ class _Lane:
 
     layout: BucketLayout
     dtype: torch.dtype
-    ways: Sequence[str]
+    strategies: Sequence[str]
     strategy: str
     tuner: Tuner = field(default_factory=Tuner)
     length: int = 0
@@ -154,7 +154,7 @@ class DeviceChoice:
                 self._turn(lane, part)
             first = lane.left == lane.length
             lane.left -= 1  # even if this collective fails: the other ranks count too, and may not see this failure
-        stopwatch = Stopwatch(part.buffer.device) if first and len(lane.ways) > 1 else None
+        stopwatch = Stopwatch(part.buffer.device) if first and len(lane.strategies) > 1 else None
         if stopwatch is not None:
             stopwatch.start()
         try:
@@ -164,7 +164,7 @@ class DeviceChoice:
                 fault = self._compressed.average(part, scale)
         except (CollectiveError, ConfigMismatchError) as error:
             if is_agreed(error):  # a rank with a fault may have had no lane, and begins one next
-                self._lanes[part.index] = _Lane(lane.layout, lane.dtype, lane.ways, lane.ways[0])
+                self._lanes[part.index] = _Lane(lane.layout, lane.dtype, lane.strategies, lane.strategies[0])
             raise
         if fault is not None:
             return fault
@@ -192,14 +192,14 @@ class DeviceChoice:
             return known
         if part.task is None:
             return None
-        ways = device_ways(part.task)
-        lane = self._lanes[part.index] = _Lane(part.task.layout, part.buffer.dtype, ways, ways[0])
+        strategies = device_strategies(part.task)
+        lane = self._lanes[part.index] = _Lane(part.task.layout, part.buffer.dtype, strategies, strategies[0])
         return lane
 
     def _turn(self, lane: _Lane, part: DevicePart) -> None:
         """Ends a turn and begins the next."""
-        if len(lane.ways) == 1:
-            lane.strategy, lane.length, lane.left = lane.ways[0], PERIOD, PERIOD
+        if len(lane.strategies) == 1:
+            lane.strategy, lane.length, lane.left = lane.strategies[0], PERIOD, PERIOD
             return
         if lane.length:
             agreed = UNKNOWN if lane.agreed is None else lane.agreed.read()[0]
@@ -207,7 +207,7 @@ class DeviceChoice:
             lane.tuner.finished(None, 0 if agreed == UNKNOWN else agreed, UNTIMED, lane.length)
             numbers = torch.full((1,), own, dtype=torch.int64, device=part.buffer.device)
             lane.agreed = AgreedNumbers(numbers, dist.ReduceOp.MIN, self._compressed.group())
-        lane.strategy, lane.stopwatch = lane.tuner.next(None, lane.ways), None
+        lane.strategy, lane.stopwatch = lane.tuner.next(None, lane.strategies), None
         lane.length = lane.left = TRIAL
         if lane.tuner.settled(None):
             lane.length = lane.left = PERIOD

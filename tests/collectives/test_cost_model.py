@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import qcomm
 from qcomm.collectives.cost_model import CodecProfile, Exchange, LinkProfile, Profile, bytes_sent, candidates, seconds
-from qcomm.collectives.strategies import AUTOMATIC, WAYS
+from qcomm.collectives.strategies import AUTOMATIC, MEAN_BY_STRATEGY
 from qcomm.collectives.two_phase_schedule import MOST_SLICES
 from qcomm.collectives.uncompressed_values import PLAIN
 
@@ -19,7 +19,7 @@ NAMES = ("none", "bf16", "all_gather", "two_phase", "exact_sum", "hierarchical")
 
 
 def test_every_way_has_a_cost():
-    assert set(NAMES) == set(WAYS)
+    assert set(NAMES) == set(MEAN_BY_STRATEGY)
 
 
 @world()
@@ -66,7 +66,7 @@ def test_seconds():
     near = Profile(LINK, CODEC, inside=LinkProfile(100.0, 5.0))
     assert seconds("hierarchical", nodes, near) < seconds("two_phase", nodes, near) / 1.5
     assert seconds("hierarchical", nodes, Profile(LINK, CODEC)) > seconds("two_phase", nodes, Profile(LINK, CODEC))
-    with pytest.raises(ValueError, match="strategy must be a way to a mean, got 'auto'"):
+    with pytest.raises(ValueError, match="strategy must be a named algorithm of the mean, got 'auto'"):
         seconds("auto", exchange, Profile(LINK, CODEC))
 
 

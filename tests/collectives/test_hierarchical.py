@@ -168,5 +168,5 @@ def test_ranks_per_node_in_ddp(rank, world_size):
     state = qcomm.attach(model, strategy="hierarchical", ranks_per_node=3, min_elements=100)
     backward(model, rank)
     assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
-    ways = state.stats()["strategies"]
-    assert gathered(ways) == [ways] * world_size and set(ways.values()) == {"hierarchical"}
+    chosen = state.stats()["strategies"]
+    assert gathered(chosen) == [chosen] * world_size and set(chosen.values()) == {"hierarchical"}

@@ -98,7 +98,7 @@ def slow_profile(tmp_path):
 def test_auto_tries_what_may_be_fast_on_the_measured_machine(rank, world_size, slow_profile):
     """A profile decides what is tried; without one, or with another, everything may be."""
 
-    def ways(count, **options):
+    def tried(count, **options):
         tried = []
         for _ in range(10):
             work = qcomm.all_reduce(torch.randn(count), async_op=True, **options)
@@ -107,10 +107,10 @@ def test_auto_tries_what_may_be_fast_on_the_measured_machine(rank, world_size, s
         return set(tried)
 
     count = 200_000
-    assert ways(count, profile=FAST) == {"none", "bf16"}
-    # Compression is far ahead on this link; the plain ways are tried all the same, because a profile may be old.
-    assert ways(count, profile=slow_profile) == {"none", "bf16", "two_phase"}
-    assert len(ways(50_001)) == 4
+    assert tried(count, profile=FAST) == {"none", "bf16"}
+    # Compression is far ahead on this link; the others are tried all the same: a profile may be old.
+    assert tried(count, profile=slow_profile) == {"none", "bf16", "two_phase"}
+    assert len(tried(50_001)) == 4
     with pytest.raises(
         qcomm.ConfigMismatchError, match=r"profile: link 0\.0001 GB/s .* on rank 0, None on rank"
     ) as error:

@@ -66,8 +66,8 @@ def test_a_plain_step_sends_what_error_feedback_kept(rank, world_size):
         (4, ("hierarchical", "all_gather", "two_phase"), {"ranks_per_node": 4}),
     ],
 )
-def test_ways_hand_their_residuals_to_each_other(rank, world_size, names, options):
-    """Whatever one way keeps, the others send."""
+def test_strategies_hand_their_residuals_to_each_other(rank, world_size, names, options):
+    """Whatever one strategy keeps, the others send."""
     model = wrap()
     state = attach(model, min_elements=100, grad_scale=4.0, **options)
     sums = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
@@ -99,7 +99,7 @@ def error_of_auto(tensor):
     [(2, "two_phase", 5003), (2, "none", 5004), (2, "all_gather", 5005), (3, "two_phase", 5006)],
 )
 def test_auto_takes_the_faster_way(rank, world_size, winner, elements):
-    tried = strategies.automatic_ways(
+    tried = strategies.automatic_strategies(
         BucketLayout([TensorSpec("", 0, elements, True)], world_size), torch.float32, ReduceOptions()
     )
     assert winner in tried
@@ -113,8 +113,8 @@ def test_auto_takes_the_faster_way(rank, world_size, winner, elements):
                 errors = [error_of_auto(torch.randn(elements))[0] for _ in range(2)]
             assert any(errors) == (winner == "two_phase")
         for _ in range(3):
-            error, ways = error_of_auto(torch.randn(elements))
-        assert error is None and gathered(ways) == [{0: winner}] * world_size
+            error, chosen = error_of_auto(torch.randn(elements))
+        assert error is None and gathered(chosen) == [{0: winner}] * world_size
 
 
 @world(4)
@@ -136,9 +136,9 @@ def test_auto_chooses_for_each_bucket(rank, world_size):
         for step in range(len(strategies.AUTOMATIC) * tuner.ROUNDS + 2):
             backward(model, rank, step)
             assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
-    ways = state.stats()["strategies"]
-    assert gathered(ways) == [ways] * world_size
+    chosen = state.stats()["strategies"]
+    assert gathered(chosen) == [chosen] * world_size
     # The first step had one bucket of everything; those of the steps after it had time for their trials.
-    assert [ways[index] for index in sorted(ways)][1:] == ["two_phase"] * (len(ways) - 1)
+    assert [chosen[index] for index in sorted(chosen)][1:] == ["two_phase"] * (len(chosen) - 1)
     assert error_of(model, rank) is None
     dist.destroy_process_group(group)

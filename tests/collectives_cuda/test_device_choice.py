@@ -1,4 +1,4 @@
-"""How a bucket on a device finds its way: over emulated kernels, between real processes, with clocks of the tests."""
+"""The choice of a strategy for a bucket on a device, over emulated kernels, between processes, with clocks of its own."""
 
 import math
 from contextlib import contextmanager
@@ -28,22 +28,22 @@ from qcomm.communicator.groups import get_communicator
 pytestmark = pytest.mark.world
 
 FINE, COARSE = SigmaGrid(1 / 64), SigmaGrid(1.0)  # finer than bfloat16, which is then not tried, and coarser
-WAYS = {FINE: ("none", "two_phase"), COARSE: ("none", "bf16", "two_phase")}
+STRATEGIES = {FINE: ("none", "two_phase"), COARSE: ("none", "bf16", "two_phase")}
 CPU = torch.device("cpu")
 # What takes hundreds of collectives, of emulated kernels, sooner.
 PERIOD, WARM_UP, RECHECK = 6, 4, 24
 PERIODS = 60  # steps after which all ranks have agreed anew, for slots are kept for 50
 
 
-def trials(ways):
-    """Collectives until all ways have been tried twice, and a turn of what was chosen has begun."""
-    return TRIAL * ((2 * tuner.ROUNDS + tuner.DUEL_ROUNDS) * ways + 5) + WARM_UP + TRIAL
+def trials(count):
+    """Collectives until all strategies have been tried twice, and a turn of what was chosen has begun."""
+    return TRIAL * ((2 * tuner.ROUNDS + tuner.DUEL_ROUNDS) * count + 5) + WARM_UP + TRIAL
 
 
 @contextmanager
 def costs(taken):
-    """Each way takes so many nanoseconds; yields the ways that were taken."""
-    now, ways = [0], []
+    """Each strategy takes so many nanoseconds; yields the strategies that were taken."""
+    now, chosen = [0], []
 
     class OwnClock(Stopwatch):
         def _mark(self, number):
@@ -51,8 +51,8 @@ def costs(taken):
 
     def counted(original, strategy_of):
         def average(self, task, scale, *rest, **options):
-            ways.append(strategy_of(rest))
-            now[0] += taken[ways[-1]]
+            chosen.append(strategy_of(rest))
+            now[0] += taken[chosen[-1]]
             return original(self, task, scale, *rest, **options)
 
         return average
@@ -63,7 +63,7 @@ def costs(taken):
         mock.patch.object(DeviceMean, "average", counted(DeviceMean.average, lambda _: "two_phase")),
         mock.patch.object(DevicePlain, "average", counted(DevicePlain.average, lambda rest: rest[0])),
     ):
-        yield ways
+        yield chosen
 
 
 def make_choice(side):
@@ -76,26 +76,28 @@ def auto_task(side, buffer, layout, grid):
 
 
 @world(1, 3)
-@pytest.mark.parametrize(("grid", "fastest"), [(grid, way) for grid, ways in WAYS.items() for way in ways], ids=str)
-def test_the_fastest_way_is_taken(rank, world_size, emulated_path, grid, fastest):
+@pytest.mark.parametrize(
+    ("grid", "fastest"), [(grid, name) for grid, names in STRATEGIES.items() for name in names], ids=str
+)
+def test_the_fastest_strategy_is_taken(rank, world_size, emulated_path, grid, fastest):
     layout, side = make_layout("small", world_size), Side(error_feedback=True)
-    # Only the rank that waits for nobody, here another one for each way, tells what a way takes.
+    # Only the rank that waits for nobody, here another one for each strategy, tells what a strategy takes.
     taken = {
-        way: (100 if way == fastest else 200) * (1 if rank == number % world_size else 10)
-        for number, way in enumerate(WAYS[grid])
+        name: (100 if name == fastest else 200) * (1 if rank == number % world_size else 10)
+        for number, name in enumerate(STRATEGIES[grid])
     }
-    with emulated_device(emulated_path), costs(taken) as ways:
+    with emulated_device(emulated_path), costs(taken) as chosen:
         choice = make_choice(side)
         place = torch.empty(layout.elements)
-        steps = trials(len(WAYS[grid])) + 2 * PERIOD
+        steps = trials(len(STRATEGIES[grid])) + 2 * PERIOD
         for step in range(steps):
             choice.average(auto_task(side, place.copy_(buffer_of(layout, rank, step, torch.float32, "")), layout, grid))
             assert_same_on_all_ranks(place)
         choice.flush()
-    assert len(ways) == steps
-    assert set(ways[: TRIAL * tuner.ROUNDS * len(WAYS[grid])]) == set(WAYS[grid])
-    assert set(ways[-2 * PERIOD :]) == {fastest}
-    assert all(other == ways for other in gathered(ways))
+    assert len(chosen) == steps
+    assert set(chosen[: TRIAL * tuner.ROUNDS * len(STRATEGIES[grid])]) == set(STRATEGIES[grid])
+    assert set(chosen[-2 * PERIOD :]) == {fastest}
+    assert all(other == chosen for other in gathered(chosen))
     assert set(side.telemetry.stats()["strategies"].values()) == {fastest}
 
 
@@ -104,25 +106,25 @@ def test_what_has_become_slow_is_left(rank, world_size, emulated_path):
     """What was chosen becomes slow: the others are tried again."""
     layout, side = make_layout("small", world_size), Side(error_feedback=True)
     taken = {"none": 200, "two_phase": 100}
-    with emulated_device(emulated_path), costs(taken) as ways:
+    with emulated_device(emulated_path), costs(taken) as chosen:
         choice = make_choice(side)
         place = torch.empty(layout.elements)
         for step in range(trials(2) + 2 * RECHECK + tuner.RECENT * PERIOD):
             if step == trials(2) + PERIOD:
                 taken["two_phase"] = 1000
             choice.average(auto_task(side, place.copy_(buffer_of(layout, rank, step, torch.float32, "")), layout, FINE))
-    assert ways[trials(2)] == "two_phase"
-    assert ways[-1] == "none"
-    assert all(other == ways for other in gathered(ways))
+    assert chosen[trials(2)] == "two_phase"
+    assert chosen[-1] == "none"
+    assert all(other == chosen for other in gathered(chosen))
 
 
 @world(1, 2, 3)
 @pytest.mark.parametrize("kind", ["", "zero"])
-def test_nothing_is_lost_between_ways(rank, world_size, emulated_path, kind):
-    """Whatever ways are tried in turn: what has not been sent is in the residuals."""
+def test_nothing_is_lost_between_strategies(rank, world_size, emulated_path, kind):
+    """Whatever strategies are tried in turn: what has not been sent is in the residuals."""
     layout, side = make_layout("uneven", world_size), Side(error_feedback=True)
     sums = [torch.zeros(layout.elements, dtype=torch.float64) for _ in range(2)]
-    with emulated_device(emulated_path), costs({"none": 100, "two_phase": 100}) as ways:
+    with emulated_device(emulated_path), costs({"none": 100, "two_phase": 100}) as chosen:
         choice = make_choice(side)
         place = torch.empty(layout.elements)
         for step in range(trials(2)):
@@ -130,7 +132,7 @@ def test_nothing_is_lost_between_ways(rank, world_size, emulated_path, kind):
             choice.average(auto_task(side, place.copy_(buffer), layout, FINE), 1.0)
             sums[0] += place.double()
             sums[1] += sum(gathered(buffer.double())) / world_size
-    assert set(ways) == {"none", "two_phase"}
+    assert set(chosen) == {"none", "two_phase"}
     kept = mean_of_residuals(side, layout, world_size)
     assert torch.allclose(sums[1] - sums[0], kept, rtol=0, atol=1e-6)
 
@@ -162,10 +164,10 @@ def make_plain(rank):
 
 
 def case_faults(rank, world_size, path, failing, known):
-    """A rank that fails goes on in step with the others, whatever way they take then."""
+    """A rank that fails goes on in step with the others, whatever strategy they take then."""
     layout, side = make_layout("uneven", world_size), Side(error_feedback=True)
     failed = []
-    with emulated_device(path), costs({"none": 100, "bf16": 100, "two_phase": 50}) as ways:
+    with emulated_device(path), costs({"none": 100, "bf16": 100, "two_phase": 50}) as chosen:
         choice = make_choice(side)
         place = torch.empty(layout.elements)
         for step in range(trials(3)):
@@ -185,8 +187,8 @@ def case_faults(rank, world_size, path, failing, known):
                 assert step == failing or not place.isnan().any()
                 if step != failing:
                     assert_same_on_all_ranks(place)
-    since = len(ways) - (trials(3) - failing - 1)
-    assert all(other == ways[since:] for other in gathered(ways[since:]))
+    since = len(chosen) - (trials(3) - failing - 1)
+    assert all(other == chosen[since:] for other in gathered(chosen[since:]))
     return failed
 
 
@@ -247,7 +249,7 @@ def test_a_rank_that_ends_half_way_stays_out(rank, world_size, emulated_path):
 
 @world(2)
 def test_a_way_without_memory(rank, world_size, emulated_path):
-    """A rank without memory for a way tells the others before they begin with it."""
+    """A rank without memory for a strategy tells the others before they begin with it."""
     layout, side = make_layout("uneven", world_size), Side(error_feedback=True)
     original, errors = device_plain.PlainValues, []
 
@@ -259,7 +261,7 @@ def test_a_way_without_memory(rank, world_size, emulated_path):
     with (
         emulated_device(emulated_path),
         mock.patch.object(device_plain, "PlainValues", make),
-        costs(dict.fromkeys(WAYS[COARSE], 9)),
+        costs(dict.fromkeys(STRATEGIES[COARSE], 9)),
     ):
         choice = make_choice(side)
         place = torch.empty(layout.elements)

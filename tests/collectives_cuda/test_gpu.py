@@ -193,11 +193,11 @@ def test_a_graph_holds_a_collective(group):
         assert torch.equal(place, other)
 
 
-def test_ways_are_tried_without_waiting(group):
+def test_strategies_are_tried_without_waiting(group):
     """Of the hook's auto: all that it tries, after the first turn of each, on a stream of its own."""
     layout, side = bucket_layout(may_round=True), Side()
     choice = DeviceChoice(group, get_communicator(group), side.telemetry, torch.device("cuda", 0))
-    place, ways = torch.empty(layout.elements, device="cuda"), set()
+    place, chosen = torch.empty(layout.elements, device="cuda"), set()
     batches = [heavy(layout.elements, seed=step).cuda() for step in range(5)]
     torch.cuda.synchronize()
     try:
@@ -208,12 +208,12 @@ def test_ways_are_tried_without_waiting(group):
                 task = side.task(place.copy_(batches[step % len(batches)]), layout, SigmaGrid(1.0))
                 options = replace(task.options, strategy="auto")
                 choice.average(DevicePart.of(replace(task, options=options)))
-                ways.update(side.telemetry.stats()["strategies"].values())
+                chosen.update(side.telemetry.stats()["strategies"].values())
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     choice.flush()
-    assert ways == {"none", "bf16", "two_phase"}
+    assert chosen == {"none", "bf16", "two_phase"}
     assert place.isfinite().all()
 
 

@@ -94,8 +94,8 @@ def test_auto_bypasses_when_it_has_settled(rank, world_size):
     model = wrap(process_group=group)
     state = qcomm.attach(model)
     with all_slow_but("none", 0.02):
-        ways = len(strategies.automatic_ways(next_layout(state, model), torch.float32, state.options))
-        trials = ways * (2 * tuner.ROUNDS + tuner.DUEL_ROUNDS) + 3 + tuner.WARM_UP
+        count = len(strategies.automatic_strategies(next_layout(state, model), torch.float32, state.options))
+        trials = count * (2 * tuner.ROUNDS + tuner.DUEL_ROUNDS) + 3 + tuner.WARM_UP
         for _ in range(trials + 2):
             backward(model, rank)
         before = get_communicator(group).collectives
@@ -119,16 +119,16 @@ def test_buckets_of_both_kinds(rank, world_size):
     state = qcomm.attach(model)
     original = strategies.average
 
-    def way(task):
+    def strategy_of(task):
         return "none" if task.index == 0 else "two_phase"
 
     def by_size(task, communicator, bypassing):
-        options = replace(task.options, strategy=way(task))
+        options = replace(task.options, strategy=strategy_of(task))
         original(replace(task, options=options), communicator, bypassing)
 
     with (
         mock.patch("qcomm.ddp.reducer.average", by_size),
-        mock.patch("qcomm.ddp.reducer.settled", lambda task, *_: way(task)),
+        mock.patch("qcomm.ddp.reducer.settled", lambda task, *_: strategy_of(task)),
     ):
         for step in range(bypass.BYPASSED + 10):
             failing = rank == 1 and step in (7, 20)
@@ -141,8 +141,8 @@ def test_buckets_of_both_kinds(rank, world_size):
             assert (error is not None) == (step in (7, 20)), (step, error)
             if error is None:
                 assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters()])
-    ways = state.stats()["strategies"]
-    assert ways[0] == "none" and set(ways.values()) == {"none", "two_phase"}
+    chosen = state.stats()["strategies"]
+    assert chosen[0] == "none" and set(chosen.values()) == {"none", "two_phase"}
 
 
 @world(2)

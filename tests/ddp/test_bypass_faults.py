@@ -143,11 +143,11 @@ def test_backward_does_not_leave_sums_behind(rank, world_size):
     state = qcomm.attach(model)
     original, waited = strategies.average, []
 
-    def way(task):
+    def strategy_of(task):
         return "none" if task.index else "two_phase"
 
     def by_size(task, communicator, bypassing):
-        options = replace(task.options, strategy=way(task))
+        options = replace(task.options, strategy=strategy_of(task))
         original(replace(task, options=options), communicator, bypassing)
 
     def slow(*arguments):
@@ -163,7 +163,7 @@ def test_backward_does_not_leave_sums_behind(rank, world_size):
     reduce, drain = state.reducer.bypass.reduce, state.reducer.bypass.drain
     with (
         mock.patch("qcomm.ddp.reducer.average", by_size),
-        mock.patch("qcomm.ddp.reducer.settled", lambda task, *_: way(task)),
+        mock.patch("qcomm.ddp.reducer.settled", lambda task, *_: strategy_of(task)),
         mock.patch.object(state.reducer.bypass, "reduce", slow),
         mock.patch.object(state.reducer.bypass, "drain", drained),
     ):

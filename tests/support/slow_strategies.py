@@ -7,15 +7,16 @@ from qcomm.collectives import strategies
 
 
 def all_slow_but(winner, seconds):
-    """Makes all ways to the mean but one take longer on this rank."""
+    """Makes all strategies but one take longer on this rank."""
 
-    def slow(way):
+    def slow(mean):
         def slowly(rounds):
             deadline = time.perf_counter() + seconds
             while time.perf_counter() < deadline:  # busy, as a slow codec would be
                 pass
-            way(rounds)
+            mean(rounds)
 
         return slowly
 
-    return mock.patch.dict(strategies.WAYS, {n: slow(way) for n, way in strategies.WAYS.items() if n != winner})
+    means = strategies.MEAN_BY_STRATEGY
+    return mock.patch.dict(means, {name: slow(mean) for name, mean in means.items() if name != winner})

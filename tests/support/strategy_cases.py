@@ -117,7 +117,7 @@ def check_faults(rank, world_size, strategy, module, steps, last, **options):
     else:
         error = error_of(strategy, **options)
     assert "rank 1 failed while preparing the exchange: TypeError" in str(error)
-    # Other ranks want another way.
+    # Other ranks want another strategy.
     error = error_of(strategy if rank == 1 else "two_phase", **(options if rank == 1 else {}))
     assert isinstance(error, qcomm.ConfigMismatchError), error
     assert "strategy: " in str(error) and f"{strategy} on rank 1" in str(error), error
