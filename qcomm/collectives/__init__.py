@@ -23,11 +23,11 @@ from qcomm.collectives.strategies import average, settled, uncompressed_strategi
 from qcomm.collectives.task import MeanTask, Scale
 from qcomm.collectives.telemetry import Telemetry
 from qcomm.collectives.tuner import Tuner
-from qcomm.collectives.uncompressed_values import PLAIN, Bypassing, PlainValues, count_rings
+from qcomm.collectives.uncompressed_values import UNCOMPRESSED, Bypassing, UncompressedValues, count_rings
 
 __all__ = [
-    "PLAIN",
     "STRATEGIES",
+    "UNCOMPRESSED",
     "BucketLayout",
     "Bypassing",
     "Chunk",
@@ -36,7 +36,6 @@ __all__ = [
     "Exchange",
     "LinkProfile",
     "MeanTask",
-    "PlainValues",
     "Profile",
     "ReduceKeywords",
     "ReduceOptions",
@@ -46,6 +45,7 @@ __all__ = [
     "TensorSpec",
     "Tuner",
     "TwoPhase",
+    "UncompressedValues",
     "announce_late",
     "average",
     "bytes_sent",

@@ -17,14 +17,14 @@ from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.tuner import Tuner
 from qcomm.collectives.two_phase import two_phase_mean
-from qcomm.collectives.uncompressed import bf16_mean, plain_mean
-from qcomm.collectives.uncompressed_values import PLAIN, Bypassing, is_rounded
+from qcomm.collectives.uncompressed import bf16_mean, uncompressed_mean
+from qcomm.collectives.uncompressed_values import UNCOMPRESSED, Bypassing, is_rounded
 from qcomm.communicator import UNTIMED, Communicator, Took
 
 __all__ = ["average", "settled", "uncompressed_strategies"]
 
 MEAN_BY_STRATEGY: Mapping[str, Callable[[Rounds], None]] = {
-    "none": plain_mean,
+    "none": uncompressed_mean,
     "bf16": bf16_mean,
     "exact_sum": exact_sum_mean,
     "all_gather": all_gather_mean,
@@ -33,7 +33,7 @@ MEAN_BY_STRATEGY: Mapping[str, Callable[[Rounds], None]] = {
 }
 # "auto" chooses between these, the most exact first: of two equally fast strategies the tuner takes the earlier one.
 # exact_sum is never the fastest; it is for users who need its exact sums.
-AUTOMATIC = (*PLAIN, "all_gather", "hierarchical", "two_phase")
+AUTOMATIC = (*UNCOMPRESSED, "all_gather", "hierarchical", "two_phase")
 
 _tuners: "weakref.WeakKeyDictionary[Communicator, Tuner]" = weakref.WeakKeyDictionary()
 
@@ -74,7 +74,7 @@ def _average_by_tuner(task: MeanTask, communicator: Communicator, bypassing: Byp
             MEAN_BY_STRATEGY[strategy](rounds)
         work = time.perf_counter_ns() - begin - rounds.waited
         # Collectives that may be bypassed mostly run without an agreement.
-        own_time = Took(work, 0 if strategy in PLAIN and bypassing is not None else rounds.waited)
+        own_time = Took(work, 0 if strategy in UNCOMPRESSED and bypassing is not None else rounds.waited)
     finally:
         if rounds.agreed is not None:  # so it is on all ranks, even if a later step failed
             bypassed = 0 if bypassing is None else bypassing.count
@@ -113,18 +113,18 @@ def automatic_strategies(layout: BucketLayout, dtype: torch.dtype, options: Redu
     finds slow is left out: slow on the machine of the profile, or without a profile on every machine.
     """
     several = 1 < options.node_size < layout.world_size
-    plain = uncompressed_strategies(layout, dtype, options.grid)
-    names = tuple(name for name in AUTOMATIC if name not in PLAIN and (several or name != "hierarchical"))
+    always = uncompressed_strategies(layout, dtype, options.grid)
+    names = tuple(name for name in AUTOMATIC if name not in UNCOMPRESSED and (several or name != "hierarchical"))
     raw, exact = layout.elements - layout.compressed_elements, layout.exact_elements
     exchange = Exchange(layout.elements, layout.world_size, dtype.itemsize, options.node_size, raw, exact)
     machines = PLAUSIBLE if options.machine is None else (options.machine,)
-    fast = candidates(exchange, (*plain, *names), machines)
-    return (*plain, *(name for name in fast if name not in plain))
+    fast = candidates(exchange, (*always, *names), machines)
+    return (*always, *(name for name in fast if name not in always))
 
 
 def uncompressed_strategies(layout: BucketLayout, dtype: torch.dtype, grid: Grid) -> tuple[str, ...]:
-    """Returns the plain all-reduce, and that in bfloat16 if it saves bytes and is finer than the grid."""
-    return PLAIN if is_rounded("bf16", layout, dtype) and _coarser_than_bf16(grid) else ("none",)
+    """Returns the uncompressed all-reduce, and that in bfloat16 if it saves bytes and is finer than the grid."""
+    return UNCOMPRESSED if is_rounded("bf16", layout, dtype) and _coarser_than_bf16(grid) else ("none",)
 
 
 def _coarser_than_bf16(grid: Grid) -> bool:

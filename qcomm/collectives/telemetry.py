@@ -172,7 +172,9 @@ class Telemetry:
             self._tensors.update(quantizers)
             self._counters.nonfinite_tensors += nonfinite_tensors
 
-    def count_plain(self, phase: int, layout: BucketLayout, item_bytes: int, more: int = 0, times: int = 1) -> None:
+    def count_uncompressed(
+        self, phase: int, layout: BucketLayout, item_bytes: int, more: int = 0, times: int = 1
+    ) -> None:
         """Counts an uncompressed phase, which carries every element once.
 
         ``more`` is the number of additional bytes for raw elements.

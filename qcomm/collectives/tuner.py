@@ -60,7 +60,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import ClassVar, NamedTuple, TypeAlias
 
-from qcomm.collectives.uncompressed_values import PLAIN
+from qcomm.collectives.uncompressed_values import UNCOMPRESSED
 from qcomm.communicator import UNTIMED, Took
 
 __all__ = ["Stage", "Tuner"]
@@ -204,7 +204,7 @@ class _Times:
     def cost(self, strategy: str) -> float:
         """Returns the cost of a strategy, 0 if it has no time."""
         median = statistics.median(self.recent.get(strategy) or (0,))
-        return median * (1.0 if strategy in PLAIN else WORTH_COMPRESSING)
+        return median * (1.0 if strategy in UNCOMPRESSED else WORTH_COMPRESSING)
 
     def known(self) -> list[str]:
         """Returns the candidates that have a time."""

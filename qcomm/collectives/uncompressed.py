@@ -10,13 +10,13 @@ from qcomm.codec import measure
 from qcomm.collectives.packing import is_zero
 from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
-from qcomm.collectives.uncompressed_values import Bypassing, PlainValues, count_rings
+from qcomm.collectives.uncompressed_values import Bypassing, UncompressedValues, count_rings
 from qcomm.communicator import Fault, Phase
 
-__all__ = ["bf16_mean", "plain_mean"]
+__all__ = ["bf16_mean", "uncompressed_mean"]
 
 
-def plain_mean(rounds: Rounds) -> None:
+def uncompressed_mean(rounds: Rounds) -> None:
     """Replaces the buffer of ``rounds.task`` by its mean over all ranks. Runs on the communicator's thread.
 
     Values are divided before they are summed, in the buffer's dtype, as DDP does: 16-bit sums overflow no earlier than
@@ -26,7 +26,7 @@ def plain_mean(rounds: Rounds) -> None:
 
 
 def bf16_mean(rounds: Rounds) -> None:
-    """Computes :func:`plain_mean` of float32 values rounded to bfloat16, those of excluded parameters excepted.
+    """Computes :func:`uncompressed_mean` of float32 values rounded to bfloat16, those of excluded parameters excepted.
 
     Rounding loses at most 2^-8 of a value and of each partial sum, also with error feedback.
     """
@@ -67,16 +67,18 @@ def _add_residuals(task: MeanTask, rank: int) -> None:
                     values.add_(feedback.take(tensor.key, tensor.numel), alpha=task.scale)
 
 
-def _load(task: MeanTask, strategy: str, bypassing: Bypassing | None) -> tuple[PlainValues, Sequence[torch.Tensor]]:
+def _load(
+    task: MeanTask, strategy: str, bypassing: Bypassing | None
+) -> tuple[UncompressedValues, Sequence[torch.Tensor]]:
     """Returns this rank's share of the mean, which is to be summed."""
     memory = {} if bypassing is None else bypassing.memory
     with task.telemetry.timed("encode_seconds"):
         if strategy not in memory:
-            memory[strategy] = PlainValues(strategy, task.layout, task.buffer.dtype)
+            memory[strategy] = UncompressedValues(strategy, task.layout, task.buffer.dtype)
         return memory[strategy], memory[strategy].load(task.buffer)
 
 
-def _store(task: MeanTask, values: PlainValues) -> None:
+def _store(task: MeanTask, values: UncompressedValues) -> None:
     """Writes the sums back to the buffer."""
     with task.telemetry.timed("decode_seconds"):
         values.store(task.buffer)

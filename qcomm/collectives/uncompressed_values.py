@@ -11,13 +11,13 @@ from qcomm.collectives.packing import scatter_chunk
 from qcomm.collectives.telemetry import Telemetry
 from qcomm.transport import Traffic
 
-__all__ = ["PLAIN", "Bypassing", "PlainValues", "count_rings", "is_rounded"]
+__all__ = ["UNCOMPRESSED", "Bypassing", "UncompressedValues", "count_rings", "is_rounded"]
 
-PLAIN = ("none", "bf16")
+UNCOMPRESSED = ("none", "bf16")
 
 
 def is_rounded(strategy: str, layout: BucketLayout, dtype: torch.dtype) -> bool:
-    """Returns whether a plain strategy rounds: "bf16" does float32 values, where it saves bytes.
+    """Returns whether an uncompressed strategy rounds: "bf16" does float32 values, where it saves bytes.
 
     Values that must not be rounded travel a second time, beside the others, which costs messages. So tensors too small
     to be compressed are rounded, and only excluded ones are not.
@@ -32,7 +32,7 @@ def is_rounded(strategy: str, layout: BucketLayout, dtype: torch.dtype) -> bool:
     return strategy == "bf16" and dtype == torch.float32 and 2 * layout.exact_elements < layout.elements
 
 
-class PlainValues:
+class UncompressedValues:
     """Tensors that are summed over all ranks in place of a buffer; their memory may serve one buffer after another.
 
     Args:
@@ -89,7 +89,7 @@ class Bypassing:
     """
 
     count: int = 0
-    memory: dict[str, PlainValues] = field(default_factory=dict)
+    memory: dict[str, UncompressedValues] = field(default_factory=dict)
 
 
 def count_rings(telemetry: Telemetry, strategy: str, layout: BucketLayout, dtype: torch.dtype, times: int = 1) -> None:
@@ -99,4 +99,4 @@ def count_rings(telemetry: Telemetry, strategy: str, layout: BucketLayout, dtype
     sizes = [size * (layout.world_size - 1) // layout.world_size for size in (layout.elements * item, more)]
     for phase in (1, 2):
         telemetry.add_traffic(f"phase{phase}", Traffic(times * sum(sizes), times * sum(sizes)))
-        telemetry.count_plain(phase, layout, item, more, times)
+        telemetry.count_uncompressed(phase, layout, item, more, times)

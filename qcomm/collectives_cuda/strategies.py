@@ -18,17 +18,17 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from qcomm.collectives import PLAIN, BucketLayout, MeanTask, Scale, Telemetry, Tuner, uncompressed_strategies
+from qcomm.collectives import UNCOMPRESSED, BucketLayout, MeanTask, Scale, Telemetry, Tuner, uncompressed_strategies
 from qcomm.collectives_cuda.handshake import AgreedNumbers, DevicePart, agree, is_known
 from qcomm.collectives_cuda.slots import PERIOD
 from qcomm.collectives_cuda.two_phase import DeviceMean, check_group
-from qcomm.collectives_cuda.uncompressed import DevicePlain
+from qcomm.collectives_cuda.uncompressed import UncompressedDeviceMean
 from qcomm.communicator import UNTIMED, Communicator, Fault, Group, is_agreed
 from qcomm.errors import CollectiveError, ConfigMismatchError
 
 __all__ = ["DEVICE_STRATEGIES", "DeviceChoice", "check_device_strategy", "device_strategies"]
 
-DEVICE_STRATEGIES = ("auto", *PLAIN, "two_phase")
+DEVICE_STRATEGIES = ("auto", *UNCOMPRESSED, "two_phase")
 TRIAL = 2  # collectives of a turn while strategies are tried: the host runs ahead of the device by at most this
 UNKNOWN = 2**63 - 1  # the time of a turn that failed, or was not timed
 
@@ -51,8 +51,8 @@ def device_strategies(task: MeanTask) -> tuple[str, ...]:
     if task.options.strategy != "auto":
         return (task.options.strategy,)
     layout = task.layout
-    plain = uncompressed_strategies(layout, task.buffer.dtype, task.options.grid)
-    return (*plain, "two_phase") if layout.compressed_elements else plain
+    uncompressed = uncompressed_strategies(layout, task.buffer.dtype, task.options.grid)
+    return (*uncompressed, "two_phase") if layout.compressed_elements else uncompressed
 
 
 class Stopwatch:
@@ -125,7 +125,7 @@ class DeviceChoice:
     ) -> None:
         checked = check_group(group, device)
         self._compressed = DeviceMean(checked, communicator, telemetry)
-        self._plain = DevicePlain(communicator, dist.get_rank(checked))
+        self._uncompressed = UncompressedDeviceMean(communicator, dist.get_rank(checked))
         self._communicator, self._telemetry = communicator, telemetry
         self._lanes: dict[int, _Lane] = {}
 
@@ -158,8 +158,10 @@ class DeviceChoice:
         if stopwatch is not None:
             stopwatch.start()
         try:
-            if lane.strategy in PLAIN:
-                fault = self._plain.average(part, scale, lane.strategy, self._compressed.group(), with_residuals=first)
+            if lane.strategy in UNCOMPRESSED:
+                fault = self._uncompressed.average(
+                    part, scale, lane.strategy, self._compressed.group(), with_residuals=first
+                )
             else:
                 fault = self._compressed.average(part, scale)
         except (CollectiveError, ConfigMismatchError) as error:
@@ -211,4 +213,4 @@ class DeviceChoice:
         lane.length = lane.left = TRIAL
         if lane.tuner.settled(None):
             lane.length = lane.left = PERIOD
-            self._plain.settle(part.index, lane.strategy)
+            self._uncompressed.settle(part.index, lane.strategy)

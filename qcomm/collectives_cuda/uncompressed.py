@@ -5,21 +5,21 @@ from dataclasses import dataclass, replace
 import torch
 import torch.distributed as dist
 
-from qcomm.collectives import BucketLayout, MeanTask, PlainValues, Scale, count_rings
+from qcomm.collectives import BucketLayout, MeanTask, Scale, UncompressedValues, count_rings
 from qcomm.collectives_cuda.handshake import DevicePart, agree, is_known
 from qcomm.communicator import Communicator, Fault, Phase, attempt
 
-__all__ = ["DevicePlain"]
+__all__ = ["UncompressedDeviceMean"]
 
 
 @dataclass
 class _Bucket:
     layout: BucketLayout
     dtype: torch.dtype
-    values: dict[str, PlainValues]  # by strategy: those that all ranks have agreed on
+    values: dict[str, UncompressedValues]  # by strategy: those that all ranks have agreed on
 
 
-class DevicePlain:
+class UncompressedDeviceMean:
     """Averages buckets over a group, on the current stream of the buckets' device.
 
     The results are those of :mod:`qcomm.collectives.uncompressed` on the CPU.
@@ -32,7 +32,7 @@ class DevicePlain:
     def __init__(self, communicator: Communicator | None, rank: int) -> None:
         self._communicator, self._rank = communicator, rank
         self._buckets: dict[int, _Bucket] = {}
-        self._captured: list[PlainValues] = []
+        self._captured: list[UncompressedValues] = []
 
     def settle(self, index: int, strategy: str) -> None:
         """Forgets the memory of all strategies but the current one of a bucket."""
@@ -93,14 +93,14 @@ class DevicePlain:
 
     def _prepare(
         self, part: DevicePart, scale: Scale, known: _Bucket | None, strategy: str, with_residuals: bool
-    ) -> tuple[PlainValues | None, Fault | None]:
+    ) -> tuple[UncompressedValues | None, Fault | None]:
         """Prepares memory for the values if the bucket or its strategy is new, and adds the residuals to the buffer."""
         task, made, fault = part.task, None, part.fault
         if task is None or fault is not None:
             return None, fault
         if known is None or strategy not in known.values:
             device = task.buffer.device
-            made, fault = attempt(Phase.PREPARE, PlainValues, strategy, task.layout, task.buffer.dtype, device)
+            made, fault = attempt(Phase.PREPARE, UncompressedValues, strategy, task.layout, task.buffer.dtype, device)
         if fault is None and with_residuals:
             _, fault = attempt(Phase.PREPARE, _add_residuals, task, self._rank, scale)
         return made, fault

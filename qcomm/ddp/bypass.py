@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
-from qcomm.collectives import PLAIN, BucketLayout, PlainValues, Telemetry, count_rings
+from qcomm.collectives import UNCOMPRESSED, BucketLayout, Telemetry, UncompressedValues, count_rings
 from qcomm.communicator import Fault, Group, Phase, Ticket, failed
 from qcomm.ddp.gloo_exit import CallbackToken
 from qcomm.errors import CollectiveError
@@ -101,7 +101,7 @@ class Lane:
     parameters: tuple[weakref.ref[torch.Tensor], ...]
     ticket: Ticket[torch.Tensor] | None = None
     strategy: str = ""
-    memory: dict[str, PlainValues] = field(default_factory=dict)
+    memory: dict[str, UncompressedValues] = field(default_factory=dict)
     under_way: torch.futures.Future[torch.Tensor] | None = None
     started: int = 0
     passed: Passed = field(default_factory=Passed)
@@ -109,7 +109,7 @@ class Lane:
     def settle(self, strategy: str) -> None:
         """Notes the strategy on which all ranks have settled, or "" while strategies are being tried."""
         self.strategy = strategy
-        for other in set(self.memory).difference([strategy] if strategy else PLAIN):
+        for other in set(self.memory).difference([strategy] if strategy else UNCOMPRESSED):
             del self.memory[other]
 
     def is_of(self, bucket: dist.GradBucket, group: Group) -> bool:
@@ -147,7 +147,7 @@ class Bypass:
         if lane.ticket is not None:
             lane.ticket.join()
             lane.ticket = None
-        if lane.strategy not in PLAIN:
+        if lane.strategy not in UNCOMPRESSED:
             return None
         lane.started += 1
         return lane
@@ -221,7 +221,7 @@ class Bypass:
             if self._broken is not None and self._broken[0] is lane.group:
                 raise CollectiveError(f"bucket {index} was not averaged, as an earlier one was not: {self._broken[1]}")
             if lane.strategy not in lane.memory:
-                lane.memory[lane.strategy] = PlainValues(lane.strategy, lane.layout, lane.dtype)
+                lane.memory[lane.strategy] = UncompressedValues(lane.strategy, lane.layout, lane.dtype)
             values = lane.memory[lane.strategy]
             with torch.no_grad():
                 sums = [lane.group.allreduce([part]).get_future() for part in values.load(buffer)]

@@ -5,8 +5,8 @@ its values. Then the sums go around the same way. Each rank sends ``2 (W - 1) / 
 
     chunk c    x(c-1) + x(c-2) + ... + x(c+1) + x(c)        rank numbers modulo W, one rounding for each addition
 
-gloo's all-reduce has the same order and the same chunks, so a plain mean has the same bits over every transport. The
-sum needs no arithmetic of the transport: MPI knows neither float16 nor bfloat16.
+gloo's all-reduce has the same order and the same chunks, so an uncompressed mean has the same bits over every
+transport. The sum needs no arithmetic of the transport: MPI knows neither float16 nor bfloat16.
 
 P. Patarasuk, X. Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", JPDC 69, 2009.
 """

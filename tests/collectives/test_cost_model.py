@@ -12,7 +12,7 @@ import qcomm
 from qcomm.collectives.cost_model import CodecProfile, Exchange, LinkProfile, Profile, bytes_sent, candidates, seconds
 from qcomm.collectives.strategies import AUTOMATIC, MEAN_BY_STRATEGY
 from qcomm.collectives.two_phase_schedule import MOST_SLICES
-from qcomm.collectives.uncompressed_values import PLAIN
+from qcomm.collectives.uncompressed_values import UNCOMPRESSED
 
 LINK, CODEC = LinkProfile(gb_per_s=0.125, latency_us=50.0), CodecProfile(2.0, 4.0, ratio=15.0)
 NAMES = ("none", "bf16", "all_gather", "two_phase", "exact_sum", "hierarchical")
@@ -36,7 +36,7 @@ def test_bytes_are_those_that_are_sent(rank, world_size, ranks_per_node, dtype):
         work.wait()
         stats = work.stats()
         bits = stats["bits_per_element_phase1"] or stats["bits_per_element_phase2"]  # alone a rank sends no values
-        ratio = 8 * exchange.value_bytes / x.numel() / bits if strategy not in PLAIN else 1.0
+        ratio = 8 * exchange.value_bytes / x.numel() / bits if strategy not in UNCOMPRESSED else 1.0
         sent = stats["bytes_sent_phase1"] + stats["bytes_sent_phase2"], stats["bytes_sent_inside"]
         assert sent == pytest.approx(bytes_sent(strategy, exchange, ratio), rel=0.08), strategy
 

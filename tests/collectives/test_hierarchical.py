@@ -1,4 +1,4 @@
-"""hierarchical: plain inside a node, compressed between nodes, on every grid of a x b ranks."""
+"""hierarchical: uncompressed inside a node, compressed between nodes, on every grid of a x b ranks."""
 
 import os
 from contextlib import nullcontext

@@ -1,4 +1,4 @@
-"""Plain and compressed means behind one interface, and the choice between them, alike on all ranks."""
+"""Uncompressed and compressed means behind one interface, and the choice between them, alike on all ranks."""
 
 from contextlib import nullcontext
 from unittest import mock
@@ -19,7 +19,7 @@ from qcomm.collectives.two_phase_steps import MeanSteps
 
 @world(2, 3)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
-def test_the_plain_mean(rank, world_size, dtype):
+def test_the_uncompressed_mean(rank, world_size, dtype):
     x = torch.randn(5001, generator=torch.Generator().manual_seed(rank)).to(dtype)
     tensor = x.clone()
     work = all_reduce(tensor, strategy="none", async_op=True)
@@ -39,8 +39,8 @@ def test_the_plain_mean(rank, world_size, dtype):
 
 
 @world(2, 3)
-def test_a_plain_step_sends_what_error_feedback_kept(rank, world_size):
-    """Compressed steps, then a plain one: what was kept arrives, and nothing is lost or kept."""
+def test_an_uncompressed_step_sends_what_error_feedback_kept(rank, world_size):
+    """Compressed steps, then an uncompressed one: what was kept arrives, and nothing is lost or kept."""
     model = wrap()
     state = attach(model, min_elements=100, grad_scale=4.0)
     sums = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]

@@ -1,4 +1,4 @@
-"""The choice of a strategy for a bucket on a device, over emulated kernels, between processes, with clocks of its own."""
+"""The choice of a strategy for a bucket on a device, over emulated kernels, between processes, with its own clocks."""
 
 import math
 from contextlib import contextmanager
@@ -17,11 +17,11 @@ import qcomm
 from qcomm import SigmaGrid
 from qcomm.collectives import tuner
 from qcomm.collectives_cuda import strategies as device_choice
-from qcomm.collectives_cuda import uncompressed as device_plain
+from qcomm.collectives_cuda import uncompressed
 from qcomm.collectives_cuda.handshake import DevicePart
 from qcomm.collectives_cuda.strategies import TRIAL, DeviceChoice, Stopwatch
 from qcomm.collectives_cuda.two_phase import DeviceMean
-from qcomm.collectives_cuda.uncompressed import DevicePlain
+from qcomm.collectives_cuda.uncompressed import UncompressedDeviceMean
 from qcomm.communicator.faults import Fault, Phase
 from qcomm.communicator.groups import get_communicator
 
@@ -61,7 +61,9 @@ def costs(taken):
         mock.patch.multiple(device_choice, Stopwatch=OwnClock, PERIOD=PERIOD),
         mock.patch.multiple(tuner, WARM_UP=WARM_UP, RECHECK=RECHECK),
         mock.patch.object(DeviceMean, "average", counted(DeviceMean.average, lambda _: "two_phase")),
-        mock.patch.object(DevicePlain, "average", counted(DevicePlain.average, lambda rest: rest[0])),
+        mock.patch.object(
+            UncompressedDeviceMean, "average", counted(UncompressedDeviceMean.average, lambda rest: rest[0])
+        ),
     ):
         yield chosen
 
@@ -143,24 +145,25 @@ def test_an_unfit_gradient_takes_no_residual(rank, world_size, emulated_path, va
     """A gradient that is not finite, or zero as of a parameter that was not used, takes no residual with it."""
     layout, side = make_layout("one tensor", world_size), Side(error_feedback=True)
     with emulated_device(emulated_path):
-        mean, plain = DeviceMean(dist.group.WORLD, get_communicator(dist.group.WORLD), side.telemetry), make_plain(rank)
+        mean = DeviceMean(dist.group.WORLD, get_communicator(dist.group.WORLD), side.telemetry)
+        other = make_uncompressed(rank)
         mean.average(DevicePart.of(side.task(buffer_of(layout, rank, 0, torch.float32, ""), layout, COARSE)))
         before = side.feedback.norm()
         assert before > 0
         unfit = torch.zeros(layout.elements) if value == 0 else buffer_of(layout, rank, 1, torch.float32, "")
         unfit[5] = value
-        plain.average(
+        other.average(
             DevicePart.of(side.task(unfit, layout, COARSE)), 1.0, "none", dist.group.WORLD, with_residuals=True
         )
         assert side.feedback.norm() == before
-        plain.average(
+        other.average(
             DevicePart.of(side.task(torch.ones(layout.elements), layout, COARSE)), 8.0, "none", dist.group.WORLD, True
         )
         assert side.feedback.norm() == 0
 
 
-def make_plain(rank):
-    return DevicePlain(get_communicator(dist.group.WORLD), rank)
+def make_uncompressed(rank):
+    return UncompressedDeviceMean(get_communicator(dist.group.WORLD), rank)
 
 
 def case_faults(rank, world_size, path, failing, known):
@@ -251,7 +254,7 @@ def test_a_rank_that_ends_half_way_stays_out(rank, world_size, emulated_path):
 def test_a_way_without_memory(rank, world_size, emulated_path):
     """A rank without memory for a strategy tells the others before they begin with it."""
     layout, side = make_layout("uneven", world_size), Side(error_feedback=True)
-    original, errors = device_plain.PlainValues, []
+    original, errors = uncompressed.UncompressedValues, []
 
     def make(strategy, *rest):
         if rank == 1 and strategy == "bf16" and not errors:
@@ -260,7 +263,7 @@ def test_a_way_without_memory(rank, world_size, emulated_path):
 
     with (
         emulated_device(emulated_path),
-        mock.patch.object(device_plain, "PlainValues", make),
+        mock.patch.object(uncompressed, "UncompressedValues", make),
         costs(dict.fromkeys(STRATEGIES[COARSE], 9)),
     ):
         choice = make_choice(side)
@@ -281,7 +284,7 @@ def test_a_way_without_memory(rank, world_size, emulated_path):
 @pytest.mark.parametrize("strategy", ["two_phase", "none"])
 def test_a_rank_that_cannot_prepare_takes_part_and_goes_on(rank, world_size, emulated_path, strategy):
     """Preparing a known bucket fails on one rank: it takes part without values, and nobody waits for its next one."""
-    place, name = {"two_phase": (DeviceMean, "_prepare"), "none": (device_plain, "_add_residuals")}[strategy]
+    place, name = {"two_phase": (DeviceMean, "_prepare"), "none": (uncompressed, "_add_residuals")}[strategy]
     with emulated_device(emulated_path):
         model = wrap()
         qcomm.attach(model, strategy=strategy)

@@ -13,7 +13,7 @@ from distributed import TIMEOUT, all_reduce, die, sliced, world
 
 import qcomm
 from qcomm.collectives import two_phase_steps as mean_steps
-from qcomm.collectives import uncompressed as plain
+from qcomm.collectives import uncompressed
 from qcomm.collectives.two_phase_steps import MeanSteps
 from qcomm.communicator.messages import Pipeline
 from qcomm.transport.base import TransportError
@@ -162,11 +162,11 @@ def test_an_unforeseen_failure_closes_the_connections(rank, world_size):
         all_reduce(torch.zeros(50_000), group=group)
     error = attempt(group=group)
     assert "an earlier collective left this group without connections" in str(error)
-    # What a plain mean computes while its headers travel can no longer be announced.
+    # What an uncompressed mean computes while its headers travel can no longer be announced.
     group = dist.new_group()
     check_works(rank, world_size, group)
     with (
-        mock.patch.object(plain, "_load", side_effect=MemoryError("no memory")) if rank == 1 else nullcontext(),
+        mock.patch.object(uncompressed, "_load", side_effect=MemoryError("no memory")) if rank == 1 else nullcontext(),
         pytest.raises(MemoryError if rank == 1 else TransportError),
     ):
         all_reduce(torch.zeros(50_000), group=group, strategy="none")

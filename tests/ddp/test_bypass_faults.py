@@ -186,7 +186,9 @@ def test_a_rank_without_memory(rank, world_size):
     qcomm.attach(model, strategy="bf16", min_elements=0)
     for _ in range(AGREED):
         backward(model, rank)
-    out_of_memory = mock.patch.object(bypass.PlainValues, "load", side_effect=RuntimeError("can't allocate memory"))
+    out_of_memory = mock.patch.object(
+        bypass.UncompressedValues, "load", side_effect=RuntimeError("can't allocate memory")
+    )
     with out_of_memory if rank == 1 else nullcontext():
         error = error_of(model, rank)
     assert ("can't allocate memory" if rank == 1 else "was not averaged") in str(error), error

@@ -77,7 +77,7 @@ def test_a_checkpoint_moves_between_cpu_and_device(rank, world_size, emulated_pa
 
 @world(2)
 @pytest.mark.parametrize("strategy", ["none", "bf16"])
-def test_the_plain_strategies(rank, world_size, emulated_path, strategy):
+def test_the_uncompressed_strategies(rank, world_size, emulated_path, strategy):
     with emulated_device(emulated_path):
         model = wrap()
         state = attach(model, strategy=strategy, min_elements=200)
@@ -116,8 +116,8 @@ def test_all_reduce(rank, world_size, emulated_path, grid, dtype, shape):
         stats = work.stats()
         assert torch.equal(tensor, expected)
         assert stats["bits_per_element"] > 0
-        for plain in ("none", "bf16"):
-            qcomm.all_reduce(tensor, strategy=plain)
+        for strategy in ("none", "bf16"):
+            qcomm.all_reduce(tensor, strategy=strategy)
             assert torch.allclose(tensor.float(), expected.float(), atol=1e-6, rtol=1e-2)
     assert_same_on_all_ranks(tensor)
 

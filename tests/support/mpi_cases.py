@@ -189,7 +189,7 @@ def faults():
     assert isinstance(error, MemoryError) if RANK == 1 else "no answer from rank(s) 1" in str(error), error
     assert "left this group without connections" in str(error_of(other))
     other.close()
-    # The same in the ring of a plain mean, and with messages that MPI hands over only when the receiver asks.
+    # The same in the ring of an uncompressed mean, and with messages that MPI hands over only when the receiver asks.
     other = qcomm.MpiGroup(timeout=timedelta(hours=1))
     with mock.patch("qcomm.transport.mpi.ring_sum", side_effect=MemoryError) if RANK == 1 else nullcontext():
         error = error_of(other, 1_000_000, strategy="none")
