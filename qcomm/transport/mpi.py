@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from qcomm.transport.base import Transfer, Transport
-from qcomm.transport.ring import ring_sum
+from qcomm.transport.ring_sum import ring_sum
 
 __all__ = ["MpiTransport", "poll_until"]
 
