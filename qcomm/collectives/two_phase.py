@@ -17,7 +17,7 @@ A large buffer is processed in slices, so that codec and network work at the sam
     link carries              values 0  values 1  values 2  mean 0    values 3  mean 1    mean 2              ...
 
 :mod:`qcomm.collectives.two_phase_schedule` cuts the slices and orders the steps.
-:mod:`qcomm.collectives.two_phase_steps` computes them and :mod:`qcomm.communicator.messages` carries the messages.
+:mod:`qcomm.collectives.two_phase_steps` computes them and :mod:`qcomm.communicator.pipeline` carries the messages.
 """
 
 import time

@@ -3,7 +3,7 @@
 from qcomm.communicator.faults import Fault, LateFaultError, Phase, attempt
 from qcomm.communicator.groups import Group, connect, get_communicator, get_ranks, get_world_size, resolve_group
 from qcomm.communicator.handshake import UNTIMED, Agreed, Fields, Handshake, Took
-from qcomm.communicator.messages import Pipeline
+from qcomm.communicator.pipeline import Pipeline
 from qcomm.communicator.ticket import Ticket, completed, device_future, failed
 from qcomm.communicator.worker import Communicator, is_agreed
 

@@ -14,7 +14,7 @@ import torch
 
 from qcomm.communicator.faults import Fault, Phase
 from qcomm.communicator.handshake import UNTIMED, Fields, Handshake, Took
-from qcomm.communicator.messages import Pipeline
+from qcomm.communicator.pipeline import Pipeline
 from qcomm.communicator.ticket import Ticket, failed
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.transport import Traffic, Transport, TransportError

@@ -17,7 +17,7 @@ from qcomm.codec.quantize import Quantizer
 from qcomm.collectives import ReduceOptions
 from qcomm.collectives.layout import BucketLayout, TensorSpec
 from qcomm.collectives.two_phase_schedule import cut_slices
-from qcomm.communicator.messages import HEADER_BYTES as MESSAGE_HEADER_BYTES
+from qcomm.communicator.pipeline import HEADER_BYTES as MESSAGE_HEADER_BYTES
 
 pytestmark = pytest.mark.world
 

@@ -15,7 +15,7 @@ import qcomm
 from qcomm.collectives import two_phase_steps as mean_steps
 from qcomm.collectives import uncompressed
 from qcomm.collectives.two_phase_steps import MeanSteps
-from qcomm.communicator.messages import Pipeline
+from qcomm.communicator.pipeline import Pipeline
 from qcomm.transport.base import TransportError
 
 pytestmark = pytest.mark.world

@@ -16,7 +16,7 @@ from strategy_twins import TWINS
 import qcomm
 from qcomm.collectives import two_phase
 from qcomm.collectives.two_phase_steps import MeanSteps
-from qcomm.communicator.messages import Pipeline
+from qcomm.communicator.pipeline import Pipeline
 from qcomm.transport import mpi as mpi_transport
 from qcomm.transport.base import TransportError
 

@@ -1,4 +1,4 @@
-"""The messages of a sliced collective, under way while the rank computes.
+"""Pipeline: the messages of a sliced collective, under way while the rank computes.
 
 In each of two exchanges every rank sends every other exactly one message for each slice. A rank that fails, or hears
 that another did, goes on with messages that say so and carry no packet. Every wait therefore ends, and no message is
