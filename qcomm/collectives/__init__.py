@@ -5,10 +5,10 @@ The package knows messages, but neither gloo, DDP nor CUDA.
 
 from qcomm.collectives.cost_model import (
     CodecProfile,
-    Exchange,
     LinkProfile,
     Profile,
     TwoPhase,
+    Workload,
     bytes_sent,
     seconds,
     two_phase_times,
@@ -33,7 +33,6 @@ __all__ = [
     "Chunk",
     "CodecProfile",
     "ErrorFeedback",
-    "Exchange",
     "LinkProfile",
     "MeanTask",
     "Profile",
@@ -46,6 +45,7 @@ __all__ = [
     "Tuner",
     "TwoPhase",
     "UncompressedValues",
+    "Workload",
     "announce_late",
     "average",
     "bytes_sent",

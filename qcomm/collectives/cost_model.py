@@ -41,10 +41,10 @@ from qcomm.collectives.two_phase_schedule import MOST_SLICES, SLICE_ELEMENTS, St
 __all__ = [
     "PLAUSIBLE",
     "CodecProfile",
-    "Exchange",
     "LinkProfile",
     "Profile",
     "TwoPhase",
+    "Workload",
     "bytes_sent",
     "candidates",
     "seconds",
@@ -110,8 +110,8 @@ class Profile:
 
     Example:
         >>> profile = Profile(LinkProfile(gb_per_s=0.125, latency_us=60.0), CodecProfile(2.0, 4.0, ratio=15.0))
-        >>> exchange = Exchange(elements=6_553_600, world_size=4)
-        >>> seconds("two_phase", exchange, profile) < seconds("none", exchange, profile)
+        >>> workload = Workload(elements=6_553_600, world_size=4)
+        >>> seconds("two_phase", workload, profile) < seconds("none", workload, profile)
         True
     """
 
@@ -172,7 +172,7 @@ def _fields(found: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class Workload:
     """The tensors that are averaged: ``elements`` of a dtype of ``item_bytes`` over ``world_size`` ranks.
 
     ``ranks_per_node`` of the ranks are on each node. ``raw_elements`` of the elements belong to small or excluded
@@ -215,12 +215,12 @@ def _share(parts: int) -> float:
     return (parts - 1) / parts
 
 
-def _is_rounded(strategy: str, exchange: Exchange) -> bool:
-    """Applies :func:`qcomm.collectives.uncompressed_values.is_rounded` to an exchange."""
-    return strategy == "bf16" and exchange.item_bytes == 4 and 2 * exchange.exact_elements < exchange.elements
+def _is_rounded(strategy: str, workload: Workload) -> bool:
+    """Applies :func:`qcomm.collectives.uncompressed_values.is_rounded` to a workload."""
+    return strategy == "bf16" and workload.item_bytes == 4 and 2 * workload.exact_elements < workload.elements
 
 
-def bytes_sent(strategy: str, exchange: Exchange, ratio: float) -> tuple[float, float]:
+def bytes_sent(strategy: str, workload: Workload, ratio: float) -> tuple[float, float]:
     """Returns the bytes that a rank sends on average, without headers.
 
     The first number counts bytes between nodes or in a flat exchange, the second those inside a node.
@@ -228,46 +228,46 @@ def bytes_sent(strategy: str, exchange: Exchange, ratio: float) -> tuple[float, 
     Raises:
         ValueError: the strategy is unknown.
     """
-    world, values, buffer = exchange.world_size, exchange.value_bytes, exchange.buffer_bytes
-    packets = exchange.packet_bytes(ratio)
+    world, values, buffer = workload.world_size, workload.value_bytes, workload.buffer_bytes
+    packets = workload.packet_bytes(ratio)
     if strategy in ("none", "bf16"):
-        rounded = buffer / 2 + 4 * exchange.exact_elements if _is_rounded(strategy, exchange) else buffer
+        rounded = buffer / 2 + 4 * workload.exact_elements if _is_rounded(strategy, workload) else buffer
         return 2 * _share(world) * rounded, 0.0
     if strategy == "all_gather":
         return (world - 1) * packets, 0.0
     if strategy == "two_phase":
         return 2 * _share(world) * packets, 0.0
     if strategy == "exact_sum":
-        return _share(world) * (packets + exchange.sum_bytes(ratio)), 0.0
+        return _share(world) * (packets + workload.sum_bytes(ratio)), 0.0
     if strategy == "hierarchical":
-        inner = exchange.ranks_per_node
+        inner = workload.ranks_per_node
         return 2 * _share(world // inner) * packets / inner, _share(inner) * (values + buffer)
     raise ValueError(f"strategy must be a named algorithm of the mean, got {strategy!r}")
 
 
-def seconds(strategy: str, exchange: Exchange, profile: Profile) -> float:
+def seconds(strategy: str, workload: Workload, profile: Profile) -> float:
     """Predicts the time of one collective.
 
     Args:
         strategy: ``"none"``, ``"bf16"``, ``"all_gather"``, ``"two_phase"``, ``"exact_sum"`` or ``"hierarchical"``.
-        exchange: the tensors that are averaged.
+        workload: the tensors that are averaged.
         profile: the machine. Without ``inside`` all links are alike.
 
     Raises:
         ValueError: the strategy is unknown.
     """
-    between, inside = bytes_sent(strategy, exchange, profile.codec.ratio)
-    world, inner = exchange.world_size, exchange.ranks_per_node
+    between, inside = bytes_sent(strategy, workload, profile.codec.ratio)
+    world, inner = workload.world_size, workload.ranks_per_node
     encode, decode = 1e-9 / profile.codec.encode_gb_per_s, 1e-9 / profile.codec.decode_gb_per_s
-    values, link, near = exchange.value_bytes, profile.link, profile.inside or profile.link
+    values, link, near = workload.value_bytes, profile.link, profile.inside or profile.link
     messages, codec = 0, 0.0
     if strategy in ("none", "bf16"):
         messages = 1 + 2 * (world - 1) if world > 1 else 0
-        codec = decode * values if _is_rounded(strategy, exchange) else 0.0
+        codec = decode * values if _is_rounded(strategy, workload) else 0.0
     elif strategy == "all_gather":
         messages, codec = _messages(world), encode * values + decode * world * values
     elif strategy == "two_phase":
-        return two_phase_times(exchange, profile).seconds()
+        return two_phase_times(workload, profile).seconds()
     elif strategy == "exact_sum":
         # Rounding to the shared grid and measuring twice take about as long as encoding.
         messages, codec = 3 * _messages(world), encode * values * (2 + 1 / world) + 2 * decode * values
@@ -323,12 +323,12 @@ class TwoPhase:
         return rank
 
 
-def two_phase_times(exchange: Exchange, profile: Profile) -> TwoPhase:
+def two_phase_times(workload: Workload, profile: Profile) -> TwoPhase:
     """Returns the steps of ``two_phase``, whose slices are those that the library cuts."""
-    world, values = exchange.world_size, exchange.value_bytes
+    world, values = workload.world_size, workload.value_bytes
     encode, decode = 1e-9 / profile.codec.encode_gb_per_s, 1e-9 / profile.codec.decode_gb_per_s
-    slices = max(1, min(MOST_SLICES, exchange.elements // (SLICE_ELEMENTS * world)))
-    between, _ = bytes_sent("two_phase", exchange, profile.codec.ratio)
+    slices = max(1, min(MOST_SLICES, workload.elements // (SLICE_ELEMENTS * world)))
+    between, _ = bytes_sent("two_phase", workload, profile.codec.ratio)
     carried = 1e-9 / profile.link.gb_per_s * between / 2 / slices
     return TwoPhase(
         slices,
@@ -350,25 +350,25 @@ PLAUSIBLE = tuple(
 
 
 @functools.lru_cache(maxsize=4096)
-def candidates(exchange: Exchange, names: Sequence[str], profiles: Sequence[Profile] = PLAUSIBLE) -> tuple[str, ...]:
+def candidates(workload: Workload, names: Sequence[str], profiles: Sequence[Profile] = PLAUSIBLE) -> tuple[str, ...]:
     """Returns those of ``names`` that may be the fastest on some machine, in their order.
 
     The result is a pure function of the arguments, equal on all ranks. A strategy stays if its predicted time on one
     of the machines is at most MARGIN times that of the fastest.
 
     Args:
-        exchange: the tensors that are averaged.
+        workload: the tensors that are averaged.
         names: of strategies, as a tuple.
         profiles: the machines to consider, as a tuple; a single one if it was measured.
 
     Example:
         >>> names = "none", "all_gather", "two_phase"
-        >>> candidates(Exchange(10_000, 4), names), candidates(Exchange(10_000_000, 32), names)
+        >>> candidates(Workload(10_000, 4), names), candidates(Workload(10_000_000, 32), names)
         (('none', 'all_gather', 'two_phase'), ('none', 'two_phase'))
     """
     kept = set()
     for profile in profiles:
-        times = {name: seconds(name, exchange, profile) for name in names}
+        times = {name: seconds(name, workload, profile) for name in names}
         limit = MARGIN * min(times.values())
         kept |= {name for name, time in times.items() if time <= limit}
     return tuple(name for name in names if name in kept)

@@ -8,7 +8,7 @@ import torch
 
 from qcomm.codec import Grid, SigmaGrid
 from qcomm.collectives.all_gather import all_gather_mean
-from qcomm.collectives.cost_model import PLAUSIBLE, Exchange, candidates
+from qcomm.collectives.cost_model import PLAUSIBLE, Workload, candidates
 from qcomm.collectives.exact_sum import exact_sum_mean
 from qcomm.collectives.hierarchical import hierarchical_mean
 from qcomm.collectives.layout import BucketLayout
@@ -116,9 +116,9 @@ def automatic_strategies(layout: BucketLayout, dtype: torch.dtype, options: Redu
     always = uncompressed_strategies(layout, dtype, options.grid)
     names = tuple(name for name in AUTOMATIC if name not in UNCOMPRESSED and (several or name != "hierarchical"))
     raw, exact = layout.elements - layout.compressed_elements, layout.exact_elements
-    exchange = Exchange(layout.elements, layout.world_size, dtype.itemsize, options.node_size, raw, exact)
+    workload = Workload(layout.elements, layout.world_size, dtype.itemsize, options.node_size, raw, exact)
     machines = PLAUSIBLE if options.machine is None else (options.machine,)
-    fast = candidates(exchange, (*always, *names), machines)
+    fast = candidates(workload, (*always, *names), machines)
     return (*always, *(name for name in fast if name not in always))
 
 

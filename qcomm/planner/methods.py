@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qcomm.collectives import CodecProfile, Exchange, LinkProfile, Profile, TwoPhase, bytes_sent, two_phase_times
+from qcomm.collectives import CodecProfile, LinkProfile, Profile, TwoPhase, Workload, bytes_sent, two_phase_times
 from qcomm.collectives import seconds as collective_seconds
 from qcomm.planner.collectives import Cluster, all_reduce
 from qcomm.planner.errors import PlanError
@@ -144,11 +144,11 @@ def _qcomm(step: float) -> Callable[[Sequence[ParameterTensor], Setting], list[C
         # A node's GPUs all send at once.
         link = LinkProfile(cluster.between.gb_per_s / cluster.local, cluster.between.latency_us)
         profile = Profile(link, setting.codec.profile(step), cluster.inside)
-        exchange = Exchange(elements, cluster.gpus, VALUE_BYTES, cluster.local, raw)
-        flat = collective_seconds("two_phase", exchange, profile)
-        if cluster.local > 1 and collective_seconds("hierarchical", exchange, profile) < flat:
-            return [_hierarchical(exchange, profile)]
-        return _slices(two_phase_times(exchange, profile))
+        workload = Workload(elements, cluster.gpus, VALUE_BYTES, cluster.local, raw)
+        flat = collective_seconds("two_phase", workload, profile)
+        if cluster.local > 1 and collective_seconds("hierarchical", workload, profile) < flat:
+            return [_hierarchical(workload, profile)]
+        return _slices(two_phase_times(workload, profile))
 
     return chains
 
@@ -166,18 +166,18 @@ def _slices(steps: TwoPhase) -> list[Chain]:
     return [chain] * steps.slices
 
 
-def _hierarchical(exchange: Exchange, profile: Profile) -> Chain:
+def _hierarchical(workload: Workload, profile: Profile) -> Chain:
     """Returns one chain, as in the library: each GPU codes its share of the node's sum, including its own chunk."""
-    inner, world = exchange.ranks_per_node, exchange.world_size
-    between, inside = bytes_sent("hierarchical", exchange, profile.codec.ratio)
+    inner, world = workload.ranks_per_node, workload.world_size
+    between, inside = bytes_sent("hierarchical", workload, profile.codec.ratio)
     encode, decode = 1e-9 / profile.codec.encode_gb_per_s, 1e-9 / profile.codec.decode_gb_per_s
-    near, share = profile.inside or profile.link, exchange.value_bytes / inner
+    near, share = profile.inside or profile.link, workload.value_bytes / inner
     steps = TwoPhase(
         slices=1,
         latency=1e-6 * profile.link.latency_us * (world // inner),
         encode=encode * share,
         exchange=between / 2 / (1e9 * profile.link.gb_per_s),
-        reduce=decode * share + encode * exchange.value_bytes / world,
+        reduce=decode * share + encode * workload.value_bytes / world,
         decode=decode * share,
     )
     step = inside / 2 / (1e9 * near.gb_per_s) + 1e-6 * near.latency_us * inner

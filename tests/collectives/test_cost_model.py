@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcomm
-from qcomm.collectives.cost_model import CodecProfile, Exchange, LinkProfile, Profile, bytes_sent, candidates, seconds
+from qcomm.collectives.cost_model import CodecProfile, LinkProfile, Profile, Workload, bytes_sent, candidates, seconds
 from qcomm.collectives.strategies import AUTOMATIC, MEAN_BY_STRATEGY
 from qcomm.collectives.two_phase_schedule import MOST_SLICES
 from qcomm.collectives.uncompressed_values import UNCOMPRESSED
@@ -29,50 +29,50 @@ def test_every_way_has_a_cost():
 def test_bytes_are_those_that_are_sent(rank, world_size, ranks_per_node, dtype):
     """Predicted from the ratio of the first phase alone; means cost up to 6 % less or more."""
     x = torch.randn(400_000, generator=torch.Generator().manual_seed(rank)).to(dtype)
-    exchange = Exchange(x.numel(), world_size, x.element_size(), ranks_per_node)
+    workload = Workload(x.numel(), world_size, x.element_size(), ranks_per_node)
     for strategy in NAMES:
         options = {"ranks_per_node": ranks_per_node} if strategy == "hierarchical" else {}
         work = qcomm.all_reduce(x.clone(), strategy=strategy, async_op=True, **options)
         work.wait()
         stats = work.stats()
         bits = stats["bits_per_element_phase1"] or stats["bits_per_element_phase2"]  # alone a rank sends no values
-        ratio = 8 * exchange.value_bytes / x.numel() / bits if strategy not in UNCOMPRESSED else 1.0
+        ratio = 8 * workload.value_bytes / x.numel() / bits if strategy not in UNCOMPRESSED else 1.0
         sent = stats["bytes_sent_phase1"] + stats["bytes_sent_phase2"], stats["bytes_sent_inside"]
-        assert sent == pytest.approx(bytes_sent(strategy, exchange, ratio), rel=0.08), strategy
+        assert sent == pytest.approx(bytes_sent(strategy, workload, ratio), rel=0.08), strategy
 
 
 def test_seconds():
-    exchange = Exchange(6_553_600, 2)
+    workload = Workload(6_553_600, 2)
     # 25 MiB each way at 125 MB/s, and three messages.
-    assert seconds("none", exchange, Profile(LINK, CODEC)) == pytest.approx(0.2097 + 150e-6, rel=1e-3)
+    assert seconds("none", workload, Profile(LINK, CODEC)) == pytest.approx(0.2097 + 150e-6, rel=1e-3)
     # A fifteenth of it, one encode, two decodes, two messages.
-    assert seconds("all_gather", exchange, Profile(LINK, CODEC)) == pytest.approx(
+    assert seconds("all_gather", workload, Profile(LINK, CODEC)) == pytest.approx(
         0.2097 / 15 + 0.02621 / 2 + 2 * 0.02621 / 4 + 100e-6, rel=1e-3
     )
     # Alone, only the codec takes time.
-    assert seconds("none", Exchange(1000, 1), Profile(LINK, CODEC)) == 0.0
-    assert seconds("two_phase", Exchange(1000, 1), Profile(LINK, CODEC)) == pytest.approx(4000 * (1 / 2 + 1 / 4) * 1e-9)
+    assert seconds("none", Workload(1000, 1), Profile(LINK, CODEC)) == 0.0
+    assert seconds("two_phase", Workload(1000, 1), Profile(LINK, CODEC)) == pytest.approx(4000 * (1 / 2 + 1 / 4) * 1e-9)
     # Slices on a slow link: all bytes, the first slice's encoding, the last one's reducing and decoding.
     slow = Profile(LinkProfile(0.0125, 50.0), CODEC)
     wire = 0.02621 / 15 / 0.0125 + 2 * 2 * 50e-6
-    assert seconds("two_phase", exchange, slow) == pytest.approx(
+    assert seconds("two_phase", workload, slow) == pytest.approx(
         wire + 0.02621 / MOST_SLICES * (0.5 / 2 + 1 / 4), rel=1e-3
     )
     # On a fast one: all of the codec, and almost nothing else.
     fast = Profile(LinkProfile(100.0, 1.0), CODEC)
-    assert seconds("two_phase", exchange, fast) == pytest.approx(0.02621 * (1 / 2 + 1.5 / 4), rel=0.02)
+    assert seconds("two_phase", workload, fast) == pytest.approx(0.02621 * (1 / 2 + 1.5 / 4), rel=0.02)
     # Inside a node links are faster.
-    nodes = Exchange(6_553_600, 8, ranks_per_node=4)
+    nodes = Workload(6_553_600, 8, ranks_per_node=4)
     near = Profile(LINK, CODEC, inside=LinkProfile(100.0, 5.0))
     assert seconds("hierarchical", nodes, near) < seconds("two_phase", nodes, near) / 1.5
     assert seconds("hierarchical", nodes, Profile(LINK, CODEC)) > seconds("two_phase", nodes, Profile(LINK, CODEC))
     with pytest.raises(ValueError, match="strategy must be a named algorithm of the mean, got 'auto'"):
-        seconds("auto", exchange, Profile(LINK, CODEC))
+        seconds("auto", workload, Profile(LINK, CODEC))
 
 
 POSITIVE = st.floats(1e-3, 1e6)
-EXCHANGES = st.builds(
-    lambda elements, nodes, inner, item, raw: Exchange(elements, nodes * inner, item, inner, min(raw, elements)),
+WORKLOADS = st.builds(
+    lambda elements, nodes, inner, item, raw: Workload(elements, nodes * inner, item, inner, min(raw, elements)),
     st.integers(0, 10**9),
     st.integers(1, 64),
     st.integers(1, 8),
@@ -92,8 +92,8 @@ PROFILES = st.builds(
 
 
 @settings(max_examples=200, deadline=None)
-@given(exchange=EXCHANGES, profile=PROFILES, factor=st.floats(1.0, 100.0))
-def test_a_better_machine_is_never_slower(exchange, profile, factor):
+@given(workload=WORKLOADS, profile=PROFILES, factor=st.floats(1.0, 100.0))
+def test_a_better_machine_is_never_slower(workload, profile, factor):
     link, codec = profile.link, profile.codec
     for better in (
         Profile(LinkProfile(link.gb_per_s * factor, link.latency_us), codec),
@@ -102,30 +102,30 @@ def test_a_better_machine_is_never_slower(exchange, profile, factor):
         Profile(link, CodecProfile(codec.encode_gb_per_s, codec.decode_gb_per_s, codec.ratio * factor)),
     ):
         for name in NAMES:
-            assert seconds(name, exchange, better) <= seconds(name, exchange, profile) * (1 + 1e-12)
+            assert seconds(name, workload, better) <= seconds(name, workload, profile) * (1 + 1e-12)
 
 
 @settings(max_examples=200, deadline=None)
-@given(exchange=EXCHANGES, profiles=st.lists(PROFILES, min_size=1, max_size=4))
-def test_the_fastest_way_of_every_machine_is_a_candidate(exchange, profiles):
-    kept = candidates(exchange, AUTOMATIC, tuple(profiles))
+@given(workload=WORKLOADS, profiles=st.lists(PROFILES, min_size=1, max_size=4))
+def test_the_fastest_strategy_of_every_machine_is_a_candidate(workload, profiles):
+    kept = candidates(workload, AUTOMATIC, tuple(profiles))
     for profile in profiles:
-        assert min(AUTOMATIC, key=lambda name: seconds(name, exchange, profile)) in kept
+        assert min(AUTOMATIC, key=lambda name: seconds(name, workload, profile)) in kept
     assert kept == tuple(name for name in AUTOMATIC if name in kept)
 
 
 def test_what_is_left_out():
     def compressing(elements, world_size):
-        return candidates(Exchange(elements, world_size), ("all_gather", "two_phase"))
+        return candidates(Workload(elements, world_size), ("all_gather", "two_phase"))
 
     assert compressing(100, 8) == ("all_gather",)
     assert compressing(10_000_000, 2) == ("all_gather", "two_phase")
     assert compressing(10_000_000, 16) == ("two_phase",)
     # On a slow link, with a fast codec, only compression counts.
     slow = (Profile(LinkProfile(0.0125, 50.0), CodecProfile(2.0, 4.0, 15.0)),)
-    assert candidates(Exchange(6_553_600, 4), ("none", "all_gather", "two_phase"), slow) == ("two_phase",)
+    assert candidates(Workload(6_553_600, 4), ("none", "all_gather", "two_phase"), slow) == ("two_phase",)
     fast = (Profile(LinkProfile(12.5, 10.0), CodecProfile(0.5, 1.0, 15.0)),)
-    assert candidates(Exchange(6_553_600, 4), ("none", "all_gather", "two_phase"), fast) == ("none",)
+    assert candidates(Workload(6_553_600, 4), ("none", "all_gather", "two_phase"), fast) == ("none",)
 
 
 @pytest.mark.parametrize("inside", [None, LinkProfile(50.0, 3.5)], ids=["one_link", "two_links"])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qcomm.collectives.cost_model import Exchange, LinkProfile, Profile, TwoPhase, bytes_sent, seconds
+from qcomm.collectives.cost_model import LinkProfile, Profile, TwoPhase, Workload, bytes_sent, seconds
 from qcomm.collectives.two_phase_schedule import MOST_SLICES
 from qcomm.planner import PlanError
 from qcomm.planner.collectives import Cluster, all_gather, all_reduce, hierarchical, ring, torus, tree
@@ -38,7 +38,7 @@ def test_closed_forms():
     assert hierarchical(c, GB) == pytest.approx(near + 2 * 3 / 4 * (0.1 + 4 * 20e-6))
     assert torus(c, GB) == pytest.approx(hierarchical(c, GB))
     # On one GPU a node the ring is the cost model's.
-    flat = Exchange(GB // 4, 8)
+    flat = Workload(GB // 4, 8)
     alone = Profile(SLOW, Codec(1.0, 1.0, on_gpu=False, assumed=False).profile(1.0))
     assert ring(cluster(8, 1), GB) + 20e-6 == pytest.approx(seconds("none", flat, alone))
     assert 1e-10 * bytes_sent("none", flat, 1.0)[0] == pytest.approx(ring(cluster(8, 1, LinkProfile(10.0, 1e-9)), GB))
@@ -176,7 +176,7 @@ def test_slices_overlap_as_in_the_library():
         assert len(chains) == MOST_SLICES
         simulated = simulate(ComputeTimes(0.0, (0.0,)), [Job(0.0, 0.0, chains)], codec_share=0.0).seconds
         # The simulator takes what is ready first, the library a fixed order that is as good but for a slice.
-        exact = seconds("two_phase", Exchange(values // 4, 4), Profile(link, codec.profile(1.0)))
+        exact = seconds("two_phase", Workload(values // 4, 4), Profile(link, codec.profile(1.0)))
         assert simulated == pytest.approx(exact, rel=0.12)
 
 
@@ -298,7 +298,7 @@ def test_on_nodes_only_what_crosses_them_is_compressed():
     assert between == pytest.approx(2 * 3 / 4 * 4096 * 1024 * 2.14 / 8 / 10e9)
     # In one piece it takes what the cost model says.
     profile = Profile(LinkProfile(10.0 / 8, 20.0), codec.profile(1.0), FAST)
-    exact = seconds("hierarchical", Exchange(4096 * 1024, 32, ranks_per_node=8), profile)
+    exact = seconds("hierarchical", Workload(4096 * 1024, 32, ranks_per_node=8), profile)
     assert sum(work.seconds for work in chain) == pytest.approx(exact)
     one = method_named("qcomm-1").chains(bucket, Setting(cluster(8, 8), codec, 900.0))
     assert [work.label for work in one[0]] == ["all-reduce"]
