@@ -10,8 +10,7 @@ exchange among w ranks. It is a header and then w - 1 rounds, which together car
     bf16           the same with half of v, excluded values beside it, and d V to convert there and back;
                    like none unless v is of float32
     all_gather     e V + x((W - 1) V / r, W) + d W V
-    two_phase      in the order of qcomm.collectives.two_phase_schedule, for each of the slices that
-    qcomm.collectives.two_phase_schedule cuts:
+    two_phase      in the order of qcomm.collectives.two_phase_schedule, for each of the slices:
                    e U, beta T, d U + e V / W, beta T, d V          U = (W - 1) / W * V, T = U / r, each over slices;
                    a slice arrives alpha * W after the link has carried it
     exact_sum      x(0, W) + 2 e V + x(T, W) + d V + e V / W + x(T', W) + d V    T' with log2(W) / 2 more bits
