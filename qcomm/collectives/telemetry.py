@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from qcomm.codec import Quantizer
+from qcomm.codec import CHECKSUM_BYTES, DIMENSION_BYTES, PACKET_HEADER_BYTES, SEGMENT_RECORD_BYTES, Quantizer
 from qcomm.collectives.layout import BucketLayout, Chunk
 from qcomm.transport import Traffic
 
@@ -20,10 +20,9 @@ Event = tuple[int, str, float]
 # things.
 TRAFFIC_KINDS = ("phase1", "phase2", "inside", "overhead")
 
-# A packet's fixed costs (docs/format.md): header and one dimension; a segment record; a checksum.
-PACKET_HEADER_BYTES = 48
-SEGMENT_BYTES = 32
-CHECKSUM_BYTES = 4
+# Bytes of a flat packet and of each raw segment in it besides values.
+PACKET_BYTES = PACKET_HEADER_BYTES + DIMENSION_BYTES
+SEGMENT_BYTES = SEGMENT_RECORD_BYTES + CHECKSUM_BYTES
 
 
 @dataclass
@@ -147,8 +146,8 @@ class Telemetry:
         raw = 0
         for chunk in chunks:
             if chunk.raw_count:
-                raw += SEGMENT_BYTES + CHECKSUM_BYTES + -(-chunk.raw_count * item_bytes // 4) * 4
-                raw += 0 if chunk.compressed_count else PACKET_HEADER_BYTES
+                raw += SEGMENT_BYTES + -(-chunk.raw_count * item_bytes // 4) * 4
+                raw += 0 if chunk.compressed_count else PACKET_BYTES
         self._count(phase, sum(sizes), raw, sum(c.count for c in chunks), sum(c.compressed_count for c in chunks))
 
     def count_two_phases(

@@ -20,7 +20,7 @@ from qcomm.transport.base import Transport
 __all__ = ["ring_sum"]
 
 # gloo cuts a chunk in segments no larger than this, at least two, all of one size.
-SEGMENT_BYTES = 1 << 20
+GLOO_SEGMENT_BYTES = 1 << 20
 
 
 def ring_sum(transport: Transport, buffer: torch.Tensor, what: str) -> None:
@@ -62,7 +62,7 @@ def _cut(buffer: torch.Tensor, world_size: int) -> list[torch.Tensor]:
         >>> [chunk.numel() for chunk in _cut(torch.zeros(10), 3)]
         [4, 4, 2]
     """
-    wanted = max(-(-buffer.nbytes // SEGMENT_BYTES), 2 * world_size)
+    wanted = max(-(-buffer.nbytes // GLOO_SEGMENT_BYTES), 2 * world_size)
     segments = -(-wanted // world_size)  # in a chunk
     # The bytes of a segment are rounded up to whole elements.
     elements = segments * -(-buffer.numel() // (segments * world_size))
