@@ -42,14 +42,21 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def refuse(fault: Fault, communicator: Communicator) -> NoReturn:
+def refuse(fault: Fault | None, communicator: Communicator) -> NoReturn:
     """Tells the other ranks of a fault in place of a collective, and raises it on all ranks.
 
     It works whatever the others are about to do.
 
+    Args:
+        fault: of this rank, which has no task for the collective.
+        communicator: of the group.
+
     Raises:
         CollectiveError: naming this rank.
+        ValueError: there is no fault.
     """
+    if fault is None:
+        raise ValueError("a rank without a task needs a fault")
     nothing = [0] * communicator.world_size
     pending = communicator.begin()
     communicator.handshake(Phase.ENCODE, Fields({}), nothing, nothing, pending or fault).finish()

@@ -282,7 +282,7 @@ class Reducer:
             self._check_step(index, serial)
             try:
                 if task is None:
-                    refuse(fault or _no_fault(), communicator)
+                    refuse(fault, communicator)
                 average(task, communicator, bypassing)
             except Exception as error:  # kept for exception(), and passed on
                 self._note(error, serial)
@@ -338,10 +338,6 @@ class Reducer:
     def _count(self, task: MeanTask | None) -> None:
         if task is not None:
             self._telemetry.count_bucket(task.layout, task.buffer.element_size())
-
-
-def _no_fault() -> Fault:
-    raise ValueError("a bucket without a task needs a fault")
 
 
 def _forgotten_scale() -> float:

@@ -35,7 +35,6 @@ from qcomm.collectives import (
 )
 from qcomm.communicator import (
     Communicator,
-    Fault,
     Fields,
     Phase,
     attempt,
@@ -104,7 +103,7 @@ class WeightExchange:
         communicator = get_communicator(group)
         prepared, fault = attempt(Phase.PREPARE, self._prepare, params, step, world_size)
         if prepared is None:
-            communicator.submit(lambda: refuse(fault or _no_fault(), communicator)).wait()
+            communicator.submit(lambda: refuse(fault, communicator)).wait()
             return
         entries, task = prepared
         ticket = communicator.submit(lambda: self._run(task, communicator))
@@ -239,10 +238,6 @@ class WeightExchange:
         # The bytes of the tensors, and not of the buffer, which holds 16-bit values in 32 bits.
         self._telemetry.count_bucket(task.layout, 0)
         self._telemetry.add(bytes_uncompressed=sum(entry.tensor.nbytes for entry in entries))
-
-
-def _no_fault() -> Fault:
-    raise ValueError("an exchange that could not be prepared needs a fault")
 
 
 def _flatten(entries: Sequence[_Entry]) -> torch.Tensor:
