@@ -85,7 +85,7 @@ class Stopwatch:
 
 
 @dataclass
-class _Lane:
+class _Turns:
     """The turns of one bucket.
 
     Attributes:
@@ -127,7 +127,7 @@ class DeviceChoice:
         self._compressed = DeviceMean(checked, communicator, telemetry)
         self._uncompressed = UncompressedDeviceMean(communicator, dist.get_rank(checked))
         self._communicator, self._telemetry = communicator, telemetry
-        self._lanes: dict[int, _Lane] = {}
+        self._turns: dict[int, _Turns] = {}
 
     def average(self, part: DevicePart, scale: Scale = 1.0) -> Fault | None:
         """Replaces the part's buffer by its mean over all ranks.
@@ -143,37 +143,37 @@ class DeviceChoice:
         Raises:
             CollectiveError, ConfigMismatchError: on all ranks, where the host waits.
         """
-        lane = self._lane(part)
-        if lane is None:
+        turns = self._turns_of(part)
+        if turns is None:
             agree(part, self._communicator, "auto")
             return part.fault
         first = False
         # Collectives that a graph captures are not counted: they run again without this code.
         if not (part.buffer.is_cuda and torch.cuda.is_current_stream_capturing()):
-            if lane.left == 0:
-                self._turn(lane, part)
-            first = lane.left == lane.length
-            lane.left -= 1  # even if this collective fails: the other ranks count too, and may not see this failure
-        stopwatch = Stopwatch(part.buffer.device) if first and len(lane.strategies) > 1 else None
+            if turns.left == 0:
+                self._begin_turn(turns, part)
+            first = turns.left == turns.length
+            turns.left -= 1  # even if this collective fails: the other ranks count too, and may not see this failure
+        stopwatch = Stopwatch(part.buffer.device) if first and len(turns.strategies) > 1 else None
         if stopwatch is not None:
             stopwatch.start()
         try:
-            if lane.strategy in UNCOMPRESSED:
+            if turns.strategy in UNCOMPRESSED:
                 fault = self._uncompressed.average(
-                    part, scale, lane.strategy, self._compressed.group(), with_residuals=first
+                    part, scale, turns.strategy, self._compressed.group(), with_residuals=first
                 )
             else:
                 fault = self._compressed.average(part, scale)
         except (CollectiveError, ConfigMismatchError) as error:
-            if is_agreed(error):  # a rank with a fault may have had no lane, and begins one next
-                self._lanes[part.index] = _Lane(lane.layout, lane.dtype, lane.strategies, lane.strategies[0])
+            if is_agreed(error):  # a rank with a fault may have had no turns, and begins them next
+                self._turns[part.index] = _Turns(turns.layout, turns.dtype, turns.strategies, turns.strategies[0])
             raise
         if fault is not None:
             return fault
         if stopwatch is not None:
             stopwatch.stop()
-            lane.stopwatch = stopwatch
-        self._telemetry.note_strategy(part.index, lane.strategy)
+            turns.stopwatch = stopwatch
+        self._telemetry.note_strategy(part.index, turns.strategy)
         return None
 
     def serves(self, group: Group) -> bool:
@@ -184,33 +184,33 @@ class DeviceChoice:
         """Adds the device's counts to the telemetry. Waits for the device."""
         self._compressed.flush()
 
-    def _lane(self, part: DevicePart) -> _Lane | None:
-        """Returns the bucket's lane.
+    def _turns_of(self, part: DevicePart) -> _Turns | None:
+        """Returns the bucket's turns.
 
-        It is None if a fault left this rank without one, while the others are about to agree on the bucket.
+        It is None if a fault left this rank without any, while the others are about to agree on the bucket.
         """
-        known = self._lanes.get(part.index)
+        known = self._turns.get(part.index)
         if known is not None and is_known(part, known.layout, known.dtype):
             return known
         if part.task is None:
             return None
         strategies = device_strategies(part.task)
-        lane = self._lanes[part.index] = _Lane(part.task.layout, part.buffer.dtype, strategies, strategies[0])
-        return lane
+        turns = self._turns[part.index] = _Turns(part.task.layout, part.buffer.dtype, strategies, strategies[0])
+        return turns
 
-    def _turn(self, lane: _Lane, part: DevicePart) -> None:
+    def _begin_turn(self, turns: _Turns, part: DevicePart) -> None:
         """Ends a turn and begins the next."""
-        if len(lane.strategies) == 1:
-            lane.strategy, lane.length, lane.left = lane.strategies[0], PERIOD, PERIOD
+        if len(turns.strategies) == 1:
+            turns.strategy, turns.length, turns.left = turns.strategies[0], PERIOD, PERIOD
             return
-        if lane.length:
-            agreed = UNKNOWN if lane.agreed is None else lane.agreed.read()[0]
-            own = UNKNOWN if lane.stopwatch is None else lane.stopwatch.read()
-            lane.tuner.finished(None, 0 if agreed == UNKNOWN else agreed, UNTIMED, lane.length)
+        if turns.length:
+            agreed = UNKNOWN if turns.agreed is None else turns.agreed.read()[0]
+            own = UNKNOWN if turns.stopwatch is None else turns.stopwatch.read()
+            turns.tuner.finished(None, 0 if agreed == UNKNOWN else agreed, UNTIMED, turns.length)
             numbers = torch.full((1,), own, dtype=torch.int64, device=part.buffer.device)
-            lane.agreed = AgreedNumbers(numbers, dist.ReduceOp.MIN, self._compressed.group())
-        lane.strategy, lane.stopwatch = lane.tuner.next(None, lane.strategies), None
-        lane.length = lane.left = TRIAL
-        if lane.tuner.settled(None):
-            lane.length = lane.left = PERIOD
-            self._uncompressed.settle(part.index, lane.strategy)
+            turns.agreed = AgreedNumbers(numbers, dist.ReduceOp.MIN, self._compressed.group())
+        turns.strategy, turns.stopwatch = turns.tuner.next(None, turns.strategies), None
+        turns.length = turns.left = TRIAL
+        if turns.tuner.settled(None):
+            turns.length = turns.left = PERIOD
+            self._uncompressed.settle(part.index, turns.strategy)
