@@ -22,7 +22,7 @@ from qcomm.communicator.faults import Fault, Phase
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.transport import Exchange, Traffic, Transport, TransportError
 
-__all__ = ["UNTIMED", "Agreed", "Fields", "Handshake", "Took", "agreed_time", "raise_faults"]
+__all__ = ["MAGIC", "UNTIMED", "Agreed", "Fields", "Handshake", "Took", "agreed_time", "raise_faults"]
 
 # "qcomm" and the version of this protocol. It distinguishes versions whose headers are equally long. gloo ends the
 # process on messages that are longer than expected.

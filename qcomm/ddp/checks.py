@@ -7,7 +7,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qcomm.codec import DTYPE_NUMBERS, core
 
-__all__ = ["check_hook_options", "check_model", "check_scale"]
+__all__ = ["check_grad_scale", "check_hook_options", "check_model", "check_scale"]
 
 
 def check_model(ddp_model: object) -> None:

@@ -8,7 +8,7 @@ from qcomm.planner.hardware import FABRICS, default_fabric
 from qcomm.planner.methods import Method
 from qcomm.planner.plan import Request, Speedup, speedup
 
-__all__ = ["Verdict", "bandwidth_text", "break_even", "verdict"]
+__all__ = ["Verdict", "at_bandwidth", "bandwidth_text", "break_even", "verdict"]
 
 # A smaller gain is not worth a lossy codec.
 WORTH = 1.05

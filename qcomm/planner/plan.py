@@ -16,6 +16,7 @@ from qcomm.planner.simulator import DRAWS, Job, Step, mean_step, simulate, slowe
 
 __all__ = [
     "ASSUMED_CODEC",
+    "JITTER",
     "MOST_GPUS",
     "Prediction",
     "Request",

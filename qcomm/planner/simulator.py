@@ -26,7 +26,7 @@ from qcomm.planner.compute import ComputeTimes
 from qcomm.planner.errors import PlanError
 from qcomm.planner.methods import Chain, Work
 
-__all__ = ["Job", "Span", "Step", "chrome_trace", "mean_step", "simulate", "slowest_factors"]
+__all__ = ["DRAWS", "Job", "Span", "Step", "chrome_trace", "mean_step", "simulate", "slowest_factors"]
 
 # NCCL's kernels hold about a tenth of the GPU's processors while they run.
 LINK_SHARE = 0.1
