@@ -3,7 +3,7 @@
 The model predicts the seconds of one collective. There are W ranks. V bytes of values are in float32 or float64, and
 v bytes of the buffer in its own dtype. alpha is the latency of one message, and beta = 1 / bandwidth. The codec takes
 e and d seconds per byte of uncompressed values to encode and to decode, and r is its ratio. ``x(m, w)`` is an
-exchange among w ranks. It is a header and then w - 1 rounds, which together carry m bytes each way::
+exchange among w ranks. It is a header and then w - 1 messages, which together carry m bytes each way::
 
     x(m, w)        alpha * w + beta * m                        for w > 1, otherwise 0
     none           alpha + 2 (W - 1) alpha + 2 (W - 1) / W * v * beta
@@ -280,7 +280,7 @@ def seconds(strategy: str, workload: Workload, profile: Profile) -> float:
 
 
 def _messages(ranks: int) -> int:
-    """Returns the number of consecutive messages of an exchange: a header, and a packet in each round."""
+    """Returns the number of consecutive messages of an exchange: a header, and a packet to each other rank."""
     return ranks if ranks > 1 else 0
 
 

@@ -82,7 +82,7 @@ class Communicator:
 
     def exchange(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], phase: Phase) -> Traffic:
         """Exchanges packets with every rank, of the sizes that all have agreed on."""
-        return self._transport.exchange_in_rounds(outgoing, incoming, f"exchanging packets after {phase}")
+        return self._transport.exchange_pairwise(outgoing, incoming, f"exchanging packets after {phase}")
 
     def pipeline(self) -> Pipeline:
         """Returns the messages of this job, which are under way while it computes."""

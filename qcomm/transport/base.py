@@ -56,7 +56,7 @@ class Transport(ABC):
 
     Attributes:
         peers: the other ranks, as numbers within the group.
-        targets: the other ranks in the order of sending: round d to rank + d, so that no two senders meet at one
+        targets: the other ranks in the order of sending: at distance d to rank + d, so that no two senders meet at one
             receiver.
         sources: the other ranks in the order in which they send here.
     """
@@ -146,14 +146,14 @@ class Transport(ABC):
         self.finish(exchange.transfers, what, exchange.broken)
         return exchange.incoming
 
-    def exchange_in_rounds(
+    def exchange_pairwise(
         self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], what: str
     ) -> Traffic:
-        """Sends ``outgoing[r]`` to each rank r and fills ``incoming[r]`` from it, in W - 1 rounds.
+        """Sends ``outgoing[r]`` to each rank r and fills ``incoming[r]`` from it, one distance after another.
 
-        In round d a rank sends to rank + d and receives from rank - d. Both directions of every link are busy, and no
-        two senders meet at one receiver. Both sides skip empty messages, since the receiver knows the size. Entries of
-        the own rank are ignored.
+        At distance d a rank sends to rank + d and receives from rank - d. Both directions of every link are busy, and
+        no two senders meet at one receiver. Both sides skip empty messages, since the receiver knows the size. Entries
+        of the own rank are ignored.
         """
         sent = received = 0
         for target, source in zip(self.targets, self.sources, strict=True):

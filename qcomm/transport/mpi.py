@@ -1,6 +1,6 @@
 """Messages between the ranks of an MPI communicator.
 
-All are nonblocking point-to-point messages of bytes, in the same pairwise rounds as over gloo. MPI waits for ever or
+All are nonblocking point-to-point messages of bytes, in the same pairwise order as over gloo. MPI waits for ever or
 not at all, so :func:`poll_until` tests repeatedly, at growing intervals. MPI also has no connections that break. A rank
 that leaves sends a *farewell*, an empty message whose receive all others post at the start. No rank then waits until
 the timeout for a rank that failed. A rank may die without a farewell. The launcher notices that: mpirun ends the job.
