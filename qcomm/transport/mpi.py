@@ -5,7 +5,8 @@ not at all, so :func:`poll_until` tests repeatedly, at growing intervals. MPI al
 that leaves sends a *farewell*, an empty message whose receive all others post at the start. No rank then waits until
 the timeout for a rank that failed. A rank may die without a farewell. The launcher notices that: mpirun ends the job.
 
-A receive can be cancelled, a send cannot. The memory of a send without a receiver is kept until the process ends.
+A receive can be cancelled, a send cannot. The memory of a send without a receiver is kept until the process ends, and
+so is that of a receive whose cancellation does not end.
 """
 
 import os
@@ -32,7 +33,7 @@ LEAVE_SECONDS = 2.0
 SPIN_SECONDS = 1e-3
 LONGEST_PAUSE = 1e-3
 
-# Sends without a receiver, with their memory, which MPI may still read.
+# Messages that could be neither finished nor cancelled, with their memory: MPI may still read or write it.
 _kept: list[object] = []
 
 
