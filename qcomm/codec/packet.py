@@ -1,4 +1,4 @@
-"""Packets on the CPU: compression, decompression and inspection. docs/format.md describes the bytes."""
+"""Packets: the public functions for all devices, and the codec of the CPU. docs/format.md describes the bytes."""
 
 import math
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Collectives: every algorithm of the mean over all ranks.
 
-The package knows messages, but neither gloo, DDP nor CUDA.
+The package knows messages, and imports neither gloo nor DDP.
 """
 
 from qcomm.collectives.cost_model import (

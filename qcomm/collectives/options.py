@@ -151,7 +151,7 @@ class ReduceOptions:
         return replace(self, ranks_per_node=_resolve_ranks_per_node(self.ranks_per_node, world_size, self.strategy))
 
     def describe(self) -> dict[str, str]:
-        """Returns all options that have to be equal on all ranks, as text."""
+        """Returns the options of the mean that have to be equal on all ranks, as text."""
         return {
             "grid": self.grid.describe(),
             "mean_step": str(self.mean_step),

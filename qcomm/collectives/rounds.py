@@ -10,6 +10,9 @@ succeeded, and exchange packets::
 A step that fails on one rank keeps that rank from computing further steps. Its next handshake says so, and the error is
 raised on all ranks. A fault of the last step is announced by the first handshake of the next collective. On the failed
 rank it is raised at once.
+
+``two_phase`` has no rounds. It agrees once, then a :class:`~qcomm.communicator.Pipeline` carries its slices and owns
+their faults until :meth:`Rounds.take_over`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

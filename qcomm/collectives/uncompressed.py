@@ -1,4 +1,4 @@
-"""The mean without compression: gloo's own all-reduce, for links on which compression does not pay."""
+"""The mean without compression: the transport's own sum, for links on which compression does not pay."""
 
 import time
 from collections.abc import Sequence

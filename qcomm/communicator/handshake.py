@@ -1,10 +1,11 @@
-"""Handshake: every collective starts with one header from each rank.
+"""Handshake: one header from each rank, with which a collective starts.
 
 A header names the collective, reports the sender's fault if there is one, and announces the sizes of its packets.
 
 The header goes from every rank to every other. All ranks see the same W headers, so all take the same decision. They go
 on, or they tell each other the details and raise. A rank that failed therefore still sends its header, and no rank
-waits for a packet that will not come. :mod:`qcomm.communicator.pipeline` reports faults between slices.
+waits for a packet that will not come. :mod:`qcomm.communicator.pipeline` reports faults between slices. Steps that
+bypass the worker have no handshake, and on a device a bucket that all ranks know mostly has none.
 
 A header is eight int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of
 the packet for the receiver``, and nanoseconds of work and of waiting (:class:`Took`).

@@ -3,7 +3,8 @@
 Before its first value travels, a collective of this library costs a header to every rank and two changes of thread. On
 a slow network this is negligible. On a fast one it is a tenth of the time. Once all ranks have agreed to leave a bucket
 uncompressed, they therefore do not repeat the handshake at every step. The next BYPASSED steps of the bucket run as in
-DDP without this library. Then the ranks agree again, once.
+DDP without this library: on the program's own process group, without the worker and its transport. Then the ranks agree
+again, once.
 
 All ranks must bypass the same steps, without a message. The choice follows from the last agreement on that bucket. That
 agreement has ended on every rank before the next step begins, because DDP waits for its buckets.

@@ -21,8 +21,10 @@ __all__ = ["CompressionState", "attach", "compression_hook"]
 def compression_hook(state: CompressionState, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Averages a gradient bucket over all ranks: for ``ddp_model.register_comm_hook(state, qcomm.compression_hook)``.
 
-    It returns at once. The background thread of the process group's communicator does the work while backward computes
-    the next bucket. The mean is written into the bucket's own buffer, in its dtype, equal bit for bit on all ranks.
+    It returns at once. Usually the background thread of the process group's communicator does the work while backward
+    computes the next bucket. A bucket that bypasses it is summed by the process group's own all-reduce, and gradients
+    on a CUDA device are averaged on a stream. The mean is written into the bucket's own buffer, in its dtype, equal bit
+    for bit on all ranks.
 
     Args:
         state: a CompressionState.

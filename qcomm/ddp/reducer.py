@@ -5,9 +5,9 @@
     backward     begin a step | find the layout | queue | return a Future
     worker                                              | average over all ranks | count | complete the Future
 
-A bucket takes one of three paths. It bypasses the worker where compression does not pay for it
-(:mod:`qcomm.ddp.bypass`). It stays on its device where the codec runs there (:mod:`qcomm.ddp.cuda`). Otherwise the
-group's worker averages it.
+A bucket takes one of four paths. It bypasses the worker where compression does not pay for it
+(:mod:`qcomm.ddp.bypass`). It stays on its device where the codec runs there (:mod:`qcomm.ddp.cuda`). It is its own mean
+where ``"auto"`` averages over one rank. Otherwise the group's worker averages it.
 """
 
 import time
