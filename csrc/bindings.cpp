@@ -1,5 +1,5 @@
-// The only file that knows Python. Tensors arrive as addresses, checked by qcomm/codec/_native.py; the GIL is released
-// around every operation that walks over data.
+// The only file of the CPU's core that knows Python. Tensors arrive as addresses, checked by qcomm/codec/_native.py;
+// the GIL is released around every operation that walks over data.
 //
 // Each function turns numbers into a struct of the core, calls one operation, and turns its status into an exception
 // once the GIL is held again. Structs arrive as tuples: their fields have the order of the struct's.
