@@ -120,7 +120,7 @@ class ReduceOptions:
             ValueError: naming the option: residuals would grow from step to step.
 
         Example:
-            >>> ReduceOptions(SigmaGrid(step=4.0)).check_feedback()
+            >>> ReduceOptions(SigmaGrid(step=4.0)).check_feedback()  # doctest: +ELLIPSIS
             Traceback (most recent call last):
                 ...
             ValueError: step must be at most 3.4 with error feedback, got 4.0: from ...
