@@ -137,16 +137,16 @@ void py_dequantize(Address symbols, std::int64_t count, const QuantizerTuple& qu
 }
 
 // (values, count, residual or 0, quantizer) of each segment.
-using SegmentTuple = std::tuple<Address, std::int64_t, Address, QuantizerTuple>;
+using SegmentTuple = std::tuple<Address, std::int64_t, Address, QuantizerTuple, Address>;
 
 // The new residual replaces the old one in place.
 // All of it is borrowed: the caller's tensors must stay alive until the operation returns.
 std::vector<SegmentInput> make_segments(const std::vector<SegmentTuple>& segments, int dtype, double inv_scale) {
     std::vector<SegmentInput> inputs;
     inputs.reserve(segments.size());
-    for (const auto& [data, count, residual, quantizer] : segments) {
+    for (const auto& [data, count, residual, quantizer, sample] : segments) {
         inputs.push_back({make_values(data, dtype, count, residual, inv_scale), make_quantizer(quantizer),
-                          pointer<float>(residual)});
+                          pointer<float>(residual), pointer<double>(sample)});
     }
     return inputs;
 }
@@ -289,8 +289,10 @@ PYBIND11_MODULE(_C, m) {
     m.attr("PACKET_HEADER_BYTES") = sizeof(PacketHeader);
     m.attr("TOTAL_BYTES_AT") = offsetof(PacketHeader, total_bytes);
     m.attr("DIMENSION_BYTES") = kDimensionBytes;
-    m.attr("SEGMENT_RECORD_BYTES") = sizeof(SegmentRecord);
+    m.def("record_bytes", [](int dtype) { return record_bytes(static_cast<DType>(dtype)); });
     m.attr("CHECKSUM_BYTES") = kChecksumBytes;
+    m.attr("RUNS_BITS") = kRunsBits;
+    m.attr("SAMPLE_NUMBERS") = kSampleNumbers;
     m.attr("MAX_CODED_BITS") = kMaxCodedBits;
     m.attr("QUANTIZER_BYTES") = sizeof(Quantizer);
     // The class is Python's, so that users can catch it by its module's name; the core is told of it once.

@@ -2,7 +2,7 @@ from collections.abc import Sequence
 from typing import TypedDict
 
 _Quantizer = tuple[int, int, int, int, float, float]
-_Segment = tuple[int, int, int, _Quantizer]
+_Segment = tuple[int, int, int, _Quantizer, int]
 
 class _Front(TypedDict):
     version: int
@@ -19,11 +19,13 @@ class _Parsed(_Front):
 PACKET_HEADER_BYTES: int
 TOTAL_BYTES_AT: int
 DIMENSION_BYTES: int
-SEGMENT_RECORD_BYTES: int
 CHECKSUM_BYTES: int
 MAX_CODED_BITS: int
+RUNS_BITS: int
+SAMPLE_NUMBERS: int
 QUANTIZER_BYTES: int
 
+def record_bytes(dtype: int) -> int: ...
 def set_packet_error(error: type[Exception]) -> None: ...
 def measure(
     data: int, dtype: int, count: int, residual: int, inv_scale: float, threads: int

@@ -23,7 +23,13 @@ class EncodePlan:
 
 class DecodePlan:
     def __init__(
-        self, dtype: int, steps: int, max_segments: int, tasks: Sequence[DecodeTask], own_code_bits: int
+        self,
+        dtype: int,
+        steps: int,
+        max_segments: int,
+        tasks: Sequence[DecodeTask],
+        own_code_bits: int,
+        takes_runs: bool,
     ) -> None: ...
     def blob(self) -> bytes: ...
     def workspace_bytes(self) -> int: ...

@@ -24,7 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc/cuda"
 KERNELS = ("statistics", "sample", "histogram", "code_lengths", "encode", "layout", "payload", "residual",
-           "read_packets", "decode_tables", "decode", "account", "runs")  # fmt: skip
+           "zero_runs_place", "zero_runs_encode", "zero_runs_payload", "read_packets", "decode_tables", "decode",
+           "zero_runs_decode", "sum", "account", "runs")  # fmt: skip
 HOST = ("encode_plan", "decode_plan")
 ARCHITECTURES = (75, 80, 90)
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc/include'}"]
@@ -56,7 +57,8 @@ def kernel_name(mangled: str) -> str:
     """``encode_blocks<float32, adjusted>`` of a kernel's mangled name."""
     found = re.search(r"\d(measure_tensors|sample_tensors|count_segments|make_codes|encode_blocks|layout_packets|"
                       r"write_payload|update_range_residuals|read_packets|check_pieces|make_decode_tables|"
-                      r"decode_packets|sum_packets|count_encoding|copy_runs|add_runs)(.*)",
+                      r"decode_packets|sum_packets|count_encoding|copy_runs|add_runs|place_runs|"
+                      r"encode_run_blocks|write_run_blocks|decode_run_blocks)(.*)",
                       mangled)  # fmt: skip
     if found is None:
         return mangled
@@ -145,8 +147,11 @@ INSTANCES = {
     "payload": _instances("write_payload", "EncodeTables", (", false", ", true")),
     "residual": _instances("update_range_residuals", "EncodeTables", (", false", ", true")),
     "read_packets": _instances("read_packets", "DecodeTables", ("",)),
-    "decode": _instances("decode_packets", "DecodeTables, int", ("",))
-    + _instances("sum_packets", "DecodeTables, int, bool", ("",)),
+    "decode": _instances("decode_packets", "DecodeTables, int", ("",)),
+    "sum": _instances("sum_packets", "DecodeTables, int, bool", (", false", ", true")),
+    "zero_runs_encode": _instances("encode_run_blocks", "EncodeTables", ("",)),
+    "zero_runs_payload": _instances("write_run_blocks", "EncodeTables", ("",)),
+    "zero_runs_decode": _instances("decode_run_blocks", "DecodeTables, int", ("",)),
     "runs": _instances("copy_runs", "const RunTask*, int, double, const double*, const unsigned*", ("",))
     + _instances("add_runs", "const RunTask*, int, const Quantizer*, const std::uint8_t*, const double*, bool", ("",)),
 }

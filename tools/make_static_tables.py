@@ -16,6 +16,9 @@ for a model of gradients relative to their RMS:
   common scale is log-normal (sigma 0.3). Neighbours in a convolution's kernel see nearly the same inputs: in a
   ResNet-20 on Fashion-MNIST their correlation is 0.3 to 0.8, so that a pair code beats the entropy of single values.
 
+- zero runs: values that are not zero with probability p, each independent of the others, as where a coarse step leaves
+  few of them. Of those that are not zero, 97 % are levels -1 and 1, 2.8 % are -2 and 2, the rest -3 and 3.
+
 Every symbol gets a floor of 2^-16 of the probability, an escape 2^-11: no symbol is without a code, and none is dear.
 """
 
@@ -34,6 +37,20 @@ CORRELATION = 0.4
 SCALE_SIGMA = 0.3
 CORRELATED_PART = 0.75
 WEIGHT_UNIT = 2.0**40
+# Classes of zero runs, (shortest run, extra bits): single runs to 7, then four classes an octave, at most 5 extra bits.
+RUN_CLASSES = [
+    *((run, 0) for run in range(8)),
+    *(
+        (base + i * (1 << extra), extra)
+        for base, extra in ((8, 1), (16, 2), (32, 3), (64, 4), (128, 5))
+        for i in range(4)
+    ),
+    *((256 + 32 * i, 5) for i in range(8)),
+]
+RUN_LIMIT = 11
+SKIP = 512  # zeros of the token that has no value
+RUN_LEVELS = {1: 0.97, 2: 0.028, 3: 0.002}  # probability of -level or level
+RUN_TABLES = 12
 
 
 def num_bits(k: float) -> int:
@@ -119,9 +136,18 @@ def package_merge(weights: list[int], limit: int) -> list[int]:
     return lengths
 
 
-def lengths_of(probabilities: list[float]) -> str:
+def run_probabilities(p: float) -> list[float]:
+    """Of the tokens of zero runs, where a share ``p`` of the values is not zero: class * 6 + value, then the skip."""
+    tokens = []
+    for shortest, extra in RUN_CLASSES:
+        share = (1 - p) ** shortest - (1 - p) ** (shortest + (1 << extra))
+        tokens += [share * RUN_LEVELS[abs(level)] / 2 for level in (-3, -2, -1, 1, 2, 3)]
+    return [*tokens, (1 - p) ** SKIP]
+
+
+def lengths_of(probabilities: list[float], limit: int = LIMIT) -> str:
     weights = [round(max(p, SYMBOL_FLOOR) * WEIGHT_UNIT) for p in probabilities]
-    return "".join(f"{n:x}" for n in package_merge(weights, LIMIT))
+    return "".join(f"{n:x}" for n in package_merge(weights, limit))
 
 
 def make_tables() -> list[tuple[int, int, bool, float, str]]:
@@ -134,6 +160,16 @@ def make_tables() -> list[tuple[int, int, bool, float, str]]:
         k = 2.0 ** (j / 4)
         tables.append((j + 65, 4, True, k, lengths_of(pair_probabilities(k))))
     return tables
+
+
+def make_run_tables() -> list[str]:
+    """One hexadecimal digit a token; table t is for a share of 2^(-(t + 3) / 2)."""
+    return [lengths_of(run_probabilities(2.0 ** (-(t + 3) / 2)), RUN_LIMIT) for t in range(RUN_TABLES)]
+
+
+def make_run_bounds() -> list[int]:
+    """Table t + 1 is nearer than t where the share is below 2^(-(2 t + 7) / 4): in units of 2^-32."""
+    return [math.floor(2.0 ** (32 - (2 * t + 7) / 4)) for t in range(RUN_TABLES - 1)]
 
 
 def cpp_header(tables: list[tuple[int, int, bool, float, str]]) -> str:
@@ -162,7 +198,23 @@ def cpp_header(tables: list[tuple[int, int, bool, float, str]]) -> str:
         lines.append(f"    {{{number}, {bits}, {'true' if pair else 'false'}, {step:.9g}F,")
         lines.extend(f"     {chunk}" for chunk in chunks)
         lines[-1] += "},"
-    lines += ["};", "// clang-format on", "", "}  // namespace qcomm", ""]
+    lines += [
+        "};",
+        "",
+        "// Codes of zero runs, one digit a token: of table t 2^(-(t + 3) / 2) of the values are not zero.",
+        f"inline constexpr const char* kRunTables[{RUN_TABLES}] = {{",
+    ]
+    for lengths in make_run_tables():
+        lines.extend(f'    "{lengths[i : i + 100]}"' for i in range(0, len(lengths), 100))
+        lines[-1] += ","
+    bounds = ", ".join(f"{bound}u" for bound in make_run_bounds())
+    lines += [
+        "};",
+        "// Table t + 1 is the nearer one where the share, in units of 2^-32, is below bound t.",
+        f"inline constexpr std::uint32_t kRunTableBounds[{RUN_TABLES - 1}] = {{",
+        f"    {bounds}}};",
+    ]
+    lines += ["// clang-format on", "", "}  // namespace qcomm", ""]
     return "\n".join(lines).replace(" 1F,", " 1.0F,").replace(" 2F,", " 2.0F,").replace(" 4F,", " 4.0F,")
 
 
@@ -181,7 +233,18 @@ def python_module(tables: list[tuple[int, int, bool, float, str]]) -> str:
         lines.extend(f"        {chunk}" for chunk in chunks)
         lines[-1] += ","
         lines.append("    ),")
-    return "\n".join([*lines, "}", ""])
+    lines += [
+        "}",
+        "",
+        "# one hexadecimal digit a token of zero runs",
+        "RUN_TABLES: tuple[str, ...] = (",
+    ]
+    for lengths in make_run_tables():
+        chunks = [f'"{lengths[i : i + 100]}"' for i in range(0, len(lengths), 100)]
+        lines += [f"    {chunk}" for chunk in chunks]
+        lines[-1] += ","
+    lines += [")", "RUN_TABLE_BOUNDS = (", *(f"    {bound}," for bound in make_run_bounds()), ")"]
+    return "\n".join([*lines, ""])
 
 
 def student_t3_cdf(x: float) -> float:

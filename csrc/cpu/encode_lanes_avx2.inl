@@ -10,12 +10,12 @@
 //   h + l < 16:   low = filled                 `rest` is 0
 //   h + l >= 16:  write high; high = filled; low = rest
 //
-// For h = 0 p would be 2^16, which is no word: power16() gives 0, and `none` puts c into `filled` instead. The lane
-// cannot be full then, since a codeword has at most 15 bits.
+// For h = 0 p would be 2^16, which is no word: power16() gives 0, and `none` puts c into `filled` instead. The lane is
+// full then only if l is 16, and c all of the next word.
 
 constexpr int kHalf = kLanes / 2;  // lanes in a register
 
-// 2^(16 - s) for 0 < s < 16; 0 for s = 0.
+// 2^(16 - s) for 0 < s <= 16; 0 for s = 0.
 QCOMM_INLINE __m256i power16(__m256i s) {
     const __m256i powers = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, static_cast<char>(0x80), 0x40, 0x20, 0x10, 8, 4, 2, 1, 0, 0, 0, 0, 0, 0, 0));
@@ -29,6 +29,14 @@ struct Codewords {
     __m256i code, length;  // of 16 lanes; a code's first bit is the highest of 16
 };
 
+// Entries of 4 symbols, and of those 8 further on, in each register: in the order that packing undoes.
+QCOMM_INLINE Codewords packed_codewords(__m256i a, __m256i b) {
+    const __m256i low = _mm256_set1_epi32(0xFFFF);
+    const __m256i code = _mm256_packus_epi32(_mm256_and_si256(a, low), _mm256_and_si256(b, low));
+    const __m256i length = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
+    return {_mm256_mullo_epi16(code, power16(length)), length};
+}
+
 // The code of any alphabet, in memory. Loads of their own take half as long as the gather instructions of many
 // processors.
 class LoadedCode {
@@ -37,14 +45,10 @@ public:
     QCOMM_INLINE Codewords operator[](__m256i index) const {
         alignas(32) std::uint16_t at[kHalf];
         store256(at, index);
-        const __m256i low = _mm256_set1_epi32(0xFFFF), a = load8(at), b = load8(at + 4);
-        const __m256i code = _mm256_packus_epi32(_mm256_and_si256(a, low), _mm256_and_si256(b, low));
-        const __m256i length = _mm256_packus_epi32(_mm256_srli_epi32(a, 16), _mm256_srli_epi32(b, 16));
-        return {_mm256_mullo_epi16(code, power16(length)), length};
+        return packed_codewords(load8(at), load8(at + 4));
     }
 
 private:
-    // Entries of 4 symbols, and of those 8 further on: in the order that packing undoes.
     QCOMM_INLINE __m256i load8(const std::uint16_t* at) const {
         return _mm256_setr_epi32(entry(at[0]), entry(at[1]), entry(at[2]), entry(at[3]), entry(at[8]), entry(at[9]),
                                  entry(at[10]), entry(at[11]));
@@ -118,6 +122,72 @@ QCOMM_INLINE std::uint16_t* put_words(__m128i of, unsigned mask, std::uint16_t* 
     return words - __builtin_popcount(mask);
 }
 
+// All lanes as words, from the first word on.
+class WordLanes {
+public:
+    // From a number of c bits to two words: the highest 16 bits, and the others on top of the second word. The first
+    // word raises all lanes to 16 bits; here they are, whether the scalar path has done so or not.
+    explicit WordLanes(const EncodeLanes& lanes) {
+        alignas(32) std::uint16_t high_of[kLanes], low_of[kLanes], held_of[kLanes];
+        for (int j = 0; j < kLanes; ++j) {
+            const std::uint32_t c = lanes.count[j] < kWordBits ? kWordBits : lanes.count[j];
+            high_of[j] = static_cast<std::uint16_t>(lanes.bits[j] >> (c - kWordBits));
+            low_of[j] = static_cast<std::uint16_t>(lanes.bits[j] << (2 * kWordBits - c));
+            held_of[j] = static_cast<std::uint16_t>(c - kWordBits);
+        }
+        for (int h = 0; h < 2; ++h) {
+            high_[h] = load256(high_of + h * kHalf);
+            low_[h] = load256(low_of + h * kHalf);
+            held_[h] = load256(held_of + h * kHalf);
+        }
+    }
+
+    // And back, for the start windows.
+    void store(EncodeLanes& lanes) const {
+        alignas(32) std::uint16_t high_of[kLanes], low_of[kLanes], held_of[kLanes];
+        for (int h = 0; h < 2; ++h) {
+            store256(high_of + h * kHalf, high_[h]);
+            store256(low_of + h * kHalf, low_[h]);
+            store256(held_of + h * kHalf, held_[h]);
+        }
+        for (int j = 0; j < kLanes; ++j) {
+            lanes.count[j] = kWordBits + held_of[j];
+            const std::uint32_t both = static_cast<std::uint32_t>(high_of[j]) << kWordBits | low_of[j];
+            lanes.bits[j] = both >> (kWordBits - held_of[j]);
+        }
+    }
+
+    // Pushes a step's codewords: of lanes 0 to 15, and of the others. Writes words below `words`; returns the place of
+    // the last one. A codeword of no bits changes nothing.
+    QCOMM_INLINE std::uint16_t* push(const Codewords& first, const Codewords& second, std::uint16_t* words) {
+        const __m256i last = _mm256_set1_epi16(kWordBits - 1);
+        __m256i written[2], full[2];
+        for (int h = 0; h < 2; ++h) {
+            const Codewords& next = h == 0 ? first : second;
+            const __m256i power = power16(held_[h]), sum = _mm256_add_epi16(held_[h], next.length);
+            const __m256i empty = _mm256_cmpeq_epi16(held_[h], _mm256_setzero_si256());
+            const __m256i none = _mm256_and_si256(empty, next.code);
+            const __m256i filled =
+                _mm256_or_si256(_mm256_or_si256(low_[h], none), _mm256_mulhi_epu16(next.code, power));
+            full[h] = _mm256_cmpgt_epi16(sum, last);
+            written[h] = high_[h];
+            high_[h] = _mm256_blendv_epi8(high_[h], filled, full[h]);
+            low_[h] = _mm256_blendv_epi8(filled, _mm256_mullo_epi16(next.code, power), full[h]);
+            held_[h] = _mm256_and_si256(sum, last);
+        }
+        // Higher lanes write first. Packing interleaves halves, so the mask's bytes are of lanes 0-7, 16-23, 8-15,
+        // 24-31.
+        const auto masks = static_cast<unsigned>(_mm256_movemask_epi8(_mm256_packs_epi16(full[0], full[1])));
+        words = put_words(_mm256_extracti128_si256(written[1], 1), masks >> 24, words);
+        words = put_words(_mm256_castsi256_si128(written[1]), masks >> 8 & 0xFFu, words);
+        words = put_words(_mm256_extracti128_si256(written[0], 1), masks >> 16 & 0xFFu, words);
+        return put_words(_mm256_castsi256_si128(written[0]), masks & 0xFFu, words);
+    }
+
+private:
+    __m256i high_[2], low_[2], held_[2];
+};
+
 // Pushes whole steps as long as no lane is full. Returns the step that fills one, or -1. At most 31 come here, since a
 // codeword has a bit or more, so they are pushed lane by lane. The vector loop needs lanes of 16 bits or more.
 template <bool kPairs, class Code>
@@ -164,59 +234,20 @@ int encode(const std::uint16_t* symbols, int n, const EncodeTable& table, const 
     const Code code(table);
     if (!lanes.started) step = push_before_start<kPairs>(lanes, symbols, code, ahead, step);
     if (step < 0) return finish_lanes(lanes, start, words_end);
-    // From a number of c bits to two words: the highest 16 bits, and the others on top of the second word. The first
-    // word raises all lanes to 16 bits; here they are, whether the scalar path has done so or not.
-    alignas(32) std::uint16_t high_of[kLanes], low_of[kLanes], held_of[kLanes];
-    for (int j = 0; j < kLanes; ++j) {
-        const std::uint32_t c = lanes.count[j] < kWordBits ? kWordBits : lanes.count[j];
-        high_of[j] = static_cast<std::uint16_t>(lanes.bits[j] >> (c - kWordBits));
-        low_of[j] = static_cast<std::uint16_t>(lanes.bits[j] << (2 * kWordBits - c));
-        held_of[j] = static_cast<std::uint16_t>(c - kWordBits);
-    }
-    const __m256i zero = _mm256_setzero_si256(), last = _mm256_set1_epi16(kWordBits - 1);
-    __m256i high[2], low[2], held[2], shortest = last;
-    for (int h = 0; h < 2; ++h) {
-        high[h] = load256(high_of + h * kHalf);
-        low[h] = load256(low_of + h * kHalf);
-        held[h] = load256(held_of + h * kHalf);
-    }
+    WordLanes pushed(lanes);
+    __m256i shortest = _mm256_set1_epi16(kWordBits);
     std::uint16_t* words = lanes.words;
     for (; step >= 0; --step) {
         fetch(ahead, step, kLanes * (kPairs ? 2 : 1));
-        __m256i written[2], full[2];
-        for (int h = 0; h < 2; ++h) {
-            const Codewords next =
-                code[alphabet_index<kPairs>(symbols + (step * kLanes + h * kHalf) * (kPairs ? 2 : 1))];
-            shortest = _mm256_min_epu16(shortest, next.length);
-            const __m256i power = power16(held[h]), sum = _mm256_add_epi16(held[h], next.length);
-            const __m256i none = _mm256_and_si256(_mm256_cmpeq_epi16(held[h], zero), next.code);
-            const __m256i filled = _mm256_or_si256(_mm256_or_si256(low[h], none), _mm256_mulhi_epu16(next.code, power));
-            full[h] = _mm256_cmpgt_epi16(sum, last);
-            written[h] = high[h];
-            high[h] = _mm256_blendv_epi8(high[h], filled, full[h]);
-            low[h] = _mm256_blendv_epi8(filled, _mm256_mullo_epi16(next.code, power), full[h]);
-            held[h] = _mm256_and_si256(sum, last);
-        }
-        // Higher lanes write first. Packing interleaves halves, so the mask's bytes are of lanes 0-7, 16-23, 8-15,
-        // 24-31.
-        const auto masks = static_cast<unsigned>(_mm256_movemask_epi8(_mm256_packs_epi16(full[0], full[1])));
-        words = put_words(_mm256_extracti128_si256(written[1], 1), masks >> 24, words);
-        words = put_words(_mm256_castsi256_si128(written[1]), masks >> 8 & 0xFFu, words);
-        words = put_words(_mm256_extracti128_si256(written[0], 1), masks >> 16 & 0xFFu, words);
-        words = put_words(_mm256_castsi256_si128(written[0]), masks & 0xFFu, words);
+        const std::uint16_t* const at = symbols + step * kLanes * (kPairs ? 2 : 1);
+        const Codewords first = code[alphabet_index<kPairs>(at)];
+        const Codewords second = code[alphabet_index<kPairs>(at + kHalf * (kPairs ? 2 : 1))];
+        shortest = _mm256_min_epu16(shortest, _mm256_min_epu16(first.length, second.length));
+        words = pushed.push(first, second, words);
     }
-    // And back, for the start windows.
-    for (int h = 0; h < 2; ++h) {
-        store256(high_of + h * kHalf, high[h]);
-        store256(low_of + h * kHalf, low[h]);
-        store256(held_of + h * kHalf, held[h]);
-    }
-    for (int j = 0; j < kLanes; ++j) {
-        lanes.count[j] = kWordBits + held_of[j];
-        lanes.bits[j] = (static_cast<std::uint32_t>(high_of[j]) << kWordBits | low_of[j]) >> (kWordBits - held_of[j]);
-    }
+    pushed.store(lanes);
     lanes.words = words;
-    lanes.missing |= _mm256_movemask_epi8(_mm256_cmpeq_epi16(shortest, zero)) != 0;
+    lanes.missing |= _mm256_movemask_epi8(_mm256_cmpeq_epi16(shortest, _mm256_setzero_si256())) != 0;
     return finish_lanes(lanes, start, words_end);
 }
 

@@ -11,6 +11,7 @@
 #include "qcomm/huffman.h"
 #include "qcomm/quantize.h"
 #include "qcomm/values.h"
+#include "qcomm/zero_runs.h"
 
 // In front of a loop whose iterations touch no memory of each other: it need not be checked for overlaps.
 #if defined(__clang__)
@@ -51,6 +52,37 @@ struct LaneDecoding {
     DType dtype;
     bool accumulate;  // values are added to what is there
 };
+
+// A coded run block to decode, or its levels after that.
+struct RunBlock {
+    const std::uint8_t* start;  // 32 u32, unaligned
+    const std::uint8_t* words;  // word_count u16, unaligned
+    std::int64_t word_count;
+    int tokens, values;
+    const RunCode* code;
+    std::uint16_t* positions;  // out, ascending: of the levels that are not 0; room for kRunSlack more than `tokens`
+    std::int8_t* levels;       // out
+    int count;                 // out
+    bool whole;                // out: the bits end where the tokens do, the last of which has a level, in the block
+};
+// The squares of a sample, one row of 32 values of each kSampledRows, in lanes of float64, which are then folded.
+struct RunSample {
+    double values, residuals;  // scaled values, and new residuals
+    double count;
+};
+constexpr int kSampledRows = 8;
+
+// The results of find_levels.
+struct LevelsOut {
+    float* residual;  // new ones; may be values.residual + begin
+    float* old;       // copies of the old ones, for a block that cannot be coded
+    std::uint16_t* positions;
+    std::int8_t* levels;
+    int count;    // of positions and levels
+    bool finite;  // all new residuals are
+    RunSample sample;
+};
+constexpr int kRunSlack = 64;  // elements behind positions and levels that a vector store may overwrite
 
 // The memory to be read next, prefetched while it is idle: `bytes` a symbol from `first` (values, or symbols that are
 // known; null: nothing), and where there is a residual 4 from that, too.
@@ -97,6 +129,16 @@ struct Kernels {
                         std::uint32_t* start, std::uint16_t* words_end);
     // Decodes one or two blocks. Two at a time keep a vector unit busy while lookups are under way.
     void (*decode_lanes)(CodedBlock* blocks, int count, const LaneDecoding& how);
+
+    // Finds the levels that are not 0 of values [begin, begin + n), the first of which is value `base` of its run
+    // block.
+    void (*find_levels)(const Values& values, std::int64_t begin, int n, const Quantizer& quantizer, int base,
+                        LevelsOut* out);
+    // Codes the `count` >= 1 levels of a run block, as encode_lanes does codewords; *tokens receives their number.
+    // `scratch` has room for kMaxRunBlockTokens + kRunSlack.
+    int (*encode_runs)(const std::uint16_t* positions, const std::int8_t* levels, int count, const RunCode& code,
+                       std::uint32_t* scratch, int* tokens, std::uint32_t* start, std::uint16_t* words_end);
+    void (*decode_runs)(RunBlock& block);
 
     std::uint32_t (*checksum)(const std::uint8_t* data, std::int64_t bytes);
 

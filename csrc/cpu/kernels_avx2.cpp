@@ -14,19 +14,22 @@ namespace {
 
 #include "kernels_lanes.inl"
 #include "kernels_loops.inl"
+#include "kernels_runs.inl"
 
 constexpr int kWidth = 8;  // lanes in a register
 constexpr int kGroups = kLanes / kWidth;
 
-// For each mask of 8 lanes, a permutation of the lanes in 8 bytes: 2 KiB, where 32 bits an index would be 8 KiB.
+// For each mask of 8 lanes, permutations of the lanes in 8 bytes: 2 KiB, where 32 bits an index would be 8 KiB.
 struct Permutations {
-    std::uint64_t expand[256];  // lane j of the mask takes element number popcount(mask below j)
+    std::uint64_t expand[256];    // lane j of the mask takes element number popcount(mask below j)
+    std::uint64_t compress[256];  // lane number popcount(mask below j) takes element j of the mask
 
-    constexpr Permutations() : expand() {
+    constexpr Permutations() : expand(), compress() {
         for (int mask = 0; mask < 256; ++mask) {
             int rank = 0;
             for (int j = 0; j < kWidth; ++j) {
                 if ((mask >> j & 1) == 0) continue;
+                compress[mask] |= static_cast<std::uint64_t>(j) << (8 * rank);
                 expand[mask] |= static_cast<std::uint64_t>(rank++) << (8 * j);
             }
         }
@@ -61,6 +64,7 @@ QCOMM_INLINE __m128i narrow16(__m256i lanes) {
 }
 
 #include "encode_lanes_avx2.inl"
+#include "runs_avx2.inl"
 
 // The symbols of 8 codewords.
 template <bool kPairs>
@@ -145,6 +149,9 @@ const Kernels kAvx2Kernels = {
     avx2::dequantize,
     avx2::encode_lanes,
     avx2::decode_lanes,
+    avx2::find_levels,
+    avx2::encode_runs,
+    avx2::decode_runs,
     avx2::checksum,
     avx2::divide_to_bfloat,
 };

@@ -15,6 +15,7 @@ namespace {
 
 #include "kernels_lanes.inl"
 #include "kernels_loops.inl"
+#include "kernels_runs.inl"
 
 #include "registers_avx512.inl"
 
@@ -23,6 +24,8 @@ namespace {
 #include "values_avx512.inl"
 
 #include "decode_lanes_avx512.inl"
+
+#include "runs_avx512.inl"
 
 }  // namespace
 }  // namespace avx512
@@ -39,6 +42,9 @@ const Kernels kAvx512Kernels = {
     avx512::dequantize,
     avx512::encode_lanes,
     avx512::decode_lanes,
+    avx512::find_levels,
+    avx512::encode_runs,
+    avx512::decode_runs,
     avx512::checksum,
     avx512::divide_to_bfloat,
 };

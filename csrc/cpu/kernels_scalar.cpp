@@ -11,6 +11,17 @@ namespace {
 
 #include "kernels_lanes.inl"
 #include "kernels_loops.inl"
+#include "kernels_runs.inl"
+
+void find_levels(const Values& values, std::int64_t begin, int n, const Quantizer& quantizer, int base,
+                 LevelsOut* out) {
+    find_levels_scalar(values, begin, n, quantizer, base, out);
+}
+int encode_runs(const std::uint16_t* positions, const std::int8_t* levels, int count, const RunCode& code,
+                std::uint32_t* scratch, int* tokens, std::uint32_t* start, std::uint16_t* words_end) {
+    return encode_runs_scalar(positions, levels, count, code, scratch, tokens, start, words_end);
+}
+void decode_runs(RunBlock& block) { decode_runs_scalar(block); }
 
 int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const EncodeTable& table, const Ahead&,
                  std::uint32_t* start, std::uint16_t* words_end) {
@@ -53,6 +64,9 @@ const Kernels kScalarKernels = {
     scalar::dequantize,
     scalar::encode_lanes,
     scalar::decode_lanes,
+    scalar::find_levels,
+    scalar::encode_runs,
+    scalar::decode_runs,
     scalar::checksum,
     scalar::divide_to_bfloat,
 };

@@ -1,11 +1,14 @@
 // Packets, reading the values. A SegmentDecoder reads a segment and hands its contents to a sink, of which there are
 // two: values are stored or added, symbols are counted. Segments follow each other in the payload, so they are read in
 // order; each one's blocks are shared by threads.
+#include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "packet_parts.h"
 #include "qcomm/packet.h"
 #include "qcomm/parallel.h"
+#include "run_decoder.h"
 #include "segment_decoder.h"
 
 namespace qcomm {
@@ -59,16 +62,80 @@ private:
     std::uint64_t* counts_;
 };
 
+// Values of coding runs: nearly all are 0, which storing writes in one go and adding leaves as they are.
+template <class Tr, bool kAdds>
+class RunSink {
+public:
+    using Storage = typename Tr::Storage;
+
+    // Adds a part, whose values begin at `out`.
+    void add(Storage* out, double step) {
+        Part part{out, {}};
+        const RunQuantizer<typename Tr::Arithmetic> grid(step);
+        for (int level = -kMaxLevel; level <= kMaxLevel; ++level)
+            part.values[level + kMaxLevel] = Tr::narrow(grid.decode(level));
+        parts_.push_back(part);
+    }
+    void put(std::size_t number, std::int64_t begin, std::int64_t n, const std::uint16_t* positions,
+             const std::int8_t* levels, int count, int base) const {
+        const Part& part = parts_[number];
+        Storage* const out = part.out + begin;
+        if (!kAdds) std::memset(static_cast<void*>(out), 0, sizeof(Storage) * static_cast<std::size_t>(n));
+        // A level's line of memory comes from far away, so it is asked for some levels ahead.
+        constexpr int kAhead = 96;
+        for (int i = 0; i < count; ++i) {
+            if (kAdds && i + kAhead < count) __builtin_prefetch(out + (positions[i + kAhead] - base), 1);
+            Storage& at = out[positions[i] - base];
+            const Storage value = part.values[levels[i] + kMaxLevel];
+            at = kAdds ? Tr::narrow(Tr::widen(at) + Tr::widen(value)) : value;
+        }
+    }
+    void put_nan(std::size_t number, std::int64_t begin, std::int64_t n) const {
+        using T = typename Tr::Arithmetic;
+        std::fill_n(parts_[number].out + begin, n, Tr::narrow(std::numeric_limits<T>::quiet_NaN()));
+    }
+
+private:
+    struct Part {
+        Storage* out;
+        Storage values[2 * kMaxLevel + 1];
+    };
+    std::vector<Part> parts_;
+};
+
+// Counts the levels + 3 of one part. It is used by one thread only.
+class RunCountSink {
+public:
+    RunCountSink(std::size_t part, std::uint64_t* counts) : part_(part), counts_(counts) {}
+
+    void put_nan(std::size_t, std::int64_t, std::int64_t) const {}  // NaN has no symbol
+    void put(std::size_t part, std::int64_t, std::int64_t n, const std::uint16_t*, const std::int8_t* levels, int count,
+             int) const {
+        if (part != part_) return;
+        counts_[kMaxLevel] += static_cast<std::uint64_t>(n - count);
+        for (int i = 0; i < count; ++i) ++counts_[levels[i] + kMaxLevel];
+    }
+
+private:
+    std::size_t part_;
+    std::uint64_t* counts_;
+};
+
 // `out` moves on with the segments: their values lie one behind the other.
 template <class Tr, bool kAdds>
 Status decode_segments(const PacketView& view, typename Tr::Storage* out, int threads) {
     SegmentPlace place;
+    RunSink<Tr, kAdds> runs;
+    std::vector<std::int64_t> run_counts;
     for (std::size_t i = 0; i < view.records.size(); ++i) {
         const SegmentRecord& r = view.records[i];
         const auto count = static_cast<std::int64_t>(r.count);
         const ValueSink<Tr, kAdds> sink(out);
-        // A constant has neither payload nor checksum, so `place` stays.
-        if (r.coding == Coding::kConstant) {
+        // Neither these nor a constant have a payload of their own, so `place` stays.
+        if (r.coding == Coding::kRuns) {
+            runs.add(out, r.p1);
+            run_counts.push_back(count);
+        } else if (r.coding == Coding::kConstant) {
             const typename Tr::Storage value = Tr::narrow(static_cast<typename Tr::Arithmetic>(r.p0));
             parallel_for_values(count, threads, [&](std::int64_t begin, std::int64_t end) {
                 for (std::int64_t j = begin; j < end; ++j) sink.put(j, value);
@@ -79,7 +146,7 @@ Status decode_segments(const PacketView& view, typename Tr::Storage* out, int th
         }
         out += count;
     }
-    return {};
+    return RunDecoder<RunSink<Tr, kAdds>>(view, run_counts, place, threads, runs).run();
 }
 
 }  // namespace
@@ -99,14 +166,24 @@ Status decode_packet(const PacketView& view, void* out, bool accumulate, int thr
 Status count_symbols(const PacketView& view, std::size_t index, std::uint64_t* counts) {
     // The segments before this one are passed over by their metadata alone.
     SegmentPlace place;
+    const bool counts_runs = view.records[index].coding == Coding::kRuns;
+    const std::size_t passed = counts_runs ? view.records.size() : index;
+    std::size_t part = 0;  // of the run blocks
+    std::vector<std::int64_t> run_counts;
     // parse_packet() has checked that block ends ascend and stay in the payload, so they may be relied on.
-    for (std::size_t i = 0; i < index; ++i) {
+    for (std::size_t i = 0; i < passed; ++i) {
         const SegmentRecord& r = view.records[i];
+        if (i == index) part = run_counts.size();
+        if (r.coding == Coding::kRuns) run_counts.push_back(static_cast<std::int64_t>(r.count));
         const std::int64_t blocks = blocks_in(r, view.header.steps);
         place.block += blocks;
         place.checksum += checksums_in(r, view.header.steps);
         place.at = blocks > 0 ? 4 * static_cast<std::int64_t>(load_u32(view.block_ends + 4 * (place.block - 1)))
                               : place.at + plain_bytes(r, view.header.dtype);
+    }
+    if (counts_runs) {
+        const RunCountSink sink(part, counts);
+        return RunDecoder<RunCountSink>(view, run_counts, place, 1, sink).run();
     }
     return dispatch(view.header.dtype, [&](auto traits) {
         // One thread, since threads would add to the same counters.

@@ -23,9 +23,20 @@ std::int64_t max_payload_bytes(std::int64_t count, const Quantizer& q, DType dty
             return align4(packed_bytes(count, q.num_bits));
         case Coding::kRaw:
             return align4(count * item_bytes(dtype));
+        case Coding::kRuns:
+            return 0;  // in the run blocks
         default:
             return max_block_bytes(count, blocks_in(record, steps), dtype);  // every block may fall back to raw
     }
+}
+
+// Returns the number of values of coding runs.
+std::int64_t sum_run_values(const std::vector<SegmentInput>& segments) {
+    std::int64_t total = 0;
+    for (const SegmentInput& segment : segments) {
+        if (segment.quantizer.coding == Coding::kRuns) total += segment.values.count;
+    }
+    return total;
 }
 
 // Returns the most bytes of a packet's metadata, if its lists of code lengths have `lengths_bytes`.
@@ -35,10 +46,10 @@ std::int64_t metadata_bytes(const std::vector<SegmentInput>& segments, const Enc
     for (const SegmentInput& segment : segments) {
         const SegmentRecord record = make_record(segment.values.count, segment.quantizer);
         // A segment that falls back to raw or fixed has no more: it has one checksum, as many as one block.
-        total += static_cast<std::int64_t>(sizeof(SegmentRecord)) + 4 * blocks_in(record, options.steps) +
+        total += record_bytes(options.dtype) + 4 * blocks_in(record, options.steps) +
                  4 * checksums_in(record, options.steps);
     }
-    return total;
+    return total + 8 * run_blocks(sum_run_values(segments), options.steps);
 }
 
 // Returns the most bytes that all lists of code lengths can have.
@@ -50,11 +61,17 @@ std::int64_t sum_max_lengths(const std::vector<SegmentInput>& segments) {
 
 // Finds everything that could go wrong with a segment, so that encoding it cannot fail.
 Status check_segment(const SegmentInput& segment, DType dtype, std::int64_t index) {
-    if (segment.values.dtype != dtype) return bad_argument("a segment's dtype differs from the packet's", index);
+    if (segment.values.dtype != dtype)
+        return bad_argument("a segment's dtype differs from the packet's; segment", index);
     if (segment.values.is_adjusted() && item_bytes(dtype) < 4) {
-        return bad_argument("a residual or a scale needs float32 or float64 values: 16 bits cannot carry them exactly",
-                            index);
+        return bad_argument(
+            "a residual or a scale needs float32 or float64 values: 16 bits cannot carry them exactly; segment", index);
     }
+    if (static_cast<std::uint64_t>(segment.values.count) > kMaxSegmentValues)
+        return bad_argument("a segment must have fewer than 2^40 values; segment", index);
+    if (segment.quantizer.coding == Coding::kRuns && segment.values.count > 0 && segment.residual_out == nullptr)
+        return bad_argument("coding runs needs a residual, which keeps what levels beyond 3 would lose; segment",
+                            index);
     const QuantizerFault fault = check(segment.quantizer, dtype);
     return fault == QuantizerFault::kNone ? Status{} : bad_argument(refusal_of(fault), index);
 }
@@ -85,7 +102,12 @@ void write_metadata(const SegmentEncoder& encoder, const EncodeOptions& options,
     };
     put(&header, sizeof(header));
     put(options.dims.data(), 8 * options.dims.size());
-    put(encoder.records.data(), sizeof(SegmentRecord) * encoder.records.size());
+    dispatch(options.dtype, [&](auto traits) {
+        for (const SegmentRecord& record : encoder.records) {
+            const auto wire = WireRecord<typename decltype(traits)::Arithmetic>::of(record);
+            put(&wire, sizeof(wire));
+        }
+    });
     put(encoder.lengths.data(), encoder.lengths.size());
     put(encoder.block_ends.data(), 4 * encoder.block_ends.size());
     if (options.checksums) put(encoder.checksums.data(), 4 * encoder.checksums.size());
@@ -100,7 +122,8 @@ std::int64_t encode_bound(const std::vector<SegmentInput>& segments, const Encod
     for (const SegmentInput& segment : segments) {
         total += max_payload_bytes(segment.values.count, segment.quantizer, options.dtype, options.steps);
     }
-    return total;
+    const std::int64_t values = sum_run_values(segments);
+    return total + align4(max_run_block_bytes(values, run_blocks(values, options.steps)));
 }
 
 Status encode_packet(const std::vector<SegmentInput>& segments, const EncodeOptions& options, std::uint8_t* out,
@@ -129,10 +152,11 @@ Status encode_packet(const std::vector<SegmentInput>& segments, const EncodeOpti
     for (const SegmentInput& segment : segments) {
         dispatch(options.dtype, [&](auto traits) { encoder.encode(traits, segment); });
     }
-    const auto metadata = static_cast<std::int64_t>(sizeof(PacketHeader) + 8 * options.dims.size() +
-                                                    sizeof(SegmentRecord) * segments.size() + encoder.lengths.size() +
-                                                    4 * encoder.block_ends.size() +
-                                                    (options.checksums ? 4 * encoder.checksums.size() : 0));
+    encoder.finish();
+    const std::int64_t metadata = record_bytes(options.dtype) * static_cast<std::int64_t>(segments.size()) +
+                                  static_cast<std::int64_t>(sizeof(PacketHeader) + 8 * options.dims.size() +
+                                                            encoder.lengths.size() + 4 * encoder.block_ends.size() +
+                                                            (options.checksums ? 4 * encoder.checksums.size() : 0));
     if (encoder.payload() != out + metadata)
         std::memmove(out + metadata, encoder.payload(), static_cast<std::size_t>(encoder.payload_bytes));
     *total_bytes = metadata + encoder.payload_bytes;

@@ -15,18 +15,19 @@
 #include "packet_parts.h"
 #include "qcomm/checksum.h"
 #include "qcomm/huffman.h"
+#include "qcomm/zero_runs.h"
 
 namespace qcomm {
 namespace {
 
-// Far above any tensor, and safe to multiply by an item's bits: 2^42 * 64 fits 63 bits.
-constexpr std::uint64_t kMaxElements = std::uint64_t{1} << 42;
+// Far above any tensor, and safe to multiply by an item's bits: 2^40 * 64 fits 63 bits.
+constexpr std::uint64_t kMaxElements = kMaxSegmentValues;
 
 // Checks the fields that can be judged by themselves, and the size. A field that a later version may use must be 0 now.
 Status check_header(const PacketHeader& h, std::int64_t bytes) {
     if (h.magic != kMagic) return bad_packet("these bytes are not a qcomm packet: wrong magic number");
     if (h.version != kVersion)
-        return bad_packet("the packet has another version; this library reads version 1, found", h.version);
+        return bad_packet("the packet has another version; this library reads version 2, found", h.version);
     if (!is_valid(h.dtype)) return bad_packet("unknown dtype", static_cast<std::int64_t>(h.dtype));
     if (h.flags > kFlagChecksums || h.reserved != 0) return bad_packet("unknown flags or reserved fields");
     if (h.ndim > kMaxDims) return bad_packet("too many dimensions", h.ndim);
@@ -74,6 +75,8 @@ const char* damage_of(QuantizerFault fault) {
             return "coding fixed needs a range grid; segment";
         case QuantizerFault::kPair:
             return "coding pair needs a sigma grid of 4 bits; segment";
+        case QuantizerFault::kRuns:
+            return "coding runs needs a sigma grid of 3 bits; segment";
         case QuantizerFault::kOwnCode:
             return "no codes exist for so many bits; segment";
         case QuantizerFault::kStaticCode:
@@ -88,8 +91,7 @@ const char* damage_of(QuantizerFault fault) {
 
 // Checks a record by itself. Raw and constant segments use neither grid nor table: those fields may hold anything.
 Status check_record(const SegmentRecord& r, DType dtype, std::int64_t index) {
-    if (r.count > kMaxElements) return bad_packet("a segment's count is out of range; segment", index);
-    if (static_cast<unsigned>(r.grid) > 3 || static_cast<unsigned>(r.coding) > 4 || r.reserved != 0)
+    if (static_cast<unsigned>(r.grid) > 3 || static_cast<unsigned>(r.coding) > kLastCoding)
         return bad_packet("unknown grid or coding; segment", index);
     const QuantizerFault fault = check(quantizer_of(r), dtype);
     return is_readable(fault) ? Status{} : bad_packet(damage_of(fault), index);
@@ -129,6 +131,12 @@ Status check_layout(const PacketView& view) {
         at += plain_bytes(r, view.header.dtype);
         if (at > view.payload_bytes) return bad_packet("the payload is truncated; bytes present", view.payload_bytes);
     }
+    const std::int64_t blocks = block + run_blocks(run_values(view), view.header.steps);
+    for (; block < blocks; ++block) {
+        const std::int64_t end = 4 * static_cast<std::int64_t>(load_u32(view.block_ends + 4 * block));
+        if (end <= at || end > view.payload_bytes) return bad_packet("a block's end is out of order; block", block);
+        at = end;
+    }
     return at == view.payload_bytes ? Status{} : bad_packet("the payload has bytes that belong to no segment");
 }
 
@@ -140,7 +148,9 @@ Status read_header(const std::uint8_t* packet, std::int64_t present, std::int64_
 }
 
 std::uint64_t dims_bytes(const PacketHeader& h) { return std::uint64_t{kDimensionBytes} * h.ndim; }
-std::uint64_t records_bytes(const PacketHeader& h) { return sizeof(SegmentRecord) * std::uint64_t{h.segment_count}; }
+std::uint64_t records_bytes(const PacketHeader& h) {
+    return static_cast<std::uint64_t>(record_bytes(h.dtype)) * std::uint64_t{h.segment_count};
+}
 // Records of 2^32 segments are 2^37 bytes, so the sum fits whatever the header says.
 std::uint64_t front_bytes_of(const PacketHeader& h) { return sizeof(h) + dims_bytes(h) + records_bytes(h); }
 
@@ -165,7 +175,10 @@ Status parse_front(const std::uint8_t* packet, std::int64_t present, std::int64_
     if (h.ndim > 0) std::memcpy(view->dims.data(), dims, dims_bytes(h));
     // Bytes for all of these are present, so a header cannot ask for more memory than a packet's size.
     view->records.resize(h.segment_count);
-    std::memcpy(view->records.data(), records, records_bytes(h));
+    for (SegmentRecord& record : view->records) {
+        record = load_record(h.dtype, records);
+        records += record_bytes(h.dtype);
+    }
 
     std::uint64_t elements = 0;
     for (std::size_t i = 0; i < view->records.size(); ++i) {
@@ -192,6 +205,9 @@ Status parse_packet(const std::uint8_t* packet, std::int64_t bytes, PacketView* 
         blocks += static_cast<std::uint64_t>(blocks_in(r, h.steps));
         sums += static_cast<std::uint64_t>(checksums_in(r, h.steps));
     }
+    const auto shared = static_cast<std::uint64_t>(run_blocks(run_values(*view), h.steps));
+    blocks += shared;
+    sums += shared;
     const bool with_checksums = (h.flags & kFlagChecksums) != 0;
     view->block_ends = cursor.take(4 * blocks);
     // An empty part has a place, too, so null still tells that a part is cut off.

@@ -36,6 +36,15 @@ private:
     std::int64_t left_;
 };
 
+// Returns the number of values of coding runs.
+inline std::int64_t run_values(const PacketView& view) {
+    std::int64_t total = 0;
+    for (const SegmentRecord& r : view.records) {
+        if (r.coding == Coding::kRuns) total += static_cast<std::int64_t>(r.count);
+    }
+    return total;
+}
+
 // Returns the payload bytes of a segment that is not block-coded.
 inline std::int64_t plain_bytes(const SegmentRecord& r, DType dtype) {
     const auto count = static_cast<std::int64_t>(r.count);

@@ -6,9 +6,7 @@
 namespace qcomm {
 
 bool is_usable(const Quantizer& quantizer, DType dtype) {
-    return dispatch(dtype, [&](auto traits) {
-        return with_grid<decltype(traits)>(quantizer, [](const auto& grid) { return grid.usable(); });
-    });
+    return dispatch(dtype, [&](auto traits) { return is_usable<decltype(traits)>(quantizer); });
 }
 
 // Looked up only where the table is a static one, since the first look-up expands all of them.
@@ -38,6 +36,8 @@ const char* refusal_of(QuantizerFault fault) {
             return "coding fixed needs a range grid";
         case QuantizerFault::kPair:
             return "coding pair needs a sigma grid with num_bits 4";
+        case QuantizerFault::kRuns:
+            return "coding runs needs a sigma grid with num_bits 3 and table 0";
         case QuantizerFault::kOwnCode:
             return "codes exist for num_bits <= 12; use table 255 beyond";
         case QuantizerFault::kStaticCode:

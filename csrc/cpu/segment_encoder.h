@@ -4,6 +4,7 @@
 //   range, single    blocks with a table of the segment's own; fixed, if that is no larger
 //   sigma            blocks with a static table, or with its own if that is forecast to pay
 //   either           raw, if that is no larger
+//   zero runs        no payload of its own: finish() writes the blocks that all such segments share
 //
 // The last step is left out for a segment with a residual: blocks have updated it, so they must stand. Their loss is in
 // it, and a block that does not fit its grid is raw by itself.
@@ -25,12 +26,13 @@
 #include "qcomm/packet.h"
 #include "qcomm/parallel.h"
 #include "qcomm/sigma_code.h"
+#include "run_writer.h"
 
 namespace qcomm {
 
-// The record of `count` values with a quantizer; its reserved field is 0.
+// The record of `count` values with a quantizer.
 inline SegmentRecord make_record(std::int64_t count, const Quantizer& q) {
-    return {static_cast<std::uint64_t>(count), q.grid, q.num_bits, q.coding, q.table, 0, q.p0, q.p1};
+    return {static_cast<std::uint64_t>(count), q.grid, q.num_bits, q.coding, q.table, q.p0, q.p1};
 }
 
 // Returns the most bytes of a segment's list of code lengths; 0 if it can have none.
@@ -65,6 +67,10 @@ public:
             case Coding::kPair:
                 q = write_symbols(in, q);
                 break;
+            case Coding::kRuns:
+                run_parts_.push_back({in, run_values_});
+                run_values_ += in.values.count;
+                break;
         }
         const std::int64_t raw_cost = align4(in.values.count * item_bytes(options_.dtype)) + checksum_bytes(1);
         if (q.grid != Grid::kNone && in.residual_out == nullptr && cost_since(start) >= raw_cost) {
@@ -73,6 +79,42 @@ public:
             q = {};
         }
         records.push_back(make_record(in.values.count, q));
+    }
+
+    // Writes the run blocks, behind all segments.
+    void finish() {
+        const std::int64_t blocks = run_blocks(run_values_, options_.steps);
+        if (blocks == 0) return;
+        const std::int64_t per_block = std::int64_t{4} * kLanes * options_.steps;
+        const int parts = part_count(blocks, ceil_div(kValuesPerThread, per_block), options_.threads);
+        std::vector<std::unique_ptr<RunWriter>> writers;
+        for (int part = 0; part < parts; ++part) {
+            writers.push_back(std::make_unique<RunWriter>(options_));
+            writers.back()->reserve(ceil_div(blocks, parts), static_cast<std::int64_t>(run_parts_.size()));
+        }
+        const auto room_before = [&](std::int64_t block) {
+            return align4(max_run_block_bytes(run_block_begin(run_values_, blocks, block), block));
+        };
+        write_in_parts(
+            blocks, parts, room_before,
+            [&](int part) -> RunWriter& { return *writers[static_cast<std::size_t>(part)]; },
+            [&](RunWriter& writer, std::int64_t first, std::int64_t last, std::uint8_t* out) {
+                writer.write(run_parts_, run_values_, first, last, out);
+            });
+        // In the order of blocks, whatever the number of threads.
+        for (const RunPart& part : run_parts_) {
+            if (part.in.sample_out != nullptr) std::fill_n(part.in.sample_out, kSampleNumbers, 0.0);
+        }
+        for (const auto& writer : writers) {
+            for (const RunWriter::PartSample& found : writer->samples) {
+                double* const sums = run_parts_[found.part].in.sample_out;
+                if (sums == nullptr) continue;
+                sums[0] += found.sample.values;
+                sums[1] += found.sample.residuals;
+                sums[2] += found.sample.count;
+                sums[3] += found.is_lost ? 1.0 : 0.0;
+            }
+        }
     }
 
     std::vector<SegmentRecord> records;
@@ -249,8 +291,7 @@ private:
     // How many threads the runs of `count` values are worth.
     int run_parts(std::int64_t count) { return parts_of(ceil_div(count, kRun), kRun); }
 
-    // Writes the blocks of a segment, each part by a thread, in parts whose first bytes are as far apart as they can
-    // come to need, and then moves the parts together. `known`: see BlockWriter.
+    // Writes the blocks of a segment. `known`: see BlockWriter.
     void write_blocks(const SegmentInput& in, const Quantizer& q, const EncodeTable* table,
                       const std::uint16_t* known) {
         const std::int64_t per_block = values_per_block(q.coding, options_.steps);
@@ -260,13 +301,25 @@ private:
             return max_block_bytes(block * per_block, block, options_.dtype);
         };
         for (int part = 0; part < parts; ++part) writer(part).reserve(ceil_div(blocks, parts));
+        write_in_parts(
+            blocks, parts, room_before, [&](int part) -> BlockWriter& { return writer(part); },
+            [&](BlockWriter& writer, std::int64_t first, std::int64_t last, std::uint8_t* out) {
+                writer.write(in, q, table, known, first, last, out);
+            });
+    }
+
+    // Calls write(writer, first, last, out) for parts of the blocks, each on a thread and with a writer of its own, and
+    // moves their bytes together. room_before(block): the most bytes of the blocks before one.
+    template <class Room, class WriterOf, class Write>
+    void write_in_parts(std::int64_t blocks, int parts, const Room& room_before, const WriterOf& writer_of,
+                        const Write& write) {
         parallel_for(blocks, parts, [&](int part, std::int64_t first, std::int64_t last) {
-            writer(part).write(in, q, table, known, first, last, cursor() + room_before(first));
+            write(writer_of(part), first, last, cursor() + room_before(first));
         });
         // The first part is in its place already; those behind it move down, in order, so none overwrites another.
         std::uint8_t* const base = cursor();
         for (int part = 0; part < parts; ++part) {
-            const BlockWriter& written = writer(part);
+            const auto& written = writer_of(part);
             const std::int64_t first = blocks * part / parts;
             std::memmove(cursor(), base + room_before(first), static_cast<std::size_t>(written.bytes));
             for (const std::uint32_t size : written.sizes) {
@@ -289,6 +342,8 @@ private:
     const Kernels& kernels_;
     std::uint8_t* payload_;
     std::vector<std::unique_ptr<BlockWriter>> writers_;  // one a thread
+    std::vector<RunPart> run_parts_;
+    std::int64_t run_values_ = 0;  // of all run parts
 };
 
 }  // namespace qcomm

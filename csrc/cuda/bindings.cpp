@@ -118,11 +118,11 @@ void count(const cuda::EncodePlan& plan, Address blob, Address workspace, Addres
 
 // Memory of packets need not hold packets yet: a plan only notes where they will be.
 cuda::DecodePlan make_decode_plan(int dtype, int steps, int max_segments, const std::vector<TaskTuple>& tasks,
-                                  int own_code_bits) {
+                                  int own_code_bits, bool takes_runs) {
     std::vector<cuda::DecodeTask> made;
     for (const auto& [packet, bytes, out, elements, exact] : tasks)
         made.push_back({pointer<const std::uint8_t>(packet), bytes, pointer<void>(out), elements, exact});
-    cuda::DecodePlan plan(static_cast<DType>(dtype), steps, max_segments, made, own_code_bits);
+    cuda::DecodePlan plan(static_cast<DType>(dtype), steps, max_segments, made, own_code_bits, takes_runs);
     raise_if_error(plan.status());
     return plan;
 }
@@ -177,7 +177,7 @@ void add_own(const cuda::RunPlan& plan, Address blob, const cuda::EncodePlan& me
 
 // In host memory; the caller makes a copy for each device.
 py::bytes static_tables() {
-    // On the heap, since a thread's stack may not have 288 KiB to spare.
+    // On the heap, since a thread's stack may not have 400 KiB to spare.
     const auto tables = std::make_unique<cuda::StaticTables>();
     cuda::fill_static_tables(tables.get());
     return to_bytes(tables.get(), sizeof(*tables));

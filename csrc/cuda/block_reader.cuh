@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "coder.cuh"
+#include "lane_reader.cuh"
 #include "packet_view.cuh"
 #include "warp.cuh"
 
@@ -68,7 +69,8 @@ struct TableValues {
 // The table of values of a small alphabet, by `threads` threads that call with their numbers. A barrier must follow.
 template <class Tr>
 __device__ void fill_values(typename Tr::Storage* values, const Quantizer& q, int thread, int threads) {
-    if (q.num_bits == 0 || (1 << q.num_bits) > kMaxValueTable) return;
+    // Of a raw or constant segment num_bits means nothing and may be any byte of a hostile record.
+    if (!has_symbols(q.coding) || (1 << q.num_bits) > kMaxValueTable) return;
     const auto fill = [&](const auto& value) {
         for (int s = thread; s < 1 << q.num_bits; s += threads) values[s] = value(static_cast<std::uint32_t>(s));
     };
@@ -130,9 +132,8 @@ struct NearEntries {
     __device__ __forceinline__ std::uint32_t operator()(std::uint32_t bits) const { return entries[bits & mask]; }
 };
 
-// Reads a block front to back, possibly in several parts; all 32 lanes call together. The state is a lane's: its bits,
-// how many it holds, and how many words all lanes have taken. Nothing of the block is trusted: open() checks its sizes,
-// and read() stays inside whatever the bits are; whether they made sense is known at close().
+// Reads a block front to back, possibly in several parts; all 32 lanes call together. Nothing of the block is trusted:
+// open() checks its sizes, and read() stays inside whatever the bits are; whether they made sense is known at close().
 template <class Tr, class Entries>
 class BlockReader {
 public:
@@ -164,17 +165,8 @@ public:
         if (mode_ == BlockMode::kFixed) return bytes - body_at >= packed_bytes(n, q.num_bits);
         if (mode_ == BlockMode::kRaw) return bytes - body_at >= n * item;
         if (mode_ == BlockMode::kConstant) return static_cast<int>(symbol_) < (1 << q.num_bits) - (sigma ? 1 : 0);
-        // The start windows: each lane's bits below a sentinel, its highest 1. A window of 0 has none.
         if (entries.empty()) return false;
-        bits_ = load_u32(block + 4 + 4 * lane_number());
-        count_ = 31 - __clz(static_cast<int>(bits_));
-        const bool started = bits_ != 0;
-        if (started) bits_ ^= 1u << count_;
-        used_ = count_;
-        taken_ = 0;
-        below_ = lanes_below(lane_number());
-        QCOMM_KEEP(below_);
-        return __all_sync(kAllLanes, started);
+        return lanes_.open(block + 4, body_, halves_);
     }
 
     // Values [begin, end) to sink.put(i, value); begin is where the last call ended, a multiple of 32, of 64 with
@@ -198,7 +190,7 @@ public:
 
     // After the last read: false where the bits do not end with the codewords, or escapes were not in their places.
     __device__ bool close() const {
-        const bool whole = mode_ != BlockMode::kCoded || (bits_ == 0 && used_ >= 0);
+        const bool whole = mode_ != BlockMode::kCoded || lanes_.whole();
         return __all_sync(kAllLanes, whole && ordered_ && next_escape_ == escapes_);
     }
 
@@ -219,62 +211,20 @@ private:
     __device__ __forceinline__ void read_coded(int begin, int end, const ValueOf& value_of, const Sink& sink) {
         constexpr int kRow = kWarpLanes * (kPairs ? 2 : 1), kRows = 4;
         int at = begin;
-        // While every lane has 16 bits before a lookup and words are left for all lanes that ask, no lane can use more
-        // bits than it has: neither needs to be looked after.
-        if (__all_sync(kAllLanes, count_ >= static_cast<int>(kWordBits))) {
-            for (; at + kRows * kRow <= end && taken_ + kRows * kWarpLanes <= halves_; at += kRows * kRow) {
+        if (lanes_.all_filled()) {
+            for (; at + kRows * kRow <= end && lanes_.can_take(kRows); at += kRows * kRow) {
 #pragma unroll
-                for (int r = 0; r < kRows; ++r) put_codeword<kPairs>(next_entry(), at + r * kRow, kRow, value_of, sink);
+                for (int r = 0; r < kRows; ++r)
+                    put_codeword<kPairs>(lanes_.next(entries_), at + r * kRow, kRow, value_of, sink);
             }
-            count_ &= 31;
+            lanes_.leave();
         }
 #pragma unroll 1
         for (; at < end; at += kRow) {
             const int left = end - at < kRow ? end - at : kRow;
-            const std::uint32_t entry = next_guarded_entry(lane_number() * (kPairs ? 2 : 1) < left);
+            const std::uint32_t entry = lanes_.next_guarded(entries_, lane_number() * (kPairs ? 2 : 1) < left);
             put_codeword<kPairs>(entry, at, left, value_of, sink);
         }
-    }
-
-    // Looks a codeword up in every lane; each then takes a word if it has less than 16 bits left. Before and after,
-    // lanes have 16 to 31, in the 5 lowest bits of `count_`; and there are 32 words to take. The load is every lane's:
-    // a condition costs more.
-    //
-    // An entry is subtracted whole: its length is in the lowest bits, and the symbol above does not reach them. Of a
-    // count of 16 to 31 less a length of at most 15, bit 4 says whether 16 bits are left. If so it stays; if not, the
-    // word that is taken adds 16. Either way bit 4 is then set, which is one instruction, and the bits above, where the
-    // symbol has been, are never looked at.
-    __device__ __forceinline__ std::uint32_t next_entry() {
-        const std::uint32_t entry = entries_(bits_);
-        bits_ >>= entry & 31u;
-        const std::uint32_t left = static_cast<std::uint32_t>(count_) - entry;
-        const unsigned content = ballot_bits(left, kWordBits);  // lanes that take no word
-        const auto* const words = reinterpret_cast<const std::uint16_t*>(body_);
-        QCOMM_ASSUME_GLOBAL(words);
-        std::uint32_t word = words[taken_ + __popc(~content & below_)];
-        QCOMM_KEEP(word);
-        if ((left & kWordBits) == 0) bits_ |= word << (left & 31u);
-        count_ = static_cast<int>(left | kWordBits);
-        taken_ += kWarpLanes - __popc(content);
-        return entry;
-    }
-
-    // The same in every live lane, when there may be no word, and with a note whether they have used more bits than
-    // they had.
-    __device__ __forceinline__ std::uint32_t next_guarded_entry(bool live) {
-        const std::uint32_t entry = live ? entries_(bits_) : 0u, length = entry & (kWordBits - 1);
-        bits_ >>= length;
-        count_ -= static_cast<int>(length);
-        used_ |= count_;
-        bool takes = live && count_ < static_cast<int>(kWordBits);
-        const unsigned asking = __ballot_sync(kAllLanes, takes);
-        const int word = taken_ + __popc(asking & below_);
-        takes = takes && word < halves_;
-        const std::uint32_t bits = takes ? reinterpret_cast<const std::uint16_t*>(body_)[word] : 0u;
-        bits_ |= bits << (count_ & 31);  // only damaged input has a negative count; the shift must stay defined
-        count_ += takes ? static_cast<int>(kWordBits) : 0;
-        taken_ += __popc(asking);
-        return entry;
     }
 
     // Puts a lane's value, or two, of a row of values that may be short.
@@ -320,11 +270,10 @@ private:
     const std::uint8_t *escape_values_, *body_;
     const std::uint16_t* positions_;
     BlockMode mode_;
-    std::uint32_t symbol_, bits_;
-    int n_, escapes_, next_escape_, halves_, count_, taken_;
-    unsigned below_;  // the lanes below this one
-    int used_;        // negative once a lane has used more bits than it had
-    bool ordered_;    // escapes so far; in this lane
+    std::uint32_t symbol_;
+    int n_, escapes_, next_escape_, halves_;
+    LaneReader lanes_;  // of a coded block
+    bool ordered_;      // escapes so far; in this lane
 };
 
 }  // namespace qcomm::cuda

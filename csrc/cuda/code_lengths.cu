@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kCodeThreads, 1) make_codes(EncodeTables e) {
     const Count bits = set_lengths(size, used, limit, shared);
     const int bytes = pack_list(size, used, shared);
     const SegmentRecord record{
-        static_cast<std::uint64_t>(segment.count), q.grid, q.num_bits, q.coding, q.table, 0, 0.0, 0.0};
+        static_cast<std::uint64_t>(segment.count), q.grid, q.num_bits, q.coding, q.table, 0.0, 0.0};
     if (q.grid == Grid::kSigma &&
         !sigma_table_pays(bits, bytes, blocks_in(record, e.steps), packed_bytes(segment.count, q.num_bits)))
         return;

@@ -27,12 +27,13 @@ int code_bits(int bits) { return length_limit(Coding::kSingle, bits); }
 
 // The last fault found is told; nothing is launched after any.
 DecodePlan::DecodePlan(DType dtype, int steps, int max_segments, const std::vector<DecodeTask>& tasks,
-                       int own_code_bits)
+                       int own_code_bits, bool takes_runs)
     : dtype_(dtype),
       steps_(steps),
       max_segments_(max_segments),
       packet_count_(static_cast<int>(tasks.size())),
-      own_code_bits_(own_code_bits) {
+      own_code_bits_(own_code_bits),
+      takes_runs_(takes_runs) {
     if (own_code_bits < 0 || own_code_bits > kMaxCodedBits)
         status_ = bad_argument("own_code_bits must be 0..12", own_code_bits);
     if (steps < 1 || steps > kMaxSteps) status_ = bad_argument("steps must be 1..512", steps);
@@ -53,6 +54,7 @@ DecodePlan::DecodePlan(DType dtype, int steps, int max_segments, const std::vect
     // Whole tiles follow from the elements; besides, each segment may have one short tile, and one short piece.
     tiles_ = ceil_div(elements, kDecodeWarps * unit_values(steps)) + max_segments;
     sum_tiles_ = ceil_div(elements, sum_tile_values(steps)) + max_segments;
+    run_tiles_ = takes_runs ? ceil_div(run_blocks(elements, steps), kDecodeWarps) : 0;
     // Pieces are of plain segments, which have no more bytes than the packet, nor than the values themselves.
     const std::int64_t pieces = std::min(bytes, elements * item_bytes(dtype)) / kChecksumPiece + max_segments;
     piece_tiles_ = ceil_div(pieces, kPieceWarps);
@@ -90,6 +92,7 @@ DecodeTables DecodePlan::tables(const void* blob, const StaticTables* codes, voi
     d.max_segments = max_segments_;
     d.steps = steps_;
     d.dtype = dtype_;
+    d.takes_runs = takes_runs_;
     d.max_pieces = kPieceWarps * piece_tiles_;
     d.faults = faults;
     d.max_alphabet = max_alphabet(own_code_bits_);
@@ -112,6 +115,7 @@ Status DecodePlan::decode(const void* blob, const StaticTables* codes, void* wor
     const DecodeTables d = tables(blob, codes, workspace, faults);
     prepare(d, stream);
     launch_decode(d, tiles_, stream);
+    if (takes_runs_) launch_decode_runs(d, run_tiles_, stream);
     return launch_status();
 }
 

@@ -20,6 +20,7 @@
 // The lanes: F. Giesen, "Interleaved entropy coders", arXiv:1402.3392, 2014.
 #include "coder.cuh"
 #include "kernels.cuh"
+#include "lane_writer.cuh"
 #include "source.cuh"
 #include "warp.cuh"
 
@@ -31,9 +32,8 @@ constexpr int kRows = 4;  // steps whose values are loaded together, while those
 
 //   entry   | codeword, 16 bits | 0 | escape flag at 8 | 0 | length, 5 bits |
 //
-// Entries of a code in shared memory are turned round: the length below, the codeword in the upper half. So neither has
-// to be cut out: a shift looks at its 5 lowest bits only, and so does the sum that says whether a lane is full.
-constexpr int kCodewordAt = 16;
+// Entries of a code in shared memory are turned round: the length below, the codeword in the upper half, as LaneWriter
+// takes them.
 constexpr std::uint32_t kEscapeFlag = 1u << 8;  // of an entry whose symbol, or one of whose two, is an escape
 
 // An entry of 0, which has no codeword, stays one whose length is 0.
@@ -68,9 +68,9 @@ __device__ __forceinline__ int collect(std::uint8_t* slot, SlotShape shape, int 
     return count + __popc(firsts) + __popc(seconds);
 }
 
-// One warp encodes one block: the first n values of `u`. Before the first word lanes may hold fewer than 16 bits, and
-// the last step may be short: push_guarded() takes those steps. push_rows() takes all others, four at a time, and asks
-// for none of this. A lane pushes 0 bits where it has no codeword.
+// One warp encodes one block: the first n values of `u`. push_guarded() takes steps that may be short, or before the
+// first word. push_rows() takes all others, four at a time, and asks for none of this. A lane pushes 0 bits where it
+// has no codeword.
 template <class Tr, class Levels, class Values, bool kPairs>
 class BlockEncoder {
 public:
@@ -86,12 +86,9 @@ public:
           entries_(entries),
           has_code_(has_code),
           slot_(slot),
-          words_end_(reinterpret_cast<std::uint16_t*>(slot.begin + slot.shape.positions_at)),
+          lanes_(reinterpret_cast<std::uint16_t*>(slot.begin + slot.shape.positions_at)),
           reference_(grid(u[0])) {
-        QCOMM_KEEP_POINTER(words_end_);
-        QCOMM_ASSUME_GLOBAL(words_end_);
         QCOMM_KEEP(lane_);
-        QCOMM_KEEP(from_here_);
         std::uint32_t all[kPerLane];
         for (std::uint32_t& symbol : all) symbol = reference_;
         reference_entry_ = has_code ? entries[codeword(all)] : 0u;
@@ -104,9 +101,9 @@ public:
         // Steps in which all lanes have all their values. Rare cases take the slower way through all: a grid that
         // lacks levels, and having no code, where nothing is pushed.
         const int whole = has_code_ && grid_.has_all_levels() ? n_ / (kWarpLanes * kPerLane) : 0;
-        for (; step >= 0 && (step >= whole || !started_ || (step + 1) % kRows != 0); --step) push_guarded(step);
+        for (; step >= 0 && (step >= whole || !lanes_.started() || (step + 1) % kRows != 0); --step) push_guarded(step);
         if (step < 0) return;
-        count_ -= kWordBits;  // see push()
+        lanes_.enter();
         T x[kRows][kPerLane];
         load_rows(step, x);
         for (; step >= 0; step -= kRows) {
@@ -121,15 +118,15 @@ public:
                 for (int v = 0; v < kPerLane; ++v) x[r][v] = next[r][v];
             }
         }
-        count_ += kWordBits;
+        lanes_.leave();
     }
 
     // The block's result; the start windows go to the slot.
     __device__ BlockResult finish(int num_bits) {
         const auto item = static_cast<int>(sizeof(typename Tr::Storage));
         const bool constant = !__any_sync(kAllLanes, different_ != 0) && static_cast<int>(reference_) != escape_;
-        reinterpret_cast<std::uint32_t*>(slot_.begin)[lane_number()] = (bits_ & ((1u << count_) - 1u)) | 1u << count_;
-        const int words = -next_word_;
+        reinterpret_cast<std::uint32_t*>(slot_.begin)[lane_number()] = lanes_.window();
+        const int words = lanes_.words();
         const BlockShape shape{n_, num_bits, item, escapes_, words};
         const BlockMode mode = choose_mode(shape, constant, has_code_);
         const bool with_escapes = mode == BlockMode::kFixed || mode == BlockMode::kCoded;
@@ -165,7 +162,7 @@ private:
             for (int r = 0; r < kRows; ++r) keep_escapes(step - r, kPerLane);
         }
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) push(entries[r]);
+        for (int r = 0; r < kRows; ++r) lanes_.push(entries[r]);
     }
 
     // A step that may be short; its odd tail's second symbol is the level zero.
@@ -176,7 +173,7 @@ private:
         for (int v = 0; v < kPerLane; ++v)
             symbols[v] = v < present ? grid_(u_[at + v]) : static_cast<std::uint32_t>(sigma_radius(kPairBits));
         if (__any_sync(kAllLanes, note(symbols, present))) keep_escapes(step, present);
-        push_first(present > 0 && has_code_ ? entries_[codeword(symbols)] : 0u);
+        lanes_.push_first(present > 0 && has_code_ ? entries_[codeword(symbols)] : 0u);
     }
 
     __device__ __forceinline__ int first_value(int step) const { return (step * kWarpLanes + lane_) * kPerLane; }
@@ -210,44 +207,6 @@ private:
         escapes_ = collect<Tr>(slot_.begin, slot_.shape, escapes_, at, escapes[0], escapes[1], x[0], x[1]);
     }
 
-    // Pushes a codeword in every lane, those with an entry of 0 excepted. Bits that have left a lane stay above the
-    // others until finish(): a word is the 16 bits below `count_`, whatever is above.
-    __device__ __forceinline__ void push_first(std::uint32_t entry) {
-        const std::uint32_t length = entry & (kWordBits - 1);
-        unsigned full = __ballot_sync(kAllLanes, count_ + length >= kEmitBits);
-        if (full != 0 && !started_) {
-            started_ = true;
-            count_ = count_ < kWordBits ? kWordBits : count_;
-            full = __ballot_sync(kAllLanes, count_ + length >= kEmitBits);
-        }
-        if (count_ + length >= kEmitBits) {
-            count_ -= kWordBits;
-            put_word(full, count_);
-        }
-        next_word_ -= __popc(full);
-        append(entry);
-        count_ += length;
-    }
-
-    // The same in lanes that have all started and have an entry each. They hold 16 bits or more, so here `count_` is
-    // the number beyond these: 15 at most, to which a length adds 15 at most.
-    __device__ __forceinline__ void push(std::uint32_t entry) {
-        const std::uint32_t sum = count_ + entry;
-        const unsigned full = ballot_bits(sum, kWordBits);
-        if ((sum & kWordBits) != 0) put_word(full, count_);
-        next_word_ -= __popc(full);
-        append(entry);
-        count_ = sum & (kWordBits - 1);
-    }
-
-    // Writes a full lane's word. Lanes above write theirs behind it, so a step's words are in the order of the lanes.
-    __device__ __forceinline__ void put_word(unsigned full, std::uint32_t shift) {
-        words_end_[next_word_ - __popc(full & from_here_)] = static_cast<std::uint16_t>(bits_ >> shift);
-    }
-    __device__ __forceinline__ void append(std::uint32_t entry) {
-        bits_ = (bits_ << (entry & 31u)) + (entry >> kCodewordAt);
-    }
-
     const Values& u_;
     const Levels& grid_;
     const int escape_;
@@ -255,16 +214,12 @@ private:
     const std::uint32_t* const entries_;
     const bool has_code_;
     const Slot& slot_;
-    std::uint16_t* words_end_;
+    LaneWriter lanes_;
     const std::uint32_t reference_;
     std::uint32_t reference_entry_;  // of a codeword of such symbols alone
-    std::uint32_t bits_ = 0, different_ = 0;
-    std::uint32_t count_ = 0;  // bits in the window; in push() those beyond 16
+    std::uint32_t different_ = 0;
     int lane_ = lane_number();
-    unsigned from_here_ = ~lanes_below(lane_number());  // this lane and those above
-    int next_word_ = 0;                                 // before words_end_: words are written from the end
     int escapes_ = 0;
-    bool started_ = false;  // a word has been written
 };
 
 // Encodes the first n values of `u` into a slot, and writes their new residual to `residual_out` if it is not null.

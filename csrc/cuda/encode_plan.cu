@@ -1,9 +1,10 @@
 // The host's side of encoding: checks the request, lays out the blob (tasks, as the kernels read them) and the
 // workspace, and enqueues the kernels.
 //
-//   constructor   tensors -> TensorTask; packets -> PacketTask and their segments -> SegmentTask; running totals on the
-//   way measure()     statistics.cu, sample.cu encode()      histogram.cu and code_lengths.cu, encode.cu, layout.cu,
-//   payload.cu, residual.cu
+//   constructor   tensors -> TensorTask; packets -> PacketTask and their segments -> SegmentTask; running totals
+//   measure()     statistics.cu, sample.cu
+//   encode()      histogram.cu and code_lengths.cu, zero_runs_place.cu, encode.cu, zero_runs_encode.cu, layout.cu,
+//                 zero_runs_payload.cu, payload.cu, residual.cu
 //
 //   blob        | tensors | segments | packets | dimensions | segments that may have a code of their own |
 //   workspace   place() lists its arrays
@@ -16,153 +17,20 @@
 // The host never learns which quantizer a tensor has got, so totals are upper bounds over all that it may get: blocks
 // by the code with the most of them, slots by the code with the largest, alphabets by the most bits.
 #include <algorithm>
-#include <cmath>
 #include <cstring>
+#include <iterator>
 
+#include "encode_request.h"
 #include "kernels.cuh"
-#include "qcomm/block.h"
 #include "qcomm/huffman.h"
-#include "qcomm/sigma_code.h"
 #include "workspace.h"
+#include "zero_runs.cuh"
 
 namespace qcomm::cuda {
 namespace {
 
-// As in a packet, so that no multiplication by a value's bits overflows.
-constexpr std::int64_t kMaxElements = std::int64_t{1} << 42;
 constexpr std::int64_t kMaxPayloadBytes = std::int64_t{4} << 32;  // block ends count 4-byte units in 32 bits
 constexpr std::int64_t kMaxLaunch = 0x7FFFFFFF;                   // thread blocks
-
-// On a range grid the plan is narrower than a packet: lo and hi, and perhaps N, are yet to be measured, and a code is
-// always the segment's own.
-Status check_range(const Tensor& tensor, std::int64_t index) {
-    const Quantizer& q = tensor.quantizer;
-    const SampleRule& rule = tensor.sample;
-    if (q.num_bits > 16 || q.table != kTableOnWire)
-        return bad_argument("a range grid has 1..16 bits, or 0, and table 0", index);
-    if (q.num_bits == 0) {
-        const bool good = rule.entropy_bits >= 1 && rule.entropy_bits <= kMaxEntropyBits && rule.c >= 0.0 &&
-                          rule.c <= 16.0 && rule.fraction > 0.0 && rule.fraction <= 1.0 && rule.max_bits >= 1 &&
-                          rule.max_bits <= 16;
-        return good ? Status{} : bad_argument("a range grid's sample rule is out of range", index);
-    }
-    const bool good =
-        (q.coding == Coding::kSingle || q.coding == Coding::kFixed) && check_coding(q, {}) == QuantizerFault::kNone;
-    return good ? Status{} : bad_argument("a range grid is coded single up to 12 bits, and fixed", index);
-}
-
-// Whether a grid's parameters are usable is left to the device, which makes a tensor raw where they are not.
-Status check_tensor(const Tensor& tensor, DType dtype, std::int64_t index) {
-    const Quantizer& q = tensor.quantizer;
-    if (tensor.count < 0 || tensor.count > kMaxElements) return bad_argument("a tensor's count is out of range", index);
-    // The scale is on the device: that it is 1 cannot be seen from here.
-    if (item_bytes(dtype) < 4 && (tensor.residual != nullptr || tensor.inv_scale != nullptr)) {
-        return bad_argument("a residual or a scale needs float32 or float64 values: 16 bits cannot carry them exactly",
-                            index);
-    }
-    if (tensor.as_it_is && q.coding != Coding::kRaw) return bad_argument("a tensor that is not measured is raw", index);
-    if (q.coding == Coding::kRaw) return {};
-    if (is_range(q.grid)) return check_range(tensor, index);
-    if (q.grid != Grid::kSigma || !is_block_coded(q.coding) || check_levels(q) != QuantizerFault::kNone)
-        return bad_argument("a tensor is raw, on a range grid, or single or pair on a sigma grid of 2..16 bits", index);
-    Quantizer checked = q;
-    if (tensor.sample.choose_code) checked.table = kNoTable;  // the device puts another in its place
-    const QuantizerFault fault = check_coding(checked, static_alphabet(checked));
-    return fault == QuantizerFault::kNone ? Status{} : bad_argument(refusal_of(fault), index);
-}
-
-// Offset and count are compared so that no sum of them can overflow.
-Status check_segment(const Segment& segment, const std::vector<Tensor>& tensors, std::int64_t index) {
-    if (segment.tensor < 0 || segment.tensor >= static_cast<std::int32_t>(tensors.size()))
-        return bad_argument("a segment's tensor does not exist", index);
-    const std::int64_t count = tensors[static_cast<std::size_t>(segment.tensor)].count;
-    if (segment.offset < 0 || segment.count < 0 || segment.offset > count || segment.count > count - segment.offset)
-        return bad_argument("a segment lies outside its tensor", index);
-    return {};
-}
-
-// Returns the number of the static table for a step of k times the RMS, or kNoTable.
-std::uint8_t nearest_table(Coding coding, int num_bits, double k) {
-    const StaticCode* code = nearest_static_code(coding, num_bits, k);
-    return code != nullptr ? code->id : kNoTable;
-}
-
-// Returns the most bits that a symbol on the tensor's grid can have; where the entropy decides, that is c + M rounded
-// down.
-int most_bits(const Tensor& t) {
-    if (!is_range(t.quantizer.grid) || t.quantizer.num_bits > 0) return t.quantizer.num_bits;
-    return std::max(1, std::min(static_cast<int>(std::floor(t.sample.c + t.sample.entropy_bits)), t.sample.max_bits));
-}
-
-// Tells whether a segment of the tensor may get a code of its own, so that it needs counts, packages and a list.
-bool may_own_code(const Tensor& t) {
-    if (t.quantizer.grid == Grid::kNone ||
-        (is_range(t.quantizer.grid) && t.quantizer.coding == Coding::kFixed && t.quantizer.num_bits > 0))
-        return false;
-    const bool sigma = t.quantizer.grid == Grid::kSigma;
-    return sigma ? (t.sample.choose_code || t.quantizer.table == kTableOnWire) && t.quantizer.num_bits <= kMaxCodedBits
-                 : t.quantizer.num_bits <= kMaxCodedBits;
-}
-
-// Returns the largest alphabet of a code of its own. A sigma grid of 4 bits may come to code pairs. A multiple of 4
-// keeps the lists of neighbouring segments apart by whole words.
-int own_alphabet(const Tensor& t) {
-    if (t.quantizer.grid == Grid::kSigma && t.quantizer.num_bits == kPairBits) return 256;
-    return std::max(4, 1 << std::min(most_bits(t), kMaxCodedBits));
-}
-
-// Returns the task of a tensor's sample, whose count is 0 where nothing is left to decide.
-SampleTask make_sample(const Tensor& t, std::int64_t first_bin) {
-    SampleTask task;
-    task.first_bin = first_bin;
-    const Quantizer& q = t.quantizer;
-    if (is_range(q.grid) && q.num_bits == 0) {
-        task.count = sample_size(t.count, t.sample.fraction);
-        task.seed = t.sample.seed;
-        task.bins = 1 << t.sample.entropy_bits;
-        task.c = t.sample.c;
-        task.most = most_bits(t);
-    } else if (q.grid == Grid::kSigma && t.sample.choose_code && q.num_bits <= kMaxCodedBits) {
-        task.count = sampled_pairs(t.count);
-        task.bins = alphabet_size(q.num_bits == kPairBits ? Coding::kPair : Coding::kSingle, q.num_bits);
-        task.single_table = nearest_table(Coding::kSingle, q.num_bits, t.k);
-        task.pair_table = q.num_bits == kPairBits ? nearest_table(Coding::kPair, q.num_bits, t.k) : kNoTable;
-    }
-    return task;
-}
-
-// Returns the tensor's quantizer if it is neither constant nor raw, as far as that is known before it is measured.
-Quantizer make_wanted(const Tensor& t) {
-    Quantizer q = t.quantizer;
-    if (is_range(q.grid) && q.num_bits == 0) q.coding = Coding::kSingle;
-    if (q.grid == Grid::kSigma && t.sample.choose_code) {
-        q.coding = Coding::kSingle;
-        q.table = kNoTable;
-    }
-    return q;
-}
-
-// The most blocks that `count` values of the tensor come to, and the bytes of their slots: those of single symbols and
-// of pairs, whichever is more, where either may be chosen.
-struct BlockSpace {
-    std::int64_t blocks, slots;
-};
-// Short segments have one block with either coding, and that of pairs needs the larger slot.
-BlockSpace block_space(const Tensor& t, std::int64_t count, int steps, std::int64_t item) {
-    const Quantizer& q = t.quantizer;
-    const bool choose = q.grid == Grid::kSigma && t.sample.choose_code;
-    const bool single = choose || q.coding == Coding::kSingle || (is_range(q.grid) && q.num_bits == 0);
-    const bool pair = q.coding == Coding::kPair || (choose && q.num_bits == kPairBits);
-    BlockSpace space{0, 0};
-    for (const Coding coding : {Coding::kSingle, Coding::kPair}) {
-        if (!(coding == Coding::kPair ? pair : single)) continue;
-        const std::int64_t blocks = ceil_div(count, values_per_block(coding, steps));
-        const SlotShape shape(steps, coding == Coding::kPair, static_cast<int>(item));
-        space.blocks = std::max(space.blocks, blocks);
-        space.slots = std::max(space.slots, blocks * shape.bytes);
-    }
-    return space;
-}
 
 // Appends arrays to a blob, each aligned to 16 bytes. put() returns where one begins.
 class BlobWriter {
@@ -202,6 +70,18 @@ void fill_static_tables(StaticTables* tables) {
         tables->decode_mask[index] = code.decode.mask;
         tables->num_bits[index] = static_cast<std::uint8_t>(code.num_bits);
     }
+    std::copy(std::begin(kRunTableBounds), std::end(kRunTableBounds), tables->run_bounds);
+    for (int t = 0; t < kRunTableCount; ++t) {
+        const RunCode& code = run_code(t);
+        std::copy(std::begin(code.entries), std::end(code.entries), tables->run_decode[t]);
+        for (int s = 0; s < kRunTokens; ++s) {
+            const RunClass runs = s == kSkipToken ? RunClass{} : run_class(s / kTokenLevels);
+            // A token of its class's shortest run: its extra bits, above the codeword, are 0.
+            const std::uint32_t token = s == kSkipToken ? code.skip : code.tokens[8 * runs.shortest + s % kTokenLevels];
+            const std::uint32_t length = token >> 16, codeword_length = length - static_cast<std::uint32_t>(runs.extra);
+            tables->run_encode[t][s] = (token & 0xFFFFu) | codeword_length << 16 | length << 24;
+        }
+    }
 }
 
 // The lists of which the blob is made, as they grow.
@@ -240,7 +120,8 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
     // Checked last, since add_packet() takes the segments one after another.
     if (tasks.segments.size() != segments.size()) return bad_argument("there are segments that no packet holds");
     // A grid of blocks has one dimension of 2^31.
-    if (std::max({tiles_, sample_tiles_, histogram_tiles_, encode_tiles_, units_ / kEncodeWarps}) > kMaxLaunch)
+    if (std::max({tiles_, sample_tiles_, histogram_tiles_, encode_tiles_, run_tiles_, units_ / kEncodeWarps}) >
+        kMaxLaunch)
         return bad_argument("too many values for one launch");
     write_blob(tasks);
     Workspace measured;
@@ -298,14 +179,18 @@ Status EncodePlan::add_packet(const Packet& packet, const std::vector<Tensor>& t
     task.first_unit = units_;
     tasks->dims.insert(tasks->dims.end(), packet.dims.begin(), packet.dims.end());
 
-    auto bound = static_cast<std::int64_t>(sizeof(PacketHeader) + 8 * packet.dims.size() +
-                                           sizeof(SegmentRecord) * static_cast<std::size_t>(packet.segments));
+    auto bound = static_cast<std::int64_t>(sizeof(PacketHeader) + 8 * packet.dims.size()) +
+                 record_bytes(dtype_) * packet.segments;
+    std::int64_t run_values = 0;
     for (int i = 0; i < packet.segments; ++i) {
         const std::size_t s = tasks->segments.size();
         if (s == segments.size()) return bad_argument("the packets have more segments than there are", number);
         QCOMM_RETURN_IF_ERROR(check_segment(segments[s], tensors, static_cast<std::int64_t>(s)));
-        bound += add_segment(segments[s], tensors[static_cast<std::size_t>(segments[s].tensor)], tasks);
+        const Tensor& tensor = tensors[static_cast<std::size_t>(segments[s].tensor)];
+        if (tensor.quantizer.coding == Coding::kRuns) run_values += segments[s].count;
+        bound += add_segment(segments[s], tensor, tasks);
     }
+    bound += add_run_blocks(run_values, &task);
     task.blocks = blocks_ - task.first_block;
     task.units = units_ - task.first_unit;
     // Thread blocks do not straddle packets, and each packet has one to complete it.
@@ -355,6 +240,18 @@ std::int64_t EncodePlan::add_segment(const Segment& segment, const Tensor& tenso
     return bound + own_alphabet(tensor);  // its list: three nibbles for two symbols at most
 }
 
+// Makes room for the run blocks of a packet. Returns the most bytes that they add to it beyond their raw values.
+std::int64_t EncodePlan::add_run_blocks(std::int64_t values, PacketTask* task) {
+    task->run_blocks = run_blocks(values, steps_);
+    task->run_slots = slot_bytes_;
+    task->first_run_tile = run_tiles_;
+    run_tiles_ += ceil_div(task->run_blocks, kEncodeWarps);
+    blocks_ += task->run_blocks;
+    slot_bytes_ += task->run_blocks * RunSlotShape(steps_).bytes;
+    // With its info, end, checksum and padding. A fixed one has fewer bits a value than a raw one.
+    return 16 * task->run_blocks;
+}
+
 // Tensors come first, at offset 0.
 void EncodePlan::write_blob(const Tasks& tasks) {
     BlobWriter writer(&blob_);
@@ -378,6 +275,8 @@ void EncodePlan::place(Workspace* workspace, Arrays* arrays) const {
     workspace->put(e.piece_sums, units_);
     workspace->put(e.segment_states, segment_count_);
     workspace->put(e.packet_states, packet_count_);
+    workspace->put(e.run_places, run_tiles_ > 0 ? segment_count_ : 0);
+    workspace->put(e.run_totals, run_tiles_ > 0 ? packet_count_ : 0);
     workspace->put(e.dropped, packet_count_);
     workspace->put(e.wanted_bytes, packet_count_);
     workspace->put(e.absent, tensor_count_);
@@ -451,8 +350,13 @@ Status EncodePlan::encode(const void* blob, const StaticTables* codes, void* wor
         launch_histogram(e, adjusted_, histogram_tiles_, stream);
         launch_code_lengths(e, stream);
     }
+    if (run_tiles_ > 0) {
+        launch_place_runs(e, stream);
+        launch_encode_run_blocks(e, run_tiles_, stream);
+    }
     launch_encode_blocks(e, adjusted_, encode_tiles_, max_symbols_, stream);
     launch_layout(e, total_bytes, stream);
+    if (run_tiles_ > 0) launch_write_run_blocks(e, run_tiles_, stream);
     launch_payload(e, adjusted_, units_ / kEncodeWarps, stream);
     if (range_residuals_) launch_range_residuals(e, adjusted_, units_ / kEncodeWarps, stream);
     return launch_status();

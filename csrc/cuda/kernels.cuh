@@ -55,6 +55,12 @@ void launch_payload(const EncodeTables& e, bool adjusted, std::int64_t tiles, vo
 // residual.cu: those of segments on range grids, after launch_payload.
 void launch_range_residuals(const EncodeTables& e, bool adjusted, std::int64_t tiles, void* stream);
 
+// zero_runs_place.cu, zero_runs_encode.cu and zero_runs_payload.cu: blocks that segments of coding runs share. They are
+// placed in front of launch_encode_blocks, encoded beside it, and written in front of launch_payload.
+void launch_place_runs(const EncodeTables& e, void* stream);
+void launch_encode_run_blocks(const EncodeTables& e, std::int64_t tiles, void* stream);
+void launch_write_run_blocks(const EncodeTables& e, std::int64_t tiles, void* stream);
+
 // account.cu: sums over encodings.
 void launch_count(const EncodeTables& e, const std::int64_t* total_bytes, Account* account, void* stream);
 
@@ -71,6 +77,7 @@ struct DecodeTables;
 void launch_read_packets(const DecodeTables& d, std::int64_t piece_tiles, void* stream);
 void launch_decode_tables(const DecodeTables& d, void* stream);
 void launch_decode(const DecodeTables& d, std::int64_t tile_count, void* stream);
+void launch_decode_runs(const DecodeTables& d, std::int64_t tile_count, void* stream);  // zero_runs_decode.cu
 void launch_sum(const DecodeTables& d, std::int64_t tile_count, bool add, void* stream);
 
 // Calls f(Traits<dtype>{}, bool_constant<adjusted>{}). 16-bit packets cannot carry adjusted values.
@@ -93,6 +100,17 @@ void with_source(DType dtype, bool adjusted, F f) {
 #endif
     if (adjusted) return f(Traits<DType::kFloat32>{}, std::true_type{});
     return f(Traits<DType::kFloat32>{}, std::false_type{});
+}
+
+// Calls f(Traits<dtype>{}) for a dtype whose packets can carry a residual.
+template <class F>
+void with_residual_source(DType dtype, F f) {
+#ifdef QCOMM_ONLY_FLOAT32
+    (void)dtype;
+#else
+    if (dtype == DType::kFloat64) return f(Traits<DType::kFloat64>{});
+#endif
+    return f(Traits<DType::kFloat32>{});
 }
 
 }  // namespace qcomm::cuda

@@ -8,20 +8,22 @@
 // Passes: a scan of the sizes of the packet's blocks; segments choose, in parallel, whether they become fixed or raw;
 // scans over segments give the offsets. If the packet then exceeds its capacity, blocks are dropped, and all is done
 // again: of the blocks that may be, those of sigma segments with a residual, in their order, the first ones stay, as
-// many as there is room for; the others become constant blocks of zeros of 4 bytes, whose values the residual keeps.
+// many as there is room for; the others become blocks of zeros of 4 bytes, whose values the residual keeps. Run blocks
+// are the last in that order, as they are in the packet.
 // Limits: a packet below 16 GiB, whose block ends fit 32 bits in units of 4 bytes (EncodePlan refuses more).
 // Determinism: integers only.
 // Bytes moved per value: nothing to speak of; 16 per block.
 #include "block_sum.cuh"
 #include "kernels.cuh"
 #include "qcomm/block.h"
+#include "qcomm/zero_runs.h"
 #include "warp.cuh"
 
 namespace qcomm::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-static_assert(sizeof(PacketHeader) % 4 == 0 && sizeof(SegmentRecord) % 4 == 0, "both are written in words");
+static_assert(sizeof(PacketHeader) % 4 == 0 && sizeof(WireRecord<float>) % 4 == 0, "both are written in words");
 
 // Bytes of payload and of lists, numbers of block ends and checksums, values: of a segment, or of all before it.
 struct Sizes {
@@ -68,7 +70,8 @@ __device__ Sizes settle(const EncodeTables& e, int s, std::int64_t item, std::ui
     }
     const Sizes raw{align4(segment.count * item), 0, 1, 0, segment.count};
     if (q->coding == Coding::kRaw) return raw;
-    if (q->coding == Coding::kConstant) return {0, 0, 0, 0, segment.count};
+    // The blocks of zero runs are no segment's own.
+    if (q->coding == Coding::kConstant || q->coding == Coding::kRuns) return {0, 0, 0, 0, segment.count};
     const auto cost = [&](const Sizes& of) {
         return of.payload + of.lengths + 4 * of.ends + (e.checksums ? 4 * of.checksums : 0);
     };
@@ -122,10 +125,10 @@ __device__ Sizes place_segments(const EncodeTables& e, const PacketTask& packet,
     return before;
 }
 
-// A block that may be dropped: the units that this saves (0: it may not), its values, the symbol of its zeros.
+// A block that may be dropped: the units that this saves (0: it may not), its values, its info without them.
 struct Candidate {
     std::int64_t saved, values;
-    std::uint32_t zero;
+    std::uint32_t info;
 };
 
 // Only blocks of sigma segments with a residual may be dropped, for only their values are not lost by it. One that
@@ -133,6 +136,12 @@ struct Candidate {
 __device__ Candidate candidate(const EncodeTables& e, const PacketTask& packet, std::int64_t block) {
     const std::uint32_t units = block < packet.blocks ? e.blocks[packet.first_block + block].units : 0u;
     if (units <= 1) return {0, 0, 0};
+    if (const std::int64_t run = block - (packet.blocks - packet.run_blocks); run >= 0) {
+        const RunTotal total = e.run_totals[blockIdx.x];
+        const std::int64_t values =
+            run_block_begin(total.values, total.blocks, run + 1) - run_block_begin(total.values, total.blocks, run);
+        return {std::int64_t{units} - 1, values, RunInfo{RunMode::kZeros, 0, 0}.pack()};
+    }
     const int s = packet.first_segment + find_task(e.segments + packet.first_segment, packet.segments,
                                                    packet.first_block + block, &SegmentTask::first_block);
     const SegmentTask& segment = e.segments[s];
@@ -140,8 +149,8 @@ __device__ Candidate candidate(const EncodeTables& e, const PacketTask& packet, 
     if (segment.residual_out == nullptr || q.grid != Grid::kSigma) return {0, 0, 0};
     const std::int64_t per_block = values_per_block(q.coding, e.steps);
     const std::int64_t rest = segment.count - (packet.first_block + block - segment.first_block) * per_block;
-    return {std::int64_t{units} - 1, rest < per_block ? rest : per_block,
-            static_cast<std::uint32_t>(sigma_radius(q.num_bits))};
+    const BlockInfo zeros{BlockMode::kConstant, 0, static_cast<std::uint32_t>(sigma_radius(q.num_bits))};
+    return {std::int64_t{units} - 1, rest < per_block ? rest : per_block, zeros.pack()};
 }
 
 // Calls f(block, its candidate, the units that the candidates before it save) for every block; returns the units that
@@ -170,7 +179,7 @@ __device__ std::int64_t drop_blocks(const EncodeTables& e, const PacketTask& pac
     std::int64_t mine = 0, dropped = 0;
     scan_candidates(e, packet, shared, [&](std::int64_t i, const Candidate& c, std::int64_t before) {
         if (c.saved == 0 || before + c.saved <= all - excess) return;
-        e.blocks[packet.first_block + i] = {BlockInfo{BlockMode::kConstant, 0, c.zero}.pack(), kDropped, 1};
+        e.blocks[packet.first_block + i] = {c.info, kDropped, 1};
         mine += c.values;
     });
     block_exclusive_sum(mine, shared->sums[0], &dropped);
@@ -178,15 +187,30 @@ __device__ std::int64_t drop_blocks(const EncodeTables& e, const PacketTask& pac
     return dropped;
 }
 
-// Returns where the parts of a packet begin, and whether it fits.
-__device__ PacketState place_parts(const PacketTask& packet, const Sizes& sizes, bool checksums) {
+// Places the run blocks behind all segments, to whose sizes theirs are added.
+__device__ void place_run_blocks(const EncodeTables& e, const PacketTask& packet, Sizes* sizes, PacketState* state) {
+    if (packet.run_blocks == 0) return;
+    const std::uint32_t* const ends = e.ends + packet.first_block;
+    const std::int64_t before = packet.blocks - packet.run_blocks, blocks = e.run_totals[blockIdx.x].blocks;
+    state->runs = sizes->payload;
+    state->first_run_end = sizes->ends;
+    state->first_run_checksum = sizes->checksums;
+    state->units_before_runs = before == 0 ? 0 : ends[before - 1];
+    sizes->payload += 4 * (ends[packet.blocks - 1] - state->units_before_runs);
+    sizes->ends += blocks;
+    sizes->checksums += blocks;
+}
+
+// Returns where the parts of a packet begin, and whether it fits. `sizes` are those of its segments, and then of all.
+__device__ PacketState place_parts(const EncodeTables& e, const PacketTask& packet, Sizes* sizes) {
     PacketState state{};
-    state.lengths = static_cast<std::int64_t>(sizeof(PacketHeader)) + 8 * packet.ndim +
-                    static_cast<std::int64_t>(sizeof(SegmentRecord)) * packet.segments;
-    state.ends = state.lengths + sizes.lengths;
-    state.checksums = state.ends + 4 * sizes.ends;
-    state.payload = state.checksums + (checksums ? 4 * sizes.checksums : 0);
-    state.fits = state.payload + sizes.payload <= packet.capacity;
+    place_run_blocks(e, packet, sizes, &state);
+    state.lengths =
+        static_cast<std::int64_t>(sizeof(PacketHeader)) + 8 * packet.ndim + record_bytes(e.dtype) * packet.segments;
+    state.ends = state.lengths + sizes->lengths;
+    state.checksums = state.ends + 4 * sizes->ends;
+    state.payload = state.checksums + (e.checksums ? 4 * sizes->checksums : 0);
+    state.fits = state.payload + sizes->payload <= packet.capacity;
     return state;
 }
 
@@ -200,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     std::uint32_t* const ends = e.ends + packet.first_block;
     sum_blocks(blocks, packet.blocks, ends, shared->units);
     Sizes sizes = place_segments(e, packet, item, shared);
-    PacketState state = place_parts(packet, sizes, e.checksums);
+    PacketState state = place_parts(e, packet, &sizes);
     std::int64_t dropped = 0;
     if (threadIdx.x == 0) e.wanted_bytes[blockIdx.x] = state.payload + sizes.payload;
     if (!state.fits && packet.may_drop) {
@@ -209,7 +233,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         dropped = drop_blocks(e, packet, excess, shared);
         sum_blocks(blocks, packet.blocks, ends, shared->units);
         sizes = place_segments(e, packet, item, shared);
-        state = place_parts(packet, sizes, e.checksums);
+        state = place_parts(e, packet, &sizes);
     }
     const std::int64_t total = state.payload + sizes.payload;
     if (threadIdx.x == 0) {
@@ -240,8 +264,13 @@ __global__ void __launch_bounds__(kThreads, 1)
         const int s = packet.first_segment + i;
         const Quantizer q = e.segment_states[s].quantizer;
         const SegmentRecord record{
-            static_cast<std::uint64_t>(e.segments[s].count), q.grid, q.num_bits, q.coding, q.table, 0, q.p0, q.p1};
-        write_words(packet.out + records_at + static_cast<std::int64_t>(sizeof(record)) * i, record);
+            static_cast<std::uint64_t>(e.segments[s].count), q.grid, q.num_bits, q.coding, q.table, q.p0, q.p1};
+        std::uint8_t* const at = packet.out + records_at + record_bytes(e.dtype) * i;
+        if (e.dtype == DType::kFloat64) {
+            write_words(at, WireRecord<double>::of(record));
+        } else {
+            write_words(at, WireRecord<float>::of(record));
+        }
     }
     for (int i = warp_number(); i < packet.segments; i += kThreads / kWarpLanes) {
         const int s = packet.first_segment + i;

@@ -11,7 +11,7 @@ namespace qcomm::cuda {
 constexpr int kDecodeWarps = 4;      // units that a block of decode_packets works on
 constexpr int kMaxSumPackets = 8;    // packets that a block of sum_packets adds: a warp each
 constexpr int kMaxValueTable = 256;  // alphabets up to here are decoded by a table of values
-constexpr std::int64_t kMaxElements = std::int64_t{1} << 42;
+constexpr std::int64_t kMaxElements = kMaxSegmentValues;
 
 // A segment, by its record and by the sizes of those before it.
 struct SegmentView {
@@ -20,6 +20,7 @@ struct SegmentView {
     std::int64_t payload;                    // byte offset of its first byte in the payload
     std::int64_t first_end, first_checksum, blocks;        // block ends and checksums before its own, its blocks
     std::int64_t first_tile, first_sum_tile, first_piece;  // of decode_packets, sum_packets, check_pieces
+    std::int64_t first_run;  // the packet's values of zero runs before its own, which it has if it is coded so
     Quantizer quantizer;
     std::uint32_t code_mask;  // of a code of its own, set by make_decode_tables
 };
@@ -28,6 +29,8 @@ struct SegmentView {
 struct PacketView {
     std::int64_t ends, checksums, payload;  // byte offsets in the packet; checksums is 0 where there are none
     std::int64_t tiles, sum_tiles, pieces;
+    // The values of zero runs, their blocks, and where these begin in the payload, among the ends and the checksums.
+    std::int64_t run_values, run_blocks, runs, first_run_end, first_run_checksum;
     int segments;
 };
 
@@ -38,6 +41,7 @@ struct DecodeTables {
     const StaticTables* codes;
     int packet_count, max_segments, steps;
     DType dtype;
+    bool takes_runs;  // segments of zero runs are expected, not refused
     PacketView* packets;
     SegmentView* segments;      // [packet][max_segments]
     std::uint32_t* piece_sums;  // [packet][max_pieces]

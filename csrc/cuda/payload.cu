@@ -17,6 +17,7 @@
 #include "coder.cuh"
 #include "kernels.cuh"
 #include "last_block.cuh"
+#include "payload.cuh"
 #include "source.cuh"
 
 namespace qcomm::cuda {
@@ -74,31 +75,6 @@ private:
     int value_halves_, body_halves_;
     const std::uint16_t *values_, *positions_, *body_;
 };
-
-// Words [lane's first, end) of a row that a warp writes; word i is word_at(i). Several are read before the first is
-// written: the compiler may not move a read above a write, and each would wait for memory by itself.
-template <class Index, class WordAt>
-__device__ __forceinline__ void write_words(std::uint32_t* to, Index first, Index end, WarpChecksum& sum,
-                                            const WordAt& word_at) {
-    constexpr int kAtOnce = 8;
-    Index i = first;
-    for (; i + (kAtOnce - 1) * kWarpLanes < end; i += kAtOnce * kWarpLanes) {
-        std::uint32_t words[kAtOnce];
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) words[k] = word_at(i + k * kWarpLanes);
-#pragma unroll
-        for (int k = 0; k < kAtOnce; ++k) {
-            to[i + k * kWarpLanes] = words[k];
-            sum.absorb(words[k]);
-        }
-    }
-#pragma unroll 1
-    for (; i < end; i += kWarpLanes) {
-        const std::uint32_t word = word_at(i);
-        to[i] = word;
-        sum.absorb(word);
-    }
-}
 
 // A unit of a packet being written, by one warp: a block from its slot, or a piece of a segment without blocks.
 template <class Tr, bool kAdjusted>
@@ -270,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, 1) write_payload(EncodeTables e) {
             writer.write_raw_piece(at, &e.piece_sums[unit]);
         } else if (state.quantizer.coding == Coding::kFixed) {
             writer.write_fixed_piece(at, &e.piece_sums[unit]);
-        } else {
+        } else if (state.quantizer.coding == Coding::kConstant) {
             writer.lose_constant(at);
         }
     }

@@ -19,6 +19,7 @@
 #include "kernels.cuh"
 #include "last_block.cuh"
 #include "packet_view.cuh"
+#include "qcomm/zero_runs.h"
 
 namespace qcomm::cuda {
 namespace {
@@ -28,13 +29,14 @@ constexpr int kPieceWarps = 4;
 
 constexpr std::int64_t kDimsAt = sizeof(PacketHeader);
 
-// Of a segment, or of several: values, block ends, checksums, bytes that are not in blocks, and the units of work that
-// decode_packets, sum_packets and check_pieces make of them.
+// Of a segment, or of several: values, block ends, checksums, bytes that are not in blocks, the units of work that
+// decode_packets, sum_packets and check_pieces make of them, and values of zero runs, whose blocks are no segment's
+// own.
 struct Sizes {
-    std::int64_t values = 0, blocks = 0, checksums = 0, plain = 0, tiles = 0, sum_tiles = 0, pieces = 0;
+    std::int64_t values = 0, blocks = 0, checksums = 0, plain = 0, tiles = 0, sum_tiles = 0, pieces = 0, runs = 0;
 };
 using SizeSums = FieldSums<Sizes, &Sizes::values, &Sizes::blocks, &Sizes::checksums, &Sizes::plain, &Sizes::tiles,
-                           &Sizes::sum_tiles, &Sizes::pieces>;
+                           &Sizes::sum_tiles, &Sizes::pieces, &Sizes::runs>;
 
 struct Shared {
     std::int64_t scratch[SizeSums::kCount][kMaxWarps];
@@ -80,9 +82,8 @@ __device__ Fault check_dims(const std::uint8_t* dims, int ndim, std::uint64_t el
 // The rule is check() of qcomm/quantize.h, with the static tables of device memory.
 template <class Tr>
 __device__ Fault check_record(const SegmentRecord& r, const DecodeTables& d) {
-    if (r.count > kMaxElements || static_cast<unsigned>(r.grid) > 3 || static_cast<unsigned>(r.coding) > 4 ||
-        r.reserved != 0)
-        return Fault::kRecords;
+    if (static_cast<unsigned>(r.grid) > 3 || static_cast<unsigned>(r.coding) > kLastCoding) return Fault::kRecords;
+    if (r.coding == Coding::kRuns && !d.takes_runs) return Fault::kRecords;
     const Quantizer q = quantizer_of(r);
     const QuantizerFault fault = check<Tr>(q, has_static_table(q) ? d.codes->alphabet(q.table) : StaticAlphabet{});
     if (!is_readable(fault)) return Fault::kRecords;
@@ -91,15 +92,17 @@ __device__ Fault check_record(const SegmentRecord& r, const DecodeTables& d) {
     return own && alphabet_size(r.coding, r.num_bits) > d.max_alphabet ? Fault::kRecords : Fault::kNone;
 }
 
-__device__ SegmentRecord load_record(const std::uint8_t* at) {
-    SegmentRecord record;
-    std::uint32_t words[sizeof(record) / 4];
+template <class T>
+__device__ SegmentRecord record_at(const std::uint8_t* records, int index) {
+    WireRecord<T> wire;
+    std::uint32_t words[sizeof(wire) / 4];
+    const std::uint8_t* const at = records + static_cast<std::int64_t>(sizeof(wire)) * index;
     for (std::size_t i = 0; i < sizeof(words) / 4; ++i) words[i] = load_u32(at + 4 * i);
-    memcpy(&record, words, sizeof(record));
-    return record;
+    memcpy(&wire, words, sizeof(wire));
+    return wire.unpack();
 }
 
-// Sizes of a record that has been checked. No sum of them overflows: a count is at most 2^42, and segments are at most
+// Sizes of a record that has been checked. No sum of them overflows: a count is below 2^40, and segments are at most
 // 2^20.
 __device__ Sizes sizes_of(const SegmentRecord& r, int steps, std::int64_t item, bool checksums) {
     const auto count = static_cast<std::int64_t>(r.count);
@@ -109,8 +112,12 @@ __device__ Sizes sizes_of(const SegmentRecord& r, int steps, std::int64_t item, 
     s.checksums = checksums_in(r, steps);
     if (r.coding == Coding::kRaw) s.plain = align4(count * item);
     if (r.coding == Coding::kFixed) s.plain = align4(packed_bytes(count, r.num_bits));
-    const std::int64_t units = is_block_coded(r.coding) ? s.blocks : ceil_div(count, unit_values(steps));
-    s.tiles = ceil_div(units, kDecodeWarps);
+    if (r.coding == Coding::kRuns) {
+        s.runs = count;  // decode_run_blocks decodes them
+    } else {
+        const std::int64_t units = is_block_coded(r.coding) ? s.blocks : ceil_div(count, unit_values(steps));
+        s.tiles = ceil_div(units, kDecodeWarps);
+    }
     s.sum_tiles = ceil_div(count, sum_tile_values(steps));
     s.pieces = checksums ? ceil_div(s.plain, kChecksumPiece) : 0;
     return s;
@@ -162,7 +169,7 @@ __device__ Reading begin_reading(const DecodeTables& d, const DecodeTask& task, 
     p.has_checksums = (h.flags & kFlagChecksums) != 0;
     p.total = static_cast<std::int64_t>(h.total_bytes);
     p.records_at = kDimsAt + 8 * h.ndim;
-    p.lengths_at = p.records_at + static_cast<std::int64_t>(sizeof(SegmentRecord)) * h.segment_count;
+    p.lengths_at = p.records_at + record_bytes(h.dtype) * h.segment_count;
     p.ends_at = p.lengths_at + std::int64_t{4} * h.lengths_words;
     return p;
 }
@@ -180,6 +187,7 @@ __device__ void put_view(SegmentView* view, const SegmentRecord& r, const Sizes&
     view->first_tile = before.tiles;
     view->first_sum_tile = before.sum_tiles;
     view->first_piece = before.pieces;
+    view->first_run = before.runs;
     view->quantizer = quantizer_of(r);
     view->code_mask = 0;
 }
@@ -195,7 +203,7 @@ __device__ bool read_records(const Reading& p, const DecodeTables& d, Shared* sh
         SegmentRecord record{};
         Sizes size{};
         if (i < p.segments) {
-            record = load_record(p.task->packet + p.records_at + static_cast<std::int64_t>(sizeof(record)) * i);
+            record = record_at<typename Tr::Arithmetic>(p.task->packet + p.records_at, i);
             if (check_record<Tr>(record, d) != Fault::kNone) {
                 bad = true;
             } else {
@@ -213,11 +221,26 @@ __device__ std::int64_t end_of_block(const std::uint8_t* ends, std::int64_t bloc
     return 4 * static_cast<std::int64_t>(load_u32(ends + 4 * block));
 }
 
-// Checks that block ends ascend and that segments fill the payload, and notes where each segment begins there. The
-// result is this thread's: whether an end or a segment of its own is bad.
-__device__ bool check_ends(const Reading& p, std::int64_t blocks, std::int64_t payload_bytes) {
+// Returns where a segment that begins at `begin` ends in the payload.
+__device__ std::int64_t end_of(const SegmentView& view, std::int64_t begin, const std::uint8_t* ends) {
+    return view.blocks > 0 ? end_of_block(ends, view.first_end + view.blocks - 1) : begin + view.plain_bytes;
+}
+
+// Checks that block ends ascend and that segments, with the run blocks behind them, fill the payload; notes where each
+// segment begins there. *runs receives where the run blocks begin. The result is this thread's: whether an end or a
+// segment of its own is bad.
+__device__ bool check_ends(const Reading& p, std::int64_t blocks, std::int64_t shared_blocks,
+                           std::int64_t payload_bytes, std::int64_t* runs) {
     const std::uint8_t* const ends = p.task->packet + p.ends_at;
-    bool bad = false;
+    const int last = p.segments - 1;
+    *runs = end_of(p.views[last], begin_of(p.views, p.segments, last, ends), ends);
+    bool bad =
+        shared_blocks == 0 ? *runs != payload_bytes : end_of_block(ends, blocks + shared_blocks - 1) != payload_bytes;
+    for (std::int64_t b = threadIdx.x; b < shared_blocks; b += kThreads) {
+        const std::int64_t begin = b == 0 ? *runs : end_of_block(ends, blocks + b - 1);
+        const std::int64_t end = end_of_block(ends, blocks + b);
+        bad |= end <= begin || end > payload_bytes;
+    }
     for (std::int64_t b = threadIdx.x; b < blocks; b += kThreads) {
         const int s = find_task(p.views, p.segments, b, &SegmentView::first_end);
         const std::int64_t begin =
@@ -228,9 +251,7 @@ __device__ bool check_ends(const Reading& p, std::int64_t blocks, std::int64_t p
     for (int s = static_cast<int>(threadIdx.x); s < p.segments; s += kThreads) {
         SegmentView& view = p.views[s];
         view.payload = begin_of(p.views, p.segments, s, ends);
-        std::int64_t end = view.payload + view.plain_bytes;
-        if (view.blocks > 0) end = end_of_block(ends, view.first_end + view.blocks - 1);
-        bad |= end > payload_bytes || (s == p.segments - 1 && end != payload_bytes);
+        bad |= end_of(view, view.payload, ends) > payload_bytes;
     }
     return bad;
 }
@@ -264,10 +285,12 @@ __device__ Fault read_packet(const DecodeTables& d, const DecodeTask& task, int 
     if (!read_code_lists(d, p.task->packet + p.lengths_at, h.lengths_words, number, p.segments, shared))
         return Fault::kRecords;
 
-    const std::int64_t sums_at = p.ends_at + 4 * all.blocks;
-    const std::int64_t payload_at = sums_at + (p.has_checksums ? 4 * all.checksums : 0);
+    const std::int64_t shared_blocks = run_blocks(all.runs, d.steps);
+    const std::int64_t sums_at = p.ends_at + 4 * (all.blocks + shared_blocks);
+    const std::int64_t payload_at = sums_at + (p.has_checksums ? 4 * (all.checksums + shared_blocks) : 0);
     if (payload_at > p.total) return Fault::kLayout;
-    if (__syncthreads_or(check_ends(p, all.blocks, p.total - payload_at))) return Fault::kLayout;
+    std::int64_t runs = 0;
+    if (__syncthreads_or(check_ends(p, all.blocks, shared_blocks, p.total - payload_at, &runs))) return Fault::kLayout;
     if (threadIdx.x == 0) {
         PacketView& view = d.packets[number];
         view.ends = p.ends_at;
@@ -276,6 +299,11 @@ __device__ Fault read_packet(const DecodeTables& d, const DecodeTask& task, int 
         view.tiles = all.tiles;
         view.sum_tiles = all.sum_tiles;
         view.pieces = all.pieces;
+        view.run_values = all.runs;
+        view.run_blocks = shared_blocks;
+        view.runs = runs;
+        view.first_run_end = all.blocks;
+        view.first_run_checksum = all.checksums;
         view.segments = p.segments;
     }
     return warp_number() == 0 ? check_metadata(p.task->packet, payload_at, h.header_checksum) : Fault::kNone;

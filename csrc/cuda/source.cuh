@@ -33,6 +33,12 @@ public:
 
     // Without scale and residual.
     __device__ __forceinline__ T value(std::int64_t i) const { return Tr::widen(values_[i]); }
+    // The parts of u, for a caller that loads them some time before it needs u: 0 where there is no residual.
+    __device__ __forceinline__ float residual(std::int64_t i) const { return has_residual_ ? residual_[i] : 0.0f; }
+    __device__ __forceinline__ T join(T value, float residual) const {
+        const T u = value * inv_scale_;
+        return has_residual_ ? u + static_cast<T>(residual) : u;
+    }
 
     // As it is stored in a packet.
     __device__ __forceinline__ typename Tr::Storage stored(std::int64_t i) const {

@@ -105,7 +105,7 @@ __device__ Quantizer choose_quantizer(const TensorTask& tensor, const Statistics
         using T = typename Tr::Arithmetic;
         wanted.p0 = 0.0;
         wanted.p1 = static_cast<T>(tensor.k * __builtin_sqrt(s.sum_squares / static_cast<double>(tensor.count)));
-        usable = SigmaQuantizer<T>(wanted.num_bits, wanted.p1, Tr::kMax).usable();
+        usable = is_usable<Tr>(wanted);
     } else if (wanted.grid != Grid::kNone) {
         wanted.p0 = s.minimum;
         wanted.p1 = s.maximum;

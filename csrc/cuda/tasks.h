@@ -70,6 +70,9 @@ struct PacketTask {
     std::int32_t ndim;
     std::int32_t first_segment, segments;
     std::int64_t first_block, blocks;
+    std::int64_t run_blocks;         // of `blocks`, the last ones: those of zero runs at most
+    std::int64_t run_slots;          // byte offset of the first one's slot in the workspace
+    std::int64_t first_run_tile;     // of encode_run_blocks and write_run_blocks; a tile is kEncodeWarps blocks
     std::int64_t first_unit, units;  // the first one is a multiple of kEncodeWarps
     bool may_drop;                   // its capacity is below the bound
 };
@@ -79,6 +82,15 @@ struct BlockResult {
     std::uint32_t info, words, units;
 };
 constexpr std::uint32_t kDropped = ~0u;  // as `words`: a constant block of zeros in place of one that was too large
+
+// Zero runs, once tensors are measured: where a segment's values begin among those of its packet, and of all of them
+// how many there are, in how many blocks. A segment of another coding has none.
+struct RunPlace {
+    std::int64_t first_run, count;
+};
+struct RunTotal {
+    std::int64_t values, blocks;
+};
 
 // A segment after layout_packets.
 struct SegmentState {
@@ -95,7 +107,10 @@ struct SegmentState {
 struct PacketState {
     std::int64_t ends, checksums, payload;  // byte offsets in the packet
     std::int64_t lengths;                   // of the lists of code lengths
-    bool fits;                              // in its capacity; otherwise nothing is written
+    std::int64_t runs;                      // byte offset of the run blocks in the payload
+    std::int64_t first_run_end, first_run_checksum;
+    std::int64_t units_before_runs;  // of the packet's blocks before those, as SegmentState::units_before
+    bool fits;                       // in its capacity; otherwise nothing is written
 };
 
 // Where one block lies between encode_blocks and write_payload. Escapes and words are written from the last to the
@@ -140,6 +155,8 @@ struct EncodeTables {
     std::uint32_t* piece_sums;  // checksums of the pieces of raw segments, by unit
     SegmentState* segment_states;
     PacketState* packet_states;
+    RunPlace* run_places;        // by segment
+    RunTotal* run_totals;        // by packet
     std::int64_t* dropped;       // values, by packet
     std::int64_t* wanted_bytes;  // of the packets before blocks were dropped
     std::uint8_t* absent;        // by tensor: it is zero throughout, and its residual takes no part

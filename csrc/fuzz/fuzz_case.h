@@ -4,12 +4,14 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <vector>
 
 #include "qcomm/huffman.h"
 #include "qcomm/packet.h"
+#include "qcomm/parallel.h"
 #include "qcomm/statistics.h"
 
 namespace qcomm::fuzz {
@@ -61,6 +63,7 @@ template <class Tr>
 struct Part {
     std::vector<typename Tr::Storage> values;
     std::vector<float> residual;  // empty: none
+    bool adds_residual = true;    // the values have the residual, too, not only the place for a new one
     Quantizer quantizer;
     bool chosen = false;  // the quantizer was chosen for the values, so it must be accepted
 };
@@ -73,9 +76,11 @@ struct Request {
     double inv_scale = 1.0;
     bool valid = true;  // encoding may not refuse it
 
+    // `residual`: that of the part, or its copy in another place.
     Values values(std::size_t part, const float* residual) const {
         const auto& stored = parts[part].values;
-        return {stored.data(), options.dtype, static_cast<std::int64_t>(stored.size()), residual, inv_scale};
+        return {stored.data(), options.dtype, static_cast<std::int64_t>(stored.size()),
+                parts[part].adds_residual ? residual : nullptr, inv_scale};
     }
 };
 
@@ -109,7 +114,7 @@ inline Quantizer random_quantizer(Input* in, const Statistics& s) {
     q.grid = static_cast<Grid>(in->below(4));
     // 0 and 17 are no numbers of bits, and must be refused where there are symbols.
     q.num_bits = static_cast<std::uint8_t>(in->below(18));
-    q.coding = static_cast<Coding>(in->below(5));
+    q.coding = static_cast<Coding>(in->below(6));
     q.table = static_cast<std::uint8_t>(in->below(3) > 0 ? in->take<std::uint8_t>() : in->below(2) * kNoTable);
     // On a range grid the true extremes: values beyond p0 and p1 would be clipped, and no bound of their error would
     // hold.
@@ -169,19 +174,67 @@ Part<Tr> make_part(Input* in, DType dtype, double inv_scale, bool with_residual)
     return part;
 }
 
-// Mostly one segment. 16-bit values have neither a scale nor residuals, which encoders refuse.
+// Values of coding runs, whose levels are mostly 0: those with a level are up to `span` apart, so some runs need a
+// skip. Every third part has values that do not suit the step at all.
 template <class Tr>
-Request<Tr> make_request(Input* in, DType dtype) {
+std::vector<typename Tr::Storage> make_run_values(Input* in, int count, double step) {
+    using T = typename Tr::Arithmetic;
+    if (in->below(3) == 0) return make_values<Tr>(in, count);
+    std::vector<typename Tr::Storage> values(static_cast<std::size_t>(count));
+    const int span = 1 << in->below(12);
+    const double spread = std::ldexp(step, in->below(5) - 2);
+    in->seed();
+    for (int i = 0; i < count; i += 1 + std::abs(static_cast<int>(in->bell() * span / 2)))
+        values[static_cast<std::size_t>(i)] = Tr::narrow(static_cast<T>(in->bell() * spread));
+    return values;
+}
+
+// A segment of coding runs of `least` values or more, which always has a residual. Many are empty or short, so that
+// blocks hold several.
+template <class Tr>
+Part<Tr> make_run_part(Input* in, DType dtype, double inv_scale, int least) {
+    Part<Tr> part;
+    const int bounds[] = {3, 300, 300, 9000};
+    const int count = least + in->below(bounds[in->below(4)]);
+    double step =
+        std::ldexp(1.0 + in->below(256) / 256.0, in->take<std::int8_t>() * (dtype == DType::kFloat64 ? 8 : 1));
+    part.values = make_run_values<Tr>(in, count, step);
+    // Also in units of the values' RMS: from far too fine, where nearly all levels are 3, to so coarse that all are 0.
+    const Statistics s = measure({part.values.data(), dtype, count, nullptr, inv_scale});
+    if (s.finite && count > 0 && in->below(2))
+        step = std::exp2(in->below(24) - 10.0) * std::sqrt(s.sum_squares / static_cast<double>(count));
+    part.quantizer = {Grid::kSigma, kRunsBits, Coding::kRuns, kTableOnWire, 0.0, step};
+    part.chosen = is_usable(part.quantizer, dtype);
+    part.adds_residual = sizeof(typename Tr::Storage) >= 4 && in->below(4) > 0;
+    if (in->below(4) == 0) {
+        part.residual = make_values<Traits<DType::kFloat32>>(in, count);
+    } else {
+        in->seed();
+        for (int i = 0; i < count; ++i) part.residual.push_back(static_cast<float>(in->bell() * step / 4));
+    }
+    return part;
+}
+
+// Mostly one segment, and with `runs` several, most of which are of that coding. 16-bit values have neither a scale nor
+// residuals, which encoders refuse.
+template <class Tr>
+Request<Tr> make_request(Input* in, DType dtype, bool runs) {
     Request<Tr> request;
-    const int parts = in->below(4) ? 1 : 1 + in->below(4);
+    const int parts = in->below(4) && !runs ? 1 : 1 + in->below(runs ? 8 : 4);
     request.options.dtype = dtype;
     request.options.checksums = in->below(4) > 0;
     request.options.steps = in->below(2) ? 256 : 1 + in->below(kMaxSteps);
     const bool adjusted = item_bytes(dtype) >= 4 && in->below(2);
     if (adjusted) request.inv_scale = in->below(2) ? std::ldexp(1.0, in->below(64) - 32) : 1.0 / (1 + in->below(1000));
     std::int64_t total = 0;
+    // Seldom one is long enough for a second thread.
+    const int longest = runs && in->below(1000) == 999 ? in->below(parts) : -1;
     for (int i = 0; i < parts; ++i) {
-        request.parts.push_back(make_part<Tr>(in, dtype, request.inv_scale, adjusted && in->below(4) > 0));
+        const int least = i == longest ? 2 * static_cast<int>(kValuesPerThread) : 0;
+        if (runs && in->below(4) > 0)
+            request.parts.push_back(make_run_part<Tr>(in, dtype, request.inv_scale, least));
+        else
+            request.parts.push_back(make_part<Tr>(in, dtype, request.inv_scale, adjusted && in->below(4) > 0));
         request.valid &= request.parts.back().chosen;
         total += static_cast<std::int64_t>(request.parts.back().values.size());
     }

@@ -1,11 +1,14 @@
 // Arbitrary bytes as a packet: parsed, decoded, added to a tensor, counted. Whatever they are, the answer is a status
 // or values; nothing outside the packet is read and nothing outside the destination written; and every version of the
-// inner loops gives the same answer.
+// inner loops gives the same answer. Zero runs that are accepted have the form of docs/format.md.
+#include <cmath>
 #include <memory>
 #include <utility>
 
 #include "fuzz.h"
+#include "qcomm/block.h"
 #include "qcomm/packet.h"
+#include "qcomm/zero_runs.h"
 #include "repair.h"
 
 using namespace qcomm;
@@ -41,26 +44,76 @@ Status decode(const PacketView& view, bool accumulate, Guarded* out, std::vector
     return status;
 }
 
-// Adding to ones gives one plus what decoding gives, rounded once.
+// Adding to `base` gives it plus what decoding gives, rounded once.
 template <class T>
-void check_sums(const Answer& answer) {
+void check_sums(const Answer& answer, T base) {
     for (std::size_t at = 0; at < answer.values.size(); at += sizeof(T)) {
         T value, sum;
         std::memcpy(&value, answer.values.data() + at, sizeof(T));
         std::memcpy(&sum, answer.sums.data() + at, sizeof(T));
-        require(sum == T(1) + value || (sum != sum && value != value), "accumulate adds what decoding stores");
+        require(sum == base + value || (sum != sum && value != value), "accumulate adds what decoding stores");
     }
 }
 
-// Adds the packet to ones.
+// Checks each run block against its first word. A run of zeros can be written in one way only, so the values tell the
+// number of tokens; more of them could only be skips behind the last level.
+template <class T>
+void check_run_blocks(const PacketView& view, const Answer& answer) {
+    const auto* stored = answer.values.data();
+    std::vector<T> values;
+    std::int64_t at = 0, block = 0;  // where the run blocks begin, and the number of the first
+    const auto end_of = [&](std::int64_t number) {
+        std::uint32_t end;
+        std::memcpy(&end, view.block_ends + 4 * number, sizeof(end));
+        return std::int64_t{4} * end;
+    };
+    for (const SegmentRecord& r : view.records) {
+        const auto count = static_cast<std::int64_t>(r.count), blocks = blocks_in(r, view.header.steps);
+        block += blocks;
+        if (blocks > 0) at = end_of(block - 1);
+        if (r.coding == Coding::kRaw) at += align4(count * static_cast<std::int64_t>(sizeof(T)));
+        if (r.coding == Coding::kFixed) at += align4(packed_bytes(count, r.num_bits));
+        for (std::int64_t i = 0; i < count; ++i, stored += sizeof(T)) {
+            if (r.coding != Coding::kRuns) continue;
+            T value;
+            std::memcpy(&value, stored, sizeof(T));
+            const T step = static_cast<T>(r.p1), size = std::fabs(value);
+            require(value != value || size == T(0) || size == step || size == T(2) * step || size == T(3) * step,
+                    "values of coding runs are levels or NaN");
+            values.push_back(value);
+        }
+    }
+    const auto total = static_cast<std::int64_t>(values.size());
+    const std::int64_t blocks = run_blocks(total, view.header.steps);
+    for (std::int64_t i = 0; i < blocks; at = end_of(block + i), ++i) {
+        std::uint32_t word;
+        std::memcpy(&word, view.payload + at, sizeof(word));
+        const RunInfo info = RunInfo::unpack(word);
+        int tokens = 0, run = 0;
+        const std::int64_t end = run_block_begin(total, blocks, i + 1);
+        for (std::int64_t j = run_block_begin(total, blocks, i); j < end; ++j) {
+            const T value = values[static_cast<std::size_t>(j)];
+            require((value != value) == (info.mode == RunMode::kNotFinite), "whole blocks are NaN");
+            if (value != T(0)) tokens += 1 + run / kSkipZeros;
+            run = value != T(0) ? 0 : run + 1;
+        }
+        require(info.mode != RunMode::kZeros || tokens == 0, "a block of zeros has no levels");
+        require(info.mode != RunMode::kCoded || tokens == info.tokens, "a run block has the tokens of its levels");
+    }
+}
+
+// Adds the packet to zeros, which looks like storing, and then to ones.
 template <class T>
 Status accumulate(const PacketView& view, Answer* answer) {
-    Guarded ones(static_cast<std::int64_t>(view.header.element_count * sizeof(T)));
-    // Ones, since adding to zeros would look like storing.
-    std::fill_n(reinterpret_cast<T*>(ones.data()), view.header.element_count, T(1));
-    const Status status = decode(view, true, &ones, &answer->sums);
-    require(same_status(status, answer->statuses.back()), "accumulate fails where decoding fails");
-    if (status.ok()) check_sums<T>(*answer);
+    Status status;
+    for (const T base : {T(0), T(1)}) {
+        Guarded sums(static_cast<std::int64_t>(view.header.element_count * sizeof(T)));
+        std::fill_n(reinterpret_cast<T*>(sums.data()), view.header.element_count, base);
+        status = decode(view, true, &sums, &answer->sums);
+        require(same_status(status, answer->statuses.back()), "accumulate fails where decoding fails");
+        if (status.ok()) check_sums<T>(*answer, base);
+    }
+    if (status.ok()) check_run_blocks<T>(view, *answer);
     return status;
 }
 
@@ -137,8 +190,13 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
 
 extern "C" std::size_t LLVMFuzzerCustomMutator(std::uint8_t* data, std::size_t size, std::size_t max_size,
                                                unsigned seed) {
-    // Mostly a mutation that is then repaired; sometimes one that is not, and sometimes the packet without its
-    // checksums.
-    size = seed % 16 == 0 ? strip_checksums(data, size) : LLVMFuzzerMutate(data, size, max_size);
+    // Mostly a mutation that is then repaired; sometimes one that is not, sometimes the packet without its checksums,
+    // and sometimes another run block.
+    if (seed % 16 == 0)
+        size = strip_checksums(data, size);
+    else if (seed % 16 == 2 || seed % 16 == 3)
+        change_run_blocks(data, size, seed / 16);
+    else
+        size = LLVMFuzzerMutate(data, size, max_size);
     return seed % 16 == 1 ? size : repair(data, size);
 }

@@ -11,7 +11,7 @@ from qcomm.codec._native import (
     NO_TABLE,
     PACKET_HEADER_BYTES,
     QUANTIZER_BYTES,
-    SEGMENT_RECORD_BYTES,
+    SAMPLE_NUMBERS,
     TOTAL_BYTES_AT,
     WIRE_TABLE,
     Coding,
@@ -26,6 +26,7 @@ from qcomm.codec._native import (
     histogram_entropy,
     is_usable,
     measure,
+    record_bytes,
 )
 from qcomm.codec._native_cuda import FAULTS, CodedRange, DecodeTask, PacketSlot, Run, core, is_on_device
 from qcomm.codec.entropy import estimate_entropy
@@ -50,10 +51,11 @@ from qcomm.codec.plans_cuda import (
     RunCopier,
     Workspace,
     address,
+    codes_runs,
     own_code_bits,
     read_quantizers,
 )
-from qcomm.codec.quantize import Code, plan, plan_step
+from qcomm.codec.quantize import Code, forecast_quantizer, plan, plan_step
 
 __all__ = [
     "ACCOUNT",
@@ -66,7 +68,7 @@ __all__ = [
     "PACKET_HEADER_BYTES",
     "QUANTIZER_BYTES",
     "RECONSTRUCTIONS",
-    "SEGMENT_RECORD_BYTES",
+    "SAMPLE_NUMBERS",
     "TOTAL_BYTES_AT",
     "WIRE_TABLE",
     "Code",
@@ -93,6 +95,7 @@ __all__ = [
     "check_floats",
     "check_num_threads",
     "code_lengths",
+    "codes_runs",
     "compress",
     "core",
     "count_symbols",
@@ -103,6 +106,7 @@ __all__ = [
     "divide_to_bfloat",
     "encode",
     "estimate_entropy",
+    "forecast_quantizer",
     "histogram_entropy",
     "inspect",
     "is_on_device",
@@ -112,4 +116,5 @@ __all__ = [
     "plan",
     "plan_step",
     "read_quantizers",
+    "record_bytes",
 ]

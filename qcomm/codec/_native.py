@@ -27,9 +27,10 @@ NO_TABLE = 255
 PACKET_HEADER_BYTES = _C.PACKET_HEADER_BYTES
 TOTAL_BYTES_AT = _C.TOTAL_BYTES_AT  # position of the packet's size in its header
 DIMENSION_BYTES = _C.DIMENSION_BYTES
-SEGMENT_RECORD_BYTES = _C.SEGMENT_RECORD_BYTES
 CHECKSUM_BYTES = _C.CHECKSUM_BYTES
 MAX_CODED_BITS = _C.MAX_CODED_BITS
+SAMPLE_NUMBERS = _C.SAMPLE_NUMBERS  # of a segment's sample
+RUNS_BITS = _C.RUNS_BITS  # of a quantizer that codes runs of zeros
 QUANTIZER_BYTES = _C.QUANTIZER_BYTES
 
 
@@ -50,6 +51,7 @@ class Coding(IntEnum):
     FIXED = 2
     SINGLE = 3
     PAIR = 4
+    RUNS = 5
 
 
 class Quantizer(NamedTuple):
@@ -91,12 +93,15 @@ class Segment(NamedTuple):
 
     ``values`` are contiguous and of any shape. They are float32 or float64 if there is a residual. ``residual`` is
     contiguous float32 with the same number of elements. It is added before quantization and then replaced by the
-    quantization error.
+    quantization error. ``sample`` is float64 of ``SAMPLE_NUMBERS`` elements, and filled where runs of zeros are coded:
+    sums of squares of some scaled values and of their new residuals, their number, and the number of blocks that are
+    not finite.
     """
 
     values: torch.Tensor
     quantizer: Quantizer
     residual: torch.Tensor | None = None
+    sample: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -186,6 +191,11 @@ def _source(values: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, i
     if values.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"values must be float32 or float64 where a residual is added, got {values.dtype}")
     return values.data_ptr(), DTYPE_NUMBERS[values.dtype], values.numel(), residual.data_ptr()
+
+
+def record_bytes(dtype: torch.dtype) -> int:
+    """Returns the bytes of a segment record in packets of ``dtype``."""
+    return _C.record_bytes(DTYPE_NUMBERS[dtype])
 
 
 def measure(
@@ -279,11 +289,11 @@ def encode(
     dtype = DTYPE_NUMBERS[check_floats("values", segments[0].values).dtype]
     described = []
     num_threads = check_num_threads(num_threads)
-    for values, quantizer, residual in segments:
+    for values, quantizer, residual, sample in segments:
         address, number, count, residual_address = _source(values, residual)
         if number != dtype:
             raise TypeError(f"all segments must have one dtype, got {values.dtype} beside {DTYPES[dtype]}")
-        described.append((address, count, residual_address, quantizer))
+        described.append((address, count, residual_address, quantizer, 0 if sample is None else sample.data_ptr()))
     capacity = _C.encode_bound(described, dtype, shape, checksum, steps)
     out = torch.empty(capacity, dtype=torch.uint8)
     size = _C.encode(described, inv_scale, dtype, shape, checksum, steps, num_threads, out.data_ptr(), capacity)

@@ -11,7 +11,7 @@ __all__ = ["Grid", "RangeGrid", "SigmaGrid"]
 
 MIN_SIGMA_STEP = 2.0**-12
 MAX_SIGMA_STEP = 16.0
-SIGMA_CODINGS = ("auto", "single", "pair", "table", "fixed")
+SIGMA_CODINGS = ("auto", "single", "pair", "table", "runs", "fixed")
 RECONSTRUCTIONS = ("center", "endpoint")
 PRESETS: dict[str | None, dict[str, float | str]] = {
     None: {},
@@ -20,6 +20,8 @@ PRESETS: dict[str | None, dict[str, float | str]] = {
 }
 # Below this k a pair code's 4-bit alphabet would leave too many values outside (sigma_num_bits gives more than 4 bits).
 PAIR_BITS = 4
+# From this step on most values are 0, and runs of zeros are coded in fewer bytes than pairs, and faster.
+RUNS_STEP = 2.5
 
 
 def _real(name: str, value: object) -> float:
@@ -52,7 +54,9 @@ class SigmaGrid:
             bits per value of a typical gradient, a step of 2 about 1.15. Use error feedback with steps of 2 or more.
         coding: ``"auto"`` prices the codes on a sample and takes the cheapest. ``"single"`` and ``"pair"`` force a
             built-in table with one or two symbols per codeword; pairs need ``step >= 0.84``. ``"table"`` puts the
-            tensor's own table into the packet. ``"fixed"`` uses no Huffman code.
+            tensor's own table into the packet. ``"runs"`` codes runs of zeros, with levels up to 3 on each side; it is
+            for tensors with a residual, which keeps the rest, and others are coded as with ``"auto"``. ``"auto"`` takes
+            it for steps of 2.5 and more. ``"fixed"`` uses no Huffman code.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
@@ -79,6 +83,11 @@ class SigmaGrid:
     def num_bits(self) -> int:
         """Returns the bits of the alphabet before coding."""
         return sigma_num_bits(self.step)
+
+    @cached_property
+    def codes_runs(self) -> bool:
+        """Returns whether runs of zeros are coded where there is a residual."""
+        return self.coding == "runs" or (self.coding == "auto" and self.step >= RUNS_STEP)
 
     def describe(self) -> str:
         """Returns the configuration as one line, equal on all ranks with the same configuration."""

@@ -202,7 +202,7 @@ class SegmentInfo:
         num_bits: bits of a symbol before coding, or of a value where the values are raw.
         step: distance of neighbouring levels; 0 where nothing is lost.
         entropy_bits: entropy of the segment's symbols; NaN where there are none.
-        coding: ``"raw"``, ``"constant"``, ``"fixed"``, ``"single"`` or ``"pair"``.
+        coding: ``"raw"``, ``"constant"``, ``"fixed"``, ``"single"``, ``"pair"`` or ``"runs"``.
         table: ``"static <number>"``, ``"own"`` or ``"none"``.
     """
 
@@ -277,7 +277,7 @@ def inspect(packet: torch.Tensor) -> PacketInfo:
 
 def _describe(packet: torch.Tensor, index: int, count: int, quantizer: Quantizer, *, dtype: torch.dtype) -> SegmentInfo:
     entropy = math.nan
-    if quantizer.coding in (Coding.FIXED, Coding.SINGLE, Coding.PAIR):
+    if quantizer.coding in (Coding.FIXED, Coding.SINGLE, Coding.PAIR, Coding.RUNS):
         counts = _native.count_symbols(packet, index).double()
         p = counts[counts > 0] / counts.sum()
         entropy = abs(float(-(p * p.log2()).sum()))

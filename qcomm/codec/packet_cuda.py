@@ -84,6 +84,10 @@ def _own_code_bits(front: PacketFront) -> int:
     return max(own, default=0)
 
 
+def _takes_runs(front: PacketFront) -> bool:
+    return any(quantizer.coding == Coding.RUNS for _, quantizer in front.records)
+
+
 def decompress(packet: torch.Tensor) -> torch.Tensor:
     """Returns the tensor in a 1-D uint8 packet, on its device.
 
@@ -103,7 +107,8 @@ def decompress(packet: torch.Tensor) -> torch.Tensor:
             raise PacketError(f"no memory for the tensor of shape {front.shape} that the packet claims") from error
         task = DecodeTask(packet.data_ptr(), packet.numel(), out.data_ptr(), out.numel(), exact=True)
         dtype, segments = DTYPE_NUMBERS[front.dtype], len(front.records)
-        plan = core().DecodePlan(dtype, front.steps, segments, [task], _own_code_bits(front))
+        expected = _own_code_bits(front), _takes_runs(front)
+        plan = core().DecodePlan(dtype, front.steps, segments, [task], *expected)
         blob = on_device(plan.blob(), device)
         workspace = torch.empty(plan.workspace_bytes(), dtype=torch.uint8, device=device)
         codes = static_codes(device)

@@ -15,6 +15,7 @@ from qcomm.codec._native import (
     MAX_CODED_BITS,
     NO_TABLE,
     QUANTIZER_BYTES,
+    RUNS_BITS,
     WIRE_TABLE,
     Coding,
     GridKind,
@@ -31,6 +32,7 @@ __all__ = [
     "RunCopier",
     "Workspace",
     "address",
+    "codes_runs",
     "kernel_grid",
     "own_code_bits",
     "read_quantizers",
@@ -48,14 +50,26 @@ class KernelGrid(NamedTuple):
     sample: SampleRule = SampleRule()
 
 
-def kernel_grid(grid: Grid) -> KernelGrid:
-    """Translates a grid into the kernels' terms.
+def codes_runs(grid: Grid, has_residual: bool) -> bool:
+    """Returns whether tensors on ``grid`` are coded as runs of zeros, as :func:`qcomm.codec.plan` decides on the CPU.
+
+    Example:
+        >>> codes_runs(SigmaGrid(3.2), has_residual=True), codes_runs(SigmaGrid(3.2), has_residual=False)
+        (True, False)
+    """
+    return has_residual and isinstance(grid, SigmaGrid) and grid.codes_runs
+
+
+def kernel_grid(grid: Grid, has_residual: bool = False) -> KernelGrid:
+    """Translates a grid into the kernels' terms, for tensors with a residual or without.
 
     Example:
         >>> kernel_grid(SigmaGrid(0.5, coding="table")).quantizer.coding.name
         'SINGLE'
     """
     if isinstance(grid, SigmaGrid):
+        if codes_runs(grid, has_residual):
+            return KernelGrid(QuantizerHead(GridKind.SIGMA, RUNS_BITS, Coding.RUNS, WIRE_TABLE), grid.step)
         bits, coding, table = grid.num_bits, Coding.SINGLE, NO_TABLE
         if bits <= MAX_CODED_BITS and grid.coding == "table":
             table = WIRE_TABLE
@@ -63,7 +77,7 @@ def kernel_grid(grid: Grid) -> KernelGrid:
             coding = Coding.PAIR if grid.coding == "pair" else Coding.SINGLE
             table = _native.nearest_static_table(coding, bits, grid.step)
             table = table if table != NO_TABLE else WIRE_TABLE  # very fine steps have no built-in table
-        rule = SampleRule(choose_code=grid.coding == "auto" and bits <= MAX_CODED_BITS)
+        rule = SampleRule(choose_code=grid.coding in ("auto", "runs") and bits <= MAX_CODED_BITS)
         return KernelGrid(QuantizerHead(GridKind.SIGMA, bits, coding, table), grid.step, rule)
     if isinstance(grid, RangeGrid):
         kind = GridKind.RANGE_CENTER if grid.reconstruction == "center" else GridKind.RANGE_ENDPOINT
@@ -77,6 +91,7 @@ def kernel_grid(grid: Grid) -> KernelGrid:
 class DeviceTensor(NamedTuple):
     """A tensor that the kernels measure as a whole: ``values * inv_scale + residual``.
 
+    Where there is a residual, each :class:`CodedRange` of the tensor has one to write, too.
     Addresses are of device memory, 0 for none. If ``grid`` is None, the values travel uncompressed, and are measured
     only if ``measured`` is True. If ``keeps_zero`` is True, the residual is not added where all values are 0.
     """
@@ -96,7 +111,7 @@ class DeviceTensor(NamedTuple):
             self.elements,
             self.residual,
             self.inv_scale,
-            *(KernelGrid() if self.grid is None else kernel_grid(self.grid)),
+            *(KernelGrid() if self.grid is None else kernel_grid(self.grid, self.residual != 0)),
             nonfinite_is_constant=self.measured,
             as_it_is=not self.measured,
             zero_keeps_residual=self.keeps_zero,
@@ -113,7 +128,7 @@ def address(tensor: torch.Tensor | None, element: int = 0) -> int:
     return 0 if tensor is None else tensor.data_ptr() + element * tensor.element_size()
 
 
-def own_code_bits(grid: Grid) -> int:
+def own_code_bits(grid: Grid, has_residual: bool = False) -> int:
     """Returns the maximum number of bits of a symbol in a segment with its own code; 0 without such segments.
 
     Example:
@@ -123,7 +138,9 @@ def own_code_bits(grid: Grid) -> int:
     """
     if isinstance(grid, RangeGrid):
         return min(grid.num_bits or grid.bits_for(float(grid.entropy_bits)), MAX_CODED_BITS)
-    asked = kernel_grid(grid)
+    asked = kernel_grid(grid, has_residual)
+    if asked.quantizer.coding == Coding.RUNS:
+        return 0
     brings_code = asked.sample.choose_code or asked.quantizer.table == WIRE_TABLE
     return grid.num_bits if brings_code and grid.num_bits <= MAX_CODED_BITS else 0
 
@@ -252,6 +269,7 @@ class Decoder:
         tasks: one for each packet.
         own_code_bits: see :func:`own_code_bits`.
         workspace: memory on the device of the packets.
+        takes_runs: packets may have segments that are coded as runs of zeros, see :func:`codes_runs`.
     """
 
     def __init__(
@@ -262,9 +280,10 @@ class Decoder:
         tasks: Sequence[DecodeTask],
         own_code_bits: int,
         workspace: Workspace,
+        takes_runs: bool = False,
     ) -> None:
-        device = workspace.device
-        plan = _native_cuda.core().DecodePlan(DTYPE_NUMBERS[dtype], steps, max_segments, tasks, own_code_bits)
+        device, core = workspace.device, _native_cuda.core()
+        plan = core.DecodePlan(DTYPE_NUMBERS[dtype], steps, max_segments, tasks, own_code_bits, takes_runs)
         self._plan, self._blob = plan, _native_cuda.on_device(plan.blob(), device)
         self._device, self._workspace, self._size = device, workspace, plan.workspace_bytes()
 

@@ -8,6 +8,7 @@ from qcomm.codec import _native
 from qcomm.codec._native import (
     MAX_CODED_BITS,
     NO_TABLE,
+    RUNS_BITS,
     WIRE_TABLE,
     Coding,
     GridKind,
@@ -17,7 +18,7 @@ from qcomm.codec._native import (
 )
 from qcomm.codec.grids import MIN_SIGMA_STEP, PAIR_BITS, Grid, RangeGrid, SigmaGrid, sigma_num_bits
 
-__all__ = ["Code", "Quantizer", "dequantize", "plan", "plan_step", "quantize"]
+__all__ = ["Code", "Quantizer", "dequantize", "forecast_quantizer", "plan", "plan_step", "quantize"]
 
 Code = tuple[Coding, int]  # a segment's coding and table, as in a packet's segment record
 
@@ -81,10 +82,40 @@ def _plan_sigma(
     code: Code | None,
     num_threads: int,
 ) -> Quantizer:
-    step = grid.step * stats.rms
-    if values.dtype != torch.float64:
-        step = float(torch.tensor(step, dtype=torch.float64).to(torch.float32))
-    return _code_sigma(grid.num_bits, step, grid.step, grid.coding, values, residual, inv_scale, code, num_threads)
+    step = _in_arithmetic(grid.step * stats.rms, values.dtype)
+    if residual is not None and grid.codes_runs:
+        quantizer = _code_runs(step, values.dtype)
+        if quantizer is not None:
+            return quantizer
+        code = None
+    coding = "auto" if grid.coding == "runs" else grid.coding
+    return _code_sigma(grid.num_bits, step, grid.step, coding, values, residual, inv_scale, code, num_threads)
+
+
+def _in_arithmetic(step: float, dtype: torch.dtype) -> float:
+    return step if dtype == torch.float64 else float(torch.tensor(step, dtype=torch.float64).to(torch.float32))
+
+
+def _code_runs(step: float, dtype: torch.dtype) -> Quantizer | None:
+    quantizer = Quantizer(GridKind.SIGMA, RUNS_BITS, Coding.RUNS, WIRE_TABLE, 0.0, step)
+    return quantizer if _native.is_usable(quantizer, dtype) else None
+
+
+def forecast_quantizer(grid: SigmaGrid, rms: float, dtype: torch.dtype) -> Quantizer | None:
+    """Returns the quantizer of values whose RMS is known before they are read, and which have a residual.
+
+    None where ``grid`` does not code them as runs of zeros, or the arithmetic cannot represent the levels.
+
+    Args:
+        grid: of the values.
+        rms: of value plus residual.
+        dtype: of the packet.
+
+    Example:
+        >>> forecast_quantizer(SigmaGrid(step=3.0), 0.5, torch.float32).step
+        1.5
+    """
+    return _code_runs(_in_arithmetic(grid.step * rms, dtype), dtype) if grid.codes_runs else None
 
 
 def _code_sigma(

@@ -65,4 +65,4 @@ def _decode(task: MeanTask, packets: Sequence[torch.Tensor], rank: int) -> None:
             mean.mul_(task.scale)
         scatter_chunk(mean, layout.whole, task.buffer)
     sizes = [packets[rank].numel()]
-    task.telemetry.count_packets(1, [layout.whole], sizes, task.wire_dtype.itemsize)
+    task.telemetry.count_packets(1, [layout.whole], sizes, task.wire_dtype)

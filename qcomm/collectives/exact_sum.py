@@ -82,7 +82,7 @@ def exact_sum_mean(rounds: Rounds) -> None:
 
     rounds.compute(Phase.DECODE, _decode_means, task, totals)
     for phase, packets in enumerate((values or [], totals), 1):
-        task.telemetry.count_packets(phase, layout.chunks, [packet.numel() for packet in packets], dtype.itemsize)
+        task.telemetry.count_packets(phase, layout.chunks, [packet.numel() for packet in packets], dtype)
 
 
 def _compressed(task: MeanTask) -> list[int]:

@@ -130,7 +130,7 @@ def hierarchical_mean(rounds: Rounds) -> None:
 
     rounds.compute(Phase.DECODE, _join, task, place, received)
     for phase, packets in enumerate((sums or [], means), 1):
-        task.telemetry.count_packets(phase, chunks, [packet.numel() for packet in packets], dtype.itemsize)
+        task.telemetry.count_packets(phase, chunks, [packet.numel() for packet in packets], dtype)
 
 
 def _split(task: MeanTask, place: _Place) -> list[torch.Tensor]:

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from qcomm.codec import CHECKSUM_BYTES, DIMENSION_BYTES, PACKET_HEADER_BYTES, SEGMENT_RECORD_BYTES, Quantizer
+import torch
+
+from qcomm.codec import CHECKSUM_BYTES, DIMENSION_BYTES, PACKET_HEADER_BYTES, Quantizer, record_bytes
 from qcomm.collectives.layout import BucketLayout, Chunk
 from qcomm.transport import Traffic
 
@@ -20,9 +22,8 @@ Event = tuple[int, str, float]
 # things.
 TRAFFIC_KINDS = ("phase1", "phase2", "inside", "overhead")
 
-# Bytes of a flat packet and of each raw segment in it besides values.
+# Bytes of a flat packet besides segments and values.
 PACKET_BYTES = PACKET_HEADER_BYTES + DIMENSION_BYTES
-SEGMENT_BYTES = SEGMENT_RECORD_BYTES + CHECKSUM_BYTES
 
 
 @dataclass
@@ -141,19 +142,19 @@ class Telemetry:
             bytes_uncompressed=times * layout.elements * item_bytes,
         )
 
-    def count_packets(self, phase: int, chunks: Sequence[Chunk], sizes: Sequence[int], item_bytes: int) -> None:
-        """Counts packets of a phase by the chunks they carry; ``item_bytes`` is the size of a raw value."""
+    def count_packets(self, phase: int, chunks: Sequence[Chunk], sizes: Sequence[int], dtype: torch.dtype) -> None:
+        """Counts packets of a phase by the chunks they carry; ``dtype`` is that of a raw value."""
         raw = 0
         for chunk in chunks:
             if chunk.raw_count:
-                raw += SEGMENT_BYTES + -(-chunk.raw_count * item_bytes // 4) * 4
+                raw += record_bytes(dtype) + CHECKSUM_BYTES + -(-chunk.raw_count * dtype.itemsize // 4) * 4
                 raw += 0 if chunk.compressed_count else PACKET_BYTES
         self._count(phase, sum(sizes), raw, sum(c.count for c in chunks), sum(c.compressed_count for c in chunks))
 
     def count_two_phases(
         self,
         packets: Mapping[int, Sequence[tuple[Chunk, int]]],
-        item_bytes: int,
+        dtype: torch.dtype,
         quantizers: Mapping[str, Quantizer],
         nonfinite_tensors: int,
     ) -> None:
@@ -161,12 +162,12 @@ class Telemetry:
 
         Args:
             packets: by phase: the chunks that packets carried, and their sizes in bytes.
-            item_bytes: of a raw value.
+            dtype: of a raw value.
             quantizers: of each tensor, by its key.
             nonfinite_tensors: number of tensors that held NaN or infinity.
         """
         for phase, sized in packets.items():
-            self.count_packets(phase, [chunk for chunk, _ in sized], [size for _, size in sized], item_bytes)
+            self.count_packets(phase, [chunk for chunk, _ in sized], [size for _, size in sized], dtype)
         with self._lock:
             self._tensors.update(quantizers)
             self._counters.nonfinite_tensors += nonfinite_tensors

@@ -17,14 +17,17 @@ and wait.
 import math
 from dataclasses import dataclass
 
+import torch
+
 from qcomm.codec import (
     CHECKSUM_BYTES,
     DIMENSION_BYTES,
     PACKET_HEADER_BYTES,
-    SEGMENT_RECORD_BYTES,
     Grid,
     RangeGrid,
     SigmaGrid,
+    codes_runs,
+    record_bytes,
 )
 from qcomm.collectives import Chunk
 
@@ -39,8 +42,8 @@ ALIGNMENT = 16
 LEAST_FILLED, MOST_FILLED = 0.75, 0.97
 # Bytes of a flat packet and of each segment in it besides values; start windows and the rest of a block, by experience.
 PACKET_BYTES = PACKET_HEADER_BYTES + DIMENSION_BYTES
-SEGMENT_BYTES = SEGMENT_RECORD_BYTES + CHECKSUM_BYTES
 BLOCK_BYTES, LEAST_BLOCK_VALUES = 80, 8192
+RUN_BLOCK_VALUES = 4 * LEAST_BLOCK_VALUES  # of all segments together
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def adjusted(capacity: int, largest: int, bound: int) -> int:
     return capacity if LEAST_FILLED <= filled <= MOST_FILLED else slot_bytes(largest, bound)
 
 
-def nominal_bytes(grid: Grid, chunk: Chunk, item_bytes: int) -> int:
+def nominal_bytes(grid: Grid, chunk: Chunk, dtype: torch.dtype, error_feedback: bool) -> int:
     """Returns the size that a packet of ``chunk`` may have by the grid alone, in whole units of a slot.
 
     For a sigma grid it is a Gaussian's size, because a Gaussian has the largest entropy at a given RMS. For a range
@@ -90,16 +93,19 @@ def nominal_bytes(grid: Grid, chunk: Chunk, item_bytes: int) -> int:
 
     Example:
         >>> chunk = Chunk((), ((0, 100),))
-        >>> nominal_bytes(RangeGrid(), chunk, 4)
-        496
+        >>> nominal_bytes(RangeGrid(), chunk, torch.float32, error_feedback=True)
+        480
     """
     segments = len(chunk.pieces) + bool(chunk.raw_count)
-    size = PACKET_BYTES + SEGMENT_BYTES * segments + chunk.raw_count * item_bytes
+    size = PACKET_BYTES + (record_bytes(dtype) + CHECKSUM_BYTES) * segments + chunk.raw_count * dtype.itemsize
     if isinstance(grid, RangeGrid):
         bits = grid.num_bits or grid.bits_for(float(grid.entropy_bits))
         return _align(size + sum(-(-piece.length * bits // 32) * 4 for piece in chunk.pieces))
-    blocks = len(chunk.pieces) + chunk.compressed_count // LEAST_BLOCK_VALUES
-    return _align(size + math.ceil(chunk.compressed_count * gaussian_bits(grid) / 8) + BLOCK_BYTES * blocks)
+    runs = codes_runs(grid, error_feedback)
+    bits_per_value = gaussian_run_bits(grid) if runs else gaussian_bits(grid)
+    blocks = chunk.compressed_count // (RUN_BLOCK_VALUES if runs else LEAST_BLOCK_VALUES)
+    blocks += 1 if runs else len(chunk.pieces)
+    return _align(size + math.ceil(chunk.compressed_count * bits_per_value / 8) + BLOCK_BYTES * blocks)
 
 
 def gaussian_bits(grid: SigmaGrid) -> float:
@@ -112,6 +118,19 @@ def gaussian_bits(grid: SigmaGrid) -> float:
         2.05
     """
     return max(math.log2(math.sqrt(2 * math.pi * math.e) / grid.step), 0.6)
+
+
+def gaussian_run_bits(grid: SigmaGrid) -> float:
+    """Returns the bits of a Gaussian value on a coarse sigma grid that codes runs of zeros.
+
+    A value is not zero with probability p = erfc(k / sqrt(8)). Then its sign takes a bit more than the entropy of p.
+
+    Example:
+        >>> round(gaussian_run_bits(SigmaGrid(3.2)), 2)
+        0.61
+    """
+    p = math.erfc(grid.step / math.sqrt(8))
+    return p - p * math.log2(p) - (1 - p) * math.log2(1 - p)
 
 
 def _align(size: int) -> int:

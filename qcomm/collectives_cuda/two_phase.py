@@ -207,9 +207,8 @@ class DeviceMean:
         steps.decode()
         self._count(task, sizes)
         if exact and fixed:
-            item = task.wire_dtype.itemsize
             nominal = [
-                max(nominal_bytes(grid, chunk, item) for chunk in chunks)
+                max(nominal_bytes(grid, chunk, task.wire_dtype, task.feedback is not None) for chunk in chunks)
                 for grid in (task.options.grid, task.options.mean_grid)
             ]
             bucket.fixed = Slots(
@@ -268,10 +267,10 @@ class DeviceMean:
         layout, others = task.layout, self._world_size - 1
         for phase, size in ((1, sizes.values), (2, sizes.means)):
             self._telemetry.add_traffic(f"phase{phase}", Traffic(others * size, others * size))
-        item = task.wire_dtype.itemsize
+        dtype = task.wire_dtype
         sent = [chunk for owner, chunk in enumerate(layout.chunks) if owner != self._rank and chunk.count]
-        self._telemetry.count_packets(1, sent, [], item)
-        self._telemetry.count_packets(2, [chunk for chunk in layout.chunks if chunk.count], [], item)
+        self._telemetry.count_packets(1, sent, [], dtype)
+        self._telemetry.count_packets(2, [chunk for chunk in layout.chunks if chunk.count], [], dtype)
 
     def _send_agreement(self, bucket: _Bucket) -> None:
         """Starts the agreement on the largest packets and the worst fault of all ranks, on their way to the host."""

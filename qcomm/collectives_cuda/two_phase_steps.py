@@ -18,12 +18,14 @@ from qcomm.codec import (
     DecodeTask,
     DeviceTensor,
     Encoder,
+    Grid,
     PacketSlot,
     Quantizer,
     Run,
     RunCopier,
     Workspace,
     address,
+    codes_runs,
     default_block_steps,
     own_code_bits,
     read_quantizers,
@@ -250,12 +252,12 @@ class DeviceSteps:
 
     def _make_reducer(self) -> None:
         """Prepares the sum of the packets before and after the own values, in rank order, and the mean's packet."""
-        chunk, bits = self._chunk, own_code_bits(self._options.grid)
+        chunk = self._chunk
         senders = [rank for rank in range(self._layout.world_size) if rank != self._rank and chunk.count]
         self._value_faults = self._fault_words(len(senders))
         self._first_after = sum(rank < self._rank for rank in senders)
-        self._before = self._adder([rank for rank in senders if rank < self._rank], bits)
-        self._after = self._adder([rank for rank in senders if rank > self._rank], bits)
+        self._before = self._adder([rank for rank in senders if rank < self._rank])
+        self._after = self._adder([rank for rank in senders if rank > self._rank])
         whole = Run(address(self._mean), address(self._mean), chunk.count, faults=len(senders))
         self._divide = RunCopier(self._dtype, [whole], self._device)
         tensors: list[DeviceTensor] = []
@@ -278,14 +280,19 @@ class DeviceSteps:
             packet = PacketSlot(len(segments), address(self.mean), self.slots.means)
             self._mean_encoder = Encoder(self._dtype, self._steps, tensors, segments, [packet], self._workspaces.encode)
 
-    def _adder(self, senders: Sequence[int], bits: int) -> Decoder | None:
+    def _adder(self, senders: Sequence[int]) -> Decoder | None:
         if not senders:
             return None
         tasks = [
             DecodeTask(address(self.incoming[rank]), self.slots.values, address(self._mean), self._chunk.count)
             for rank in senders
         ]
-        return Decoder(self._dtype, self._steps, _segment_count(self._chunk), tasks, bits, self._workspaces.decode)
+        return self._decoder_of(tasks, self._options.grid, _segment_count(self._chunk))
+
+    def _decoder_of(self, tasks: Sequence[DecodeTask], grid: Grid, segments: int) -> Decoder:
+        has_residual = self._feedback is not None
+        bits, runs = own_code_bits(grid, has_residual), codes_runs(grid, has_residual)
+        return Decoder(self._dtype, self._steps, segments, tasks, bits, self._workspaces.decode, runs)
 
     def _make_decoder(self) -> None:
         """Prepares the decoders of the means.
@@ -309,8 +316,7 @@ class DeviceSteps:
                 source += length * self._dtype.itemsize
             position += 0 if here else chunk.count
         segments = max((_segment_count(chunk) for _, chunk in present), default=1)
-        bits = own_code_bits(self._options.mean_grid)
-        self._decoder = Decoder(self._dtype, self._steps, segments, tasks, bits, self._workspaces.decode)
+        self._decoder = self._decoder_of(tasks, self._options.mean_grid, segments)
         self._scatter = RunCopier(self._task_dtype, runs, self._device)
 
     def _local(self, number: int, start: int = 0) -> int:

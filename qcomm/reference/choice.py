@@ -27,13 +27,16 @@ from qcomm.reference.packet import (
     OWN_TABLE,
     PAIR,
     RAW,
+    RUNS,
     SINGLE,
     ReferenceSegment,
     static_lengths,
 )
 from qcomm.reference.static_tables import STATIC_TABLES
+from qcomm.reference.zero_runs import MAX_LEVEL, RUNS_BITS
 
 MAX_CODED_BITS = 12
+RUNS_STEP = 2.5
 
 
 def table_step(number: int) -> float:
@@ -112,12 +115,18 @@ def sigma_segment(
     residual: torch.Tensor | None = None,
     inv_scale: float = 1.0,
 ) -> ReferenceSegment:
-    """Returns the segment of a sigma grid; ``coding`` is auto, single, pair (static codes), table or fixed."""
+    """Returns the segment of a sigma grid; ``coding`` is auto, single, pair (static codes), table, runs or fixed."""
     segment = ReferenceSegment(values, residual=residual, inv_scale=inv_scale)
     if (plain := without_grid(segment)) is not None:
         return plain
     u, num_bits = segment.u(), sigma_num_bits(k)
     step = sigma_step(u, k)
+    largest = torch.finfo(values.dtype).max
+    if residual is not None and (coding == "runs" or (coding == "auto" and k >= RUNS_STEP)):
+        runs = checked(replace(segment, grid=SIGMA, num_bits=RUNS_BITS, coding=RUNS, p1=step))
+        if runs.coding == RUNS and MAX_LEVEL * step <= largest:
+            return runs
+    coding = "auto" if coding == "runs" else coding
     segment = checked(replace(segment, grid=SIGMA, num_bits=num_bits, coding=SINGLE, table=NO_TABLE, p1=step))
     if segment.coding == RAW or coding == "fixed" or num_bits > MAX_CODED_BITS:
         return segment

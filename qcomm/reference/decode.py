@@ -26,7 +26,7 @@ from qcomm.reference.packet import (
     OWN_TABLE,
     PAIR,
     RAW,
-    RECORD,
+    RUNS,
     SINGLE,
     VERSION,
     Header,
@@ -41,8 +41,9 @@ from qcomm.reference.packet import (
     values_per_block,
 )
 from qcomm.reference.static_tables import STATIC_TABLES
+from qcomm.reference.zero_runs import MAX_LEVEL, block_borders, decode_run_block, dequantize_runs
 
-MAX_ELEMENTS = 2**42
+MAX_ELEMENTS = 2**40 - 1
 
 
 def require(condition: bool, what: str) -> None:
@@ -88,14 +89,17 @@ def check_header(h: Header, total_bytes: int) -> None:
 
 def check_record(r: Record, dtype: torch.dtype) -> None:
     """Checks the fields of a segment record on their own."""
-    require(r.elements <= MAX_ELEMENTS and r.grid <= SIGMA and r.coding <= PAIR and r.reserved == 0, "segment fields")
+    require(r.grid <= SIGMA and r.coding <= RUNS, "segment fields")
     if r.coding in (RAW, CONSTANT):
         return
     require(r.grid != NONE and (2 if r.grid == SIGMA else 1) <= r.num_bits <= 16, "grid and num_bits")
     require(is_usable(dtype, r.grid, r.num_bits, r.p0, r.p1), "parameters of the grid")
     require(r.coding != FIXED or r.grid in (RANGE_CENTER, RANGE_ENDPOINT), "coding fixed is for range grids")
     require(r.coding != PAIR or (r.grid, r.num_bits) == (SIGMA, 4), "coding pair is for sigma grids of 4 bits")
-    if r.coding == FIXED:
+    if r.coding == RUNS:
+        fits = (r.grid, r.num_bits, r.table) == (SIGMA, 3, OWN_TABLE)
+        require(fits and MAX_LEVEL * r.p1 <= torch.finfo(dtype).max, "coding runs is for sigma grids of 3 bits")
+    if r.coding in (FIXED, RUNS):
         return
     require(r.table != OWN_TABLE or r.num_bits <= 12, "codes exist for 12 bits at most")
     if r.table not in (OWN_TABLE, NO_TABLE):
@@ -134,7 +138,7 @@ def lengths_of(records: list[Record], area: bytes) -> Iterator[list[int] | None]
 def pieces_of(
     records: list[Record], dtype: torch.dtype, steps: int, ends: list[int], payload: bytes
 ) -> list[list[tuple[int, bytes]]]:
-    """Returns (values, bytes) of each segment's blocks, or of a whole plain segment.
+    """Returns (values, bytes) of each segment's blocks, or of a whole plain segment, and last of the run blocks.
 
     They must fill the payload.
     """
@@ -149,13 +153,20 @@ def pieces_of(
             pieces.append((min(size, r.elements - begin), payload[at:end]))
             at = end
         segments.append(pieces)
+    borders = block_borders(sum(r.elements for r in records if r.coding == RUNS), steps)
+    runs = []
+    for begin, stop in pairwise(borders):
+        end = next(left)
+        require(at < end <= len(payload), "blocks and segments follow each other in the payload")
+        runs.append((stop - begin, payload[at:end]))
+        at = end
     require(at == len(payload), "the payload ends with the last segment")
-    return segments
+    return [*segments, runs]
 
 
 def checksums_of(r: Record, pieces: list[tuple[int, bytes]]) -> list[int]:
     """Returns the checksums of a segment's pieces; a constant has none."""
-    if r.coding == CONSTANT:
+    if r.coding in (CONSTANT, RUNS):
         return []
     return [checksum_pieces(data) if r.coding in (RAW, FIXED) else checksum(data) for _, data in pieces]
 
@@ -166,27 +177,32 @@ def decode_packet(packet: bytes) -> torch.Tensor:
     h = Header(*reader.unpack(HEADER))
     check_header(h, len(packet))
     dtype, shape = DTYPES[h.dtype], reader.integers(h.ndim, "Q")
-    records = [Record(*reader.unpack(RECORD)) for _ in range(h.segment_count)]
+    records = [Record.unpack(*reader.unpack(Record.layout(dtype))) for _ in range(h.segment_count)]
     for r in records:
         check_record(r, dtype)
     require(sum(r.elements for r in records) == h.element_count, "the sum of the segments' counts")
     require(math.prod(d for d in shape if d) <= MAX_ELEMENTS and math.prod(shape) == h.element_count, "dimensions")
     area = reader.take(4 * h.lengths_words)
-    blocks = sum(blocks_in(r, h.steps) for r in records)
+    runs = sum(r.elements for r in records if r.coding == RUNS)
+    blocks = sum(blocks_in(r, h.steps) for r in records) + len(block_borders(runs, h.steps)) - 1
     ends = [4 * end for end in reader.integers(blocks, "I")]
     sums = reader.integers(blocks + sum(r.coding in (RAW, FIXED) for r in records) if h.flags else 0, "I")
     metadata = packet[:8] + bytes(4) + packet[12 : reader.at]
     require(checksum(metadata) == h.header_checksum, "the header's checksum")
     codes = list(lengths_of(records, area))
-    pieces = pieces_of(records, dtype, h.steps, ends, packet[reader.at :])
+    *pieces, run_blocks = pieces_of(records, dtype, h.steps, ends, packet[reader.at :])
     found = [value for r, parts in zip(records, pieces, strict=True) for value in checksums_of(r, parts)]
+    found += [checksum(data) for _, data in run_blocks]
     require(not h.flags or found == sums, "the payload's checksums")
-    values = [
-        decode_piece(data, n, dtype, r, lengths)
-        for r, lengths, parts in zip(records, codes, pieces, strict=True)
-        for n, data in parts
-    ]
-    return torch.cat([torch.empty(0, dtype=dtype), *values]).reshape(shape)
+    levels = [level for n, data in run_blocks for level in decode_run_block(data, n)]
+    values = [torch.empty(0, dtype=dtype)]
+    for r, lengths, parts in zip(records, codes, pieces, strict=True):
+        if r.coding == RUNS:
+            values.append(dequantize_runs(torch.tensor(levels[: r.elements]), r.p1, dtype))
+            levels = levels[r.elements :]
+        else:
+            values += [decode_piece(data, n, dtype, r, lengths) for n, data in parts]
+    return torch.cat(values).reshape(shape)
 
 
 def decode_piece(data: bytes, n: int, dtype: torch.dtype, r: Record, lengths: list[int] | None) -> torch.Tensor:

@@ -1,8 +1,12 @@
 """The 32 lanes of a coded block."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from qcomm.errors import PacketError
 
 LANES = 32
+T = TypeVar("T")
 
 
 def encode_lanes(codewords: list[tuple[int, int]]) -> tuple[list[int], list[int]]:
@@ -30,17 +34,34 @@ def decode_lanes(
     start: list[int], words: list[int], count: int, codes: dict[int, int], lengths: list[int]
 ) -> list[int]:
     """Decodes ``count`` symbols of a complete code; no bits may be left over."""
+    by_code = {(codes[s], n): s for s, n in enumerate(lengths) if n}
+
+    def take(window: int) -> tuple[int, int]:
+        length = next(n for n in range(1, 16) if (window % (1 << n), n) in by_code)
+        return by_code[window % (1 << length), length], length
+
+    return decode_tokens(start, words, count, take)
+
+
+def decode_tokens(start: list[int], words: list[int], count: int, take: Callable[[int], tuple[T, int]]) -> list[T]:
+    """Decodes ``count`` tokens; no bits may be left over.
+
+    Args:
+        start: start windows.
+        words: 16 bits each.
+        count: number of tokens.
+        take: returns the token at the lowest bits of a window, and its length in bits.
+    """
     if 0 in start:
         raise PacketError("a start window has no sentinel")
-    by_code = {(codes[s], n): s for s, n in enumerate(lengths) if n}
     c = [v.bit_length() - 1 for v in start]
     x = [v ^ 1 << n for v, n in zip(start, c, strict=True)]
-    symbols, at = [], 0
+    tokens, at = [], 0
     for step in range(-(-count // LANES)):
         live = range(min(LANES, count - step * LANES))
         for lane in live:
-            length = next(n for n in range(1, 16) if (x[lane] % (1 << n), n) in by_code)
-            symbols.append(by_code[x[lane] % (1 << length), length])
+            token, length = take(x[lane])
+            tokens.append(token)
             x[lane] >>= length
             c[lane] -= length
             if c[lane] < 0:
@@ -52,4 +73,4 @@ def decode_lanes(
                 at += 1
     if any(x):
         raise PacketError("bits are left over")
-    return symbols
+    return tokens

@@ -12,13 +12,14 @@ from qcomm.reference.codes import canonical_codes, code_lengths, pack_lengths
 from qcomm.reference.grids import NONE, SIGMA, arithmetic, dequantize, quantize
 from qcomm.reference.lanes import encode_lanes
 from qcomm.reference.static_tables import STATIC_TABLES
+from qcomm.reference.zero_runs import RunPart, dequantize_runs, encode_run_blocks, quantize_runs
 
-RAW, CONSTANT, FIXED, SINGLE, PAIR = range(5)
+RAW, CONSTANT, FIXED, SINGLE, PAIR, RUNS = range(6)
 BLOCK_CONSTANT, BLOCK_FIXED, BLOCK_CODED, BLOCK_RAW = range(4)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OWN_TABLE, NO_TABLE = 0, 255
-MAGIC, VERSION = 0x4D4D4351, 1
-HEADER, RECORD = "<IBBBBIIQQHHI", "<QBBBBIdd"
+MAGIC, VERSION = 0x4D4D4351, 2
+HEADER = "<IBBBBIIQQHHI"
 
 
 class Header(NamedTuple):
@@ -39,16 +40,32 @@ class Header(NamedTuple):
 
 
 class Record(NamedTuple):
-    """The record of a segment, 32 bytes."""
+    """The record of a segment: 8 bytes and two numbers in T."""
 
     elements: int
     grid: int
     num_bits: int
     coding: int
     table: int
-    reserved: int
     p0: float
     p1: float
+
+    @staticmethod
+    def layout(dtype: torch.dtype) -> str:
+        """Returns the fields of a record in packets of ``dtype``."""
+        return "<IBBBBdd" if dtype == torch.float64 else "<IBBBBff"
+
+    @classmethod
+    def unpack(cls, low: int, high: int, kinds: int, num_bits: int, table: int, p0: float, p1: float) -> "Record":
+        """Returns a record from its fields."""
+        return cls(low | high << 32, kinds >> 4, num_bits, kinds & 15, table, p0, p1)
+
+    def pack(self, dtype: torch.dtype) -> bytes:
+        """Returns the record's bytes."""
+        kinds = self.coding | self.grid << 4
+        fields = self.elements % 2**32, self.elements >> 32, kinds, self.num_bits, self.table
+        p0, p1 = (float(torch.tensor(p, dtype=torch.float64).to(arithmetic(dtype))) for p in (self.p0, self.p1))
+        return struct.pack(self.layout(dtype), *fields, p0, p1)
 
 
 @dataclass
@@ -78,7 +95,7 @@ class ReferenceSegment:
 
     def record(self) -> Record:
         """Returns the segment's record."""
-        return Record(self.values.numel(), self.grid, self.num_bits, self.coding, self.table, 0, self.p0, self.p1)
+        return Record(self.values.numel(), self.grid, self.num_bits, self.coding, self.table, self.p0, self.p1)
 
 
 def checksum(data: bytes) -> int:
@@ -190,6 +207,7 @@ class Writer:
         self.lengths, self.payload = b"", b""
         self.block_ends: list[int] = []
         self.checksums: list[int] = []
+        self.runs: list[RunPart] = []  # the segments of zero runs so far
 
     def cost(self) -> int:
         """Returns the bytes so far, without headers."""
@@ -214,6 +232,13 @@ class Writer:
             self.checksums.append(checksum(data))
             modes += [mode] * len(symbols[begin : begin + size])
         return modes
+
+    def add_run_blocks(self) -> None:
+        """Adds the blocks of all segments of zero runs, behind everything else, and updates their residuals."""
+        for data in encode_run_blocks(self.runs, self.steps):
+            self.payload += data
+            self.block_ends.append(len(self.payload) // 4)
+            self.checksums.append(checksum(data))
 
 
 def own_lengths(segment: ReferenceSegment, symbols: list[int], steps: int) -> list[int] | None:
@@ -243,14 +268,21 @@ def write_segment(writer: Writer, segment: ReferenceSegment) -> Writer:
         lost = (u - torch.tensor(written.p0, dtype=u.dtype)).float()
     elif written.coding == RAW:
         result.add_plain(to_bytes(u.to(segment.values.dtype)))
+    elif written.coding == RUNS:
+        if segment.residual is None:
+            raise ValueError("coding runs needs a residual")
+        levels = quantize_runs(u, written.p1)
+        lost = (u - dequantize_runs(levels, written.p1, u.dtype)).float()
+        result.runs.append(RunPart(levels, segment.residual, lost))
     else:
         lost, result = write_symbols(writer, written, u)
     plain = copy_of(writer)
     plain.add_plain(to_bytes(u.to(segment.values.dtype)))
-    if written.grid != NONE and segment.residual is None and result.cost() >= plain.cost():
+    if written.grid != NONE and written.coding != RUNS and segment.residual is None and result.cost() >= plain.cost():
         result, written = plain, ReferenceSegment(segment.values)
-    result.records.append(struct.pack(RECORD, *written.record()))
-    if segment.residual is not None and not (written.coding == CONSTANT and not math.isfinite(written.p0)):
+    result.records.append(written.record().pack(segment.values.dtype))
+    later = written.coding == RUNS or (written.coding == CONSTANT and not math.isfinite(written.p0))
+    if segment.residual is not None and not later:
         segment.residual.copy_(lost)
     return result
 
@@ -289,6 +321,7 @@ def copy_of(writer: Writer) -> Writer:
     new = Writer(writer.steps, writer.with_checksums)
     new.records, new.lengths, new.payload = list(writer.records), writer.lengths, writer.payload
     new.block_ends, new.checksums = list(writer.block_ends), list(writer.checksums)
+    new.runs = list(writer.runs)
     return new
 
 
@@ -299,6 +332,7 @@ def encode_packet(
     writer = Writer(steps, with_checksums)
     for segment in segments:
         writer = write_segment(writer, segment)
+    writer.add_run_blocks()
     tail = struct.pack(f"<{len(shape)}Q", *shape) + b"".join(writer.records) + writer.lengths
     tail += struct.pack(f"<{len(writer.block_ends)}I", *writer.block_ends)
     tail += struct.pack(f"<{len(writer.checksums)}I", *writer.checksums) if with_checksums else b""

@@ -197,3 +197,56 @@ STATIC_TABLES: dict[int, tuple[int, bool, str]] = {
         "ccccccccccccccccccccccccccccccccccccccccccccccccccccccc8cbbbbbbb",
     ),
 }
+
+# one hexadecimal digit a token of zero runs
+RUN_TABLES: tuple[str, ...] = (
+    "b8338bb8338bb9449bba54abbb55abbb66bbbb66bbbb77bbbb77bbbb88bbbb99bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+    "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+    "bbbbbbbbbbbbbbbbb",
+    "b8338bb9449bb9449bba44abba55abbb55abbb66bbbb66bbbb66bbbb77bbbb77bbbb88bbbb88bbbbaabbbbbbbbbbbbbbbbbb"
+    "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+    "bbbbbbbbbbbbbbbbb",
+    "b9449bb9449bb9449bba44abba55abba55abbb55abbb66bbba55abbb66bbbb66bbbb77bbbb76bbbb88bbbb99bbbbaabbbbbb"
+    "bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+    "bbbbbbbbbbbbbbbbb",
+    "b9449bb9449bb9559bba55abba55abba55abba55abba65abba55abba55abbb66abbb66bbba66abbb66bbbb77bbbb88bbbb88"
+    "bbbb99bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+    "bbbbbbbbbbbbbbbbb",
+    "ba55abba55abba55abba55abba55abba55abbb55abbb66bbba55abba55abba55abbb66bbba55abbb65bbbb66bbbb77bbbb66"
+    "bbbb77bbbb88bbbb99bbbbaabbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+    "bbbbbbbbbbbbbbbbb",
+    "ba55abbb55abbb55bbbb55bbbb66bbbb66bbbb66bbbb66bbba55abba55abbb55bbbb66bbba55abba55abbb66bbbb66bbbb55"
+    "bbbb66bbbb77bbbb88bbbb88bbbb99bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+    "bbbbbbbbbbbbbbbbb",
+    "bb66bbbb66bbbb66bbbb66bbbb66bbbb66bbbb66bbbb66bbba55abba55abbb55abbb66bbba55abba55abba55abbb66bbba55"
+    "abbb65bbbb66bbbb76bbbb66bbbb77bbbb88bbbb99bbbbaabbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+    "bbbbbbbbbbbbbbbbb",
+    "bb66bbbb66bbbb66bbbb66bbbb66bbbb66bbbb66bbbb66bbbb66abbb66bbbb66bbbb66bbba55abba55abba55abba66abba55"
+    "abba55abba66abbb66bbba55abbb66bbbb77bbbb88bbbb88bbbb99bbbbaabbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+    "bbbbbbbbbbbbbbbbb",
+    "bb77bbbb77bbbb77bbbb77bbbb77bbbb77bbbb77bbbb77bbbb66bbbb66bbbb66bbbb66bbbb55abbb55bbbb55bbbb66bbba55"
+    "abba55abbb55bbbb66bbba55abbb55bbbb66bbbb77bbbb66bbbb77bbbb88bbbb99bbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbbb"
+    "bbbbbbbbbbbbbbbbb",
+    "bb77bbbb77bbbb77bbbb77bbbb77bbbb77bbbb77bbbb77bbbb66bbbb66bbbb66bbbb76bbbb66bbbb66bbbb66bbbb66bbba55"
+    "abba55abbb55abbb66bbba55abba55abbb65bbbb66bbbb55bbbb66bbbb77bbbb88bbbb88bbbb99bbbbaabbbbbbbbbbbbbbbb"
+    "bbbbbbbbbbbbbbbbb",
+    "bb88bbbb88bbbb88bbbb88bbbb88bbbb88bbbb88bbbb88bbbb77bbbb77bbbb77bbbb77bbbb66bbbb66bbbb66bbbb66bbba55"
+    "abba55abbb55bbbb66bbba55abba55abba55abbb66bbba55abbb55bbbb66bbbb66bbbb77bbbb88bbbb88bbbb99bbbb99bbbb"
+    "a9bbbbaabbbbbbbb8",
+    "bb88bbbb88bbbb88bbbb88bbbb88bbbb88bbbb88bbbb88bbbb77bbbb77bbbb77bbbb77bbbb66bbbb66bbbb66bbbb76bbbb66"
+    "bbbb66bbbb66bbbb66bbba55abba55abbb55bbbb66bbba55abba55abbb55bbbb66bbbb66bbbb77bbbb77bbbb77bbbb88bbbb"
+    "88bbbb88bbbb99bb6",
+)
+RUN_TABLE_BOUNDS = (
+    1276901416,
+    902905650,
+    638450708,
+    451452825,
+    319225354,
+    225726412,
+    159612677,
+    112863206,
+    79806338,
+    56431603,
+    39903169,
+)

@@ -52,6 +52,7 @@ def run(program: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
         ("mean", [FORWARD, RANDOM]),
         ("bucket", [FORWARD, REVERSE, RANDOM]),
         ("damage", [FORWARD, "3"]),
+        ("runs", [FORWARD, RANDOM]),
         ("large", [REVERSE]),
     ],
 )

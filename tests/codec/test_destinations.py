@@ -7,18 +7,26 @@ from data import DTYPES, gaussian, student_t3
 import qcomm
 from qcomm import _C
 from qcomm.codec import _native
-from qcomm.codec._native import measure
-from qcomm.codec.packet import Segment, decode_into
+from qcomm.codec._native import Coding, GridKind, Quantizer, measure
+from qcomm.codec.packet import Segment, decode_into, encode
 from qcomm.codec.quantize import plan
 
 VERSIONS = qcomm.cpu_features()
 MARGIN = 64
 
 
+def runs(x: torch.Tensor, step: float) -> Segment:
+    return Segment(x, Quantizer(GridKind.SIGMA, 3, Coding.RUNS, 0, 0.0, float(torch.tensor(step))), torch.zeros(len(x)))
+
+
 def packets() -> dict[str, torch.Tensor]:
     """One of every coding."""
     x = gaussian(700)
+    not_finite = gaussian(300)
+    not_finite[170] = torch.inf
     return {
+        "runs": encode([runs(x[:150], 3.0), runs(not_finite, 4.0), runs(x, 0.1)], block_steps=2),
+        "runs float64": encode([runs(student_t3(701).double(), 6.0)]),
         "pair": qcomm.compress(x, qcomm.SigmaGrid(1.0, coding="pair")),
         "escapes": qcomm.compress(student_t3(701), qcomm.SigmaGrid(1.0, coding="single")),
         "fixed": qcomm.compress(x[:333], qcomm.RangeGrid(num_bits=14)),
@@ -78,10 +86,11 @@ def test_a_destination_that_fits_is_filled_to_its_ends_only(version: str, name: 
         assert torch.equal(arena[begin : begin + count].nan_to_num(7.0), expected.nan_to_num(7.0)), begin
 
 
-def test_a_destination_one_byte_below_the_bound_is_not_written() -> None:
+@pytest.mark.parametrize("step", [1.0, 4.0], ids=["single", "runs"])
+def test_a_destination_one_byte_below_the_bound_is_not_written(step: float) -> None:
     x, residual = student_t3(3000), gaussian(3000, 1)
     before = residual.clone()
-    quantizer = plan(measure(x, residual, 1.0), qcomm.SigmaGrid(1.0), x, residual, 1.0)
+    quantizer = plan(measure(x, residual, 1.0), qcomm.SigmaGrid(step), x, residual, 1.0)
     segment = Segment(x, quantizer, residual)
     described = [(x.data_ptr(), x.numel(), residual.data_ptr(), segment.quantizer)]
     bound = _C.encode_bound(described, 0, [3000], True, 16)

@@ -18,9 +18,22 @@ from hypothesis import strategies as st
 import qcomm
 from qcomm import RangeGrid, SigmaGrid
 from qcomm.codec import _native_cuda, packet_cuda
+from qcomm.codec._native import QUANTIZER_BYTES, Coding, measure
+from qcomm.codec._native_cuda import CodedRange, DecodeTask, PacketSlot
 from qcomm.codec.packet import Segment, encode
-from qcomm.codec.plans_cuda import Workspace
-from qcomm.codec.quantize import Quantizer
+from qcomm.codec.plans_cuda import (
+    ACCOUNT,
+    Decoder,
+    DeviceTensor,
+    Encoder,
+    Workspace,
+    address,
+    codes_runs,
+    kernel_grid,
+    own_code_bits,
+    read_quantizers,
+)
+from qcomm.codec.quantize import Quantizer, plan
 
 GRIDS = [
     SigmaGrid(1.0),
@@ -30,6 +43,7 @@ GRIDS = [
     SigmaGrid(0.9, coding="table"),
     SigmaGrid(0.001, coding="fixed"),
     SigmaGrid(0.01, coding="single"),
+    SigmaGrid(3.0, coding="runs"),
     RangeGrid(),
     RangeGrid("paper"),
     RangeGrid("compact", entropy_bits=8, seed=3),
@@ -119,6 +133,80 @@ def test_damaged_packets_are_refused(grid: qcomm.SigmaGrid | qcomm.RangeGrid, at
 def test_cut_packets_are_refused(grid: qcomm.SigmaGrid | qcomm.RangeGrid, size: int) -> None:
     with pytest.raises(qcomm.PacketError):
         packet_cuda.decompress(to_be_damaged(grid)[:size])
+
+
+def with_residuals(dtype: torch.dtype, scale: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(11)
+    counts = 4000, 1, 33, 0, 2500
+    return [(torch.randn(n).to(dtype) * scale, torch.randn(n) * 0.3) for n in counts]
+
+
+def encode_on_device(
+    pairs: list[tuple[torch.Tensor, torch.Tensor]], grid: SigmaGrid, steps: int
+) -> tuple[torch.Tensor, list[Quantizer]]:
+    tensors = [DeviceTensor(address(v), v.numel(), grid, address(r)) for v, r in pairs]
+    segments = [CodedRange(t, 0, v.numel(), address(r)) for t, (v, r) in enumerate(pairs)]
+    dtype, workspace = pairs[0][0].dtype, Workspace(torch.device("cpu"))
+    bound = Encoder(dtype, steps, tensors, segments, [PacketSlot(len(pairs))], workspace).bound()
+    out = torch.zeros(bound, dtype=torch.uint8)
+    encoder = Encoder(dtype, steps, tensors, segments, [PacketSlot(len(pairs), address(out), bound)], workspace)
+    quantizers = torch.zeros(QUANTIZER_BYTES * len(pairs), dtype=torch.uint8)
+    encoder.run(torch.zeros(len(ACCOUNT), dtype=torch.int64), quantizers)
+    return out[: int(encoder.sizes[0])], read_quantizers(quantizers)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("grid", [SigmaGrid(2.5), SigmaGrid(3.4), SigmaGrid(1.0, coding="runs")], ids=str)
+@pytest.mark.parametrize("steps", [1, 64])
+def test_zero_runs_are_those_of_the_cpu(grid: SigmaGrid, dtype: torch.dtype, steps: int) -> None:
+    mine, theirs = with_residuals(dtype, 1.0), with_residuals(dtype, 1.0)
+    packet, quantizers = encode_on_device(mine, grid, steps)
+    wanted = [plan(measure(v, r), grid, v, r) for v, r in theirs]
+    expected = encode([Segment(v, q, r) for (v, r), q in zip(theirs, wanted, strict=True)], block_steps=steps)
+    assert torch.equal(packet, expected)
+    assert quantizers == wanted
+    assert quantizers[0].coding == Coding.RUNS
+    for (_, residual), (_, other) in zip(mine, theirs, strict=True):
+        assert torch.equal(residual, other)
+    assert torch.equal(packet_cuda.decompress(packet), qcomm.decompress(expected))
+    damaged = packet.clone()
+    damaged[-3] ^= 1
+    with pytest.raises(qcomm.PacketError, match="block"):
+        packet_cuda.decompress(damaged)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_zero_runs_whose_rest_is_no_float32_are_nan_and_stay() -> None:
+    pairs, grid = with_residuals(torch.float64, 1e40), SigmaGrid(3.4)
+    before = [residual.clone() for _, residual in pairs]
+    packet, _ = encode_on_device(pairs, grid, 64)
+    decoded = packet_cuda.decompress(packet)
+    assert bool(decoded[:4000].isnan().all())
+    assert torch.equal(decoded.isnan(), qcomm.decompress(packet).isnan())
+    assert torch.equal(pairs[0][1], before[0])
+
+
+@pytest.mark.usefixtures("emulated")
+def test_zero_runs_that_are_not_expected_are_refused() -> None:
+    packet, _ = encode_on_device(with_residuals(torch.float32, 1.0), SigmaGrid(3.4), 64)
+    values, faults = torch.zeros(qcomm.decompress(packet).numel()), torch.zeros(1, dtype=torch.int32)
+    task = DecodeTask(address(packet), packet.numel(), address(values), values.numel())
+    for takes_runs in (False, True):
+        workspace = Workspace(torch.device("cpu"))
+        Decoder(torch.float32, 64, 5, [task], 0, workspace, takes_runs).decode(address(faults))
+        assert bool(faults[0]) is not takes_runs
+
+
+def test_runs_are_asked_for_where_the_cpu_codes_them() -> None:
+    for grid in (SigmaGrid(2.0), SigmaGrid(2.5), SigmaGrid(1.0, coding="runs"), SigmaGrid(3.0, coding="pair")):
+        for has_residual in (False, True):
+            values = torch.randn(100)
+            residual = torch.zeros(100) if has_residual else None
+            expected = plan(measure(values, residual), grid, values, residual).coding == Coding.RUNS
+            assert codes_runs(grid, has_residual) == expected
+            assert (kernel_grid(grid, has_residual).quantizer.coding == Coding.RUNS) == expected
+    assert own_code_bits(SigmaGrid(3.0), has_residual=True) == 0
 
 
 @pytest.mark.usefixtures("emulated")

@@ -28,6 +28,8 @@ GRIDS = (
     qcomm.RangeGrid(num_bits=12, reconstruction="center"),
     qcomm.RangeGrid(num_bits=3),
 )
+# With a residual, which zero runs need.
+FEEDBACK_GRIDS = (*GRIDS, qcomm.SigmaGrid(4.0), qcomm.SigmaGrid(0.1, coding="runs"))
 
 
 def test_scalar_is_always_there() -> None:
@@ -91,7 +93,7 @@ def encoded_with_feedback(x: torch.Tensor, grid: qcomm.codec.Grid) -> tuple[torc
     "x", [laplace(20_011), student_t3(20_011), gaussian(77)], ids=["laplace", "student_t3", "gaussian"]
 )
 def test_feedback_and_accumulation_agree(version: str, dtype: torch.dtype, x: torch.Tensor) -> None:
-    for grid in GRIDS:
+    for grid in FEEDBACK_GRIDS:
         with _native.using_cpu_feature("scalar"):
             expected = encoded_with_feedback(x.to(dtype), grid)
         with _native.using_cpu_feature(version):
@@ -104,10 +106,10 @@ def test_feedback_and_accumulation_agree(version: str, dtype: torch.dtype, x: to
 @given(data=st.data())
 def test_damaged_payloads_are_judged_alike(version: str, data: st.DataObject) -> None:
     """Without checksums: the same verdict, and the same values where there is one."""
-    x = student_t3(1500)
-    packet = qcomm.compress(
-        x, data.draw(st.sampled_from(GRIDS)), checksum=False, block_steps=data.draw(st.integers(1, 40))
-    )
+    x, residual = student_t3(1500), torch.zeros(1500)
+    grid = data.draw(st.sampled_from(FEEDBACK_GRIDS))
+    segment = Segment(x, plan(measure(x, residual), grid, x, residual), residual)
+    packet = encode([segment], checksum=False, block_steps=data.draw(st.integers(1, 40)))
     start = qcomm.inspect(packet).header_bytes
     damaged = packet.clone()
     for _ in range(data.draw(st.integers(1, 4))):

@@ -60,7 +60,7 @@ def test_statistics_do_not_depend_on_threads(dtype: torch.dtype, n: int) -> None
 @settings(max_examples=15, deadline=None)
 @given(
     sizes=st.lists(st.sampled_from([0, 1, 33, 5000, *SIZES[:3]]), min_size=1, max_size=4),
-    grid=st.sampled_from(list(GRIDS.values())),
+    grid=st.sampled_from([*GRIDS.values(), qcomm.SigmaGrid(4.0)]),
     threads=st.integers(2, 6),
     seed=st.integers(0, 99),
 )
@@ -95,8 +95,10 @@ def test_what_is_stored_whole_does_not_depend_on_threads(dtype: torch.dtype, n: 
             assert qcomm.decompress(packet, num_threads=threads).equal(x)
 
 
-def test_the_first_damaged_block_is_told_by_any_number_of_threads() -> None:
-    packet = qcomm.compress(gaussian(1_000_003), qcomm.SigmaGrid(1.0))
+@pytest.mark.parametrize("step", [1.0, 4.0], ids=["single", "runs"])
+def test_the_first_damaged_block_is_told_by_any_number_of_threads(step: float) -> None:
+    x, residual = gaussian(1_000_003), torch.zeros(1_000_003)
+    packet = encode([Segment(x, plan(measure(x, residual), qcomm.SigmaGrid(step), x, residual), residual)])
     for at in (0.2, 0.5, 0.9):
         packet[int(at * packet.numel())] ^= 1
     messages = set()

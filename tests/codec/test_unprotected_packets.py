@@ -37,9 +37,10 @@ def specified(packet: torch.Tensor) -> str:
     return verdict(lambda: reference.decode_packet(packet.numpy().tobytes()))
 
 
-def test_flipped_bits_without_checksums_are_judged_alike() -> None:
-    """The one golden packet in which damage can go unnoticed: then all see the same damage."""
-    golden = golden_cases.read("no_checksums")
+@pytest.mark.parametrize("name", golden_cases.UNPROTECTED)
+def test_flipped_bits_without_checksums_are_judged_alike(name: str) -> None:
+    """The golden packets in which damage can go unnoticed: then all see the same damage."""
+    golden = golden_cases.read(name)
     start = qcomm.inspect(golden).header_bytes
     unnoticed = 0
     for bit in range(8 * start, 8 * golden.numel()):

@@ -15,6 +15,7 @@ from emulated_core import emulated_device
 
 import qcomm
 from qcomm import RangeGrid, SigmaGrid
+from qcomm.collectives import packing
 from qcomm.collectives.strategies import average
 from qcomm.collectives_cuda import two_phase as device_mean
 from qcomm.collectives_cuda.handshake import DevicePart
@@ -50,6 +51,11 @@ CASES = {
     "fixed width": ("one tensor", SigmaGrid(0.25, coding="fixed"), True, torch.float32, "", 1.0, 2),
     "coarse pairs": ("one tensor", SigmaGrid(2.0, coding="pair"), True, torch.float32, "", 1.0, 3),
     "scaled": ("uneven", SIGMA, True, torch.float32, "", 1024.0, 3),
+    "runs": ("uneven", SigmaGrid(3.2), True, torch.float32, "", 1.0, 4),
+    "runs, scaled": ("uneven", SigmaGrid(2.5), True, torch.float32, "zero", 1024.0, 3),
+    "runs, float64": ("uneven", SigmaGrid(3.4), True, torch.float64, "nan", 1.0, 3),
+    "runs, bfloat16": ("uneven", SigmaGrid(1.0, coding="runs"), True, torch.bfloat16, "constant", 1.0, 3),
+    "runs without feedback": ("uneven", SigmaGrid(3.0, coding="runs"), False, torch.float32, "", 1.0, 2),
     "float64": ("uneven", SIGMA, True, torch.float64, "", 1.0, 2),
     "bfloat16": ("uneven", SIGMA, True, torch.bfloat16, "", 1.0, 3),
     "float16, scaled": ("uneven", RangeGrid(c=2), True, torch.float16, "", 64.0, 2),
@@ -62,6 +68,10 @@ CASES = {
 }
 
 
+def never_forecast(*_):
+    """The CPU measures each tensor instead, as the kernels do, so that both have the same steps."""
+
+
 @world(1, 2, 3)
 @pytest.mark.parametrize("case", CASES)
 def test_means_and_residuals_are_those_of_the_cpu(rank, world_size, emulated_path, case):
@@ -69,7 +79,7 @@ def test_means_and_residuals_are_those_of_the_cpu(rank, world_size, emulated_pat
     layout = make_layout(name, world_size)
     communicator = get_communicator(dist.group.WORLD)
     cpu, device = Side(error_feedback), Side(error_feedback)
-    with emulated_device(emulated_path):
+    with emulated_device(emulated_path), mock.patch.object(packing, "forecast_quantizer", never_forecast):
         mean = DeviceMean(dist.group.WORLD, communicator, device.telemetry)
         place = torch.empty(layout.elements, dtype=dtype)  # as of DDP's buckets, whose memory stays
         for step in range(steps):

@@ -101,6 +101,7 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, EMULATION_LINE) {
 
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 inline int __clz(int v) { return v == 0 ? 32 : __builtin_clz(static_cast<unsigned>(v)); }
+inline int __ffs(int v) { return __builtin_ffs(v); }
 inline unsigned __brev(unsigned v) {
     unsigned reversed = 0;
     for (int i = 0; i < 32; ++i) reversed |= (v >> i & 1u) << (31 - i);

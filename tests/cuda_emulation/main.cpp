@@ -201,13 +201,14 @@ void damage_group() {
         c.steps = 32;
         c.checksums = false;
         const std::string name = std::string("damaged ") + kOwnGrids[g].name;
-        damage<Float32>(encode_both(c, name)[0], 30, emulation::seed + 1, name);
+        damage<Float32>(encode_both(c, name)[0], 60, emulation::seed + 1, name);
     }
     EncodeCase<Float16> c = bucket<Float16>(1, 1, false);
     c.checksums = true;
     c.segments.resize(3);
     c.packets[0] = 3;
     damage<Float16>(encode_both(c, "damaged bucket")[0], 80, emulation::seed + 1, "damaged bucket");
+    runs_damage(emulation::seed + 1);
 }
 
 // Capacities that some packets exceed, and that no packet keeps.
@@ -223,6 +224,7 @@ void capacity_group() {
             encode_capped(bucket<Float32>(1, 2, feedback, kOwnGrids, 9), fraction, "capacity, bucket of own codes");
         }
     }
+    runs_capacity();
 }
 
 // For ThreadSanitizer: several thread blocks in every launch, and few threads.
@@ -235,6 +237,7 @@ void race_group() {
     c = one<Float32>(Kind::kGaussian, 33000, kOwnGrids[1], true);
     c.steps = 256;
     decode_both<Float32>(encode_both(c, "race, range"), "race, range");
+    runs_race();
 }
 
 // Whole blocks of the default size.
@@ -286,6 +289,7 @@ int main(int argc, char** argv) {
         if (group == "capacity") qcomm::test::capacity_group();
         if (group == "large") qcomm::test::large_group();
         if (group == "mean") qcomm::test::mean_group();
+        if (group == "runs") qcomm::test::runs_group();
         if (group == "race") qcomm::test::race_group();
         if (group == "emulator") qcomm::test::emulator_group();
         if (group == "histogram") qcomm::test::histogram_group();

@@ -74,6 +74,15 @@ void emulator_group();
 // Does what hangs or is undefined on a GPU; the emulation must end the program.
 void misuse(const std::string& which);
 
+// Makes a packet's header checksum fit again, where the metadata lies inside it.
+void repair_header(std::vector<std::uint8_t>* packet);
+
+// Zero runs: whole packets, several blocks at once, packets that are dropped from, and damaged ones.
+void runs_group();
+void runs_race();
+void runs_capacity();
+void runs_damage(std::uint64_t seed);
+
 // What a mean on a device needs besides packets.
 void mean_group();
 

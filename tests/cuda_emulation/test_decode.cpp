@@ -5,6 +5,7 @@
 #include "cases.h"
 #include "qcomm/checksum.h"
 #include "qcomm/packet.h"
+#include "qcomm/zero_runs.h"
 #include "suite.h"
 
 namespace qcomm::test {
@@ -12,7 +13,7 @@ namespace {
 
 using Bytes = std::vector<std::uint8_t>;
 
-constexpr int kMaxSegments = 8;
+constexpr int kMaxSegments = 12;
 
 Status decode_on_cpu(const Bytes& packet, void* out, bool accumulate) {
     PacketView view;
@@ -29,8 +30,8 @@ std::unique_ptr<std::uint32_t[]> exact_copy(const Bytes& packet) {
 
 // Runs decode(), or decode_sum() when there is one output for all.
 std::vector<unsigned> run(DType dtype, int steps, int own_code_bits, const std::vector<cuda::DecodeTask>& tasks,
-                          bool sum) {
-    const cuda::DecodePlan plan(dtype, steps, kMaxSegments, tasks, own_code_bits);
+                          bool sum, bool takes_runs = true) {
+    const cuda::DecodePlan plan(dtype, steps, kMaxSegments, tasks, own_code_bits, takes_runs);
     require(plan.status().ok(), plan.status().what);
     const Bytes blob = plan.blob();
     Bytes workspace(static_cast<std::size_t>(plan.workspace_bytes()), std::uint8_t{0xA5});
@@ -65,28 +66,32 @@ std::uint64_t elements_of(const Bytes& packet) {
     return elements;
 }
 
-// Makes the header's checksum fit again, where the metadata lies inside the packet.
+}  // namespace
+
 void repair_header(Bytes* packet) {
     std::memset(packet->data() + offsetof(PacketHeader, header_checksum), 0, 4);
     PacketHeader h;
     std::memcpy(&h, packet->data(), sizeof(h));
+    if (!is_valid(h.dtype)) return;
     std::uint64_t payload = sizeof(h) + std::uint64_t{8} * h.ndim +
-                            sizeof(SegmentRecord) * std::uint64_t{h.segment_count} + std::uint64_t{4} * h.lengths_words;
+                            static_cast<std::uint64_t>(record_bytes(h.dtype)) * h.segment_count +
+                            std::uint64_t{4} * h.lengths_words;
     const std::uint64_t records = sizeof(h) + std::uint64_t{8} * h.ndim;
     if (payload > packet->size() || h.steps == 0) return;
+    std::int64_t run_values = 0;
     for (std::uint64_t s = 0; s < h.segment_count; ++s) {
-        SegmentRecord r;
-        std::memcpy(&r, packet->data() + records + s * sizeof(r), sizeof(r));
-        if (r.count > std::uint64_t{1} << 42) return;
+        const SegmentRecord r =
+            load_record(h.dtype, packet->data() + records + s * static_cast<std::uint64_t>(record_bytes(h.dtype)));
+        if (r.coding == Coding::kRuns) run_values += static_cast<std::int64_t>(r.count);
         payload += 4 * static_cast<std::uint64_t>(blocks_in(r, h.steps));
         if ((h.flags & kFlagChecksums) != 0) payload += 4 * static_cast<std::uint64_t>(checksums_in(r, h.steps));
     }
+    const auto shared = static_cast<std::uint64_t>(run_blocks(run_values, h.steps));
+    payload += ((h.flags & kFlagChecksums) != 0 ? 8 : 4) * shared;
     if (payload > packet->size()) return;
     const std::uint32_t sum = checksum(packet->data(), static_cast<std::int64_t>(payload));
     std::memcpy(packet->data() + offsetof(PacketHeader, header_checksum), &sum, sizeof(sum));
 }
-
-}  // namespace
 
 template <class Tr>
 void decode_both(const std::vector<Bytes>& packets, const std::string& name) {

@@ -26,7 +26,7 @@ Quantizer plan(const Values& values, const Statistics& s, const cuda::Tensor& t)
     const auto usable = [&] { return with_grid<Tr>(q, [](const auto& grid) { return grid.usable(); }); };
     if (q.grid == Grid::kSigma) {
         q.p1 = static_cast<typename Tr::Arithmetic>(t.k * std::sqrt(s.sum_squares / static_cast<double>(t.count)));
-        if (!usable()) return {};
+        if (!is_usable<Tr>(q)) return {};
         if (t.sample.choose_code) {
             const SigmaCode code = choose_sigma_code(values, q.num_bits, q.p1, t.k, 0);
             q.coding = code.coding;

@@ -32,13 +32,14 @@ using Bytes = std::vector<std::uint8_t>;
 
 constexpr std::int64_t kValues = 2 * kValuesPerThread + 1001;  // enough for a second thread, and a short last block
 
-// In the order in which `digests` makes them: for each dtype sigma k = 0.5, 1 and 2, range center and endpoint.
+// In the order in which `digest` makes them: for each dtype sigma k = 0.5, 1 and 2, range center and endpoint, zero
+// runs.
 // clang-format off
-constexpr std::array<std::uint32_t, 20> kDigests = {
-    0xCF4A340B, 0xD6E7BC80, 0x36632215, 0xBA25D5AF, 0x8D72F990,
-    0x6EF38971, 0x48B4FE60, 0xE4B2BB9F, 0xD4CB014C, 0x225AB1CB,
-    0x91AC7611, 0x51141746, 0x01D5130A, 0x5E9189CD, 0x420C5817,
-    0x3B3B7229, 0x1A7B6EA5, 0x1D4B7415, 0x321951EA, 0x65D2DAA6,
+constexpr std::array<std::uint32_t, 24> kDigests = {
+    0x56A9FB53, 0x165706F9, 0x4265B784, 0x76F770A7, 0x6EB1FEAD, 0xD72561B5,
+    0x6970F632, 0xB80EE665, 0x4CAEC8AB, 0xCF960B3C, 0x5D05C672, 0x924ED9ED,
+    0x63F81C77, 0xE15A5C2D, 0xDD85211A, 0xBE43B279, 0xC4E4FD55, 0xB4304B27,
+    0x932F922F, 0xACB7A582, 0x9DB110FD, 0x8EB8E4F5, 0xE9D8CDC3, 0x50B6535E,
 };
 // clang-format on
 
@@ -117,16 +118,19 @@ void check_packet(const std::filesystem::path& path, const std::string& decoded_
     options.threads = threads;
     std::vector<SegmentInput> segments;
     std::int64_t begin = 0;
+    std::vector<float> residual(view.header.element_count);
     for (const SegmentRecord& r : view.records) {
         SegmentInput segment;
         segment.values.data = values.data() + item * begin;
         segment.values.dtype = options.dtype;
         segment.values.count = static_cast<std::int64_t>(r.count);
         segment.quantizer = {r.grid, r.num_bits, r.coding, r.table, r.p0, r.p1};
+        if (r.coding == Coding::kRuns) segment.values.residual = segment.residual_out = residual.data() + begin;
         segments.push_back(segment);
         begin += segment.values.count;
     }
     expect(encode(segments, options, name) == packet, name + " is encoded to other bytes");
+    expect(residual == std::vector<float>(residual.size()), name + " leaves a residual");
 }
 
 // Bell-shaped, made of integers, with some values far outside, zeros, negative zeros and subnormal ones.
@@ -153,14 +157,12 @@ struct Case {
     int num_bits;
     double k;
 };
-constexpr Case kCases[] = {{Grid::kSigma, 5, 0.5},
-                           {Grid::kSigma, 4, 1.0},
-                           {Grid::kSigma, 4, 2.0},
-                           {Grid::kRangeCenter, 6, 0.0},
-                           {Grid::kRangeEndpoint, 10, 0.0}};
+constexpr Case kCases[] = {{Grid::kSigma, 5, 0.5},          {Grid::kSigma, 4, 1.0},
+                           {Grid::kSigma, 4, 2.0},          {Grid::kRangeCenter, 6, 0.0},
+                           {Grid::kRangeEndpoint, 10, 0.0}, {Grid::kSigma, kRunsBits, 4.0}};
 
-// Of the statistics, the entropy's histogram, the code that is chosen, the packet, the new residual and the sum of the
-// decoded values and ones. A residual where the dtype can have one.
+// Of the statistics, the entropy's histogram, the code that is chosen, the packet, the new residual, the sum of the
+// decoded values and ones, and the sample that zero runs take. The values have a residual where the dtype can have one.
 template <class Tr>
 std::uint32_t digest(const Case& c, DType dtype, int threads) {
     const auto stored = make_values<Tr>(1);
@@ -175,13 +177,22 @@ std::uint32_t digest(const Case& c, DType dtype, int threads) {
         in.values.residual = in.residual_out = residual.data();
         in.values.inv_scale = 1.0 / 3.0;
     }
+    const bool runs = c.num_bits == kRunsBits;
+    std::array<double, 3> sample_squares{};
+    if (runs) {
+        residual.resize(static_cast<std::size_t>(kValues));
+        in.residual_out = residual.data();
+        in.sample_out = sample_squares.data();
+    }
     const Statistics s = measure(in.values, threads);
     const std::vector<std::uint32_t> sample = sample_histogram(in.values, s.minimum, s.maximum, 8, 0.03, 7);
     const std::uint64_t entropy = entropy_fixed(sample.data(), static_cast<int>(sample.size()));
     using T = typename Tr::Arithmetic;
     const T step = static_cast<T>(c.k * std::sqrt(s.sum_squares / static_cast<double>(kValues)));
     in.quantizer = {c.grid, static_cast<std::uint8_t>(c.num_bits), Coding::kSingle, kTableOnWire, s.minimum, s.maximum};
-    if (c.grid == Grid::kSigma) {
+    if (runs) {
+        in.quantizer = {c.grid, kRunsBits, Coding::kRuns, kTableOnWire, 0.0, static_cast<double>(step)};
+    } else if (c.grid == Grid::kSigma) {
         const SigmaCode code = choose_sigma_code(in.values, c.num_bits, static_cast<double>(step), c.k, 0);
         in.quantizer = {c.grid, in.quantizer.num_bits, code.coding, code.table, 0.0, static_cast<double>(step)};
     }
@@ -202,6 +213,7 @@ std::uint32_t digest(const Case& c, DType dtype, int threads) {
     crc.add(packet);
     crc.add(residual);
     crc.add(decoded);
+    if (runs) crc.add(sample_squares.data(), sizeof(sample_squares));
     return crc.value();
 }
 

@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 import qcomm
-from qcomm.codec._native import measure
+from qcomm.codec._native import Coding, GridKind, measure
 from qcomm.codec.packet import Segment, encode
 from qcomm.codec.quantize import Quantizer, plan
 
 FOLDER = Path(__file__).parents[1] / "golden"
+UNPROTECTED = ("no_checksums", "runs_no_checksums")
 
 
 def bell(n: int, seed: int) -> torch.Tensor:
@@ -53,6 +54,52 @@ def several_segments() -> torch.Tensor:
     )
 
 
+def runs(values: torch.Tensor, step: float) -> Segment:
+    """A segment of zero runs, with a residual of a few parts in a hundred of the values."""
+    return Segment(values, Quantizer(GridKind.SIGMA, 3, Coding.RUNS, 0, 0.0, step), bell(values.numel(), 11) / 16)
+
+
+def sparse(n: int) -> torch.Tensor:
+    """Runs of zeros of many lengths, longer than a skip among them, and values beyond three levels of 24."""
+    x = torch.zeros(n)
+    position = 0
+    for i, value in enumerate(bell(n, 12).tolist()):
+        position += 1 + i * i
+        if position >= n:
+            break
+        x[position] = 8 * value
+    return x
+
+
+def run_segments() -> torch.Tensor:
+    """Borders of segments inside of blocks, an empty segment among them, and other codings between."""
+    x, y = bell(1500, 13), bell(100, 14)
+    segments = [
+        runs(x[:600], 16.0),
+        Segment(y, Quantizer.raw()),
+        runs(x[:0], 48.0),
+        runs(y, 8.0),
+        Segment(x[:200], plan(measure(x), qcomm.SigmaGrid(1.0, coding="pair"), x)),
+        runs(x[600:], 24.0),
+        Segment(y, Quantizer.constant(0.5)),
+    ]
+    return encode(segments, inv_scale=0.5, block_steps=6)
+
+
+def run_cases() -> dict[str, torch.Tensor]:
+    """Packets of zero runs: blocks that are coded, zeros, fixed and not finite."""
+    not_finite = bell(1500, 15)
+    not_finite[701] = float("nan")
+    return {
+        "runs": encode([runs(torch.cat([bell(4096, 16), torch.zeros(2048)]), 24.0)], block_steps=16),
+        "runs_dense": encode([runs(bell(200, 17), 3.0)]),
+        "runs_not_finite": encode([runs(not_finite, 48.0)], block_steps=4),
+        "runs_float64": encode([runs(sparse(9000).double(), 24.0)]),
+        "runs_segments": run_segments(),
+        "runs_no_checksums": encode([runs(bell(900, 18), 20.0)], checksum=False, block_steps=8),
+    }
+
+
 def cases() -> dict[str, torch.Tensor]:
     """Packets by name, computed now."""
     sigma, ranged = qcomm.SigmaGrid, qcomm.RangeGrid
@@ -75,6 +122,7 @@ def cases() -> dict[str, torch.Tensor]:
         "raw": qcomm.compress(torch.tensor([1.5, float("nan"), -float("inf")])),
         "empty": qcomm.compress(torch.empty(2, 0, 3, dtype=torch.float16)),
         "segments": several_segments(),
+        **run_cases(),
     }
 
 

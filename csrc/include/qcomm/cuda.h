@@ -19,13 +19,15 @@
 #include "qcomm/quantize.h"
 #include "qcomm/statistics.h"
 #include "qcomm/status.h"
+#include "qcomm/zero_runs.h"
 
 namespace qcomm::cuda {
 
 struct DecodeTables;
+struct PacketTask;
 class Workspace;
 
-// The static codes as tables, 288 KiB. A caller fills one in host memory, once, and keeps a copy on each device.
+// The static codes as tables, 395 KiB. A caller fills one in host memory, once, and keeps a copy on each device.
 struct StaticTables {
     static constexpr int kCodes = 32;  // ids 1..22 are codes 0..21, ids 64..73 are 22..31
     static constexpr int kSingleCodes = 22;
@@ -35,6 +37,11 @@ struct StaticTables {
     std::uint16_t decode[kCodes][kMaxEntries];  // symbol | length << 12
     std::uint32_t decode_mask[kCodes];
     std::uint8_t num_bits[kCodes];  // of a symbol; the first kSingleCodes are for single symbols, the others for pairs
+
+    // Of zero runs: codeword | its length << 16 | that with extra bits << 24 for each token, and RunCode::entries.
+    std::uint32_t run_encode[kRunTableCount][kRunTokens];
+    std::uint32_t run_decode[kRunTableCount][1 << kMaxRunCodeLength];
+    std::uint32_t run_bounds[kRunTableCount - 1];  // kRunTableBounds
 
     // Returns the number of a table's code, or -1 when there is no such table. It is arithmetic, so that a kernel need
     // not search.
@@ -74,7 +81,7 @@ struct Tensor {
     std::int64_t count = 0;
     // Grid, num_bits, coding and table are the caller's; p0 and p1 are measured: on a sigma grid the step is k times
     // the RMS, range grids get lo and hi. Range grids are single with table 0 up to 12 bits, fixed otherwise, and
-    // num_bits is 0 where the sample decides.
+    // num_bits is 0 where the sample decides. Coding runs needs a residual_out in all of the tensor's segments.
     Quantizer quantizer;
     double k = 1.0;
     SampleRule sample;
@@ -157,6 +164,7 @@ private:
     Status add_packet(const Packet& packet, const std::vector<Tensor>& tensors, const std::vector<Segment>& segments,
                       Tasks* tasks);
     std::int64_t add_segment(const Segment& segment, const Tensor& tensor, Tasks* tasks);
+    std::int64_t add_run_blocks(std::int64_t values, PacketTask* task);
     void write_blob(const Tasks& tasks);
     // Puts each array of the workspace in its place: the one list of them.
     void place(Workspace* workspace, Arrays* arrays) const;
@@ -170,7 +178,8 @@ private:
     std::int32_t tensor_count_, segment_count_, packet_count_, own_count_ = 0;
     int max_symbols_ = 1;  // of a code that encode_blocks needs
     std::int64_t tiles_ = 0, sample_tiles_ = 0, bins_ = 0;
-    std::int64_t encode_tiles_ = 0, histogram_tiles_ = 0, codewords_ = 0, units_ = 0, blocks_ = 0, slot_bytes_ = 0;
+    std::int64_t run_tiles_ = 0, encode_tiles_ = 0, histogram_tiles_ = 0, codewords_ = 0, units_ = 0, blocks_ = 0,
+                 slot_bytes_ = 0;
     std::int64_t segments_at_ = 0, packets_at_ = 0, dims_at_ = 0, own_segments_at_ = 0;  // byte offsets in the blob
     std::int64_t workspace_bytes_ = 0;
     std::vector<std::uint8_t> blob_;
@@ -186,7 +195,7 @@ enum class Fault : unsigned {
     kPiece,     // the checksum of a raw or fixed segment
     kBlock,     // a block's contents; its checksum
     kLayout,    // block ends, or a payload that segments do not fill
-    kRecords,   // segment records, dimensions, code lengths; a code of its own that was not expected
+    kRecords,   // segment records, dimensions, code lengths; a code of its own, or zero runs, not expected
     kMismatch,  // another dtype, shape, number of steps or segments than expected
     kHeader,    // no packet, an unknown version, truncated, a wrong header checksum
 };
@@ -209,7 +218,9 @@ public:
     // symbol in a segment that has a code of its own, 4 with pairs. The workspace has room for one code for each
     // segment, from 8.5 KiB up to 8 bits to 68 KiB with 12. With 0 no code lengths are expected, and packets with some
     // are refused.
-    DecodePlan(DType dtype, int steps, int max_segments, const std::vector<DecodeTask>& tasks, int own_code_bits = 0);
+    // Segments of coding runs are refused, too, unless `takes_runs`.
+    DecodePlan(DType dtype, int steps, int max_segments, const std::vector<DecodeTask>& tasks, int own_code_bits = 0,
+               bool takes_runs = false);
 
     const Status& status() const { return status_; }
     // The tasks as the kernels read them, in host memory; a copy of it on the device is needed.
@@ -233,7 +244,8 @@ private:
     Status status_;
     DType dtype_;
     int steps_, max_segments_, packet_count_, own_code_bits_;
-    std::int64_t tiles_ = 0, sum_tiles_ = 0, piece_tiles_ = 0;  // at most, of one packet
+    bool takes_runs_;
+    std::int64_t tiles_ = 0, run_tiles_ = 0, sum_tiles_ = 0, piece_tiles_ = 0;  // at most, of one packet
     std::int64_t workspace_bytes_ = 0;
     std::vector<std::uint8_t> blob_;
 };

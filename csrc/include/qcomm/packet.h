@@ -19,7 +19,13 @@ struct SegmentInput {
     // Receives u - decoded(u) of each value, or null. It may be values.residual. A constant NaN leaves it untouched: a
     // step in which a gradient is not finite is skipped, and must not poison the residual.
     float* residual_out = nullptr;
+    // Of coding runs: receives the sums of squares of the scaled values and of the new residuals of a sample, and its
+    // size, or null, and behind them the number of its blocks that are not finite. They predict the next step, which
+    // then needs no pass of its own.
+    double* sample_out = nullptr;  // [kSampleNumbers]
 };
+
+constexpr int kSampleNumbers = 4;
 
 // The properties of a packet as a whole.
 struct EncodeOptions {

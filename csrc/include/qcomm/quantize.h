@@ -172,7 +172,20 @@ QCOMM_INLINE decltype(auto) with_grid(const Quantizer& q, F&& f) {
     return f(range_quantizer(q));
 }
 
-// Tells whether the grid can represent these values at all; if not, a segment travels raw.
+// Tells whether the grid can represent values of the dtype of `Tr` at all; if not, a segment travels raw. Precondition:
+// the quantizer has a grid.
+template <class Tr>
+QCOMM_HOST_DEVICE inline bool is_usable(const Quantizer& q) {
+    // A record has the extremes of a range in T. Those of values are exact there, others might not be.
+    using T = typename Tr::Arithmetic;
+    if (is_range(q.grid) &&
+        (static_cast<double>(static_cast<T>(q.p0)) != q.p0 || static_cast<double>(static_cast<T>(q.p1)) != q.p1))
+        return false;
+    // Zero runs have no escapes, so all of their levels must be values of the dtype.
+    if (q.coding == Coding::kRuns && 3.0 * q.p1 > static_cast<double>(Tr::kMax)) return false;
+    return with_grid<Tr>(q, [](const auto& grid) { return grid.usable(); });
+}
+// The same on the host.
 // Precondition: a num_bits that check_levels() accepts, or a raw quantizer, whose p0 = p1 = 0 are never usable.
 bool is_usable(const Quantizer& quantizer, DType dtype);
 
@@ -188,6 +201,7 @@ enum class QuantizerFault : std::uint8_t {
     kUnusable,      // see is_usable
     kFixedOnSigma,  // a fixed segment has no place for escapes
     kPair,          // the two symbols of a pair are nibbles, on a sigma grid
+    kRuns,          // levels of zero runs are within 3, on a sigma grid, with the built-in codes
     kOwnCode,       // too many symbols for a code
     kStaticCode,    // the table does not exist, or is for another coding or number of bits
     kStaticOnRange  // static tables are made for sigma grids: encoders refuse it, a decoder can read it
@@ -216,6 +230,10 @@ QCOMM_HOST_DEVICE inline QuantizerFault check_levels(const Quantizer& q) {
 // the static table, looked at if has_static_table().
 QCOMM_HOST_DEVICE inline QuantizerFault check_coding(const Quantizer& q, const StaticAlphabet& alphabet) {
     if (q.coding == Coding::kFixed) return is_range(q.grid) ? QuantizerFault::kNone : QuantizerFault::kFixedOnSigma;
+    if (q.coding == Coding::kRuns) {
+        const bool fits = q.grid == Grid::kSigma && q.num_bits == kRunsBits && q.table == kTableOnWire;
+        return fits ? QuantizerFault::kNone : QuantizerFault::kRuns;
+    }
     if (q.coding == Coding::kPair && (q.grid != Grid::kSigma || q.num_bits != kPairBits)) return QuantizerFault::kPair;
     // Without a code any number of bits will do: blocks are constant, fixed or raw.
     if (q.table == kNoTable) return QuantizerFault::kNone;
@@ -231,7 +249,7 @@ QCOMM_HOST_DEVICE inline QuantizerFault check(const Quantizer& q, const StaticAl
     // Before a grid is made, whose constructor shifts by num_bits: in a hostile record that may be any byte.
     const QuantizerFault levels = check_levels(q);
     if (levels != QuantizerFault::kNone) return levels;
-    if (!with_grid<Tr>(q, [](const auto& grid) { return grid.usable(); })) return QuantizerFault::kUnusable;
+    if (!is_usable<Tr>(q)) return QuantizerFault::kUnusable;
     return check_coding(q, alphabet);
 }
 

@@ -1,0 +1,134 @@
+// A run block goes through three steps while its levels are in a core's caches:
+//
+//   values -> levels    find_levels, with the new residual; only those that are not 0 are kept
+//   levels -> words     encode_runs, with the table for their exact number
+//   all    -> bytes     choose_run_mode() picks one of three forms
+//
+// Nothing is allocated in these steps, so that they may run on a thread that must not throw.
+#include "run_writer.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "qcomm/block.h"
+#include "qcomm/checksum.h"
+
+namespace qcomm {
+
+// Uninitialised, as all is written before it is read.
+RunWriter::RunWriter(const EncodeOptions& options)
+    : options_(options),
+      kernels_(kernels()),
+      old_(new float[kMaxRunBlockValues]),
+      positions_(new std::uint16_t[kMaxRunBlockValues + kRunSlack]),
+      levels_(new std::int8_t[kMaxRunBlockValues + kRunSlack]),
+      symbols_(new std::uint16_t[kMaxRunBlockValues]),
+      tokens_(new std::uint32_t[kMaxRunBlockTokens + kRunSlack]),
+      words_(new std::uint16_t[kWordsSlack + kMaxRunBlockTokens]) {}
+
+void RunWriter::reserve(std::int64_t blocks, std::int64_t parts) {
+    samples.reserve(static_cast<std::size_t>(blocks + parts));
+    sizes.reserve(static_cast<std::size_t>(blocks));
+    checksums.reserve(static_cast<std::size_t>(blocks));
+}
+
+void RunWriter::write(const std::vector<RunPart>& parts, std::int64_t values, std::int64_t first, std::int64_t last,
+                      std::uint8_t* out) {
+    bytes = 0;
+    sizes.clear();
+    checksums.clear();
+    samples.clear();
+    const std::int64_t blocks = run_blocks(values, options_.steps);
+    for (std::int64_t i = first; i < last; ++i) {
+        const std::int64_t begin = run_block_begin(values, blocks, i), end = run_block_begin(values, blocks, i + 1);
+        bool finite = true;
+        const std::size_t known = samples.size();
+        const int nonzeros = find_levels(parts, begin, end, &finite);
+        for (std::size_t s = known; s < samples.size(); ++s) samples[s].is_lost = !finite;
+        if (!finite) restore(parts, begin, end);
+        write_block(static_cast<int>(end - begin), nonzeros, finite, out + bytes);
+    }
+}
+
+namespace {
+
+// Calls f(number of the part, first value in it, offset in the block, values) for the parts of values [begin, end).
+template <class F>
+void for_parts(const std::vector<RunPart>& parts, std::int64_t begin, std::int64_t end, F f) {
+    // The last part that begins at `begin` or before; empty parts before it do not matter.
+    auto part = std::upper_bound(parts.begin(), parts.end(), begin,
+                                 [](std::int64_t value, const RunPart& p) { return value < p.first; });
+    for (--part; part != parts.end() && part->first < end; ++part) {
+        const std::int64_t from = std::max(begin, part->first), to = std::min(end, part->first + part->in.values.count);
+        if (from >= to) continue;
+        f(static_cast<std::size_t>(part - parts.begin()), from - part->first, from - begin,
+          static_cast<int>(to - from));
+    }
+}
+
+}  // namespace
+
+// Finds the levels of values [begin, end), segment by segment, and returns how many are not 0.
+int RunWriter::find_levels(const std::vector<RunPart>& parts, std::int64_t begin, std::int64_t end, bool* finite) {
+    int found = 0;
+    for_parts(parts, begin, end, [&](std::size_t number, std::int64_t first, std::int64_t offset, int n) {
+        const SegmentInput& in = parts[number].in;
+        LevelsOut out{};
+        out.residual = in.residual_out + first;
+        out.old = old_.get() + offset;
+        out.positions = positions_.get() + found;
+        out.levels = levels_.get() + found;
+        kernels_.find_levels(in.values, first, n, in.quantizer, static_cast<int>(offset), &out);
+        found += out.count;
+        *finite &= out.finite;
+        samples.push_back({number, out.sample, false});
+    });
+    return found;
+}
+
+// Puts the old residuals back: what is not sent must not be taken as sent, and NaN would stay in them for ever.
+void RunWriter::restore(const std::vector<RunPart>& parts, std::int64_t begin, std::int64_t end) {
+    for_parts(parts, begin, end, [&](std::size_t number, std::int64_t first, std::int64_t offset, int n) {
+        std::copy_n(old_.get() + offset, n, parts[number].in.residual_out + first);
+    });
+}
+
+void RunWriter::write_block(int n, int nonzeros, bool finite, std::uint8_t* out) {
+    std::uint32_t start[kLanes];
+    std::uint16_t* const words_end = words_.get() + kWordsSlack + kMaxRunBlockTokens;
+    const int table = run_table(nonzeros, n);
+    int words = 0, tokens = 0;
+    if (nonzeros > 0 && finite)
+        words = kernels_.encode_runs(positions_.get(), levels_.get(), nonzeros, run_code(table), tokens_.get(), &tokens,
+                                     start, words_end);
+    const RunMode mode = finite ? choose_run_mode(n, nonzeros, words) : RunMode::kNotFinite;
+    const bool coded = mode == RunMode::kCoded;
+    const std::uint32_t info = RunInfo{mode, coded ? table : 0, coded ? tokens : 0}.pack();
+    std::uint8_t* at = out;
+    const auto put = [&](const void* data, std::size_t size) {
+        std::memcpy(at, data, size);
+        at += size;
+    };
+    put(&info, sizeof(info));
+    if (coded) {
+        put(start, sizeof(start));
+        put(words_end - words, 2 * static_cast<std::size_t>(words));
+    }
+    if (mode == RunMode::kFixed) at = put_fixed(n, nonzeros, at);
+    const std::int64_t used = at - out, padded = align4(used);
+    std::memset(at, 0, static_cast<std::size_t>(padded - used));
+    bytes += padded;
+    sizes.push_back(static_cast<std::uint32_t>(padded / 4));
+    checksums.push_back(options_.checksums ? checksum(out, padded) : 0u);
+}
+
+// Packs all levels; returns the end.
+std::uint8_t* RunWriter::put_fixed(int n, int nonzeros, std::uint8_t* at) {
+    std::fill_n(symbols_.get(), n, static_cast<std::uint16_t>(kMaxLevel));
+    for (std::size_t i = 0; i < static_cast<std::size_t>(nonzeros); ++i)
+        symbols_[positions_[i]] = static_cast<std::uint16_t>(levels_[i] + kMaxLevel);
+    pack_bits(symbols_.get(), n, kRunsBits, at);
+    return at + packed_bytes(n, kRunsBits);
+}
+
+}  // namespace qcomm

@@ -1,0 +1,203 @@
+// The sum of several packets (specification: decode_packet() of qcomm/reference/decode.py; the sum is a decode of the
+// first packet and accumulates of the others, in order).
+//
+//   out[i] = value(0, i) + value(1, i) + ... rounded after each addition
+//
+//   chunk  | packet 0: values | packet 1 ... |   of a tile, by a warp each
+//
+// Warp: a packet. Block: 64 * steps values of a segment; the warps decode a chunk each into shared memory (1 or 2 KiB),
+// then all threads add them and store once. Codes are read through the first-level cache, as packets may differ in
+// them. 8 packets a launch; more are added to the sum that the launch before has stored. Passes: one, and one over the
+// code's bytes before it for the checksum, which is compared before a value is used. Zero runs are decoded from the
+// begin of a run block on by each tile that has values of it. Limits: codes of at most 15 bits. Safety: every read is
+// inside the block, whose place read_packets has checked; every loop is over values of the block. Determinism: a warp
+// owns its unit; additions are in the packets' order. Bytes moved per value: the codes' from memory, one store for all
+// packets.
+#include <type_traits>
+
+#include "decode_units.cuh"
+#include "kernels.cuh"
+#include "zero_runs_reader.cuh"
+
+namespace qcomm::cuda {
+namespace {
+
+constexpr int kChunkBytes = 2048;  // of a packet's values
+
+template <class Tr>
+struct SumShared {
+    static constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(typename Tr::Storage));
+    typename Tr::Storage chunk[kMaxSumPackets][kChunk];
+    typename Tr::Storage values[kMaxSumPackets][kMaxValueTable];
+};
+static_assert(sizeof(SumShared<Traits<DType::kFloat64>>) <= 48 << 10, "more would have to be asked for");
+
+// One packet's part in a tile of a sum: values in order, over block boundaries. Packets may code a segment in different
+// ways, so one has blocks of single symbols where another has blocks of pairs; a tile is the size of the larger. Run
+// blocks begin anywhere in it, and the first one is read from its begin, though the values in front of the tile are
+// other tiles'.
+template <class Tr, bool kRuns>
+class SumSource {
+    using Storage = typename Tr::Storage;
+
+public:
+    // `zero` is the value of a level 0 of zero runs: they add nothing, and x + -0.0 is x for every x.
+    __device__ SumSource(const DecodeTables& d, int number, std::int64_t tile, Storage zero, Storage* values)
+        : packet_(d.tasks[number].packet),
+          view_(d.packets[number]),
+          codes_(d.codes),
+          steps_(d.steps),
+          zero_(zero),
+          values_(values) {
+        const SegmentView* const segments = d.segments_of(number);
+        const int s = find_task(segments, view_.segments, tile, &SegmentView::first_sum_tile);
+        segment_ = &segments[s];
+        tile_ = tile - segment_->first_sum_tile;
+        begin_ = tile_ * sum_tile_values(steps_);
+        entries_ = FarEntries{find_decode_code(d, number, s)};
+        fill_values<Tr>(values, segment_->quantizer, lane_number(), kWarpLanes);
+        __syncwarp();
+    }
+
+    // Whether a packet's tile covers the same values as another's.
+    __device__ bool matches(const SegmentView& other) const {
+        return segment_->count == other.count && segment_->first_value == other.first_value &&
+               segment_->first_sum_tile == other.first_sum_tile;
+    }
+
+    // Values [at, at + n) of the tile to sink.put(0 ... n - 1); false where a block is malformed.
+    template <class S>
+    __device__ bool read(int at, int n, const S& sink) {
+        const Quantizer& q = segment_->quantizer;
+        if constexpr (kRuns) {
+            if (q.coding == Coding::kRuns) return read_runs(at, n, sink);
+        }
+        if (!is_block_coded(q.coding)) {
+            read_plain<Tr>(*segment_, packet_ + view_.payload, begin_ + at, n, sink);
+            return true;
+        }
+        const auto size = static_cast<int>(values_per_block(q.coding, steps_));
+        for (int done = 0; done < n;) {
+            const int in_block = (at + done) % size;
+            if (in_block == 0 && !open_next(at + done, size)) return false;
+            const int end = block_values_ - in_block < n - done ? block_values_ : in_block + n - done;
+            reader_.read(in_block, end, S{sink.out + done - in_block});
+            done += end - in_block;
+            if (end == block_values_ && !reader_.close()) return false;
+        }
+        return true;
+    }
+
+private:
+    // The block that begins at value `at` of the tile.
+    __device__ bool open_next(int at, int size) {
+        const std::int64_t block = tile_ * (static_cast<int>(sum_tile_values(steps_)) / size) + at / size;
+        const std::int64_t rest = segment_->count - block * size;
+        block_values_ = static_cast<int>(rest < size ? rest : size);
+        return open_block<Tr>(packet_, view_, *segment_, block, block_values_, entries_, values_, &reader_);
+    }
+
+    template <class S>
+    __device__ bool read_runs(int at, int n, const S& sink) {
+        for (int i = lane_number(); i < n; i += kWarpLanes) sink.put(i, zero_);
+        __syncwarp();  // a level's lane is another than its zero's
+        const RunQuantizer<typename Tr::Arithmetic> grid(segment_->quantizer.p1);
+        for (int done = 0; done < n;) {
+            const std::int64_t value = segment_->first_run + begin_ + at + done;
+            if ((at + done == 0 || value == runs_.end) && !open_runs(value)) return false;
+            const std::int64_t rest = runs_.end - value;
+            const int m = rest < n - done ? static_cast<int>(rest) : n - done;
+            const auto first = static_cast<int>(value - runs_.begin), before = first - done;
+            runs_.reader.read(first, first + m, grid,
+                              [&](int position, Storage level) { sink.put(position - before, level); });
+            done += m;
+            if (value + m == runs_.end && !runs_.reader.close()) return false;
+        }
+        return true;
+    }
+    // The run block that holds a value of the packet's zero runs.
+    __device__ bool open_runs(std::int64_t value) {
+        const std::int64_t block = run_block_of(view_.run_values, view_.run_blocks, value);
+        runs_.begin = run_block_begin(view_.run_values, view_.run_blocks, block);
+        runs_.end = run_block_begin(view_.run_values, view_.run_blocks, block + 1);
+        return open_run_block<Tr>(packet_, view_, block, static_cast<int>(runs_.end - runs_.begin), codes_,
+                                  &runs_.reader);
+    }
+
+    struct Runs {
+        std::int64_t begin, end;  // of the open block
+        RunReader<Tr> reader;
+    };
+    struct Nothing {};
+
+    const std::uint8_t* packet_;
+    PacketView view_;
+    const StaticTables* codes_;
+    int steps_;
+    Storage zero_, *values_;
+    const SegmentView* segment_;
+    std::int64_t tile_, begin_;  // in the segment
+    FarEntries entries_;
+    BlockReader<Tr, FarEntries> reader_;
+    std::conditional_t<kRuns, Runs, Nothing> runs_;
+    int block_values_;
+};
+
+// Packets first, first + 1, ..., one a warp: their sum over a tile, with `add` added to `out`.
+template <class Tr, bool kRuns>
+__global__ void __launch_bounds__(kMaxSumPackets* kWarpLanes, 1) sum_packets(DecodeTables d, int first, bool add) {
+    DYNAMIC_SHARED(SumShared<Tr>, shared);
+    constexpr int kChunk = SumShared<Tr>::kChunk;
+    const int packets = static_cast<int>(blockDim.x) / kWarpLanes, number = first + warp_number();
+    const auto tile = static_cast<std::int64_t>(blockIdx.x);
+    bool stop = false;
+    for (int p = static_cast<int>(threadIdx.x); p < d.packet_count; p += static_cast<int>(blockDim.x))
+        stop |= atomicOr(&d.faults[p], 0u) != 0;
+    if (__syncthreads_or(stop) || tile >= d.packets[0].sum_tiles) return;
+
+    const SegmentView& model =
+        d.segments_of(0)[find_task(d.segments_of(0), d.packets[0].segments, tile, &SegmentView::first_sum_tile)];
+    const std::int64_t begin = (tile - model.first_sum_tile) * sum_tile_values(d.steps), rest = model.count - begin;
+    const auto n = static_cast<int>(rest < sum_tile_values(d.steps) ? rest : sum_tile_values(d.steps));
+    const auto zero = static_cast<typename Tr::Storage>(number > 0 || add ? -0.0 : 0.0);
+    SumSource<Tr, kRuns> source(d, number, tile, zero, shared->values[warp_number()]);
+    const bool alike = source.matches(model);
+    if (!alike && lane_number() == 0) report(&d.faults[number], Fault::kMismatch);
+    if (__syncthreads_or(!alike)) return;
+
+    // Warps decode a chunk each; then every thread adds one value of all of them, in the packets' order.
+    auto* const out = static_cast<typename Tr::Storage*>(d.tasks[0].out) + model.first_value + begin;
+    const Sink<typename Tr::Storage> sink{shared->chunk[warp_number()]};
+    for (int at = 0; at < n; at += kChunk) {
+        const int m = n - at < kChunk ? n - at : kChunk;
+        const bool good = source.read(at, m, sink);
+        if (!good && lane_number() == 0) report(&d.faults[number], Fault::kBlock);
+        if (__syncthreads_or(!good)) return;
+        for (int i = static_cast<int>(threadIdx.x); i < m; i += static_cast<int>(blockDim.x)) {
+            auto sum = shared->chunk[0][i];
+            if (add) sum = out[at + i] + sum;
+            for (int p = 1; p < packets; ++p) sum += shared->chunk[p][i];
+            out[at + i] = sum;
+        }
+        __syncthreads();  // the chunks are free again
+    }
+}
+
+}  // namespace
+
+#ifndef __CUDACC_RTC__
+void launch_sum(const DecodeTables& d, std::int64_t tile_count, bool add, void* stream) {
+    const auto launch = [&](auto traits) {
+        using Tr = decltype(traits);
+        const auto kernel = d.takes_runs ? sum_packets<Tr, true> : sum_packets<Tr, false>;
+        for (int first = 0; first < d.packet_count; first += kMaxSumPackets) {
+            const int packets = d.packet_count - first < kMaxSumPackets ? d.packet_count - first : kMaxSumPackets;
+            launch_kernel(kernel, static_cast<unsigned>(tile_count), static_cast<unsigned>(packets * kWarpLanes),
+                          sizeof(SumShared<Tr>), stream, d, first, add || first > 0);
+        }
+    };
+    d.dtype == DType::kFloat64 ? launch(Traits<DType::kFloat64>{}) : launch(Traits<DType::kFloat32>{});
+}
+#endif
+
+}  // namespace qcomm::cuda
