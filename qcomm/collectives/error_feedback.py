@@ -12,6 +12,7 @@ F. Seide et al., "1-bit stochastic gradient descent", Interspeech 2014; in both 
 "DoubleSqueeze", ICML 2019.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
@@ -35,11 +36,14 @@ class Residuals(NamedTuple):
         local: of each compressed tensor, whole.
         owner: of the pieces whose means this rank makes.
         spent: tensors whose local residual is known to be zero in that piece.
+        local_rms, owner_rms: forecasts of value plus residual, see :mod:`qcomm.collectives.packing`.
     """
 
     local: Mapping[int, torch.Tensor]
     owner: Mapping[int, torch.Tensor]
     spent: Set[int]
+    local_rms: Mapping[int, float] = {}
+    owner_rms: Mapping[int, float] = {}
 
 
 NO_RESIDUALS = Residuals({}, {}, frozenset())
@@ -99,6 +103,9 @@ class ErrorFeedback:
         ] = {}  # parameter -> (first element of the own part, residual of the part)
         self._world_size: int | None = None
         self._spent: dict[str, tuple[int, int]] = {}  # parameter -> (first element, how many): known to be zero
+        # Forecasts by parameter; they hold as long as no one else changes its residual.
+        self._local_rms: dict[str, float] = {}
+        self._owner_rms: dict[str, float] = {}
 
     def local(self, key: str, numel: int, device: torch.device = CPU) -> torch.Tensor:
         """Returns the rank's own residual of a parameter, to be changed in place.
@@ -109,6 +116,7 @@ class ErrorFeedback:
             ValueError: the known residual has another size, because the checkpoint is of another model.
         """
         self._spent.pop(key, None)  # the caller may change it
+        self._local_rms.pop(key, None)
         residual = self._local.get(key)
         if residual is None:
             residual = self._local[key] = torch.zeros(numel, device=device)
@@ -122,6 +130,7 @@ class ErrorFeedback:
 
     def owner(self, key: str, start: int, length: int, device: torch.device = CPU) -> torch.Tensor:
         """Returns the owner residual of elements [start, start + length) of a parameter, in the layout adopted last."""
+        self._owner_rms.pop(key, None)  # the caller may change it
         known = self._owner.get(key)
         if known is None:
             known = self._owner[key] = start, torch.zeros(length, device=device)
@@ -138,12 +147,19 @@ class ErrorFeedback:
         """Adopts a layout and returns all residuals that its collective uses on ``rank``, to be changed in place."""
         self.adopt(layout, rank)
         pieces = layout.chunks[rank].pieces
-        keys = {piece.tensor: layout.tensors[piece.tensor].key for piece in pieces}
-        spent = {p.tensor for p in pieces if self.is_spent(keys[p.tensor], p.start, p.length)}
         numbers = [number for number, tensor in enumerate(layout.tensors) if tensor.compressed]
+        keys = {number: layout.tensors[number].key for number in numbers}
+        spent = {p.tensor for p in pieces if self.is_spent(keys[p.tensor], p.start, p.length)}
+        local_rms = {number: rms for number, key in keys.items() if (rms := self._local_rms.get(key)) is not None}
+        owner_rms = {number: rms for number, key in keys.items() if (rms := self._owner_rms.get(key)) is not None}
         local = {number: self.local(layout.tensors[number].key, layout.tensors[number].numel) for number in numbers}
         owner = {piece.tensor: self.owner(keys[piece.tensor], piece.start, piece.length) for piece in pieces}
-        return Residuals(local, owner, spent)
+        return Residuals(local, owner, spent, local_rms, owner_rms)
+
+    def forecast(self, local: Mapping[str, float], owner: Mapping[str, float]) -> None:
+        """Notes the forecast RMS of value plus residual of parameters, and of the means of their own parts."""
+        self._local_rms.update(local)
+        self._owner_rms.update(owner)
 
     def spend(self, pieces: Iterable[tuple[str, Piece]]) -> None:
         """Notes that pieces of local residuals are zero, until a caller may change them.
@@ -193,7 +209,8 @@ class ErrorFeedback:
 
     def _move_to_local(self, key: str) -> None:
         start, residual = self._owner.pop(key)
-        self._spent.pop(key, None)
+        for known in (self._spent, self._local_rms, self._owner_rms):
+            known.pop(key, None)
         local = self._local[key]
         local[start : start + residual.numel()].add_(residual.to(local.device), alpha=float(self._world_size or 1))
 
@@ -203,6 +220,7 @@ class ErrorFeedback:
                 self._move_to_local(key)
             for residual in self._local.values():
                 residual.mul_(world_size / self._world_size)
+            self._local_rms.clear()
         self._world_size = world_size
 
     def norm(self) -> float:
@@ -215,9 +233,8 @@ class ErrorFeedback:
 
     def clear(self) -> None:
         """Forgets all residuals."""
-        self._local.clear()
-        self._owner.clear()
-        self._spent.clear()
+        for known in (self._local, self._owner, self._spent, self._local_rms, self._owner_rms):
+            known.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns copies of this rank's residuals, and the number of ranks they are for. Every rank saves its own."""
@@ -226,6 +243,7 @@ class ErrorFeedback:
             "world_size": self._world_size,
             "local": {key: residual.clone() for key, residual in self._local.items()},
             "owner": {key: (start, residual.clone()) for key, (start, residual) in self._owner.items()},
+            "rms": {"local": dict(self._local_rms), "owner": dict(self._owner_rms)},
         }
 
     def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
@@ -259,6 +277,7 @@ class ErrorFeedback:
             part._world_size = saved["world_size"]
             part._local = {key: residual.clone() for key, residual in saved["local"].items()}
             part._owner = {key: (start, residual.clone()) for key, (start, residual) in saved["owner"].items()}
+            part.forecast(**saved["rms"])
             parts.append(part)
         merged = parts[0]
         if len(parts) > 1:  # residuals of several owners cannot be told apart any more
@@ -269,13 +288,20 @@ class ErrorFeedback:
                 for key, residual in part._local.items():
                     merged.local(key, residual.numel(), residual.device).add_(residual)
         self._spent.clear()
+        self._local_rms, self._owner_rms = merged._local_rms, merged._owner_rms
         self._local, self._owner, self._world_size = merged._local, merged._owner, merged._world_size
 
 
 def _check_saved(saved: Mapping[str, Any]) -> None:
-    local, owner = saved.get("local"), saved.get("owner")
-    if not isinstance(local, Mapping) or not isinstance(owner, Mapping) or "world_size" not in saved:
-        raise ValueError(f"state is damaged: it needs world_size, local and owner, it has {sorted(saved)}")
+    local, owner, rms = saved.get("local"), saved.get("owner"), saved.get("rms")
+    if (
+        not isinstance(local, Mapping)
+        or not isinstance(owner, Mapping)
+        or not isinstance(rms, Mapping)
+        or "world_size" not in saved
+    ):
+        raise ValueError(f"state is damaged: it needs world_size, local, owner and rms, it has {sorted(saved)}")
+    _check_rms(rms)
     for key, residual in local.items():
         _check_residual(key, residual)
     for key, part in owner.items():
@@ -287,6 +313,15 @@ def _check_saved(saved: Mapping[str, Any]) -> None:
         _check_residual(key, residual)
         if key not in local or start + residual.numel() > local[key].numel():
             raise ValueError(f"state is damaged: the owner residual of {key!r} does not fit its local residual")
+
+
+def _check_rms(rms: Mapping[str, Any]) -> None:
+    for name in ("local", "owner"):
+        known = rms.get(name)
+        if not isinstance(known, Mapping) or not all(
+            isinstance(value, float) and 0.0 < value < math.inf for value in known.values()
+        ):
+            raise ValueError(f"state is damaged: rms must hold positive numbers for {name} parameters")
 
 
 def _check_residual(key: str, residual: object) -> None:

@@ -1,4 +1,11 @@
-"""Packing: chunks of a buffer to packets and back, and the maximum size of these packets."""
+"""Packing: chunks of a buffer to packets and back, and the maximum size of these packets.
+
+**Forecasts.** Coding runs of zeros is one pass over values and residuals. Measuring them first would be another, of
+nearly the same cost. While a tensor is coded, a sample of its values g and its new residuals e is squared, and the next
+time ``sqrt(mean(g^2) + mean(e^2))`` stands for ``RMS(g + e)``: residuals are known then, and a gradient's size changes
+slowly. Decoders do not care where a step comes from, so ranks stay equal bit for bit. A jump of a gradient's size makes
+one packet larger or smaller, and is part of the next forecast.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,13 +13,27 @@ from typing import NamedTuple
 
 import torch
 
-from qcomm.codec import Code, Grid, Quantizer, Segment, decode_into, encode, measure, plan
+from qcomm.codec import (
+    SAMPLE_NUMBERS,
+    Code,
+    Coding,
+    Grid,
+    Quantizer,
+    Segment,
+    SigmaGrid,
+    decode_into,
+    encode,
+    forecast_quantizer,
+    measure,
+    plan,
+)
 from qcomm.collectives.layout import Chunk
 from qcomm.collectives.task import MeanTask
 from qcomm.errors import PacketError
 
 __all__ = [
     "Measured",
+    "Samples",
     "choose",
     "chunk_segments",
     "gather_chunk",
@@ -48,15 +69,21 @@ def choose(
     inv_scale: float,
     num_threads: int = 1,
     code: Code | None = None,
+    rms: float | None = None,
 ) -> Measured:
     """Chooses the quantizer of a tensor or a part of one, raw without a grid, and its residual if it takes part.
 
-    ``code`` is that of an earlier choice for a similar tensor, see :func:`qcomm.codec.quantize.plan`.
+    ``code`` is that of an earlier choice for a similar tensor, see :func:`qcomm.codec.quantize.plan`. ``rms`` is a
+    forecast of value plus residual: where runs of zeros are coded, nothing is measured then.
     """
     if residual is not None and is_zero(values):
         # DDP discards the mean of a parameter that no rank used and leaves its gradient None. A residual in it would be
         # lost.
         return Measured(Quantizer.constant(0.0), None)
+    if rms is not None and residual is not None and isinstance(grid, SigmaGrid) and grid.codes_runs:
+        forecast = forecast_quantizer(grid, rms, values.dtype)
+        if forecast is not None:
+            return Measured(forecast, residual)
     statistics = measure(values, residual if grid else None, inv_scale, num_threads=num_threads)
     if not statistics.finite:
         # The value travels as a flag, becomes NaN in the sum and so on every rank.
@@ -64,6 +91,44 @@ def choose(
     if grid is None:
         return Measured(Quantizer.raw(), residual)
     return Measured(plan(statistics, grid, values, residual, inv_scale, code, num_threads), residual)
+
+
+class Samples:
+    """The samples of a collective's segments, summed up by tensor.
+
+    Example:
+        >>> from qcomm.codec import encode, measure, plan
+        >>> values, residual = torch.randn(4096), torch.zeros(4096)
+        >>> quantizer = plan(measure(values, residual), SigmaGrid(step=3.0), values, residual)
+        >>> samples = Samples()
+        >>> packet = encode([samples.of(0, Segment(values, quantizer, residual))])
+        >>> 1.2 < samples.forecasts()[0] < 1.5
+        True
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, list[torch.Tensor]] = {}
+
+    def of(self, number: int, segment: Segment) -> Segment:
+        """Returns the segment of tensor ``number``, with memory for a sample where encoding takes one."""
+        if segment.quantizer.coding != Coding.RUNS:
+            return segment
+        sample = torch.zeros(SAMPLE_NUMBERS, dtype=torch.float64)
+        self._found.setdefault(number, []).append(sample)
+        return segment._replace(sample=sample)
+
+    def forecasts(self) -> Mapping[int, float]:
+        """Returns the forecast RMS of each tensor that has one, once all of its segments are encoded."""
+        found = {}
+        for number, samples in self._found.items():
+            values, residuals, count, not_finite = torch.stack(samples).sum(0).tolist()
+            if count and not not_finite and 0.0 < values + residuals < math.inf:
+                found[number] = math.sqrt((values + residuals) / count)
+        return found
+
+    def not_finite(self) -> frozenset[int]:
+        """Returns the tensors with a block that could not be coded."""
+        return frozenset(n for n, samples in self._found.items() if any(sample[3] for sample in samples))
 
 
 def measure_tensors(task: MeanTask, values: torch.Tensor) -> list[Measured]:
@@ -89,17 +154,21 @@ def pack_chunk(
 
 
 def chunk_segments(
-    values: torch.Tensor, chunk: Chunk, measured: Sequence[Measured] | Mapping[int, Measured]
+    values: torch.Tensor,
+    chunk: Chunk,
+    measured: Sequence[Measured] | Mapping[int, Measured],
+    samples: "Samples | None" = None,
 ) -> list[Segment]:
     """Returns the segments of a chunk of the flat ``values``.
 
-    They are its pieces, as their tensors were measured, and then the raw elements.
+    They are its pieces, as their tensors were measured, and then the raw elements. ``samples`` takes theirs.
     """
     segments = []
     for piece in chunk.pieces:
         quantizer, residual = measured[piece.tensor]
         part = None if residual is None else residual[piece.start : piece.start + piece.length]
-        segments.append(Segment(values[piece.offset : piece.offset + piece.length], quantizer, part))
+        segment = Segment(values[piece.offset : piece.offset + piece.length], quantizer, part)
+        segments.append(segment if samples is None else samples.of(piece.tensor, segment))
     if chunk.raw_runs:
         segments.append(Segment(gather_runs(values, chunk.raw_runs), Quantizer.raw()))
     return segments

@@ -9,7 +9,16 @@ import torch
 from qcomm.codec import Code, GridKind, Quantizer, Segment, encode
 from qcomm.collectives.error_feedback import NO_RESIDUALS
 from qcomm.collectives.layout import BucketLayout, Chunk, Piece
-from qcomm.collectives.packing import Measured, choose, chunk_segments, gather_runs, scatter_chunk, size_limit, unpack
+from qcomm.collectives.packing import (
+    Measured,
+    Samples,
+    choose,
+    chunk_segments,
+    gather_runs,
+    scatter_chunk,
+    size_limit,
+    unpack,
+)
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.two_phase_schedule import Slice, Step, cut_slices, schedule
 from qcomm.errors import PacketError
@@ -56,6 +65,9 @@ class MeanSteps:
         self.rank = rank
         self._task, self._plan = task, plan
         self._inv_scale = 1.0 / task.scale
+        # Multiplying by the inverse of a power of two is dividing by it, bit for bit. The encoder does so on the way.
+        world_size = task.layout.world_size
+        self._share = 1.0 / world_size if world_size & (world_size - 1) == 0 else 1.0
         self._values = self._scratch = task.buffer
         self._own_pieces: dict[int, Piece] = {}  # by tensor
         self._residuals = NO_RESIDUALS
@@ -65,6 +77,7 @@ class MeanSteps:
         self._means: dict[int, torch.Tensor | None] = {}  # by slice
         self._quantizers: dict[str, Quantizer] = {}  # by key of a tensor, for telemetry
         self._nonfinite = 0
+        self._local_samples, self._owner_samples = Samples(), Samples()
         self._packets: dict[int, list[tuple[Chunk, int]]] = {1: [], 2: []}
 
     def begin(self) -> None:
@@ -90,7 +103,10 @@ class MeanSteps:
         return packets
 
     def reduce(self, number: int, packets: Sequence[torch.Tensor | None]) -> None:
-        """Computes the mean over all ranks of this rank's part of a slice, from the packets of the others."""
+        """Sums this rank's part of a slice over all ranks, from the packets of the others.
+
+        What is left to do for the mean is a multiplication by ``_share``.
+        """
         chunk = self._plan.slices[number][self.rank]
         mean = self._scratch[: chunk.count]
         for sender, packet in enumerate(packets):
@@ -98,13 +114,14 @@ class MeanSteps:
                 self._add_own(chunk, mean, accumulate=sender > 0)
             elif packet is not None:
                 self._decode(packet, mean, sender, accumulate=sender > 0)
-        mean.div_(self._task.layout.world_size)
+        if self._share == 1.0:
+            mean.div_(self._task.layout.world_size)
 
     def encode_mean(self, number: int) -> torch.Tensor | None:
         """Returns the packet of the mean that :meth:`reduce` has computed; None for a part without elements."""
         chunk, limits = self._plan.slices[number][self.rank], self._plan.limits[number]
         segments = self._mean_segments(chunk, self._scratch[: chunk.count])
-        self._means[number] = self._packet(segments, 1.0, limits[self.rank])
+        self._means[number] = self._packet(segments, self._share, limits[self.rank])
         return self._means[number]
 
     def decode(self, number: int, means: Sequence[torch.Tensor | None]) -> None:
@@ -141,8 +158,27 @@ class MeanSteps:
                 if number in self._residuals.spent or self._choices[number].residual is not None
             ]
             feedback.spend(spent)
-        item_bytes = self._plan.wire_dtype.itemsize
-        self._task.telemetry.count_two_phases(self._packets, item_bytes, self._quantizers, self._nonfinite)
+            feedback.forecast(*self._forecasts())
+        dtype = self._plan.wire_dtype
+        nonfinite = self._nonfinite + len(self._local_samples.not_finite())
+        self._task.telemetry.count_two_phases(self._packets, dtype, self._quantizers, nonfinite)
+
+    def _forecasts(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Returns the forecasts for the next time, of local values and of means, by name.
+
+        Those of tensors that took no part are still right.
+        """
+        found = []
+        for samples, known in (
+            (self._local_samples, self._residuals.local_rms),
+            (self._owner_samples, self._residuals.owner_rms),
+        ):
+            numbers = {n: rms for n, rms in known.items() if not self._took_part(n)} | dict(samples.forecasts())
+            found.append({self._task.layout.tensors[n].key: rms for n, rms in numbers.items()})
+        return found[0], found[1]
+
+    def _took_part(self, number: int) -> bool:
+        return number in self._choices and self._choices[number].residual is not None
 
     def _packet(self, segments: Sequence[Segment], inv_scale: float, limit: int) -> torch.Tensor | None:
         if not segments:
@@ -156,7 +192,7 @@ class MeanSteps:
         """Returns the segments of this rank's values of a chunk."""
         for piece in chunk.pieces:
             self._choice(piece.tensor)
-        return chunk_segments(self._values, chunk, self._choices)
+        return chunk_segments(self._values, chunk, self._choices, self._local_samples)
 
     def _mean_segments(self, chunk: Chunk, mean: torch.Tensor) -> list[Segment]:
         """Returns the segments of the mean of a part of the own chunk.
@@ -171,14 +207,15 @@ class MeanSteps:
             residual = self._residuals.owner.get(piece.tensor)
             if residual is not None:
                 residual = residual[piece.start - self._own_pieces[piece.tensor].start :][: piece.length]
+            rms = self._residuals.owner_rms.get(piece.tensor)
             # Slices of a tensor are alike: one sample of them chooses the code for all.
             code = self._mean_codes.get(piece.tensor)
-            quantizer, residual = choose(values, grid, residual, 1.0, num_threads, code)
+            quantizer, residual = choose(values, grid, residual, self._share, num_threads, code, rms)
             if quantizer.grid == GridKind.SIGMA:
                 self._mean_codes[piece.tensor] = quantizer.coding, quantizer.table
             if piece.tensor not in self._travelling:
                 self._quantizers[task.layout.tensors[piece.tensor].key] = quantizer
-            segments.append(Segment(values, quantizer, residual))
+            segments.append(self._owner_samples.of(piece.tensor, Segment(values, quantizer, residual)))
         if chunk.raw_count:
             segments.append(Segment(mean[position:], Quantizer.raw()))
         return segments
@@ -214,8 +251,8 @@ class MeanSteps:
             values = self._values[tensor.offset : tensor.offset + tensor.numel]
             # A tensor that stays here whole is not quantized.
             grid = task.options.grid if number in self._travelling else None
-            residual = self._residuals.local.get(number)
-            chosen = choose(values, grid, residual, self._inv_scale, task.options.num_threads)
+            residual, rms = self._residuals.local.get(number), self._residuals.local_rms.get(number)
+            chosen = choose(values, grid, residual, self._inv_scale, task.options.num_threads, rms=rms)
             self._choices[number] = chosen
             if number in self._travelling:
                 self._quantizers[tensor.key] = chosen.quantizer
