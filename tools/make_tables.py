@@ -73,6 +73,32 @@ def accuracy() -> str:
     )
 
 
+SCHEDULES = {"falling": "falling rate", "constant": "constant rate"}
+
+
+def accuracy_low_rate() -> str:
+    """``bench/bench_accuracy_low_rate.py``: each scene's methods, and their paired differences from fp32."""
+    rows = []
+    for row in read("accuracy_low_rate.json")["summary"]:
+        scene = f"{row['task']}, {row['ranks']} ranks, {SCHEDULES[row['schedule']]}"
+        differences = []
+        for name, digits in (("accuracy", 2), ("train_loss", 3)):
+            found = row.get(name)
+            if found is None or found["interval"] is None:
+                differences += ["", ""]
+                continue
+            low, high = found["interval"]
+            differences += [f"{found['difference']:+.{digits}f}", f"{low:+.{digits}f} … {high:+.{digits}f}"]
+        bits = [f"{row[name]:.2f}" if name in row else "" for name in ("bits_per_element_compressed", "bits_of_fp32")]
+        accuracy = f"{row['mean_accuracy']:.2f} %"
+        rows.append([scene, row["method"], str(row["seeds"]), accuracy, *differences, *bits, row.get("verdict", "")])
+    return markdown(
+        ["scene", "method", "seeds", "accuracy", "minus fp32", "95 % interval", "loss minus fp32", "95 % interval",
+         "bits, both phases", "all bytes, as bits", "by the rule"],
+        rows,
+    )  # fmt: skip
+
+
 RATES = {"100mbit": "100 Mb/s", "1gbit": "1 Gb/s", "none": "loopback"}
 ALLREDUCE_METHODS = ("fp32", "bf16", "powersgd r=2", "int8", "qcomm k=1", "qcomm k=2")
 
@@ -232,6 +258,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "train": train,
     "accuracy": accuracy,
+    "accuracy_low_rate": accuracy_low_rate,
     "allreduce": allreduce,
     "averaging": averaging,
     "planner_check": planner_check,
