@@ -31,6 +31,7 @@ GRIDS: dict[str, Grid] = {
     "qcomm k=2": qcomm.SigmaGrid(2.0),
     "qcomm range c=6": qcomm.RangeGrid(c=6.0),
 }
+COARSE_GRIDS: dict[str, Grid] = {"qcomm k=3.2": qcomm.SigmaGrid(3.2), "qcomm k=3.4": qcomm.SigmaGrid(3.4)}
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 POWER_RANKS = (1, 2, 4)
 
@@ -151,9 +152,11 @@ class Compressed:
 
         Of two_phase: half of the ranks' mean step, and half of the owner's, who measures each part of the mean as it
         arrived. That part's RMS and range are at most those of the exact mean and of the first error together. The
-        bound holds for all_gather and none, too; exact_sum and hierarchical have others, which tests check: None.
+        bound holds for all_gather and none, too; exact_sum and hierarchical have others, which tests check: None. Runs
+        of zeros have none: what is beyond three levels is sent later.
         """
-        if self.strategy in {"exact_sum", "hierarchical"}:
+        has_runs = isinstance(self.grid, SigmaGrid) and self.grid.codes_runs
+        if has_runs or self.strategy in {"exact_sum", "hierarchical"}:
             return None
         steps = torch.zeros(len(self._layout.tensors), dtype=torch.float64)
         for number, spec in enumerate(self._layout.tensors):
@@ -196,7 +199,8 @@ def make_methods(bucket: Bucket, strategies: list[str], error_feedback: bool, nu
         methods[f"powersgd r={rank}"] = power_sgd(rank, bucket, error_feedback)
     methods["int8"] = Int8(bucket.values.numel())
     for strategy in strategies:
-        for name, grid in GRIDS.items():
+        # Steps as coarse as that are for error feedback only.
+        for name, grid in (GRIDS | (COARSE_GRIDS if error_feedback else {})).items():
             label = name if strategy == "two_phase" else f"{name} {strategy}"
             methods[label] = Compressed(grid, bucket, strategy, error_feedback, num_threads)
     return methods

@@ -34,6 +34,8 @@ from ranks import RanksError, about, is_rank, run_ranks, start_rank, write
 from qcomm.collectives.options import STRATEGIES
 from qcomm.collectives.telemetry import Event
 
+# Calls with error feedback before the timed ones: a coarse step's residuals take some to come to rest, and rates fall.
+WARM_UP = 30
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -107,6 +109,9 @@ def measure(mib: float, parts: Sequence[torch.Tensor], arguments: argparse.Names
     mean /= dist.get_world_size()
     methods = make_methods(bucket, arguments.strategies, arguments.error_feedback, arguments.num_threads)
     checked = {name: check(name, method, values, mean) for name, method in methods.items()}
+    for method in methods.values():
+        for _ in range(WARM_UP if isinstance(method, Compressed) and arguments.error_feedback else 0):
+            method.average(values.clone())
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(repeats):
         for name, method in methods.items():
