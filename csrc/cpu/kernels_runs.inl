@@ -12,10 +12,7 @@ inline RunSample fold_sample(SampleLanes& lanes, int n) {
             lanes.residuals[j] += lanes.residuals[j + d];
         }
     }
-    constexpr int kPeriod = kLanes * kSampledRows;
-    const int rest = n % kPeriod;
-    return {lanes.values[0], lanes.residuals[0],
-            static_cast<double>(n / kPeriod * kLanes + (rest < kLanes ? rest : kLanes))};
+    return {lanes.values[0], lanes.residuals[0], static_cast<double>(sampled_values(n))};
 }
 
 // Values [at, n) of a part, behind those that a vector version has done: `at` is a multiple of 32.
@@ -29,7 +26,9 @@ QCOMM_INLINE void find_levels_from(const Values& values, std::int64_t begin, int
     const float* const kept = values.residual != nullptr ? values.residual + begin : nullptr;
     int found = out->count;
     float poison = 0.0f;
+    bool in_sample = false;
     for (int i = at; i < n; ++i) {
+        if (i % kLanes == 0) in_sample = i / kLanes == sampled_row(i / (kLanes * kSampledRows), n);
         const T value = Tr::widen(data[i]) * inv_scale;  // a factor of 1 changes nothing
         const float old = kept != nullptr ? kept[i] : 0.0f;
         const T x = kept != nullptr ? value + static_cast<T>(old) : value;
@@ -38,7 +37,7 @@ QCOMM_INLINE void find_levels_from(const Values& values, std::int64_t begin, int
         poison += lost * 0.0f;  // NaN from the first one on that is not finite
         out->old[i] = old;
         out->residual[i] = lost;
-        if (i / kLanes % kSampledRows == 0) {
+        if (in_sample) {
             lanes->values[i % kLanes] += static_cast<double>(value) * static_cast<double>(value);
             lanes->residuals[i % kLanes] += static_cast<double>(lost) * static_cast<double>(lost);
         }

@@ -206,6 +206,7 @@ Status parse_packet(const std::uint8_t* packet, std::int64_t bytes, PacketView* 
         sums += static_cast<std::uint64_t>(checksums_in(r, h.steps));
     }
     const auto shared = static_cast<std::uint64_t>(run_blocks(run_values(*view), h.steps));
+    if (shared > kMaxRunBlocks) return bad_packet("too many run blocks", static_cast<std::int64_t>(shared));
     blocks += shared;
     sums += shared;
     const bool with_checksums = (h.flags & kFlagChecksums) != 0;

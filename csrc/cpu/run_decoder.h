@@ -74,6 +74,7 @@ private:
             return bad_packet("a block is damaged: wrong checksum; block", number);
         const std::int64_t begin = run_block_begin(firsts_.back(), blocks_, i);
         const std::int64_t end = run_block_begin(firsts_.back(), blocks_, i + 1);
+        if (end - begin > kMaxRunBlockValues) return bad_packet("a run block has too many values; block", number);
         int count = 0;
         QCOMM_RETURN_IF_ERROR(read_block(workspace, block, bytes, static_cast<int>(end - begin), number, &count));
         if (RunInfo::unpack(load_u32(block)).mode == RunMode::kNotFinite) {

@@ -66,6 +66,28 @@ void for_parts(const std::vector<RunPart>& parts, std::int64_t begin, std::int64
     }
 }
 
+// Makes the sample know all residuals of the outermost levels. What is beyond them is kept, and grows from step to step
+// until the step follows: a sample that misses it would never tell.
+void count_beyond(int offset, int n, LevelsOut* out) {
+    constexpr int kGroup = 64;
+    double all = 0.0, known = 0.0;
+    for (int begin = 0; begin < out->count; begin += kGroup) {
+        const int end = std::min(begin + kGroup, out->count);
+        int outermost = 0;
+        for (int i = begin; i < end; ++i) outermost |= out->levels[i] == kMaxLevel || out->levels[i] == -kMaxLevel;
+        for (int i = begin; outermost != 0 && i < end; ++i) {
+            if (out->levels[i] != kMaxLevel && out->levels[i] != -kMaxLevel) continue;
+            const int at = out->positions[i] - offset;
+            const double square = static_cast<double>(out->residual[at]) * static_cast<double>(out->residual[at]);
+            all += square;
+            if (at / kLanes == sampled_row(at / (kLanes * kSampledRows), n)) known += square;
+        }
+    }
+    // In units of the sample, which stands for all values.
+    out->sample.residuals += all * (out->sample.count / n) - known;
+    out->sample.residuals = std::max(out->sample.residuals, 0.0);
+}
+
 }  // namespace
 
 // Finds the levels of values [begin, end), segment by segment, and returns how many are not 0.
@@ -79,6 +101,7 @@ int RunWriter::find_levels(const std::vector<RunPart>& parts, std::int64_t begin
         out.positions = positions_.get() + found;
         out.levels = levels_.get() + found;
         kernels_.find_levels(in.values, first, n, in.quantizer, static_cast<int>(offset), &out);
+        count_beyond(static_cast<int>(offset), n, &out);
         found += out.count;
         *finite &= out.finite;
         samples.push_back({number, out.sample, false});

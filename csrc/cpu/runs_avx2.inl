@@ -132,10 +132,14 @@ void find_levels_of_floats(const Values& values, std::int64_t begin, int n, cons
     LevelFinder<kScaled> finder(values, begin, quantizer, base, out);
     const int rows = n / kLanes;
     for (int r = 0; r < rows;) {
-        finder.template row<true>(kLanes * r, lanes);
-        ++r;
-        const int end = r + kSampledRows - 1 < rows ? r + kSampledRows - 1 : rows;
-        for (; r < end; ++r) finder.template row<false>(kLanes * r, nullptr);
+        const int sampled = sampled_row(r / kSampledRows, n), end = r + kSampledRows < rows ? r + kSampledRows : rows;
+        for (; r < end; ++r) {
+            if (__builtin_expect(r == sampled, 0)) {
+                finder.template row<true>(kLanes * r, lanes);
+            } else {
+                finder.template row<false>(kLanes * r, nullptr);
+            }
+        }
     }
     finder.finish(out);
 }

@@ -95,15 +95,21 @@ private:
     int found_ = 0;
 };
 
+// The whole rows of n values.
 template <bool kScaled>
 void find_levels_of_floats(const float* data, const float* kept, float inv_scale, int n, std::int64_t last, float step,
                            int base, LevelsOut* out, SampleLanes* lanes) {
     LevelFinder<kScaled> finder(data, kept, inv_scale, step, base, out);
-    for (int i = 0; i < n;) {
-        finder.template row<true>(i, last);
-        i += kLanes;
-        const int end = i + (kSampledRows - 1) * kLanes < n ? i + (kSampledRows - 1) * kLanes : n;
-        for (; i < end; i += kLanes) finder.template row<false>(i, last);
+    const int rows = n / kLanes;
+    for (int r = 0; r < rows;) {
+        const int sampled = sampled_row(r / kSampledRows, n), end = r + kSampledRows < rows ? r + kSampledRows : rows;
+        for (; r < end; ++r) {
+            if (__builtin_expect(r == sampled, 0)) {
+                finder.template row<true>(kLanes * r, last);
+            } else {
+                finder.template row<false>(kLanes * r, last);
+            }
+        }
     }
     finder.finish(out, lanes);
 }
@@ -116,7 +122,7 @@ void find_levels(const Values& values, std::int64_t begin, int n, const Quantize
     const int done = n / kLanes * kLanes;
     const auto* data = static_cast<const float*>(values.data) + begin;
     const auto find = values.inv_scale == 1.0 ? find_levels_of_floats<false> : find_levels_of_floats<true>;
-    find(data, values.residual + begin, static_cast<float>(values.inv_scale), done, values.count - begin - kLanes,
+    find(data, values.residual + begin, static_cast<float>(values.inv_scale), n, values.count - begin - kLanes,
          static_cast<float>(quantizer.p1), base, out, &lanes);
     find_levels_from<Traits<DType::kFloat32>>(values, begin, done, n, quantizer, base, out, &lanes);
     out->sample = fold_sample(lanes, n);

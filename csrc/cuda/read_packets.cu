@@ -286,6 +286,7 @@ __device__ Fault read_packet(const DecodeTables& d, const DecodeTask& task, int 
         return Fault::kRecords;
 
     const std::int64_t shared_blocks = run_blocks(all.runs, d.steps);
+    if (shared_blocks > kMaxRunBlocks) return Fault::kRecords;
     const std::int64_t sums_at = p.ends_at + 4 * (all.blocks + shared_blocks);
     const std::int64_t payload_at = sums_at + (p.has_checksums ? 4 * (all.checksums + shared_blocks) : 0);
     if (payload_at > p.total) return Fault::kLayout;

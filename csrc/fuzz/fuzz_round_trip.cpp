@@ -19,7 +19,7 @@ struct Outcome {
     bool accepted = false;
     std::vector<std::uint8_t> packet, decoded;
     std::vector<std::vector<float>> residuals;
-    std::vector<std::array<double, 3>> samples;  // of parts of coding runs
+    std::vector<std::array<double, kSampleNumbers>> samples;  // of parts of coding runs
 };
 
 bool same_or_nan(double a, double b) { return a == b || (std::isnan(a) && std::isnan(b)); }

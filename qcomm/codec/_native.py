@@ -193,6 +193,22 @@ def _source(values: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, i
     return values.data_ptr(), DTYPE_NUMBERS[values.dtype], values.numel(), residual.data_ptr()
 
 
+def _sample_address(sample: torch.Tensor | None) -> int:
+    if sample is None:
+        return 0
+    if (
+        sample.dtype != torch.float64
+        or sample.numel() != SAMPLE_NUMBERS
+        or not sample.is_contiguous()
+        or sample.device.type != "cpu"
+    ):
+        raise ValueError(
+            f"sample must be contiguous float64 of {SAMPLE_NUMBERS} elements on the CPU, got {sample.dtype} of "
+            f"{sample.numel()} on {sample.device}"
+        )
+    return sample.data_ptr()
+
+
 def record_bytes(dtype: torch.dtype) -> int:
     """Returns the bytes of a segment record in packets of ``dtype``."""
     return _C.record_bytes(DTYPE_NUMBERS[dtype])
@@ -293,7 +309,7 @@ def encode(
         address, number, count, residual_address = _source(values, residual)
         if number != dtype:
             raise TypeError(f"all segments must have one dtype, got {values.dtype} beside {DTYPES[dtype]}")
-        described.append((address, count, residual_address, quantizer, 0 if sample is None else sample.data_ptr()))
+        described.append((address, count, residual_address, quantizer, _sample_address(sample)))
     capacity = _C.encode_bound(described, dtype, shape, checksum, steps)
     out = torch.empty(capacity, dtype=torch.uint8)
     size = _C.encode(described, inv_scale, dtype, shape, checksum, steps, num_threads, out.data_ptr(), capacity)

@@ -22,6 +22,7 @@ PRESETS: dict[str | None, dict[str, float | str]] = {
 PAIR_BITS = 4
 # From this step on most values are 0, and runs of zeros are coded in fewer bytes than pairs, and faster.
 RUNS_STEP = 2.5
+MIN_RUNS_STEP = 1.0  # a level of 3 is then three times the RMS
 
 
 def _real(name: str, value: object) -> float:
@@ -51,12 +52,12 @@ class SigmaGrid:
 
     Args:
         step: distance of the levels in units of the tensor's root mean square, 2**-12..16. A step of 1 costs about 2.1
-            bits per value of a typical gradient, a step of 2 about 1.15. Use error feedback with steps of 2 or more.
+            bits per value of a typical gradient, a step of 2 about 1.3. Use error feedback with steps of 2 or more.
         coding: ``"auto"`` prices the codes on a sample and takes the cheapest. ``"single"`` and ``"pair"`` force a
             built-in table with one or two symbols per codeword; pairs need ``step >= 0.84``. ``"table"`` puts the
-            tensor's own table into the packet. ``"runs"`` codes runs of zeros, with levels up to 3 on each side; it is
-            for tensors with a residual, which keeps the rest, and others are coded as with ``"auto"``. ``"auto"`` takes
-            it for steps of 2.5 and more. ``"fixed"`` uses no Huffman code.
+            tensor's own table into the packet. ``"runs"`` codes runs of zeros, with levels up to 3 on each side. It
+            needs ``step >= 1``, and is for tensors with a residual, which keeps the rest; others are coded as with
+            ``"auto"``. ``"auto"`` takes it for steps of 2.5 and more. ``"fixed"`` uses no Huffman code.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
@@ -78,6 +79,9 @@ class SigmaGrid:
             raise ValueError(f"coding must be one of {SIGMA_CODINGS}, got {self.coding!r}")
         if self.coding == "pair" and self.num_bits != PAIR_BITS:
             raise ValueError(f"coding 'pair' needs step >= 0.84, where 4 bits a symbol suffice; got step={step}")
+
+        if self.coding == "runs" and step < MIN_RUNS_STEP:
+            raise ValueError(f"coding 'runs' needs step >= {MIN_RUNS_STEP:g}, as its levels end at 3; got step={step}")
 
     @cached_property
     def num_bits(self) -> int:

@@ -25,7 +25,7 @@ __all__ = ["MAX_FEEDBACK_STEP", "ErrorFeedback", "check_equilibrium"]
 
 # Below sqrt(12), where a step has 18 times the gradient's RMS: a little more and it has 30, then 70.
 MAX_FEEDBACK_STEP = 3.4
-FORMAT = 1
+FORMAT = 2
 CPU = torch.device("cpu")
 
 
@@ -277,7 +277,7 @@ class ErrorFeedback:
             part._world_size = saved["world_size"]
             part._local = {key: residual.clone() for key, residual in saved["local"].items()}
             part._owner = {key: (start, residual.clone()) for key, (start, residual) in saved["owner"].items()}
-            part.forecast(**saved["rms"])
+            part.forecast(saved["rms"]["local"], saved["rms"]["owner"])
             parts.append(part)
         merged = parts[0]
         if len(parts) > 1:  # residuals of several owners cannot be told apart any more

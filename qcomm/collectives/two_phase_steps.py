@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from qcomm.codec import Code, GridKind, Quantizer, Segment, encode
+from qcomm.codec import Code, Coding, GridKind, Quantizer, Segment, encode
 from qcomm.collectives.error_feedback import NO_RESIDUALS
 from qcomm.collectives.layout import BucketLayout, Chunk, Piece
 from qcomm.collectives.packing import (
@@ -77,6 +77,7 @@ class MeanSteps:
         self._means: dict[int, torch.Tensor | None] = {}  # by slice
         self._quantizers: dict[str, Quantizer] = {}  # by key of a tensor, for telemetry
         self._nonfinite = 0
+        self._not_finite: set[int] = set()  # tensors whose own part is not, and was not measured
         self._local_samples, self._owner_samples = Samples(), Samples()
         self._packets: dict[int, list[tuple[Chunk, int]]] = {1: [], 2: []}
 
@@ -160,7 +161,7 @@ class MeanSteps:
             feedback.spend(spent)
             feedback.forecast(*self._forecasts())
         dtype = self._plan.wire_dtype
-        nonfinite = self._nonfinite + len(self._local_samples.not_finite())
+        nonfinite = self._nonfinite + len(self._not_finite | self._local_samples.not_finite())
         self._task.telemetry.count_two_phases(self._packets, dtype, self._quantizers, nonfinite)
 
     def _forecasts(self) -> tuple[dict[str, float], dict[str, float]]:
@@ -227,7 +228,7 @@ class MeanSteps:
             quantizer, residual = self._choice(piece.tensor)
             part = mean[position : position + piece.length]
             position += piece.length
-            if math.isnan(quantizer.p0):
+            if math.isnan(quantizer.p0) or self._is_not_finite(piece, quantizer):
                 part.fill_(math.nan)
                 continue
             self._add(part, self._part(piece), accumulate)
@@ -237,6 +238,17 @@ class MeanSteps:
                 kept.zero_()
         if chunk.raw_runs:
             self._add(mean[position:], gather_runs(self._values, chunk.raw_runs), accumulate)
+
+    def _is_not_finite(self, piece: Piece, quantizer: Quantizer) -> bool:
+        """Returns whether a part that nothing has measured holds NaN or infinity, and notes its tensor."""
+        if quantizer.coding != Coding.RUNS:
+            return False
+        values = self._part(piece)
+        # One number tells, unless finite values overflow it.
+        if math.isfinite(float(values.sum())) or bool(values.isfinite().all()):
+            return False
+        self._not_finite.add(piece.tensor)
+        return True
 
     def _add(self, total: torch.Tensor, values: torch.Tensor, accumulate: bool) -> None:
         if accumulate:

@@ -201,6 +201,23 @@ def test_requests_that_cannot_be(quantizer, residual, message):
         encode([Segment(torch.ones(8), quantizer, residual)])
 
 
+@pytest.mark.parametrize(
+    "sample",
+    [torch.zeros(1, dtype=torch.float64), torch.zeros(4), torch.zeros(8, dtype=torch.float64)[::2]],
+    ids=["too short", "float32", "strided"],
+)
+def test_memory_for_a_sample_that_does_not_fit_is_refused(sample):
+    with pytest.raises(ValueError, match="sample must be contiguous float64 of 4 elements"):
+        encode([Segment(torch.ones(8), runs(1.0), torch.zeros(8), sample)])
+
+
+def test_steps_whose_levels_would_not_reach_are_refused():
+    with pytest.raises(ValueError, match="coding 'runs' needs step >= 1"):
+        qcomm.SigmaGrid(step=0.5, coding="runs")
+    with pytest.raises(ValueError, match="mean_step must be a step of the grid: coding 'runs' needs step >= 1"):
+        qcomm.CompressionState(grid=qcomm.SigmaGrid(step=3.0, coding="runs"), mean_step=0.5)
+
+
 def test_a_grid_takes_runs_where_there_is_a_residual():
     x, residual = gaussian(5000), torch.zeros(5000)
     for grid, coding in [

@@ -61,6 +61,43 @@ def test_the_rate_is_within_a_tenth_of_that_of_measured_steps(name, k):
     assert sum(foreseen[:20]) == pytest.approx(sum(measured[:20]), rel=0.1)
 
 
+def scaled(shape: tuple[int, int], columns: slice, factor: float) -> torch.Tensor:
+    scale = torch.ones(shape)
+    scale[:, columns] = factor
+    return scale.flatten()
+
+
+# Structures that a sample with a pattern would always meet, or never.
+STRUCTURES = {
+    "first columns small": scaled((256, 256), slice(0, 32), 0.01),
+    "an outlier column": scaled((256, 256), slice(40, 41), 100.0),
+    "a huge column": scaled((256, 256), slice(40, 41), 1000.0),
+    "an outlier column of a wide matrix": scaled((32, 2048), slice(300, 301), 100.0),
+    "an outlier row": torch.ones(65_536).index_fill_(0, torch.arange(1792, 2048), 100.0),
+    "a single value": torch.ones(65_536).index_fill_(0, torch.tensor([12_345]), 1000.0),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_residuals_come_to_rest_whatever_the_structure(name):
+    """As those of measured steps do: the sample may miss what is large, but not what it leaves behind."""
+    scale, grid = STRUCTURES[name], qcomm.SigmaGrid(step=3.2)
+    norms, sizes = {}, {}
+    for forecasts in (False, True):
+        generator, residual, rms, total = torch.Generator().manual_seed(0), torch.zeros(65_536), None, 0
+        signs = torch.where(torch.rand(65_536, generator=generator) < 0.5, -1.0, 1.0)
+        for _ in range(200):
+            # What does not change from step to step makes the largest residuals.
+            values = scale * (signs + torch.randn(65_536, generator=generator))
+            quantizer = choose(values, grid, residual, 1.0, rms=rms if forecasts else None).quantizer
+            samples = Samples()
+            total += encode([samples.of(0, Segment(values, quantizer, residual))]).numel()
+            rms = samples.forecasts().get(0)
+        norms[forecasts], sizes[forecasts] = float(residual.norm()), total
+    assert norms[True] < 2 * norms[False]
+    assert sizes[True] == pytest.approx(sizes[False], rel=0.25)
+
+
 def test_a_jump_by_a_thousand_costs_a_few_packets():
     sizes = [1.0] * 30 + [1000.0] * 30
     found = bits(qcomm.SigmaGrid(step=3.4), sizes, forecasts=True)
@@ -139,3 +176,32 @@ def test_a_gradient_that_is_not_finite_reaches_all_ranks_and_leaves_residuals_fi
     gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
     assert bool(gradient.isfinite().all())
     assert_same_on_all_ranks(gradient)
+
+
+@world(2)
+def test_a_value_that_is_not_finite_in_the_own_part_is_counted_and_takes_no_residual(rank, world_size):
+    """Nothing measures that part once steps are forecast."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(64, 256, bias=False))
+    state = attach(model, grid=qcomm.SigmaGrid(step=3.4), strategy="two_phase", min_elements=0)
+    (weight,) = model.parameters()
+    poisoned = False
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.clone()
+        gradient[0, 0] = math.nan if poisoned and rank == 0 else gradient[0, 0]
+        return gradient
+
+    weight.register_hook(poison)
+    for step in range(5):
+        backward(model, rank, step)
+    before = state.state_dict()["error_feedback"]
+    poisoned = True
+    backward(model, rank, 5)
+    after = state.state_dict()["error_feedback"]
+    assert bool(weight.grad[0, 0].isnan()) and not bool(weight.grad[255].isnan().any())
+    assert state.stats()["nonfinite_tensors"] == (rank == 0)
+    for kind in ("local", "owner"):
+        assert all(torch.as_tensor(part[-1]).isfinite().all() for part in after[kind].values())
+    if rank == 0:
+        assert torch.equal(after["owner"]["weight"][1], before["owner"]["weight"][1])

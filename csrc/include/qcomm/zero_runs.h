@@ -27,6 +27,7 @@ constexpr int kRunTokens = kSkipToken + 1;
 constexpr int kRunTableCount = 12;
 constexpr int kMaxRunCodeLength = 11;  // with 5 extra bits a token fits a lane's 16
 // Codewords of a block at most: one token a value, and the skips between them.
+constexpr std::int64_t kMaxRunBlocks = std::int64_t{1} << 31;  // a reader refuses more, so no product overflows
 constexpr int kMaxRunBlockValues = 4 * kLanes * kMaxSteps;
 constexpr int kMaxRunBlockTokens = kMaxRunBlockValues + kMaxRunBlockValues / kSkipZeros;
 static_assert(kMaxRunBlockValues == 65536, "positions are u16");
@@ -60,9 +61,15 @@ constexpr std::int64_t run_blocks(std::int64_t values, int steps) {
     return ceil_div(values, std::int64_t{4} * kLanes * steps);
 }
 constexpr std::int64_t run_block_begin(std::int64_t values, std::int64_t blocks, std::int64_t i) {
-    const std::int64_t begin = kLanes * (ceil_div(values, kLanes) * i / blocks);
+    // ceil(values / 32) * i / blocks, in two parts, since for hostile counts the product overflows.
+    const std::int64_t rows = ceil_div(values, kLanes);
+    const std::int64_t begin = kLanes * (rows / blocks * i + rows % blocks * i / blocks);
     return begin < values ? begin : values;
 }
+
+static_assert(run_block_begin(kMaxSegmentValues, kMaxRunBlocks, kMaxRunBlocks) == kMaxSegmentValues &&
+                  run_block_begin(kMaxSegmentValues, kMaxRunBlocks, kMaxRunBlocks - 1) < kMaxSegmentValues,
+              "no count that a reader accepts overflows");
 
 // Returns the table for a block of n values of which some are not 0: the one made for the nearest share, by ratio.
 // `bounds` is kRunTableBounds, of which a device has a copy of its own.
