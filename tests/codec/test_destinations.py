@@ -92,7 +92,7 @@ def test_a_destination_one_byte_below_the_bound_is_not_written(step: float) -> N
     before = residual.clone()
     quantizer = plan(measure(x, residual, 1.0), qcomm.SigmaGrid(step), x, residual, 1.0)
     segment = Segment(x, quantizer, residual)
-    described = [(x.data_ptr(), x.numel(), residual.data_ptr(), segment.quantizer)]
+    described = [(x.data_ptr(), x.numel(), residual.data_ptr(), segment.quantizer, 0)]
     bound = _C.encode_bound(described, 0, [3000], True, 16)
     out = torch.full((bound,), 123, dtype=torch.uint8)
     with pytest.raises(ValueError, match="destination is smaller than encode_bound"):

@@ -29,7 +29,7 @@ GRIDS = (
     qcomm.RangeGrid(num_bits=3),
 )
 # With a residual, which zero runs need.
-FEEDBACK_GRIDS = (*GRIDS, qcomm.SigmaGrid(4.0), qcomm.SigmaGrid(0.1, coding="runs"))
+FEEDBACK_GRIDS = (*GRIDS, qcomm.SigmaGrid(4.0), qcomm.SigmaGrid(1.0, coding="runs"))
 
 
 def test_scalar_is_always_there() -> None:
