@@ -223,8 +223,12 @@ DAMAGES = {
     "steps in words": (lambda good: {**good, "steps": "7"}, "must be of one step"),
     "two steps": (lambda good: [good, {**good, "steps": 9}], "must be of one step"),
     "no residuals": (
-        lambda good: {**good, "steps": 9, "error_feedback": {"format": 1}},
-        "it needs world_size, local and owner",
+        lambda good: {**good, "steps": 9, "error_feedback": {"format": 2}},
+        "it needs world_size, local, owner and rms",
+    ),
+    "a forecast that is no number": (
+        lambda good: {**good, "error_feedback": {**good["error_feedback"], "rms": {"local": {"a": -1.0}, "owner": {}}}},
+        "rms must hold positive numbers",
     ),
     "a local residual in a list": (
         lambda good: {**good, "error_feedback": {**good["error_feedback"], "local": {"0.weight": [1.0]}}},
