@@ -78,6 +78,7 @@ class MeanSteps:
         self._quantizers: dict[str, Quantizer] = {}  # by key of a tensor, for telemetry
         self._nonfinite = 0
         self._not_finite: set[int] = set()  # tensors whose own part is not, and was not measured
+        self._averaged: set[int] = set()  # tensors whose owner residual took part
         self._local_samples, self._owner_samples = Samples(), Samples()
         self._packets: dict[int, list[tuple[Chunk, int]]] = {1: [], 2: []}
 
@@ -156,7 +157,7 @@ class MeanSteps:
             spent = [
                 (layout.tensors[number].key, piece)
                 for number, piece in self._own_pieces.items()
-                if number in self._residuals.spent or self._choices[number].residual is not None
+                if number in self._residuals.spent or (self._took_part(number) and number not in self._not_finite)
             ]
             feedback.spend(spent)
             feedback.forecast(*self._forecasts())
@@ -169,14 +170,15 @@ class MeanSteps:
 
         Those of tensors that took no part are still right.
         """
-        found = []
-        for samples, known in (
-            (self._local_samples, self._residuals.local_rms),
-            (self._owner_samples, self._residuals.owner_rms),
-        ):
-            numbers = {n: rms for n, rms in known.items() if not self._took_part(n)} | dict(samples.forecasts())
-            found.append({self._task.layout.tensors[n].key: rms for n, rms in numbers.items()})
-        return found[0], found[1]
+        tensors, residuals = self._task.layout.tensors, self._residuals
+        local = {n: rms for n, rms in residuals.local_rms.items() if not self._took_part(n)}
+        owner = {n: rms for n, rms in residuals.owner_rms.items() if n not in self._averaged}
+        local.update(self._local_samples.forecasts())
+        owner.update(self._owner_samples.forecasts())
+        return (
+            {tensors[n].key: rms for n, rms in local.items()},
+            {tensors[n].key: rms for n, rms in owner.items()},
+        )
 
     def _took_part(self, number: int) -> bool:
         return number in self._choices and self._choices[number].residual is not None
@@ -212,6 +214,8 @@ class MeanSteps:
             # Slices of a tensor are alike: one sample of them chooses the code for all.
             code = self._mean_codes.get(piece.tensor)
             quantizer, residual = choose(values, grid, residual, self._share, num_threads, code, rms)
+            if residual is not None:
+                self._averaged.add(piece.tensor)
             if quantizer.grid == GridKind.SIGMA:
                 self._mean_codes[piece.tensor] = quantizer.coding, quantizer.table
             if piece.tensor not in self._travelling:

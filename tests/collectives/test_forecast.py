@@ -205,3 +205,34 @@ def test_a_value_that_is_not_finite_in_the_own_part_is_counted_and_takes_no_resi
         assert all(torch.as_tensor(part[-1]).isfinite().all() for part in after[kind].values())
     if rank == 0:
         assert torch.equal(after["owner"]["weight"][1], before["owner"]["weight"][1])
+
+
+@world(2)
+def test_a_residual_of_the_own_part_waits_while_values_are_not_finite(rank, world_size):
+    """A checkpoint of other owners leaves residuals there, and its forecasts spare the measuring."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Linear(64, 256, bias=False))
+    state = attach(model, grid=qcomm.SigmaGrid(step=3.4), strategy="two_phase", min_elements=0)
+    (weight,) = model.parameters()
+    poisoned = False
+
+    def poison(gradient: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(gradient, math.nan) if poisoned and rank == 0 else gradient
+
+    weight.register_hook(poison)
+    for step in range(5):
+        backward(model, rank, step)
+    checkpoint = state.state_dict()
+    residuals = checkpoint["error_feedback"]
+    assert residuals["rms"]["local"].keys() == {"weight"}
+    start, owned = residuals["owner"]["weight"]
+    own = slice(start, start + owned.numel())
+    residuals["local"]["weight"][own] = 0.25
+    state.load_state_dict(checkpoint)
+    poisoned = True
+    backward(model, rank, 5)
+    assert state.stats()["nonfinite_tensors"] == (rank == 0)
+    poisoned = False
+    backward(model, rank, 6)
+    local = state.state_dict()["error_feedback"]["local"]["weight"]
+    assert bool((local[own] == 0.0).all())  # sent, with the first values that were finite
