@@ -1,4 +1,4 @@
-"""Is ``strategy="auto"`` slower than doing nothing? Interleaved pairs of it and of torch's own all-reduce.
+"""Interleaved pairs of ``strategy="auto"`` and of torch's own all-reduce: whether qcomm is ever slower than nothing.
 
 A pair is one call of each, one after the other, the first of them in turn; its ratio is the plain call's time over
 auto's, so that 1 means equally fast. What the machine does meanwhile meets both. Pairs begin after auto has settled.

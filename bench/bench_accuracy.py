@@ -1,4 +1,4 @@
-"""Does compression cost accuracy? Fashion-MNIST, ResNet-20, two ranks, several seeds, the same for every method.
+"""The accuracy that compression costs: Fashion-MNIST, ResNet-20, two ranks, several seeds, the same for every method.
 
     python bench/bench_accuracy.py [--json FILE] [--seeds 3] [--epochs 5] [--quick]
 

@@ -1,4 +1,4 @@
-"""How long does the mean of a gradient bucket take, over links of which rate, against what there is without qcomm?
+"""Time of the mean of a gradient bucket, by rate of the links, against the ways there are without qcomm.
 
     python bench/bench_allreduce.py                                    # netlab: 100 Mb/s, 1 Gb/s; 2, 4 hosts; root
     python bench/bench_allreduce.py --rates none --worlds 2            # this machine's loopback, no rights needed

@@ -1,4 +1,4 @@
-"""Does compressed averaging cost accuracy? Local SGD on Fashion-MNIST, weights averaged every 8 steps over 4 ranks.
+"""The accuracy that compressed averaging costs: local SGD on Fashion-MNIST, weights averaged every 8 steps on 4 ranks.
 
     python bench/bench_averaging.py [--json FILE] [--seeds 3] [--epochs 5] [--quick]
 

@@ -1,4 +1,4 @@
-"""How many bits does each layer's gradient take, step by step, over a real training run?
+"""Bits that each layer's gradient takes, step by step, over a real training run.
 
     python bench/bench_bitrate.py                              # ResNet-20, digits, two ranks of this machine
     python bench/bench_bitrate.py --methods "qcomm k=1" "qcomm range c=6" --steps 450 --json bitrate.json

@@ -1,4 +1,4 @@
-"""How fast is the codec on one core, and how small are its packets? Against other coders, on the same symbols.
+"""Speed of the codec on one core and size of its packets, against other coders, on the same symbols.
 
     python bench/bench_codec.py                              all of it: two minutes, the first time four
     python bench/bench_codec.py --json bench/results/codec.json

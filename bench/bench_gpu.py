@@ -1,4 +1,4 @@
-"""What the kernels take on a GPU, held against codec goals and against nvCOMP on the same symbols in the same process.
+"""Time of the kernels on a GPU, held against codec goals and against nvCOMP on the same symbols in the same process.
 
     python bench/bench_gpu.py --json FILE [--quick]
 

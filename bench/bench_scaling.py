@@ -1,4 +1,4 @@
-"""How does a training step scale with the number of ranks, with which gradient exchange, over links of which rate?
+"""Time of a training step by number of ranks, gradient exchange and rate of the links.
 
     python bench/bench_scaling.py --launchers torchrun mpirun --worlds 4        # processes of this machine
     python bench/bench_scaling.py --rates 100mbit --worlds 2 --modes weak       # netlab: hosts of their own; root

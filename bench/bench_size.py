@@ -1,4 +1,4 @@
-"""How close do packets come to the entropy of their symbols, on which data?
+"""Sizes of packets against the entropy of their symbols, by kind of data.
 
     python bench/bench_size.py [--json FILE] [--elements 1 100 10000 1000000 10000000] [--quick]
 

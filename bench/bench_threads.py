@@ -1,4 +1,4 @@
-"""What a second thread is worth: encode, encode with residual, decode and statistics, 1 thread against more.
+"""The worth of a second thread: encode, encode with residual, decode and statistics, 1 thread against more.
 
     python bench/bench_threads.py [--json FILE] [--threads 2] [--elements 6553600] [--repeats 21] [--quick]
 

@@ -1,4 +1,4 @@
-"""How long does training take to a fixed accuracy over a slow link, with which gradient exchange?
+"""Time of training to a fixed accuracy over a slow link, by gradient exchange.
 
     python bench/bench_time_to_accuracy.py                         # netlab: two hosts, 100 Mb/s; root
     python bench/bench_time_to_accuracy.py --rate none             # this machine's loopback, no rights needed

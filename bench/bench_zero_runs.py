@@ -1,4 +1,4 @@
-"""How fast are zero runs, and how near their entropy? Against k=2 and a copy of memory, for each version.
+"""Speed of zero runs and their distance from the entropy, against k=2 and a copy of memory, for each version.
 
     python bench/bench_zero_runs.py                                        half a minute
     python bench/bench_zero_runs.py --json bench/results/zero_runs.json

@@ -1,4 +1,4 @@
-"""How far is the planner off? Its predictions against what bench_allreduce.py measured between network namespaces.
+"""The planner's error: its predictions against times that bench_allreduce.py measured between network namespaces.
 
     python bench/check_planner.py                                  reads bench/results/allreduce.json; no rights needed
     python bench/check_planner.py --json bench/results/planner_check.json

@@ -1,4 +1,4 @@
-"""What bench_codec.py's figures are held against: ratios that must be reached, and speeds that are aimed at."""
+"""The goals of bench_codec.py's figures: ratios that must be reached, and speeds that are aimed at."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""What bench_codec.py compares with: coders of symbols, compressors of bytes, and qcomm's own symbol stage.
+"""The peers of bench_codec.py: coders of symbols, compressors of bytes, and qcomm's own symbol stage.
 
 The C++ parts in bench/peers are built on first use, in build/bench-peers. zstd does not export its entropy coders
 (Huff0, FSE), so its sources are needed: pip downloads them with the package ``zstd`` of a fixed version, whose content

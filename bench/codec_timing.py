@@ -1,4 +1,4 @@
-"""How bench_codec.py times: everything in turns, so that a busy neighbour slows all that is compared alike."""
+"""The timing of bench_codec.py: everything in turns, so that a busy neighbour slows all that is compared alike."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""What the microbenchmarks share: their data, and what makes a result comparable with another machine's."""
+"""Common parts of the microbenchmarks: their data, and the facts that make a result comparable between machines."""
 
 from collections.abc import Callable
 from typing import Any

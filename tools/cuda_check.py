@@ -1,4 +1,4 @@
-"""What is known of the CUDA kernels without a GPU: that they compile, with how many registers and instructions.
+"""Checks of the CUDA kernels without a GPU: that they compile, with how many registers and instructions.
 
 Usage: ``python tools/cuda_check.py [--json bench/results/cuda_build.json]``; needs nvcc. ``make cuda-check`` calls it.
 

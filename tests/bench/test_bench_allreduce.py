@@ -1,4 +1,4 @@
-"""What bench_allreduce says of a method is so: bytes, errors, and above all #wrong, which has to find what is wrong."""
+"""The claims of bench_allreduce about a method: bytes, errors, and above all #wrong, which has to find any fault."""
 
 import argparse
 import math

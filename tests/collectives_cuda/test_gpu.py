@@ -1,4 +1,4 @@
-"""What only a GPU can show: the CPU's bytes from real kernels, streams, NCCL, and that nobody waits for the device.
+"""Facts that only a GPU can show: the CPU's bytes from real kernels, streams, NCCL, no wait for the device.
 
 A world of one rank needs one GPU; the last test takes two where there are two. Nothing here needs hypothesis.
 """

@@ -1,4 +1,4 @@
-"""What training recipes are made of: models, image files, data sets, augmentation."""
+"""The material of training recipes: models, image files, data sets, augmentation."""
 
 import gzip
 import pickle

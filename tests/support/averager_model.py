@@ -1,4 +1,4 @@
-"""What the averagers' tests share: a small network, movements of its weights, and the mean they have to find."""
+"""Common parts of the averagers' tests: a small network, movements of its weights, and the mean they have to find."""
 
 import torch
 from distributed import gathered

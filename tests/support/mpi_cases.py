@@ -1,4 +1,4 @@
-"""What ranks under mpirun do, for test_mpi.py: ``python mpi_cases.py CASE ...``. A case fails by raising."""
+"""The ranks of test_mpi.py, under mpirun: ``python mpi_cases.py CASE ...``. A case fails by raising."""
 
 import multiprocessing
 import os

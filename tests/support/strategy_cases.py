@@ -1,4 +1,4 @@
-"""What is asked of every strategy: the twin's bits, within its bound, for its bytes; faults that reach all ranks."""
+"""Demands on every strategy: the twin's bits, within its bound, for its bytes; faults that reach all ranks."""
 
 from contextlib import nullcontext
 from unittest import mock
