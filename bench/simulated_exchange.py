@@ -6,6 +6,7 @@ the ranks' steps are those of the library (:class:`qcomm.collectives.two_phase_s
 handed over without a socket.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -218,7 +219,7 @@ class PowerSgd:
         return self._fp32.stats()
 
 
-class _Gathered:
+class _Gathered(ABC):
     """Peers whose messages are gathered by all ranks, with error feedback; small tensors are averaged exactly."""
 
     def __init__(self) -> None:
@@ -244,13 +245,13 @@ class _Gathered:
             for part in parts:
                 part.copy_(mean)
 
+    @abstractmethod
     def keep(self, values: torch.Tensor) -> torch.Tensor:
         """Returns the part of the values that a rank sends."""
-        raise NotImplementedError
 
+    @abstractmethod
     def message_bytes(self, elements: int) -> int:
         """Returns the bytes of the message of a tensor."""
-        raise NotImplementedError
 
     def stats(self) -> dict[str, float]:
         """Returns the bytes that a rank sent."""

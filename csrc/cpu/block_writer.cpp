@@ -37,11 +37,6 @@ BlockWriter::BlockWriter(const EncodeOptions& options)
       symbols_(new std::uint16_t[kMaxBlockValues]),
       words_(new std::uint16_t[kWordsSlack + kMaxCodewords]) {}
 
-void BlockWriter::reserve(std::int64_t blocks) {
-    sizes.reserve(static_cast<std::size_t>(blocks));
-    checksums.reserve(static_cast<std::size_t>(blocks));
-}
-
 // One array of float64 serves both arithmetics.
 void* BlockWriter::scratch(int at) const {
     return reinterpret_cast<std::uint8_t*>(scratch_.get()) + at * (options_.dtype == DType::kFloat64 ? 8 : 4);
@@ -53,9 +48,7 @@ std::uint16_t* BlockWriter::words_end() const { return words_.get() + kWordsSlac
 void BlockWriter::write(const SegmentInput& in, const Quantizer& q, const EncodeTable* table,
                         const std::uint16_t* known, std::int64_t first, std::int64_t last, std::uint8_t* out) {
     out_ = out;
-    bytes = 0;
-    sizes.clear();
-    checksums.clear();
+    written.clear();
     const std::int64_t per_block = values_per_block(q.coding, options_.steps);
     // Symbols that were quantized before need values only for escapes, which range grids do not have. Nor are their
     // blocks ever raw: fixed width is shorter.
@@ -105,7 +98,7 @@ BlockMode BlockWriter::write_block(const void* u, const std::uint16_t* symbols, 
     const BlockMode mode = choose_mode(shape, constant, shape.words >= 0);
 
     // The order of the parts is the format's: info, start windows, escapes, and words, packed symbols or values.
-    std::uint8_t* const begin = out_ + bytes;
+    std::uint8_t* const begin = out_ + written.bytes;
     std::uint8_t* at = begin;
     const auto put = [&](const void* data, std::int64_t size) {
         std::memcpy(at, data, static_cast<std::size_t>(size));
@@ -122,11 +115,7 @@ BlockMode BlockWriter::write_block(const void* u, const std::uint16_t* symbols, 
         at += packed_bytes(n, q.num_bits);
     }
     if (mode == BlockMode::kRaw) at = put_values(u, n, at);
-    const std::int64_t used = at - begin, padded = align4(used);
-    std::memset(at, 0, static_cast<std::size_t>(padded - used));
-    bytes += padded;
-    sizes.push_back(static_cast<std::uint32_t>(padded / 4));
-    checksums.push_back(options_.checksums ? checksum(begin, padded) : 0u);
+    written.end_block(begin, at, options_.checksums);
     return mode;
 }
 

@@ -7,6 +7,7 @@
 
 #include "kernels.h"
 #include "qcomm/packet.h"
+#include "written_blocks.h"
 
 namespace qcomm {
 
@@ -29,12 +30,7 @@ public:
     void write(const SegmentInput& in, const Quantizer& q, const EncodeTable* table, const std::uint16_t* known,
                std::int64_t first, std::int64_t last, std::uint8_t* out);
 
-    // Makes room for the sizes and checksums of `blocks` blocks; `write` then allocates nothing.
-    void reserve(std::int64_t blocks);
-
-    // Results of the last write: bytes in all, and for each block its size in units of 4 bytes, and its checksum.
-    std::int64_t bytes = 0;
-    std::vector<std::uint32_t> sizes, checksums;
+    WrittenBlocks written;  // by the last write, which allocates nothing if there is room for its blocks
 
     // Returns the room for u from value `at` of a block on, in the arithmetic of the dtype.
     void* scratch(int at) const;

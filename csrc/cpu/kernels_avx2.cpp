@@ -14,7 +14,7 @@ namespace {
 
 #include "kernels_lanes.inl"
 #include "kernels_loops.inl"
-#include "kernels_runs.inl"
+#include "kernels_zero_runs.inl"
 
 constexpr int kWidth = 8;  // lanes in a register
 constexpr int kGroups = kLanes / kWidth;
@@ -64,7 +64,7 @@ QCOMM_INLINE __m128i narrow16(__m256i lanes) {
 }
 
 #include "encode_lanes_avx2.inl"
-#include "runs_avx2.inl"
+#include "zero_runs_avx2.inl"
 
 // The symbols of 8 codewords.
 template <bool kPairs>

@@ -15,7 +15,7 @@ namespace {
 
 #include "kernels_lanes.inl"
 #include "kernels_loops.inl"
-#include "kernels_runs.inl"
+#include "kernels_zero_runs.inl"
 
 #include "registers_avx512.inl"
 
@@ -25,7 +25,7 @@ namespace {
 
 #include "decode_lanes_avx512.inl"
 
-#include "runs_avx512.inl"
+#include "zero_runs_avx512.inl"
 
 }  // namespace
 }  // namespace avx512

@@ -11,7 +11,7 @@ namespace {
 
 #include "kernels_lanes.inl"
 #include "kernels_loops.inl"
-#include "kernels_runs.inl"
+#include "kernels_zero_runs.inl"
 
 void find_levels(const Values& values, std::int64_t begin, int n, const Quantizer& quantizer, int base,
                  LevelsOut* out) {

@@ -8,8 +8,8 @@
 #include "packet_parts.h"
 #include "qcomm/packet.h"
 #include "qcomm/parallel.h"
-#include "run_decoder.h"
 #include "segment_decoder.h"
+#include "zero_runs_decoder.h"
 
 namespace qcomm {
 namespace {

@@ -121,22 +121,20 @@ Status check_lengths(PacketView* view, std::int64_t bytes) {
 // the payload, so a block has at least its info word, and the last segment ends where the payload does.
 Status check_layout(const PacketView& view) {
     std::int64_t at = 0, block = 0;
-    for (const SegmentRecord& r : view.records) {
-        const std::int64_t blocks = blocks_in(r, view.header.steps);
-        for (std::int64_t i = 0; i < blocks; ++i, ++block) {
+    const auto pass_blocks = [&](std::int64_t count) -> Status {
+        for (std::int64_t i = 0; i < count; ++i, ++block) {
             const std::int64_t end = 4 * static_cast<std::int64_t>(load_u32(view.block_ends + 4 * block));
             if (end <= at || end > view.payload_bytes) return bad_packet("a block's end is out of order; block", block);
             at = end;
         }
+        return {};
+    };
+    for (const SegmentRecord& r : view.records) {
+        QCOMM_RETURN_IF_ERROR(pass_blocks(blocks_in(r, view.header.steps)));
         at += plain_bytes(r, view.header.dtype);
         if (at > view.payload_bytes) return bad_packet("the payload is truncated; bytes present", view.payload_bytes);
     }
-    const std::int64_t blocks = block + run_blocks(run_values(view), view.header.steps);
-    for (; block < blocks; ++block) {
-        const std::int64_t end = 4 * static_cast<std::int64_t>(load_u32(view.block_ends + 4 * block));
-        if (end <= at || end > view.payload_bytes) return bad_packet("a block's end is out of order; block", block);
-        at = end;
-    }
+    QCOMM_RETURN_IF_ERROR(pass_blocks(run_blocks(run_values(view), view.header.steps)));
     return at == view.payload_bytes ? Status{} : bad_packet("the payload has bytes that belong to no segment");
 }
 

@@ -26,7 +26,7 @@
 #include "qcomm/packet.h"
 #include "qcomm/parallel.h"
 #include "qcomm/sigma_code.h"
-#include "run_writer.h"
+#include "zero_runs_writer.h"
 
 namespace qcomm {
 
@@ -68,8 +68,7 @@ public:
                 q = write_symbols(in, q);
                 break;
             case Coding::kRuns:
-                run_parts_.push_back({in, run_values_});
-                run_values_ += in.values.count;
+                run_parts_.add(in);
                 break;
         }
         const std::int64_t raw_cost = align4(in.values.count * item_bytes(options_.dtype)) + checksum_bytes(1);
@@ -83,31 +82,31 @@ public:
 
     // Writes the run blocks, behind all segments.
     void finish() {
-        const std::int64_t blocks = run_blocks(run_values_, options_.steps);
+        const std::int64_t values = run_parts_.values(), blocks = run_blocks(values, options_.steps);
         if (blocks == 0) return;
         const std::int64_t per_block = std::int64_t{4} * kLanes * options_.steps;
         const int parts = part_count(blocks, ceil_div(kValuesPerThread, per_block), options_.threads);
         std::vector<std::unique_ptr<RunWriter>> writers;
         for (int part = 0; part < parts; ++part) {
             writers.push_back(std::make_unique<RunWriter>(options_));
-            writers.back()->reserve(ceil_div(blocks, parts), static_cast<std::int64_t>(run_parts_.size()));
+            writers.back()->reserve(ceil_div(blocks, parts), static_cast<std::int64_t>(run_parts_.segments.size()));
         }
         const auto room_before = [&](std::int64_t block) {
-            return align4(max_run_block_bytes(run_block_begin(run_values_, blocks, block), block));
+            return align4(max_run_block_bytes(run_block_begin(values, blocks, block), block));
         };
         write_in_parts(
             blocks, parts, room_before,
             [&](int part) -> RunWriter& { return *writers[static_cast<std::size_t>(part)]; },
             [&](RunWriter& writer, std::int64_t first, std::int64_t last, std::uint8_t* out) {
-                writer.write(run_parts_, run_values_, first, last, out);
+                writer.write(run_parts_, first, last, out);
             });
         // In the order of blocks, whatever the number of threads.
-        for (const RunPart& part : run_parts_) {
-            if (part.in.sample_out != nullptr) std::fill_n(part.in.sample_out, kSampleNumbers, 0.0);
+        for (const SegmentInput& segment : run_parts_.segments) {
+            if (segment.sample_out != nullptr) std::fill_n(segment.sample_out, kSampleNumbers, 0.0);
         }
         for (const auto& writer : writers) {
             for (const RunWriter::PartSample& found : writer->samples) {
-                double* const sums = run_parts_[found.part].in.sample_out;
+                double* const sums = run_parts_.segments[found.part].sample_out;
                 if (sums == nullptr) continue;
                 sums[0] += found.sample.values;
                 sums[1] += found.sample.residuals;
@@ -300,7 +299,7 @@ private:
         const auto room_before = [&](std::int64_t block) {
             return max_block_bytes(block * per_block, block, options_.dtype);
         };
-        for (int part = 0; part < parts; ++part) writer(part).reserve(ceil_div(blocks, parts));
+        for (int part = 0; part < parts; ++part) writer(part).written.reserve(ceil_div(blocks, parts));
         write_in_parts(
             blocks, parts, room_before, [&](int part) -> BlockWriter& { return writer(part); },
             [&](BlockWriter& writer, std::int64_t first, std::int64_t last, std::uint8_t* out) {
@@ -319,7 +318,7 @@ private:
         // The first part is in its place already; those behind it move down, in order, so none overwrites another.
         std::uint8_t* const base = cursor();
         for (int part = 0; part < parts; ++part) {
-            const auto& written = writer_of(part);
+            const WrittenBlocks& written = writer_of(part).written;
             const std::int64_t first = blocks * part / parts;
             std::memmove(cursor(), base + room_before(first), static_cast<std::size_t>(written.bytes));
             for (const std::uint32_t size : written.sizes) {
@@ -342,8 +341,7 @@ private:
     const Kernels& kernels_;
     std::uint8_t* payload_;
     std::vector<std::unique_ptr<BlockWriter>> writers_;  // one a thread
-    std::vector<RunPart> run_parts_;
-    std::int64_t run_values_ = 0;  // of all run parts
+    RunParts run_parts_;
 };
 
 }  // namespace qcomm

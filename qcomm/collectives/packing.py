@@ -80,7 +80,7 @@ def choose(
         # DDP discards the mean of a parameter that no rank used and leaves its gradient None. A residual in it would be
         # lost.
         return Measured(Quantizer.constant(0.0), None)
-    if rms is not None and residual is not None and isinstance(grid, SigmaGrid) and grid.codes_runs:
+    if rms is not None and residual is not None and isinstance(grid, SigmaGrid):
         forecast = forecast_quantizer(grid, rms, values.dtype)
         if forecast is not None:
             return Measured(forecast, residual)

@@ -4,21 +4,17 @@
 //   ./compare_lanes 2000 1        cases, seed; status 1 and a line about the first difference
 #include <algorithm>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
-#include <random>
 #include <string>
 #include <vector>
 
+#include "compare.h"
 #include "kernels.h"
 #include "qcomm/processor.h"
 
 namespace {
 
 using namespace qcomm;
-
-std::mt19937 noise;
-std::uint32_t below(std::uint32_t n) { return static_cast<std::uint32_t>(noise()) % n; }
 
 // Lengths of a complete code of at least two symbols: leaves of a tree that grows at random, or mostly on one side.
 std::vector<std::uint8_t> random_lengths(int size, int limit) {
@@ -153,28 +149,20 @@ std::vector<Decoded> decode(const Case& c, const Encoded& encoded) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc != 3) {
-        std::fprintf(stderr, "usage: %s CASES SEED\n", argv[0]);
-        return 2;
-    }
-    noise.seed(static_cast<std::uint32_t>(std::atoi(argv[2])));
-    int whole = 0;
-    for (int i = 0; i < std::atoi(argv[1]); ++i) {
+    return compare_cases(argc, argv, [](int* whole) {
         const Case c = random_case();
         use_kernel_version("scalar");
         const Encoded expected = encode(c);
         Encoded received = expected;
         damage(&received);
         const std::vector<Decoded> values = decode(c, received);
-        whole += values[0].whole;
+        *whole += values[0].whole;
         for (const std::string& version : kernel_versions()) {
             use_kernel_version(version.c_str());
-            if (!(encode(c) == expected) || !(decode(c, received) == values)) {
-                std::printf("case %d: %s differs\n", i, version.c_str());
-                return 1;
-            }
+            if (encode(c) == expected && decode(c, received) == values) continue;
+            std::printf("%s differs\n", version.c_str());
+            return false;
         }
-    }
-    std::printf("%d blocks decoded to their end\n", whole);
-    return whole > 0 ? 0 : 1;
+        return true;
+    });
 }

@@ -9,13 +9,20 @@
 #include "kernels.h"
 #include "qcomm/packet.h"
 #include "qcomm/zero_runs.h"
+#include "written_blocks.h"
 
 namespace qcomm {
 
-// A segment of coding runs, and the number of such values in front of it.
-struct RunPart {
-    SegmentInput in;
-    std::int64_t first = 0;
+// The segments of coding runs, and where their values begin, as for_parts() takes them.
+struct RunParts {
+    std::vector<SegmentInput> segments;
+    std::vector<std::int64_t> firsts{0};
+
+    void add(const SegmentInput& segment) {
+        segments.push_back(segment);
+        firsts.push_back(firsts.back() + segment.values.count);
+    }
+    std::int64_t values() const { return firsts.back(); }
 };
 
 // Returns the most bytes of the run blocks of so many values: all of them fixed.
@@ -28,17 +35,13 @@ class RunWriter {
 public:
     explicit RunWriter(const EncodeOptions& options);
 
-    // Writes blocks [first, last) of the `values` values of all parts to `out`, where max_run_block_bytes() of them
-    // fit.
-    void write(const std::vector<RunPart>& parts, std::int64_t values, std::int64_t first, std::int64_t last,
-               std::uint8_t* out);
+    // Writes blocks [first, last) of all parts to `out`, where max_run_block_bytes() of them fit.
+    void write(const RunParts& parts, std::int64_t first, std::int64_t last, std::uint8_t* out);
     // Makes room for the results of `blocks` blocks with `parts` parts; `write` then allocates nothing.
     void reserve(std::int64_t blocks, std::int64_t parts);
 
-    // Results of the last write: bytes in all, and for each block its size in units of 4 bytes, and its checksum.
-    std::int64_t bytes = 0;
-    std::vector<std::uint32_t> sizes, checksums;
-    // And of each part in each block, in order: the number of the part, and its sample there.
+    // Results of the last write: its blocks, and of each part in each block, in order, its number and its sample there.
+    WrittenBlocks written;
     struct PartSample {
         std::size_t part;
         RunSample sample;
@@ -47,8 +50,8 @@ public:
     std::vector<PartSample> samples;
 
 private:
-    int find_levels(const std::vector<RunPart>& parts, std::int64_t begin, std::int64_t end, bool* finite);
-    void restore(const std::vector<RunPart>& parts, std::int64_t begin, std::int64_t end);
+    int find_levels(const RunParts& parts, std::int64_t begin, std::int64_t end, bool* finite);
+    void restore(const RunParts& parts, std::int64_t begin, std::int64_t end);
     void write_block(int n, int nonzeros, bool finite, std::uint8_t* out);
     std::uint8_t* put_fixed(int n, int nonzeros, std::uint8_t* at);
 

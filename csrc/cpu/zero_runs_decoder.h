@@ -15,6 +15,7 @@
 #include "qcomm/parallel.h"
 #include "qcomm/zero_runs.h"
 #include "segment_decoder.h"
+#include "zero_runs_parts.h"
 
 namespace qcomm {
 
@@ -78,7 +79,7 @@ private:
         int count = 0;
         QCOMM_RETURN_IF_ERROR(read_block(workspace, block, bytes, static_cast<int>(end - begin), number, &count));
         if (RunInfo::unpack(load_u32(block)).mode == RunMode::kNotFinite) {
-            for_parts(begin, end, [&](std::size_t part, std::int64_t from, std::int64_t to) {
+            for_parts(firsts_, begin, end, [&](std::size_t part, std::int64_t from, std::int64_t to) {
                 sink_.put_nan(part, from, to - from);
             });
         } else {
@@ -129,25 +130,12 @@ private:
         return {};
     }
 
-    // Calls f(part, from, to) for the parts of values [begin, end): values [from, to) of each.
-    template <class F>
-    void for_parts(std::int64_t begin, std::int64_t end, F f) const {
-        // The last part that begins at `begin` or before; empty ones before it do not matter.
-        auto behind =
-            static_cast<std::size_t>(std::upper_bound(firsts_.begin(), firsts_.end(), begin) - firsts_.begin());
-        for (std::int64_t from = begin; from < end; ++behind) {
-            const std::int64_t to = std::min(end, firsts_[behind]), first = firsts_[behind - 1];
-            if (from < to) f(behind - 1, from - first, to - first);
-            from = to;
-        }
-    }
-
     // Deals the levels of values [begin, end) to the parts they belong to.
     void emit(const Workspace& workspace, std::int64_t begin, std::int64_t end, int count) const {
         const std::uint16_t* positions = workspace.positions.get();
         const std::int8_t* levels = workspace.levels.get();
         const std::uint16_t* const last = positions + count;
-        for_parts(begin, end, [&](std::size_t part, std::int64_t from, std::int64_t to) {
+        for_parts(firsts_, begin, end, [&](std::size_t part, std::int64_t from, std::int64_t to) {
             // Positions ascend; those of this part are below its end. The last part's end may be beyond a u16.
             const std::int64_t base = firsts_[part] + from - begin, limit = base + to - from;
             const std::uint16_t* const stop =

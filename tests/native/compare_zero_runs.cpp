@@ -1,25 +1,21 @@
 // Every version of find_levels, encode_runs and decode_runs against the scalar one: rows of all lengths, special
 // values, codes that do not fit the levels, damaged words and noise.
 //
-//   ./compare_runs 2000 1        cases, seed; status 1 and a line about the first difference
+//   ./compare_zero_runs 2000 1        cases, seed; status 1 and a line about the first difference
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
-#include <random>
 #include <string>
 #include <vector>
 
+#include "compare.h"
 #include "kernels.h"
 #include "qcomm/processor.h"
 
 namespace {
 
 using namespace qcomm;
-
-std::mt19937 noise;
-std::uint32_t below(std::uint32_t n) { return static_cast<std::uint32_t>(noise()) % n; }
 
 // ---- find_levels ---------------------------------------------------------------------------------------------------
 
@@ -256,18 +252,6 @@ bool codes_alike(int* whole) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc != 3) {
-        std::fprintf(stderr, "usage: %s CASES SEED\n", argv[0]);
-        return 2;
-    }
-    noise.seed(static_cast<std::uint32_t>(std::atoi(argv[2])));
-    int whole = 0;
-    for (int i = 0; i < std::atoi(argv[1]); ++i) {
-        if (!finds_alike<float>() || !finds_alike<double>() || !codes_alike(&whole)) {
-            std::printf("case %d\n", i);
-            return 1;
-        }
-    }
-    std::printf("%d blocks decoded to their end\n", whole);
-    return whole > 0 ? 0 : 1;
+    return compare_cases(
+        argc, argv, [](int* whole) { return finds_alike<float>() && finds_alike<double>() && codes_alike(whole); });
 }

@@ -2,16 +2,16 @@
 //
 //   values -> levels    find_levels, with the new residual; only those that are not 0 are kept
 //   levels -> words     encode_runs, with the table for their exact number
-//   all    -> bytes     choose_run_mode() picks one of three forms
+//   all    -> bytes     choose_run_mode() picks one of three forms, and a block that is not finite has a fourth
 //
 // Nothing is allocated in these steps, so that they may run on a thread that must not throw.
-#include "run_writer.h"
+#include "zero_runs_writer.h"
 
 #include <algorithm>
 #include <cstring>
 
 #include "qcomm/block.h"
-#include "qcomm/checksum.h"
+#include "zero_runs_parts.h"
 
 namespace qcomm {
 
@@ -28,17 +28,13 @@ RunWriter::RunWriter(const EncodeOptions& options)
 
 void RunWriter::reserve(std::int64_t blocks, std::int64_t parts) {
     samples.reserve(static_cast<std::size_t>(blocks + parts));
-    sizes.reserve(static_cast<std::size_t>(blocks));
-    checksums.reserve(static_cast<std::size_t>(blocks));
+    written.reserve(blocks);
 }
 
-void RunWriter::write(const std::vector<RunPart>& parts, std::int64_t values, std::int64_t first, std::int64_t last,
-                      std::uint8_t* out) {
-    bytes = 0;
-    sizes.clear();
-    checksums.clear();
+void RunWriter::write(const RunParts& parts, std::int64_t first, std::int64_t last, std::uint8_t* out) {
+    written.clear();
     samples.clear();
-    const std::int64_t blocks = run_blocks(values, options_.steps);
+    const std::int64_t values = parts.values(), blocks = run_blocks(values, options_.steps);
     for (std::int64_t i = first; i < last; ++i) {
         const std::int64_t begin = run_block_begin(values, blocks, i), end = run_block_begin(values, blocks, i + 1);
         bool finite = true;
@@ -46,25 +42,11 @@ void RunWriter::write(const std::vector<RunPart>& parts, std::int64_t values, st
         const int nonzeros = find_levels(parts, begin, end, &finite);
         for (std::size_t s = known; s < samples.size(); ++s) samples[s].is_lost = !finite;
         if (!finite) restore(parts, begin, end);
-        write_block(static_cast<int>(end - begin), nonzeros, finite, out + bytes);
+        write_block(static_cast<int>(end - begin), nonzeros, finite, out + written.bytes);
     }
 }
 
 namespace {
-
-// Calls f(number of the part, first value in it, offset in the block, values) for the parts of values [begin, end).
-template <class F>
-void for_parts(const std::vector<RunPart>& parts, std::int64_t begin, std::int64_t end, F f) {
-    // The last part that begins at `begin` or before; empty parts before it do not matter.
-    auto part = std::upper_bound(parts.begin(), parts.end(), begin,
-                                 [](std::int64_t value, const RunPart& p) { return value < p.first; });
-    for (--part; part != parts.end() && part->first < end; ++part) {
-        const std::int64_t from = std::max(begin, part->first), to = std::min(end, part->first + part->in.values.count);
-        if (from >= to) continue;
-        f(static_cast<std::size_t>(part - parts.begin()), from - part->first, from - begin,
-          static_cast<int>(to - from));
-    }
-}
 
 // Makes the sample know all residuals of the outermost levels. What is beyond them is kept, and grows from step to step
 // until the step follows: a sample that misses it would never tell.
@@ -91,28 +73,30 @@ void count_beyond(int offset, int n, LevelsOut* out) {
 }  // namespace
 
 // Finds the levels of values [begin, end), segment by segment, and returns how many are not 0.
-int RunWriter::find_levels(const std::vector<RunPart>& parts, std::int64_t begin, std::int64_t end, bool* finite) {
+int RunWriter::find_levels(const RunParts& parts, std::int64_t begin, std::int64_t end, bool* finite) {
     int found = 0;
-    for_parts(parts, begin, end, [&](std::size_t number, std::int64_t first, std::int64_t offset, int n) {
-        const SegmentInput& in = parts[number].in;
+    for_parts(parts.firsts, begin, end, [&](std::size_t part, std::int64_t from, std::int64_t to) {
+        const SegmentInput& in = parts.segments[part];
+        const int n = static_cast<int>(to - from), offset = static_cast<int>(parts.firsts[part] + from - begin);
         LevelsOut out{};
-        out.residual = in.residual_out + first;
+        out.residual = in.residual_out + from;
         out.old = old_.get() + offset;
         out.positions = positions_.get() + found;
         out.levels = levels_.get() + found;
-        kernels_.find_levels(in.values, first, n, in.quantizer, static_cast<int>(offset), &out);
-        count_beyond(static_cast<int>(offset), n, &out);
+        kernels_.find_levels(in.values, from, n, in.quantizer, offset, &out);
+        count_beyond(offset, n, &out);
         found += out.count;
         *finite &= out.finite;
-        samples.push_back({number, out.sample, false});
+        samples.push_back({part, out.sample, false});
     });
     return found;
 }
 
 // Puts the old residuals back: what is not sent must not be taken as sent, and NaN would stay in them for ever.
-void RunWriter::restore(const std::vector<RunPart>& parts, std::int64_t begin, std::int64_t end) {
-    for_parts(parts, begin, end, [&](std::size_t number, std::int64_t first, std::int64_t offset, int n) {
-        std::copy_n(old_.get() + offset, n, parts[number].in.residual_out + first);
+void RunWriter::restore(const RunParts& parts, std::int64_t begin, std::int64_t end) {
+    for_parts(parts.firsts, begin, end, [&](std::size_t part, std::int64_t from, std::int64_t to) {
+        const float* const old = old_.get() + (parts.firsts[part] + from - begin);
+        std::copy_n(old, to - from, parts.segments[part].residual_out + from);
     });
 }
 
@@ -138,11 +122,7 @@ void RunWriter::write_block(int n, int nonzeros, bool finite, std::uint8_t* out)
         put(words_end - words, 2 * static_cast<std::size_t>(words));
     }
     if (mode == RunMode::kFixed) at = put_fixed(n, nonzeros, at);
-    const std::int64_t used = at - out, padded = align4(used);
-    std::memset(at, 0, static_cast<std::size_t>(padded - used));
-    bytes += padded;
-    sizes.push_back(static_cast<std::uint32_t>(padded / 4));
-    checksums.push_back(options_.checksums ? checksum(out, padded) : 0u);
+    written.end_block(out, at, options_.checksums);
 }
 
 // Packs all levels; returns the end.
