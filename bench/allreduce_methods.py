@@ -20,6 +20,7 @@ from qcomm.codec.grids import Grid, SigmaGrid
 from qcomm.codec.quantize import plan
 from qcomm.collectives import ReduceOptions
 from qcomm.collectives.layout import BucketLayout
+from qcomm.collectives.packing import gather_runs
 from qcomm.collectives.telemetry import Event
 from qcomm.collectives.two_phase_schedule import SLICE_ELEMENTS, cut_slices
 
@@ -119,7 +120,9 @@ class Compressed:
     timeline: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self._layout = BucketLayout(self.bucket.specs, dist.get_world_size())
+        self._options = ReduceOptions(self.grid, min_elements=MIN_ELEMENTS)
+        specs = self._options.merge_small(self.bucket.specs) if self.error_feedback else self.bucket.specs
+        self._layout = BucketLayout(specs, dist.get_world_size())
         self._state = qcomm.CompressionState(
             grid=self.grid,
             error_feedback=self.error_feedback,
@@ -160,24 +163,26 @@ class Compressed:
             return None
         steps = torch.zeros(len(self._layout.tensors), dtype=torch.float64)
         for number, spec in enumerate(self._layout.tensors):
-            tensor = values[spec.offset : spec.offset + spec.numel]
+            tensor = gather_runs(values, spec.runs)
             if spec.compressed:
-                steps[number] = plan(measure(tensor), self.grid, tensor).step
+                steps[number] = plan(measure(tensor), self._options.grid_of(spec), tensor).step
         dist.all_reduce(steps)
         first = (steps / dist.get_world_size() / 2).tolist()
         bound = torch.zeros_like(values)
         for part in cut_slices(self._layout, SLICE_ELEMENTS):
             for piece in (piece for chunk in part for piece in chunk.pieces):
-                place = slice(piece.offset, piece.offset + piece.length)
-                bound[place] = first[piece.tensor] + self._owner_step(mean[place], first[piece.tensor]) / 2
+                grid = self._options.mean_grid_of(self._layout.tensors[piece.tensor])
+                owner_step = _largest_step(grid, gather_runs(mean, piece.runs), first[piece.tensor])
+                for offset, length in piece.runs:
+                    bound[offset : offset + length] = first[piece.tensor] + owner_step / 2
         return bound
 
-    def _owner_step(self, mean: torch.Tensor, error: float) -> float:
-        """Most that the step can be for values within ``error`` of ``mean``."""
-        grid = ReduceOptions(self.grid).mean_grid
-        if isinstance(grid, SigmaGrid):
-            return grid.step * (float(mean.double().square().mean().sqrt()) + error)
-        return (float(mean.max() - mean.min()) + 2 * error) / (2 ** grid.bits_for(0.0) - 1)
+
+def _largest_step(grid: Grid, mean: torch.Tensor, error: float) -> float:
+    """Most that the step can be for values within ``error`` of ``mean``."""
+    if isinstance(grid, SigmaGrid):
+        return grid.step * (float(mean.double().square().mean().sqrt()) + error)
+    return (float(mean.max() - mean.min()) + 2 * error) / (2 ** grid.bits_for(0.0) - 1)
 
 
 def timed(method: Method, values: torch.Tensor) -> float:

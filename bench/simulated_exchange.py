@@ -136,7 +136,7 @@ class TwoPhase:
             for name, numel in zip(bucket.names, bucket.numels, strict=True):
                 specs.append(TensorSpec(name, offset, numel, self._options.is_compressed(numel), may_round=True))
                 offset += numel
-            self._layouts[bucket] = BucketLayout(specs, ranks)
+            self._layouts[bucket] = BucketLayout(self._options.merge_small(specs), ranks)
         return self._layouts[bucket]
 
     def stats(self) -> dict[str, float]:

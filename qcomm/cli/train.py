@@ -133,7 +133,8 @@ class TrainOptions:
         default=None, metadata=option("Of the strategy hierarchical.", _EXCHANGE, shown="the launcher's")
     )
     min_elements: int = field(
-        default=TrainConfig.min_elements, metadata=option("Smaller tensors travel uncompressed.", _EXCHANGE)
+        default=TrainConfig.min_elements,
+        metadata=option("Smaller tensors are quantized together, at a step of 0.5.", _EXCHANGE),
     )
     compression_warmup_steps: int = field(
         default=TrainConfig.compression_warmup_steps,

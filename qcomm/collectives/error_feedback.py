@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qcomm.codec import Grid, SigmaGrid
-from qcomm.collectives.layout import BucketLayout, Piece
+from qcomm.collectives.layout import BucketLayout, Piece, TensorSpec
 
 __all__ = ["MAX_FEEDBACK_STEP", "ErrorFeedback", "check_equilibrium"]
 
@@ -106,6 +106,14 @@ class ErrorFeedback:
         # Forecasts by parameter; they hold as long as no one else changes its residual.
         self._local_rms: dict[str, float] = {}
         self._owner_rms: dict[str, float] = {}
+        # Residuals of merged tensors, with the views of them that are in the tables above.
+        self._joined: dict[tuple[str, ...], tuple[torch.Tensor, list[torch.Tensor]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns the state without views, which a copy would not keep."""
+        local = {key: _whole(residual) for key, residual in self._local.items()}
+        owner = {key: (start, _whole(residual)) for key, (start, residual) in self._owner.items()}
+        return {**self.__dict__, "_local": local, "_owner": owner, "_joined": {}}
 
     def local(self, key: str, numel: int, device: torch.device = CPU) -> torch.Tensor:
         """Returns the rank's own residual of a parameter, to be changed in place.
@@ -143,6 +151,45 @@ class ErrorFeedback:
             )
         return known[1]
 
+    def local_of(self, tensor: TensorSpec, device: torch.device = CPU) -> torch.Tensor:
+        """Returns the rank's own residual of a tensor of a layout, to be changed in place; see :meth:`local`.
+
+        Example:
+            >>> members = TensorSpec("a", 0, 1, True), TensorSpec("b", 9, 2, True)
+            >>> feedback = ErrorFeedback()
+            >>> _ = feedback.local_of(TensorSpec("small", 0, 3, True, members=members)).fill_(1.0)
+            >>> feedback.local("b", 2)
+            tensor([1., 1.])
+        """
+        if not tensor.members:
+            return self.local(tensor.key, tensor.numel, device)
+        parts = [self.local(member.key, member.numel, device) for member in tensor.members]
+        names = tuple(member.key for member in tensor.members)
+        joined, views = self._join(("local", *names), parts)
+        self._local.update(zip(names, views, strict=True))
+        return joined
+
+    def owner_of(self, tensor: TensorSpec, start: int, length: int, device: torch.device = CPU) -> torch.Tensor:
+        """Returns the owner residual of elements [start, start + length) of a tensor of a layout; see :meth:`owner`."""
+        if not tensor.members:
+            return self.owner(tensor.key, start, length, device)
+        covered = tensor.parts(start, length)
+        parts = [self.owner(key, first, count, device) for key, first, count in covered]
+        joined, views = self._join(("owner", *(key for key, _, _ in covered)), parts)
+        self._owner.update((key, (first, view)) for (key, first, _), view in zip(covered, views, strict=True))
+        return joined
+
+    def _join(self, names: tuple[str, ...], parts: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Returns one tensor of the values of ``parts``, and views of it in their place.
+
+        It is the known one if ``parts`` are its views, otherwise a copy.
+        """
+        known = self._joined.get(names)
+        if known is None or not all(view is part for view, part in zip(known[1], parts, strict=True)):
+            joined = torch.cat(parts)
+            known = self._joined[names] = joined, list(joined.split([part.numel() for part in parts]))
+        return known
+
     def for_two_phase(self, layout: BucketLayout, rank: int) -> "Residuals":
         """Adopts a layout and returns all residuals that its collective uses on ``rank``, to be changed in place."""
         self.adopt(layout, rank)
@@ -152,8 +199,8 @@ class ErrorFeedback:
         spent = {p.tensor for p in pieces if self.is_spent(keys[p.tensor], p.start, p.length)}
         local_rms = {number: rms for number, key in keys.items() if (rms := self._local_rms.get(key)) is not None}
         owner_rms = {number: rms for number, key in keys.items() if (rms := self._owner_rms.get(key)) is not None}
-        local = {number: self.local(layout.tensors[number].key, layout.tensors[number].numel) for number in numbers}
-        owner = {piece.tensor: self.owner(keys[piece.tensor], piece.start, piece.length) for piece in pieces}
+        local = {number: self.local_of(layout.tensors[number]) for number in numbers}
+        owner = {p.tensor: self.owner_of(layout.tensors[p.tensor], p.start, p.length) for p in pieces}
         return Residuals(local, owner, spent, local_rms, owner_rms)
 
     def forecast(self, local: Mapping[str, float], owner: Mapping[str, float]) -> None:
@@ -200,9 +247,8 @@ class ErrorFeedback:
         """
         if self._world_size != layout.world_size:
             self._resize(layout.world_size)
-        pieces = () if chunk is None else layout.chunks[chunk].pieces
-        parts = {layout.tensors[piece.tensor].key: (piece.start, piece.length) for piece in pieces}
-        for tensor in layout.tensors:
+        parts = {} if chunk is None else layout.owned_parts[chunk]
+        for tensor in layout.parameters:
             known = self._owner.get(tensor.key)
             if known is not None and tensor.compressed and parts.get(tensor.key) != (known[0], known[1].numel()):
                 self._move_to_local(tensor.key)
@@ -233,7 +279,7 @@ class ErrorFeedback:
 
     def clear(self) -> None:
         """Forgets all residuals."""
-        for known in (self._local, self._owner, self._spent, self._local_rms, self._owner_rms):
+        for known in (self._local, self._owner, self._spent, self._local_rms, self._owner_rms, self._joined):
             known.clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -313,6 +359,11 @@ def _check_saved(saved: Mapping[str, Any]) -> None:
         _check_residual(key, residual)
         if key not in local or start + residual.numel() > local[key].numel():
             raise ValueError(f"state is damaged: the owner residual of {key!r} does not fit its local residual")
+
+
+def _whole(residual: torch.Tensor) -> torch.Tensor:
+    """Returns the residual, in memory of its own."""
+    return residual if residual.untyped_storage().nbytes() == residual.nbytes else residual.clone()
 
 
 def _check_rms(rms: Mapping[str, Any]) -> None:

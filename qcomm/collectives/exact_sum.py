@@ -31,9 +31,20 @@ from typing import NamedTuple
 
 import torch
 
-from qcomm.codec import Quantizer, Segment, measure
+from qcomm.codec import Grid, Quantizer, Segment, measure
 from qcomm.collectives.exact_sum_grid import RECORD_FIELDS, SharedGrid, Summary, lossless_quantizer, share, summarize
-from qcomm.collectives.packing import Measured, is_zero, no_bytes, pack, pack_chunk, scatter_chunk, size_limit, unpack
+from qcomm.collectives.packing import (
+    Measured,
+    gather_runs,
+    is_zero,
+    no_bytes,
+    pack,
+    pack_chunk,
+    scatter_chunk,
+    scatter_runs,
+    size_limit,
+    unpack,
+)
 from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
 from qcomm.communicator import Phase
@@ -100,15 +111,15 @@ def _measure(task: MeanTask) -> _Own:
         records = []
         for number in _compressed(task):
             tensor = layout.tensors[number]
-            values = own.values[tensor.offset : tensor.offset + tensor.numel]
-            residual = None if feedback is None else feedback.local(tensor.key, tensor.numel)
+            values = gather_runs(own.values, tensor.runs)
+            residual = None if feedback is None else feedback.local_of(tensor)
             if residual is not None and is_zero(values):  # DDP may discard the mean, and with it a residual
                 residual = None
             elif residual is not None:
                 own.residuals[number] = residual
             statistics = measure(values, residual, inv_scale)
             task.telemetry.add(nonfinite_tensors=not statistics.finite)
-            records.append(summarize(statistics, task.options.grid, values, residual, inv_scale))
+            records.append(summarize(statistics, task.options.grid_of(tensor), values, residual, inv_scale))
         record = torch.tensor(records, dtype=torch.float64).flatten()
         return own._replace(summary=pack([Segment(record, Quantizer.raw())])) if records else own
 
@@ -122,7 +133,8 @@ def _share(task: MeanTask, packets: Sequence[torch.Tensor]) -> list[SharedGrid]:
     grids = [SharedGrid()] * len(layout.tensors)
     for column, number in enumerate(numbers):
         summaries = [Summary(*record) for record in records[:, column].tolist()]
-        grids[number] = share(task.options.grid, summaries, layout.tensors[number].numel, task.wire_dtype)
+        tensor = layout.tensors[number]
+        grids[number] = share(task.options.grid_of(tensor), summaries, tensor.numel, task.wire_dtype)
     return grids
 
 
@@ -137,15 +149,20 @@ def _encode_values(task: MeanTask, own: _Own | None, grids: Sequence[SharedGrid]
         measured = [Measured(Quantizer.raw(), None)] * len(layout.tensors)
         for number in _compressed(task):
             tensor, grid, residual = layout.tensors[number], grids[number], own.residuals.get(number)
-            values = own.values[tensor.offset : tensor.offset + tensor.numel]
-            quantizer = _quantize(task, values, residual, grid)
-            task.telemetry.note_quantizer(tensor.key, quantizer)
+            values = gather_runs(own.values, tensor.runs)
+            quantizer = _quantize(values, residual, grid, task.options.grid_of(tensor))
+            if len(tensor.runs) > 1:  # the values are a copy
+                scatter_runs(values, tensor.runs, own.values)
+            task.telemetry.note_quantizer(tensor, quantizer)
             measured[number] = Measured(quantizer, None)
         return [pack_chunk(own.values, chunk, measured, 1.0, task.options.num_threads) for chunk in layout.chunks]
 
 
-def _quantize(task: MeanTask, values: torch.Tensor, residual: torch.Tensor | None, grid: SharedGrid) -> Quantizer:
-    """Adds the residual to ``values`` and rounds them, both in place, and returns their quantizer for a packet."""
+def _quantize(values: torch.Tensor, residual: torch.Tensor | None, grid: SharedGrid, described: Grid) -> Quantizer:
+    """Adds the residual to ``values`` and rounds them, both in place, and returns their quantizer for a packet.
+
+    ``described`` is the tensor's grid in the options.
+    """
     if grid.constant is not None and math.isnan(grid.constant):
         return Quantizer.constant(math.nan)
     if residual is not None:
@@ -158,7 +175,7 @@ def _quantize(task: MeanTask, values: torch.Tensor, residual: torch.Tensor | Non
     if residual is not None:
         residual.copy_(values.sub_(rounded))
     values.copy_(rounded)
-    return lossless_quantizer(values, grid.step, task.options.grid)
+    return lossless_quantizer(values, grid.step, described)
 
 
 def _add_chunk(task: MeanTask, rank: int, grids: Sequence[SharedGrid], packets: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -175,7 +192,8 @@ def _add_chunk(task: MeanTask, rank: int, grids: Sequence[SharedGrid], packets: 
             sums, grid = total[position : position + piece.length], grids[piece.tensor]
             quantizer = Quantizer.raw()
             if grid.step:
-                quantizer = lossless_quantizer(sums, grid.step, task.options.grid)
+                described = task.options.grid_of(task.layout.tensors[piece.tensor])
+                quantizer = lossless_quantizer(sums, grid.step, described)
             elif grid.constant is not None:
                 quantizer = Quantizer.constant(float(sums[0]))
             segments.append(Segment(sums, quantizer))

@@ -41,12 +41,13 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from qcomm.codec import Coding, Grid, Quantizer, Segment, measure
+from qcomm.codec import Coding, Quantizer, Segment, measure
 from qcomm.collectives.layout import Chunk, Piece
 from qcomm.collectives.packing import (
     Measured,
     choose,
     gather_chunk,
+    gather_runs,
     is_zero,
     no_bytes,
     pack,
@@ -147,8 +148,8 @@ def _split(task: MeanTask, place: _Place) -> list[torch.Tensor]:
     if feedback is not None:
         feedback.adopt(layout, place.own_chunk)
         for number, tensor in enumerate(layout.tensors):
-            if tensor.compressed and feedback.keeps(tensor.key):
-                kept[number] = feedback.local(tensor.key, tensor.numel)
+            if tensor.compressed and any(feedback.keeps(parameter.key) for parameter in tensor.parameters):
+                kept[number] = feedback.local_of(tensor)
     parts = []
     for local in range(place.ranks_per_node):
         chunks = place.slice_of(task, local)
@@ -161,7 +162,7 @@ def _split(task: MeanTask, place: _Place) -> list[torch.Tensor]:
                 continue
             rest = residual[piece.start : piece.start + piece.length]
             tensor = layout.tensors[piece.tensor]
-            if rest.any() and _takes_part(values[tensor.offset : tensor.offset + tensor.numel]):
+            if rest.any() and _takes_part(gather_runs(values, tensor.runs)):
                 into.add_(rest)
                 rest.zero_()
         parts.append(part.view(torch.uint8))
@@ -188,7 +189,7 @@ def _encode_sums(task: MeanTask, place: _Place, received: Sequence[torch.Tensor]
             else:
                 total.add_(values)
         return [
-            _pack(task, place, chunk, values, task.options.grid, owner=False)
+            _pack(task, place, chunk, values, owner=False)
             for chunk, values in zip(chunks, total.split([chunk.count for chunk in chunks]), strict=True)
         ]
 
@@ -204,23 +205,24 @@ def _reduce_chunk(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]
             unpack(packet, mean, rank, accumulate=number > 0, num_threads=task.options.num_threads)
         mean.div_(layout.world_size)
     with task.telemetry.timed("encode_seconds"):
-        return _pack(task, place, chunk, mean, task.options.mean_grid, owner=True)
+        return _pack(task, place, chunk, mean, owner=True)
 
 
-def _pack(task: MeanTask, place: _Place, chunk: Chunk, values: torch.Tensor, grid: Grid, owner: bool) -> torch.Tensor:
+def _pack(task: MeanTask, place: _Place, chunk: Chunk, values: torch.Tensor, owner: bool) -> torch.Tensor:
     """Returns the packet of a chunk's ``values``, which lie as in a packet, with the residuals of sums or of means."""
     layout, feedback, segments = task.layout, task.feedback, []
     for piece, part in _pieces([chunk], values):
         tensor, residual = layout.tensors[piece.tensor], None
         if feedback is not None and owner:
-            residual = feedback.owner(tensor.key, piece.start, piece.length)
+            residual = feedback.owner_of(tensor, piece.start, piece.length)
         elif feedback is not None:
-            residual = feedback.local(tensor.key, tensor.numel)[piece.start : piece.start + piece.length]
+            residual = feedback.local_of(tensor)[piece.start : piece.start + piece.length]
+        grid = task.options.mean_grid_of(tensor) if owner else task.options.grid_of(tensor)
         measured = choose(part, grid, residual, 1.0, task.options.num_threads)
         if place.nodes == 1 and measured.quantizer.coding != Coding.CONSTANT:
             measured = Measured(Quantizer.raw(), residual)  # there is no slow link to save bytes on
         if not owner:
-            task.telemetry.note_quantizer(tensor.key, measured.quantizer)
+            task.telemetry.note_quantizer(tensor, measured.quantizer)
             task.telemetry.add(nonfinite_tensors=measured.quantizer.p0 != measured.quantizer.p0)
         segments.append(Segment(part, *measured))
     if chunk.raw_count:

@@ -2,22 +2,25 @@
 
 ::
 
-    buffer      | conv1.weight | bn.weight bn.bias | conv2.weight        | fc.bias |
-    compressed  | conv1.weight | conv2.weight        |          cut into W parts
-    raw         | bn.weight bn.bias | fc.bias |                 cut into W parts
+    buffer      | conv1.weight | bn.weight bn.bias | conv2.weight        | fc.bias | fc2.bias |
+    compressed  | conv1.weight | conv2.weight        | bn.weight bn.bias fc.bias |   cut into W parts
+    raw         | fc2.bias |                                                         cut into W parts
     chunk r     = r-th part of the compressed values, then r-th part of the raw ones
 
 Tensors that are compressed are laid end to end, and so are the others, and each of the two rows is cut evenly. Every
 rank owns as many bytes as the next one, in any order of the tensors. One packet carries one chunk.
+
+Small tensors may be merged (:func:`merge_small`): they are then one tensor of the layout, with one grid and one segment
+of a packet, and lie in several runs of the buffer. Here these are bn.weight, bn.bias and fc.bias; fc2.bias is excluded.
 """
 
 import hashlib
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-__all__ = ["BucketLayout", "Chunk", "Piece", "TensorSpec", "cut_points"]
+__all__ = ["BucketLayout", "Chunk", "Piece", "TensorSpec", "cut_points", "merge_small"]
 
 # Cuts fall on multiples of the codec's lanes, so that no block but a tensor's last has lanes without work.
 CUT_ALIGNMENT = 32
@@ -32,6 +35,8 @@ class TensorSpec:
     """Elements ``[offset, offset + numel)`` of a flat buffer; ``key`` names them to error feedback and statistics.
 
     ``may_round``: whether elements of a tensor that is not compressed may be rounded to bfloat16, by that strategy.
+    ``members``: of a merged tensor, the tensors that it consists of, one after another. It has their number of elements
+    and begins at the first of them.
     """
 
     key: str
@@ -39,16 +44,51 @@ class TensorSpec:
     numel: int
     compressed: bool
     may_round: bool = False
+    members: tuple["TensorSpec", ...] = ()
+
+    @cached_property
+    def parameters(self) -> tuple["TensorSpec", ...]:
+        """Returns the tensors that error feedback and statistics know: the members, or the tensor itself."""
+        return self.members or (self,)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, int], ...]:
+        """Returns the (offset, length) of all elements in the flat buffer."""
+        return _join_runs([(part.offset, part.numel) for part in self.parameters])
+
+    def parts(self, start: int, length: int) -> list[tuple[str, int, int]]:
+        """Returns the parts of parameters in elements [start, start + length): name, first element and length of each.
+
+        Example:
+            >>> members = TensorSpec("a", 0, 3, True), TensorSpec("b", 9, 2, True)
+            >>> TensorSpec("small", 0, 5, True, members=members).parts(1, 3)
+            [('a', 1, 2), ('b', 0, 1)]
+        """
+        lengths = [part.numel for part in self.parameters]
+        found = _between(self.parameters, lengths, start, start + length)
+        return [(part.key, first, count) for part, first, count in found]
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements ``[start, start + length)`` of tensor number ``tensor``; they begin at ``offset`` of the flat buffer."""
+    """Elements ``[start, start + length)`` of tensor number ``tensor``.
+
+    ``runs`` are their (offset, length) in the flat buffer, several only of a merged tensor.
+    """
 
     tensor: int
     start: int
     length: int
-    offset: int
+    runs: tuple[tuple[int, int], ...]
+
+    @cached_property
+    def offset(self) -> int:
+        """Returns the position of the first element in the flat buffer."""
+        return self.runs[0][0]
+
+    def part(self, first: int, length: int) -> "Piece":
+        """Returns elements [first, first + length) of the piece as a piece."""
+        return Piece(self.tensor, self.start + first, length, _part_of_runs(self.runs, first, length))
 
 
 @dataclass(frozen=True)
@@ -86,7 +126,7 @@ class Chunk:
 
         Each is (offset, length) in the flat buffer, and neighbours are joined.
         """
-        return _join_runs([*((piece.offset, piece.length) for piece in self.pieces), *self.raw_runs])
+        return _join_runs([*(run for piece in self.pieces for run in piece.runs), *self.raw_runs])
 
     def cut(self, parts: int) -> tuple["Chunk", ...]:
         """Cuts the chunk into ``parts`` nearly equal parts; some are empty where there are too few elements.
@@ -98,15 +138,30 @@ class Chunk:
             raw_cuts = [0] + [self.raw_count] * parts
         cut = []
         for part in range(parts):
+            lengths = [piece.length for piece in self.pieces]
             pieces = [
-                Piece(piece.tensor, piece.start + first, length, piece.offset + first)
-                for piece, first, length in _between(
-                    self.pieces, [p.length for p in self.pieces], *compressed_cuts[part : part + 2]
-                )
+                piece.part(first, length)
+                for piece, first, length in _between(self.pieces, lengths, *compressed_cuts[part : part + 2])
             ]
-            runs = _between(self.raw_runs, [length for _, length in self.raw_runs], *raw_cuts[part : part + 2])
-            cut.append(Chunk(tuple(pieces), tuple((run[0] + first, length) for run, first, length in runs)))
+            raw_begin, raw_end = raw_cuts[part : part + 2]
+            cut.append(Chunk(tuple(pieces), _part_of_runs(self.raw_runs, raw_begin, raw_end - raw_begin)))
         return tuple(cut)
+
+
+def merge_small(tensors: Sequence[TensorSpec], is_small: Callable[[TensorSpec], bool]) -> list[TensorSpec]:
+    """Returns ``tensors`` with those that are small replaced by one merged tensor, the last.
+
+    Example:
+        >>> tensors = [TensorSpec("bn", 0, 4, True), TensorSpec("conv", 4, 100, True), TensorSpec("bias", 104, 2, True)]
+        >>> [(tensor.key, tensor.runs) for tensor in merge_small(tensors, lambda tensor: tensor.numel < 10)]
+        [('conv', ((4, 100),)), ('small tensors', ((0, 4), (104, 2)))]
+    """
+    small = tuple(replace(tensor, compressed=True) for tensor in tensors if is_small(tensor))
+    if not small:
+        return list(tensors)
+    numel = sum(tensor.numel for tensor in small)
+    merged = TensorSpec("small tensors", small[0].offset, numel, True, may_round=True, members=small)
+    return [*(tensor for tensor in tensors if not is_small(tensor)), merged]
 
 
 def cut_points(count: int, parts: int) -> list[int]:
@@ -134,6 +189,12 @@ def _between(items: Sequence[T], lengths: Sequence[int], begin: int, end: int) -
     return found
 
 
+def _part_of_runs(runs: Sequence[tuple[int, int]], begin: int, length: int) -> tuple[tuple[int, int], ...]:
+    """Returns the runs of elements [begin, begin + length) of ``runs``."""
+    parts = _between(runs, [run_length for _, run_length in runs], begin, begin + length)
+    return tuple((run[0] + first, run_length) for run, first, run_length in parts)
+
+
 def _join_runs(runs: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     """Joins each run, given as (offset, length), with the one before it where it begins at its end."""
     joined: list[tuple[int, int]] = []
@@ -156,6 +217,7 @@ class BucketLayout:
 
     Attributes:
         elements, compressed_elements: number of all elements, and of those that are compressed.
+        parameters: the tensors, each member of a merged one by itself.
         plans: results that collectives derive from this layout and reuse.
         exact_elements: number of elements neither compressed nor ever rounded; ``exact_runs`` are their runs.
 
@@ -168,6 +230,7 @@ class BucketLayout:
 
     def __init__(self, tensors: Sequence[TensorSpec], world_size: int) -> None:
         self.tensors = tuple(tensors)
+        self.parameters = tuple(parameter for tensor in self.tensors for parameter in tensor.parameters)
         self.world_size = world_size
         self._slices: dict[int, tuple[tuple[Chunk, ...], ...]] = {}
         self.plans: dict[Hashable, Any] = {}
@@ -175,8 +238,8 @@ class BucketLayout:
         raw = [number for number, spec in enumerate(self.tensors) if not spec.compressed]
         self.compressed_elements = sum(self.tensors[number].numel for number in compressed)
         self.elements = sum(spec.numel for spec in self.tensors)
-        exact = [(spec.offset, spec.numel) for spec in self.tensors if not (spec.compressed or spec.may_round)]
-        self.exact_runs = _join_runs(exact)
+        exact = [spec.runs for spec in self.tensors if not (spec.compressed or spec.may_round)]
+        self.exact_runs = _join_runs([run for runs in exact for run in runs])
         self.exact_elements = sum(length for _, length in self.exact_runs)
         compressed_cuts = cut_points(self.compressed_elements, world_size)
         raw_cuts = cut_points(self.elements - self.compressed_elements, world_size)
@@ -184,7 +247,7 @@ class BucketLayout:
             Chunk(
                 tuple(self._pieces(compressed, *compressed_cuts[part : part + 2])),
                 # Raw values may be cut anywhere, also inside a tensor.
-                _join_runs([(p.offset, p.length) for p in self._pieces(raw, *raw_cuts[part : part + 2])]),
+                _join_runs([run for p in self._pieces(raw, *raw_cuts[part : part + 2]) for run in p.runs]),
             )
             for part in range(world_size)
         )
@@ -202,9 +265,15 @@ class BucketLayout:
         """Returns the pieces that cover elements [begin, end) of the tensors ``numbers`` laid end to end."""
         lengths = [self.tensors[number].numel for number in numbers]
         return [
-            Piece(number, start, length, self.tensors[number].offset + start)
+            Piece(number, start, length, _part_of_runs(self.tensors[number].runs, start, length))
             for number, start, length in _between(numbers, lengths, begin, end)
         ]
+
+    @cached_property
+    def owned_parts(self) -> tuple[dict[str, tuple[int, int]], ...]:
+        """Returns the part of each parameter in each chunk, as (first element, length)."""
+        parts = ([self.tensors[p.tensor].parts(p.start, p.length) for p in chunk.pieces] for chunk in self.chunks)
+        return tuple({key: (start, count) for of_piece in found for key, start, count in of_piece} for found in parts)
 
     @cached_property
     def whole(self) -> Chunk:
@@ -214,9 +283,13 @@ class BucketLayout:
     @cached_property
     def description(self) -> str:
         """Returns one line that two ranks share only if their layouts are equal."""
-        listing = "\n".join(f"{t.key} {t.offset} {t.numel} {t.compressed:d} {t.may_round:d}" for t in self.tensors)
+        listing = "\n".join(
+            f"{p.key} {p.offset} {p.numel} {t.compressed:d} {t.may_round:d} {len(t.members)}"
+            for t in self.tensors
+            for p in t.parameters
+        )
         digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
         return (
-            f"{len(self.tensors)} tensors of {self.elements} elements, {self.compressed_elements} of them compressed "
-            f"(digest {digest})"
+            f"{len(self.parameters)} tensors of {self.elements} elements, {self.compressed_elements} of them "
+            f"compressed (digest {digest})"
         )

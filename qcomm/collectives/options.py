@@ -1,6 +1,7 @@
 """Options of the mean over all ranks: documented once, checked once, and described for the comparison between ranks."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TypedDict
 from qcomm.codec import Grid, RangeGrid, SigmaGrid, check_num_threads
 from qcomm.collectives.cost_model import Profile
 from qcomm.collectives.error_feedback import check_equilibrium
+from qcomm.collectives.layout import TensorSpec, merge_small
 
 __all__ = ["STRATEGIES", "ReduceKeywords", "ReduceOptions"]
 
@@ -21,6 +23,7 @@ class ReduceKeywords(TypedDict, total=False):
     """Keyword arguments that become :class:`ReduceOptions`; ``grid`` is an argument of its own everywhere."""
 
     mean_step: float | None
+    small_step: float | None
     min_elements: int
     strategy: str
     ranks_per_node: int | None
@@ -37,7 +40,11 @@ class ReduceOptions:
         mean_step: ``step`` of the SigmaGrid for means, which ``"two_phase"`` and ``"hierarchical"`` quantize once more.
             By default it is at most 1 for a grid with ``step`` up to 2, and for a coarser grid equal to its ``step``.
             A RangeGrid takes None and serves both.
-        min_elements: tensors with fewer elements travel uncompressed, in the same packets; ``"bf16"`` rounds them, too.
+        small_step: ``step`` of the SigmaGrid for tensors with fewer than ``min_elements`` elements, at most that of the
+            tensor's own grid. The hook with error feedback quantizes all small tensors of a bucket as one; their means,
+            too. With None they travel uncompressed, as they do with a RangeGrid and everywhere else.
+        min_elements: tensors with fewer elements are small: they take ``small_step`` or travel uncompressed, in the
+            same packets; ``"bf16"`` rounds them, too.
         strategy: ``"two_phase"`` compresses the values and their means. ``"all_gather"`` compresses the values alone,
             for few ranks or small tensors. ``"exact_sum"`` rounds the values to one grid of all ranks and loses nothing
             more. ``"none"`` is an uncompressed all-reduce, and ``"bf16"`` one of float32 values rounded to bfloat16.
@@ -68,6 +75,7 @@ class ReduceOptions:
     grid: Grid = SigmaGrid(step=1.0)
     _: KW_ONLY
     mean_step: float | None = None
+    small_step: float | None = 0.5
     min_elements: int = 1024
     strategy: str = "auto"
     ranks_per_node: int | None = None
@@ -78,6 +86,7 @@ class ReduceOptions:
         if not isinstance(self.grid, (SigmaGrid, RangeGrid)):
             raise TypeError(f"grid must be a qcomm.SigmaGrid or qcomm.RangeGrid, got {type(self.grid).__name__}")
         _mean_grid(self.grid, self.mean_step)
+        _small_grid(self.grid, self.small_step)
         _check_int("min_elements", self.min_elements, 0)
         if self.strategy not in STRATEGIES:
             raise ValueError(f"strategy must be one of {STRATEGIES}, got {self.strategy!r}")
@@ -113,6 +122,34 @@ class ReduceOptions:
         """
         return _mean_grid(self.grid, self.mean_step)
 
+    @cached_property
+    def small_grid(self) -> Grid | None:
+        """Returns the grid of merged small tensors and of their means, None where they travel uncompressed.
+
+        Example:
+            >>> [ReduceOptions(SigmaGrid(step=step)).small_grid.step for step in (0.25, 3.2)]
+            [0.25, 0.5]
+        """
+        return _small_grid(self.grid, self.small_step)
+
+    @cached_property
+    def value_grids(self) -> tuple[Grid, Grid]:
+        """Returns the grids of values: of a tensor by itself, and of merged small ones."""
+        return self.grid, self.small_grid or self.grid
+
+    @cached_property
+    def mean_grids(self) -> tuple[Grid, Grid]:
+        """Returns the grids of means: of a tensor by itself, and of merged small ones."""
+        return self.mean_grid, self.small_grid or self.mean_grid
+
+    def grid_of(self, tensor: TensorSpec) -> Grid:
+        """Returns the grid of a tensor's values."""
+        return self.value_grids[bool(tensor.members)]
+
+    def mean_grid_of(self, tensor: TensorSpec) -> Grid:
+        """Returns the grid of a tensor's means."""
+        return self.mean_grids[bool(tensor.members)]
+
     def check_feedback(self) -> None:
         """Checks that error feedback comes to rest on the grids of both phases.
 
@@ -128,6 +165,8 @@ class ReduceOptions:
         check_equilibrium(self.grid, "step")
         if isinstance(self.grid, SigmaGrid):
             check_equilibrium(self.mean_grid, "mean_step")
+        if self.small_grid is not None:
+            check_equilibrium(self.small_grid, "small_step")
 
     @cached_property
     def compresses(self) -> bool:
@@ -137,6 +176,18 @@ class ReduceOptions:
     def is_compressed(self, elements: int) -> bool:
         """Returns whether a tensor of ``elements`` elements is compressed."""
         return elements >= max(self.min_elements, 1)
+
+    def merge_small(self, tensors: Sequence[TensorSpec]) -> list[TensorSpec]:
+        """Returns the tensors of a bucket for a mean with error feedback: small ones that may be rounded are merged.
+
+        Example:
+            >>> tensors = [TensorSpec("bias", 0, 10, False, may_round=True), TensorSpec("weight", 10, 2000, True)]
+            >>> [(tensor.key, tensor.compressed) for tensor in ReduceOptions().merge_small(tensors)]
+            [('weight', True), ('small tensors', True)]
+        """
+        if self.small_grid is None:
+            return list(tensors)
+        return merge_small(tensors, lambda tensor: not tensor.compressed and tensor.may_round and tensor.numel > 0)
 
     def for_world(self, world_size: int) -> "ReduceOptions":
         """Returns these options for a number of ranks: ``ranks_per_node`` is resolved and checked.
@@ -155,6 +206,7 @@ class ReduceOptions:
         return {
             "grid": self.grid.describe(),
             "mean_step": str(self.mean_step),
+            "small_step": str(self.small_step),
             "min_elements": str(self.min_elements),
             "strategy": self.strategy,
             "ranks_per_node": str(self.ranks_per_node),
@@ -175,6 +227,18 @@ def _mean_grid(grid: Grid, mean_step: float | None) -> Grid:
         return replace(grid, step=float(mean_step))
     except ValueError as error:
         raise ValueError(f"mean_step must be a step of the grid: {error}") from error
+
+
+def _small_grid(grid: Grid, small_step: float | None) -> Grid | None:
+    if small_step is None:
+        return None
+    if isinstance(small_step, bool) or not isinstance(small_step, (int, float)):
+        raise TypeError(f"small_step must be a real number or None, got {type(small_step).__name__}")
+    try:
+        small = SigmaGrid(step=float(small_step))
+    except ValueError as error:
+        raise ValueError(f"small_step must be a step of a SigmaGrid: {error}") from error
+    return replace(small, step=min(small.step, grid.step)) if isinstance(grid, SigmaGrid) else None
 
 
 def _check_int(name: str, value: object, least: int) -> None:

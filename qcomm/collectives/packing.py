@@ -44,6 +44,7 @@ __all__ = [
     "pack",
     "pack_chunk",
     "scatter_chunk",
+    "scatter_runs",
     "size_limit",
     "unpack",
 ]
@@ -137,10 +138,10 @@ def measure_tensors(task: MeanTask, values: torch.Tensor) -> list[Measured]:
     for tensor in task.layout.tensors:
         found = Measured(Quantizer.raw(), None)
         if tensor.compressed:
-            residual = None if task.feedback is None else task.feedback.local(tensor.key, tensor.numel)
-            whole = values[tensor.offset : tensor.offset + tensor.numel]
-            found = choose(whole, task.options.grid, residual, 1.0 / task.scale, task.options.num_threads)
-            task.telemetry.note_quantizer(tensor.key, found.quantizer)
+            residual = None if task.feedback is None else task.feedback.local_of(tensor)
+            whole, grid = gather_runs(values, tensor.runs), task.options.grid_of(tensor)
+            found = choose(whole, grid, residual, 1.0 / task.scale, task.options.num_threads)
+            task.telemetry.note_quantizer(tensor, found.quantizer)
             task.telemetry.add(nonfinite_tensors=math.isnan(found.quantizer.p0))
         measured.append(found)
     return measured
@@ -167,7 +168,7 @@ def chunk_segments(
     for piece in chunk.pieces:
         quantizer, residual = measured[piece.tensor]
         part = None if residual is None else residual[piece.start : piece.start + piece.length]
-        segment = Segment(values[piece.offset : piece.offset + piece.length], quantizer, part)
+        segment = Segment(gather_runs(values, piece.runs), quantizer, part)
         segments.append(segment if samples is None else samples.of(piece.tensor, segment))
     if chunk.raw_runs:
         segments.append(Segment(gather_runs(values, chunk.raw_runs), Quantizer.raw()))
@@ -210,19 +211,21 @@ def gather_runs(buffer: torch.Tensor, runs: Sequence[tuple[int, int]]) -> torch.
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def scatter_runs(values: torch.Tensor, runs: Sequence[tuple[int, int]], buffer: torch.Tensor) -> None:
+    """Copies the elements of 1-D ``values`` to where ``runs`` are in ``buffer``, the inverse of :func:`gather_runs`."""
+    for source, (offset, length) in zip(values.split([length for _, length in runs]), runs, strict=True):
+        buffer[offset : offset + length].copy_(source)
+
+
 def gather_chunk(buffer: torch.Tensor, chunk: Chunk, out: torch.Tensor) -> None:
     """Copies a chunk's elements, pieces then raw runs, from where they are in ``buffer`` into the 1-D ``out``."""
-    places = [(piece.offset, piece.length) for piece in chunk.pieces] + list(chunk.raw_runs)
-    for target, (offset, length) in zip(out.split([length for _, length in places]), places, strict=True):
+    for target, (offset, length) in zip(out.split([length for _, length in chunk.places]), chunk.places, strict=True):
         target.copy_(buffer[offset : offset + length])
 
 
 def scatter_chunk(values: torch.Tensor, chunk: Chunk, buffer: torch.Tensor) -> None:
     """Copies a chunk's decoded ``values``, pieces then raw runs, to where they belong in ``buffer``."""
-    for source, (offset, length) in zip(
-        values.split([length for _, length in chunk.places]), chunk.places, strict=True
-    ):
-        buffer[offset : offset + length].copy_(source)
+    scatter_runs(values, chunk.places, buffer)
 
 
 def is_zero(values: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from qcomm.codec import CHECKSUM_BYTES, DIMENSION_BYTES, PACKET_HEADER_BYTES, Quantizer, record_bytes
-from qcomm.collectives.layout import BucketLayout, Chunk
+from qcomm.collectives.layout import BucketLayout, Chunk, TensorSpec
 from qcomm.transport import Traffic
 
 __all__ = ["Counters", "Event", "Telemetry"]
@@ -155,7 +155,7 @@ class Telemetry:
         self,
         packets: Mapping[int, Sequence[tuple[Chunk, int]]],
         dtype: torch.dtype,
-        quantizers: Mapping[str, Quantizer],
+        quantizers: Sequence[tuple[TensorSpec, Quantizer]],
         nonfinite_tensors: int,
     ) -> None:
         """Counts a collective in two phases.
@@ -163,13 +163,13 @@ class Telemetry:
         Args:
             packets: by phase: the chunks that packets carried, and their sizes in bytes.
             dtype: of a raw value.
-            quantizers: of each tensor, by its key.
+            quantizers: of each tensor.
             nonfinite_tensors: number of tensors that held NaN or infinity.
         """
         for phase, sized in packets.items():
             self.count_packets(phase, [chunk for chunk, _ in sized], [size for _, size in sized], dtype)
         with self._lock:
-            self._tensors.update(quantizers)
+            self._tensors.update((p.key, quantizer) for tensor, quantizer in quantizers for p in tensor.parameters)
             self._counters.nonfinite_tensors += nonfinite_tensors
 
     def count_uncompressed(
@@ -193,10 +193,10 @@ class Telemetry:
         with self._lock:
             self._strategies[index] = strategy
 
-    def note_quantizer(self, key: str, quantizer: Quantizer) -> None:
+    def note_quantizer(self, tensor: TensorSpec, quantizer: Quantizer) -> None:
         """Records how a tensor was quantized last."""
         with self._lock:
-            self._tensors[key] = quantizer
+            self._tensors.update((parameter.key, quantizer) for parameter in tensor.parameters)
 
     def stats(self) -> dict[str, Any]:
         """Returns all counters and the figures derived from them; see ``CompressionState.stats``."""

@@ -75,7 +75,7 @@ class MeanSteps:
         self._choices: dict[int, Measured] = {}  # by tensor
         self._mean_codes: dict[int, Code] = {}  # by tensor
         self._means: dict[int, torch.Tensor | None] = {}  # by slice
-        self._quantizers: dict[str, Quantizer] = {}  # by key of a tensor, for telemetry
+        self._quantizers: dict[int, Quantizer] = {}  # by tensor, for telemetry
         self._nonfinite = 0
         self._not_finite: set[int] = set()  # tensors whose own part is not, and was not measured
         self._averaged: set[int] = set()  # tensors whose owner residual took part
@@ -158,12 +158,14 @@ class MeanSteps:
                 (layout.tensors[number].key, piece)
                 for number, piece in self._own_pieces.items()
                 if number in self._residuals.spent or (self._took_part(number) and number not in self._not_finite)
+                if not layout.tensors[number].members
             ]
             feedback.spend(spent)
             feedback.forecast(*self._forecasts())
         dtype = self._plan.wire_dtype
         nonfinite = self._nonfinite + len(self._not_finite | self._local_samples.not_finite())
-        self._task.telemetry.count_two_phases(self._packets, dtype, self._quantizers, nonfinite)
+        quantizers = [(layout.tensors[number], quantizer) for number, quantizer in self._quantizers.items()]
+        self._task.telemetry.count_two_phases(self._packets, dtype, quantizers, nonfinite)
 
     def _forecasts(self) -> tuple[dict[str, float], dict[str, float]]:
         """Returns the forecasts for the next time, of local values and of means, by name.
@@ -203,8 +205,9 @@ class MeanSteps:
         Each piece is measured anew, with the owner's residuals.
         """
         task, segments, position = self._task, [], 0
-        grid, num_threads = task.options.mean_grid, task.options.num_threads
+        num_threads = task.options.num_threads
         for piece in chunk.pieces:
+            tensor = task.layout.tensors[piece.tensor]
             values = mean[position : position + piece.length]
             position += piece.length
             residual = self._residuals.owner.get(piece.tensor)
@@ -213,13 +216,14 @@ class MeanSteps:
             rms = self._residuals.owner_rms.get(piece.tensor)
             # Slices of a tensor are alike: one sample of them chooses the code for all.
             code = self._mean_codes.get(piece.tensor)
+            grid = task.options.mean_grids[bool(tensor.members)]
             quantizer, residual = choose(values, grid, residual, self._share, num_threads, code, rms)
             if residual is not None:
                 self._averaged.add(piece.tensor)
             if quantizer.grid == GridKind.SIGMA:
                 self._mean_codes[piece.tensor] = quantizer.coding, quantizer.table
             if piece.tensor not in self._travelling:
-                self._quantizers[task.layout.tensors[piece.tensor].key] = quantizer
+                self._quantizers[piece.tensor] = quantizer
             segments.append(self._owner_samples.of(piece.tensor, Segment(values, quantizer, residual)))
         if chunk.raw_count:
             segments.append(Segment(mean[position:], Quantizer.raw()))
@@ -264,18 +268,20 @@ class MeanSteps:
         """Returns the quantizer for a tensor of this rank, and its residual if it takes part."""
         if number not in self._choices:
             task, tensor = self._task, self._task.layout.tensors[number]
-            values = self._values[tensor.offset : tensor.offset + tensor.numel]
+            values = gather_runs(self._values, tensor.runs)
             # A tensor that stays here whole is not quantized.
-            grid = task.options.grid if number in self._travelling else None
+            grid = task.options.value_grids[bool(tensor.members)] if number in self._travelling else None
             residual, rms = self._residuals.local.get(number), self._residuals.local_rms.get(number)
             chosen = choose(values, grid, residual, self._inv_scale, task.options.num_threads, rms=rms)
             self._choices[number] = chosen
             if number in self._travelling:
-                self._quantizers[tensor.key] = chosen.quantizer
+                self._quantizers[number] = chosen.quantizer
             self._nonfinite += math.isnan(chosen.quantizer.p0)
         return self._choices[number]
 
     def _part(self, piece: Piece) -> torch.Tensor:
+        if len(piece.runs) > 1:
+            return gather_runs(self._values, piece.runs)
         return self._values[piece.offset : piece.offset + piece.length]
 
     def _decode(self, packet: torch.Tensor, out: torch.Tensor, sender: int, accumulate: bool) -> None:

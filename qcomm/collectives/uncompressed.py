@@ -58,7 +58,7 @@ def _add_residuals(task: MeanTask, rank: int) -> None:
     with task.telemetry.timed("encode_seconds"):
         if feedback is not None:
             feedback.adopt(layout, rank)
-            for tensor in layout.tensors:
+            for tensor in layout.parameters:
                 if not tensor.compressed or not feedback.keeps(tensor.key):
                     continue
                 values = task.buffer[tensor.offset : tensor.offset + tensor.numel]

@@ -15,6 +15,7 @@ and wait.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,27 +86,31 @@ def adjusted(capacity: int, largest: int, bound: int) -> int:
     return capacity if LEAST_FILLED <= filled <= MOST_FILLED else slot_bytes(largest, bound)
 
 
-def nominal_bytes(grid: Grid, chunk: Chunk, dtype: torch.dtype, error_feedback: bool) -> int:
-    """Returns the size that a packet of ``chunk`` may have by the grid alone, in whole units of a slot.
+def nominal_bytes(grids: Sequence[Grid], chunk: Chunk, dtype: torch.dtype, error_feedback: bool) -> int:
+    """Returns the size that a packet of ``chunk`` may have by its pieces' grids alone, in whole units of a slot.
 
     For a sigma grid it is a Gaussian's size, because a Gaussian has the largest entropy at a given RMS. For a range
     grid it is the maximum size of a packet, which is never larger than fixed-width symbols.
 
     Example:
         >>> chunk = Chunk((), ((0, 100),))
-        >>> nominal_bytes(RangeGrid(), chunk, torch.float32, error_feedback=True)
+        >>> nominal_bytes([], chunk, torch.float32, error_feedback=True)
         480
     """
     segments = len(chunk.pieces) + bool(chunk.raw_count)
     size = PACKET_BYTES + (record_bytes(dtype) + CHECKSUM_BYTES) * segments + chunk.raw_count * dtype.itemsize
-    if isinstance(grid, RangeGrid):
-        bits = grid.num_bits or grid.bits_for(float(grid.entropy_bits))
-        return _align(size + sum(-(-piece.length * bits // 32) * 4 for piece in chunk.pieces))
-    runs = codes_runs(grid, error_feedback)
-    bits_per_value = gaussian_run_bits(grid) if runs else gaussian_bits(grid)
-    blocks = chunk.compressed_count // (RUN_BLOCK_VALUES if runs else LEAST_BLOCK_VALUES)
-    blocks += 1 if runs else len(chunk.pieces)
-    return _align(size + math.ceil(chunk.compressed_count * bits_per_value / 8) + BLOCK_BYTES * blocks)
+    in_runs = 0  # values whose blocks run across pieces
+    for grid, piece in zip(grids, chunk.pieces, strict=True):
+        if isinstance(grid, RangeGrid):
+            bits = grid.num_bits or grid.bits_for(float(grid.entropy_bits))
+            size += -(-piece.length * bits // 32) * 4
+        elif codes_runs(grid, error_feedback):
+            in_runs += piece.length
+            size += math.ceil(piece.length * gaussian_run_bits(grid) / 8)
+        else:
+            blocks = 1 + piece.length // LEAST_BLOCK_VALUES
+            size += math.ceil(piece.length * gaussian_bits(grid) / 8) + BLOCK_BYTES * blocks
+    return _align(size + BLOCK_BYTES * -(-in_runs // RUN_BLOCK_VALUES))
 
 
 def gaussian_bits(grid: SigmaGrid) -> float:

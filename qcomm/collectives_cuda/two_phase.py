@@ -141,8 +141,8 @@ class DeviceMean:
                 dropped_values=values["dropped_values"] + means["dropped_values"],
                 nonfinite_tensors=values["nonfinite_tensors"],
             )
-            for key, quantizer in bucket.steps.quantizers().items():
-                self._telemetry.note_quantizer(key, quantizer)
+            for tensor, quantizer in bucket.steps.quantizers():
+                self._telemetry.note_quantizer(tensor, quantizer)
 
     def _look_up(self, task: MeanTask) -> _Bucket:
         layout, device = task.layout, task.buffer.device
@@ -207,9 +207,13 @@ class DeviceMean:
         steps.decode()
         self._count(task, sizes)
         if exact and fixed:
+            tensors, feedback = task.layout.tensors, task.feedback is not None
             nominal = [
-                max(nominal_bytes(grid, chunk, task.wire_dtype, task.feedback is not None) for chunk in chunks)
-                for grid in (task.options.grid, task.options.mean_grid)
+                max(
+                    nominal_bytes([grid_of(tensors[p.tensor]) for p in chunk.pieces], chunk, task.wire_dtype, feedback)
+                    for chunk in chunks
+                )
+                for grid_of in (task.options.grid_of, task.options.mean_grid_of)
             ]
             bucket.fixed = Slots(
                 min(bucket.bounds.values, max(slot_bytes(sizes.values, bucket.bounds.values), nominal[0])),

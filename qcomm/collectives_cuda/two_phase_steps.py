@@ -5,7 +5,7 @@ arguments of the kernels are prepared when the object is made. Afterwards a coll
 whatever the bucket holds.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import torch
 
@@ -30,7 +30,7 @@ from qcomm.codec import (
     own_code_bits,
     read_quantizers,
 )
-from qcomm.collectives import BucketLayout, Chunk, MeanTask, ReduceOptions
+from qcomm.collectives import BucketLayout, Chunk, MeanTask, ReduceOptions, TensorSpec
 from qcomm.collectives_cuda.slots import Slots
 
 __all__ = ["Accounts", "DeviceSteps", "Workspaces", "packet_bounds"]
@@ -41,8 +41,8 @@ LARGEST = ACCOUNT.index("largest_packet")
 def packet_bounds(layout: BucketLayout, options: ReduceOptions, dtype: torch.dtype, device: torch.device) -> Slots:
     """Returns bytes that suffice for any packet of a phase, whatever the values: equal on all ranks."""
     sizes = []
-    for grid in (options.grid, options.mean_grid):
-        tensors = [DeviceTensor(0, tensor.numel, grid) for tensor in layout.tensors]
+    for grid_of in (options.grid_of, options.mean_grid_of):
+        tensors = [DeviceTensor(0, tensor.numel, grid_of(tensor)) for tensor in layout.tensors]
         segments, packets = [], []
         for chunk in layout.chunks:
             if not chunk.count:
@@ -137,6 +137,7 @@ class DeviceSteps:
         self._mean = self._floats(self._chunk.count)
         others = (chunk for owner, chunk in enumerate(self._layout.chunks) if owner != rank)
         self._travelling = {piece.tensor for chunk in others for piece in chunk.pieces}
+        self._gathered: dict[int, torch.Tensor] = {}  # values of merged tensors
         self._make_encoder()
         self._make_reducer()
         self._make_decoder()
@@ -151,9 +152,9 @@ class DeviceSteps:
         if feedback is None:
             return ()
         tensors = [tensor for tensor in layout.tensors if tensor.compressed]
-        local = [feedback.local(tensor.key, tensor.numel, device).data_ptr() for tensor in tensors]
+        local = [feedback.local_of(tensor, device).data_ptr() for tensor in tensors]
         pieces = layout.chunks[rank].pieces
-        owned = [feedback.owner(layout.tensors[p.tensor].key, p.start, p.length, device).data_ptr() for p in pieces]
+        owned = [feedback.owner_of(layout.tensors[p.tensor], p.start, p.length, device).data_ptr() for p in pieces]
         return *local, *owned
 
     def encode(self) -> None:
@@ -192,7 +193,7 @@ class DeviceSteps:
         encoder = self._encoder if phase == 1 else self._mean_encoder
         return self._integers(1) if encoder is None else encoder.sizes.max().abs().reshape(1)
 
-    def quantizers(self) -> dict[str, Quantizer]:
+    def quantizers(self) -> list[tuple[TensorSpec, Quantizer]]:
         """Returns the last quantizer of each compressed tensor.
 
         It is that of the values if they travelled, otherwise that of the mean.
@@ -202,12 +203,13 @@ class DeviceSteps:
         means = zip(self._chunk.pieces, read_quantizers(self._mean_quantizers), strict=False)
         found = {piece.tensor: quantizer for piece, quantizer in means}
         found |= {number: quantizer for number, quantizer in values.items() if number in self._travelling}
-        return {self._layout.tensors[number].key: quantizer for number, quantizer in found.items()}
+        return [(self._layout.tensors[number], quantizer) for number, quantizer in found.items()]
 
     def _make_encoder(self) -> None:
         layout, feedback = self._layout, self._feedback
         inv_scale, keeps_zero = address(self._factors), feedback is not None
         tensors: list[DeviceTensor] = []
+        gather: list[Run] = []
         numbers: dict[int, int] = {}  # of the compressed tensors, among those that are measured
         for number, tensor in enumerate(layout.tensors):
             if not tensor.compressed:
@@ -215,13 +217,19 @@ class DeviceSteps:
             numbers[number] = len(tensors)
             travels = number in self._travelling  # a tensor that stays here whole is not quantized
             residual = self._local(number) if travels else 0
-            grid, at = self._options.grid if travels else None, address(self._values, tensor.offset)
+            if tensor.members:
+                self._gathered[number], position = self._floats(tensor.numel), 0
+                for offset, length in tensor.runs:
+                    target = address(self._gathered[number], position)
+                    gather.append(Run(address(self._values, offset), target, length))
+                    position += length
+            grid, at = self._options.grid_of(tensor) if travels else None, self._at(number)
             tensors.append(DeviceTensor(at, tensor.numel, grid, residual, inv_scale, keeps_zero=keeps_zero))
         others = [chunk for owner, chunk in enumerate(layout.chunks) if owner != self._rank]
         self._raw = self._floats(sum(chunk.raw_count for chunk in others))
         self._value_quantizers = self._bytes(QUANTIZER_BYTES * (len(tensors) + sum(bool(c.raw_count) for c in others)))
         segments: list[CodedRange] = []
-        packets, gather, raw = [], [], 0
+        packets, raw = [], 0
         for owner, chunk in enumerate(layout.chunks):
             if owner == self._rank or not chunk.count:
                 continue
@@ -242,7 +250,7 @@ class DeviceSteps:
         own, position = [], 0
         for piece in self._chunk.pieces:
             residual = 0 if feedback is None else self._local(piece.tensor, piece.start)
-            source, target = address(self._values, piece.offset), address(self._mean, position)
+            source, target = self._at(piece.tensor, piece.start), address(self._mean, position)
             own.append(Run(source, target, piece.length, tensor=numbers[piece.tensor], residual=residual))
             position += piece.length
         for offset, length in self._chunk.raw_runs:
@@ -262,12 +270,12 @@ class DeviceSteps:
         self._divide = RunCopier(self._dtype, [whole], self._device)
         tensors: list[DeviceTensor] = []
         segments, position = [], 0
-        grid, keeps_zero = self._options.mean_grid, self._feedback is not None
+        keeps_zero = self._feedback is not None
         for number, piece in enumerate(chunk.pieces):
-            key, residual = self._layout.tensors[piece.tensor].key, 0
+            tensor, residual = self._layout.tensors[piece.tensor], 0
             if self._feedback is not None:
-                residual = address(self._feedback.owner(key, piece.start, piece.length, self._device))
-            at = address(self._mean, position)
+                residual = address(self._feedback.owner_of(tensor, piece.start, piece.length, self._device))
+            at, grid = address(self._mean, position), self._options.mean_grid_of(tensor)
             tensors.append(DeviceTensor(at, piece.length, grid, residual, keeps_zero=keeps_zero))
             segments.append(CodedRange(number, 0, piece.length, residual))
             position += piece.length
@@ -287,11 +295,13 @@ class DeviceSteps:
             DecodeTask(address(self.incoming[rank]), self.slots.values, address(self._mean), self._chunk.count)
             for rank in senders
         ]
-        return self._decoder_of(tasks, self._options.grid, _segment_count(self._chunk))
+        grids = {self._options.grid_of(tensor) for tensor in self._layout.tensors}
+        return self._decoder_of(tasks, grids, _segment_count(self._chunk))
 
-    def _decoder_of(self, tasks: Sequence[DecodeTask], grid: Grid, segments: int) -> Decoder:
+    def _decoder_of(self, tasks: Sequence[DecodeTask], grids: Set[Grid], segments: int) -> Decoder:
         has_residual = self._feedback is not None
-        bits, runs = own_code_bits(grid, has_residual), codes_runs(grid, has_residual)
+        bits = max(own_code_bits(grid, has_residual) for grid in grids)
+        runs = any(codes_runs(grid, has_residual) for grid in grids)
         return Decoder(self._dtype, self._steps, segments, tasks, bits, self._workspaces.decode, runs)
 
     def _make_decoder(self) -> None:
@@ -316,15 +326,21 @@ class DeviceSteps:
                 source += length * self._dtype.itemsize
             position += 0 if here else chunk.count
         segments = max((_segment_count(chunk) for _, chunk in present), default=1)
-        self._decoder = self._decoder_of(tasks, self._options.mean_grid, segments)
+        grids = {self._options.mean_grid_of(tensor) for tensor in self._layout.tensors}
+        self._decoder = self._decoder_of(tasks, grids, segments)
         self._scatter = RunCopier(self._task_dtype, runs, self._device)
+
+    def _at(self, number: int, start: int = 0) -> int:
+        """Returns the address of an element of a tensor's values."""
+        if number in self._gathered:
+            return address(self._gathered[number], start)
+        return address(self._values, self._layout.tensors[number].offset + start)
 
     def _local(self, number: int, start: int = 0) -> int:
         """Returns the address of an element of a tensor's local residual, 0 if there is none."""
-        tensor = self._layout.tensors[number]
         if self._feedback is None:
             return 0
-        return address(self._feedback.local(tensor.key, tensor.numel, self._device), start)
+        return address(self._feedback.local_of(self._layout.tensors[number], self._device), start)
 
     def _note(self, faults: torch.Tensor) -> None:
         torch.maximum(self._accounts.faults, faults.max(), out=self._accounts.faults)

@@ -116,16 +116,16 @@ def _add_residuals(task: MeanTask, rank: int, scale: Scale) -> None:
         return
     feedback.adopt(layout, rank)
     factor = scale.reshape(()) if isinstance(scale, torch.Tensor) else scale
-    owned = {piece.tensor: piece for piece in layout.chunks[rank].pieces}
-    for number, tensor in enumerate(layout.tensors):
+    owned = layout.owned_parts[rank]
+    for tensor in layout.parameters:
         if not tensor.compressed or not feedback.keeps(tensor.key):
             continue
         values = task.buffer[tensor.offset : tensor.offset + tensor.numel]
         # A step that is not finite is discarded, and so is the mean of a parameter that no rank used.
         fit = values.isfinite().all() & values.any()
         parts = [(feedback.local(tensor.key, tensor.numel, device), values, 1)]
-        if number in owned:
-            start, length = owned[number].start, owned[number].length
+        if tensor.key in owned:
+            start, length = owned[tensor.key]
             # The residual is of a mean, not of this rank's values: it is divided by the number of ranks like these.
             share = feedback.owner(tensor.key, start, length, device)
             parts.append((share, values[start : start + length], layout.world_size))

@@ -43,10 +43,14 @@ class BucketTable:
         options: of the mean, for any number of ranks.
         described: further options of the state, as text, for the comparison between ranks.
         exclude: patterns of the names of parameters that are not compressed.
+        error_feedback: whether residuals are kept; small tensors are compressed only then.
     """
 
-    def __init__(self, options: ReduceOptions, described: Mapping[str, str], exclude: Sequence[str]) -> None:
+    def __init__(
+        self, options: ReduceOptions, described: Mapping[str, str], exclude: Sequence[str], error_feedback: bool
+    ) -> None:
         self._options = options
+        self._error_feedback = error_feedback
         self._described = dict(described)
         self._exclude = tuple(exclude)
         self._names: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}  # by id, while the parameter lives
@@ -112,6 +116,8 @@ class BucketTable:
                 compressed = may_round and self._options.is_compressed(numel)
                 specs.append(TensorSpec(key, offset, numel, compressed, may_round))
                 offset += numel
+            if self._error_feedback:
+                specs = self._options.merge_small(specs)
             layout, options = BucketLayout(specs, world_size), self._options.for_world(world_size)
             fields = {
                 "operation": "gradient bucket",

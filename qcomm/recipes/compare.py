@@ -21,7 +21,7 @@ _HEADINGS = (
     "bits/element, phase 1",
     "phase 2",
     "mean of both",
-    "and small tensors",
+    "of all tensors",
     "MB sent per rank",
     "s communicating",
     "images/s",
@@ -88,9 +88,8 @@ def print_table(results: Sequence[TrainResult]) -> None:
                 cell.rjust(width) for cell, width in zip(line[1:], widths[1:], strict=True)
             ]
             print("  ".join(cells))
-    minimum = results[0].config.min_elements
     print(
-        f"Bits: all headers counted; of gradients with at least {minimum} elements, in the last column of them of all. "
+        "Bits: all headers counted; of the gradients that are compressed, in the last column of all gradients. "
         "MB: of qcomm every byte handed to the collectives; of fp32 and bf16 what a ring sends, 2 (W - 1) / W times "
         "the bytes handed to all_reduce. Seconds: the wait for the slower rank included."
     )

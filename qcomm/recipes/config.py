@@ -49,7 +49,7 @@ class TrainConfig:
         error_feedback: of qcomm.
         strategy: of qcomm; by default it compresses even where that is slower, so that runs can be compared.
         ranks_per_node: of qcomm's strategy hierarchical; None takes the launcher's.
-        min_elements: of qcomm; smaller tensors travel uncompressed.
+        min_elements: of qcomm; smaller tensors are quantized together, or travel uncompressed without error feedback.
         compression_warmup_steps: of qcomm; number of initial steps whose gradients travel uncompressed.
         threads: of torch, per rank.
         out: directory for the log and the checkpoints; None writes nothing.

@@ -74,7 +74,7 @@ def qcomm_over_gloo(rank, world_size, step):
         TensorSpec(f"tensor {number}", sum(SIZES[:number]), size, options.is_compressed(size), True)
         for number, size in enumerate(SIZES)
     ]
-    layout, feedback, telemetry = BucketLayout(specs, world_size), ErrorFeedback(), Telemetry()
+    layout, feedback, telemetry = BucketLayout(options.merge_small(specs), world_size), ErrorFeedback(), Telemetry()
     communicator, means = connect(dist.group.WORLD, alone=False), []
     for number in range(STEPS):
         buffer = gradients(rank, number)

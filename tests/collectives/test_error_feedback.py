@@ -1,6 +1,7 @@
 """Residuals: kept by parameter, moved without loss when buckets or the number of ranks change."""
 
 import copy
+import math
 import pickle
 
 import pytest
@@ -15,19 +16,20 @@ from torch.nn.parallel import DistributedDataParallel
 import qcomm
 from qcomm.codec import Segment, encode, measure, plan
 from qcomm.collectives.error_feedback import ErrorFeedback
-from qcomm.collectives.layout import BucketLayout, Piece, TensorSpec
+from qcomm.collectives.layout import BucketLayout, Piece, TensorSpec, merge_small
 from qcomm.local_sgd.options import ExchangeOptions
 from qcomm.reference import equilibrium_step
 
 SIZES = {"a": 700, "b": 33, "c": 5000}
 
 
-def layout(world_size, names=("a", "b", "c")):
+def layout(world_size, names=("a", "b", "c"), merged=0):
+    """Tensors of up to ``merged`` elements are one tensor of the layout."""
     specs, offset = [], 0
     for name in names:
         specs.append(TensorSpec(name, offset, SIZES[name], True))
         offset += SIZES[name]
-    return BucketLayout(specs, world_size)
+    return BucketLayout(merge_small(specs, lambda tensor: tensor.numel <= merged), world_size)
 
 
 def filled(world_size, seed=0):
@@ -64,6 +66,57 @@ def assert_kept(ranks, before):
         assert torch.allclose(value, before[name], rtol=1e-5, atol=1e-5), name
 
 
+def own_all(feedback, chunks, rank, fill):
+    """Sets all residuals of a rank in a layout to what ``fill`` returns."""
+    residuals = feedback.for_two_phase(chunks, rank)
+    for kept_residuals in (residuals.local, residuals.owner):
+        for residual in kept_residuals.values():
+            residual.copy_(fill(residual.numel()))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_merged_residuals_are_those_of_their_members(world_size):
+    """Tensors are merged, apart again, merged in another order and among other ranks: nothing is lost."""
+    ranks = [ErrorFeedback() for _ in range(world_size)]
+    generator = torch.Generator().manual_seed(3)
+    for rank, feedback in enumerate(ranks):
+        own_all(feedback, layout(world_size, merged=700), rank, lambda n: torch.randn(n, generator=generator))
+    before = kept(ranks)
+    for names, merged in (("abc", 700), ("abc", 0), ("cba", 5000), ("bca", 33), ("abc", 700)):
+        for rank, feedback in enumerate(ranks):
+            feedback.for_two_phase(layout(world_size, tuple(names), merged), rank)
+        assert_kept(ranks, before)
+    states = [feedback.state_dict() for feedback in ranks]
+    for number, feedback in enumerate(ranks):
+        chunks, again = layout(world_size, merged=700), feedback.for_two_phase(layout(world_size, merged=700), number)
+        for copied in (pickle.loads(pickle.dumps(feedback)), copy.deepcopy(feedback)):
+            residuals = copied.for_two_phase(chunks, number)
+            for mine, other in ((residuals.local, again.local), (residuals.owner, again.owner)):
+                assert mine.keys() == other.keys()
+                for key, residual in mine.items():
+                    assert torch.equal(residual, other[key]) and residual.data_ptr() != other[key].data_ptr()
+            for residual in residuals.local.values():
+                residual.zero_()
+            assert copied.norm() == 0.0  # the tables hold views of what the collective changes
+        assert feedback.norm() == pytest.approx(
+            math.sqrt(sum(float(x.double().square().sum()) for x in states[number]["local"].values()))
+        )
+    restored = [ErrorFeedback() for _ in ranks]
+    for rank, feedback in enumerate(restored):
+        feedback.load_state_dict(states[rank])
+        feedback.for_two_phase(layout(world_size, merged=700), rank)
+    assert_kept(restored, before)
+
+
+def test_a_merged_owner_residual_survives_a_checkpoint_in_place():
+    """The same layout goes on with the same owner residual, bit for bit, and does not move it."""
+    chunks, feedback, restored = layout(2, merged=700), ErrorFeedback(), ErrorFeedback()
+    own_all(feedback, chunks, 1, torch.randn)
+    restored.load_state_dict(feedback.state_dict())
+    for ours, theirs in zip(feedback.for_two_phase(chunks, 1)[:2], restored.for_two_phase(chunks, 1)[:2], strict=True):
+        assert all(torch.equal(ours[number], theirs[number]) for number in ours) and ours.keys() == theirs.keys()
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_a_rebuilt_bucket_moves_owner_residuals(world_size):
     ranks = filled(world_size)
@@ -94,7 +147,7 @@ def test_what_is_spent_is_forgotten_when_somebody_may_change_it(change):
     feedback.adopt(layout(2), 0)
     feedback.local("a", 700)
     feedback.owner("a", 0, 700).fill_(1.0)
-    feedback.spend([("a", Piece(0, 0, 700, 0))])
+    feedback.spend([("a", Piece(0, 0, 700, ((0, 700),)))])
     assert feedback.is_spent("a", 0, 700) and not feedback.is_spent("a", 0, 64)
     change(feedback)
     assert not feedback.is_spent("a", 0, 700)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from layouts import specs
 
-from qcomm.collectives.layout import BucketLayout, TensorSpec, cut_points
+from qcomm.collectives.layout import BucketLayout, TensorSpec, cut_points, merge_small
 from qcomm.collectives.packing import gather_runs, scatter_chunk
 
 
@@ -43,6 +43,37 @@ def test_every_element_is_in_one_chunk(sizes, world_size):
     assert layout.compressed_elements == sum(t.numel for t in tensors if t.compressed)
 
 
+@given(st.lists(st.tuples(st.integers(0, 300), st.booleans()), max_size=12), st.integers(1, 7), st.integers(1, 3))
+def test_a_merged_tensor_lies_in_runs(sizes, world_size, parts):
+    """Its elements come in the order of its members, and each parameter's own part is that of the chunk."""
+    apart = specs(sizes)
+    layout = BucketLayout(merge_small(apart, lambda tensor: 0 < tensor.numel < 100), world_size)
+    small = [tensor for tensor in apart if 0 < tensor.numel < 100]
+    assert sorted(p.key for p in layout.parameters) == sorted(t.key for t in apart)
+    assert sum(bool(tensor.members) for tensor in layout.tensors) == bool(small)
+    buffer, covered = torch.arange(layout.elements), torch.zeros(layout.elements, dtype=torch.int64)
+    owners = {tensor.key: torch.zeros(tensor.numel, dtype=torch.int64) for tensor in apart}
+    for rank in range(world_size):
+        for key, (start, length) in layout.owned_parts[rank].items():
+            owners[key][start : start + length] += 1
+    for tensor in apart:
+        assert torch.equal(owners[tensor.key] == 1, torch.full((tensor.numel,), tensor.compressed or tensor in small))
+    for part in layout.slices(parts):
+        for chunk in part:
+            for piece in chunk.pieces:
+                tensor = layout.tensors[piece.tensor]
+                whole = gather_runs(buffer, tensor.runs)
+                values = gather_runs(buffer, piece.runs)
+                assert torch.equal(values, whole[piece.start : piece.start + piece.length])
+                assert [length for _, _, length in tensor.parts(piece.start, piece.length)] != []
+            for offset, length in chunk.places:
+                covered[offset : offset + length] += 1
+    assert torch.equal(covered, torch.ones_like(covered))
+    if small:
+        members = torch.cat([buffer[t.offset : t.offset + t.numel] for t in small])
+        assert torch.equal(gather_runs(buffer, layout.tensors[-1].runs), members)
+
+
 def test_raw_neighbours_become_one_run():
     layout = BucketLayout(specs([(10, False), (20, False), (100, True), (5, False), (3, False)]), 1)
     assert layout.chunks[0].raw_runs == ((0, 30), (130, 8))
@@ -57,10 +88,11 @@ def test_few_raw_elements_are_in_the_first_part():
 
 
 def test_gather_and_scatter_are_inverse():
-    layout = BucketLayout(specs([(10, False), (100, True), (7, False), (90, True)]), 3)
-    buffer, copy = torch.randn(207), torch.full((207,), torch.nan)
+    tensors = specs([(10, False), (5, True), (100, True), (7, False), (5, True), (90, True)])
+    layout = BucketLayout(merge_small(tensors, lambda tensor: tensor.numel == 5), 3)
+    buffer, copy = torch.randn(217), torch.full((217,), torch.nan)
     for chunk in layout.chunks:
-        parts = [buffer[p.offset : p.offset + p.length] for p in chunk.pieces]
+        parts = [gather_runs(buffer, p.runs) for p in chunk.pieces]
         parts += [gather_runs(buffer, chunk.raw_runs)] if chunk.raw_runs else []
         if parts:
             scatter_chunk(torch.cat(parts), chunk, copy)
@@ -74,3 +106,7 @@ def test_description_tells_layouts_apart():
         assert base.description != BucketLayout(specs(other), 2).description
     renamed = [TensorSpec("other", 0, 10, False), TensorSpec("t1", 10, 100, True)]
     assert base.description != BucketLayout(renamed, 2).description
+    small = [specs([(10, True), (20, True), (100, True)]) for _ in range(2)]
+    apart = BucketLayout(small[0], 2)
+    merged = [BucketLayout(merge_small(small[1], lambda tensor, n=n: tensor.numel < n), 2) for n in (15, 25)]
+    assert len({layout.description for layout in (apart, *merged)}) == 3

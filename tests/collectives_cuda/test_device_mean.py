@@ -64,6 +64,11 @@ CASES = {
     "heavy": ("uneven", SIGMA, True, torch.float32, "heavy", 1.0, 2),
     "constant": ("uneven", SIGMA, True, torch.float32, "constant", 1.0, 2),
     "raw only": ("raw only", SIGMA, True, torch.float32, "", 1.0, 2),
+    "merged": ("merged", SIGMA, True, torch.float32, "", 1.0, 4),
+    "merged, runs, scaled": ("merged", SigmaGrid(3.2), True, torch.bfloat16, "zero", 1024.0, 3),
+    "merged, nan": ("merged", SigmaGrid(2.0), True, torch.float64, "nan", 1.0, 3),
+    "merged, own codes": ("merged", SigmaGrid(0.5, coding="table"), True, torch.float32, "heavy", 1.0, 2),
+    "merged only": ("merged only", SigmaGrid(3.4), True, torch.float32, "", 1.0, 3),
     "one value": ("one value", SIGMA, True, torch.float32, "", 1.0, 2),
 }
 

@@ -117,7 +117,7 @@ def bounds(spied, grid, strategy):
             _, bound = twin.mean(wire, layout, grid, len(cut_slices(layout, two_phase.SLICE_ELEMENTS)))
         else:
             bound = TWINS[strategy](wire, layout, grid, **OPTIONS[strategy])[1]
-        for tensor in layout.tensors:
+        for tensor in layout.parameters:
             part = slice(tensor.offset, tensor.offset + tensor.numel)
             result[tensor.key] = bound[part].double() + twin.rounding([buffer[part] for buffer in wire], dtype)
     return result

@@ -32,7 +32,7 @@ def size(segments):
 
 def chunk_segments(values, chunk, quantizers):
     """What a packet of ``chunk`` holds."""
-    segments = [Segment(values[p.offset : p.offset + p.length], quantizers[p.tensor]) for p in chunk.pieces]
+    segments = [Segment(values[twin.place(p)], quantizers[p.tensor]) for p in chunk.pieces]
     if chunk.raw_runs:
         raw = torch.cat([values[offset : offset + length] for offset, length in chunk.raw_runs])
         segments.append(Segment(raw, Quantizer.raw()))
@@ -42,15 +42,9 @@ def chunk_segments(values, chunk, quantizers):
 def all_gather(buffers, layout, grid, item_bytes=0):
     world_size = len(buffers)
     result, bound = torch.empty_like(buffers[0]), torch.zeros_like(buffers[0])
-    quantizers = [
-        [
-            twin.quantizer_for(b[t.offset : t.offset + t.numel], grid) if t.compressed else Quantizer.raw()
-            for t in layout.tensors
-        ]
-        for b in buffers
-    ]
+    quantizers = [twin.quantizers_of(b, layout, grid) for b in buffers]
     for number, tensor in enumerate(layout.tensors):
-        part = slice(tensor.offset, tensor.offset + tensor.numel)
+        part = twin.place(tensor)
         arrived = [twin.lossy(b[part], q[number]) for b, q in zip(buffers, quantizers, strict=True)]
         result[part] = twin.sum_in_order(arrived)
         bound[part] = sum(q[number].step for q in quantizers) / world_size / 2
@@ -68,12 +62,13 @@ def exact_sum(buffers, layout, grid, item_bytes=0):
     codes = [[Quantizer.raw()] * len(layout.tensors) for _ in buffers]
     steps = [0.0] * len(layout.tensors)
     for number, tensor in enumerate(layout.tensors):
-        part = slice(tensor.offset, tensor.offset + tensor.numel)
+        part = twin.place(tensor)
         parts = [b[part] for b in buffers]
         shared = SharedGrid()
         if tensor.compressed:
-            summaries.append([summarize(measure(x), grid, x, None, 1.0) for x in parts])
-            shared = share(grid, summaries[-1], tensor.numel, dtype)
+            described = ReduceOptions(grid).grid_of(tensor)
+            summaries.append([summarize(measure(x), described, x, None, 1.0) for x in parts])
+            shared = share(described, summaries[-1], tensor.numel, dtype)
         steps[number] = step = shared.step
         if not step:
             total[part] = twin.sum_in_order(parts) * world_size
@@ -85,7 +80,7 @@ def exact_sum(buffers, layout, grid, item_bytes=0):
         levels = [(x * torch.tensor(1.0 / step, dtype=dtype)).round().to(torch.int64) for x in parts]
         for rank, q in enumerate(levels):
             values[rank][part] = (q.double() * step).to(dtype)
-            codes[rank][number] = lossless_quantizer(values[rank][part], step, grid)
+            codes[rank][number] = lossless_quantizer(values[rank][part], step, described)
         total[part] = (sum(levels).double() * step).to(dtype)
         result[part] = total[part] / world_size
         bound[part] = step / 2
@@ -101,9 +96,10 @@ def exact_sum(buffers, layout, grid, item_bytes=0):
     for chunk in layout.chunks:
         code = {}
         for piece in chunk.pieces:
-            part, step = total[piece.offset : piece.offset + piece.length], steps[piece.tensor]
+            part, step = total[twin.place(piece)], steps[piece.tensor]
             if step:
-                code[piece.tensor] = lossless_quantizer(part, step, grid)
+                described = ReduceOptions(grid).grid_of(layout.tensors[piece.tensor])
+                code[piece.tensor] = lossless_quantizer(part, step, described)
             else:
                 code[piece.tensor] = codes[0][piece.tensor]  # raw, or any constant: they are of one size
         sums.append(size(chunk_segments(total, chunk, code)))
@@ -146,12 +142,14 @@ def hierarchical(buffers, layout, grid, item_bytes=0, ranks_per_node=1):
         for node in range(nodes):
             neighbours = range(node * ranks_per_node, (node + 1) * ranks_per_node)
             sums.append(total([buffers[rank] for rank in neighbours]))
-        places = {p.tensor: slice(p.offset, p.offset + p.length) for p in chunk.pieces}
-        first = [{t: quantizer(x[part], grid) for t, part in places.items()} for x in sums]
+        places, options = {p.tensor: twin.place(p) for p in chunk.pieces}, ReduceOptions(grid)
+        first = [
+            {t: quantizer(x[part], options.grid_of(layout.tensors[t])) for t, part in places.items()} for x in sums
+        ]
         second = {}
         for t, part in places.items():
             mean = total([twin.lossy(x[part], q[t]) for x, q in zip(sums, first, strict=True)]) / world_size
-            second[t] = quantizer(mean, ReduceOptions(grid).mean_grid)
+            second[t] = quantizer(mean, options.mean_grid_of(layout.tensors[t]))
             result[part] = mean
             bound[part] = (sum(q[t].step for q in first) / world_size + second[t].step) / 2
         for offset, length in chunk.raw_runs:

@@ -20,27 +20,34 @@ def quantizer_for(values, grid, code=None):
     return plan(statistics, grid, values, code=code) if statistics.finite else Quantizer.constant(torch.nan)
 
 
+def place(part):
+    """The positions in the buffer of a tensor's or a piece's elements."""
+    return torch.cat([torch.arange(offset, offset + length) for offset, length in part.runs])
+
+
+def quantizers_of(values, layout, grid):
+    """Of each tensor of one rank, whole."""
+    options = ReduceOptions(grid)
+    return [
+        quantizer_for(values[place(t)], options.grid_of(t)) if t.compressed else Quantizer.raw() for t in layout.tensors
+    ]
+
+
 def mean(buffers, layout, grid, slices=1):
     """(result, bound of its error) of the flat float32 or float64 ``buffers``, one a rank. No error feedback."""
     result, bound = torch.empty_like(buffers[0]), torch.zeros_like(buffers[0])
-    quantizers = [
-        [
-            quantizer_for(b[t.offset : t.offset + t.numel], grid) if t.compressed else Quantizer.raw()
-            for t in layout.tensors
-        ]
-        for b in buffers
-    ]
+    quantizers = [quantizers_of(b, layout, grid) for b in buffers]
     codes = {}
     for part_of_chunks in layout.slices(slices):
         for owner, chunk in enumerate(part_of_chunks):
             for piece in chunk.pieces:
-                part = slice(piece.offset, piece.offset + piece.length)
+                part, mean_grid = place(piece), ReduceOptions(grid).mean_grid_of(layout.tensors[piece.tensor])
                 # What the owner has itself is not quantized.
                 sent = [q[piece.tensor] for q in quantizers]
                 if math.isfinite(sent[owner].p0):
                     sent[owner] = Quantizer.raw()
                 total = sum_in_order([lossy(b[part], q) for b, q in zip(buffers, sent, strict=True)])
-                means = quantizer_for(total, ReduceOptions(grid).mean_grid, codes.get((owner, piece.tensor)))
+                means = quantizer_for(total, mean_grid, codes.get((owner, piece.tensor)))
                 if means.grid == GridKind.SIGMA:
                     codes[owner, piece.tensor] = means.coding, means.table
                 result[part] = lossy(total, means)
