@@ -140,6 +140,10 @@ class TrainOptions:
         default=TrainConfig.compression_warmup_steps,
         metadata=option("So many first steps travel uncompressed.", _EXCHANGE),
     )
+    compression_warmup_step: float | None = field(
+        default=None,
+        metadata=option("The first of these steps has this step instead.", _EXCHANGE, shown="uncompressed"),
+    )
     ranks: int | None = field(
         default=None, metadata=option("Processes to start here.", _RUN, shown="2, or the launcher's")
     )
@@ -168,6 +172,8 @@ class TrainOptions:
         of_qcomm = not self.error_feedback or self.compression_warmup_steps
         if of_qcomm and self.method not in (None, "qcomm"):
             raise RecipeError("--no-error-feedback and --compression-warmup-steps belong to --method qcomm")
+        if self.compression_warmup_step is not None and not self.compression_warmup_steps:
+            raise RecipeError("--compression-warmup-step needs --compression-warmup-steps")
 
     @property
     def _on_range_grid(self) -> bool:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from qcomm.codec import DTYPE_NUMBERS, is_on_device
 from qcomm.collectives import BucketLayout, ReduceOptions, TensorSpec
 from qcomm.communicator import Fields
+from qcomm.ddp.warm_up import WarmUp
 
 __all__ = ["BucketTable", "KnownBucket"]
 
@@ -43,13 +44,20 @@ class BucketTable:
         options: of the mean, for any number of ranks.
         described: further options of the state, as text, for the comparison between ranks.
         exclude: patterns of the names of parameters that are not compressed.
+        warm_up: the initial steps.
         error_feedback: whether residuals are kept; small tensors are compressed only then.
     """
 
     def __init__(
-        self, options: ReduceOptions, described: Mapping[str, str], exclude: Sequence[str], error_feedback: bool
+        self,
+        options: ReduceOptions,
+        described: Mapping[str, str],
+        exclude: Sequence[str],
+        warm_up: WarmUp,
+        error_feedback: bool,
     ) -> None:
         self._options = options
+        self._warm_up = warm_up
         self._error_feedback = error_feedback
         self._described = dict(described)
         self._exclude = tuple(exclude)
@@ -88,8 +96,8 @@ class BucketTable:
         self._layouts.clear()
         self.has_names = True
 
-    def look_up(self, bucket: dist.GradBucket, world_size: int, warming_up: bool) -> KnownBucket:
-        """Returns layout and configuration of a bucket; checks that it can be compressed.
+    def look_up(self, bucket: dist.GradBucket, world_size: int, stage: int | None) -> KnownBucket:
+        """Returns layout and configuration of a bucket in a stage of warm-up; checks that it can be compressed.
 
         Raises:
             TypeError, ValueError: gradients that are complex, sparse, of another dtype or device; names are needed
@@ -107,18 +115,19 @@ class BucketTable:
                 f"DDP's parameters of bucket {bucket.index()} do not fit its gradients; make a new DDP model"
             )
         keys = [self._key(parameter) for parameter in parameters]
-        signature = (bucket.index(), world_size, buffer.dtype, buffer.device, warming_up, *keys, *shapes)
+        signature = (bucket.index(), world_size, buffer.dtype, buffer.device, stage, *keys, *shapes)
         if signature not in self._layouts:
-            specs, offset = [], 0
+            specs, offset, is_exact = [], 0, self._warm_up.is_exact(stage)
+            options = self._warm_up.options(self._options, stage).for_world(world_size)
             for key, shape in zip(keys, shapes, strict=True):
                 numel = math.prod(shape)
-                may_round = not warming_up and not self._is_excluded(key)
-                compressed = may_round and self._options.is_compressed(numel)
+                may_round = not is_exact and not self._is_excluded(key)
+                compressed = may_round and options.is_compressed(numel)
                 specs.append(TensorSpec(key, offset, numel, compressed, may_round))
                 offset += numel
             if self._error_feedback:
-                specs = self._options.merge_small(specs)
-            layout, options = BucketLayout(specs, world_size), self._options.for_world(world_size)
+                specs = options.merge_small(specs)
+            layout = BucketLayout(specs, world_size)
             fields = {
                 "operation": "gradient bucket",
                 **options.describe(),
@@ -126,7 +135,7 @@ class BucketTable:
                 "bucket": str(bucket.index()),
                 "dtype": str(buffer.dtype),
                 "device": buffer.device.type,
-                "in warm-up": str(warming_up),
+                "stage of warm-up": str(stage),
                 "layout": layout.description,
             }
             self._layouts[signature] = KnownBucket(layout, options, Fields(fields), is_on_device(buffer))

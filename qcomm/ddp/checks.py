@@ -74,14 +74,10 @@ def _check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
         )
 
 
-def check_hook_options(error_feedback: object, warmup_steps: object, exclude: object, grad_scale: object) -> None:
+def check_hook_options(error_feedback: object, exclude: object, grad_scale: object) -> None:
     """Raises TypeError or ValueError, naming the option, unless CompressionState accepts all of them."""
     if not isinstance(error_feedback, bool):
         raise TypeError(f"error_feedback must be a bool, got {type(error_feedback).__name__}")
-    if isinstance(warmup_steps, bool) or not isinstance(warmup_steps, int):
-        raise TypeError(f"warmup_steps must be an int, got {type(warmup_steps).__name__}")
-    if warmup_steps < 0:
-        raise ValueError(f"warmup_steps must be >= 0, got {warmup_steps}")
     if not isinstance(exclude, Sequence) or isinstance(exclude, str) or not all(isinstance(p, str) for p in exclude):
         raise TypeError(f"exclude must be a sequence of patterns, such as ['*.bias'], got {exclude!r}")
     check_grad_scale(grad_scale)

@@ -47,6 +47,7 @@ from qcomm.ddp.buckets import BucketTable, KnownBucket
 from qcomm.ddp.bypass import BYPASSED, Bypass, Lane, LastError, can_bypass
 from qcomm.ddp.checks import check_scale
 from qcomm.ddp.cuda import DeviceHook
+from qcomm.ddp.warm_up import WarmUp
 from qcomm.errors import CollectiveError, ConfigMismatchError
 
 __all__ = ["GradScale", "Reducer", "Steps"]
@@ -120,7 +121,7 @@ class Reducer:
 
     Args:
         options: of the mean, for any number of ranks.
-        warmup_steps: number of initial steps whose gradients are exchanged uncompressed.
+        warm_up: the initial steps.
         table: layouts of the buckets.
         feedback: residuals; None without error feedback.
         telemetry: counts bytes, bits and seconds.
@@ -136,7 +137,7 @@ class Reducer:
     def __init__(
         self,
         options: ReduceOptions,
-        warmup_steps: int,
+        warm_up: WarmUp,
         table: BucketTable,
         feedback: ErrorFeedback | None,
         telemetry: Telemetry,
@@ -146,7 +147,7 @@ class Reducer:
         self.grad_scale = grad_scale
         self.steps = Steps()
         self.bypass = Bypass(telemetry)
-        self._options, self._warmup_steps = options, warmup_steps
+        self._options, self._warm_up = options, warm_up
         self._table, self._feedback, self._telemetry = table, feedback, telemetry
         self._device_hook: DeviceHook | None = None
 
@@ -190,7 +191,7 @@ class Reducer:
             return self._failed(error)
         world_size = 1 if communicator is None else communicator.world_size
         # The lookup happens even where a fault is owed: on a device a rank must know if the others wait for its part.
-        known = self._prepare(self._table.look_up, bucket, world_size, self._is_warming_up)
+        known = self._prepare(self._table.look_up, bucket, world_size, self._stage)
         task = None if known is None or self.steps.owed else self._prepare(self._task, bucket, known, group)
         fault = self.steps.take_owed()
         if communicator is None:
@@ -210,12 +211,14 @@ class Reducer:
             return None
 
     @property
-    def _is_warming_up(self) -> bool:
-        return self.steps.number <= self._warmup_steps
+    def _stage(self) -> int | None:
+        """The stage of warm-up of the present step, None after it."""
+        number = self.steps.number
+        return None if number > self._warm_up.steps else self._warm_up.stage(number)
 
     @property
     def _may_bypass(self) -> bool:
-        return not (self._options.compresses or self._is_warming_up)
+        return not self._options.compresses and self._stage is None
 
     def _begin(self, index: int) -> None:
         first = self.steps.begin(index)
@@ -275,7 +278,8 @@ class Reducer:
             started = self.bypass.started(index)
             lane = self.bypass.begin(bucket, None if task is None else task.layout, group)
             bypassing = None if lane is None else Bypassing(started, lane.memory)
-        elif self._is_warming_up:  # perhaps again, after a checkpoint was loaded: what was agreed on is of another time
+        elif self._stage is not None:
+            # Perhaps again, after a checkpoint was loaded: an agreement would be of another time.
             self.bypass.leave(index)
 
         def job() -> torch.Tensor:

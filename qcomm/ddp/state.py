@@ -16,6 +16,7 @@ from qcomm.ddp.buckets import BucketTable
 from qcomm.ddp.checkpoint import StateDict, restore, save
 from qcomm.ddp.checks import check_hook_options
 from qcomm.ddp.reducer import GradScale, Reducer
+from qcomm.ddp.warm_up import WarmUp
 
 __all__ = ["CompressionState"]
 
@@ -36,6 +37,8 @@ class CompressionState:
             for the means. It needs steps of at most 3.4, see docs/guide.md. A step that fails, or that GradScaler
             skips, loses at most its own gradient and that feedback.
         warmup_steps: number of initial steps whose gradients are exchanged uncompressed.
+        warmup_step: a ``step`` for warm-up in place of uncompressed gradients: a SigmaGrid begins with it and coarsens
+            towards its own step in four stages.
         exclude: patterns (``fnmatch``) of the names of parameters that travel uncompressed. They need :func:`attach`,
             which knows the names.
         grad_scale: the factor of the loss, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. It is read
@@ -63,25 +66,27 @@ class CompressionState:
         error_feedback: bool = True,
         *,
         warmup_steps: int = 0,
+        warmup_step: float | None = None,
         exclude: Sequence[str] = (),
         grad_scale: GradScale = None,
         **options: Unpack[ReduceKeywords],
     ) -> None:
         self.options = ReduceOptions(grid, **options)
-        check_hook_options(error_feedback, warmup_steps, exclude, grad_scale)
+        check_hook_options(error_feedback, exclude, grad_scale)
+        self._warm_up = WarmUp(warmup_steps, warmup_step)
+        self._warm_up.check(self.options)
         if error_feedback:
             self.options.check_feedback()
         self.given_group = process_group
-        self._warmup_steps = warmup_steps
         self.telemetry = Telemetry()
         described = {
             "error_feedback": str(error_feedback),
-            "warmup_steps": str(warmup_steps),
+            **self._warm_up.describe(),
             "exclude": str(list(exclude)),
         }
-        self._table = BucketTable(self.options, described, exclude, error_feedback)
+        self._table = BucketTable(self.options, described, exclude, self._warm_up, error_feedback)
         self._feedback = ErrorFeedback() if error_feedback else None
-        self.reducer = Reducer(self.options, warmup_steps, self._table, self._feedback, self.telemetry, grad_scale)
+        self.reducer = Reducer(self.options, self._warm_up, self._table, self._feedback, self.telemetry, grad_scale)
         self.reducer.group = process_group
 
     @property
@@ -105,8 +110,8 @@ class CompressionState:
 
     @property
     def warmup_steps(self) -> int:
-        """Number of initial steps whose gradients are exchanged uncompressed; fixed."""
-        return self._warmup_steps
+        """Number of initial steps that differ, see the class; fixed."""
+        return self._warm_up.steps
 
     @property
     def grid(self) -> Grid:
@@ -212,6 +217,7 @@ class CompressionState:
             2.0
         """
         options = replace(self.options, **changes)
+        self._warm_up.check(options)
         if self._feedback is not None:
             options.check_feedback()
         self.options = options

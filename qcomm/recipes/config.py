@@ -51,6 +51,7 @@ class TrainConfig:
         ranks_per_node: of qcomm's strategy hierarchical; None takes the launcher's.
         min_elements: of qcomm; smaller tensors are quantized together, or travel uncompressed without error feedback.
         compression_warmup_steps: of qcomm; number of initial steps whose gradients travel uncompressed.
+        compression_warmup_step: of qcomm; the grid's step with which they begin instead; None for uncompressed.
         threads: of torch, per rank.
         out: directory for the log and the checkpoints; None writes nothing.
         checkpoint_every: epochs between checkpoints; 0 for none.
@@ -91,6 +92,7 @@ class TrainConfig:
     ranks_per_node: int | None = None
     min_elements: int = 1024
     compression_warmup_steps: int = 0
+    compression_warmup_step: float | None = None
     threads: int = 1
     out: Path | None = None
     checkpoint_every: int = 0

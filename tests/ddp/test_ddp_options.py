@@ -27,6 +27,54 @@ def test_warm_up_steps_are_exact(rank, world_size):
     assert state.stats()["steps"] == 4
 
 
+@world(2)
+@pytest.mark.parametrize("feedback", [True, False], ids=["feedback", "no feedback"])
+def test_a_step_coarsens_in_stages(rank, world_size, feedback):
+    """Four stages of two steps, then the grid's own step; nothing is lost on the way, and ranks stay equal."""
+    model = wrap()
+    grid = qcomm.SigmaGrid(step=3.2 if feedback else 2.0)
+    state = attach(model, grid=grid, error_feedback=feedback, warmup_steps=8, warmup_step=0.5, min_elements=100)
+    sums = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
+    bits, steps = [], []
+    for step in range(10):
+        state.reset_stats()
+        for total, got, want in zip(sums, backward(model, rank, step), exact_mean(rank, world_size, step), strict=True):
+            total.add_(got.double() - want)
+        assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
+        bits.append(state.stats()["bits_per_element"])
+        steps.append(state.reducer._stage)
+    assert steps == [0, 0, 1, 1, 2, 2, 3, 3, None, None]
+    # DDP has other buckets in its first step.
+    assert bits[1] > bits[3] > bits[5] > bits[7] > bits[9]
+    if feedback:
+        residuals = gathered(state.state_dict()["error_feedback"])
+        for (name, parameter), missing in zip(model.module.named_parameters(), sums, strict=True):
+            kept = torch.zeros(parameter.numel(), dtype=torch.float64)
+            for part in residuals:
+                kept += part["local"][name].double() / world_size
+                if name in part["owner"]:
+                    start, residual = part["owner"][name]
+                    kept[start : start + residual.numel()] += residual.double()
+            assert torch.allclose(-missing.flatten(), kept, rtol=0, atol=1e-4), name
+
+
+@world(2)
+def test_a_checkpoint_goes_on_in_its_stage(rank, world_size):
+    options = {"grid": qcomm.SigmaGrid(step=3.0), "warmup_steps": 8, "warmup_step": 1.0, "min_elements": 100}
+    model = wrap()
+    state = attach(model, **options)
+    for step in range(5):
+        backward(model, rank, step)
+    other = wrap()
+    resumed = attach(other, **options)
+    backward(other, rank, 0)
+    resumed.load_state_dict(state.state_dict())
+    for step in range(5, 10):
+        backward(model, rank, step)
+        backward(other, rank, step)
+        assert resumed.reducer._stage == state.reducer._stage == (None if step >= 8 else step // 2)
+
+
 @world(2, 3)
 def test_excluded_parameters_are_exact(rank, world_size):
     wanted = exact_mean(rank, world_size)

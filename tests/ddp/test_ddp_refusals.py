@@ -33,10 +33,11 @@ def check_works(rank):
         ("error_feedback", True, False, "error_feedback: True on ranks 0 1, False on rank 2"),
         ("min_elements", 100, 101, "min_elements: 100 on ranks 0 1, 101 on rank 2"),
         ("warmup_steps", 3, 4, "warmup_steps: 3 on ranks 0 1, 4 on rank 2"),
+        ("small_step", 0.5, None, "small_step: 0.5 on ranks 0 1, None on rank 2"),
         ("exclude", [], ["a"], "exclude: [] on ranks 0 1, ['a'] on rank 2"),
         ("strategy", "auto", "two_phase", "strategy: auto on ranks 0 1, two_phase on rank 2"),
     ],
-    ids=["grid", "error_feedback", "min_elements", "warmup_steps", "exclude", "strategy"],
+    ids=["grid", "error_feedback", "min_elements", "warmup_steps", "small_step", "exclude", "strategy"],
 )
 def test_mismatch_names_the_option_on_every_rank(rank, world_size, option, common, odd, field):
     model = wrap()
@@ -126,6 +127,17 @@ BAD_OPTIONS = [
     ({"min_elements": -5}, ValueError, "min_elements must be >= 0, got -5"),
     ({"warmup_steps": -1}, ValueError, "warmup_steps must be >= 0, got -1"),
     ({"warmup_steps": 2.5}, TypeError, "warmup_steps must be an int"),
+    ({"warmup_step": 1.0}, ValueError, "warmup_step must be None without warmup_steps"),
+    ({"warmup_step": 2.0, "warmup_steps": 5}, ValueError, "warmup_step must be at most the grid's step, 1.0"),
+    ({"warmup_step": 0.0, "warmup_steps": 5}, ValueError, "warmup_step must be a step of the grid"),
+    ({"warmup_step": "1", "warmup_steps": 5}, TypeError, "warmup_step must be a real number or None, got str"),
+    (
+        {"warmup_step": 1.0, "warmup_steps": 5, "grid": qcomm.RangeGrid()},
+        ValueError,
+        "warmup_step must be None with a RangeGrid",
+    ),
+    ({"small_step": -0.5}, ValueError, "small_step must be a step of a SigmaGrid"),
+    ({"small_step": "0.5"}, TypeError, "small_step must be a real number or None, got str"),
     ({"exclude": "*.bias"}, TypeError, "exclude must be a sequence of patterns"),
     ({"grad_scale": -1.0}, ValueError, "grad_scale must be positive and finite, got -1.0"),
     ({"grad_scale": "auto"}, TypeError, "grad_scale must be a number"),
