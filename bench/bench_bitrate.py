@@ -2,11 +2,13 @@
 
     python bench/bench_bitrate.py                              # ResNet-20, digits, two ranks of this machine
     python bench/bench_bitrate.py --methods "qcomm k=1" "qcomm range c=6" --steps 450 --json bitrate.json
+    python bench/bench_bitrate.py --model resnet18 --dataset fashion-mnist --methods "qcomm k=3.2" "qcomm k=3.4"
 
 Every `--every` steps rank 0 codes each layer's gradient once more, alone, together with what error feedback adds to
 it: the size of that packet, all headers counted, is what the layer costs, whatever chunk it then travels in. Layers
-below 1,024 elements travel uncompressed and are left out. Phases are the hook's own count of what crossed the network
-in that step: in phase 1 gradients, in phase 2 their means.
+below 1,024 elements travel together and are left out. Phases are the hook's own count of what crossed the network in
+that step, those layers and all headers of packets included: in phase 1 gradients, in phase 2 their means. At steps
+beyond 2 residuals grow over the first hundred steps; the second half of the run is shown by itself.
 """
 
 import argparse
@@ -23,10 +25,11 @@ from gradient_data import MIN_ELEMENTS
 from ranks import RanksError, about, is_rank, run_ranks, start_rank, write
 from training import Task, Trainer
 
-import qcomm
+from qcomm.codec import Segment, encode, measure, plan
+from qcomm.recipes.datasets import DATASET_NAMES
 from qcomm.recipes.models import MODEL_NAMES
 
-METHODS = ("qcomm k=0.5", "qcomm k=1", "qcomm k=2", "qcomm range c=6")
+METHODS = ("qcomm k=0.5", "qcomm k=1", "qcomm k=2", "qcomm k=3.2", "qcomm k=3.4", "qcomm range c=6")
 BATCH = 32
 
 
@@ -61,9 +64,11 @@ class LayerMeter:
         # In the order in which it lies in DDP's bucket, which is that of the parameter's memory.
         ordered = torch.empty_like(parameter).copy_(gradient)
         values = ordered.as_strided((parameter.numel(),), (1,))
-        if name in self._residuals:
-            values = values + self._residuals[name]
-        packet = qcomm.compress(values, grid=self._state.options.grid)
+        residual = self._residuals.pop(name, None)
+        if residual is None:
+            residual = torch.zeros(parameter.numel())
+        quantizer = plan(measure(values, residual), self._state.options.grid, values, residual)
+        packet = encode([Segment(values, quantizer, residual)])
         self.bits[name] = 8 * packet.numel() / parameter.numel()
 
 
@@ -98,9 +103,12 @@ def run_method(method: str, task: Task, steps: int, every: int) -> dict[str, Any
 def show(runs: list[dict[str, Any]]) -> None:
     """Each layer's mean over the run, and its range."""
     for run in runs:
-        phases = torch.tensor(run["bits_per_element_phases"]).mean(0).tolist()
-        print(f"{run['method']}: {phases[0]:.3f} bits in phase 1, {phases[1]:.3f} in phase 2; test accuracy "
-              f"{run['test_accuracy']:.2%}")  # fmt: skip
+        phases = torch.tensor(run["bits_per_element_phases"])
+        for what, part in (("whole run", phases), ("second half", phases[len(phases) // 2 :])):
+            mean = part.mean(0).tolist()
+            print(f"{run['method']}, {what}: {mean[0]:.3f} bits in phase 1, {mean[1]:.3f} in phase 2, "
+                  f"{sum(mean) / 2:.3f} of both")  # fmt: skip
+        print(f"  test accuracy {run['test_accuracy']:.2%}")
         columns = torch.tensor(run["bits_per_element"]).T
         for layer, column in zip(run["layers"], columns, strict=True):
             print(f"  {layer['name']:<32}{layer['elements']:>10}{column.mean():>8.3f}"
@@ -111,13 +119,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=["qcomm k=1", "qcomm k=2", "qcomm range c=6"], choices=METHODS)
     parser.add_argument("--model", default="resnet20", choices=MODEL_NAMES)
+    parser.add_argument("--dataset", default="digits", choices=DATASET_NAMES)
     parser.add_argument("--steps", type=int, default=220, help="22 are an epoch of digits")
     parser.add_argument("--every", type=int, default=5, help="steps from one measured step to the next")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--small", action="store_true", help="six steps: does it run?")
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
-    task = Task(arguments.model, batch=4 if arguments.small else BATCH, amp=False)
+    task = Task(arguments.model, arguments.dataset, batch=4 if arguments.small else BATCH, amp=False)
     steps, every = (6, 2) if arguments.small else (arguments.steps, arguments.every)
     if is_rank():
         rank, _ = start_rank()
@@ -128,7 +137,7 @@ def main() -> int:
         dist.destroy_process_group()
         return 0
     header = about(task=asdict(task), ranks=arguments.ranks)
-    options = ["--methods", *arguments.methods, "--model", arguments.model]
+    options = ["--methods", *arguments.methods, "--model", arguments.model, "--dataset", arguments.dataset]
     options += ["--steps", str(arguments.steps), "--every", str(arguments.every)]
     options += ["--small"] if arguments.small else []
     try:

@@ -28,7 +28,7 @@ from qcomm.recipes.train import average_buffers
 LOCAL = "no exchange"
 METHODS = (
     *(LOCAL, "fp32", "fp16", "bf16", "powersgd r=1", "powersgd r=2", "powersgd r=4"),
-    *("qcomm k=0.5", "qcomm k=1", "qcomm k=2", "qcomm range c=6", "qcomm auto"),
+    *("qcomm k=0.5", "qcomm k=1", "qcomm k=2", "qcomm k=3.2", "qcomm k=3.4", "qcomm range c=6", "qcomm auto"),
 )
 EVALUATION_BATCH = 128
 ONE_BUCKET_MB = 4096
