@@ -193,6 +193,11 @@ class Telemetry:
         with self._lock:
             self._strategies[index] = strategy
 
+    def strategies(self) -> set[str]:
+        """Returns the strategies of the buckets' last means."""
+        with self._lock:
+            return set(self._strategies.values())
+
     def note_quantizer(self, tensor: TensorSpec, quantizer: Quantizer) -> None:
         """Records how a tensor was quantized last."""
         with self._lock:

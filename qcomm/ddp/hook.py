@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qcomm.collectives_cuda import check_device_strategy, check_group
 from qcomm.communicator import Group, failed, get_communicator, get_world_size, resolve_group
 from qcomm.ddp.checks import check_grad_scale, check_model
+from qcomm.ddp.optimizers import watch
 from qcomm.ddp.state import CompressionState
 from qcomm.transport import MpiGroup
 
@@ -69,6 +70,10 @@ def attach(
     Returns:
         The state.
 
+    Warns:
+        UserWarning: after a step of the model's optimizer, once, if that divides by the root of a second moment, as
+            Adam does, and the SigmaGrid is coarser than 0.5.
+
     Raises:
         TypeError, ValueError: naming the argument, or the parameter that cannot be handled; the model stays as it was.
         RuntimeError: the model has a communication hook already.
@@ -107,6 +112,7 @@ def attach(
         get_communicator(group)
     state.grad_scale = options.get("grad_scale", state.grad_scale)
     ddp_model.register_comm_hook(state, compression_hook)
+    watch(ddp_model.module, state.options.grid, state.telemetry)
     return state
 
 
