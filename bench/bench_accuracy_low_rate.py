@@ -17,11 +17,9 @@ Every run is one line of ``--runs``. Runs that it holds already are skipped, so 
 
 import argparse
 import json
-import math
 import platform
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -31,9 +29,9 @@ from typing import Any
 
 import torch
 from blob_data import load_blobs
-from scipy import stats
 from simulated_exchange import build_exchange
 from simulated_training import SCHEDULES, Setting, simulate
+from study_runs import append, commit, is_done, paired, read
 
 from qcomm.recipes.datasets import Dataset, load_dataset
 
@@ -93,25 +91,8 @@ def ordered(scenes: Sequence[tuple[str, int, str]], methods: Sequence[str], seed
     ]
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def is_done(key: dict[str, Any], records: Sequence[dict[str, Any]]) -> bool:
-    return any(all(record.get(name) == value for name, value in key.items()) for record in records)
-
-
 def load(task: str, data_dir: Path | None) -> Dataset:
     return load_blobs() if task == "blobs" else load_dataset(task, data_dir)
-
-
-def paired(differences: Sequence[float]) -> dict[str, Any]:
-    """Returns the mean of paired differences, and its 95 % interval by a t test."""
-    mean = statistics.fmean(differences)
-    if len(differences) < 2:
-        return {"difference": mean, "interval": None}
-    half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
-    return {"difference": mean, "interval": [mean - half, mean + half]}
 
 
 def verdict(accuracy: dict[str, Any], seeds: int) -> str:
@@ -198,8 +179,6 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 def run_missing(missing: Sequence[Run], arguments: argparse.Namespace, command: str) -> None:
     """Runs what is missing; the line of a run and the summary are written when it ends."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     begin = time.perf_counter()
     for number, run in enumerate(missing):
         setting = run.setting
@@ -216,16 +195,14 @@ def run_missing(missing: Sequence[Run], arguments: argparse.Namespace, command: 
             lambda epoch, loss: print(f"  epoch {epoch}: training loss {loss:.4f}", flush=True),
         )
         record = run.key(arguments.threads) | {
-            "commit": commit,
+            "commit": commit(),
             "train_losses": result.train_losses,
             "test_loss": result.test_loss,
             "test_accuracy": result.test_accuracy,
             "stats": result.stats,
             "seconds": result.seconds,
         }
-        arguments.runs.parent.mkdir(parents=True, exist_ok=True)
-        with arguments.runs.open("a") as stream:
-            stream.write(json.dumps(record) + "\n")
+        append(arguments.runs, record)
         write(arguments.json, read(arguments.runs), command)
         print(f"  accuracy {100 * result.test_accuracy:.2f} %, {result.seconds:.0f} s", flush=True)
 
