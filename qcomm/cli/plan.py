@@ -48,7 +48,7 @@ from qcomm.planner import (
 __all__ = ["PLAN_HELP", "plan"]
 
 LEAST_WIDTH = 100
-METHODS = "fp32,bf16,powersgd-2,qcomm-1,qcomm-2"
+METHODS = "fp32,bf16,powersgd-2,qcomm-1,qcomm-2,qcomm-3.2"
 
 PLAN_HELP = """Predict a training step on a cluster, and say whether compressing gradients pays there.
 
@@ -135,7 +135,7 @@ class PlanOptions:
     )
     methods: str = field(
         default=METHODS,
-        metadata=option("fp32, fp16, bf16, powersgd-R, qcomm-1, qcomm-2, with commas.", _EXCHANGE),
+        metadata=option("fp32, fp16, bf16, powersgd-R, qcomm-K with K = 1, 2, 3.2, 3.4; with commas.", _EXCHANGE),
     )
     codec_gbps: float | None = field(
         default=None,

@@ -39,17 +39,18 @@ def test_the_uncompressed_mean(rank, world_size, dtype):
 
 
 @world(2, 3)
-def test_an_uncompressed_step_sends_what_error_feedback_kept(rank, world_size):
+@pytest.mark.parametrize("step", [1.0, 3.4], ids="step {:g}".format)
+def test_an_uncompressed_step_sends_what_error_feedback_kept(rank, world_size, step):
     """Compressed steps, then an uncompressed one: what was kept arrives, and nothing is lost or kept."""
     model = wrap()
-    state = attach(model, min_elements=100, grad_scale=4.0)
+    state = attach(model, grid=qcomm.SigmaGrid(step), min_elements=100, grad_scale=4.0)
     sums = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
-    for step in range(6):
-        state.reconfigure(strategy="none" if step == 5 else "two_phase")
-        got = backward(model, rank, step, scale=4.0)
-        for total, g, wanted in zip(sums, got, exact_mean(rank, world_size, step), strict=True):
+    for number in range(6):
+        state.reconfigure(strategy="none" if number == 5 else "two_phase")
+        got = backward(model, rank, number, scale=4.0)
+        for total, g, wanted in zip(sums, got, exact_mean(rank, world_size, number), strict=True):
             total.add_(g.double() / 4 - wanted)
-        if step == 4:
+        if number == 4:
             assert state.stats()["residual_norm"] > 0 and max(float(total.abs().max()) for total in sums) > 1e-3
     assert state.stats()["residual_norm"] == 0.0
     assert max(float(total.abs().max()) for total in sums) < 1e-4
@@ -67,9 +68,9 @@ def test_an_uncompressed_step_sends_what_error_feedback_kept(rank, world_size):
     ],
 )
 def test_strategies_hand_their_residuals_to_each_other(rank, world_size, names, options):
-    """Whatever one strategy keeps, the others send."""
+    """Whatever one strategy keeps, the others send, and residuals of a coarse grid are large."""
     model = wrap()
-    state = attach(model, min_elements=100, grad_scale=4.0, **options)
+    state = attach(model, grid=qcomm.SigmaGrid(3.2), min_elements=100, grad_scale=4.0, **options)
     sums = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
     for step in range(9):
         state.reconfigure(strategy="none" if step == 8 else names[step % len(names)])

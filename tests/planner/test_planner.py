@@ -86,7 +86,7 @@ def test_without_a_network_there_is_nothing_to_decide():
     rate=st.floats(0.01, 50.0),
     batch=st.integers(1, 256),
     model=st.sampled_from(["resnet18", "resnet50", "vgg16"]),
-    method=st.sampled_from(["fp32", "bf16", "powersgd-2", "qcomm-1", "qcomm-2"]),
+    method=st.sampled_from(["fp32", "bf16", "powersgd-2", "qcomm-1", "qcomm-2", "qcomm-3.4"]),
     scheduler=st.sampled_from([Ddp(), Ddp(overlap=False), Horovod()]),
 )
 def test_a_faster_network_is_never_slower(gpus, rate, batch, model, method, scheduler):
@@ -195,7 +195,7 @@ def test_the_command_line_writes_everything(tmp_path):
     ):
         assert expected in text
     found = json.loads((tmp_path / "out" / "plan.json").read_text())
-    assert [len(point["predictions"]) for point in found["points"]] == [5] * 4
+    assert [len(point["predictions"]) for point in found["points"]] == [6] * 4
     assert found["verdict"]["pays"] is True and found["codec"]["assumed"] is True
     assert found["assumptions"][0].startswith("ASSUMED")
     for name in ("efficiency.png", "speedup.png"):

@@ -275,8 +275,9 @@ def test_methods_cost_what_they_send():
         pytest.approx(all_reduce(setting.cluster, 4 * (512 * 4 + 512))),
         pytest.approx(all_reduce(setting.cluster, 4 * 1024 * 4)),
     ]
-    packets = (512 * 1024 * 2.14 / 8 + 512 * 4) * 7 / 8
+    packets = elements * 2.14 / 8 * 7 / 8
     assert link("qcomm-1") == [pytest.approx(packets / 10e9)] * 2
+    assert link("qcomm-3.4") == [pytest.approx(packets * 0.4 / 2.14 / 10e9)] * 2
 
 
 @pytest.mark.parametrize(
