@@ -26,6 +26,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from allreduce_methods import GRIDS, Compressed, plain
-from gradient_data import Bucket, bucket, load
+from gradient_data import Bucket, bucket, load, save
 from netlab import BURST
 
 from qcomm.collectives.cost_model import LinkProfile
@@ -165,10 +166,10 @@ def latency_timer(average: Callable[[torch.Tensor], object], messages: int) -> C
     return time_once
 
 
-def measure_rank(mib: float, rounds: int) -> dict[str, Timings]:
+def measure_rank(folder: Path, mib: float, rounds: int) -> dict[str, Timings]:
     """On every rank: what a rank takes for its part of each method."""
     world = dist.get_world_size()
-    gradients = bucket(load(None, dist.get_rank()), int(mib * 2**20 / 4))
+    gradients = bucket(load(folder, dist.get_rank()), int(mib * 2**20 / 4))
     values, specs = gradients.values, gradients.specs
     found: dict[str, Timings] = {}
     for method, dtype in DTYPES.items():
@@ -183,10 +184,10 @@ def measure_rank(mib: float, rounds: int) -> dict[str, Timings]:
     return found
 
 
-def measure(world: int, mib: float, rounds: int) -> dict[str, Timings]:
-    """Starts the ranks on this machine and asks the first one."""
+def measure(folder: Path, world: int, mib: float, rounds: int) -> dict[str, Timings]:
+    """Starts the ranks on this machine and asks the first one. Their gradients are in ``folder``."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", __file__]
-    command += ["--mib", str(mib), "--rounds", str(rounds)]
+    command += ["--gradients", str(folder), "--mib", str(mib), "--rounds", str(rounds)]
     quiet = {"OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
     done = subprocess.run(command, env={**os.environ, **quiet}, check=True, stdout=subprocess.PIPE, text=True)
     answer: dict[str, Timings] = json.loads(done.stdout.splitlines()[-1])
@@ -229,14 +230,17 @@ def predict(row: dict[str, Any], timings: Timings) -> float:
 def check(document: dict[str, Any], rounds: int) -> dict[str, Any]:
     """Measures, predicts, compares."""
     rows = [row for row in document["rows"] if row["rate"] in RATES and row["method"] in (*DTYPES, *STEPS)]
-    inputs, points = {}, []
-    for world, mib in sorted({(row["world_size"], row["mib"]) for row in rows}):
-        inputs[f"{world} ranks, {mib:g} MiB"] = timings = measure(world, mib, rounds)
-        for row in rows:
-            if (row["world_size"], row["mib"]) == (world, mib):
-                predicted = predict(row, timings[row["method"]])
-                kept = {name: row[name] for name in ("rate", "world_size", "mib", "method", "seconds", "p10", "p90")}
-                points.append({**kept, "predicted": predicted, "error": predicted / row["seconds"] - 1})
+    cases, inputs, points = sorted({(row["world_size"], row["mib"]) for row in rows}), {}, []
+    with tempfile.TemporaryDirectory(prefix="qcomm-bench-") as folder:
+        save(Path(folder), max(world for world, _ in cases))
+        for world, mib in cases:
+            inputs[f"{world} ranks, {mib:g} MiB"] = timings = measure(Path(folder), world, mib, rounds)
+            for row in rows:
+                if (row["world_size"], row["mib"]) == (world, mib):
+                    predicted = predict(row, timings[row["method"]])
+                    names = ("rate", "world_size", "mib", "method", "seconds", "p10", "p90")
+                    kept = {name: row[name] for name in names}
+                    points.append({**kept, "predicted": predicted, "error": predicted / row["seconds"] - 1})
     within = sum(abs(point["error"]) <= TOLERANCE for point in points) / len(points)
     worst = max(points, key=lambda point: abs(point["error"]))
     found = {"inputs": inputs, "points": points, "within_15_percent": within, "worst": worst}
@@ -267,13 +271,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--allreduce", type=Path, default=RESULTS / "allreduce.json", help="from bench_allreduce.py")
     parser.add_argument("--rounds", type=int, default=11, help="of each measurement")
+    parser.add_argument("--gradients", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--mib", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     if "RANK" in os.environ:
         torch.set_num_threads(1)
         dist.init_process_group("gloo")
-        found = measure_rank(arguments.mib, arguments.rounds)
+        found = measure_rank(arguments.gradients, arguments.mib, arguments.rounds)
         if dist.get_rank() == 0:
             print(json.dumps(found), flush=True)
         dist.barrier()
