@@ -16,9 +16,12 @@ pytestmark = pytest.mark.world
 with_and_without_feedback = pytest.mark.parametrize("error_feedback", [True, False], ids=["feedback", "no_feedback"])
 
 
-@world(2, 3)
-@with_and_without_feedback
-@pytest.mark.parametrize("grid", GRIDS)
+# Half of the combinations: in every mode each pair of world size, grid and feedback occurs.
+@world()
+@pytest.mark.parametrize(
+    ("world_size", "grid", "error_feedback"),
+    [(2, "sigma", True), (2, "range", False), (3, "sigma", False), (3, "range", True)],
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_mode(rank, world_size, mode, grid, error_feedback):
     check_mode(rank, world_size, mode, GRIDS[grid], error_feedback)
@@ -30,11 +33,21 @@ def test_coarse_grid(rank, world_size, error_feedback):
     check_mode(rank, world_size, "plain", qcomm.SigmaGrid(step=2.0), error_feedback)
 
 
+STRATEGIES = [(3, "all_gather"), (3, "exact_sum"), (4, "hierarchical")]
+OTHER_MODES = ["plain", "unused", "float64", "bfloat16", "tiny"]
+
+
+# Half of the combinations, in which every triple of strategy, mode, grid and feedback occurs.
 @world()
-@with_and_without_feedback
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("mode", ["plain", "unused", "float64", "bfloat16", "tiny"])
-@pytest.mark.parametrize(("world_size", "strategy"), [(3, "all_gather"), (3, "exact_sum"), (4, "hierarchical")])
+@pytest.mark.parametrize(
+    ("world_size", "strategy", "mode", "grid", "error_feedback"),
+    [
+        (*strategy, mode, grid, (i + j + k) % 2 == 0)
+        for i, strategy in enumerate(STRATEGIES)
+        for j, mode in enumerate(OTHER_MODES)
+        for k, grid in enumerate(GRIDS)
+    ],
+)
 def test_other_strategies(rank, world_size, strategy, mode, grid, error_feedback):
     check_mode(rank, world_size, mode, GRIDS[grid], error_feedback, strategy)
 
