@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["-std=c++17", "-ffp-contract=off", "-fno-math-errno", "-Wno-unknown-pragmas", "-DQCOMM_CUDA_EMULATION"]
 INCLUDES = [f"-I{ROOT / path}" for path in ("csrc/include", "csrc/cpu", "csrc/cuda", "tests/cuda_emulation")]
+MODULE_FLAGS = ["-O1", "-fPIC", "-fvisibility=hidden"]
 SANITIZERS = {
     # Not all of UndefinedBehaviorSanitizer: what a GPU is hurt by, too. The rest doubles the time to compile.
     "address": "address,alignment,bounds,shift,signed-integer-overflow,integer-divide-by-zero",
@@ -37,9 +38,8 @@ def build(folder: Path, sanitizer: str, plant: str | None = None) -> Path:
         f"-fsanitize={SANITIZERS[sanitizer]}",
         "-fno-sanitize-recover=all",
     ]
-    cpu = [path for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if "avx" not in path.name]
     mine = sorted((ROOT / "csrc/cuda").glob("*.cu")) + sorted((ROOT / "tests/cuda_emulation").glob("*.cpp"))
-    jobs = [(path, folder / "cpu" / f"{path.name}.o", ["-O1"]) for path in cpu]
+    jobs = _cpu_jobs(folder)
     for path in mine:
         planted = plant is not None and plant in _with_headers(path)
         variant = f"{sanitizer}-{plant}" if planted else sanitizer
@@ -53,15 +53,23 @@ def build(folder: Path, sanitizer: str, plant: str | None = None) -> Path:
 
 def build_module(folder: Path, includes: Sequence[str]) -> Path:
     """``qcomm._cuda`` over the emulation, whose device memory is the host's; ``includes``: of Python and pybind11."""
-    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/cuda/bindings.cpp"]
-    sources += [path for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if "avx" not in path.name]
-    flags = ["-O1", "-fPIC", "-fvisibility=hidden", *(f"-I{path}" for path in includes)]
-    jobs = [(path, folder / "module" / f"{path.name}.o", flags) for path in sources]
+    jobs = _cpu_jobs(folder)
+    for path in sorted((ROOT / "csrc/cuda").glob("*.cu")):
+        jobs.append((path, folder / "module" / f"{path.name}.o", MODULE_FLAGS))
+    # Only what a caller hands over goes through the bindings, so they need not be fast.
+    flags = [*MODULE_FLAGS, "-O0", *(f"-I{path}" for path in includes)]
+    jobs.append((ROOT / "csrc/cuda/bindings.cpp", folder / "module" / "bindings.cpp.o", flags))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_compile, jobs))
     module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     _run(["-shared", "-o", str(module), *(str(target) for _, target, _ in jobs), "-pthread"])
     return module
+
+
+def _cpu_jobs(folder: Path) -> list[tuple[Path, Path, list[str]]]:
+    """The CPU codec, of which the programs and the module have the same objects."""
+    sources = [path for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if "avx" not in path.name]
+    return [(path, folder / "cpu" / f"{path.name}.o", MODULE_FLAGS) for path in sources]
 
 
 def _with_headers(source: Path) -> str:

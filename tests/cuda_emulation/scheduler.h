@@ -64,6 +64,7 @@ inline Thread* current = nullptr;
 inline Context scheduler;
 inline const std::function<void()>* kernel_body = nullptr;
 inline char* dynamic_memory = nullptr;
+inline std::size_t dynamic_capacity = 0;  // kept from launch to launch, except under ThreadSanitizer
 
 EMULATION_RAW inline unsigned random_below(unsigned n) {
     random_state ^= random_state << 13;
@@ -276,6 +277,19 @@ EMULATION_RAW inline void run_block(dim3 index) {
     for (Thread& t : threads) dispose(t.context);
 }
 
+// `dynamic_memory` has so many bytes, and what is behind them may not be touched.
+EMULATION_RAW inline void reserve_dynamic_memory(std::size_t bytes) {
+    if (dynamic_capacity < bytes + kRedZone) {
+        EMULATION_ASAN(__asan_unpoison_memory_region(dynamic_memory, dynamic_capacity);)
+        std::free(dynamic_memory);
+        dynamic_capacity = 2 * bytes + kRedZone;
+        dynamic_memory = static_cast<char*>(std::malloc(dynamic_capacity));
+        if (dynamic_memory == nullptr) std::abort();
+    }
+    EMULATION_ASAN(__asan_unpoison_memory_region(dynamic_memory, bytes);)
+    EMULATION_ASAN(__asan_poison_memory_region(dynamic_memory + bytes, dynamic_capacity - bytes);)
+}
+
 EMULATION_RAW inline void launch(dim3 grid, dim3 block, std::size_t shared_bytes, const std::function<void()>& body) {
     grid_size = grid;
     block_size = block;
@@ -295,25 +309,27 @@ EMULATION_RAW inline void launch(dim3 grid, dim3 block, std::size_t shared_bytes
         order[i] = order[j];
         order[j] = i;
     }
+#ifdef __SANITIZE_THREAD__
     // Each block has its own, to the end: otherwise ThreadSanitizer would take its reuse for a race between blocks.
-    std::vector<char*> shared;
+    std::vector<std::unique_ptr<char[]>> shared;
     std::vector<std::unique_ptr<Barrier[]>> all_barriers;
+#else
+    // One for all blocks, one after the other: to allocate, poison and free it took a quarter of the run time.
+    reserve_dynamic_memory(shared_bytes);
+    const std::unique_ptr<Barrier[]> of_all_blocks(new Barrier[n / kWarp + 2]());
+    barriers = of_all_blocks.get();
+#endif
     for (const unsigned i : order) {
-        shared.push_back(static_cast<char*>(std::malloc(shared_bytes + kRedZone)));
-        dynamic_memory = shared.back();
+#ifdef __SANITIZE_THREAD__
+        shared.emplace_back(new char[shared_bytes + 1]);
+        dynamic_memory = shared.back().get();
         all_barriers.emplace_back(new Barrier[n / kWarp + 2]());
         barriers = all_barriers.back().get();
-        std::memset(dynamic_memory, 0xA5, shared_bytes);
-        EMULATION_ASAN(__asan_poison_memory_region(dynamic_memory + shared_bytes, kRedZone);)
-        run_block({i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y});
-        EMULATION_ASAN(__asan_unpoison_memory_region(dynamic_memory + shared_bytes, kRedZone);)
-#ifndef __SANITIZE_THREAD__
-        std::free(dynamic_memory);
-        shared.pop_back();
 #endif
+        std::memset(dynamic_memory, 0xA5, shared_bytes);
+        run_block({i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y});
     }
     EMULATION_TSAN(__tsan_acquire(&launch_sync);)  // only now does the host come after the kernel's threads
-    for (char* memory : shared) std::free(memory);
 }
 
 }  // namespace emulation
