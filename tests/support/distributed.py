@@ -1,4 +1,4 @@
-"""Worlds of gloo processes that tests share: a launch costs seconds, so one world of each size runs all tests.
+"""Worlds of gloo processes that tests share: one world of each size runs all tests.
 
 ``@world(3)`` above a test makes its body run on all ranks of a world at once, in the default process group. A test that
 compares the ranks' results calls ``run`` with a case instead: a top-level function ``case(rank, world_size, *args)``
@@ -17,6 +17,7 @@ import tempfile
 import traceback
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from unittest import mock
 
@@ -32,8 +33,26 @@ TIMEOUT = timedelta(seconds=60)  # of the default process group: most that a ran
 CASE_SECONDS = 120.0
 
 
+# What a rank imports: torch, and what DDP imports when it is first used.
+PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "pytest", "hypothesis", "qcomm"]
+
+
+@functools.cache
+def _fork_server(number):
+    """A process that has imported torch, of which ranks are forked: the imports are most of a launch.
+
+    There are two, for even and for odd ranks: strings have other hashes in each, so that neighbours iterate over a set
+    in different orders, as processes that a launcher starts do.
+    """
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload(PRELOADED)
+    server.ensure_running()  # without waiting: both import at the same time
+    return server
+
+
 def _serve(rank, world_size, folder, timeout, connection):
     torch.set_num_threads(1)
+    connection.recv()  # all ranks are there, so that none spends its timeout while another still imports
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timeout
     )
@@ -55,15 +74,20 @@ class World:
     def __init__(self, world_size, timeout=TIMEOUT):
         self.world_size = world_size
         self.folder = tempfile.mkdtemp(prefix="qcomm-test-")
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         self.connections, self.processes = [], []
+        servers = [_fork_server(number) for number in range(2)]
         for rank in range(world_size):
+            server = servers[rank % 2]
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, world_size, self.folder, timeout, theirs), daemon=True)
-            process.start()
+            with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+                process.start()
             theirs.close()
             self.connections.append(ours)
             self.processes.append(process)
+        for connection in self.connections:
+            connection.send("begin")
 
     def run(self, case, *args, seconds=CASE_SECONDS, dying=()):
         """Results of ``case``, one a rank, or AssertionError with the tracebacks of the ranks that failed.
