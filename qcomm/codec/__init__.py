@@ -5,6 +5,7 @@ docs/format.md describes the bytes.
 
 from qcomm.codec._native import (
     CHECKSUM_BYTES,
+    CPU,
     DIMENSION_BYTES,
     DTYPE_NUMBERS,
     MAX_CODED_BITS,
@@ -19,6 +20,7 @@ from qcomm.codec._native import (
     Quantizer,
     Statistics,
     check_floats,
+    check_memory,
     check_num_threads,
     count_symbols,
     cpu_features,
@@ -60,6 +62,7 @@ from qcomm.codec.quantize import Code, forecast_quantizer, plan, plan_step
 __all__ = [
     "ACCOUNT",
     "CHECKSUM_BYTES",
+    "CPU",
     "DIMENSION_BYTES",
     "DTYPE_NUMBERS",
     "FAULTS",
@@ -93,6 +96,7 @@ __all__ = [
     "Workspace",
     "address",
     "check_floats",
+    "check_memory",
     "check_num_threads",
     "code_lengths",
     "codes_runs",

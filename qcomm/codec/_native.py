@@ -13,12 +13,15 @@ from typing import NamedTuple
 import torch
 
 from qcomm import _C
+from qcomm.codec.refusals import dtype_refusal, memory_refusal
 from qcomm.errors import PacketError
 
 _C.set_packet_error(PacketError)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # the index is the dtype's number in a packet
 DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
+CPU = torch.device("cpu")  # allocations say so, since the default device may be another
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 WIRE_TABLE = 0
 MAX_THREADS = 1024
 NO_TABLE = 255
@@ -133,8 +136,42 @@ def check_num_threads(num_threads: object) -> int:
     return min(num_threads, MAX_THREADS)
 
 
+def memory_address(name: str, tensor: torch.Tensor) -> int:
+    """Returns the address of a tensor's first element, if all of its elements lie in memory.
+
+    Every tensor that the core reads or writes comes through here. It is judged by what it has, and not by its type: a
+    layout, an address, and a storage that reaches from the first element to the last.
+
+    Raises:
+        TypeError: the core would touch memory that is not the tensor's; the message names it and what to pass instead.
+    """
+    try:
+        storage = tensor.untyped_storage()
+        # A fake tensor claims another device than its storage's, and warns where it is asked for an address.
+        there = type(tensor) in PLAIN_TYPES or storage.device.type == tensor.device.type
+        if there and tensor.layout == torch.strided and not tensor.is_nested:
+            address, count = tensor.data_ptr(), tensor.numel()
+            last = count - 1
+            if count and not tensor.is_contiguous():
+                last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            end = (tensor.storage_offset() + last + 1) * tensor.element_size()
+            if not count or (address and end <= storage.nbytes()):
+                return address
+    except (RuntimeError, ValueError):  # transforms, tracers and lazy parameters have no address to ask for
+        raise memory_refusal(name, tensor) from None
+    raise memory_refusal(name, tensor)
+
+
+def check_memory(name: str, tensor: object) -> torch.Tensor:
+    """Returns ``tensor`` if it is a tensor whose elements all lie in dense memory; raises TypeError otherwise."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    memory_address(name, tensor)
+    return tensor
+
+
 def _check_device(name: str, tensor: torch.Tensor, devices: tuple[str, ...]) -> None:
-    if tensor.device.type in devices:
+    if tensor.is_cpu or tensor.device.type in devices:
         return
     if devices == ("cpu",):
         raise ValueError(
@@ -144,19 +181,30 @@ def _check_device(name: str, tensor: torch.Tensor, devices: tuple[str, ...]) -> 
     raise ValueError(f"{name} must be on the CPU or a CUDA device, got device {tensor.device}")
 
 
-def check_floats(name: str, tensor: object, devices: tuple[str, ...] = ("cpu",)) -> torch.Tensor:
-    """Returns ``tensor`` if it is dense, real and floating-point on one of ``devices``; raises an error otherwise."""
+def check_floats(
+    name: str, tensor: object, devices: tuple[str, ...] = ("cpu",), may_be_negated: bool = False
+) -> torch.Tensor:
+    """Returns ``tensor`` if it is dense, real and floating-point on one of ``devices``; raises an error otherwise.
+
+    ``devices`` begins with the CPU. A lazily negated view, whose memory holds other values, needs ``may_be_negated``.
+    """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}; call .to_dense() first")
-    if tensor.dtype not in DTYPE_NUMBERS:
-        hint = "; view it as real with torch.view_as_real" if tensor.is_complex() else ""
-        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}{hint}")
-    _check_device(name, tensor, devices)
-    if tensor.is_neg():
-        raise ValueError(f"{name} is a lazily negated view, whose memory holds other values; call .resolve_neg() first")
+    _floats_address(name, tensor, devices)
+    if tensor.is_neg() and not may_be_negated:
+        raise _negated(name)
     return tensor
+
+
+def _floats_address(name: str, tensor: torch.Tensor, devices: tuple[str, ...]) -> int:
+    if tensor.dtype not in DTYPE_NUMBERS:
+        raise dtype_refusal(name, tensor.dtype)
+    _check_device(name, tensor, devices)
+    return memory_address(name, tensor)
+
+
+def _negated(name: str) -> ValueError:
+    return ValueError(f"{name} is a lazily negated view, whose memory holds other values; call .resolve_neg() first")
 
 
 def check_packet(packet: object, devices: tuple[str, ...] = ("cpu",)) -> torch.Tensor:
@@ -168,16 +216,19 @@ def check_packet(packet: object, devices: tuple[str, ...] = ("cpu",)) -> torch.T
     if packet.dtype != torch.uint8 or packet.dim() != 1:
         raise TypeError(f"packet must be a 1-D uint8 tensor, got {packet.dim()}-D {packet.dtype}")
     _check_device("packet", packet, devices)
+    memory_address("packet", packet)
     return packet.contiguous()
 
 
 def _source(values: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, int, int, int]:
     """Checks ``values`` and ``residual`` and returns (address, dtype, count, residual address)."""
-    check_floats("values", values)
+    address = _floats_address("values", values, ("cpu",))
     if not values.is_contiguous():
         raise ValueError("values must be contiguous")
+    if values.is_neg():
+        raise _negated("values")
     if residual is None:
-        return values.data_ptr(), DTYPE_NUMBERS[values.dtype], values.numel(), 0
+        return address, DTYPE_NUMBERS[values.dtype], values.numel(), 0
     if (
         residual.dtype != torch.float32
         or residual.numel() != values.numel()
@@ -190,7 +241,7 @@ def _source(values: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, i
         )
     if values.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"values must be float32 or float64 where a residual is added, got {values.dtype}")
-    return values.data_ptr(), DTYPE_NUMBERS[values.dtype], values.numel(), residual.data_ptr()
+    return address, DTYPE_NUMBERS[values.dtype], values.numel(), memory_address("residual", residual)
 
 
 def _sample_address(sample: torch.Tensor | None) -> int:
@@ -206,7 +257,7 @@ def _sample_address(sample: torch.Tensor | None) -> int:
             f"sample must be contiguous float64 of {SAMPLE_NUMBERS} elements on the CPU, got {sample.dtype} of "
             f"{sample.numel()} on {sample.device}"
         )
-    return sample.data_ptr()
+    return memory_address("sample", sample)
 
 
 def record_bytes(dtype: torch.dtype) -> int:
@@ -252,8 +303,8 @@ def histogram_entropy(
 def sample_indices(count: int, fraction: float, seed: int) -> torch.Tensor:
     """Returns the int64 indices that the entropy estimate samples in a tensor of ``count`` elements."""
     size = _C.sample_size(count, fraction)
-    indices = torch.empty(size, dtype=torch.int64)
-    _C.sample_indices(size, count, seed, indices.data_ptr())
+    indices = torch.empty(size, dtype=torch.int64, device=CPU)
+    _C.sample_indices(size, count, seed, memory_address("indices", indices))
     return indices
 
 
@@ -279,22 +330,26 @@ def nearest_static_table(coding: Coding, num_bits: int, k: float) -> int:
 
 def is_usable(quantizer: Quantizer, dtype: torch.dtype) -> bool:
     """Returns whether the grid's arithmetic can represent the values; if not, they travel raw."""
+    if dtype not in DTYPE_NUMBERS:
+        raise dtype_refusal("values", dtype)
     return _C.is_usable(quantizer, DTYPE_NUMBERS[dtype])
 
 
 def quantize(values: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     """Returns the int32 symbols of ``values``, in their shape."""
     values = check_floats("tensor", values).contiguous()
-    symbols = torch.empty(values.shape, dtype=torch.int32)
-    _C.quantize(values.data_ptr(), DTYPE_NUMBERS[values.dtype], values.numel(), quantizer, symbols.data_ptr())
+    symbols = torch.empty(values.shape, dtype=torch.int32, device=CPU)
+    source, target = memory_address("values", values), memory_address("symbols", symbols)
+    _C.quantize(source, DTYPE_NUMBERS[values.dtype], values.numel(), quantizer, target)
     return symbols
 
 
 def dequantize(symbols: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype) -> torch.Tensor:
     """Returns the values of int32 symbols, in their shape."""
-    symbols = symbols.contiguous()
-    values = torch.empty(symbols.shape, dtype=dtype)
-    _C.dequantize(symbols.data_ptr(), symbols.numel(), quantizer, DTYPE_NUMBERS[dtype], values.data_ptr())
+    symbols = check_memory("symbols", symbols).contiguous()
+    values = torch.empty(symbols.shape, dtype=dtype, device=CPU)
+    source, target = memory_address("symbols", symbols), memory_address("values", values)
+    _C.dequantize(source, symbols.numel(), quantizer, DTYPE_NUMBERS[dtype], target)
     return values
 
 
@@ -311,8 +366,9 @@ def encode(
             raise TypeError(f"all segments must have one dtype, got {values.dtype} beside {DTYPES[dtype]}")
         described.append((address, count, residual_address, quantizer, _sample_address(sample)))
     capacity = _C.encode_bound(described, dtype, shape, checksum, steps)
-    out = torch.empty(capacity, dtype=torch.uint8)
-    size = _C.encode(described, inv_scale, dtype, shape, checksum, steps, num_threads, out.data_ptr(), capacity)
+    out = torch.empty(capacity, dtype=torch.uint8, device=CPU)
+    target = memory_address("the packet", out)
+    size = _C.encode(described, inv_scale, dtype, shape, checksum, steps, num_threads, target, capacity)
     return out[:size]
 
 
@@ -329,7 +385,7 @@ class ParsedPacket(NamedTuple):
 
 def parse(packet: torch.Tensor) -> ParsedPacket:
     """Checks a packet's metadata and returns it; raises ``PacketError``."""
-    parsed = _C.parse(packet.data_ptr(), packet.numel())
+    parsed = _C.parse(memory_address("packet", packet), packet.numel())
     return ParsedPacket(
         DTYPES[parsed["dtype"]],
         tuple(parsed["dims"]),
@@ -363,7 +419,7 @@ def front_bytes(header: torch.Tensor, packet_bytes: int) -> int:
         header: the packet's first ``PACKET_HEADER_BYTES`` bytes, uint8 on the CPU.
         packet_bytes: size of the whole packet, which bounds that of the front.
     """
-    return _C.front_bytes(header.data_ptr(), header.numel(), packet_bytes)
+    return _C.front_bytes(memory_address("header", header), header.numel(), packet_bytes)
 
 
 def parse_front(front: torch.Tensor, packet_bytes: int) -> PacketFront:
@@ -375,7 +431,7 @@ def parse_front(front: torch.Tensor, packet_bytes: int) -> PacketFront:
         front: the packet's first :func:`front_bytes` bytes, uint8 on the CPU.
         packet_bytes: size of the whole packet.
     """
-    parsed = _C.parse_front(front.data_ptr(), front.numel(), packet_bytes)
+    parsed = _C.parse_front(memory_address("front", front), front.numel(), packet_bytes)
     shape, records = tuple(parsed["dims"]), _records(parsed["records"])
     return PacketFront(DTYPES[parsed["dtype"]], shape, parsed["steps"], records)
 
@@ -387,29 +443,30 @@ def decode(packet: torch.Tensor, out: torch.Tensor, accumulate: bool, num_thread
     """
     threads = check_num_threads(num_threads)
     dtype = DTYPE_NUMBERS[out.dtype]
-    _C.decode(packet.data_ptr(), packet.numel(), out.data_ptr(), out.numel(), dtype, accumulate, threads)
+    source, target = memory_address("packet", packet), memory_address("out", out)
+    _C.decode(source, packet.numel(), target, out.numel(), dtype, accumulate, threads)
 
 
 def count_symbols(packet: torch.Tensor, segment: int) -> torch.Tensor:
     """Counts a segment's symbols and returns int64 counts[65536]."""
-    counts = torch.zeros(65536, dtype=torch.int64)
-    _C.count_symbols(packet.data_ptr(), packet.numel(), segment, counts.data_ptr())
+    counts = torch.zeros(65536, dtype=torch.int64, device=CPU)
+    _C.count_symbols(memory_address("packet", packet), packet.numel(), segment, memory_address("counts", counts))
     return counts
 
 
 def code_lengths(counts: torch.Tensor, limit: int) -> torch.Tensor:
     """Returns the uint8 lengths of an optimal code whose codewords have at most ``limit`` bits."""
     counts = counts.to(torch.int64).contiguous()
-    lengths = torch.empty(counts.numel(), dtype=torch.uint8)
-    _C.code_lengths(counts.data_ptr(), counts.numel(), limit, lengths.data_ptr())
+    lengths = torch.empty(counts.numel(), dtype=torch.uint8, device=CPU)
+    _C.code_lengths(memory_address("counts", counts), counts.numel(), limit, memory_address("lengths", lengths))
     return lengths
 
 
 def canonical_codes(lengths: torch.Tensor) -> torch.Tensor:
     """Returns the int32 codewords, LSB first."""
     lengths = lengths.to(torch.uint8).contiguous()
-    codes = torch.empty(lengths.numel(), dtype=torch.int16)
-    _C.canonical_codes(lengths.data_ptr(), lengths.numel(), codes.data_ptr())
+    codes = torch.empty(lengths.numel(), dtype=torch.int16, device=CPU)
+    _C.canonical_codes(memory_address("lengths", lengths), lengths.numel(), memory_address("codes", codes))
     return codes.to(torch.int32) & 0xFFFF
 
 
@@ -444,8 +501,8 @@ def static_tables() -> list[tuple[int, Coding, int, list[int]]]:
 
 def checksum(data: torch.Tensor) -> int:
     """Returns the packet checksum of a uint8 tensor."""
-    data = data.contiguous()
-    return _C.checksum(data.data_ptr(), data.numel())
+    data = check_memory("data", data).contiguous()
+    return _C.checksum(memory_address("data", data), data.numel())
 
 
 def divide_to_bfloat(values: torch.Tensor, divisor: int, out: torch.Tensor) -> None:
@@ -463,7 +520,8 @@ def divide_to_bfloat(values: torch.Tensor, divisor: int, out: torch.Tensor) -> N
             f"values must be float32 and out bfloat16, of one size, got {values.numel()} of {values.dtype} and "
             f"{out.numel()} of {out.dtype}"
         )
-    _C.divide_to_bfloat(values.data_ptr(), values.numel(), divisor, out.data_ptr(), torch.get_num_threads())
+    source, target = memory_address("values", values), memory_address("out", out)
+    _C.divide_to_bfloat(source, values.numel(), divisor, target, torch.get_num_threads())
 
 
 def log2_fixed(v: int) -> int:

@@ -3,7 +3,7 @@
 import torch
 
 from qcomm.codec import _native, packet_cuda
-from qcomm.codec._native import measure
+from qcomm.codec._native import CPU, measure
 from qcomm.codec._native_cuda import is_on_device
 from qcomm.codec.grids import RangeGrid
 
@@ -40,7 +40,9 @@ def estimate_entropy(tensor: torch.Tensor, num_bits: int = 4, sample_fraction: f
         if finite and lo < hi:
             sample = packet_cuda.sample(values, sample_fraction, seed).cpu()
             return _native.histogram_entropy(sample, None, 1.0, lo, hi, num_bits, 1.0, 0, 1)
-        values = values.reshape(-1)[:1].cpu() if finite else torch.tensor([torch.nan])
+        values = (
+            values.reshape(-1)[:1].cpu() if finite else torch.full((1,), torch.nan, dtype=torch.float32, device=CPU)
+        )
     stats = measure(values)
     if not stats.finite:
         raise ValueError("tensor must be finite: NaN or infinity has no place in a histogram")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from qcomm.codec import _native, packet_cuda
-from qcomm.codec._native import NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, Segment, measure
+from qcomm.codec._native import CPU, NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, Segment, measure
 from qcomm.codec.grids import Grid, SigmaGrid
 from qcomm.codec.quantize import plan
 from qcomm.errors import PacketError
@@ -74,9 +74,8 @@ def compress(
         >>> packet.numel() < 4 * 100_000 / 12, restored.shape
         (True, torch.Size([100000]))
     """
-    if isinstance(tensor, torch.Tensor):
-        tensor = tensor.resolve_neg()
-    values = _native.check_floats("tensor", tensor, devices=("cpu", "cuda")).detach().contiguous()
+    values = _native.check_floats("tensor", tensor, devices=("cpu", "cuda"), may_be_negated=True)
+    values = values.detach().resolve_neg().contiguous()
     if values.is_cuda:
         _native.check_num_threads(num_threads)
         return packet_cuda.compress(values, grid, checksum, check_block_steps(block_steps, values.numel()))
@@ -114,7 +113,7 @@ def decompress(packet: torch.Tensor, *, num_threads: int = 1) -> torch.Tensor:
         return packet_cuda.decompress(packet)
     parsed = _native.parse(packet)
     try:
-        out = torch.empty(parsed.shape, dtype=parsed.dtype)
+        out = torch.empty(parsed.shape, dtype=parsed.dtype, device=CPU)
     except RuntimeError as error:  # a constant packet of 80 bytes may claim terabytes
         raise PacketError(f"no memory for the tensor of shape {parsed.shape} that the packet claims to hold") from error
     _native.decode(packet, out, accumulate=False, num_threads=num_threads)

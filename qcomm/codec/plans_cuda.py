@@ -125,7 +125,7 @@ def address(tensor: torch.Tensor | None, element: int = 0) -> int:
         >>> address(None)
         0
     """
-    return 0 if tensor is None else tensor.data_ptr() + element * tensor.element_size()
+    return 0 if tensor is None else _native.memory_address("tensor", tensor) + element * tensor.element_size()
 
 
 def own_code_bits(grid: Grid, has_residual: bool = False) -> int:

@@ -6,6 +6,7 @@ import torch
 
 from qcomm.codec import _native
 from qcomm.codec._native import (
+    CPU,
     MAX_CODED_BITS,
     NO_TABLE,
     RUNS_BITS,
@@ -93,7 +94,9 @@ def _plan_sigma(
 
 
 def _in_arithmetic(step: float, dtype: torch.dtype) -> float:
-    return step if dtype == torch.float64 else float(torch.tensor(step, dtype=torch.float64).to(torch.float32))
+    return (
+        step if dtype == torch.float64 else float(torch.tensor(step, dtype=torch.float64, device=CPU).to(torch.float32))
+    )
 
 
 def _code_runs(step: float, dtype: torch.dtype) -> Quantizer | None:
@@ -213,7 +216,7 @@ def dequantize(symbols: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype =
         >>> dequantize(symbols, quantizer)
         tensor([0.0000, 0.3333, 1.0000])
     """
-    if symbols.dtype != torch.int32:
+    if _native.check_memory("symbols", symbols).dtype != torch.int32:
         raise TypeError(f"symbols must be int32, got {symbols.dtype}")
     if dtype not in _native.DTYPE_NUMBERS:
         raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qcomm.codec import Grid, SigmaGrid
+from qcomm.codec import CPU, Grid, SigmaGrid, check_memory
 from qcomm.collectives.layout import BucketLayout, Piece, TensorSpec
 
 __all__ = ["MAX_FEEDBACK_STEP", "ErrorFeedback", "check_equilibrium"]
@@ -26,7 +26,6 @@ __all__ = ["MAX_FEEDBACK_STEP", "ErrorFeedback", "check_equilibrium"]
 # Below sqrt(12), where a step has 18 times the gradient's RMS: a little more and it has 30, then 70.
 MAX_FEEDBACK_STEP = 3.4
 FORMAT = 2
-CPU = torch.device("cpu")
 
 
 class Residuals(NamedTuple):
@@ -127,7 +126,7 @@ class ErrorFeedback:
         self._local_rms.pop(key, None)
         residual = self._local.get(key)
         if residual is None:
-            residual = self._local[key] = torch.zeros(numel, device=device)
+            residual = self._local[key] = torch.zeros(numel, dtype=torch.float32, device=device)
         elif residual.device != device:  # a checkpoint's
             residual = self._local[key] = residual.to(device)
         if residual.numel() != numel:
@@ -141,7 +140,7 @@ class ErrorFeedback:
         self._owner_rms.pop(key, None)  # the caller may change it
         known = self._owner.get(key)
         if known is None:
-            known = self._owner[key] = start, torch.zeros(length, device=device)
+            known = self._owner[key] = start, torch.zeros(length, dtype=torch.float32, device=device)
         elif known[1].device != device:
             known = self._owner[key] = known[0], known[1].to(device)
         if known[0] != start or known[1].numel() != length:
@@ -378,3 +377,4 @@ def _check_rms(rms: Mapping[str, Any]) -> None:
 def _check_residual(key: str, residual: object) -> None:
     if not isinstance(residual, torch.Tensor) or residual.dtype != torch.float32 or residual.dim() != 1:
         raise ValueError(f"state is damaged: the residual of {key!r} must be a 1-D float32 tensor")
+    check_memory(f"the residual of {key!r}", residual)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from qcomm.codec import DTYPE_NUMBERS, is_on_device
+from qcomm.codec import DTYPE_NUMBERS, check_memory, is_on_device
 from qcomm.collectives import BucketLayout, ReduceOptions, TensorSpec
 from qcomm.communicator import Fields
 from qcomm.ddp.warm_up import WarmUp
@@ -173,3 +173,4 @@ def _check_buffer(buffer: torch.Tensor, parameters: Sequence[torch.Tensor]) -> N
         raise TypeError(f"gradients must be float32, float16, bfloat16 or float64, got {buffer.dtype}")
     if buffer.device.type not in ("cpu", "cuda"):
         raise ValueError(f"gradients must be on the CPU or a CUDA device, got device {buffer.device}")
+    check_memory("the bucket's buffer", buffer)

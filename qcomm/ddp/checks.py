@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from qcomm.codec import DTYPE_NUMBERS, core
+from qcomm.codec import DTYPE_NUMBERS, check_memory, core
 
 __all__ = ["check_grad_scale", "check_hook_options", "check_model", "check_scale"]
 
@@ -66,6 +66,7 @@ def _check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
         )
     if parameter.device.type not in ("cpu", "cuda"):
         raise ValueError(f"parameter {name!r} must be on the CPU or a CUDA device, got {parameter.device}")
+    check_memory(f"parameter {name!r}", parameter)
     if parameter.is_cuda:
         core()
     if hasattr(parameter, "_in_backward_optimizers"):

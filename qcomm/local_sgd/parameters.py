@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from qcomm.codec import DTYPE_NUMBERS, check_floats
+from qcomm.codec import DTYPE_NUMBERS, check_floats, check_memory
 
 __all__ = ["Params", "check_averageable", "check_writable", "described", "floating_buffers", "named_tensors"]
 
@@ -80,12 +80,11 @@ def check_writable(name: str, tensor: object) -> None:
             ...
         ValueError: 'weight' must not be expanded: several of its elements share one place in memory
     """
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name!r} must be a torch.Tensor, got {type(tensor).__name__}")
-    if is_lazy(tensor):
+    if isinstance(tensor, torch.Tensor) and is_lazy(tensor):
         raise ValueError(f"{name!r} has no shape yet: run the model once first")
-    if tensor.layout != torch.strided or tensor.device.type != "cpu":
-        raise ValueError(f"{name!r} must be a dense tensor on the CPU, got {tensor.layout} on {tensor.device}")
+    tensor = check_memory(repr(name), tensor)
+    if not tensor.is_cpu:
+        raise ValueError(f"{name!r} must be a dense tensor on the CPU, got one on {tensor.device}")
     if tensor.is_inference():
         raise ValueError(f"{name!r} must not be an inference tensor; clone it outside inference mode")
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qcomm.codec import measure
+from qcomm.codec import CPU, check_memory, measure
 from qcomm.collectives import (
     BucketLayout,
     ErrorFeedback,
@@ -247,7 +247,9 @@ def _flatten(entries: Sequence[_Entry]) -> torch.Tensor:
         FloatingPointError: naming the tensor with a value that is not finite. Buffers may hold infinities, as masks do.
     """
     wide = any(entry.tensor.dtype == torch.float64 for entry in entries)
-    flat = torch.empty(sum(entry.spec.numel for entry in entries), dtype=torch.float64 if wide else torch.float32)
+    flat = torch.empty(
+        sum(entry.spec.numel for entry in entries), dtype=torch.float64 if wide else torch.float32, device=CPU
+    )
     with torch.no_grad():
         for entry in entries:
             part = _part(entry, flat)
@@ -288,5 +290,7 @@ def _check_saved(state: Mapping[str, Any]) -> None:
     anchor = state["anchor"]
     if not isinstance(anchor, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in anchor.values()):
         raise ValueError("state_dict is damaged: anchor must hold the tensors of the last common weights by name")
+    for name, tensor in anchor.items():
+        check_memory(f"the anchor of {name!r}", tensor)
     if not isinstance(state["identity"], str) or (state["identity"] == NO_ANCHOR) != (not anchor):
         raise ValueError("state_dict is damaged: the anchor's identity does not fit the anchor")

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from qcomm.codec import DTYPE_NUMBERS, Grid, compress, decode_into
+from qcomm.codec import CPU, DTYPE_NUMBERS, Grid, check_memory, compress, decode_into
 from qcomm.errors import PacketError
 
 __all__ = ["pack_state", "packed_size_limit", "unpack_state"]
@@ -35,6 +35,7 @@ MAGIC = b"QCOMMSD1"
 PREAMBLE = struct.Struct("<8sQ")
 CRC = struct.Struct("<I")
 ALIGNMENT = 8
+ADDRESSED_DEVICES = ("cpu", "cuda", "meta")
 MAX_DEPTH = 64
 DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -70,9 +71,9 @@ def pack_state(
     size = parts[0].numel()
     for payload in packer.payloads:
         padding = -size % ALIGNMENT
-        parts += [torch.zeros(padding, dtype=torch.uint8), payload]
+        parts += [torch.zeros(padding, dtype=torch.uint8, device=CPU), payload]
         size += padding + payload.numel()
-    whole = torch.cat([*parts, torch.zeros(CRC.size, dtype=torch.uint8)])
+    whole = torch.cat([*parts, torch.zeros(CRC.size, dtype=torch.uint8, device=CPU)])
     whole[size:] = _bytes(CRC.pack(zlib.crc32(whole[:size].numpy().data)))
     return whole
 
@@ -167,19 +168,20 @@ class _Packer:
 
     def _add(self, tensor: torch.Tensor, path: tuple[object, ...]) -> int:
         """Returns the number of a tensor, new or known, because tied weights occur several times."""
+        # Memory of other devices may have no address before it is copied.
+        readable = tensor if tensor.device.type in ADDRESSED_DEVICES else tensor.cpu()
+        check_memory(_shown(path), readable)
         name = str(tensor.dtype).removeprefix("torch.")
-        if name not in DTYPES or tensor.layout != torch.strided or tensor.device.type == "meta":
-            raise TypeError(
-                f"{_shown(path)} must be a dense tensor with values, of a dtype among {sorted(DTYPES)}, got "
-                f"{tensor.dtype}, {tensor.layout} on {tensor.device}"
-            )
+        if name not in DTYPES:
+            hint = "; call .dequantize() first" if tensor.is_quantized else ""
+            raise TypeError(f"{_shown(path)} must have a dtype among {sorted(DTYPES)}, got {tensor.dtype}{hint}")
         kept = any(fnmatchcase(".".join(map(str, path)), pattern) for pattern in self._lossless)
         identity = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.is_neg(), tensor.is_conj()
         if tensor.numel() and identity in self._known:
             number = self._known[identity]
             if not (kept and self.records[number]["coding"] == "packet"):
                 return number
-        values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        values = readable.detach().resolve_conj().resolve_neg().cpu().contiguous()
         packed = not kept and tensor.dtype in DTYPE_NUMBERS and tensor.numel() >= self._min_elements
         if packed:
             payload = compress(values, self._grid, num_threads=self._num_threads)
@@ -225,7 +227,7 @@ class _Record:
     def read(self, payload: torch.Tensor, num_threads: int) -> torch.Tensor:
         """Reads the tensor in ``payload``."""
         try:
-            tensor = torch.empty(self.shape, dtype=self.dtype)
+            tensor = torch.empty(self.shape, dtype=self.dtype, device=CPU)
         except (RuntimeError, TypeError) as error:  # a constant packet of 80 bytes may claim terabytes
             raise PacketError(f"no memory for tensor {self.number}, which claims the shape {self.shape}") from error
         if not self.is_packet:
