@@ -146,7 +146,7 @@ def _run(options: BenchOptions) -> None:
 def _profile(options: BenchOptions, transport: Transport, values: torch.Tensor) -> Profile:
     """Measures codec and links while all ranks work, and returns the slowest of each."""
     world_size, rank, node = transport.world_size, transport.rank, options.ranks_per_node
-    transport.exchange_small([torch.zeros(1)] * world_size, "beginning together")
+    transport.exchange_small([torch.zeros(1, dtype=torch.float32)] * world_size, "beginning together")
     codec = measure_codec(values, options.chosen_grid, options.threads, options.repeats)
     size = max(1, int(options.message_mib * MIB))
     link = measure_link(transport, range(rank % node, world_size, node), size, options.repeats)
@@ -162,9 +162,9 @@ def _values(data: str, mib: float, rank: int) -> torch.Tensor:
         count = max(1, int(mib * MIB / 4))
         generator = torch.Generator().manual_seed(rank)
         if data == "gauss":
-            return torch.randn(count, generator=generator)
-        magnitudes = torch.empty(count).exponential_(generator=generator)
-        return magnitudes * (1 - 2 * torch.randint(2, (count,), generator=generator))
+            return torch.randn(count, generator=generator, dtype=torch.float32)
+        magnitudes = torch.empty(count, dtype=torch.float32).exponential_(generator=generator)
+        return magnitudes * (1 - 2 * torch.randint(2, (count,), generator=generator, dtype=torch.int64))
     try:
         loaded = torch.load(data, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 
 import torch
 
+from qcomm.codec import CPU
 from qcomm.collectives.packing import measure_tensors, pack_chunk, scatter_chunk, size_limit, unpack
 from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
@@ -57,7 +58,7 @@ def _decode(task: MeanTask, packets: Sequence[torch.Tensor], rank: int) -> None:
     task.telemetry.mark(task.index, "decode")
     layout = task.layout
     with task.telemetry.timed("decode_seconds"):
-        mean = torch.empty(layout.elements, dtype=task.wire_dtype)
+        mean = torch.empty(layout.elements, dtype=task.wire_dtype, device=CPU)
         for sender, packet in enumerate(packets):
             unpack(packet, mean, sender, accumulate=sender > 0, num_threads=task.options.num_threads)
         mean.div_(layout.world_size)

@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 import torch
 
-from qcomm.codec import Grid, Quantizer, Segment, measure
+from qcomm.codec import CPU, Grid, Quantizer, Segment, measure
 from qcomm.collectives.exact_sum_grid import RECORD_FIELDS, SharedGrid, Summary, lossless_quantizer, share, summarize
 from qcomm.collectives.packing import (
     Measured,
@@ -120,14 +120,14 @@ def _measure(task: MeanTask) -> _Own:
             statistics = measure(values, residual, inv_scale)
             task.telemetry.add(nonfinite_tensors=not statistics.finite)
             records.append(summarize(statistics, task.options.grid_of(tensor), values, residual, inv_scale))
-        record = torch.tensor(records, dtype=torch.float64).flatten()
+        record = torch.tensor(records, dtype=torch.float64, device=CPU).flatten()
         return own._replace(summary=pack([Segment(record, Quantizer.raw())])) if records else own
 
 
 def _share(task: MeanTask, packets: Sequence[torch.Tensor]) -> list[SharedGrid]:
     """Returns the grids of all tensors, the same on every rank; those that are not compressed have none."""
     layout, numbers = task.layout, _compressed(task)
-    records = torch.empty(len(packets), len(numbers), RECORD_FIELDS, dtype=torch.float64)
+    records = torch.empty(len(packets), len(numbers), RECORD_FIELDS, dtype=torch.float64, device=CPU)
     for sender, packet in enumerate(packets):
         unpack(packet, records[sender].view(-1), sender)
     grids = [SharedGrid()] * len(layout.tensors)
@@ -182,7 +182,7 @@ def _add_chunk(task: MeanTask, rank: int, grids: Sequence[SharedGrid], packets: 
     """Returns the packet of the sum over all ranks of this rank's chunk."""
     task.telemetry.mark(task.index, "reduce")
     chunk = task.layout.chunks[rank]
-    total = torch.empty(chunk.count, dtype=task.wire_dtype)
+    total = torch.empty(chunk.count, dtype=task.wire_dtype, device=CPU)
     with task.telemetry.timed("decode_seconds"):
         for sender, packet in enumerate(packets):
             unpack(packet, total, sender, accumulate=sender > 0, num_threads=task.options.num_threads)
@@ -209,7 +209,7 @@ def _decode_means(task: MeanTask, packets: Sequence[torch.Tensor]) -> None:
     layout = task.layout
     with task.telemetry.timed("decode_seconds"):
         for owner, (chunk, packet) in enumerate(zip(layout.chunks, packets, strict=True)):
-            values = torch.empty(chunk.count, dtype=task.wire_dtype)
+            values = torch.empty(chunk.count, dtype=task.wire_dtype, device=CPU)
             unpack(packet, values, owner, num_threads=task.options.num_threads)
             values.div_(layout.world_size)
             if task.scale != 1.0:

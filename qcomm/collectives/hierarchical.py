@@ -41,7 +41,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from qcomm.codec import Coding, Quantizer, Segment, measure
+from qcomm.codec import CPU, Coding, Quantizer, Segment, measure
 from qcomm.collectives.layout import Chunk, Piece
 from qcomm.collectives.packing import (
     Measured,
@@ -153,7 +153,7 @@ def _split(task: MeanTask, place: _Place) -> list[torch.Tensor]:
     parts = []
     for local in range(place.ranks_per_node):
         chunks = place.slice_of(task, local)
-        part = torch.empty(_elements(chunks), dtype=dtype)
+        part = torch.empty(_elements(chunks), dtype=dtype, device=CPU)
         for chunk, into in zip(chunks, part.split([chunk.count for chunk in chunks]), strict=True):
             gather_chunk(values, chunk, into)
         for piece, into in _pieces(chunks, part):
@@ -181,7 +181,7 @@ def _encode_sums(task: MeanTask, place: _Place, received: Sequence[torch.Tensor]
     """
     chunks, dtype = place.slice_of(task, place.local), task.wire_dtype
     with task.telemetry.timed("encode_seconds"):
-        total = torch.empty(_elements(chunks), dtype=dtype)
+        total = torch.empty(_elements(chunks), dtype=dtype, device=CPU)
         for number, (rank, message) in enumerate(zip(place.neighbours, received, strict=True)):
             values = _values(message, dtype, total.numel(), rank)
             if number == 0:
@@ -199,7 +199,7 @@ def _reduce_chunk(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]
     task.telemetry.mark(task.index, "reduce")
     layout = task.layout
     chunk = layout.chunks[place.own_chunk]
-    mean = torch.empty(chunk.count, dtype=task.wire_dtype)
+    mean = torch.empty(chunk.count, dtype=task.wire_dtype, device=CPU)
     with task.telemetry.timed("decode_seconds"):
         for number, (rank, packet) in enumerate(zip(place.row, packets, strict=True)):
             unpack(packet, mean, rank, accumulate=number > 0, num_threads=task.options.num_threads)
@@ -235,7 +235,7 @@ def _decode_slice(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]
     task.telemetry.mark(task.index, "decode")
     chunks = place.slice_of(task, place.local)
     with task.telemetry.timed("decode_seconds"):
-        means = torch.empty(_elements(chunks), dtype=task.wire_dtype)
+        means = torch.empty(_elements(chunks), dtype=task.wire_dtype, device=CPU)
         parts = means.split([chunk.count for chunk in chunks])
         for rank, packet, part in zip(place.row, packets, parts, strict=True):
             unpack(packet, part, rank, num_threads=task.options.num_threads)

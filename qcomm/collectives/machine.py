@@ -12,7 +12,7 @@ from dataclasses import astuple
 
 import torch
 
-from qcomm.codec import Grid, Segment
+from qcomm.codec import CPU, Grid, Segment
 from qcomm.collectives.cost_model import CodecProfile, LinkProfile, Profile
 from qcomm.collectives.packing import choose, pack, unpack
 from qcomm.errors import CollectiveError
@@ -40,7 +40,8 @@ def measure_codec(values: torch.Tensor, grid: Grid, num_threads: int = 1, repeat
         >>> measure_codec(torch.randn(10_000), SigmaGrid(1.0), repeats=3).ratio > 10
         True
     """
-    residual, decoded, packet = torch.zeros_like(values), torch.empty_like(values), torch.empty(0)
+    residual, decoded = torch.zeros_like(values), torch.empty_like(values)
+    packet = torch.empty(0, dtype=torch.uint8, device=CPU)
     encode_seconds, decode_seconds = [], []
     for _ in range(repeats + 1):
         residual.zero_()
@@ -80,9 +81,9 @@ def measure_link(transport: Transport, members: Sequence[int], message_bytes: in
     rounds = [(members[(own + d) % count], members[(own - d) % count]) for d in range(1, count)]
 
     def exchange(nbytes: int) -> float:
-        outgoing = [torch.full((nbytes,), transport.rank % 256, dtype=torch.uint8)] * transport.world_size
-        incoming = [torch.empty(nbytes, dtype=torch.uint8) for _ in range(transport.world_size)]
-        ready = [torch.zeros(1)] * transport.world_size
+        outgoing = [torch.full((nbytes,), transport.rank % 256, dtype=torch.uint8, device=CPU)] * transport.world_size
+        incoming = [torch.empty(nbytes, dtype=torch.uint8, device=CPU) for _ in range(transport.world_size)]
+        ready = [torch.zeros(1, dtype=torch.float32, device=CPU)] * transport.world_size
         transport.exchange_small(ready, "beginning a measurement")
         begin = time.perf_counter()
         for target, source in rounds:
@@ -108,6 +109,7 @@ def slowest(transport: Transport, profile: Profile) -> Profile:
     own = torch.tensor(
         [*astuple(profile.link), *astuple(profile.codec), *(astuple(inside) if inside else (1.0, 1.0))],
         dtype=torch.float64,
+        device=CPU,
     )
     every = torch.stack(transport.exchange_small([own] * transport.world_size, "comparing measurements"))
     least, most = every.amin(0).tolist(), every.amax(0).tolist()

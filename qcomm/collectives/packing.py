@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from qcomm.codec import (
+    CPU,
     SAMPLE_NUMBERS,
     Code,
     Coding,
@@ -114,7 +115,7 @@ class Samples:
         """Returns the segment of tensor ``number``, with memory for a sample where encoding takes one."""
         if segment.quantizer.coding != Coding.RUNS:
             return segment
-        sample = torch.zeros(SAMPLE_NUMBERS, dtype=torch.float64)
+        sample = torch.zeros(SAMPLE_NUMBERS, dtype=torch.float64, device=CPU)
         self._found.setdefault(number, []).append(sample)
         return segment._replace(sample=sample)
 
@@ -182,7 +183,7 @@ def pack(segments: Sequence[Segment], inv_scale: float = 1.0, num_threads: int =
 
 def no_bytes() -> torch.Tensor:
     """Returns the empty message, which stands for no packet."""
-    return torch.empty(0, dtype=torch.uint8)
+    return torch.empty(0, dtype=torch.uint8, device=CPU)
 
 
 def unpack(

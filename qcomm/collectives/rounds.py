@@ -21,6 +21,7 @@ from typing import NoReturn, ParamSpec, TypeVar
 
 import torch
 
+from qcomm.codec import CPU
 from qcomm.collectives.packing import no_bytes
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.uncompressed_values import Bypassing
@@ -158,7 +159,7 @@ class Rounds:
         with task.telemetry.timed("communication_seconds"):
             sizes = self._finish(self._start(phase, [packet.numel() for packet in packets], limits)).sizes
             incoming = [
-                packets[rank] if rank == self.rank else torch.empty(size, dtype=torch.uint8)
+                packets[rank] if rank == self.rank else torch.empty(size, dtype=torch.uint8, device=CPU)
                 for rank, size in enumerate(sizes)
             ]
             traffic = self._communicator.exchange(packets, incoming, phase)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from qcomm.codec import Code, Coding, GridKind, Quantizer, Segment, encode
+from qcomm.codec import CPU, Code, Coding, GridKind, Quantizer, Segment, encode
 from qcomm.collectives.error_feedback import NO_RESIDUALS
 from qcomm.collectives.layout import BucketLayout, Chunk, Piece
 from qcomm.collectives.packing import (
@@ -87,7 +87,7 @@ class MeanSteps:
         task, layout = self._task, self._task.layout
         self._values = task.buffer.to(self._plan.wire_dtype)
         largest = max([chunk.count for part in self._plan.slices for chunk in part])
-        self._scratch = torch.empty(largest, dtype=self._plan.wire_dtype)
+        self._scratch = torch.empty(largest, dtype=self._plan.wire_dtype, device=CPU)
         if task.feedback is not None:
             self._residuals = task.feedback.for_two_phase(layout, self.rank)
         self._own_pieces = {piece.tensor: piece for piece in layout.chunks[self.rank].pieces}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from qcomm.codec import CPU
 from qcomm.collectives import BucketLayout, MeanTask, Telemetry
 from qcomm.communicator import Communicator, Fault, Fields, Phase
 
@@ -85,7 +86,7 @@ class AgreedNumbers:
         dist.all_reduce(numbers, op=operation, group=group)
         self._host, self._event = numbers, None
         if numbers.is_cuda:
-            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True, device=CPU)
             self._host.copy_(numbers, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()

@@ -135,7 +135,12 @@ class Handshake:
     ) -> None:
         self._transport, self._phase, self._fields, self._limits, self._fault = transport, phase, fields, limits, fault
         code = fault.phase if fault else 0
-        headers = [torch.tensor([MAGIC, sequence, phase, code, fields.fingerprint, size, *own_time]) for size in sizes]
+        headers = [
+            torch.tensor(
+                [MAGIC, sequence, phase, code, fields.fingerprint, size, *own_time], dtype=torch.int64, device="cpu"
+            )
+            for size in sizes
+        ]
         self._under_way: list[Exchange] = [transport.start_exchange(headers)]
 
     def finish(self) -> Agreed:

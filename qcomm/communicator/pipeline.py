@@ -78,7 +78,7 @@ class Pipeline:
         """Posts the receives of an exchange; ``limits``: maximum number of bytes in a packet of each rank."""
         posted = self._receives[exchange, slice_number] = []
         for source in self._transport.sources:
-            buffer = torch.empty(HEADER_BYTES + limits[source], dtype=torch.uint8)
+            buffer = torch.empty(HEADER_BYTES + limits[source], dtype=torch.uint8, device="cpu")
             buffer[:HEADER_BYTES] = 0  # memory may hold an earlier header
             transfer = self._start(self._transport.start_receive, source, buffer, exchange, slice_number)
             posted.append((transfer, buffer, limits[source]))
@@ -101,7 +101,9 @@ class Pipeline:
 
     def _message(self, exchange: int, slice_number: int, condition: int, packet: torch.Tensor | None) -> torch.Tensor:
         size = 0 if packet is None else packet.numel()
-        header = torch.tensor([MAGIC, self._sequence, exchange, slice_number, condition, size, 0, 0])
+        header = torch.tensor(
+            [MAGIC, self._sequence, exchange, slice_number, condition, size, 0, 0], dtype=torch.int64, device="cpu"
+        )
         parts = [header.view(torch.uint8)] if packet is None else [header.view(torch.uint8), packet]
         return torch.cat(parts)
 

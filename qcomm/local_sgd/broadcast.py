@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
-from qcomm.codec import Grid, RangeGrid
+from qcomm.codec import CPU, Grid, RangeGrid
 from qcomm.collectives import ReduceOptions, announce_late, no_bytes
 from qcomm.communicator import Communicator, Fault, Fields, Phase, attempt, get_communicator, get_ranks, resolve_group
 from qcomm.errors import PacketError
@@ -133,7 +133,7 @@ def _spread(
     limits = [limit if rank == source else 0 for rank in range(world_size)]
     handshake = communicator.handshake(Phase.ENCODE, fields, [packed.numel()] * world_size, limits, fault)
     size = handshake.finish().sizes[source]
-    whole = packed if own == source else torch.empty(size, dtype=torch.uint8)
+    whole = packed if own == source else torch.empty(size, dtype=torch.uint8, device=CPU)
     cuts = [size * part // world_size for part in range(world_size + 1)]
     parts = [whole[begin:end] for begin, end in pairwise(cuts)]
     nothing = [no_bytes()] * world_size

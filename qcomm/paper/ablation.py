@@ -39,7 +39,7 @@ def _exchange(arm: str, floor: int) -> Exchange:
 
 def shrinkage(num_bits: int, reconstruction: str) -> list[float]:
     """Returns the relative range of 10,000 Gaussian values after 0, 1, ... 100 rounds of compress and decompress."""
-    values = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    values = torch.randn(10_000, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     grid = qcomm.RangeGrid(num_bits=num_bits, reconstruction=reconstruction)
     ranges = [float(values.max() - values.min())]
     for _ in range(ROUNDS):

@@ -57,7 +57,9 @@ def _send_weight(weight: Tensor, exchange: Exchange, generator: torch.Generator)
     if exchange.kind == "decay":
         middle = (quantizer.p0 + quantizer.p1) / 2
         return _to_bytes(middle + (weight - middle) * (1 - 2.0**-quantizer.num_bits))
-    return _to_bytes(weight + (torch.rand(weight.shape, generator=generator) - 0.5) * quantizer.step)
+    return _to_bytes(
+        weight + (torch.rand(weight.shape, generator=generator, dtype=torch.float32) - 0.5) * quantizer.step
+    )
 
 
 def receive(parcel: Parcel, exchange: Exchange) -> Network:
@@ -86,10 +88,13 @@ def gather(parcel: Parcel) -> list[Parcel]:
     Raises:
         RecipeError: a rank announces sizes that no parcel has; raised on all ranks.
     """
-    own = torch.tensor([part.numel() for part in parcel])
+    own = torch.tensor([part.numel() for part in parcel], dtype=torch.int64)
     sizes = [torch.empty_like(own) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, own)
-    most = torch.tensor([FLOAT_BITS // 8 * count for count in (*WEIGHT_COUNTS, BIAS_COUNT)]) + _PACKET_MARGIN
+    most = (
+        torch.tensor([FLOAT_BITS // 8 * count for count in (*WEIGHT_COUNTS, BIAS_COUNT)], dtype=torch.int64)
+        + _PACKET_MARGIN
+    )
     for rank, size in enumerate(sizes):
         if bool((size < 0).any()) or bool((size > most).any()):
             raise RecipeError(

@@ -37,13 +37,13 @@ def initial(init: str, generator: torch.Generator) -> Network:
     """Returns a network with random weights and zero biases; ``init`` as in ``settings.Settings``."""
     network = []
     for inputs, outputs in pairwise(SIZES):
-        weight = torch.empty(outputs, inputs)
+        weight = torch.empty(outputs, inputs, dtype=torch.float32)
         bound = 1 / math.sqrt(inputs)
         if init == "uniform":
             weight.uniform_(-bound, bound, generator=generator)
         else:
             weight.normal_(0.0, _SMALL_DEVIATION if init == "small" else bound / math.sqrt(3), generator=generator)
-        network.append(Layer(weight, torch.zeros(outputs)))
+        network.append(Layer(weight, torch.zeros(outputs, dtype=torch.float32)))
     return network
 
 
@@ -96,7 +96,7 @@ def train_epoch(
     steps = len(data) // batch_size
     if steps == 0:
         raise RecipeError(f"--batch-size is {batch_size}; a worker's {len(data)} training images do not fill one step")
-    order = torch.randperm(len(data), generator=generator)
+    order = torch.randperm(len(data), generator=generator, dtype=torch.int64)
     loss = torch.zeros((), dtype=torch.float64)
     scale = rate / batch_size
     for chosen in order[: steps * batch_size].view(steps, batch_size):

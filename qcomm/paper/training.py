@@ -176,7 +176,9 @@ def gradient_rms(network: Network, images: Tensor, targets: Tensor, batch_size: 
     squares = torch.zeros(LAYERS, dtype=torch.float64)
     batches = list(zip(images.split(batch_size), targets.split(batch_size), strict=True))[:_GRADIENT_BATCHES]
     for batch, wanted in batches:
-        squares += torch.tensor([float(g.weight.square().mean()) for g in gradients(network, batch, wanted)])
+        squares += torch.tensor(
+            [float(g.weight.square().mean()) for g in gradients(network, batch, wanted)], dtype=torch.float32
+        )
     return (squares / len(batches)).sqrt().tolist()
 
 
@@ -190,7 +192,7 @@ def probe(weight: Tensor, generator: torch.Generator) -> list[list[float]]:
     low, high = flat.min(), flat.max()
     if low == high:
         return [[0.0] * len(PROBE_FRACTIONS)] * len(PROBE_BITS)
-    order = torch.randperm(flat.numel(), generator=generator)
+    order = torch.randperm(flat.numel(), generator=generator, dtype=torch.int64)
     finest = 1 << max(PROBE_BITS)
     symbols = ((flat - low) * (finest / (high - low))).floor().clamp_(max=finest - 1).long()[order]
     result = []

@@ -252,13 +252,13 @@ def augment(images: Tensor, padding: int, flip: bool, generator: torch.Generator
     """
     count, channels, height, width = images.shape
     padded = functional.pad(images, (padding,) * 4)
-    shifts = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator)
-    rows = shifts[0] + torch.arange(height)
-    columns = torch.arange(width).expand(count, width)
+    shifts = torch.randint(0, 2 * padding + 1, (2, count, 1), generator=generator, dtype=torch.int64)
+    rows = shifts[0] + torch.arange(height, dtype=torch.int64)
+    columns = torch.arange(width, dtype=torch.int64).expand(count, width)
     if flip:
-        mirrored = torch.rand(count, 1, generator=generator) < 0.5
+        mirrored = torch.rand(count, 1, generator=generator, dtype=torch.float32) < 0.5
         columns = torch.where(mirrored, width - 1 - columns, columns)
     columns = columns + shifts[1]
-    image_index = torch.arange(count).view(-1, 1, 1, 1)
-    channel_index = torch.arange(channels).view(1, -1, 1, 1)
+    image_index = torch.arange(count, dtype=torch.int64).view(-1, 1, 1, 1)
+    channel_index = torch.arange(channels, dtype=torch.int64).view(1, -1, 1, 1)
     return padded[image_index, channel_index, rows.view(count, 1, height, 1), columns.view(count, 1, 1, width)]

@@ -230,7 +230,7 @@ class _Run:
     def _batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         self.sampler.set_epoch(epoch)
         generator = augmentation_generator(self.config.seed, epoch, self.rank)
-        order = torch.tensor(list(self.sampler))
+        order = torch.tensor(list(self.sampler), dtype=torch.int64)
         for step in range(self.steps_per_epoch):
             chosen = order[step * self.config.batch_size : (step + 1) * self.config.batch_size]
             images = self.training.images[chosen]

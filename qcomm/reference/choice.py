@@ -77,7 +77,7 @@ def sigma_code(u: torch.Tensor, dtype: torch.dtype, num_bits: int, step: float, 
     if num_bits > MAX_CODED_BITS or u.numel() < 2:
         return SINGLE, NO_TABLE
     n = min(u.numel() // 2, 2**14, (sample_size(u.numel(), 0.03) + 1) // 2)
-    at = torch.tensor(sample_indices(u.numel() // 2, n, 0))
+    at = torch.tensor(sample_indices(u.numel() // 2, n, 0), dtype=torch.int64)
     first, second = (quantize(u[2 * at + i], dtype, SIGMA, num_bits, 0.0, step) for i in (0, 1))
     sampled = {SINGLE: (torch.cat([first, second]), 2**num_bits, float(u.numel()))}
     if num_bits == 4:

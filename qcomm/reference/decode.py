@@ -198,7 +198,7 @@ def decode_packet(packet: bytes) -> torch.Tensor:
     values = [torch.empty(0, dtype=dtype)]
     for r, lengths, parts in zip(records, codes, pieces, strict=True):
         if r.coding == RUNS:
-            values.append(dequantize_runs(torch.tensor(levels[: r.elements]), r.p1, dtype))
+            values.append(dequantize_runs(torch.tensor(levels[: r.elements], dtype=torch.int64), r.p1, dtype))
             levels = levels[r.elements :]
         else:
             values += [decode_piece(data, n, dtype, r, lengths) for n, data in parts]
@@ -212,7 +212,9 @@ def decode_piece(data: bytes, n: int, dtype: torch.dtype, r: Record, lengths: li
     if r.coding == RAW:
         return from_bytes(data[: n * dtype.itemsize], dtype)
     if r.coding == FIXED:
-        return dequantize(torch.tensor(unpack_bits(data, n, r.num_bits)), dtype, r.grid, r.num_bits, r.p0, r.p1)
+        return dequantize(
+            torch.tensor(unpack_bits(data, n, r.num_bits), dtype=torch.int64), dtype, r.grid, r.num_bits, r.p0, r.p1
+        )
     return decode_block(Reader(data), n, dtype, r, lengths)
 
 
@@ -237,7 +239,7 @@ def decode_block(block: Reader, n: int, dtype: torch.dtype, r: Record, lengths: 
         require(lengths is not None, "a coded block has a code")
         symbols = decode_codewords(start, block.integers(block.left // 2, "H"), n, r.coding, lengths or [])
     require(all(symbols[p] == 2**r.num_bits - 1 for p in positions), "positions of escapes are those of escape symbols")
-    decoded = dequantize(torch.tensor(symbols), dtype, r.grid, r.num_bits, r.p0, r.p1)
+    decoded = dequantize(torch.tensor(symbols, dtype=torch.int64), dtype, r.grid, r.num_bits, r.p0, r.p1)
     decoded[positions] = values
     return decoded
 

@@ -307,7 +307,7 @@ def write_symbols(writer: Writer, segment: ReferenceSegment, u: torch.Tensor) ->
         modes = result.add_blocks(segment, u, symbols, lengths)
     if segment.grid != SIGMA and (segment.coding == FIXED or result.cost() >= fixed.cost()):
         segment.coding, segment.table, result = FIXED, OWN_TABLE, fixed
-    exact = (q == escape_of(segment.grid, segment.num_bits)) | (torch.tensor(modes) == BLOCK_RAW)
+    exact = (q == escape_of(segment.grid, segment.num_bits)) | (torch.tensor(modes, dtype=torch.int64) == BLOCK_RAW)
     return torch.where(exact, 0.0, (u - decoded).float()), result
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qcomm.codec import Grid, RangeGrid
+from qcomm.codec import CPU, Grid, RangeGrid
 from qcomm.collectives import ReduceOptions
 from qcomm.errors import PacketError
 from qcomm.state_dicts.format import pack_state, unpack_state
@@ -100,7 +100,7 @@ def load(path: str | os.PathLike[str], *, max_bytes: int | None = None, num_thre
         OSError: the file cannot be read.
     """
     data = bytearray(Path(path).read_bytes())
-    packed = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    packed = torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8, device=CPU)
     try:
         state = unpack_state(packed, max_bytes, num_threads)
         if not isinstance(state, dict):

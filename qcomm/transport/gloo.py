@@ -95,7 +95,9 @@ class GlooTransport(Transport):
         # times out. A transfer whose bytes were just flowing is not notified, so the wait for it must be short.
         for peer in self.peers:
             try:
-                self._gloo.recv([torch.empty(1)], peer, ABANDON_TAG).wait(ABANDON_TIMEOUT)
+                self._gloo.recv([torch.empty(1, dtype=torch.float32, device="cpu")], peer, ABANDON_TAG).wait(
+                    ABANDON_TIMEOUT
+                )
             except RuntimeError:  # the timeout, or the connection to this peer is broken already
                 continue
         for _, work in transfers:

@@ -39,7 +39,7 @@ def ring_sum(transport: Transport, buffer: torch.Tensor, what: str) -> None:
         return
     chunks = _cut(buffer, world_size)
     # Messages are received into scratch memory: after a timeout nothing may write to the caller's buffer.
-    scratch = torch.empty(chunks[0].numel(), dtype=buffer.dtype)
+    scratch = torch.empty(chunks[0].numel(), dtype=buffer.dtype, device="cpu")
     for step in range(2 * (world_size - 1)):
         sent, received = chunks[(rank + 1 + step) % world_size], chunks[(rank + 2 + step) % world_size]
         incoming = scratch[: received.numel()]
