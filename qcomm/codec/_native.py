@@ -220,6 +220,25 @@ def check_packet(packet: object, devices: tuple[str, ...] = ("cpu",)) -> torch.T
     return packet.contiguous()
 
 
+def check_claim(shape: Sequence[int], dtype: torch.dtype, max_bytes: object) -> None:
+    """Raises ``PacketError`` if a tensor that a packet claims to hold takes more than ``max_bytes``; None is no limit.
+
+    Example:
+        >>> check_claim((2, 3), torch.float32, 24)
+    """
+    if max_bytes is None:
+        return
+    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
+        raise TypeError(f"max_bytes must be an int or None, got {type(max_bytes).__name__}")
+    if max_bytes < 0:
+        raise ValueError(f"max_bytes must be >= 0, got {max_bytes}")
+    claimed = math.prod(shape) * dtype.itemsize
+    if claimed > max_bytes:
+        raise PacketError(
+            f"the packet claims a tensor of shape {tuple(shape)}, {claimed} bytes, more than max_bytes={max_bytes}"
+        )
+
+
 def _source(values: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, int, int, int]:
     """Checks ``values`` and ``residual`` and returns (address, dtype, count, residual address)."""
     address = _floats_address("values", values, ("cpu",))

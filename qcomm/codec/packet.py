@@ -90,16 +90,19 @@ def compress(
     return packet.clone()  # the encoder's buffer is as large as the worst case
 
 
-def decompress(packet: torch.Tensor, *, num_threads: int = 1) -> torch.Tensor:
+def decompress(packet: torch.Tensor, *, max_bytes: int | None = None, num_threads: int = 1) -> torch.Tensor:
     """Returns the tensor in a packet, in its shape and dtype.
 
     Args:
         packet: 1-D uint8, on the CPU or a CUDA device.
+        max_bytes: maximum number of bytes that the tensor may take in memory. Set it for untrusted packets, because a
+            tensor of equal values takes 80 bytes in a packet, however large it is.
         num_threads: maximum number of threads on the CPU; the result does not depend on it.
 
     Raises:
-        PacketError: the bytes are not a whole, undamaged packet of this version.
-        TypeError: ``packet`` is not a 1-D uint8 tensor.
+        PacketError: the bytes are not a whole, undamaged packet of this version, or they claim a tensor larger than
+            ``max_bytes``, for which no memory is allocated then.
+        TypeError, ValueError: ``packet`` is not a 1-D uint8 tensor, or ``max_bytes`` not a number of bytes.
         RuntimeError: it is on a CUDA device and this build has no CUDA kernels.
 
     Example:
@@ -110,8 +113,9 @@ def decompress(packet: torch.Tensor, *, num_threads: int = 1) -> torch.Tensor:
     packet = _native.check_packet(packet, devices=("cpu", "cuda"))
     if packet.is_cuda:
         _native.check_num_threads(num_threads)
-        return packet_cuda.decompress(packet)
+        return packet_cuda.decompress(packet, max_bytes)
     parsed = _native.parse(packet)
+    _native.check_claim(parsed.shape, parsed.dtype, max_bytes)
     try:
         out = torch.empty(parsed.shape, dtype=parsed.dtype, device=CPU)
     except RuntimeError as error:  # a constant packet of 80 bytes may claim terabytes

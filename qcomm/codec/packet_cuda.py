@@ -88,19 +88,20 @@ def _takes_runs(front: PacketFront) -> bool:
     return any(quantizer.coding == Coding.RUNS for _, quantizer in front.records)
 
 
-def decompress(packet: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor in a 1-D uint8 packet, on its device.
+def decompress(packet: torch.Tensor, max_bytes: int | None = None) -> torch.Tensor:
+    """Returns the tensor in a 1-D uint8 packet, on its device, if it takes at most ``max_bytes`` bytes.
 
     It waits for the device, which must first find out whether the packet is valid.
 
     Raises:
-        PacketError: the bytes are not a whole, undamaged packet of this version.
+        PacketError: the bytes are not a whole, undamaged packet of this version, or claim more than ``max_bytes``.
     """
     device = packet.device
     if packet.data_ptr() % 4 != 0:
         packet = packet.clone()
     with torch.cuda.device_of(packet):
         front = _read_front(packet)
+        _native.check_claim(front.shape, front.dtype, max_bytes)
         try:
             out = torch.empty(front.shape, dtype=front.dtype, device=device)
         except RuntimeError as error:  # a constant packet of 80 bytes may claim terabytes

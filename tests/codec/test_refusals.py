@@ -163,3 +163,14 @@ def test_no_address_reaches_the_core_past_the_gate() -> None:
         if isinstance(node, ast.Attribute) and node.attr == "data_ptr"
     }
     assert callers == {"memory_address"}
+
+
+def test_a_claim_above_the_limit_is_refused_before_memory_is_asked_for() -> None:
+    packet = qcomm.compress(torch.full((1000, 3), 2.5))
+    with pytest.raises(qcomm.PacketError, match=r"shape \(1000, 3\), 12000 bytes, more than max_bytes=11999"):
+        qcomm.decompress(packet, max_bytes=11999)
+    assert qcomm.decompress(packet, max_bytes=12000).shape == (1000, 3)
+    assert qcomm.decompress(qcomm.compress(torch.empty(0)), max_bytes=0).numel() == 0
+    for wrong, error in ((-1, ValueError), (True, TypeError), (1.5, TypeError)):
+        with pytest.raises(error, match="max_bytes must be"):
+            qcomm.decompress(packet, max_bytes=wrong)  # type: ignore[arg-type]
