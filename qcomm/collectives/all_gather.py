@@ -17,12 +17,21 @@ Error feedback keeps the loss of each rank's own quantization, as in ``two_phase
 the owner's residuals go into its next values: ``sum_t result_t = sum_t mean(g_t) - mean_i(e_i)``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from qcomm.codec import CPU
-from qcomm.collectives.packing import measure_tensors, pack_chunk, scatter_chunk, size_limit, unpack
+from qcomm.collectives.packing import (
+    has_overflown,
+    keep_in_range,
+    measure_tensors,
+    pack_chunk,
+    recover,
+    scatter_chunk,
+    size_limit,
+    unpack,
+)
 from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
 from qcomm.communicator import Phase
@@ -58,12 +67,25 @@ def _decode(task: MeanTask, packets: Sequence[torch.Tensor], rank: int) -> None:
     task.telemetry.mark(task.index, "decode")
     layout = task.layout
     with task.telemetry.timed("decode_seconds"):
-        mean = torch.empty(layout.elements, dtype=task.wire_dtype, device=CPU)
+        total = torch.empty(layout.elements, dtype=task.wire_dtype, device=CPU)
         for sender, packet in enumerate(packets):
-            unpack(packet, mean, sender, accumulate=sender > 0, num_threads=task.options.num_threads)
-        mean.div_(layout.world_size)
+            unpack(packet, total, sender, accumulate=sender > 0, num_threads=task.options.num_threads)
+        in_place = layout.whole.places == ((0, layout.elements),) and task.buffer.dtype == task.wire_dtype
+        mean = torch.div(total, layout.world_size, out=task.buffer if in_place else total)
+        if has_overflown(mean):  # on all ranks, which have the same packets
+            recover(mean, layout.world_size, _terms(packets, mean, task.options.num_threads))
         if task.scale != 1.0:
             mean.mul_(task.scale)
-        scatter_chunk(mean, layout.whole, task.buffer)
+        keep_in_range(mean, layout.whole, task.buffer.dtype)
+        if not in_place:
+            scatter_chunk(mean, layout.whole, task.buffer)
     sizes = [packets[rank].numel()]
     task.telemetry.count_packets(1, [layout.whole], sizes, task.wire_dtype)
+
+
+def _terms(packets: Sequence[torch.Tensor], mean: torch.Tensor, num_threads: int) -> Iterator[torch.Tensor]:
+    """Yields the values of each packet, all in the same memory."""
+    term = torch.empty_like(mean)
+    for sender, packet in enumerate(packets):
+        unpack(packet, term, sender, num_threads=num_threads)
+        yield term

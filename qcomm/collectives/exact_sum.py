@@ -6,6 +6,8 @@
 3. The owner adds the W packets, which is a sum of integers. It sends the sum to every rank, compressed without loss.
 4. Every rank decodes the W packets of sums and divides by W.
 
+Values that are on no grid are divided by the owner, in step 3: a mean is a number where the sum may be none.
+
 So the result is the mean of the ranks' quantized values, rounded once. It does not depend on the chunks or on the
 order of the additions, and there is no second quantization::
 
@@ -18,7 +20,7 @@ ratio of step to RMS, the packet's own table, or plain symbols above 12 bits. Su
 their exact value. Integers of a fixed width would take 16 bits or more instead of 2 to 4.
 
 Uncompressed tensors are added in rank order without rounding to a grid. So are those whose values reach too far for
-exact sums.
+exact sums, or whose sums might overflow.
 
 Error feedback keeps ``e = u - Q(u)`` of each rank. There are no means to quantize, so the owner's residuals go into its
 next values: ``sum_t result_t = sum_t mean(g_t) - mean_i(e_i)``.
@@ -33,13 +35,17 @@ import torch
 
 from qcomm.codec import CPU, Grid, Quantizer, Segment, measure
 from qcomm.collectives.exact_sum_grid import RECORD_FIELDS, SharedGrid, Summary, lossless_quantizer, share, summarize
+from qcomm.collectives.layout import Chunk
 from qcomm.collectives.packing import (
     Measured,
     gather_runs,
+    has_overflown,
     is_zero,
+    keep_in_range,
     no_bytes,
     pack,
     pack_chunk,
+    recover,
     scatter_chunk,
     scatter_runs,
     size_limit,
@@ -91,7 +97,7 @@ def exact_sum_mean(rounds: Rounds) -> None:
     outgoing = None if total is None else [total] * world_size
     totals = rounds.exchange(Phase.REDUCE, "phase2", outgoing, limits)
 
-    rounds.compute(Phase.DECODE, _decode_means, task, totals)
+    rounds.compute(Phase.DECODE, _decode_means, task, totals, grids)
     for phase, packets in enumerate((values or [], totals), 1):
         task.telemetry.count_packets(phase, layout.chunks, [packet.numel() for packet in packets], dtype)
 
@@ -187,6 +193,7 @@ def _add_chunk(task: MeanTask, rank: int, grids: Sequence[SharedGrid], packets: 
         for sender, packet in enumerate(packets):
             unpack(packet, total, sender, accumulate=sender > 0, num_threads=task.options.num_threads)
     with task.telemetry.timed("encode_seconds"):
+        _divide(task, total, _parts(chunk, grids, on_grid=False), packets)
         segments, position = [], 0
         for piece in chunk.pieces:
             sums, grid = total[position : position + piece.length], grids[piece.tensor]
@@ -203,15 +210,42 @@ def _add_chunk(task: MeanTask, rank: int, grids: Sequence[SharedGrid], packets: 
         return pack(segments, num_threads=task.options.num_threads)
 
 
-def _decode_means(task: MeanTask, packets: Sequence[torch.Tensor]) -> None:
-    """Divides every chunk's sum by the number of ranks and writes it into the buffer."""
+def _parts(chunk: Chunk, grids: Sequence[SharedGrid], on_grid: bool) -> list[slice]:
+    """Returns the places, in a packet's values, of the sums on a shared grid, or of all others."""
+    parts, position = [], 0
+    for piece in chunk.pieces:
+        if bool(grids[piece.tensor].step) == on_grid:
+            parts.append(slice(position, position + piece.length))
+        position += piece.length
+    if chunk.raw_count and not on_grid:
+        parts.append(slice(position, chunk.count))
+    return parts
+
+
+def _divide(task: MeanTask, total: torch.Tensor, parts: Sequence[slice], packets: Sequence[torch.Tensor]) -> None:
+    """Divides the sums that are on no grid by the number of ranks, before they travel, because they may overflow."""
+    world_size = task.layout.world_size
+    for part in parts:
+        total[part].div_(world_size)
+    if any(has_overflown(total[part]) for part in parts):
+        terms = torch.empty(len(packets), total.numel(), dtype=total.dtype, device=CPU)
+        for sender, packet in enumerate(packets):
+            unpack(packet, terms[sender], sender, num_threads=task.options.num_threads)
+        for part in parts:
+            recover(total[part], world_size, terms[:, part])
+
+
+def _decode_means(task: MeanTask, packets: Sequence[torch.Tensor], grids: Sequence[SharedGrid]) -> None:
+    """Divides the sums of every chunk by the number of ranks and writes it into the buffer."""
     task.telemetry.mark(task.index, "decode")
     layout = task.layout
     with task.telemetry.timed("decode_seconds"):
         for owner, (chunk, packet) in enumerate(zip(layout.chunks, packets, strict=True)):
             values = torch.empty(chunk.count, dtype=task.wire_dtype, device=CPU)
             unpack(packet, values, owner, num_threads=task.options.num_threads)
-            values.div_(layout.world_size)
+            for part in _parts(chunk, grids, on_grid=True):
+                values[part].div_(layout.world_size)
             if task.scale != 1.0:
                 values.mul_(task.scale)
+            keep_in_range(values, chunk, task.buffer.dtype)
             scatter_chunk(values, chunk, task.buffer)

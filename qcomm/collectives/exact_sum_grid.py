@@ -119,7 +119,7 @@ def share(grid: Grid, summaries: Sequence[Summary], count: int, dtype: torch.dty
         # A peer's number is a number of bits only after this.
         bits = int(min(max(s.num_bits for s in summaries), MAX_RANGE_BITS)) or (grid.num_bits or 1)
         wanted = (hi - lo) / (2**bits - (grid.reconstruction == "endpoint"))
-    if not 0.0 < wanted < math.inf:
+    if not 0.0 < wanted < math.inf or len(summaries) * (max(-lo, hi) + wanted) > torch.finfo(dtype).max:
         return SharedGrid()
     digits = round(-math.log2(torch.finfo(dtype).eps)) + 1
     for step_bits in range(STEP_BITS, 0, -1):

@@ -32,8 +32,12 @@ step all W ranks exchange a handshake, so a fault on one rank is raised on all.
 
 Error feedback keeps the loss of quantizing the node's sum of a rank's slice, and that of quantizing its own chunk's
 mean. Residuals of other slices, from other strategies, travel uncompressed inside the node and are then zero.
-``sum_t result_t = sum_t mean(g_t) - (mean_i(e_i) + o)`` holds in every strategy. A value that is not finite makes its
-tensor's part in one chunk NaN on all ranks, and not all of the tensor.
+``sum_t result_t = sum_t mean(g_t) - (mean_i(e_i) + o)`` holds in every strategy.
+
+A node's sum has to be a number of its dtype, because it travels as such: with a ranks per node, values beyond 1/a of
+the largest number may become NaN. The sum over nodes may be larger, as in the other strategies.
+
+A value that is not finite makes its tensor's part in one chunk NaN on all ranks, and not all of the tensor.
 """
 
 from collections.abc import Iterator, Sequence
@@ -48,9 +52,12 @@ from qcomm.collectives.packing import (
     choose,
     gather_chunk,
     gather_runs,
+    has_overflown,
     is_zero,
+    keep_in_range,
     no_bytes,
     pack,
+    recover,
     scatter_chunk,
     size_limit,
     unpack,
@@ -204,8 +211,20 @@ def _reduce_chunk(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]
         for number, (rank, packet) in enumerate(zip(place.row, packets, strict=True)):
             unpack(packet, mean, rank, accumulate=number > 0, num_threads=task.options.num_threads)
         mean.div_(layout.world_size)
+        if has_overflown(mean):
+            recover(mean, layout.world_size, _terms(task, place, packets, mean))
     with task.telemetry.timed("encode_seconds"):
         return _pack(task, place, chunk, mean, owner=True)
+
+
+def _terms(
+    task: MeanTask, place: _Place, packets: Sequence[torch.Tensor], mean: torch.Tensor
+) -> Iterator[torch.Tensor]:
+    """Yields each node's sum of a chunk, all in the same memory."""
+    term = torch.empty_like(mean)
+    for rank, packet in zip(place.row, packets, strict=True):
+        unpack(packet, term, rank, num_threads=task.options.num_threads)
+        yield term
 
 
 def _pack(task: MeanTask, place: _Place, chunk: Chunk, values: torch.Tensor, owner: bool) -> torch.Tensor:
@@ -241,6 +260,8 @@ def _decode_slice(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]
             unpack(packet, part, rank, num_threads=task.options.num_threads)
         if task.scale != 1.0:
             means.mul_(task.scale)
+        for chunk, part in zip(chunks, parts, strict=True):
+            keep_in_range(part, chunk, task.buffer.dtype)
         return means.to(task.buffer.dtype).view(torch.uint8)
 
 

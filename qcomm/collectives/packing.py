@@ -8,7 +8,7 @@ one packet larger or smaller, and is part of the next forecast.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,11 +39,14 @@ __all__ = [
     "chunk_segments",
     "gather_chunk",
     "gather_runs",
+    "has_overflown",
     "is_zero",
+    "keep_in_range",
     "measure_tensors",
     "no_bytes",
     "pack",
     "pack_chunk",
+    "recover",
     "scatter_chunk",
     "scatter_runs",
     "size_limit",
@@ -222,6 +225,44 @@ def gather_chunk(buffer: torch.Tensor, chunk: Chunk, out: torch.Tensor) -> None:
     """Copies a chunk's elements, pieces then raw runs, from where they are in ``buffer`` into the 1-D ``out``."""
     for target, (offset, length) in zip(out.split([length for _, length in chunk.places]), chunk.places, strict=True):
         target.copy_(buffer[offset : offset + length])
+
+
+def has_overflown(total: torch.Tensor) -> bool:
+    """Returns whether a sum of finite terms has left the range of its dtype: some value is infinite.
+
+    Example:
+        >>> has_overflown(torch.tensor([3e38]) + torch.tensor([3e38])), has_overflown(torch.tensor([3e38, 3e38]))
+        (True, False)
+    """
+    # One number tells, unless finite values overflow it.
+    return not math.isfinite(float(total.sum())) and bool(total.isinf().any())
+
+
+def recover(mean: torch.Tensor, world_size: int, terms: Iterable[torch.Tensor]) -> None:
+    """Replaces the infinite values of a mean, whose sum has overflown, by the mean of ``terms``, added in float64.
+
+    All other values keep their bits. The terms may share one memory.
+
+    Example:
+        >>> mean = torch.tensor([math.inf, 1.0])
+        >>> recover(mean, 2, [torch.tensor([3e38, 0.5]), torch.tensor([2e38, 1.5])])
+        >>> mean
+        tensor([2.5000e+38, 1.0000e+00])
+    """
+    exact = torch.zeros(mean.shape, dtype=torch.float64, device=CPU)
+    for term in terms:
+        exact.add_(term.to(torch.float64).div_(world_size))
+    mean.copy_(torch.where(mean.isinf(), exact.to(mean.dtype), mean))
+
+
+def keep_in_range(values: torch.Tensor, chunk: Chunk, dtype: torch.dtype) -> None:
+    """Limits decoded values to those of a narrower ``dtype``; values that were not quantized are in its range already.
+
+    A level may lie beyond the largest number of the dtype, to which the mean is nearest. NaN stays NaN.
+    """
+    if dtype.itemsize < values.dtype.itemsize:
+        largest = torch.finfo(dtype).max
+        values[: chunk.compressed_count].clamp_(-largest, largest)
 
 
 def scatter_chunk(values: torch.Tensor, chunk: Chunk, buffer: torch.Tensor) -> None:

@@ -27,7 +27,7 @@ __all__ = ["MAGIC", "UNTIMED", "Agreed", "Fields", "Handshake", "Took", "agreed_
 
 # "qcomm" and the version of this protocol. It distinguishes versions whose headers are equally long. gloo ends the
 # process on messages that are longer than expected.
-MAGIC = 0x71636F6D6D04
+MAGIC = 0x71636F6D6D05
 HEADER_WORDS = 8
 # Details have a fixed size, which needs no announcement. It holds a dozen fields or the first lines of an error.
 DETAIL_BYTES = 4096
