@@ -1,7 +1,7 @@
 """The steps of a two-phase mean on one rank: encode, reduce, decode, a slice at a time, without messages."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import NamedTuple
 
 import torch
@@ -15,6 +15,8 @@ from qcomm.collectives.packing import (
     choose,
     chunk_segments,
     gather_runs,
+    keep_in_range,
+    recover,
     scatter_chunk,
     size_limit,
     unpack,
@@ -78,6 +80,7 @@ class MeanSteps:
         self._quantizers: dict[int, Quantizer] = {}  # by tensor, for telemetry
         self._nonfinite = 0
         self._not_finite: set[int] = set()  # tensors whose own part is not, and was not measured
+        self._received: Sequence[torch.Tensor | None] = ()  # packets of the slice that was reduced last
         self._averaged: set[int] = set()  # tensors whose owner residual took part
         self._local_samples, self._owner_samples = Samples(), Samples()
         self._packets: dict[int, list[tuple[Chunk, int]]] = {1: [], 2: []}
@@ -111,19 +114,25 @@ class MeanSteps:
         """
         chunk = self._plan.slices[number][self.rank]
         mean = self._scratch[: chunk.count]
-        for sender, packet in enumerate(packets):
-            if sender == self.rank:
-                self._add_own(chunk, mean, accumulate=sender > 0)
-            elif packet is not None:
-                self._decode(packet, mean, sender, accumulate=sender > 0)
+        self._received = packets
+        for sender in range(len(packets)):
+            self._add_term(sender, chunk, mean, accumulate=sender > 0)
         if self._share == 1.0:
             mean.div_(self._task.layout.world_size)
 
     def encode_mean(self, number: int) -> torch.Tensor | None:
         """Returns the packet of the mean that :meth:`reduce` has computed; None for a part without elements."""
         chunk, limits = self._plan.slices[number][self.rank], self._plan.limits[number]
-        segments = self._mean_segments(chunk, self._scratch[: chunk.count])
-        self._means[number] = self._packet(segments, self._share, limits[self.rank])
+        mean, share = self._scratch[: chunk.count], self._share
+        segments = self._mean_segments(chunk, mean, share)
+        kept: Set[int] = frozenset()
+        if any(_may_be_infinite(segment) for segment in segments):
+            kept = self._divide_again(chunk, mean)
+            share = 1.0
+            segments = self._mean_segments(chunk, mean, share)
+        self._means[number] = self._packet(segments, share, limits[self.rank])
+        self._received = ()
+        self._spend(chunk, kept)
         return self._means[number]
 
     def decode(self, number: int, means: Sequence[torch.Tensor | None]) -> None:
@@ -144,6 +153,7 @@ class MeanSteps:
             if task.scale != 1.0:
                 values.mul_(task.scale)
             if not in_place:
+                keep_in_range(values, chunk, task.buffer.dtype)
                 scatter_chunk(values, chunk, task.buffer)
 
     def finish(self) -> None:
@@ -199,8 +209,8 @@ class MeanSteps:
             self._choice(piece.tensor)
         return chunk_segments(self._values, chunk, self._choices, self._local_samples)
 
-    def _mean_segments(self, chunk: Chunk, mean: torch.Tensor) -> list[Segment]:
-        """Returns the segments of the mean of a part of the own chunk.
+    def _mean_segments(self, chunk: Chunk, mean: torch.Tensor, share: float) -> list[Segment]:
+        """Returns the segments of the mean of a part of the own chunk, which is ``mean`` times ``share``.
 
         Each piece is measured anew, with the owner's residuals.
         """
@@ -217,7 +227,7 @@ class MeanSteps:
             # Slices of a tensor are alike: one sample of them chooses the code for all.
             code = self._mean_codes.get(piece.tensor)
             grid = task.options.mean_grids[bool(tensor.members)]
-            quantizer, residual = choose(values, grid, residual, self._share, num_threads, code, rms)
+            quantizer, residual = choose(values, grid, residual, share, num_threads, code, rms)
             if residual is not None:
                 self._averaged.add(piece.tensor)
             if quantizer.grid == GridKind.SIGMA:
@@ -229,6 +239,48 @@ class MeanSteps:
             segments.append(Segment(mean[position:], Quantizer.raw()))
         return segments
 
+    def _divide_again(self, chunk: Chunk, mean: torch.Tensor) -> Set[int]:
+        """Completes a mean that holds infinities or NaN: of own values, which nothing has measured, or of sums.
+
+        It returns the tensors whose own values are not finite.
+        """
+        lost, position = set(), 0
+        for piece in chunk.pieces:
+            part = mean[position : position + piece.length]
+            position += piece.length
+            if self._choice(piece.tensor).quantizer.coding == Coding.RUNS and not self._part(piece).isfinite().all():
+                lost.add(piece.tensor)
+                part.fill_(math.nan)
+        self._not_finite |= lost
+        if self._share != 1.0:
+            mean.mul_(self._share)
+        if mean.isinf().any():
+            recover(mean, self._task.layout.world_size, self._terms(chunk))
+        return lost
+
+    def _terms(self, chunk: Chunk) -> Iterator[torch.Tensor]:
+        """Yields the terms of the sum that was reduced last, in rank order, all in the same memory."""
+        term = torch.empty(chunk.count, dtype=self._plan.wire_dtype, device=CPU)
+        for sender in range(len(self._received)):
+            self._add_term(sender, chunk, term, accumulate=False)
+            yield term
+
+    def _add_term(self, sender: int, chunk: Chunk, total: torch.Tensor, accumulate: bool) -> None:
+        packet = self._received[sender]
+        if sender == self.rank:
+            self._add_own(chunk, total, accumulate)
+        elif packet is not None:
+            self._decode(packet, total, sender, accumulate)
+
+    def _spend(self, chunk: Chunk, kept: Set[int]) -> None:
+        """Sets the residuals to zero that are in the mean of the own chunk, those of the tensors ``kept`` excepted."""
+        for piece in chunk.pieces:
+            quantizer, residual = self._choice(piece.tensor)
+            if residual is None or math.isnan(quantizer.p0) or piece.tensor in kept:
+                continue
+            if piece.tensor not in self._residuals.spent:
+                residual[piece.start : piece.start + piece.length].zero_()
+
     def _add_own(self, chunk: Chunk, mean: torch.Tensor, accumulate: bool) -> None:
         """Adds this rank's share of the own chunk, which need not be quantized."""
         position = 0
@@ -236,27 +288,14 @@ class MeanSteps:
             quantizer, residual = self._choice(piece.tensor)
             part = mean[position : position + piece.length]
             position += piece.length
-            if math.isnan(quantizer.p0) or self._is_not_finite(piece, quantizer):
+            if math.isnan(quantizer.p0):
                 part.fill_(math.nan)
                 continue
             self._add(part, self._part(piece), accumulate)
             if residual is not None and piece.tensor not in self._residuals.spent:
-                kept = residual[piece.start : piece.start + piece.length]
-                part.add_(kept)
-                kept.zero_()
+                part.add_(residual[piece.start : piece.start + piece.length])
         if chunk.raw_runs:
             self._add(mean[position:], gather_runs(self._values, chunk.raw_runs), accumulate)
-
-    def _is_not_finite(self, piece: Piece, quantizer: Quantizer) -> bool:
-        """Returns whether a part that nothing has measured holds NaN or infinity, and notes its tensor."""
-        if quantizer.coding != Coding.RUNS:
-            return False
-        values = self._part(piece)
-        # One number tells, unless finite values overflow it.
-        if math.isfinite(float(values.sum())) or bool(values.isfinite().all()):
-            return False
-        self._not_finite.add(piece.tensor)
-        return True
 
     def _add(self, total: torch.Tensor, values: torch.Tensor, accumulate: bool) -> None:
         if accumulate:
@@ -286,3 +325,10 @@ class MeanSteps:
 
     def _decode(self, packet: torch.Tensor, out: torch.Tensor, sender: int, accumulate: bool) -> None:
         unpack(packet, out, sender, accumulate, self._task.options.num_threads)
+
+
+def _may_be_infinite(segment: Segment) -> bool:
+    """Returns whether values of a mean may be infinite or NaN, without another look at those that were measured."""
+    if segment.quantizer.coding in (Coding.RAW, Coding.RUNS):
+        return not math.isfinite(float(segment.values.sum()))
+    return math.isnan(segment.quantizer.p0)

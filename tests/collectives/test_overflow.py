@@ -10,7 +10,7 @@ from qcomm.collectives.exact_sum_grid import Summary, share
 from qcomm.collectives.packing import keep_in_range, recover
 
 COUNT = 5001
-STRATEGIES = ("all_gather", "exact_sum", "hierarchical", "none", "bf16")
+STRATEGIES = ("two_phase", "all_gather", "exact_sum", "hierarchical", "none", "bf16")
 GRIDS = (qcomm.SigmaGrid(0.25), qcomm.SigmaGrid(1.0), qcomm.RangeGrid(c=2))
 LARGEST = {torch.float32: 2.5e38, torch.float64: 1.3e308, torch.bfloat16: 2.5e38, torch.float16: 6e4}
 
@@ -57,7 +57,7 @@ def test_a_mean_near_the_largest_number_comes_out(rank, world_size, dtype):
 def test_neighbours_of_an_overflow_keep_their_bits(rank, world_size):
     generator = torch.Generator().manual_seed(rank)
     tiny = torch.randn(COUNT, generator=generator) * 1e-39
-    for strategy in ("all_gather", "exact_sum", "hierarchical"):
+    for strategy in ("two_phase", "all_gather", "exact_sum", "hierarchical"):
         alone, beside = tiny.clone(), tiny.clone()
         alone[::1000], beside[::1000] = 1.0, 3e38
         for tensor in (alone, beside):
@@ -69,7 +69,7 @@ def test_neighbours_of_an_overflow_keep_their_bits(rank, world_size):
 
 @world(2)
 def test_values_that_are_infinite_are_no_overflow(rank, world_size):
-    for strategy in ("all_gather", "exact_sum", "hierarchical"):
+    for strategy in ("two_phase", "all_gather", "exact_sum", "hierarchical"):
         tensor = torch.ones(100)
         tensor[3] = torch.inf if rank else 1.0
         tensor[4] = torch.nan if rank else 1.0
