@@ -12,6 +12,7 @@ from qcomm.codec import (
     estimate_entropy,
     inspect,
 )
+from qcomm.collectives import load_rank_states
 from qcomm.ddp import CompressionState, attach, compression_hook
 from qcomm.errors import CollectiveError, ConfigMismatchError, PacketError
 from qcomm.local_sgd import CompressedModelAverager, HierarchicalCompressedModelAverager, broadcast_parameters
@@ -43,5 +44,6 @@ __all__ = [
     "init_from_environment",
     "inspect",
     "load",
+    "load_rank_states",
     "save",
 ]

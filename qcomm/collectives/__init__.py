@@ -18,6 +18,7 @@ from qcomm.collectives.layout import BucketLayout, Chunk, TensorSpec
 from qcomm.collectives.machine import measure_codec, measure_link, slowest
 from qcomm.collectives.options import STRATEGIES, ReduceKeywords, ReduceOptions
 from qcomm.collectives.packing import no_bytes
+from qcomm.collectives.rank_state import RankState, load_rank_states, parts_of
 from qcomm.collectives.rounds import Rounds, announce_late, refuse
 from qcomm.collectives.strategies import average, settled, uncompressed_strategies
 from qcomm.collectives.task import MeanTask, Scale
@@ -36,6 +37,7 @@ __all__ = [
     "LinkProfile",
     "MeanTask",
     "Profile",
+    "RankState",
     "ReduceKeywords",
     "ReduceOptions",
     "Rounds",
@@ -50,9 +52,11 @@ __all__ = [
     "average",
     "bytes_sent",
     "count_rings",
+    "load_rank_states",
     "measure_codec",
     "measure_link",
     "no_bytes",
+    "parts_of",
     "refuse",
     "seconds",
     "settled",

@@ -12,20 +12,19 @@ F. Seide et al., "1-bit stochastic gradient descent", Interspeech 2014; in both 
 "DoubleSqueeze", ICML 2019.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 import torch
 
-from qcomm.codec import CPU, Grid, SigmaGrid, check_memory
+from qcomm.codec import CPU, Grid, SigmaGrid
 from qcomm.collectives.layout import BucketLayout, Piece, TensorSpec
+from qcomm.collectives.saved_residuals import FORMAT, check_fit, check_saved
 
 __all__ = ["MAX_FEEDBACK_STEP", "ErrorFeedback", "check_equilibrium"]
 
 # Below sqrt(12), where a step has 18 times the gradient's RMS: a little more and it has 30, then 70.
 MAX_FEEDBACK_STEP = 3.4
-FORMAT = 2
 
 
 class Residuals(NamedTuple):
@@ -276,8 +275,14 @@ class ErrorFeedback:
         # Some residuals of a checkpoint that was just loaded may not have reached their device.
         return float(torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt())
 
-    def clear(self) -> None:
-        """Forgets all residuals."""
+    @property
+    def world_size(self) -> int | None:
+        """Returns the number of ranks whose mean the residuals are for; None before the first exchange."""
+        return self._world_size
+
+    def clear(self, world_size: int | None = None) -> None:
+        """Forgets all residuals; ``world_size``: the number of ranks that those of other ranks are still for."""
+        self._world_size = world_size
         for known in (self._local, self._owner, self._spent, self._local_rms, self._owner_rms, self._joined):
             known.clear()
 
@@ -291,7 +296,9 @@ class ErrorFeedback:
             "rms": {"local": dict(self._local_rms), "owner": dict(self._owner_rms)},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    def load_state_dict(
+        self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]], sizes: Mapping[str, int] | None = None
+    ) -> None:
         """Continues from saved residuals, also with another number of ranks.
 
         Args:
@@ -299,82 +306,59 @@ class ErrorFeedback:
                 state and those of ranks r + W', r + 2W', .... Their residuals are added up and nothing is lost. Without
                 them their share is forgotten, which costs about one step's quantization error. A new rank loads nothing
                 and starts from zero. The others' residuals are rescaled so that the mean keeps them.
+            sizes: number of elements of each parameter that may have a residual; by default they are not checked.
 
         Raises:
-            ValueError: the state has another format, is damaged, or was saved with different numbers of ranks; nothing
-                has changed then.
+            ValueError: the state has another format, is damaged, belongs to another model, or was saved with different
+                numbers of ranks; nothing has changed then.
         """
         states = [state] if isinstance(state, Mapping) else list(state)
         if not states:
             raise ValueError("state must hold at least one saved dictionary")
         for saved in states:
-            if saved.get("format") != FORMAT:
-                raise ValueError(f"state has format {saved.get('format')!r}, this version reads {FORMAT}")
-            _check_saved(saved)
+            check_saved(saved, sizes)
             if saved["world_size"] != states[0]["world_size"]:
                 raise ValueError(
                     f"state was saved by {states[0]['world_size']} and by {saved['world_size']} ranks; "
                     "all parts must be of one run"
                 )
-        parts = []
-        for saved in states:
-            part = ErrorFeedback()
-            part._world_size = saved["world_size"]
-            part._local = {key: residual.clone() for key, residual in saved["local"].items()}
-            part._owner = {key: (start, residual.clone()) for key, (start, residual) in saved["owner"].items()}
-            part.forecast(saved["rms"]["local"], saved["rms"]["owner"])
-            parts.append(part)
-        merged = parts[0]
-        if len(parts) > 1:  # residuals of several owners cannot be told apart any more
-            for part in parts:
-                for key in list(part._owner):
-                    part._move_to_local(key)
-            for part in parts[1:]:
-                for key, residual in part._local.items():
-                    merged.local(key, residual.numel(), residual.device).add_(residual)
+        merged = _added([_restored(saved) for saved in states])
         self._spent.clear()
         self._local_rms, self._owner_rms = merged._local_rms, merged._owner_rms
         self._local, self._owner, self._world_size = merged._local, merged._owner, merged._world_size
 
+    def check_fits(self, sizes: Mapping[str, int]) -> None:
+        """Raises ValueError, naming the residual, unless ``sizes`` has each one's number of elements by its name."""
+        check_fit({key: residual.numel() for key, residual in self._local.items()}, sizes)
 
-def _check_saved(saved: Mapping[str, Any]) -> None:
-    local, owner, rms = saved.get("local"), saved.get("owner"), saved.get("rms")
-    if (
-        not isinstance(local, Mapping)
-        or not isinstance(owner, Mapping)
-        or not isinstance(rms, Mapping)
-        or "world_size" not in saved
-    ):
-        raise ValueError(f"state is damaged: it needs world_size, local, owner and rms, it has {sorted(saved)}")
-    _check_rms(rms)
-    for key, residual in local.items():
-        _check_residual(key, residual)
-    for key, part in owner.items():
-        if not isinstance(part, tuple) or len(part) != 2 or not isinstance(part[0], int) or part[0] < 0:
-            raise ValueError(
-                f"state is damaged: the owner residual of {key!r} must be a pair of its start and a tensor"
-            )
-        start, residual = part
-        _check_residual(key, residual)
-        if key not in local or start + residual.numel() > local[key].numel():
-            raise ValueError(f"state is damaged: the owner residual of {key!r} does not fit its local residual")
+
+def _restored(saved: Mapping[str, Any]) -> ErrorFeedback:
+    """Returns the residuals of one rank, in memory of their own."""
+    part = ErrorFeedback()
+    part._world_size = saved["world_size"]
+    part._local = {key: residual.detach().clone() for key, residual in saved["local"].items()}
+    part._owner = {key: (start, residual.detach().clone()) for key, (start, residual) in saved["owner"].items()}
+    part.forecast(saved["rms"]["local"], saved["rms"]["owner"])
+    return part
+
+
+def _added(parts: Sequence[ErrorFeedback]) -> ErrorFeedback:
+    """Returns the sum of several ranks' residuals, with all of them in the local ones.
+
+    Raises:
+        ValueError: they have different numbers of elements.
+    """
+    merged = parts[0]
+    if len(parts) > 1:  # residuals of several owners cannot be told apart any more
+        for part in parts:
+            for key in list(part._owner):
+                part._move_to_local(key)
+        for part in parts[1:]:
+            for key, residual in part._local.items():
+                merged.local(key, residual.numel(), residual.device).add_(residual)
+    return merged
 
 
 def _whole(residual: torch.Tensor) -> torch.Tensor:
     """Returns the residual, in memory of its own."""
     return residual if residual.untyped_storage().nbytes() == residual.nbytes else residual.clone()
-
-
-def _check_rms(rms: Mapping[str, Any]) -> None:
-    for name in ("local", "owner"):
-        known = rms.get(name)
-        if not isinstance(known, Mapping) or not all(
-            isinstance(value, float) and 0.0 < value < math.inf for value in known.values()
-        ):
-            raise ValueError(f"state is damaged: rms must hold positive numbers for {name} parameters")
-
-
-def _check_residual(key: str, residual: object) -> None:
-    if not isinstance(residual, torch.Tensor) or residual.dtype != torch.float32 or residual.dim() != 1:
-        raise ValueError(f"state is damaged: the residual of {key!r} must be a 1-D float32 tensor")
-    check_memory(f"the residual of {key!r}", residual)

@@ -34,10 +34,11 @@ class Communicator:
     Attributes:
         rank: this process within the group.
         world_size: number of ranks in the group.
+        run: names its connections, see :class:`~qcomm.transport.base.Transport`.
     """
 
     def __init__(self, transport: Transport) -> None:
-        self.rank, self.world_size = transport.rank, transport.world_size
+        self.rank, self.world_size, self.run = transport.rank, transport.world_size, transport.run
         self._transport = transport
         self._sequence = 0
         self._pending_fault: Fault | None = None

@@ -46,6 +46,10 @@ class BucketTable:
         exclude: patterns of the names of parameters that are not compressed.
         warm_up: the initial steps.
         error_feedback: whether residuals are kept; small tensors are compressed only then.
+
+    Attributes:
+        sizes: number of elements of the model's parameters; None without a model.
+        has_names, residuals_have_names: whether parameters and residuals are known by their names in the model.
     """
 
     def __init__(
@@ -63,13 +67,15 @@ class BucketTable:
         self._exclude = tuple(exclude)
         self._names: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}  # by id, while the parameter lives
         self._layouts: dict[tuple[Any, ...], KnownBucket] = {}
+        self._origin = "nothing"
+        self.sizes: dict[str, int] | None = None
         self.has_names = False
         self.residuals_have_names = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without the identities of this process's parameters."""
         state = self.__dict__.copy()
-        state.update(_names={}, _layouts={}, has_names=False)
+        state.update(_names={}, _layouts={}, has_names=False, sizes=None)
         state["residuals_have_names"] = self.has_names or self.residuals_have_names
         return state
 
@@ -77,6 +83,15 @@ class BucketTable:
         """Replaces the options of the mean."""
         self._options = options
         self._layouts.clear()
+
+    def set_origin(self, origin: str) -> None:
+        """Replaces the description of the state from which this rank goes on, which all ranks compare."""
+        self._origin = origin
+        # Layouts stay the same objects, by which a device knows its buckets.
+        self._layouts = {
+            signature: known._replace(fields=known.fields.extended("loaded state", origin))
+            for signature, known in self._layouts.items()
+        }
 
     def bind(self, model: torch.nn.Module) -> None:
         """Learns the names of a model's parameters.
@@ -94,6 +109,7 @@ class BucketTable:
             )
         self._names = {id(parameter): (weakref.ref(parameter), name) for name, parameter in model.named_parameters()}
         self._layouts.clear()
+        self.sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
         self.has_names = True
 
     def look_up(self, bucket: dist.GradBucket, world_size: int, stage: int | None) -> KnownBucket:
@@ -135,6 +151,7 @@ class BucketTable:
                 "bucket": str(bucket.index()),
                 "dtype": str(buffer.dtype),
                 "device": buffer.device.type,
+                "loaded state": self._origin,
                 "stage of warm-up": str(stage),
                 "layout": layout.description,
             }

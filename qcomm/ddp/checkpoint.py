@@ -1,52 +1,94 @@
-"""Checkpoints of the hook's state: number of steps and residuals."""
+"""Checkpoints of the hook's state: number of steps, run and residuals."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qcomm.collectives import ErrorFeedback
+from qcomm.collectives import ErrorFeedback, RankState, parts_of
 from qcomm.ddp.buckets import BucketTable
+from qcomm.ddp.reducer import Steps
 
-__all__ = ["StateDict", "restore", "save"]
+__all__ = ["StateDict", "note_origin", "restore", "save"]
 
-FORMAT = 1
+FORMAT = 2
+ENTRIES = {"steps", "run", "has_names", "world_size", "error_feedback"}
 
 StateDict = Mapping[str, Any]
 
 
-def save(steps: int, table: BucketTable, feedback: ErrorFeedback | None) -> dict[str, Any]:
-    """Returns a rank's number of steps and residuals, and a flag for residuals known by parameter names."""
-    return {
-        "format": FORMAT,
-        "steps": steps,
-        "has_names": table.has_names or table.residuals_have_names,
-        "error_feedback": feedback.state_dict() if feedback is not None else None,
-    }
+def save(steps: Steps, table: BucketTable, feedback: ErrorFeedback | None) -> RankState:
+    """Returns the state of a rank to resume from.
+
+    It has the number of steps, the name of the run, the number of ranks that the residuals are for, the residuals, and
+    a flag for residuals that are known by parameter names.
+    """
+    return RankState(
+        {
+            "format": FORMAT,
+            "steps": steps.number,
+            "run": steps.run,
+            "has_names": table.has_names or table.residuals_have_names,
+            "world_size": feedback.world_size if feedback is not None else None,
+            "error_feedback": feedback.state_dict() if feedback is not None else None,
+        }
+    )
 
 
-def restore(state_dict: StateDict | Sequence[StateDict], table: BucketTable, feedback: ErrorFeedback | None) -> int:
-    """Restores the residuals and returns the number of steps.
+def restore(
+    state_dict: StateDict | Sequence[StateDict], steps: Steps, table: BucketTable, feedback: ErrorFeedback | None
+) -> None:
+    """Restores steps and residuals.
 
     Args:
         state_dict: from :func:`save` on one rank or several, whose residuals are then added.
-        table, feedback: of the state that resumes. Without ``feedback`` residuals are dropped.
+        steps, table, feedback: of the state that resumes. Without ``feedback`` residuals are dropped.
 
     Raises:
-        ValueError: of another format, damaged, or not of one run; nothing has changed then.
+        ValueError: of another format, damaged, of another model, or not of one run; nothing has changed then.
     """
-    saved = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
-    if not saved or any(not isinstance(part, Mapping) or part.get("format") != FORMAT for part in saved):
-        raise ValueError(f"state_dict must be of format {FORMAT}, as CompressionState.state_dict returns it")
-    missing = {"steps", "has_names", "error_feedback"}.difference(*saved)
+    saved = parts_of(state_dict)
+    for part in saved:
+        _check(part)
+    first = saved[0]
+    for name, what in (("steps", "step"), ("run", "run"), ("world_size", "number of ranks")):
+        values = {part[name] for part in saved}
+        if len(values) > 1:
+            raise ValueError(f"state_dict must be of one {what} on all ranks, got {sorted(values, key=str)}")
+    residuals = [part["error_feedback"] for part in saved if part["error_feedback"] is not None]
+    if residuals:
+        # Without error feedback they are checked all the same.
+        (ErrorFeedback() if feedback is None else feedback).load_state_dict(residuals, table.sizes)
+    elif feedback is not None:
+        feedback.clear(first["world_size"])
+    steps.resume(first["steps"], first["run"])
+    table.residuals_have_names = bool(residuals) and any(part["has_names"] for part in saved)
+    note_origin(steps, table, feedback)
+
+
+def note_origin(steps: Steps, table: BucketTable, feedback: ErrorFeedback | None) -> None:
+    """Has the next handshake compare from where the ranks go on: step, run, and the number of ranks before."""
+    if not steps.number:
+        table.set_origin("nothing")
+        return
+    ranks = "no residuals" if feedback is None or feedback.world_size is None else f"{feedback.world_size} ranks"
+    table.set_origin(f"step {steps.number} of {ranks}" + (f", run {steps.run}" if steps.run else ""))
+
+
+def _check(part: Mapping[str, Any]) -> None:
+    if part.get("format") != FORMAT:
+        raise ValueError(
+            f"state_dict must be of format {FORMAT}, as CompressionState.state_dict returns it, got "
+            f"{part.get('format')!r}"
+        )
+    missing = ENTRIES.difference(part)
     if missing:
         raise ValueError(f"state_dict is damaged: it has no {sorted(missing)}")
-    steps = {part["steps"] for part in saved}
-    if len(steps) > 1 or not all(isinstance(step, int) and step >= 0 for step in steps):
-        raise ValueError(f"state_dict must be of one step on all ranks, got those of steps {sorted(steps, key=str)}")
-    residuals = [part["error_feedback"] for part in saved if part["error_feedback"] is not None]
-    if feedback is not None:
-        if residuals:
-            feedback.load_state_dict(residuals)
-        else:
-            feedback.clear()
-    table.residuals_have_names = bool(residuals) and any(part["has_names"] for part in saved)
-    return int(saved[0]["steps"])
+    steps, world_size = part["steps"], part["world_size"]
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"state_dict is damaged: steps must be an int >= 0, got {steps!r}")
+    if not isinstance(part["run"], str):
+        raise ValueError(f"state_dict is damaged: run must be a string, got {part['run']!r}")
+    if not isinstance(part["has_names"], bool):
+        raise ValueError(f"state_dict is damaged: has_names must be a bool, got {part['has_names']!r}")
+    positive = isinstance(world_size, int) and not isinstance(world_size, bool) and world_size > 0
+    if world_size is not None and not positive:
+        raise ValueError(f"state_dict is damaged: world_size must be a positive number of ranks, got {world_size!r}")

@@ -69,6 +69,7 @@ class Steps:
         error_serial: the last one in which this rank saw an error.
         scale: the factor of the present step's gradients: a number, or a tensor that stays on its device.
         last_error: of any step.
+        run: names the connections of the last exchange; "" before the first one.
         owed: a fault that the other ranks do not know yet.
     """
 
@@ -80,6 +81,7 @@ class Steps:
         self.scale: Scale = 1.0
         self.last_error = LastError()
         self.owed: Fault | None = None
+        self.run = ""
         self._last_index = -1
 
     def __getstate__(self) -> dict[str, object]:
@@ -96,6 +98,10 @@ class Steps:
             self.number += 1
             self.serial += 1
         return first
+
+    def resume(self, number: int, run: str) -> None:
+        """Goes on from a saved number of steps and run."""
+        self.number, self.run, self.owed = number, run, None
 
     def set_scale(self, grad_scale: GradScale) -> None:
         """Reads the present step's scale; raises ValueError or TypeError where it is not one."""
@@ -189,7 +195,9 @@ class Reducer:
             communicator = connect(group, alone=self._options.strategy == "auto")
         except (RuntimeError, ValueError) as error:
             return self._failed(error)
-        world_size = 1 if communicator is None else communicator.world_size
+        world_size = 1
+        if communicator is not None:
+            world_size, self.steps.run = communicator.world_size, communicator.run
         # The lookup happens even where a fault is owed: on a device a rank must know if the others wait for its part.
         known = self._prepare(self._table.look_up, bucket, world_size, self._stage)
         task = None if known is None or self.steps.owed else self._prepare(self._task, bucket, known, group)

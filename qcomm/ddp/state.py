@@ -13,7 +13,7 @@ from qcomm.codec import Grid, SigmaGrid
 from qcomm.collectives import ErrorFeedback, ReduceKeywords, ReduceOptions, Telemetry
 from qcomm.communicator import Group
 from qcomm.ddp.buckets import BucketTable
-from qcomm.ddp.checkpoint import StateDict, restore, save
+from qcomm.ddp.checkpoint import StateDict, note_origin, restore, save
 from qcomm.ddp.checks import check_hook_options
 from qcomm.ddp.reducer import GradScale, Reducer
 from qcomm.ddp.warm_up import WarmUp
@@ -169,9 +169,10 @@ class CompressionState:
     def state_dict(self) -> dict[str, Any]:
         """Returns the state to resume this rank from: number of steps and residuals.
 
-        Every rank has to save its own state, between steps.
+        Every rank has to save its own state, between steps: in a file of its own with ``torch.save``, or as part of a
+        checkpoint of ``torch.distributed.checkpoint``, which keeps the ranks' states apart (docs/guide.md).
         """
-        return save(self.reducer.steps.number, self._table, self._feedback)
+        return save(self.reducer.steps, self._table, self._feedback)
 
     def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
         """Resumes from a result of ``state_dict`` on this rank; the number of ranks may have changed.
@@ -182,10 +183,11 @@ class CompressionState:
                 ``"error_feedback"`` set to None.
 
         Raises:
-            ValueError: of another format, damaged, or not of one run; nothing has changed then.
+            ValueError: of another format, damaged, of another model, or not of one run; nothing has changed then. Ranks
+                that resume from states of different runs, steps or numbers of ranks get a ConfigMismatchError in the
+                next exchange.
         """
-        self.reducer.steps.number = restore(state_dict, self._table, self._feedback)
-        self.reducer.steps.owed = None
+        restore(state_dict, self.reducer.steps, self._table, self._feedback)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without the objects of this process: group, identities of parameters, ``grad_scale``.
@@ -228,8 +230,11 @@ class CompressionState:
         """Learns the names of a model's parameters and its process group.
 
         Raises:
-            ValueError: another model uses this state.
+            ValueError: another model uses this state, or its residuals do not fit the model; nothing has changed then.
         """
+        if self._feedback is not None:
+            self._feedback.check_fits({name: parameter.numel() for name, parameter in model.named_parameters()})
         self._table.bind(model)
+        note_origin(self.reducer.steps, self._table, self._feedback)
         self.reducer.group = self.given_group or process_group
         self.reducer.forget_agreements()

@@ -18,7 +18,7 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
 
-from qcomm.collectives import Telemetry
+from qcomm.collectives import RankState, Telemetry, parts_of
 from qcomm.communicator import resolve_group
 from qcomm.local_sgd.options import ExchangeOptions
 from qcomm.local_sgd.parameters import Params
@@ -26,7 +26,7 @@ from qcomm.local_sgd.weight_exchange import WeightExchange
 
 __all__ = ["CompressedModelAverager", "HierarchicalCompressedModelAverager"]
 
-FORMAT = 1
+FORMAT = 2
 
 
 class _CompressedAverager(ModelAverager):
@@ -92,11 +92,13 @@ class _CompressedAverager(ModelAverager):
         ``PostLocalSGDOptimizer.state_dict`` holds the step alone: an averager that resumes from it averages once
         uncompressed, without the residuals.
         """
-        return {
-            "format": FORMAT,
-            "step": self.step,
-            "exchanges": [exchange.state_dict() for exchange in self._exchanges],
-        }
+        return RankState(
+            {
+                "format": FORMAT,
+                "step": self.step,
+                "exchanges": [exchange.state_dict() for exchange in self._exchanges],
+            }
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
         """Resumes from a result of ``state_dict`` on this rank; the number of ranks may have changed.
@@ -109,16 +111,22 @@ class _CompressedAverager(ModelAverager):
         Raises:
             ValueError: of another format, damaged, or not of one run; nothing has changed then.
         """
-        saved = [state_dict] if isinstance(state_dict, Mapping) else list(state_dict)
-        if not saved or any(not isinstance(part, Mapping) or part.get("format") != FORMAT for part in saved):
-            raise ValueError(f"state_dict must be of format {FORMAT}, as state_dict() of an averager returns it")
-        steps = {part.get("step") for part in saved}
-        if len(steps) > 1 or not all(isinstance(step, int) and step >= 0 for step in steps):
-            raise ValueError(f"state_dict must be of one step on all ranks, got {sorted(steps, key=str)}")
-        exchanges = [part.get("exchanges") for part in saved]
-        if any(not isinstance(part, list) or len(part) != len(self._exchanges) for part in exchanges):
-            raise ValueError(f"state_dict must hold {len(self._exchanges)} exchanges, as this averager has")
-        by_level = list(zip(*exchanges, strict=True))
+        saved = parts_of(state_dict)
+        for part in saved:
+            if part.get("format") != FORMAT:
+                raise ValueError(
+                    f"state_dict must be of format {FORMAT}, as state_dict() of an averager returns it, got "
+                    f"{part.get('format')!r}"
+                )
+            step, exchanges = part.get("step"), part.get("exchanges")
+            if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+                raise ValueError(f"state_dict is damaged: step must be an int >= 0, got {step!r}")
+            if not isinstance(exchanges, list) or len(exchanges) != len(self._exchanges):
+                raise ValueError(f"state_dict must hold {len(self._exchanges)} exchanges, as this averager has")
+        steps = {part["step"] for part in saved}
+        if len(steps) > 1:
+            raise ValueError(f"state_dict must be of one step on all ranks, got {sorted(steps)}")
+        by_level = list(zip(*(part["exchanges"] for part in saved), strict=True))
         fresh = [WeightExchange(None, self._options, self._telemetry) for _ in self._exchanges]
         for trial, parts in zip(fresh, by_level, strict=True):
             trial.load_state_dict(parts)  # raises before anything has changed

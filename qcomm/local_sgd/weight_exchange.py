@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qcomm.codec import CPU, check_memory, measure
+from qcomm.codec import CPU, DTYPE_NUMBERS, check_memory, measure
 from qcomm.collectives import (
     BucketLayout,
     ErrorFeedback,
@@ -81,6 +81,7 @@ class WeightExchange:
         self._anchor: dict[str, torch.Tensor] = {}
         self._identity = NO_ANCHOR
         self._feedback = ErrorFeedback() if options.uses_feedback else None
+        self._is_loaded = False  # and the names in the anchor have not met the parameters'
 
     def average(self, params: Params, step: int) -> None:
         """Replaces parameters, and the buffers of ``options.buffers_of``, by their means over the group, in place.
@@ -123,6 +124,7 @@ class WeightExchange:
 
     def reset(self) -> None:
         """Forgets anchor and residuals: the next averaging exchanges the weights uncompressed."""
+        self._is_loaded = False
         self._anchor, self._identity = {}, NO_ANCHOR
         if self._feedback is not None:
             self._feedback.clear()
@@ -136,6 +138,7 @@ class WeightExchange:
         return {
             "identity": self._identity,
             "anchor": dict(self._anchor),  # anchors are replaced and never written to
+            "world_size": self._feedback.world_size if self._feedback is not None else None,
             "error_feedback": self._feedback.state_dict() if self._feedback is not None else None,
         }
 
@@ -150,13 +153,13 @@ class WeightExchange:
         identities = {state["identity"] for state in states}
         if len(identities) > 1:
             raise ValueError(f"state_dict must be of one run and step, got anchors {sorted(identities)}")
+        sizes = {name: tensor.numel() for name, tensor in states[0]["anchor"].items()}
         residuals = [state["error_feedback"] for state in states if state["error_feedback"] is not None]
-        if self._feedback is not None:
-            if residuals:
-                self._feedback.load_state_dict(residuals)
-            else:
-                self._feedback.clear()
-        self._identity = states[0]["identity"]
+        if residuals:  # they are checked without error feedback, too
+            (ErrorFeedback() if self._feedback is None else self._feedback).load_state_dict(residuals, sizes)
+        elif self._feedback is not None:
+            self._feedback.clear(states[0]["world_size"])
+        self._identity, self._is_loaded = states[0]["identity"], True
         self._anchor = {name: tensor.detach().clone() for name, tensor in states[0]["anchor"].items()}
 
     def _entries(self, params: Params) -> list[_Entry]:
@@ -178,6 +181,13 @@ class WeightExchange:
             spec = TensorSpec(name, offset, tensor.numel(), compressed)
             entries.append(_Entry(spec, tensor, None if is_buffer else anchor, is_buffer))
             offset += tensor.numel()
+        strangers = set(self._anchor).difference(entry.spec.key for entry in entries) if self._is_loaded else set()
+        if strangers:
+            raise ValueError(
+                f"the loaded state has last common weights of {min(strangers)!r}, which is not among the parameters: "
+                "a state of another model? Call reset() on every rank to begin anew"
+            )
+        self._is_loaded = False
         return entries
 
     def _prepare(self, params: Params, step: int, world_size: int) -> tuple[list[_Entry], MeanTask]:
@@ -195,6 +205,7 @@ class WeightExchange:
             "error_feedback": str(options.uses_feedback),
             "step": str(step),
             "anchor": self._identity,
+            "residuals of ranks": str(self._feedback.world_size if self._feedback is not None else None),
             "layout": layout.description,
             "parameters": listing,
         }
@@ -285,12 +296,28 @@ def _apply(entry: _Entry, flat: torch.Tensor) -> None:
 
 
 def _check_saved(state: Mapping[str, Any]) -> None:
-    if not isinstance(state, Mapping) or not {"identity", "anchor", "error_feedback"} <= set(state):
-        raise ValueError("state_dict is damaged: an exchange needs identity, anchor and error_feedback")
-    anchor = state["anchor"]
+    if not isinstance(state, Mapping) or not {"identity", "anchor", "world_size", "error_feedback"} <= set(state):
+        raise ValueError("state_dict is damaged: an exchange needs identity, anchor, world_size and error_feedback")
+    anchor, world_size = state["anchor"], state["world_size"]
     if not isinstance(anchor, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in anchor.values()):
         raise ValueError("state_dict is damaged: anchor must hold the tensors of the last common weights by name")
     for name, tensor in anchor.items():
         check_memory(f"the anchor of {name!r}", tensor)
+        if not isinstance(name, str) or tensor.layout != torch.strided or tensor.dtype not in DTYPE_NUMBERS:
+            raise ValueError(
+                "state_dict is damaged: anchor must hold dense floating-point tensors by the names of parameters, got "
+                f"{tensor.dtype} for {name!r}"
+            )
+        if bad := int((~tensor.isfinite()).sum()):
+            raise ValueError(
+                f"state_dict is damaged: the anchor of {name!r} has {bad} of {tensor.numel()} values that are not "
+                "finite"
+            )
     if not isinstance(state["identity"], str) or (state["identity"] == NO_ANCHOR) != (not anchor):
-        raise ValueError("state_dict is damaged: the anchor's identity does not fit the anchor")
+        raise ValueError(
+            f"state_dict is damaged: the anchor's identity {state['identity']!r} does not fit an anchor of "
+            f"{len(anchor)} tensors"
+        )
+    positive = isinstance(world_size, int) and not isinstance(world_size, bool) and world_size > 0
+    if world_size is not None and not positive:
+        raise ValueError(f"state_dict is damaged: world_size must be a positive number of ranks, got {world_size!r}")

@@ -59,6 +59,7 @@ class Transport(ABC):
         targets: the other ranks in the order of sending: at distance d to rank + d, so that no two senders meet at one
             receiver.
         sources: the other ranks in the order in which they send here.
+        run: names these connections, the same on all ranks and another one each time; "" where nothing names them.
     """
 
     def __init__(self, ranks: Sequence[int], rank: int, timeout: timedelta) -> None:
@@ -66,6 +67,7 @@ class Transport(ABC):
         self.rank = rank
         self.world_size = len(self.ranks)
         self.timeout = timeout
+        self.run = ""
         distances = range(1, self.world_size)
         self.peers = [other for other in range(self.world_size) if other != rank]
         self.targets = [(rank + distance) % self.world_size for distance in distances]

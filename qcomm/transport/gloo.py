@@ -10,6 +10,7 @@ number of groups a process belongs to. Ranks that differ in this number wait for
 ranks when a group is destroyed and made again.
 """
 
+import uuid
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -49,10 +50,10 @@ class GlooTransport(Transport):
         # its own communicators in the store, which outlives a group that is made anew on it. All ranks make them in the
         # same order.
         generation = store.add(f"qcomm/{self.rank}", 1)
+        own = dist.PrefixStore(f"qcomm/{generation}", store)
         try:
-            return ProcessGroupGloo(
-                dist.PrefixStore(f"qcomm/{generation}", store), self.rank, self.world_size, self.timeout
-            )
+            self.run = own.compare_set("run", "", uuid.uuid4().hex[:16]).decode()  # the first rank's
+            return ProcessGroupGloo(own, self.rank, self.world_size, self.timeout)
         except RuntimeError as error:
             raise TransportError(
                 f"rank {self.ranks[self.rank]} could not connect to the other ranks of {list(self.ranks)}; every rank "

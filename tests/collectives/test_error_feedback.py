@@ -17,6 +17,7 @@ import qcomm
 from qcomm.codec import Segment, encode, measure, plan
 from qcomm.collectives.error_feedback import ErrorFeedback
 from qcomm.collectives.layout import BucketLayout, Piece, TensorSpec, merge_small
+from qcomm.collectives.rank_state import parts_of
 from qcomm.local_sgd.options import ExchangeOptions
 from qcomm.reference import equilibrium_step
 
@@ -235,7 +236,7 @@ def remaining(states, names):
     for name, numel in names.items():
         value = torch.zeros(numel, dtype=torch.float64)
         for state in states:
-            residuals = state["error_feedback"]
+            residuals = parts_of(state)[0]["error_feedback"]
             if name in residuals["local"]:
                 value += residuals["local"][name].double() / len(states)
             if name in residuals["owner"]:

@@ -215,28 +215,79 @@ def test_a_pickled_state_asks_for_its_scale_again(world_of_one):
     assert error_of(model, 0) is None
 
 
+def with_residuals(good, **changes):
+    return {**good, "error_feedback": {**good["error_feedback"], **changes}}
+
+
 # What damages a good checkpoint, and the error that names it.
 DAMAGES = {
-    "another format": (lambda good: {**good, "format": 2}, "must be of format 1"),
-    "nothing of a rank": (lambda good: [good, None], "must be of format 1"),
-    "no entries": (lambda good: {"format": 1}, r"it has no \['error_feedback', 'has_names', 'steps'\]"),
-    "steps in words": (lambda good: {**good, "steps": "7"}, "must be of one step"),
-    "two steps": (lambda good: [good, {**good, "steps": 9}], "must be of one step"),
+    "another format": (lambda good: {**good, "format": 1}, "must be of format 2, .*, got 1"),
+    "nothing of a rank": (
+        lambda good: [good, None],
+        "must be a result of .* or a list of them, got NoneType",
+    ),
+    "no rank": (lambda good: {"format": 2}, r"with a key such as 'rank 0 of 2', got the keys \['format'\]"),
+    "no entries": (
+        lambda good: {"rank 0 of 1": ({"format": 2},)},
+        r"it has no \['error_feedback', 'has_names', 'run', 'steps', 'world_size'\]",
+    ),
+    "a rank's state in a list": (lambda good: {"rank 0 of 1": [{}]}, r"\['rank 0 of 1'\] must be a tuple of one"),
+    "steps in words": (lambda good: {**good, "steps": "7"}, "steps must be an int >= 0, got '7'"),
+    "a flag for steps": (lambda good: {**good, "steps": True}, "steps must be an int >= 0, got True"),
+    "two steps": (lambda good: [good, {**good, "steps": 9}], r"must be of one step on all ranks, got \[1, 9\]"),
+    "two runs": (lambda good: [good, {**good, "run": "b"}], "must be of one run on all ranks"),
+    "a run in numbers": (lambda good: {**good, "run": 3}, "run must be a string, got 3"),
+    "names in numbers": (lambda good: {**good, "has_names": 1}, "has_names must be a bool, got 1"),
+    "no ranks at all": (lambda good: {**good, "world_size": 0}, "world_size must be a positive number of ranks, got 0"),
     "no residuals": (
         lambda good: {**good, "steps": 9, "error_feedback": {"format": 2}},
         "it needs world_size, local, owner and rms",
     ),
+    "residuals in a list": (lambda good: {**good, "error_feedback": [1]}, "ErrorFeedback.state_dict, got list"),
+    "residuals of no rank": (lambda good: with_residuals(good, world_size=0), "number of ranks that saved it, got 0"),
+    "residuals of two ranks, in words": (lambda good: with_residuals(good, world_size="two"), "saved it, got 'two'"),
+    "residuals of an unknown world": (lambda good: with_residuals(good, world_size=None), "saved it, got None"),
     "a forecast that is no number": (
-        lambda good: {**good, "error_feedback": {**good["error_feedback"], "rms": {"local": {"a": -1.0}, "owner": {}}}},
-        "rms must hold positive numbers",
+        lambda good: with_residuals(good, rms={"local": {"a": -1.0}, "owner": {}}),
+        "rms must hold positive numbers for local parameters, got -1.0 for 'a'",
+    ),
+    "forecasts in a list": (
+        lambda good: with_residuals(good, rms={"local": [], "owner": {}}),
+        r"rms\['local'\] must be",
     ),
     "a local residual in a list": (
-        lambda good: {**good, "error_feedback": {**good["error_feedback"], "local": {"0.weight": [1.0]}}},
-        "must be a 1-D float32 tensor",
+        lambda good: with_residuals(good, local={"0.weight": [1.0]}),
+        "must be a 1-D float32 tensor, got list",
+    ),
+    "a residual of another dtype": (
+        lambda good: with_residuals(good, local={"0.weight": torch.zeros(2304, dtype=torch.float64)}),
+        r"must be a 1-D float32 tensor, got torch.float64 of shape \(2304,\)",
+    ),
+    "a residual of another shape": (
+        lambda good: with_residuals(good, local={"0.weight": torch.zeros(48, 48)}),
+        r"must be a 1-D float32 tensor, got torch.float32 of shape \(48, 48\)",
+    ),
+    "a residual with a NaN": (
+        lambda good: with_residuals(
+            good, local={"0.weight": torch.zeros(2304).index_fill_(0, torch.tensor(5), torch.nan)}
+        ),
+        "residual of '0.weight' has 1 of 2304 values that are not finite",
+    ),
+    "an owner's residual with an infinity": (
+        lambda good: with_residuals(good, owner={"0.weight": (0, torch.full((3,), torch.inf))}),
+        "residual of '0.weight' has 3 of 3 values that are not finite",
     ),
     "an owner's residual without its place": (
-        lambda good: {**good, "error_feedback": {**good["error_feedback"], "owner": {"0.weight": torch.ones(3)}}},
+        lambda good: with_residuals(good, owner={"0.weight": torch.ones(3)}),
         "must be a pair",
+    ),
+    "a residual of another size": (
+        lambda good: with_residuals(good, local={"0.weight": torch.zeros(5)}, owner={}),
+        "residual of '0.weight' has 5 elements, the model's parameter 2304",
+    ),
+    "a residual of another model": (
+        lambda good: with_residuals(good, local={"x": torch.zeros(5)}, owner={}),
+        "residual of 'x', which the model does not have .it has '0.weight', '0.bias', ",
     ),
 }
 

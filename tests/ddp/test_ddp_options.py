@@ -370,8 +370,8 @@ def test_two_models_share_a_group(rank, world_size):
 def test_copying_a_model_and_process_errors():
     state = qcomm.CompressionState()
     assert state.stats()["bytes_sent"] == 0 and state.error_feedback.norm() == 0.0
-    with pytest.raises(ValueError, match="state_dict must be of format 1"):
-        state.load_state_dict({"format": 2})
+    with pytest.raises(ValueError, match="state_dict must be of format 2"):
+        state.load_state_dict({**state.state_dict(), "format": 1})
     with pytest.raises(RuntimeError, match="is not initialised: call"):
         all_reduce(torch.ones(3))
     assert issubclass(TransportError, qcomm.CollectiveError)

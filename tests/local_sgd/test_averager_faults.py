@@ -239,16 +239,37 @@ def with_exchange(good, **changes):
     return {**good, "exchanges": [{**good["exchanges"][0], **changes}]}
 
 
+def with_anchor(good, value):
+    residuals = {**averager().state_dict()["exchanges"][0]["error_feedback"], **value.pop("residuals", {})}
+    anchor = {"x": torch.zeros(3), **value}
+    return with_exchange(good, identity="abc", anchor=anchor, world_size=2, error_feedback=residuals)
+
+
 # What damages the state of an averager, and the error that names it.
 DAMAGES = {
-    "nothing": (lambda good: {}, "must be of format 1"),
-    "no ranks": (lambda good: [], "must be of format 1"),
-    "step": (lambda good: {**good, "step": -1}, "must be of one step"),
+    "nothing": (lambda good: {}, "must be a result of state_dict.., with a key such as"),
+    "no ranks": (lambda good: [], "must hold the state of at least one rank"),
+    "format": (lambda good: {**good, "format": 1}, "must be of format 2, .*, got 1"),
+    "step": (lambda good: {**good, "step": -1}, "step must be an int >= 0, got -1"),
+    "a flag for a step": (lambda good: {**good, "step": False}, "step must be an int >= 0, got False"),
     "two steps": (lambda good: [good, {**good, "step": 3}], r"must be of one step on all ranks, got \[0, 3\]"),
     "no exchanges": (lambda good: {**good, "exchanges": []}, "must hold 1 exchanges"),
-    "empty exchange": (lambda good: {**good, "exchanges": [{}]}, "needs identity, anchor and error_feedback"),
+    "empty exchange": (
+        lambda good: {**good, "exchanges": [{}]},
+        "needs identity, anchor, world_size and error_feedback",
+    ),
     "anchor": (lambda good: with_exchange(good, anchor={"x": 3}), "last common weights"),
-    "identity": (lambda good: with_exchange(good, identity="abc"), "does not fit the anchor"),
+    "anchor of integers": (lambda good: with_anchor(good, {"y": torch.ones(2, dtype=int)}), "got torch.int64 for 'y'"),
+    "anchor with a NaN": (
+        lambda good: with_anchor(good, {"y": torch.tensor([1.0, torch.nan])}),
+        "anchor of 'y' has 1 of 2 values that are not finite",
+    ),
+    "identity": (lambda good: with_exchange(good, identity="abc"), "'abc' does not fit an anchor of 0 tensors"),
+    "world size": (lambda good: with_exchange(good, world_size=0), "world_size must be a positive number of ranks"),
+    "residuals of another size": (
+        lambda good: with_anchor(good, {"residuals": {"world_size": 2, "local": {"x": torch.zeros(5)}}}),
+        "residual of 'x' has 5 elements, the model's parameter 3",
+    ),
 }
 
 
