@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qcomm.collectives_cuda import check_device_strategy, check_group
 from qcomm.communicator import Group, failed, get_communicator, get_world_size, resolve_group
 from qcomm.ddp.checks import check_grad_scale, check_model
+from qcomm.ddp.copies import AttachedHooks
 from qcomm.ddp.optimizers import watch
 from qcomm.ddp.state import CompressionState
 from qcomm.transport import MpiGroup
@@ -60,6 +61,7 @@ def attach(
 
     A collective: it connects the ranks of the model's process group, unless an earlier ``attach`` or ``all_reduce`` of
     that group did. All ranks call it at the same point of the program, after wrapping the model and before training.
+    A copy of the model made with ``copy.deepcopy`` or pickle has no hook, and warns of it: attach the copy, too.
 
     Args:
         ddp_model: a DistributedDataParallel that has no communication hook yet.
@@ -112,6 +114,7 @@ def attach(
         get_communicator(group)
     state.grad_scale = options.get("grad_scale", state.grad_scale)
     ddp_model.register_comm_hook(state, compression_hook)
+    ddp_model._comm_hooks = AttachedHooks(ddp_model._comm_hooks)
     watch(ddp_model.module, state.options.grid, state.telemetry)
     return state
 

@@ -196,7 +196,7 @@ class CompressionState:
         """
         warnings.warn(
             "a pickled CompressionState has no process group and no grad_scale that is not a number: "
-            "attach(ddp_model, state=state, grad_scale=...) gives it both",
+            "attach(ddp_model, state=state, grad_scale=...) gives it both, and a copied DDP model its hook",
             stacklevel=2,
         )
         self.reducer.flush()

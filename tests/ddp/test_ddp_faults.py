@@ -305,3 +305,19 @@ def test_damaged_checkpoints_are_refused_and_change_nothing(world_of_one, damage
         assert torch.equal(now["error_feedback"]["local"][key], residual)
     state.load_state_dict({**good, "steps": 9})
     assert state.state_dict()["steps"] == 9
+
+
+@world(2)
+def test_a_copied_model_says_that_it_has_no_hook(rank, world_size):
+    model = wrap()
+    state = attach(model, min_elements=100)
+    backward(model, rank)
+    for copied in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+        with pytest.warns(UserWarning, match=r"no communication hook .* call qcomm.attach\(copy, \.\.\.\)"):
+            other = copied(model)
+        assert not other._comm_hooks
+        sent = state.stats()["bytes_sent"]
+        again = attach(other, min_elements=100)
+        backward(other, rank)
+        assert state.stats()["bytes_sent"] == sent and again.stats()["bits_per_element_phase1"] > 0
+    assert error_of(model, rank) is None
