@@ -69,6 +69,7 @@ class Steps:
         error_serial: the last one in which this rank saw an error.
         scale: the factor of the present step's gradients: a number, or a tensor that stays on its device.
         last_error: of any step.
+        skips_buckets: whether a step may consist of any of the buckets.
         run: names the connections of the last exchange; "" before the first one.
         owed: a fault that the other ranks do not know yet.
     """
@@ -81,8 +82,9 @@ class Steps:
         self.scale: Scale = 1.0
         self.last_error = LastError()
         self.owed: Fault | None = None
+        self.skips_buckets = False
         self.run = ""
-        self._last_index = -1
+        self._last_index, self._last_pass = -1, -1
 
     def __getstate__(self) -> dict[str, object]:
         """Returns the state without the objects of this process: errors, and a scale that may be on a device."""
@@ -91,9 +93,11 @@ class Steps:
     def begin(self, index: int) -> bool:
         """Begins bucket ``index``, and a new step if it is a step's first; returns True if it is."""
         # Buckets come in ascending order, so an index that does not ascend begins a new step, also where the last
-        # buckets of a step were skipped.
-        first = index <= self._last_index or self._last_index < 0
-        self._last_index = index
+        # buckets of a step were skipped. Where any may be missing, another pass of the autograd engine does, too.
+        # Elsewhere it does not: checkpointed layers run passes of their own inside of backward.
+        number = torch._C._current_graph_task_id() if self.skips_buckets else -1
+        first = index <= self._last_index or self._last_index < 0 or number != self._last_pass
+        self._last_index, self._last_pass = index, number
         if first:
             self.number += 1
             self.serial += 1
