@@ -139,8 +139,10 @@ class RangeGrid:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset must be None, 'paper' or 'compact', got {self.preset!r}")
+        if not isinstance(self.preset, str | None) or self.preset not in PRESETS:
+            is_number = isinstance(self.preset, (int, float))
+            hint = f"; bits above the entropy are written RangeGrid(c={self.preset})" if is_number else ""
+            raise ValueError(f"preset must be None, 'paper' or 'compact', got {self.preset!r}{hint}")
         for name, value in PRESETS[self.preset].items():
             if getattr(self, name) not in (getattr(type(self), name), value):
                 raise ValueError(
