@@ -70,7 +70,10 @@ def refuse(fault: Fault | None, communicator: Communicator) -> NoReturn:
 def announce_late(fault: Fault, communicator: Communicator) -> NoReturn:
     """Raises a fault after the last exchange here, and on the other ranks in the next collective."""
     communicator.announce_later(fault)
-    text = f"this rank failed while {fault.phase}: {fault.error}; the others are told in the next collective"
+    text = (
+        f"rank {communicator.name} failed while {fault.phase}: {type(fault.error).__name__}: {fault.error}; the others "
+        "are told in the next collective"
+    )
     raise LateFaultError(text) from fault.error
 
 

@@ -1,6 +1,7 @@
 """Tickets: the result or the error of a job, for which other threads can wait."""
 
 import threading
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Generic, TypeVar, cast
 
@@ -16,20 +17,23 @@ class Ticket(Generic[T]):
 
     Args:
         worker: the thread that runs the job.
+        told: returns the error that ``future`` raises for the job's; by default that error itself.
 
     Attributes:
         future: holds the job's result; its ``wait()`` raises the job's error.
     """
 
-    def __init__(self, worker: threading.Thread | None = None) -> None:
-        self._worker = worker
+    def __init__(
+        self, worker: threading.Thread | None = None, told: Callable[[Exception], Exception] | None = None
+    ) -> None:
+        self._worker, self._told = worker, told
         self._done = threading.Event()
         self._result: T | None = None
         self._error: Exception | None = None
         self._signal: torch.futures.Future[None] = torch.futures.Future()
         # An exception set on a Future would reach DDP as if it were the result; one raised in a callback arrives as an
         # exception.
-        self.future: torch.futures.Future[T] = self._signal.then(lambda _: self.result())
+        self.future: torch.futures.Future[T] = self._signal.then(self._value)
 
     def is_completed(self) -> bool:
         """Returns True if the job has ended, well or not."""
@@ -66,11 +70,26 @@ class Ticket(Generic[T]):
         self.wait()
         return cast(T, self._result)
 
+    def _value(self, _: object) -> T:
+        if self._error is not None:
+            next(_raising(self._error if self._told is None else self._told(self._error)))
+        return cast(T, self._result)
+
     def complete(self, result: T | None, error: Exception | None) -> None:
         """Ends the wait. It is called once."""
         self._result, self._error = result, error
         self._done.set()
         self._signal.set_result(None)
+
+
+def _raising(error: Exception) -> Iterator[None]:
+    """Raises an error when its first element is taken.
+
+    torch writes the frame that raised and all of its callers behind the error's text. A generator that has ended has no
+    callers.
+    """
+    yield from ()
+    raise error
 
 
 def completed(result: T, future: torch.futures.Future[T] | None = None) -> Ticket[T]:

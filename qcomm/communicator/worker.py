@@ -34,11 +34,13 @@ class Communicator:
     Attributes:
         rank: this process within the group.
         world_size: number of ranks in the group.
+        name: number of this process in the whole job, for error messages.
         run: names its connections, see :class:`~qcomm.transport.base.Transport`.
     """
 
     def __init__(self, transport: Transport) -> None:
         self.rank, self.world_size, self.run = transport.rank, transport.world_size, transport.run
+        self.name = transport.ranks[transport.rank]
         self._transport = transport
         self._sequence = 0
         self._pending_fault: Fault | None = None
@@ -54,9 +56,14 @@ class Communicator:
         """Returns the number of collectives that have begun, the same on all ranks."""
         return self._sequence
 
-    def submit(self, job: Callable[[], T]) -> Ticket[T]:
-        """Queues ``job``. All ranks submit the same jobs in the same order; jobs that do not match are refused."""
-        ticket: Ticket[T] = Ticket(self._thread)
+    def submit(self, job: Callable[[], T], told: Callable[[Exception], Exception] | None = None) -> Ticket[T]:
+        """Queues ``job``. All ranks submit the same jobs in the same order; jobs that do not match are refused.
+
+        Args:
+            job: runs on the background thread.
+            told: of the :class:`Ticket`.
+        """
+        ticket: Ticket[T] = Ticket(self._thread, told)
         with self._closing:
             if not self._closed:
                 self._jobs.put(cast(tuple[Callable[[], object], Ticket[object]], (job, ticket)))
@@ -119,7 +126,7 @@ class Communicator:
     def _run_job(self, job: Callable[[], object], ticket: Ticket[object]) -> None:
         if self._broken is not None:
             ticket.complete(
-                None, CollectiveError(f"an earlier collective left this group without connections: {self._broken}")
+                None, TransportError(f"an earlier collective left this group without connections: {self._broken}")
             )
             return
         try:

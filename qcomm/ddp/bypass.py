@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from qcomm.collectives import UNCOMPRESSED, BucketLayout, Telemetry, UncompressedValues, count_rings
 from qcomm.communicator import Fault, Group, Phase, Ticket, failed
+from qcomm.ddp.failures import GROUP_IS_BROKEN
 from qcomm.ddp.gloo_exit import CallbackToken
 from qcomm.errors import CollectiveError
 from qcomm.transport import MpiGroup
@@ -209,7 +210,7 @@ class Bypass:
                 with torch.no_grad():
                     values.store(buffer)
             except RuntimeError as error:
-                text = f"bucket {index} was not averaged: {error}"
+                text = f"bucket {index} was not averaged: {error}. {GROUP_IS_BROKEN}."
                 last_error.note(CollectiveError(text))  # not the one that is raised, whose traceback has the token
                 raise CollectiveError(text) from error
             passed.count(time.perf_counter() - begin, last)

@@ -9,6 +9,7 @@ from qcomm.collectives import Scale, Telemetry
 from qcomm.collectives_cuda import DeviceChoice, DevicePart
 from qcomm.communicator import Communicator, Group, device_future, is_agreed
 from qcomm.errors import CollectiveError
+from qcomm.transport import TransportError
 
 __all__ = ["DeviceHook"]
 
@@ -46,9 +47,9 @@ class DeviceHook:
             raise ValueError(text)
         if self._broken is not None:
             text = f"an earlier collective ended half way on this rank, and the others wait for it: {self._broken}"
-            raise CollectiveError(text)
+            raise TransportError(text)
         if serial == self._failed_serial:
-            text = f"bucket {part.index} was not exchanged, because an earlier one of this step failed"
+            text = "an earlier bucket of this step failed"
             raise CollectiveError(text)
         with torch.no_grad(), self._beside():
             part.telemetry.mark(part.index, "launch")

@@ -113,6 +113,7 @@ def attach(
     if get_world_size(group) > 1 or state.options.strategy != "auto":
         get_communicator(group)
     state.grad_scale = options.get("grad_scale", state.grad_scale)
+    state.reducer.steps.finds_unused = ddp_model.find_unused_parameters and not ddp_model.static_graph
     state.reducer.steps.skips_buckets = getattr(ddp_model, "skip_all_reduce_unused_params", False)
     ddp_model.register_comm_hook(state, compression_hook)
     ddp_model._comm_hooks = AttachedHooks(ddp_model._comm_hooks)

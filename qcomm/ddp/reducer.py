@@ -47,6 +47,7 @@ from qcomm.ddp.buckets import BucketTable, KnownBucket
 from qcomm.ddp.bypass import BYPASSED, Bypass, Lane, LastError, can_bypass
 from qcomm.ddp.checks import check_scale
 from qcomm.ddp.cuda import DeviceHook
+from qcomm.ddp.failures import GROUP_IS_BROKEN, NOTHING_BEGAN, of_bucket
 from qcomm.ddp.warm_up import WarmUp
 from qcomm.errors import CollectiveError, ConfigMismatchError
 
@@ -70,6 +71,7 @@ class Steps:
         scale: the factor of the present step's gradients: a number, or a tensor that stays on its device.
         last_error: of any step.
         skips_buckets: whether a step may consist of any of the buckets.
+        finds_unused: whether DDP looks for unused parameters, and so cannot go on after an error.
         run: names the connections of the last exchange; "" before the first one.
         owed: a fault that the other ranks do not know yet.
     """
@@ -83,6 +85,7 @@ class Steps:
         self.last_error = LastError()
         self.owed: Fault | None = None
         self.skips_buckets = False
+        self.finds_unused = False
         self.run = ""
         self._last_index, self._last_pass = -1, -1
 
@@ -198,7 +201,7 @@ class Reducer:
                 return self._pass_by(lane, bucket)
             communicator = connect(group, alone=self._options.strategy == "auto")
         except (RuntimeError, ValueError) as error:
-            return self._failed(error)
+            return self._failed(error, bucket.index())
         world_size = 1
         if communicator is not None:
             world_size, self.steps.run = communicator.world_size, communicator.run
@@ -270,7 +273,7 @@ class Reducer:
     ) -> torch.futures.Future[torch.Tensor]:
         """Returns the Future of a rank that is alone, whose gradients are their own mean."""
         if task is None and fault is not None:
-            return self._failed(fault.error)
+            return self._failed(fault.error, bucket.index())
         self._count(task)
         return device_future(bucket.buffer())
 
@@ -312,7 +315,7 @@ class Reducer:
                 self._telemetry.add(wait_seconds=time.perf_counter() - ready)
             return buffer
 
-        ticket = communicator.submit(job)
+        ticket = communicator.submit(job, lambda error: of_bucket(error, index, self.steps.finds_unused))
         if lane is not None:
             lane.ticket = ticket
         return ticket.future
@@ -320,8 +323,7 @@ class Reducer:
     def _check_step(self, index: int, serial: int) -> None:
         if serial == self.steps.failed_serial:
             # Backward raises for the bucket that failed, and the next step may write to the others' memory already.
-            text = f"bucket {index} was not exchanged, because an earlier one of this step failed"
-            raise CollectiveError(text) from self.steps.last_error.error
+            raise CollectiveError("an earlier bucket of this step failed") from self.steps.last_error.error
 
     def _note(self, error: Exception, serial: int) -> None:
         self.steps.last_error.note(error)
@@ -343,13 +345,13 @@ class Reducer:
         except Exception as error:  # noqa: BLE001 - any: DDP could not go on after it, so the Future raises it
             if self._device_hook is not None and isinstance(error, (CollectiveError, ConfigMismatchError)):
                 self._device_hook.fail(self.steps.serial)  # all ranks know
-            return self._failed(error)
+            return self._failed(error, part.index, GROUP_IS_BROKEN)
         self._count(part.task)
         return future
 
-    def _failed(self, error: Exception) -> torch.futures.Future[torch.Tensor]:
+    def _failed(self, error: Exception, index: int, advice: str = NOTHING_BEGAN) -> torch.futures.Future[torch.Tensor]:
         self.steps.last_error.note(error)
-        return failed(error).future
+        return failed(of_bucket(error, index, self.steps.finds_unused, advice)).future
 
     def _count(self, task: MeanTask | None) -> None:
         if task is not None:

@@ -9,8 +9,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from ddp_model import backward, error_of, wrap
+from ddp_model import backward, error_of, inputs, wrap
 from distributed import TIMEOUT, all_reduce, assert_same_on_all_ranks, attach, die, gathered, world
+from torch import nn
 
 import qcomm
 from qcomm.collectives.two_phase_steps import MeanSteps
@@ -305,6 +306,59 @@ def test_damaged_checkpoints_are_refused_and_change_nothing(world_of_one, damage
         assert torch.equal(now["error_feedback"]["local"][key], residual)
     state.load_state_dict({**good, "steps": 9})
     assert state.state_dict()["steps"] == 9
+
+
+@world(2)
+def test_an_error_of_backward_says_what_matters_first_and_once(rank, world_size):
+    model = wrap()
+    attach(model, min_elements=100)
+    backward(model, rank)
+    with failing("encode") if rank == 1 else nullcontext():
+        text = str(error_of(model, rank))
+    sentence, _, frames = text.partition("\n")
+    assert sentence.endswith(
+        "CollectiveError: bucket 0 was not averaged: rank 1 failed while compressing its values: ZeroDivisionError: "
+        "boom. The rest of this step is not exchanged, and the next step can begin."
+    ), text
+    assert text.count("boom") == 1 and frames.count(".py(") <= 1, text
+    with failing("decode") if rank == 1 else nullcontext():
+        text = str(error_of(model, rank))
+    assert "rank 1 failed while decoding the result: ZeroDivisionError: boom" in text, text
+    assert error_of(model, rank) is None
+
+
+class Branches(nn.Module):
+    """A trunk, and branches of which a step takes one."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Linear(48, 48)
+        self.branches = nn.ModuleList(nn.Linear(48, 48) for _ in range(3))
+
+    def forward(self, x, number):
+        return self.branches[number](self.trunk(x))
+
+
+@world(2)
+def test_a_model_with_unused_parameters_is_wrapped_anew_after_a_failure(rank, world_size):
+    def step(number):
+        model.zero_grad()
+        model(inputs(rank, number), number % 3).square().sum().backward()
+
+    torch.manual_seed(0)
+    model = wrap(Branches(), find_unused_parameters=True)
+    state = attach(model, min_elements=100)
+    for number in range(3):
+        step(number)
+    with failing("encode") if rank == 1 else nullcontext(), pytest.raises(RuntimeError, match="boom") as caught:
+        step(3)
+    assert "qcomm.attach(ddp_model, state=state) on every rank before the next step" in str(caught.value)
+    model = wrap(model.module, find_unused_parameters=True)
+    assert attach(model, state=state) is state
+    for number in range(4, 10):
+        step(number)
+        assert_same_on_all_ranks(*[p.grad for p in model.parameters() if p.grad is not None])
+    assert state.state_dict()["steps"] == 10
 
 
 @world(2)

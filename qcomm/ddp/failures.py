@@ -1,0 +1,35 @@
+"""Errors of backward: the sentence that a user sees, with the bucket, the cause, and what to do next."""
+
+from qcomm.communicator import is_agreed
+from qcomm.errors import CollectiveError, ConfigMismatchError
+
+__all__ = ["GROUP_IS_BROKEN", "NOTHING_BEGAN", "of_bucket"]
+
+NEXT_STEP = "The rest of this step is not exchanged, and the next step can begin"
+WRAP_ANEW = (
+    "DDP with find_unused_parameters=True cannot go on after it: run ddp_model = DistributedDataParallel("
+    "ddp_model.module, ...) and qcomm.attach(ddp_model, state=state) on every rank before the next step"
+)
+GROUP_IS_BROKEN = "This process group cannot be used further: end all ranks and resume from a checkpoint"
+NOTHING_BEGAN = "Nothing was exchanged; the next step can begin when the cause is removed"
+
+
+def of_bucket(error: Exception, index: int, finds_unused: bool, otherwise: str = GROUP_IS_BROKEN) -> Exception:
+    """Returns the error that DDP raises for a bucket. It has no traceback, whose frames torch would add to the text.
+
+    Args:
+        error: of the exchange.
+        index: of the bucket.
+        finds_unused: whether DDP runs with ``find_unused_parameters=True``.
+        otherwise: the advice if the ranks have not agreed to end this exchange.
+
+    Example:
+        >>> print(of_bucket(CollectiveError("rank 1 failed"), 3, False))
+        bucket 3 was not averaged: rank 1 failed. The rest of this step is not exchanged, and the next step can begin.
+    """
+    advice = otherwise
+    if is_agreed(error) or (finds_unused and otherwise == NOTHING_BEGAN):
+        advice = WRAP_ANEW if finds_unused else NEXT_STEP
+    if isinstance(error, (CollectiveError, ConfigMismatchError)):
+        return type(error)(f"bucket {index} was not averaged: {error}. {advice}.")
+    return CollectiveError(f"bucket {index} was not averaged: {type(error).__name__}: {error}. {advice}.")
