@@ -198,7 +198,7 @@ def decode_packet(packet: bytes) -> torch.Tensor:
     values = [torch.empty(0, dtype=dtype)]
     for r, lengths, parts in zip(records, codes, pieces, strict=True):
         if r.coding == RUNS:
-            values.append(dequantize_runs(torch.tensor(levels[: r.elements], dtype=torch.int64), r.p1, dtype))
+            values.append(dequantize_runs(torch.tensor(levels[: r.elements], dtype=torch.float64), r.p1, dtype))
             levels = levels[r.elements :]
         else:
             values += [decode_piece(data, n, dtype, r, lengths) for n, data in parts]
