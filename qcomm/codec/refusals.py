@@ -57,7 +57,7 @@ def _described(tensor: torch.Tensor) -> tuple[str, str]:
             "pass .to_local() for this rank's shard, or .full_tensor() for the whole",
         )
     if tensor.is_meta:
-        return f"{kind} on the meta device, which has no values", "load them first"
+        return f"{kind} on meta, a device without values", "load them first"
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return f"{kind} without memory", "pass the plain tensor that it wraps or stands for"
     try:
