@@ -21,7 +21,6 @@ import platform
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ import torch
 from blob_data import load_blobs
 from simulated_exchange import build_exchange
 from simulated_training import SCHEDULES, Setting, simulate
-from study_runs import append, commit, is_done, paired, read
+from study_runs import append, commit, in_turn, is_done, paired, read
 
 from qcomm.recipes.datasets import Dataset, load_dataset
 
@@ -71,6 +70,11 @@ class Run:
     task: str
     setting: Setting
     method: str
+
+    def title(self) -> str:
+        """Returns a name for the log."""
+        setting = self.setting
+        return f"{self.task}, {setting.ranks} ranks, {setting.schedule}, {self.method}, seed {setting.seed}"
 
     def key(self, threads: int) -> dict[str, Any]:
         """Returns the fields by which a finished run is found again: all that its result depends on."""
@@ -179,15 +183,8 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
 
 def run_missing(missing: Sequence[Run], arguments: argparse.Namespace, command: str) -> None:
     """Runs what is missing; the line of a run and the summary are written when it ends."""
-    begin = time.perf_counter()
-    for number, run in enumerate(missing):
+    for run in in_turn(missing, Run.title):
         setting = run.setting
-        scene = f"{run.task}, {setting.ranks} ranks, {setting.schedule}, {run.method}, seed {setting.seed}"
-        left = ""
-        if number:
-            each = (time.perf_counter() - begin) / number
-            left = f", {each:.0f} s a run, {each * (len(missing) - number) / 3600:.1f} h left"
-        print(f"# {number + 1}/{len(missing)}: {scene}{left}", flush=True)
         result = simulate(
             setting,
             load(run.task, arguments.data_dir),

@@ -20,7 +20,6 @@ import platform
 import shlex
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +27,7 @@ from typing import Any
 
 import torch
 from simulated_exchange import build_exchange
-from study_runs import append, commit, is_done, paired, read
+from study_runs import append, commit, in_turn, is_done, paired, read
 from transformer_training import OPTIMIZERS, Setting, Text, simulate, standard_library
 
 RESULTS = Path(__file__).parent / "results"
@@ -150,13 +149,7 @@ def run_missing(
     missing: Sequence[tuple[str, Setting]], text: Text, arguments: argparse.Namespace, command: str
 ) -> None:
     """Runs what is missing; the line of a run and the summary are written when it ends."""
-    begin = time.perf_counter()
-    for number, (method, setting) in enumerate(missing):
-        left = ""
-        if number:
-            each = (time.perf_counter() - begin) / number
-            left = f", {each:.0f} s a run, {each * (len(missing) - number) / 3600:.1f} h left"
-        print(f"# {number + 1}/{len(missing)}: {method}, rate {setting.rate:g}, seed {setting.seed}{left}", flush=True)
+    for method, setting in in_turn(missing, lambda run: f"{run[0]}, rate {run[1].rate:g}, seed {run[1].seed}"):
         exchange, optimizer = split(method)
         result = simulate(setting, text, build_exchange(exchange, setting.ranks), optimizer)
         append(arguments.runs, key_of(method, setting, text) | {"commit": commit(), **asdict(result)})

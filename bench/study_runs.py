@@ -4,11 +4,14 @@ import json
 import math
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from scipy import stats
+
+Run = TypeVar("Run")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -40,6 +43,18 @@ def paired(differences: Sequence[float]) -> dict[str, Any]:
         return {"difference": mean, "interval": None}
     half = stats.t.ppf(0.975, len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
     return {"difference": mean, "interval": [mean - half, mean + half]}
+
+
+def in_turn(missing: Sequence[Run], name: Callable[[Run], str]) -> Iterator[Run]:
+    """Yields the runs that are missing, and prints for each its name and the time that is left."""
+    begin = time.perf_counter()
+    for number, run in enumerate(missing):
+        left = ""
+        if number:
+            each = (time.perf_counter() - begin) / number
+            left = f", {each:.0f} s a run, {each * (len(missing) - number) / 3600:.1f} h left"
+        print(f"# {number + 1}/{len(missing)}: {name(run)}{left}", flush=True)
+        yield run
 
 
 def commit() -> str:

@@ -16,7 +16,7 @@ from qcomm.collectives.cost_model import (
 from qcomm.collectives.error_feedback import ErrorFeedback
 from qcomm.collectives.layout import BucketLayout, Chunk, TensorSpec
 from qcomm.collectives.machine import measure_codec, measure_link, slowest
-from qcomm.collectives.options import STRATEGIES, ReduceKeywords, ReduceOptions
+from qcomm.collectives.options import STRATEGIES, ReduceKeywords, ReduceOptions, with_step
 from qcomm.collectives.packing import no_bytes
 from qcomm.collectives.rank_state import RankState, load_rank_states, parts_of
 from qcomm.collectives.rounds import Rounds, announce_late, refuse
@@ -63,4 +63,5 @@ __all__ = [
     "slowest",
     "two_phase_times",
     "uncompressed_strategies",
+    "with_step",
 ]

@@ -164,10 +164,10 @@ def _encode_values(task: MeanTask, own: _Own | None, grids: Sequence[SharedGrid]
         return [pack_chunk(own.values, chunk, measured, 1.0, task.options.num_threads) for chunk in layout.chunks]
 
 
-def _quantize(values: torch.Tensor, residual: torch.Tensor | None, grid: SharedGrid, described: Grid) -> Quantizer:
+def _quantize(values: torch.Tensor, residual: torch.Tensor | None, grid: SharedGrid, asked_grid: Grid) -> Quantizer:
     """Adds the residual to ``values`` and rounds them, both in place, and returns their quantizer for a packet.
 
-    ``described`` is the tensor's grid in the options.
+    ``asked_grid`` is the tensor's grid in the options.
     """
     if grid.constant is not None and math.isnan(grid.constant):
         return Quantizer.constant(math.nan)
@@ -181,7 +181,7 @@ def _quantize(values: torch.Tensor, residual: torch.Tensor | None, grid: SharedG
     if residual is not None:
         residual.copy_(values.sub_(rounded))
     values.copy_(rounded)
-    return lossless_quantizer(values, grid.step, described)
+    return lossless_quantizer(values, grid.step, asked_grid)
 
 
 def _add_chunk(task: MeanTask, rank: int, grids: Sequence[SharedGrid], packets: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -199,8 +199,8 @@ def _add_chunk(task: MeanTask, rank: int, grids: Sequence[SharedGrid], packets: 
             sums, grid = total[position : position + piece.length], grids[piece.tensor]
             quantizer = Quantizer.raw()
             if grid.step:
-                described = task.options.grid_of(task.layout.tensors[piece.tensor])
-                quantizer = lossless_quantizer(sums, grid.step, described)
+                asked_grid = task.options.grid_of(task.layout.tensors[piece.tensor])
+                quantizer = lossless_quantizer(sums, grid.step, asked_grid)
             elif grid.constant is not None:
                 quantizer = Quantizer.constant(float(sums[0]))
             segments.append(Segment(sums, quantizer))

@@ -12,7 +12,7 @@ from qcomm.collectives.cost_model import Profile
 from qcomm.collectives.error_feedback import check_equilibrium
 from qcomm.collectives.layout import TensorSpec, merge_small
 
-__all__ = ["STRATEGIES", "ReduceKeywords", "ReduceOptions"]
+__all__ = ["STRATEGIES", "ReduceKeywords", "ReduceOptions", "with_step"]
 
 STRATEGIES = ("auto", "none", "bf16", "exact_sum", "all_gather", "hierarchical", "two_phase")
 # Up to this step the mean is at most as coarse as its RMS. Beyond it, bytes count more than the mean's noise.
@@ -214,6 +214,24 @@ class ReduceOptions:
         }
 
 
+def with_step(name: str, step: object, grid: SigmaGrid) -> SigmaGrid:
+    """Returns a grid with another step, which is the value of option ``name``.
+
+    Raises:
+        TypeError, ValueError: naming the option.
+
+    Example:
+        >>> with_step("mean_step", 2, SigmaGrid(step=1.0)).step
+        2.0
+    """
+    if isinstance(step, bool) or not isinstance(step, (int, float)):
+        raise TypeError(f"{name} must be a real number or None, got {type(step).__name__}")
+    try:
+        return replace(grid, step=float(step))
+    except ValueError as error:
+        raise ValueError(f"{name} must be a step of the grid: {error}") from error
+
+
 def _mean_grid(grid: Grid, mean_step: float | None) -> Grid:
     if isinstance(grid, RangeGrid):
         if mean_step is not None:
@@ -221,23 +239,13 @@ def _mean_grid(grid: Grid, mean_step: float | None) -> Grid:
         return grid
     if mean_step is None:
         return replace(grid, step=min(grid.step, 1.0)) if grid.step <= FINE_STEP else grid
-    if isinstance(mean_step, bool) or not isinstance(mean_step, (int, float)):
-        raise TypeError(f"mean_step must be a real number or None, got {type(mean_step).__name__}")
-    try:
-        return replace(grid, step=float(mean_step))
-    except ValueError as error:
-        raise ValueError(f"mean_step must be a step of the grid: {error}") from error
+    return with_step("mean_step", mean_step, grid)
 
 
 def _small_grid(grid: Grid, small_step: float | None) -> Grid | None:
     if small_step is None:
         return None
-    if isinstance(small_step, bool) or not isinstance(small_step, (int, float)):
-        raise TypeError(f"small_step must be a real number or None, got {type(small_step).__name__}")
-    try:
-        small = SigmaGrid(step=float(small_step))
-    except ValueError as error:
-        raise ValueError(f"small_step must be a step of a SigmaGrid: {error}") from error
+    small = with_step("small_step", small_step, SigmaGrid())
     return replace(small, step=min(small.step, grid.step)) if isinstance(grid, SigmaGrid) else None
 
 

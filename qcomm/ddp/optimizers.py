@@ -19,10 +19,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from qcomm.codec import Grid, SigmaGrid
 from qcomm.collectives import UNCOMPRESSED, Telemetry
 
-__all__ = ["FINE_STEP", "watch"]
+__all__ = ["watch"]
 
 # Up to this step the guide does not advise against Adam.
-FINE_STEP = 0.5
+HARMLESS_STEP = 0.5
 # Names that optimizers of torch and others give to second moments, or to norms in their place.
 SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "exp_inf", "sum", "row_var", "state2"})
 
@@ -49,7 +49,7 @@ def watch(model: torch.nn.Module, grid: Grid, telemetry: Telemetry) -> None:
         telemetry: of the hook, which knows if gradients really are compressed.
     """
     _watched.pop(model, None)
-    if not isinstance(grid, SigmaGrid) or grid.step <= FINE_STEP:
+    if not isinstance(grid, SigmaGrid) or grid.step <= HARMLESS_STEP:
         return
     _watched[model] = _Watched(model, grid, telemetry)
     if not _hooks:
@@ -82,6 +82,6 @@ def _text(name: str, grid: SigmaGrid) -> str:
     return (
         f"{name} divides by the root of a second moment, which the rounding noise of a SigmaGrid of step {grid.step:g} "
         f"makes larger, so the model learns more slowly than with exact gradients: begin with "
-        f"qcomm.SigmaGrid(step={FINE_STEP:g}) and compare the loss with that of strategy='none', or use SGD with "
+        f"qcomm.SigmaGrid(step={HARMLESS_STEP:g}) and compare the loss with that of strategy='none', or use SGD with "
         "momentum; see 'Which optimizer?' in docs/guide.md"
     )

@@ -13,9 +13,9 @@ A stage has a configuration of its own, on which ranks agree as on any other.
 from dataclasses import dataclass, replace
 
 from qcomm.codec import SigmaGrid
-from qcomm.collectives import ReduceOptions
+from qcomm.collectives import ReduceOptions, with_step
 
-__all__ = ["STAGES", "WarmUp"]
+__all__ = ["WarmUp"]
 
 STAGES = 4
 
@@ -72,21 +72,16 @@ class WarmUp:
             raise ValueError(f"warmup_steps must be >= 0, got {self.steps}")
         if self.step is None:
             return
-        if isinstance(self.step, bool) or not isinstance(self.step, (int, float)):
-            raise TypeError(f"warmup_step must be a real number or None, got {type(self.step).__name__}")
         if not isinstance(options.grid, SigmaGrid):
             raise ValueError(f"warmup_step must be None with a RangeGrid, which has no step, got {self.step}")
+        first = with_step("warmup_step", self.step, options.grid)
         if not self.steps:
             raise ValueError(f"warmup_step must be None without warmup_steps, got {self.step}; pass warmup_steps too")
-        if self.step > options.grid.step:
+        if first.step > options.grid.step:
             raise ValueError(
                 f"warmup_step must be at most the grid's step, {options.grid.step}, towards which it coarsens; "
                 f"got {self.step}"
             )
-        try:
-            replace(options.grid, step=float(self.step))
-        except ValueError as error:
-            raise ValueError(f"warmup_step must be a step of the grid: {error}") from error
 
     def describe(self) -> dict[str, str]:
         """Returns the options as text, for the comparison between ranks."""

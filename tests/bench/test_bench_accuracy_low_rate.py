@@ -1,13 +1,7 @@
 """The accuracy study at low rates: its order, its rule of success, and that it goes on where it was interrupted."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-from mpirun import environment
-
-BENCH = Path(__file__).parents[2] / "bench"
+from studies import BENCH, check_an_interrupted_study_goes_on
 
 
 @pytest.fixture
@@ -58,17 +52,5 @@ def test_the_rule_of_success(study, differences, seeds, answer):
 
 @pytest.mark.world
 def test_an_interrupted_study_goes_on(tmp_path):
-    command = [sys.executable, str(BENCH / "bench_accuracy_low_rate.py"), "--quick", "--json", "found.json"]
-    lines = tmp_path / "found.jsonl"
-    outputs = []
-    for _ in range(2):
-        ended = subprocess.run(
-            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False
-        )
-        assert ended.returncode == 0, ended.stderr
-        outputs.append(ended.stdout)
-        kept = lines.read_text().splitlines()
-        assert len(kept) == 2
-        lines.write_text(kept[0] + "\n")
-    assert "2 runs, 2 missing" in outputs[0] and "2 runs, 1 missing" in outputs[1]
+    outputs = check_an_interrupted_study_goes_on("bench_accuracy_low_rate.py", tmp_path)
     assert "open: 1 of 8 seeds" in outputs[1]

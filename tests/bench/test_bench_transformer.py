@@ -1,15 +1,10 @@
 """The study of AdamW on a small transformer: its rule of success, its optimizer, and how an interrupted one goes on."""
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from mpirun import environment
-
-BENCH = Path(__file__).parents[2] / "bench"
+from studies import BENCH, check_an_interrupted_study_goes_on
 
 
 @pytest.fixture
@@ -72,15 +67,4 @@ def test_an_unknown_method_is_refused(bench, method):
 
 
 def test_an_interrupted_study_goes_on(tmp_path):
-    command = [sys.executable, str(BENCH / "bench_transformer.py"), "--quick", "--json", "found.json"]
-    lines, outputs = tmp_path / "found.jsonl", []
-    for _ in range(2):
-        ended = subprocess.run(
-            command, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=300, check=False
-        )
-        assert ended.returncode == 0, ended.stderr
-        outputs.append(ended.stdout)
-        kept = lines.read_text().splitlines()
-        assert len(kept) == 2
-        lines.write_text(kept[0] + "\n")
-    assert "2 runs, 2 missing" in outputs[0] and "2 runs, 1 missing" in outputs[1]
+    check_an_interrupted_study_goes_on("bench_transformer.py", tmp_path)

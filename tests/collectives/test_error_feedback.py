@@ -10,6 +10,7 @@ import torch.distributed as dist
 from distributed import attach, gathered, world
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from residuals import owed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,14 +53,8 @@ def filled(world_size, seed=0):
 
 def kept(ranks):
     """mean(e) + o, what will still be sent: name -> float64 tensor."""
-    total = {name: torch.zeros(numel, dtype=torch.float64) for name, numel in SIZES.items()}
-    for feedback in ranks:
-        state = feedback.state_dict()
-        for name, residual in state["local"].items():
-            total[name] += residual.double() / len(ranks)
-        for name, (start, residual) in state["owner"].items():
-            total[name][start : start + residual.numel()] += residual.double()
-    return total
+    states = [feedback.state_dict() for feedback in ranks]
+    return {name: owed(states, name, numel) for name, numel in SIZES.items()}
 
 
 def assert_kept(ranks, before):

@@ -178,13 +178,18 @@ def test_a_gradient_that_is_not_finite_reaches_all_ranks_and_leaves_residuals_fi
     assert_same_on_all_ranks(gradient)
 
 
-@world(2)
-def test_a_value_that_is_not_finite_in_the_own_part_is_counted_and_takes_no_residual(rank, world_size):
-    """Nothing measures that part once steps are forecast."""
+def one_layer():
+    """A model of one weight, which is cut among the ranks, its state and the weight."""
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Linear(64, 256, bias=False))
     state = attach(model, grid=qcomm.SigmaGrid(step=3.4), strategy="two_phase", min_elements=0)
-    (weight,) = model.parameters()
+    return model, state, *model.parameters()
+
+
+@world(2)
+def test_a_value_that_is_not_finite_in_the_own_part_is_counted_and_takes_no_residual(rank, world_size):
+    """Nothing measures that part once steps are forecast."""
+    model, state, weight = one_layer()
     poisoned = False
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:
@@ -210,10 +215,7 @@ def test_a_value_that_is_not_finite_in_the_own_part_is_counted_and_takes_no_resi
 @world(2)
 def test_a_residual_of_the_own_part_waits_while_values_are_not_finite(rank, world_size):
     """A checkpoint of other owners leaves residuals there, and its forecasts spare the measuring."""
-    torch.manual_seed(0)
-    model = DistributedDataParallel(nn.Linear(64, 256, bias=False))
-    state = attach(model, grid=qcomm.SigmaGrid(step=3.4), strategy="two_phase", min_elements=0)
-    (weight,) = model.parameters()
+    model, state, weight = one_layer()
     poisoned = False
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from ddp_model import backward, error_of, exact_mean, inputs, wrap
 from distributed import all_reduce, assert_same_on_all_ranks, attach, counting_bytes, gathered, world
+from residuals import owed
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
 import qcomm
@@ -49,12 +50,7 @@ def test_a_step_coarsens_in_stages(rank, world_size, feedback):
     if feedback:
         residuals = gathered(state.state_dict()["error_feedback"])
         for (name, parameter), missing in zip(model.module.named_parameters(), sums, strict=True):
-            kept = torch.zeros(parameter.numel(), dtype=torch.float64)
-            for part in residuals:
-                kept += part["local"][name].double() / world_size
-                if name in part["owner"]:
-                    start, residual = part["owner"][name]
-                    kept[start : start + residual.numel()] += residual.double()
+            kept = owed(residuals, name, parameter.numel())
             assert torch.allclose(-missing.flatten(), kept, rtol=0, atol=1e-4), name
 
 
@@ -128,13 +124,7 @@ def test_small_parameters_are_quantized_finely_and_together(rank, world_size, st
         for (name, parameter), missing in zip(model.module.named_parameters(), sums, strict=True):
             exact = name == "2.bias" or (small_step is None and name.endswith(".bias"))
             assert (name in tensors) == (not exact)
-            kept = torch.zeros(parameter.numel(), dtype=torch.float64)
-            for part in saved:
-                if name in part["local"]:
-                    kept += part["local"][name].double() / world_size
-                if name in part["owner"]:
-                    start, residual = part["owner"][name]
-                    kept[start : start + residual.numel()] += residual.double()
+            kept = owed(saved, name, parameter.numel())
             assert torch.allclose(-missing.flatten(), kept, rtol=0, atol=1e-4), name
             assert bool(kept.any()) == (not exact), name
     assert sent[0.5] < sent[None]

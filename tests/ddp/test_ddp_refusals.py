@@ -136,7 +136,7 @@ BAD_OPTIONS = [
         ValueError,
         "warmup_step must be None with a RangeGrid",
     ),
-    ({"small_step": -0.5}, ValueError, "small_step must be a step of a SigmaGrid"),
+    ({"small_step": -0.5}, ValueError, "small_step must be a step of the grid"),
     ({"small_step": "0.5"}, TypeError, "small_step must be a real number or None, got str"),
     ({"exclude": "*.bias"}, TypeError, "exclude must be a sequence of patterns"),
     ({"grad_scale": -1.0}, ValueError, "grad_scale must be positive and finite, got -1.0"),

@@ -96,17 +96,8 @@ Encoded encode(const Case& c) {
 }
 
 void damage(Encoded* encoded) {
-    std::vector<std::uint16_t>& words = encoded->words;
     const std::uint32_t kind = below(8);
-    if (!encoded->possible || kind == 0) {
-        words.resize(below(3000));
-        for (std::uint16_t& word : words) word = static_cast<std::uint16_t>(noise());
-        for (std::uint32_t& start : encoded->start) start = static_cast<std::uint32_t>(noise()) >> below(20);
-    } else if (kind == 1 && !words.empty()) {
-        words[below(static_cast<std::uint32_t>(words.size()))] ^= static_cast<std::uint16_t>(1u << below(16));
-    } else if (kind == 2 && !words.empty()) {
-        words.pop_back();
-    }
+    damage_words(encoded->possible ? kind : 0, &encoded->words, &encoded->start);
 }
 
 struct Decoded {

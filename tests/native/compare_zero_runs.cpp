@@ -172,18 +172,10 @@ Encoded encode(const Levels& of, int table) {
 
 // Of one case in two; `values` is the size of the block.
 void damage(Encoded* encoded, int* values) {
-    std::vector<std::uint16_t>& words = encoded->words;
     const std::uint32_t kind = below(16);
-    if (kind == 0) {
-        words.resize(below(3000));
-        for (std::uint16_t& word : words) word = static_cast<std::uint16_t>(noise());
-        for (std::uint32_t& start : encoded->start) start = static_cast<std::uint32_t>(noise()) >> below(20);
-    } else if (kind == 1 && !words.empty()) {
-        words[below(static_cast<std::uint32_t>(words.size()))] ^= static_cast<std::uint16_t>(1u << below(16));
-    } else if (kind == 2 && !words.empty()) {
-        words.pop_back();
-    } else if (kind == 3) {
-        words.push_back(static_cast<std::uint16_t>(below(2)));
+    damage_words(kind, &encoded->words, &encoded->start);
+    if (kind == 3) {
+        encoded->words.push_back(static_cast<std::uint16_t>(below(2)));
     } else if (kind == 4) {
         *values = 1 + static_cast<int>(below(static_cast<std::uint32_t>(*values)));
     } else if (kind == 5) {

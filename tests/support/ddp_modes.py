@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import twin
 from distributed import assert_same_on_all_ranks, attach, gathered
+from residuals import owed
 from strategy_twins import TWINS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -188,13 +189,7 @@ def check_nothing_is_lost(state, mode, sums, tolerance):
     """sum(out) == sum(mean(g)) - (mean(e) + o), for every parameter."""
     saved = gathered(state.state_dict()["error_feedback"])
     for name, got in sums[0].items():
-        kept = torch.zeros(got.numel(), dtype=torch.float64)
-        for part in saved:
-            if name in part["local"]:
-                kept += part["local"][name].double() / len(saved)
-            if name in part["owner"]:
-                start, residual = part["owner"][name]
-                kept[start : start + residual.numel()] += residual.double()
+        kept = owed(saved, name, got.numel())
         missing = in_memory_order(sums[1][name] - got, mode)
         assert torch.allclose(missing, kept, rtol=0, atol=tolerance), (
             name,

@@ -4,6 +4,7 @@ import math
 
 import torch
 from distributed import gathered
+from residuals import owed
 
 from qcomm.collectives.error_feedback import ErrorFeedback
 from qcomm.collectives.layout import BucketLayout, TensorSpec
@@ -67,12 +68,7 @@ class Side:
 def mean_of_residuals(side, layout, world_size):
     """What all ranks still owe the mean, in float64, in the places of the buffer."""
     kept = torch.zeros(layout.elements, dtype=torch.float64)
-    for state in gathered(side.residuals()):
-        for tensor in layout.parameters:
-            part = kept[tensor.offset : tensor.offset + tensor.numel]
-            if tensor.key in state["local"]:
-                part += state["local"][tensor.key].double() / world_size
-            if tensor.key in state["owner"]:
-                start, residual = state["owner"][tensor.key]
-                part[start : start + residual.numel()] += residual.double()
+    states = gathered(side.residuals())
+    for tensor in layout.parameters:
+        kept[tensor.offset : tensor.offset + tensor.numel] = owed(states, tensor.key, tensor.numel)
     return kept

@@ -66,9 +66,9 @@ def exact_sum(buffers, layout, grid, item_bytes=0):
         parts = [b[part] for b in buffers]
         shared = SharedGrid()
         if tensor.compressed:
-            described = ReduceOptions(grid).grid_of(tensor)
-            summaries.append([summarize(measure(x), described, x, None, 1.0) for x in parts])
-            shared = share(described, summaries[-1], tensor.numel, dtype)
+            asked_grid = ReduceOptions(grid).grid_of(tensor)
+            summaries.append([summarize(measure(x), asked_grid, x, None, 1.0) for x in parts])
+            shared = share(asked_grid, summaries[-1], tensor.numel, dtype)
         steps[number] = step = shared.step
         if not step:
             total[part] = twin.sum_in_order(parts) * world_size
@@ -80,7 +80,7 @@ def exact_sum(buffers, layout, grid, item_bytes=0):
         levels = [(x * torch.tensor(1.0 / step, dtype=dtype)).round().to(torch.int64) for x in parts]
         for rank, q in enumerate(levels):
             values[rank][part] = (q.double() * step).to(dtype)
-            codes[rank][number] = lossless_quantizer(values[rank][part], step, described)
+            codes[rank][number] = lossless_quantizer(values[rank][part], step, asked_grid)
         total[part] = (sum(levels).double() * step).to(dtype)
         result[part] = total[part] / world_size
         bound[part] = step / 2
@@ -98,8 +98,8 @@ def exact_sum(buffers, layout, grid, item_bytes=0):
         for piece in chunk.pieces:
             part, step = total[twin.place(piece)], steps[piece.tensor]
             if step:
-                described = ReduceOptions(grid).grid_of(layout.tensors[piece.tensor])
-                code[piece.tensor] = lossless_quantizer(part, step, described)
+                asked_grid = ReduceOptions(grid).grid_of(layout.tensors[piece.tensor])
+                code[piece.tensor] = lossless_quantizer(part, step, asked_grid)
             else:
                 code[piece.tensor] = codes[0][piece.tensor]  # raw, or any constant: they are of one size
         sums.append(size(chunk_segments(total, chunk, code)))
