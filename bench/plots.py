@@ -51,6 +51,8 @@ COLOURS = {
     "qcomm k=0.5": "#66c2a5",
     "qcomm k=1": "#009e73",
     "qcomm k=2": "#0072b2",
+    "qcomm k=3.2": "#3b3eac",
+    "qcomm k=3.4": "#22165c",
     "qcomm range c=6": "#8c6bb1",
     "qcomm auto": "#d55e00",
 }

@@ -68,6 +68,19 @@ def test_plots_of_the_results(tmp_path):
         assert f"{name} is left out, there is no" in drawn.stderr
 
 
+def test_every_method_has_a_colour(monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    monkeypatch.syspath_prepend(str(BENCH))
+    import allreduce_methods
+    import plots
+    import training
+
+    methods = {*training.METHODS, *allreduce_methods.GRIDS, *allreduce_methods.COARSE_GRIDS}
+    assert methods - {training.LOCAL} <= plots.COLOURS.keys()
+    colours = plots.COLOURS.values()
+    assert len(set(colours)) == len(colours)
+
+
 def test_an_unknown_plot_is_named(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     drawn = draw("--out", str(tmp_path), "nonsense")
