@@ -250,6 +250,23 @@ void py_decode(Address packet, std::int64_t bytes, Address out, std::int64_t cou
     raise_if_error(status);
 }
 
+// `places` are (offset, count) in `out`. Like py_decode.
+void py_decode_to(Address packet, std::int64_t bytes, Address out, std::int64_t count, int dtype,
+                  const std::vector<std::pair<std::int64_t, std::int64_t>>& places, int threads) {
+    Status status;
+    {
+        py::gil_scoped_release nogil;
+        PacketView view;
+        status = parse_packet(pointer<const std::uint8_t>(packet), bytes, &view);
+        if (status.ok() && static_cast<int>(view.header.dtype) != dtype)
+            status = bad_argument("out must have the packet's dtype, number", static_cast<int>(view.header.dtype));
+        std::vector<Place> at;
+        for (const auto& [offset, length] : places) at.push_back({offset, length});
+        if (status.ok()) status = decode_packet_to(view, at, pointer<void>(out), count, threads);
+    }
+    raise_if_error(status);
+}
+
 // Adds to 65536 counters.
 void py_count_symbols(Address packet, std::int64_t bytes, std::size_t segment, Address counts) {
     Status status;
@@ -314,6 +331,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("front_bytes", &py_front_bytes);
     m.def("parse_front", &py_parse_front);
     m.def("decode", &py_decode);
+    m.def("decode_to", &py_decode_to);
     m.def("count_symbols", &py_count_symbols);
     m.def("code_lengths", &py_code_lengths);
     m.def("canonical_codes", [](Address lengths, int size, Address codes) {

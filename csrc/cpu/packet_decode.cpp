@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <limits>
+#include <memory>
 
 #include "packet_parts.h"
 #include "qcomm/packet.h"
@@ -121,19 +122,19 @@ private:
     std::uint64_t* counts_;
 };
 
-// `out` moves on with the segments: their values lie one behind the other.
+// Decodes each segment to its own place in `outs`.
 template <class Tr, bool kAdds>
-Status decode_segments(const PacketView& view, typename Tr::Storage* out, int threads) {
+Status decode_segments(const PacketView& view, const std::vector<typename Tr::Storage*>& outs, int threads) {
     SegmentPlace place;
     RunSink<Tr, kAdds> runs;
     std::vector<std::int64_t> run_counts;
     for (std::size_t i = 0; i < view.records.size(); ++i) {
         const SegmentRecord& r = view.records[i];
         const auto count = static_cast<std::int64_t>(r.count);
-        const ValueSink<Tr, kAdds> sink(out);
+        const ValueSink<Tr, kAdds> sink(outs[i]);
         // Neither these nor a constant have a payload of their own, so `place` stays.
         if (r.coding == Coding::kRuns) {
-            runs.add(out, r.p1);
+            runs.add(outs[i], r.p1);
             run_counts.push_back(count);
         } else if (r.coding == Coding::kConstant) {
             const typename Tr::Storage value = Tr::narrow(static_cast<typename Tr::Arithmetic>(r.p0));
@@ -144,9 +145,70 @@ Status decode_segments(const PacketView& view, typename Tr::Storage* out, int th
             SegmentDecoder<Tr, ValueSink<Tr, kAdds>> decoder(view, i, threads, sink);
             QCOMM_RETURN_IF_ERROR(decoder.run(&place));
         }
-        out += count;
     }
     return RunDecoder<RunSink<Tr, kAdds>>(view, run_counts, place, threads, runs).run();
+}
+
+// Decodes segments to where they lie one behind the other.
+template <class Tr, bool kAdds>
+Status decode_contiguous(const PacketView& view, typename Tr::Storage* out, int threads) {
+    std::vector<typename Tr::Storage*> outs;
+    outs.reserve(view.records.size());
+    for (const SegmentRecord& r : view.records) {
+        outs.push_back(out);
+        out += r.count;
+    }
+    return decode_segments<Tr, kAdds>(view, outs, threads);
+}
+
+// Decodes segments to where the places of their values are. A segment in several places is decoded to memory of its
+// own, and copied when all are decoded: run blocks come last.
+template <class Tr>
+Status decode_to_places(const PacketView& view, const std::vector<Place>& places, typename Tr::Storage* buffer,
+                        int threads) {
+    using Storage = typename Tr::Storage;
+    struct Copy {
+        std::unique_ptr<Storage[]> values;
+        std::size_t place;   // the first one
+        std::int64_t begin;  // in it
+        std::int64_t count;
+    };
+    std::vector<Storage*> outs;
+    outs.reserve(view.records.size());
+    std::vector<Copy> copies;
+    std::size_t place = 0;
+    std::int64_t begin = 0;  // in `place`
+    for (const SegmentRecord& r : view.records) {
+        auto left = static_cast<std::int64_t>(r.count);
+        while (place < places.size() && begin == places[place].count) {
+            ++place;
+            begin = 0;
+        }
+        if (left == 0) {
+            outs.push_back(buffer);  // nothing is written
+        } else if (left <= places[place].count - begin) {
+            outs.push_back(buffer + places[place].offset + begin);
+            begin += left;
+        } else {
+            copies.push_back(
+                {std::unique_ptr<Storage[]>(new Storage[static_cast<std::size_t>(left)]), place, begin, left});
+            outs.push_back(copies.back().values.get());
+            for (; left > places[place].count - begin; ++place, begin = 0) left -= places[place].count - begin;
+            begin += left;
+        }
+    }
+    QCOMM_RETURN_IF_ERROR((decode_segments<Tr, false>(view, outs, threads)));
+    for (const Copy& copy : copies) {
+        const Storage* from = copy.values.get();
+        const Storage* const end = from + copy.count;
+        for (std::size_t i = copy.place; from < end; ++i) {
+            const std::int64_t first = i == copy.place ? copy.begin : 0;
+            const std::int64_t n = std::min<std::int64_t>(places[i].count - first, end - from);
+            std::copy_n(from, n, buffer + places[i].offset + first);
+            from += n;
+        }
+    }
+    return {};
 }
 
 }  // namespace
@@ -158,8 +220,26 @@ Status decode_packet(const PacketView& view, void* out, bool accumulate, int thr
     return dispatch(view.header.dtype, [&](auto traits) {
         using Tr = decltype(traits);
         auto* const typed = static_cast<typename Tr::Storage*>(out);
-        return accumulate ? decode_segments<Tr, true>(view, typed, threads)
-                          : decode_segments<Tr, false>(view, typed, threads);
+        return accumulate ? decode_contiguous<Tr, true>(view, typed, threads)
+                          : decode_contiguous<Tr, false>(view, typed, threads);
+    });
+}
+
+Status decode_packet_to(const PacketView& view, const std::vector<Place>& places, void* buffer, std::int64_t count,
+                        int threads) {
+    auto left = static_cast<std::int64_t>(view.header.element_count);
+    for (const Place& place : places) {
+        if (place.offset < 0 || place.count < 0 || place.offset > count || place.count > count - place.offset)
+            return bad_argument("a place lies outside the buffer; its first element is", place.offset);
+        if (place.count > left)
+            return bad_argument("the places hold more values than the packet, which has",
+                                static_cast<std::int64_t>(view.header.element_count));
+        left -= place.count;
+    }
+    if (left > 0) return bad_argument("the places hold fewer values than the packet; missing are", left);
+    return dispatch(view.header.dtype, [&](auto traits) {
+        using Tr = decltype(traits);
+        return decode_to_places<Tr>(view, places, static_cast<typename Tr::Storage*>(buffer), threads);
     });
 }
 

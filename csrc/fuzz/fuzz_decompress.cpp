@@ -44,6 +44,23 @@ Status decode(const PacketView& view, bool accumulate, Guarded* out, std::vector
     return status;
 }
 
+// Decodes to three places, the last part first: the values are those of decoding to one.
+void check_places(const PacketView& view, const Status& status, const std::vector<std::uint8_t>& values) {
+    const auto count = static_cast<std::int64_t>(view.header.element_count);
+    const std::int64_t item = item_bytes(view.header.dtype), first = count / 3, second = count / 2;
+    const std::vector<Place> places{{count - first, first}, {0, second - first}, {second - first, count - second}};
+    Guarded out(count * item);
+    const Status found = decode_packet_to(view, places, out.data(), count);
+    require(out.intact() && same_status(found, status), "decoding to places answers as decoding does");
+    std::int64_t at = 0;
+    for (const Place& place : places) {
+        require(!found.ok() || same_bytes(out.data() + place.offset * item, values.data() + at * item,
+                                          static_cast<std::size_t>(place.count * item)),
+                "places get the values in order");
+        at += place.count;
+    }
+}
+
 // Adding to `base` gives it plus what decoding gives, rounded once.
 template <class T>
 void check_sums(const Answer& answer, T base) {
@@ -160,6 +177,7 @@ Answer ask(const std::uint8_t* packet, std::int64_t bytes, std::uint8_t fill) {
     const std::int64_t item = item_bytes(view.header.dtype);
     Guarded out(static_cast<std::int64_t>(view.header.element_count) * item, fill);
     answer.statuses.push_back(decode(view, false, &out, &answer.values));
+    check_places(view, answer.statuses.back(), answer.values);
     if (item == 2) {
         Guarded unused(out.size(), fill);
         require(!decode(view, true, &unused, &answer.sums).ok() && unused.holds_only(fill),

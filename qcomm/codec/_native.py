@@ -466,6 +466,13 @@ def decode(packet: torch.Tensor, out: torch.Tensor, accumulate: bool, num_thread
     _C.decode(source, packet.numel(), target, out.numel(), dtype, accumulate, threads)
 
 
+def decode_to(packet: torch.Tensor, out: torch.Tensor, places: Sequence[tuple[int, int]], num_threads: int) -> None:
+    """Decodes a packet to ``places`` of a contiguous ``out`` of its dtype; each is (offset, number of elements)."""
+    threads = check_num_threads(num_threads)
+    source, target = memory_address("packet", packet), memory_address("out", out)
+    _C.decode_to(source, packet.numel(), target, out.numel(), DTYPE_NUMBERS[out.dtype], places, threads)
+
+
 def count_symbols(packet: torch.Tensor, segment: int) -> torch.Tensor:
     """Counts a segment's symbols and returns int64 counts[65536]."""
     counts = torch.zeros(65536, dtype=torch.int64, device=CPU)

@@ -169,30 +169,48 @@ def encode(
     return _native.encode(segments, dims, inv_scale, checksum, block_steps, num_threads)
 
 
-def decode_into(packet: torch.Tensor, out: torch.Tensor, *, accumulate: bool = False, num_threads: int = 1) -> None:
+def decode_into(
+    packet: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    places: Sequence[tuple[int, int]] | None = None,
+    accumulate: bool = False,
+    num_threads: int = 1,
+) -> None:
     """Decodes all segments of a packet into ``out``, one after another, or adds them to ``out``.
 
     Args:
         packet: 1-D uint8.
-        out: contiguous, of the packet's dtype and element count; float32 or float64 with ``accumulate``.
+        out: contiguous, of the packet's dtype; also of its element count, unless there are ``places``. It is float32 or
+            float64 with ``accumulate``.
+        places: (offset, number of elements) of the parts of ``out`` that the values fill, in order. They hold as many
+            elements as the packet, and do not overlap. Not with ``accumulate``.
         accumulate: add instead of store.
         num_threads: maximum number of threads; the result does not depend on it.
 
     Raises:
         PacketError: the bytes are not a valid packet; the content of ``out`` is then unspecified.
-        TypeError, ValueError: ``out`` does not fit the packet.
+        TypeError, ValueError: ``out`` or ``places`` do not fit the packet.
 
     Example:
         >>> total = torch.ones(3)
         >>> decode_into(compress(torch.full((3,), 2.0)), total, accumulate=True)
         >>> total
         tensor([3., 3., 3.])
+        >>> decode_into(compress(torch.full((2,), 5.0)), total, places=[(2, 1), (0, 1)])
+        >>> total
+        tensor([5., 3., 5.])
     """
     packet = _native.check_packet(packet)
     _native.check_floats("out", out)
     if not out.is_contiguous():
         raise ValueError("out must be contiguous")
-    _native.decode(packet, out, accumulate, num_threads)
+    if places is None:
+        _native.decode(packet, out, accumulate, num_threads)
+    elif accumulate:
+        raise ValueError("accumulate must be False with places, got True")
+    else:
+        _native.decode_to(packet, out, places, num_threads)
 
 
 @dataclass(frozen=True)

@@ -190,14 +190,22 @@ def no_bytes() -> torch.Tensor:
 
 
 def unpack(
-    packet: torch.Tensor, out: torch.Tensor, sender: int, accumulate: bool = False, num_threads: int = 1
+    packet: torch.Tensor,
+    out: torch.Tensor,
+    sender: int,
+    accumulate: bool = False,
+    num_threads: int = 1,
+    places: Sequence[tuple[int, int]] | None = None,
 ) -> None:
-    """Decodes a packet into ``out``, or adds it; a damaged one is an error that names its sender."""
+    """Decodes a packet into ``out`` or ``places`` of it, or adds it.
+
+    One that is damaged, or not of the size that its receiver expects, is an error that names its sender.
+    """
     if not out.numel():
         return
     try:
-        decode_into(packet, out, accumulate=accumulate, num_threads=num_threads)
-    except PacketError as error:
+        decode_into(packet, out, places=places, accumulate=accumulate, num_threads=num_threads)
+    except (PacketError, ValueError) as error:
         raise PacketError(f"packet of rank {sender} of the group: {error}") from error
 
 

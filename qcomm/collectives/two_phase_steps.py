@@ -143,16 +143,17 @@ class MeanSteps:
             if packet is None:
                 continue
             self._packets[2].append((chunk, packet.numel()))
-            in_place = len(chunk.places) == 1 and task.buffer.dtype == self._plan.wire_dtype
-            if in_place:
-                offset = chunk.places[0][0]
-                values = task.buffer[offset : offset + chunk.count]
+            num_threads = task.options.num_threads
+            if task.buffer.dtype == self._plan.wire_dtype:
+                unpack(packet, task.buffer, owner, num_threads=num_threads, places=chunk.places)
+                if task.scale != 1.0:
+                    for offset, length in chunk.places:
+                        task.buffer[offset : offset + length].mul_(task.scale)
             else:
                 values = self._scratch[: chunk.count]
-            self._decode(packet, values, owner, accumulate=False)
-            if task.scale != 1.0:
-                values.mul_(task.scale)
-            if not in_place:
+                unpack(packet, values, owner, num_threads=num_threads)
+                if task.scale != 1.0:
+                    values.mul_(task.scale)
                 keep_in_range(values, chunk, task.buffer.dtype)
                 scatter_chunk(values, chunk, task.buffer)
 
@@ -270,7 +271,7 @@ class MeanSteps:
         if sender == self.rank:
             self._add_own(chunk, total, accumulate)
         elif packet is not None:
-            self._decode(packet, total, sender, accumulate)
+            unpack(packet, total, sender, accumulate, self._task.options.num_threads)
 
     def _spend(self, chunk: Chunk, kept: Set[int]) -> None:
         """Sets the residuals to zero that are in the mean of the own chunk, those of the tensors ``kept`` excepted."""
@@ -322,9 +323,6 @@ class MeanSteps:
         if len(piece.runs) > 1:
             return gather_runs(self._values, piece.runs)
         return self._values[piece.offset : piece.offset + piece.length]
-
-    def _decode(self, packet: torch.Tensor, out: torch.Tensor, sender: int, accumulate: bool) -> None:
-        unpack(packet, out, sender, accumulate, self._task.options.num_threads)
 
 
 def _may_be_infinite(segment: Segment) -> bool:

@@ -1,8 +1,12 @@
 """Destinations of encoder and decoder: those that do not fit are refused, and nothing beside them is written."""
 
+import itertools
+
 import pytest
 import torch
 from data import DTYPES, gaussian, student_t3
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import qcomm
 from qcomm import _C
@@ -84,6 +88,58 @@ def test_a_destination_that_fits_is_filled_to_its_ends_only(version: str, name: 
         expected = qcomm.decompress(packet) + (123 if accumulate else 0)
         assert bool((arena[:begin] == 123).all()) and bool((arena[begin + count :] == 123).all()), begin
         assert torch.equal(arena[begin : begin + count].nan_to_num(7.0), expected.nan_to_num(7.0)), begin
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("name", PACKETS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_places_are_filled_in_order_and_nothing_else(name: str, version: str, data: st.DataObject) -> None:
+    packet = PACKETS[name]
+    expected = qcomm.decompress(packet).reshape(-1)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(expected)), max_size=6)))
+    lengths = [end - begin for begin, end in itertools.pairwise([0, *cuts, len(expected)])]
+    order = data.draw(st.permutations(range(len(lengths))))
+    places, at = [(0, 0)] * len(lengths), MARGIN
+    for number in order:
+        places[number] = at, lengths[number]
+        at += lengths[number] + data.draw(st.integers(0, 2))
+    arena = torch.full((at + MARGIN,), 123.0, dtype=expected.dtype)
+    wanted = arena.clone()
+    for (offset, length), part in zip(places, expected.split(lengths), strict=True):
+        wanted[offset : offset + length] = part
+    with _native.using_cpu_feature(version):
+        decode_into(packet, arena, places=places, num_threads=data.draw(st.integers(1, 3)))
+    assert torch.equal(arena.nan_to_num(7.0), wanted.nan_to_num(7.0))
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ([(0, 699)], "fewer values than the packet; missing are 1"),
+        ([], "fewer values than the packet; missing are 700"),
+        ([(0, 700), (700, 1)], "more values than the packet, which has 700"),
+        ([(-1, 700)], "outside the buffer; its first element is -1"),
+        ([(101, 700)], "outside the buffer; its first element is 101"),
+        ([(801, 0), (0, 700)], "outside the buffer; its first element is 801"),
+        ([(0, -5), (0, 705)], "outside the buffer; its first element is 0"),
+        ([(2**62, 2**62), (0, 700)], "outside the buffer"),
+    ],
+)
+def test_places_that_do_not_fit_are_refused_before_anything_is_written(
+    places: list[tuple[int, int]], message: str
+) -> None:
+    arena = torch.full((800,), 123.0)
+    with pytest.raises(ValueError, match=message):
+        decode_into(PACKETS["pair"], arena, places=places)
+    assert bool((arena == 123).all())
+
+
+def test_places_have_a_dtype_and_are_not_added_to() -> None:
+    with pytest.raises(ValueError, match="out must have the packet's dtype"):
+        decode_into(PACKETS["pair"], torch.zeros(700, dtype=torch.float64), places=[(0, 700)])
+    with pytest.raises(ValueError, match="accumulate must be False with places"):
+        decode_into(PACKETS["pair"], torch.zeros(700), places=[(0, 700)], accumulate=True)
 
 
 @pytest.mark.parametrize("step", [1.0, 4.0], ids=["single", "runs"])

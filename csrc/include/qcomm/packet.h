@@ -77,6 +77,16 @@ Status parse_front(const std::uint8_t* packet, std::int64_t present, std::int64_
 // threads work at once, and the values do not depend on their number.
 Status decode_packet(const PacketView& view, void* out, bool accumulate, int threads = 1);
 
+// Consecutive elements of a buffer.
+struct Place {
+    std::int64_t offset, count;
+};
+// Decodes all segments to `places` of `buffer`, which has `count` elements of header.dtype: the packet's values in
+// order fill one place after the other. Saves the copy from memory that decode_packet() needs. Places must lie in the
+// buffer and hold as many values as the packet; they should not overlap. After an error their contents are unspecified.
+Status decode_packet_to(const PacketView& view, const std::vector<Place>& places, void* buffer, std::int64_t count,
+                        int threads = 1);
+
 // Adds how often each symbol occurs in segment `index` to counts[65536]. Values that have no symbol (raw, constant)
 // count nothing.
 // Preconditions: index < view.records.size(), and the counts are initialised.
