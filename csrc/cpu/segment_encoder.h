@@ -21,6 +21,7 @@
 #include "block_writer.h"
 #include "codeword_counts.h"
 #include "kernels.h"
+#include "pair_sample.h"
 #include "qcomm/block.h"
 #include "qcomm/checksum.h"
 #include "qcomm/packet.h"
@@ -210,6 +211,7 @@ private:
             write_blocks(in, q, code != nullptr ? &code->encode : nullptr, nullptr);
             return q;
         }
+        if (samples_own_table(q.grid, q.coding, q.num_bits, in.values.count)) return write_with_sampled_table(in, q);
         // A table of its own needs the histogram first: all symbols are kept, the values are quantized once.
         // Left uninitialised: clearing them would cost a tenth of the time.
         const std::unique_ptr<std::uint16_t[]> symbols(new std::uint16_t[static_cast<std::size_t>(in.values.count)]);
@@ -231,6 +233,38 @@ private:
         return q;
     }
 
+    // Writes a sigma segment with a table made of a sample, if that pays.
+    Quantizer write_with_sampled_table(const SegmentInput& in, Quantizer q) {
+        const PairSample sample = draw_pairs(in.values, q.num_bits, q.p1, kTablePairs, 0, options_.threads);
+        const std::vector<std::uint32_t>& found = q.coding == Coding::kPair ? sample.pairs : sample.singles;
+        std::vector<std::uint64_t> weights;
+        weights.reserve(found.size());
+        for (const std::uint32_t count : found) weights.push_back(sampled_weight(count));
+        const int size = static_cast<int>(weights.size());
+        std::vector<std::uint8_t> own(weights.size());
+        code_lengths(weights.data(), size, length_limit(q.coding, q.num_bits), own.data());
+        std::uint64_t bits = 0;
+        for (std::size_t s = 0; s < own.size(); ++s) bits += weights[s] * own[s];
+        const std::vector<std::uint8_t> list = pack_lengths(own.data(), size);
+        bits = scale_sampled_bits(bits, q.coding, q.num_bits, in.values.count);
+        EncodeTable table;
+        if (table_pays(bits, list.size(), in.values.count, q)) {
+            table = EncodeTable(own.data(), size);
+            lengths.insert(lengths.end(), list.begin(), list.end());
+        } else {
+            q.table = kNoTable;
+        }
+        give_up_space(in.quantizer, q.table == kNoTable ? 0 : list.size());
+        write_blocks(in, q, table.empty() ? nullptr : &table, nullptr);
+        return q;
+    }
+
+    // Moves the payload's begin down by the space that a list of code lengths does not need: before anything is
+    // written, not after.
+    void give_up_space(const Quantizer& asked, std::size_t list_bytes) {
+        if (payload_bytes == 0) payload_ -= max_lengths_bytes(asked) - static_cast<std::int64_t>(list_bytes);
+    }
+
     // Quantizes a segment to `symbols` and writes it with a table of its own, if that pays.
     Quantizer write_with_own_table(const SegmentInput& in, Quantizer q, std::uint16_t* symbols) {
         const Mark start = mark();
@@ -250,16 +284,15 @@ private:
         EncodeTable table;
         std::vector<std::uint8_t> list;
         if (is_complete(own.data(), size)) list = pack_lengths(own.data(), size);
-        if (list.empty() || (q.grid == Grid::kSigma && !table_pays(counts, own, list.size(), in.values.count, q))) {
+        std::uint64_t bits = 0;
+        for (std::size_t s = 0; s < counts.size(); ++s) bits += counts[s] * own[s];
+        if (list.empty() || (q.grid == Grid::kSigma && !table_pays(bits, list.size(), in.values.count, q))) {
             q.table = kNoTable;  // one symbol only, or too few values
         } else {
             table = EncodeTable(own.data(), size);
             lengths.insert(lengths.end(), list.begin(), list.end());
         }
-        // Nothing has been written yet, so the space that the list does not need can be given up before, not after.
-        if (payload_bytes == 0)
-            payload_ -=
-                max_lengths_bytes(in.quantizer) - static_cast<std::int64_t>(q.table == kNoTable ? 0 : list.size());
+        give_up_space(in.quantizer, q.table == kNoTable ? 0 : list.size());
         write_blocks(in, q, table.empty() ? nullptr : &table, symbols);
         if (is_range(q.grid) &&
             cost_since(start) >= align4(packed_bytes(in.values.count, q.num_bits)) + checksum_bytes(1)) {
@@ -270,11 +303,8 @@ private:
         return q;
     }
 
-    // Forecasts a sigma segment's size with its own table from the lengths of its codewords.
-    bool table_pays(const std::vector<std::uint64_t>& counts, const std::vector<std::uint8_t>& own,
-                    std::size_t list_bytes, std::int64_t count, const Quantizer& q) const {
-        std::uint64_t bits = 0;
-        for (std::size_t s = 0; s < counts.size(); ++s) bits += counts[s] * own[s];
+    // Forecasts a sigma segment's size with its own table from the bits of its codewords.
+    bool table_pays(std::uint64_t bits, std::size_t list_bytes, std::int64_t count, const Quantizer& q) const {
         return sigma_table_pays(bits, static_cast<std::int64_t>(list_bytes),
                                 blocks_in(make_record(count, q), options_.steps), packed_bytes(count, q.num_bits));
     }

@@ -3,6 +3,7 @@
 #include <utility>
 #include <vector>
 
+#include "pair_sample.h"
 #include "qcomm/parallel.h"
 #include "qcomm/sigma_code.h"
 
@@ -10,37 +11,41 @@ namespace qcomm {
 namespace {
 
 constexpr std::int64_t kPairsPerThread = 1 << 13;  // each a cache miss: about 0.1 ms
-
-// Histograms of the same pairs: of their symbols, and of the pairs. Both come from one pass, so codes of both kinds are
-// priced by the same values.
-struct Sample {
-    explicit Sample(int num_bits) : singles(std::size_t{1} << num_bits), pairs(num_bits == kPairBits ? 256 : 0) {}
-    std::vector<std::uint32_t> singles, pairs;  // histograms; pairs only for nibbles
-};
+constexpr int kAhead = 32;
 
 // Adds one thread's histogram to another's.
 void add(const std::vector<std::uint32_t>& counts, std::vector<std::uint32_t>* sum) {
     for (std::size_t i = 0; i < counts.size(); ++i) (*sum)[i] += counts[i];
 }
 
-// Draws neighbours 2a and 2a + 1 for indices a of a sample of half the values. Each thread has histograms of its own.
-Sample draw(const Values& values, int num_bits, double step, std::uint32_t seed, int threads) {
+}  // namespace
+
+// Each thread has histograms of its own.
+PairSample draw_pairs(const Values& values, int num_bits, double step, std::int64_t n, std::uint32_t seed,
+                      int threads) {
     const std::int64_t available = values.count / 2;
-    const std::int64_t n = sampled_pairs(values.count);
     const int parts = part_count(n, kPairsPerThread, threads);
-    std::vector<Sample> drawn(static_cast<std::size_t>(parts), Sample(num_bits));
+    std::vector<PairSample> drawn(static_cast<std::size_t>(parts), PairSample(num_bits));
     dispatch(values.dtype, [&](auto traits) {
         using Tr = decltype(traits);
         const Reader<Tr> reader(values);
         const SigmaQuantizer<typename Tr::Arithmetic> grid(num_bits, step, Tr::kMax);
         parallel_for(n, parts, [&](int part, std::int64_t begin, std::int64_t end) {
-            Sample& sample = drawn[static_cast<std::size_t>(part)];
-            for (std::int64_t i = begin; i < end; ++i) {
-                const std::int64_t at = 2 * sample_index(i, n, available, seed);
-                const std::uint32_t first = grid(reader[at]), second = grid(reader[at + 1]);
-                ++sample.singles[first];
-                ++sample.singles[second];
-                if (num_bits == kPairBits) ++sample.pairs[first | second << kPairBits];
+            PairSample& sample = drawn[static_cast<std::size_t>(part)];
+            std::int64_t at[kAhead];
+            for (std::int64_t i = begin; i < end; i += kAhead) {
+                // Every pair comes from far away: so many are asked for before the first of them is needed.
+                const auto count = static_cast<int>(end - i < kAhead ? end - i : kAhead);
+                for (int j = 0; j < count; ++j) {
+                    at[j] = 2 * sample_index(i + j, n, available, seed);
+                    reader.prefetch(at[j]);
+                }
+                for (int j = 0; j < count; ++j) {
+                    const std::uint32_t first = grid(reader[at[j]]), second = grid(reader[at[j] + 1]);
+                    ++sample.singles[first];
+                    ++sample.singles[second];
+                    if (num_bits == kPairBits) ++sample.pairs[first | second << kPairBits];
+                }
             }
         });
     });
@@ -50,6 +55,8 @@ Sample draw(const Values& values, int num_bits, double step, std::uint32_t seed,
     }
     return std::move(drawn[0]);
 }
+
+namespace {
 
 // Sums up a histogram for the prices of its own code, and of a static one, which may be null.
 CodeSample price(const std::vector<std::uint32_t>& counts, const StaticCode* code) {
@@ -68,7 +75,7 @@ SigmaCode choose_sigma_code(const Values& values, int num_bits, double step, dou
     if (values.count < 2) return {Coding::kSingle, kNoTable};
     // Every static table is made for a step; the nearest one competes with a code of the segment's own. For nibbles
     // there are both for pairs, too.
-    const Sample sample = draw(values, num_bits, step, seed, threads);
+    const PairSample sample = draw_pairs(values, num_bits, step, sampled_pairs(values.count), seed, threads);
     const StaticCode* const single = nearest_static_code(Coding::kSingle, num_bits, k);
     const CodeSample singles = price(sample.singles, single);
     if (num_bits != kPairBits)

@@ -79,11 +79,12 @@ private:
     int at_;
 };
 
-// Keys of the used symbols, the others as all ones; returns how many are used. Ends with a barrier.
-__device__ int load_keys(const Count* counts, int size, Shared* shared) {
+// Keys of the used symbols, the others as all ones; returns how many are used. In a sample all are. Ends with a
+// barrier.
+__device__ int load_keys(const Count* counts, int size, bool sampled, Shared* shared) {
     int mine = 0, used = 0;
     for (int s = static_cast<int>(threadIdx.x); s < size; s += kCodeThreads) {
-        const Count count = counts[s];
+        const Count count = sampled ? sampled_weight(counts[s]) : counts[s];
         shared->keys[s] = count > 0 ? count << kSymbolBits | static_cast<unsigned>(s) : ~Count{0};
         mine += count > 0;
     }
@@ -146,12 +147,14 @@ __global__ void __launch_bounds__(kCodeThreads, 1) make_codes(EncodeTables e) {
     if (!is_block_coded(q.coding) || q.table != kTableOnWire) return;
     const int size = alphabet_size(q.coding, q.num_bits), limit = length_limit(q.coding, q.num_bits);
     Count* const counts = e.counts + segment.first_codeword;
-    const int used = load_keys(counts, size, shared);
+    const bool sampled = samples_own_table(q.grid, q.coding, q.num_bits, segment.count);
+    const int used = load_keys(counts, size, sampled, shared);
     if (used < 2) return;  // no code: all blocks are constant
     sort_keys(shared->keys, size);
     merge_packages(shared->keys, used, limit, counts, e.packages + segment.first_codeword, &shared->flags,
                    shared->used);
-    const Count bits = set_lengths(size, used, limit, shared);
+    Count bits = set_lengths(size, used, limit, shared);
+    if (sampled) bits = scale_sampled_bits(bits, q.coding, q.num_bits, segment.count);
     const int bytes = pack_list(size, used, shared);
     const SegmentRecord record{
         static_cast<std::uint64_t>(segment.count), q.grid, q.num_bits, q.coding, q.table, 0.0, 0.0};

@@ -7,8 +7,8 @@
 //
 // Thread: a codeword a row. Warp: every 8th row of 32 codewords of a tile. Block of 8 warps: a tile of 32768 values of
 // one segment. Shared memory: 32 KiB of counters, the alphabet as often as it fits, at most 8 times.
-// Passes: one over the values, for all segments of all packets in one launch; segments without a code of their own cost
-// a block that returns.
+// Passes: one over the values, for all segments of all packets in one launch, or over a sample of neighbouring pairs
+// (samples_own_table); segments without a code of their own cost a block that returns.
 // Limits: alphabets of 4096.
 // Determinism: sums of integers.
 // Bytes moved per value: its size (and 4 for a residual).
@@ -17,6 +17,7 @@
 #include "coder.cuh"
 #include "histogram.cuh"
 #include "kernels.cuh"
+#include "qcomm/sigma_code.h"
 #include "source.cuh"
 
 namespace qcomm::cuda {
@@ -25,6 +26,8 @@ namespace {
 struct Shared {
     unsigned counters[kHistogramCounters];
 };
+// The first block of a segment that has enough values for a sample counts it alone.
+static_assert(kHistogramTile == 2 * kTablePairs);
 
 // A tile a block.
 template <class Tr, bool kAdjusted>
@@ -40,8 +43,14 @@ __global__ void __launch_bounds__(kHistogramThreads, 1) count_segments(EncodeTab
     const std::int64_t begin = (static_cast<std::int64_t>(blockIdx.x) - segment.first_histogram_tile) * kHistogramTile;
     const std::int64_t rest = segment.count - begin;
     const int n = static_cast<int>(rest < kHistogramTile ? rest : kHistogramTile);
-    const Source<Tr, kAdjusted> u(e.tensors[segment.tensor], segment.offset);
-    if (q.grid != Grid::kSigma) {
+    using Values = Source<Tr, kAdjusted>;
+    const Values u(e.tensors[segment.tensor], segment.offset);
+    if (samples_own_table(q.grid, q.coding, q.num_bits, segment.count)) {
+        if (begin > 0) return;
+        const SampledPairs<Values> sampled{u, kTablePairs, segment.count / 2, 0};
+        q.coding == Coding::kPair ? count_codewords<true>(sampled, sigma_quantizer<Tr>(q), 0, n, counts.own())
+                                  : count_codewords<false>(sampled, sigma_quantizer<Tr>(q), 0, n, counts.own());
+    } else if (q.grid != Grid::kSigma) {
         count_codewords<false>(u, RangeQuantizer(q.grid, q.num_bits, q.p0, q.p1), begin, n, counts.own());
     } else if (q.coding == Coding::kPair) {
         count_codewords<true>(u, sigma_quantizer<Tr>(q), begin, n, counts.own());

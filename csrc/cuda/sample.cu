@@ -30,17 +30,14 @@ struct Shared {
     std::uint64_t scratch[8][kMaxWarps];
 };
 
-// The sampled values, one after another; with pairs, neighbours.
-template <class Values, bool kPairs>
+// The sampled values, one after another.
+template <class Values>
 struct Sampled {
     const Values& u;
-    std::int64_t n, count;  // samples, and the values or pairs from which they are drawn
+    std::int64_t n, count;  // samples, and the values from which they are drawn
     std::uint32_t seed;
 
-    __device__ auto operator[](std::int64_t i) const {
-        if constexpr (kPairs) return u[2 * sample_index(i / 2, n, count, seed) + i % 2];
-        return u[sample_index(i, n, count, seed)];
-    }
+    __device__ auto operator[](std::int64_t i) const { return u[sample_index(i, n, count, seed)]; }
 };
 
 // The sums are integers, so the result is that of the CPU's loop.
@@ -114,7 +111,7 @@ __global__ void __launch_bounds__(kHistogramThreads, 1) sample_tensors(EncodeTab
     using Values = Source<Tr, kAdjusted>;
     const Values u(tensor);
     if (sigma) {
-        const Sampled<Values, true> sampled{u, task.count, tensor.count / 2, task.seed};
+        const SampledPairs<Values> sampled{u, task.count, tensor.count / 2, task.seed};
         const auto grid = sigma_quantizer<Tr>(q);
         q.num_bits == kPairBits ? count_codewords<true>(sampled, grid, begin, n, counts.own())
                                 : count_codewords<false>(sampled, grid, begin, n, counts.own());
@@ -122,8 +119,7 @@ __global__ void __launch_bounds__(kHistogramThreads, 1) sample_tensors(EncodeTab
         int bits = 0;
         while (1 << bits < task.bins) ++bits;
         const RangeQuantizer grid(Grid::kRangeCenter, bits, q.p0, q.p1);
-        count_codewords<false>(Sampled<Values, false>{u, task.count, tensor.count, task.seed}, grid, begin, n,
-                               counts.own());
+        count_codewords<false>(Sampled<Values>{u, task.count, tensor.count, task.seed}, grid, begin, n, counts.own());
     }
     __syncthreads();
     counts.flush(e.sample_counts + task.first_bin);

@@ -4,6 +4,7 @@
 
 #include "launch.h"
 #include "qcomm/dtype.h"
+#include "qcomm/entropy.h"
 #include "tasks.h"
 
 namespace qcomm::cuda {
@@ -51,6 +52,16 @@ private:
     bool has_residual_;
     const float* residual_;
     T inv_scale_;
+};
+
+// Neighbours 2a and 2a + 1 one after another, for the indices a of a sample.
+template <class Values>
+struct SampledPairs {
+    const Values& u;
+    std::int64_t n, count;  // sampled pairs, and the pairs from which they are drawn
+    std::uint32_t seed;
+
+    __device__ auto operator[](std::int64_t i) const { return u[2 * sample_index(i / 2, n, count, seed) + i % 2]; }
 };
 
 }  // namespace qcomm::cuda

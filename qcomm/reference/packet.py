@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from qcomm.reference.codes import canonical_codes, code_lengths, pack_lengths
-from qcomm.reference.grids import NONE, SIGMA, arithmetic, dequantize, quantize
+from qcomm.reference.grids import NONE, SIGMA, arithmetic, dequantize, quantize, sample_indices
 from qcomm.reference.lanes import encode_lanes
 from qcomm.reference.static_tables import STATIC_TABLES
 from qcomm.reference.zero_runs import RunPart, dequantize_runs, encode_run_blocks, quantize_runs
@@ -18,6 +18,7 @@ RAW, CONSTANT, FIXED, SINGLE, PAIR, RUNS = range(6)
 BLOCK_CONSTANT, BLOCK_FIXED, BLOCK_CODED, BLOCK_RAW = range(4)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 OWN_TABLE, NO_TABLE = 0, 255
+TABLE_PAIRS = 2**14  # sampled for a long sigma segment's own table
 MAGIC, VERSION = 0x4D4D4351, 2
 HEADER = "<IBBBBIIQQHHI"
 
@@ -242,16 +243,28 @@ class Writer:
 
 
 def own_lengths(segment: ReferenceSegment, symbols: list[int], steps: int) -> list[int] | None:
-    """Returns the own code of a segment, or None for no code."""
-    counts = [0] * alphabet_size(segment.coding, segment.num_bits)
-    for s in codewords_of(symbols, segment.coding):
-        counts[s] += 1
+    """Returns the own code of a segment, or None for no code.
+
+    A long sigma segment's code is made of a sample of its pairs, with a codeword for every symbol.
+    """
+    size, count = alphabet_size(segment.coding, segment.num_bits), len(symbols)
+    sampled = segment.grid == SIGMA and size <= 256 and count // 2 > TABLE_PAIRS
+    counts = [1 if sampled else 0] * size
+    if sampled:
+        pairs = [symbols[2 * a : 2 * a + 2] for a in sample_indices(count // 2, TABLE_PAIRS, 0)]
+        for s in codewords_of([symbol for pair in pairs for symbol in pair], segment.coding):
+            counts[s] += 2
+    else:
+        for s in codewords_of(symbols, segment.coding):
+            counts[s] += 1
     lengths = code_lengths(counts, length_limit(segment.coding, segment.num_bits))
     if sum(c > 0 for c in counts) == 1:
         return None
     bits = sum(c * n for c, n in zip(counts, lengths, strict=True))
-    blocks = -(-len(symbols) // values_per_block(segment.coding, steps))
-    packed = -(-len(symbols) * segment.num_bits // 8)
+    if sampled:
+        bits = bits * (-(-count // 2) if segment.coding == PAIR else count) // sum(counts)
+    blocks = -(-count // values_per_block(segment.coding, steps))
+    packed = -(-count * segment.num_bits // 8)
     pays = bits // 8 + len(pack_lengths(lengths)) + 40 * blocks < packed
     return lengths if segment.grid != SIGMA or pays else None
 

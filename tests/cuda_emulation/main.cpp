@@ -6,6 +6,7 @@
 
 #include "cases.h"
 #include "cuda_emulation.h"
+#include "qcomm/sigma_code.h"
 #include "suite.h"
 
 namespace qcomm::test {
@@ -249,6 +250,11 @@ void large_group() {
     for (const int g : {0, 1}) {
         c = one<Float32>(Kind::kHeavy, 1 << 20, kOwnGrids[g], true);
         decode_both<Float32>(encode_both(c, kOwnGrids[g].name), kOwnGrids[g].name);
+    }
+    // Around the length from which a table is made from a sample.
+    for (const Grids& grid : {kOwnGrids[0], kOwnGrids[4]}) {
+        for (const std::int64_t extra : {1, 2, 3})
+            encode_both(one<Float32>(Kind::kHeavy, 2 * kTablePairs + extra, grid, true), grid.name);
     }
 }
 

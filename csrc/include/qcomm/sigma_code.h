@@ -20,6 +20,8 @@ constexpr std::int64_t kMaxSampledPairs = 1 << 14;  // more would sharpen nothin
 constexpr double kOwnTableMustSave = 0.03;          // of the bits: below that a static table's speed is worth more
 constexpr double kHuffmanRedundancy = 0.02;         // bits a codeword above entropy
 constexpr double kTableBits = 6.0;                  // a used symbol in a list of code lengths
+constexpr std::int64_t kTablePairs = 1 << 14;       // sampled for a segment's own table ...
+constexpr int kMaxSampledAlphabet = 256;            // ... of at most so many codewords
 // A literal, because the logarithms of two C libraries may differ in their last bit.
 constexpr double kLn2 = 0x1.62e42fefa39efp-1;
 // docs/format.md derives 8 to 134 bytes. Info and windows have 132, and 32 windows of 16 to 31 bits hold about 94 bytes
@@ -93,6 +95,25 @@ QCOMM_HOST_DEVICE inline SigmaCode cheapest_sigma_code(const CodeSample& singles
         }
     }
     return !has_static || own_cost < (1.0 - kOwnTableMustSave) * static_cost ? best_own : best_static;
+}
+
+// Tells whether the table of a sigma segment's own is made of a sample of its pairs, not of all values. Then quantizing
+// and coding are one pass, as with a static table. Wide alphabets and short segments are counted whole: a sample would
+// cost them more bits than it saves time.
+QCOMM_HOST_DEVICE inline bool samples_own_table(Grid grid, Coding coding, int num_bits, std::int64_t count) {
+    return grid == Grid::kSigma && alphabet_size(coding, num_bits) <= kMaxSampledAlphabet && count / 2 > kTablePairs;
+}
+// Returns the weight of a codeword that was met `count` times in the sample. No codeword has 0: any may occur among the
+// other values.
+QCOMM_HOST_DEVICE inline std::uint64_t sampled_weight(std::uint64_t count) { return 2 * count + 1; }
+// Returns the bits of a segment's codewords by those of the sample, `bits` for codewords of weight 1.
+QCOMM_HOST_DEVICE inline std::uint64_t scale_sampled_bits(std::uint64_t bits, Coding coding, int num_bits,
+                                                          std::int64_t count) {
+    const bool pairs = coding == Coding::kPair;
+    const auto codewords = static_cast<std::uint64_t>(pairs ? (count + 1) / 2 : count);
+    const auto sampled = static_cast<std::uint64_t>(pairs ? kTablePairs : 2 * kTablePairs);
+    // Below 2^64: a sample has less than 2^20 bits of weights, a segment less than 2^40 values.
+    return bits * codewords / (2 * sampled + static_cast<std::uint64_t>(alphabet_size(coding, num_bits)));
 }
 
 // Tells whether a list of `list_bytes` for codewords of `bits` bits pays in a sigma segment that takes `fixed_bytes` at

@@ -51,6 +51,11 @@ public:
         if (residual_ != nullptr) u += static_cast<T>(residual_[i]);
         return u;
     }
+    // Asks for the line of memory of value i, and that of its residual.
+    QCOMM_INLINE void prefetch(std::int64_t i) const {
+        __builtin_prefetch(data_ + i);
+        if (residual_ != nullptr) __builtin_prefetch(residual_ + i);
+    }
 
 private:
     const typename Tr::Storage* data_;
