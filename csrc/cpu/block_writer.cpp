@@ -35,6 +35,7 @@ BlockWriter::BlockWriter(const EncodeOptions& options)
       kernels_(kernels()),
       scratch_(new double[kMaxBlockValues]),
       symbols_(new std::uint16_t[kMaxBlockValues]),
+      positions_(new std::uint16_t[kMaxBlockValues + kPositionsSlack]),
       words_(new std::uint16_t[kWordsSlack + kMaxCodewords]) {}
 
 // One array of float64 serves both arithmetics.
@@ -108,7 +109,7 @@ BlockMode BlockWriter::write_block(const void* u, const std::uint16_t* symbols, 
     const std::uint32_t info = BlockInfo{mode, with_escapes ? scan.escapes : 0, constant ? symbols[0] : 0u}.pack();
     put(&info, kInfoBytes);
     if (mode == BlockMode::kCoded) put(start_, sizeof(start_));
-    if (with_escapes) at = put_escapes(u, symbols, n, scan.escapes, escape_of(q), at);
+    if (with_escapes) at = put_escapes(u, symbols, n, escape_of(q), at);
     if (mode == BlockMode::kCoded) put(words_end() - shape.words, 2 * std::int64_t{shape.words});
     if (mode == BlockMode::kFixed) {
         pack_bits(symbols, n, q.num_bits, at);
@@ -131,27 +132,20 @@ std::uint8_t* BlockWriter::put_values(const void* u, int n, std::uint8_t* at) co
     });
 }
 
-// Puts the values of the escape symbols, then their positions; returns the end. Their number is known, so both are
-// written in one pass. Escapes are rare: whole groups of symbols are passed over with a comparison that compilers turn
-// into vector instructions.
-std::uint8_t* BlockWriter::put_escapes(const void* u, const std::uint16_t* symbols, int n, int escapes, int escape,
+// Puts the values of the escape symbols, then their positions; returns the end.
+std::uint8_t* BlockWriter::put_escapes(const void* u, const std::uint16_t* symbols, int n, int escape,
                                        std::uint8_t* at) const {
-    constexpr int kGroup = 64;
-    const std::int64_t width = options_.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-    std::uint8_t* positions = at + escapes * item_bytes(options_.dtype);
-    for (int begin = 0; begin < n; begin += kGroup) {
-        const int end = std::min(begin + kGroup, n);
-        int found = 0;
-        for (int i = begin; i < end; ++i) found |= symbols[i] == escape;
-        for (int i = begin; found != 0 && i < end; ++i) {
-            if (symbols[i] != escape) continue;
-            at = put_values(static_cast<const std::uint8_t*>(u) + i * width, 1, at);
-            const auto position = static_cast<std::uint16_t>(i);
-            std::memcpy(positions, &position, sizeof(position));
-            positions += sizeof(position);
+    const int count = kernels_.find_symbol(symbols, n, escape, positions_.get());
+    return dispatch(options_.dtype, [&](auto traits) {
+        using Tr = decltype(traits);
+        const auto* const values = static_cast<const typename Tr::Arithmetic*>(u);
+        for (int i = 0; i < count; ++i, at += sizeof(typename Tr::Storage)) {
+            const typename Tr::Storage value = Tr::narrow(values[positions_[static_cast<std::size_t>(i)]]);
+            std::memcpy(at, &value, sizeof(value));
         }
-    }
-    return positions;
+        std::memcpy(at, positions_.get(), 2 * static_cast<std::size_t>(count));
+        return at + std::int64_t{2} * count;
+    });
 }
 
 }  // namespace qcomm

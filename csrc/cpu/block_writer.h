@@ -39,8 +39,7 @@ private:
     BlockMode write_block(const void* u, const std::uint16_t* symbols, int n, const SymbolScan& scan,
                           const Quantizer& q, const EncodeTable* table, const Ahead& ahead);
     std::uint8_t* put_values(const void* u, int n, std::uint8_t* at) const;
-    std::uint8_t* put_escapes(const void* u, const std::uint16_t* symbols, int n, int escapes, int escape,
-                              std::uint8_t* at) const;
+    std::uint8_t* put_escapes(const void* u, const std::uint16_t* symbols, int n, int escape, std::uint8_t* at) const;
     std::uint16_t* words_end() const;
 
     const EncodeOptions& options_;
@@ -49,6 +48,7 @@ private:
     // Left uninitialised: clearing them would cost more than encoding a small packet.
     std::unique_ptr<double[]> scratch_;  // room for a block in either arithmetic
     std::unique_ptr<std::uint16_t[]> symbols_;
+    std::unique_ptr<std::uint16_t[]> positions_;  // of escapes
     std::unique_ptr<std::uint16_t[]> words_;
     std::uint32_t start_[kLanes] = {};
 };

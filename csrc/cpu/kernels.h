@@ -89,6 +89,7 @@ struct Ahead {
 // Returns the symbol that stands for a value outside the levels; -1, which no symbol is, for range grids.
 inline int escape_of(const Quantizer& q) { return q.grid == Grid::kSigma ? escape_symbol(q.num_bits) : -1; }
 
+constexpr int kPositionsSlack = 32;
 constexpr int kWordsSlack = 32;  // words in front of encode_lanes' output that a vector store may overwrite
 
 // `u` below are values in the arithmetic T of a dtype: float64 for kFloat64, otherwise float32.
@@ -101,6 +102,8 @@ struct Kernels {
     BlockStatistics (*measure)(const Values& values, std::int64_t begin, int n);
     // Symbols of n >= 1 values.
     SymbolScan (*quantize)(const void* u, DType dtype, int n, const Quantizer& quantizer, std::uint16_t* symbols);
+    // Positions of a symbol among n, ascending; returns their number. Positions have room for kPositionsSlack more.
+    int (*find_symbol)(const std::uint16_t* symbols, int n, int symbol, std::uint16_t* positions);
     // The result of quantize() for n >= 1 symbols that are known already.
     SymbolScan (*scan)(const std::uint16_t* symbols, int n, const Quantizer& quantizer);
     // load and quantize in one pass, counting codewords, without a scan. With a `residual` update_residual as well; it

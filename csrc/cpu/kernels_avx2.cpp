@@ -127,6 +127,10 @@ void decode_one(CodedBlock& block, const DecodeTable& table) {
     block.whole = end_lanes(lanes);
 }
 
+int find_symbol(const std::uint16_t* symbols, int n, int symbol, std::uint16_t* positions) {
+    return find_symbol_in_groups(symbols, n, symbol, positions);
+}
+
 void decode_lanes(CodedBlock* blocks, int count, const LaneDecoding& how) {
     for (CodedBlock* block = blocks; block < blocks + count; ++block) {
         how.pairs ? decode_one<true>(*block, *how.table) : decode_one<false>(*block, *how.table);
@@ -142,6 +146,7 @@ const Kernels kAvx2Kernels = {
     avx2::load,
     avx2::measure,
     avx2::quantize,
+    avx2::find_symbol,
     avx2::scan,
     avx2::quantize_counted,
     avx2::quantize_residual,

@@ -35,6 +35,7 @@ const Kernels kAvx512Kernels = {
     avx512::load,
     avx512::measure,
     avx512::quantize,
+    avx512::find_symbol,
     avx512::scan,
     avx512::quantize_counted,
     avx512::quantize_residual,

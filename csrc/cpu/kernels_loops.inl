@@ -76,8 +76,9 @@ BlockStatistics fold(LaneStatistics<T>& lanes) {
 
 // Lanes hold independent accumulators, so vectorising reorders no addition. Comparisons are written so that a NaN never
 // replaces an extreme. Where squares are wide a NaN or an infinity shows in their sum, and needs no sum of its own.
-template <class T, class Value>
-QCOMM_INLINE BlockStatistics measure_values(const Value& value, int n) {
+// fetch(i) comes before the row that begins with value i.
+template <class T, class Value, class Fetch>
+QCOMM_INLINE BlockStatistics measure_values(const Value& value, int n, const Fetch& fetch) {
     LaneStatistics<T> lanes;
     for (int j = 0; j < kLanes; ++j) {
         lanes.low[j] = static_cast<T>(__builtin_inf());
@@ -96,7 +97,10 @@ QCOMM_INLINE BlockStatistics measure_values(const Value& value, int n) {
     };
     // Whole rows have a constant width, for which compilers make vector code; the last row may be short.
     int i = 0;
-    for (; i + kLanes <= n; i += kLanes) add_row(i, kLanes);
+    for (; i + kLanes <= n; i += kLanes) {
+        fetch(i);
+        add_row(i, kLanes);
+    }
     add_row(i, n - i);
     return fold(lanes);
 }
@@ -104,8 +108,15 @@ QCOMM_INLINE BlockStatistics measure_values(const Value& value, int n) {
 BlockStatistics measure(const Values& values, std::int64_t begin, int n) {
     return dispatch(values.dtype, [&](auto traits) {
         using Tr = decltype(traits);
-        return with_values<Tr>(values, begin,
-                               [&](const auto& value) { return measure_values<typename Tr::Arithmetic>(value, n); });
+        // The next block is asked for meanwhile: it often lies on another page, where no processor looks ahead.
+        const bool has_next = begin + 2 * n <= values.count;
+        const auto* const next = static_cast<const typename Tr::Storage*>(values.data) + (has_next ? begin + n : begin);
+        constexpr int kLine = 64 / static_cast<int>(sizeof(*next));
+        const auto fetch = [&](int i) {
+            for (int line = 0; line < kLanes; line += kLine) __builtin_prefetch(next + i + line);
+        };
+        return with_values<Tr>(
+            values, begin, [&](const auto& value) { return measure_values<typename Tr::Arithmetic>(value, n, fetch); });
     });
 }
 
@@ -125,6 +136,23 @@ SymbolScan scan(const std::uint16_t* symbols, int n, const Quantizer& quantizer)
     int escapes = 0;
     for (int i = 0; i < n; ++i) escapes += symbols[i] == escape;
     return {escapes, different == 0};
+}
+
+// Positions of a rare symbol: whole groups are passed over with a comparison that compilers turn into vector
+// instructions. In the others a branch at each symbol would be guessed wrong at each one that is found.
+QCOMM_INLINE int find_symbol_in_groups(const std::uint16_t* symbols, int n, int symbol, std::uint16_t* positions) {
+    constexpr int kGroup = 64;
+    int count = 0;
+    for (int begin = 0; begin < n; begin += kGroup) {
+        const int end = begin + kGroup < n ? begin + kGroup : n;
+        int found = 0;
+        for (int i = begin; i < end; ++i) found |= symbols[i] == symbol;
+        for (int i = begin; found != 0 && i < end; ++i) {
+            positions[count] = static_cast<std::uint16_t>(i);
+            count += symbols[i] == symbol;
+        }
+    }
+    return count;
 }
 
 // The first loop has no condition in it, so it vectorises on every processor; the scan is a second loop over symbols

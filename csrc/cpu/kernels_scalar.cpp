@@ -23,6 +23,10 @@ int encode_runs(const std::uint16_t* positions, const std::int8_t* levels, int c
 }
 void decode_runs(RunBlock& block) { decode_runs_scalar(block); }
 
+int find_symbol(const std::uint16_t* symbols, int n, int symbol, std::uint16_t* positions) {
+    return find_symbol_in_groups(symbols, n, symbol, positions);
+}
+
 int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const EncodeTable& table, const Ahead&,
                  std::uint32_t* start, std::uint16_t* words_end) {
     const std::uint32_t* entries = table.entries.data();
@@ -57,6 +61,7 @@ const Kernels kScalarKernels = {
     scalar::load,
     scalar::measure,
     scalar::quantize,
+    scalar::find_symbol,
     scalar::scan,
     scalar::quantize_counted,
     scalar::quantize_residual,

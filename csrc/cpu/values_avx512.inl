@@ -95,3 +95,22 @@ struct FloatSink {
         dequantize(symbols, n, how->quantizer, how->dtype, out, kAccumulates);
     }
 };
+
+// 32 symbols are compared at once, and the positions of those that match compressed to the front.
+int find_symbol(const std::uint16_t* symbols, int n, int symbol, std::uint16_t* positions) {
+    const __m512i wanted = _mm512_set1_epi16(static_cast<short>(symbol));
+    alignas(64) std::uint16_t first[kLanes];
+    for (int i = 0; i < kLanes; ++i) first[i] = static_cast<std::uint16_t>(i);
+    const __m512i lanes = _mm512_load_si512(first);
+    int count = 0;
+    for (int i = 0; i < n; i += kLanes) {
+        const __mmask32 present = _bzhi_u32(0xFFFFFFFFu, n - i < kLanes ? static_cast<unsigned>(n - i) : kLanes);
+        const __mmask32 found =
+            _mm512_mask_cmpeq_epi16_mask(present, _mm512_maskz_loadu_epi16(present, symbols + i), wanted);
+        if (found == 0) continue;
+        const __m512i at = _mm512_add_epi16(lanes, _mm512_set1_epi16(static_cast<short>(i)));
+        _mm512_storeu_si512(positions + count, _mm512_maskz_compress_epi16(found, at));
+        count += __builtin_popcount(found);
+    }
+    return count;
+}

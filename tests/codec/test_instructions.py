@@ -1,7 +1,7 @@
 """Instructions that each stage of the codec executes, AVX2 as a ratio to scalar code of the same build.
 
 Counted by callgrind, so that other work on the machine does not matter. After a change that is meant to cost more:
-``python tests/codec/test_instructions.py`` writes tests/native/instructions.json anew.
+``PYTHONPATH=tests/support python tests/codec/test_instructions.py`` writes tests/native/instructions.json anew.
 """
 
 import json
