@@ -106,9 +106,9 @@ def all_reduce(
             its own gloo connections, with the group's timeout. A :class:`qcomm.MpiGroup` sends it over MPI.
             CUDA tensors need NCCL.
         async_op: return at once; the tensor must not be used until ``wait()`` of the handle has returned.
-        **options: ``mean_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads`` and ``profile`` of
-            :class:`qcomm.collectives.ReduceOptions`. A profile's file is read at each call. For CUDA tensors ``"auto"``
-            is ``"two_phase"``.
+        **options: ``mean_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads``, ``profile`` and
+            ``verify`` of :class:`qcomm.collectives.ReduceOptions`. A profile's file is read at each call. For CUDA
+            tensors ``"auto"`` is ``"two_phase"``.
 
     Returns:
         None, or with ``async_op`` a handle.

@@ -1,6 +1,6 @@
 """Exceptions that qcomm adds to Python's own. Invalid arguments raise ``TypeError`` and ``ValueError``."""
 
-__all__ = ["CollectiveError", "ConfigMismatchError", "PacketError"]
+__all__ = ["CollectiveError", "ConfigMismatchError", "DivergenceError", "PacketError"]
 
 
 class PacketError(ValueError):
@@ -18,4 +18,11 @@ class CollectiveError(RuntimeError):
     """A failure of a collective on some rank.
 
     Every rank raises this error, which names the failed rank and its operation.
+    """
+
+
+class DivergenceError(CollectiveError):
+    """A difference between the means that ranks have got of the same collective.
+
+    The message names the bucket, the step and the ranks. The means are already in use, so the ranks' weights differ.
     """

@@ -12,9 +12,12 @@ from qcomm.collectives.cost_model import Profile
 from qcomm.collectives.error_feedback import check_equilibrium
 from qcomm.collectives.layout import TensorSpec, merge_small
 
-__all__ = ["STRATEGIES", "ReduceKeywords", "ReduceOptions", "with_step"]
+__all__ = ["STRATEGIES", "VERIFY", "ReduceKeywords", "ReduceOptions", "with_step"]
 
 STRATEGIES = ("auto", "none", "bf16", "exact_sum", "all_gather", "hierarchical", "two_phase")
+VERIFY = ("off", "interval", "step")
+# Their packets have checksums, and every rank decodes the same ones. In the others, values are added on the way.
+CHECKED_ON_ARRIVAL = ("two_phase", "all_gather")
 # Up to this step the mean is at most as coarse as its RMS. Beyond it, bytes count more than the mean's noise.
 FINE_STEP = 2.0
 
@@ -29,6 +32,7 @@ class ReduceKeywords(TypedDict, total=False):
     ranks_per_node: int | None
     num_threads: int
     profile: Profile | Path | str | None
+    verify: str
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,11 @@ class ReduceOptions:
         num_threads: maximum number of threads that encode and decode on this rank. Results do not depend on it.
         profile: for ``"auto"``: the machine as ``qcomm bench --save-profile`` measured it, or the path of that file.
             Only the strategies that may be fast there are tried, and the uncompressed ones.
+        verify: how soon ranks notice that their means differ, for instance because a bit was flipped beyond TCP's
+            checksum: a DivergenceError then names bucket, step and ranks. With ``"interval"`` means of strategies that
+            add values on the way are compared at the next handshake: in the next collective, or within 7 steps where
+            the hook runs uncompressed. Compressed packets have checksums. ``"step"`` compares all means before they are
+            used, which takes another exchange of headers, and ``"off"`` none. Tensors on a device are not compared.
 
     Raises:
         TypeError, ValueError: naming the option, the value and the values that are allowed.
@@ -81,6 +90,7 @@ class ReduceOptions:
     ranks_per_node: int | None = None
     num_threads: int = 1
     profile: Profile | Path | str | None = None
+    verify: str = "interval"
 
     def __post_init__(self) -> None:
         if not isinstance(self.grid, (SigmaGrid, RangeGrid)):
@@ -95,6 +105,8 @@ class ReduceOptions:
                 raise TypeError(f"ranks_per_node must be an int or None, got {type(self.ranks_per_node).__name__}")
             if self.ranks_per_node < 1:
                 raise ValueError(f"ranks_per_node must be at least 1, got {self.ranks_per_node}")
+        if self.verify not in VERIFY:
+            raise ValueError(f"verify must be one of {VERIFY}, got {self.verify!r}")
         check_num_threads(self.num_threads)
         object.__setattr__(self, "profile", _read_profile(self.profile, self.strategy))
 
@@ -173,6 +185,18 @@ class ReduceOptions:
         """Returns whether the strategy is a named one that never exchanges all values uncompressed."""
         return self.strategy not in ("auto", "none", "bf16")
 
+    @cached_property
+    def verified(self) -> Sequence[str]:
+        """Returns the strategies whose means are compared.
+
+        Example:
+            >>> "none" in ReduceOptions().verified, "two_phase" in ReduceOptions().verified
+            (True, False)
+        """
+        if self.verify == "interval":
+            return [strategy for strategy in STRATEGIES if strategy not in CHECKED_ON_ARRIVAL]
+        return STRATEGIES if self.verify == "step" else ()
+
     def is_compressed(self, elements: int) -> bool:
         """Returns whether a tensor of ``elements`` elements is compressed."""
         return elements >= max(self.min_elements, 1)
@@ -211,6 +235,7 @@ class ReduceOptions:
             "strategy": self.strategy,
             "ranks_per_node": str(self.ranks_per_node),
             "profile": "None" if self.machine is None else self.machine.describe(),
+            "verify": self.verify,
         }
 
 

@@ -24,7 +24,7 @@ import torch
 from qcomm.codec import CPU
 from qcomm.collectives.packing import no_bytes
 from qcomm.collectives.task import MeanTask
-from qcomm.collectives.uncompressed_values import Bypassing
+from qcomm.collectives.uncompressed_values import Bypassing, fingerprint
 from qcomm.communicator import (
     UNTIMED,
     Agreed,
@@ -109,6 +109,8 @@ class Rounds:
         self._fields = task.fields
         self._exchanges = 0
         self._fault = communicator.begin()
+        if bypassing is not None:
+            communicator.means.update(bypassing.means)
 
     def __enter__(self) -> "Rounds":
         return self
@@ -134,6 +136,13 @@ class Rounds:
             return None
         result, self._fault = attempt(phase, step, *args, **kwargs)
         return result
+
+    def note_mean(self) -> None:
+        """Keeps the fingerprint of the result, which the next handshake compares."""
+        task = self.task
+        name = f"bucket {task.index}, step {task.step}" if task.step else f"collective {self._communicator.collectives}"
+        if self._fault is None:
+            self._communicator.means.note(name, fingerprint([task.buffer]))
 
     def take_over(self, fault: Fault | None, traffic: Mapping[str, Traffic]) -> None:
         """Continues after a pipeline, with its late fault, and counts its traffic by kind."""

@@ -60,7 +60,7 @@ def average(task: MeanTask, communicator: Communicator, bypassing: Bypassing | N
     else:
         task.telemetry.note_strategy(task.index, task.options.strategy)
         with Rounds(task, communicator, bypassing=bypassing) as rounds:
-            MEAN_BY_STRATEGY[task.options.strategy](rounds)
+            _run(task.options.strategy, rounds)
 
 
 def _average_by_tuner(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None) -> None:
@@ -71,7 +71,7 @@ def _average_by_tuner(task: MeanTask, communicator: Communicator, bypassing: Byp
     rounds.require_equal("strategy chosen", strategy)
     try:
         with rounds:
-            MEAN_BY_STRATEGY[strategy](rounds)
+            _run(strategy, rounds)
         work = time.perf_counter_ns() - begin - rounds.waited
         # Collectives that may be bypassed mostly run without an agreement.
         own_time = Took(work, 0 if strategy in UNCOMPRESSED and bypassing is not None else rounds.waited)
@@ -80,6 +80,15 @@ def _average_by_tuner(task: MeanTask, communicator: Communicator, bypassing: Byp
             bypassed = 0 if bypassing is None else bypassing.count
             tuner.finished(kind, rounds.agreed.last_time, own_time, 1 + bypassed)
     task.telemetry.note_strategy(task.index, strategy)
+
+
+def _run(strategy: str, rounds: Rounds) -> None:
+    MEAN_BY_STRATEGY[strategy](rounds)
+    options = rounds.task.options
+    if strategy in options.verified:
+        rounds.note_mean()
+    if options.verify == "step":
+        rounds.agree()
 
 
 def settled(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None = None) -> str:

@@ -30,6 +30,7 @@ class MeanTask:
         feedback: residuals, or None without error feedback.
         scale: the buffer holds values times this factor, and so will the result; residuals are kept without it.
         index: number of the bucket for the timeline.
+        step: of training, for messages; 0 outside of it.
     """
 
     buffer: torch.Tensor
@@ -40,6 +41,7 @@ class MeanTask:
     feedback: ErrorFeedback | None = None
     scale: float = 1.0
     index: int = 0
+    step: int = 0
 
     @cached_property
     def wire_dtype(self) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Terms of a mean without compression: the buffer itself, or its values mostly rounded to bfloat16."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,7 @@ from qcomm.collectives.packing import scatter_chunk
 from qcomm.collectives.telemetry import Telemetry
 from qcomm.transport import Traffic
 
-__all__ = ["UNCOMPRESSED", "Bypassing", "UncompressedValues", "count_rings", "is_rounded"]
+__all__ = ["UNCOMPRESSED", "Bypassing", "UncompressedValues", "count_rings", "fingerprint", "is_rounded"]
 
 UNCOMPRESSED = ("none", "bf16")
 
@@ -71,6 +71,12 @@ class UncompressedValues:
         torch.cat([buffer[offset : offset + length] for offset, length in self._layout.exact_runs], out=self._exact)
         return [self._rounded, self._exact.div_(self._layout.world_size)]
 
+    def fingerprint(self, buffer: torch.Tensor) -> int:
+        """Returns the :func:`fingerprint` of the sums of the buffer that was loaded."""
+        if self._rounded is None:
+            return fingerprint([buffer])
+        return fingerprint([self._rounded, self._exact] if self._layout.exact_runs else [self._rounded])
+
     def store(self, buffer: torch.Tensor) -> None:
         """Copies the sums into the buffer that was loaded."""
         if self._rounded is not None:
@@ -86,10 +92,30 @@ class Bypassing:
     Attributes:
         count: number of them since the last agreement.
         memory: of the values that are summed, by strategy; agreed collectives use it as well.
+        means: their fingerprints, by collective, for the agreement to compare.
     """
 
     count: int = 0
     memory: dict[str, UncompressedValues] = field(default_factory=dict)
+    means: Mapping[str, int] = field(default_factory=dict)
+
+
+def fingerprint(tensors: Sequence[torch.Tensor]) -> int:
+    """Returns a number that changes with any bit of some contiguous tensors: the sum of their words of 64 bits.
+
+    Example:
+        >>> mean = torch.tensor([1.0, 2.0, 3.0])
+        >>> fingerprint([mean]) == fingerprint([mean.nextafter(torch.tensor(0.0))])
+        False
+    """
+    total = 0
+    for tensor in tensors:
+        data = tensor.reshape(-1).view(torch.uint8)
+        whole = data.numel() // 8 * 8
+        # A view of words needs their alignment.
+        words = data[:whole] if data.data_ptr() % 8 == 0 else data[:whole].clone()
+        total += int(words.view(torch.int64).sum()) + int.from_bytes(bytes(data[whole:].tolist()), "little")
+    return total & (2**64 - 1)
 
 
 def count_rings(telemetry: Telemetry, strategy: str, layout: BucketLayout, dtype: torch.dtype, times: int = 1) -> None:

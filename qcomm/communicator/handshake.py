@@ -7,34 +7,94 @@ on, or they tell each other the details and raise. A rank that failed therefore 
 waits for a packet that will not come. :mod:`qcomm.communicator.pipeline` reports faults between slices. Steps that
 bypass the worker have no handshake, and on a device a bucket that all ranks know mostly has none.
 
-A header is eight int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of
-the packet for the receiver``, and nanoseconds of work and of waiting (:class:`Took`).
+A header is ten int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of
+the packet for the receiver``, nanoseconds of work and of waiting (:class:`Took`), the fingerprint of the means that the
+sender got since its last handshake (:class:`Means`), and a checksum of the nine others (:func:`seal`).
 """
 
 import hashlib
 import json
+import struct
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NoReturn
 
 import torch
 
 from qcomm.communicator.faults import Fault, Phase
-from qcomm.errors import CollectiveError, ConfigMismatchError
+from qcomm.errors import CollectiveError, ConfigMismatchError, DivergenceError
 from qcomm.transport import Exchange, Traffic, Transport, TransportError
 
-__all__ = ["MAGIC", "UNTIMED", "Agreed", "Fields", "Handshake", "Took", "agreed_time", "raise_faults"]
+__all__ = [
+    "HEADER_BYTES",
+    "MAGIC",
+    "UNTIMED",
+    "Agreed",
+    "Fields",
+    "Handshake",
+    "Means",
+    "Took",
+    "agreed_time",
+    "raise_faults",
+    "seal",
+]
 
 # "qcomm" and the version of this protocol. It distinguishes versions whose headers are equally long. gloo ends the
 # process on messages that are longer than expected.
-MAGIC = 0x71636F6D6D05
-HEADER_WORDS = 8
+MAGIC = 0x71636F6D6D06
+HEADER_WORDS = 10
+HEADER_BYTES = 8 * HEADER_WORDS
 # Details have a fixed size, which needs no announcement. It holds a dozen fields or the first lines of an error.
 DETAIL_BYTES = 4096
 
 
+MOST_MEANS = 32
+
 # For error messages, made once.
 _AFTER = {phase: f"after {phase}" for phase in Phase}
+
+
+def seal(words: Sequence[int]) -> int:
+    """Returns the checksum of a header's other words: its last word, in this and all later versions.
+
+    Example:
+        >>> seal([1, 2]) == seal([1, 2 + 2**40])
+        False
+    """
+    return zlib.crc32(struct.pack(f"<{len(words)}q", *words))
+
+
+class Means:
+    """Fingerprints of the means that this rank got since its last handshake, by collective.
+
+    Example:
+        >>> means = Means()
+        >>> means.note("bucket 0, step 1", 17)
+        >>> means.fingerprint == 0, means.take().values, means.fingerprint
+        (False, {'bucket 0, step 1': 17}, 0)
+    """
+
+    def __init__(self, values: Mapping[str, int] | None = None) -> None:
+        self.values = dict(values or {})
+
+    def note(self, name: str, fingerprint: int) -> None:
+        """Adds the mean of one collective."""
+        self.values[name] = fingerprint
+
+    def update(self, values: Mapping[str, int]) -> None:
+        """Adds means that were got without the worker."""
+        self.values.update(values)
+
+    def take(self) -> "Means":
+        """Returns the last of them, as many as details have room for, and forgets all."""
+        taken, self.values = Means(dict([*self.values.items()][-MOST_MEANS:])), {}
+        return taken
+
+    @property
+    def fingerprint(self) -> int:
+        """Returns one number for all of them; 0 if there are none."""
+        return Fields({name: str(value) for name, value in self.values.items()}).fingerprint if self.values else 0
 
 
 class Fields:
@@ -57,6 +117,10 @@ class Fields:
     def extended(self, name: str, value: str) -> "Fields":
         """Returns these fields and one more."""
         return Fields({**self.values, name: value})
+
+
+NO_MEANS = Means()
+MASK = 2**64 - 1
 
 
 class Took(NamedTuple):
@@ -117,6 +181,7 @@ class Handshake:
         limits: maximum number of bytes in a packet of each rank; 0 where nothing is expected.
         fault: of this rank, if it has one.
         own_time: of the last collective of this kind on this rank.
+        means: that this rank got since its last handshake.
 
     Raises:
         TransportError: the connections of this rank are closed.
@@ -132,15 +197,15 @@ class Handshake:
         limits: Sequence[int],
         fault: Fault | None,
         own_time: Took = UNTIMED,
+        means: Means = NO_MEANS,
     ) -> None:
         self._transport, self._phase, self._fields, self._limits, self._fault = transport, phase, fields, limits, fault
-        code = fault.phase if fault else 0
-        headers = [
-            torch.tensor(
-                [MAGIC, sequence, phase, code, fields.fingerprint, size, *own_time], dtype=torch.int64, device="cpu"
-            )
-            for size in sizes
-        ]
+        self._means = means
+        code, got = fault.phase if fault else 0, means.fingerprint
+        headers = []
+        for size in sizes:
+            words = [MAGIC, sequence, phase, code, fields.fingerprint, size, *own_time, got]
+            headers.append(torch.tensor([*words, seal(words)], dtype=torch.int64, device="cpu"))
         self._under_way: list[Exchange] = [transport.start_exchange(headers)]
 
     def finish(self) -> Agreed:
@@ -148,13 +213,21 @@ class Handshake:
 
         Raises:
             CollectiveError: some rank has a fault.
-            TransportError: a peer is gone, or its header is impossible.
+            TransportError: a peer is gone, or its header is damaged or impossible.
             ConfigMismatchError: naming the fields that differ.
+            DivergenceError: naming the collective whose means differ.
         """
         begin, transport = time.perf_counter_ns(), self._transport
         # A reference to a transfer, as in the traceback of a later error, keeps gloo's connections open.
         messages = transport.finish_exchange(self._under_way.pop(), _AFTER[self._phase])
         received = [header.tolist() for header in messages]
+        damaged = [transport.ranks[rank] for rank, header in enumerate(received) if header[-1] != seal(header[:-1])]
+        if damaged:
+            # The others cannot know. Closing the connections tells them.
+            raise TransportError(
+                f"rank {transport.ranks[transport.rank]}, {_AFTER[self._phase]}: the header of rank(s) "
+                f"{', '.join(map(str, damaged))} was damaged on its way (wrong checksum)"
+            )
         if any(header[0] != MAGIC for header in received):
             raise ConfigMismatchError(
                 f"ranks run incompatible versions of qcomm: {_by_value([hex(h[0]) for h in received], transport)}"
@@ -177,8 +250,10 @@ class Handshake:
                     f"rank {transport.ranks[rank]} announced a packet of {size} bytes, at most {limit} are possible "
                     "here"
                 )
-        traffic = HEADER_WORDS * 8 * (transport.world_size - 1)
-        last_time = agreed_time([Took(*header[6:]) for header in received])
+        if any(header[8] != received[0][8] for header in received):
+            _compare_means(transport, self._means)
+        traffic = HEADER_BYTES * (transport.world_size - 1)
+        last_time = agreed_time([Took(*header[6:8]) for header in received])
         return Agreed(incoming, Traffic(traffic, traffic), last_time, time.perf_counter_ns() - begin)
 
 
@@ -203,6 +278,23 @@ def _raise_mismatch(transport: Transport, fields: Fields) -> None:
     raise ConfigMismatchError(
         "ranks are configured differently in " + "; ".join(lines) + ". Every rank must pass the same"
     )
+
+
+def _compare_means(transport: Transport, own: Means) -> None:
+    """Raises on all ranks if some mean differs. A collective: all know that their fingerprints do.
+
+    A mean that not all ranks tell of, as after an error, is not compared.
+    """
+    details = _exchange_details(transport, {name: f"{value & MASK:016x}" for name, value in own.values.items()})
+    for name in own.values:
+        values = [known.get(name) for known in details]
+        if None not in values and len(set(values)) > 1:
+            raise DivergenceError(
+                f"ranks got different means of {name}: {_by_value([str(value) for value in values], transport)} (their "
+                "fingerprints). A value was damaged on its way or in memory. If they were used (verify='interval'), "
+                "weights differ: resume from a checkpoint of an earlier step, or copy one rank's weights with "
+                "qcomm.broadcast_parameters"
+            )
 
 
 def _by_value(values: Sequence[str], transport: Transport) -> str:

@@ -4,11 +4,13 @@ In each of two exchanges every rank sends every other exactly one message for ea
 that another did, goes on with messages that say so and carry no packet. Every wait therefore ends, and no message is
 left for the next collective. In the end all ranks know the same faults.
 
-A message is a header of eight int64, ``MAGIC, sequence, exchange, slice, condition, bytes of the packet, 0, 0``, and
-the packet. The receiver prepares its buffer before the message comes, as large as a packet of that slice can be. No
-rank has to ask for the size.
+A message is a header and the packet. The header is eight int64: ``MAGIC, sequence, exchange, slice, condition, bytes of
+the packet, 0, checksum of the seven others``. The receiver prepares its buffer before the message comes, as large as a
+packet of that slice can be. No rank has to ask for the size.
 """
 
+import struct
+import zlib
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import ParamSpec, TypeVar
@@ -26,6 +28,7 @@ T = TypeVar("T")
 
 HEADER_WORDS = 8  # 64 bytes: the packet behind it is aligned as the codec likes it
 HEADER_BYTES = 8 * HEADER_WORDS
+SEALED = struct.Struct(f"<{HEADER_WORDS - 1}q")
 # Conditions of a sender, beside the phase in which it failed.
 WELL = 0
 GIVEN_UP = -1  # some other rank failed
@@ -101,9 +104,9 @@ class Pipeline:
 
     def _message(self, exchange: int, slice_number: int, condition: int, packet: torch.Tensor | None) -> torch.Tensor:
         size = 0 if packet is None else packet.numel()
-        header = torch.tensor(
-            [MAGIC, self._sequence, exchange, slice_number, condition, size, 0, 0], dtype=torch.int64, device="cpu"
-        )
+        words = [MAGIC, self._sequence, exchange, slice_number, condition, size, 0]
+        words.append(zlib.crc32(SEALED.pack(*words)))
+        header = torch.tensor(words, dtype=torch.int64, device="cpu")
         parts = [header.view(torch.uint8)] if packet is None else [header.view(torch.uint8), packet]
         return torch.cat(parts)
 
@@ -160,6 +163,11 @@ class Pipeline:
 
     def _check(self, source: int, header: Sequence[int], exchange: int, slice_number: int, limit: int) -> int:
         """Returns the size of the packet behind a header, whose words are not trusted."""
+        if header[-1] != zlib.crc32(SEALED.pack(*header[:-1])):
+            raise TransportError(
+                f"the header of rank {self._transport.ranks[source]} for slice {slice_number} of exchange {exchange} "
+                f"of collective {self._sequence} was damaged on its way (wrong checksum)"
+            )
         *position, condition, size = header[:6]
         well_formed = position == [MAGIC, self._sequence, exchange, slice_number] and condition in CONDITIONS
         packet_is_due = limit > 0 and condition == WELL

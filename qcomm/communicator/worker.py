@@ -13,7 +13,7 @@ from typing import TypeVar, cast
 import torch
 
 from qcomm.communicator.faults import Fault, Phase
-from qcomm.communicator.handshake import UNTIMED, Fields, Handshake, Took
+from qcomm.communicator.handshake import UNTIMED, Fields, Handshake, Means, Took
 from qcomm.communicator.pipeline import Pipeline
 from qcomm.communicator.ticket import Ticket, failed
 from qcomm.errors import CollectiveError, ConfigMismatchError
@@ -36,6 +36,7 @@ class Communicator:
         world_size: number of ranks in the group.
         name: number of this process in the whole job, for error messages.
         run: names its connections, see :class:`~qcomm.transport.base.Transport`.
+        means: that this rank got since the last handshake, for the next one to compare. Only jobs use them.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -44,6 +45,7 @@ class Communicator:
         self._transport = transport
         self._sequence = 0
         self._pending_fault: Fault | None = None
+        self.means = Means()
         self._broken: BaseException | None = None
         self._closed = False
         self._closing = threading.Lock()
@@ -86,7 +88,8 @@ class Communicator:
     ) -> Handshake:
         """Sends this rank's headers; until ``finish`` of the result, which has to follow, the job may compute."""
         self._pending_fault = None
-        return Handshake(self._transport, self._sequence, phase, fields, sizes, limits, fault, own_time)
+        means = self.means.take()
+        return Handshake(self._transport, self._sequence, phase, fields, sizes, limits, fault, own_time, means)
 
     def exchange(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], phase: Phase) -> Traffic:
         """Exchanges packets with every rank, of the sizes that all have agreed on."""

@@ -31,9 +31,10 @@ from qcomm.transport import MpiGroup
 
 __all__ = ["BYPASSED", "Bypass", "Lane", "LastError", "can_bypass"]
 
-# Collectives of a bucket between two agreements, which cost up to a tenth of an all-reduce. With the agreement they are
-# a prime number of steps: a model that alternates between kinds of steps is not always agreed on at the same kind.
-BYPASSED = 30
+# Collectives of a bucket between two agreements, which cost up to a tenth of an all-reduce. A difference between ranks
+# is not noticed before. With the agreement they are a prime number of steps: a model that alternates between kinds of
+# steps is not always agreed on at the same kind.
+BYPASSED = 6
 
 
 class LastError:
@@ -95,6 +96,7 @@ class Lane:
         under_way: the last sum, until it ends.
         started: number of steps that have bypassed the worker since.
         passed: counts those of them that have ended.
+        means: fingerprints of their means, by step.
     """
 
     group: dist.ProcessGroup
@@ -107,6 +109,7 @@ class Lane:
     under_way: torch.futures.Future[torch.Tensor] | None = None
     started: int = 0
     passed: Passed = field(default_factory=Passed)
+    means: dict[str, int] = field(default_factory=dict)
 
     def settle(self, strategy: str) -> None:
         """Notes the strategy on which all ranks have settled, or "" while strategies are being tried."""
@@ -154,9 +157,10 @@ class Bypass:
         lane.started += 1
         return lane
 
-    def started(self, index: int) -> int:
-        """Returns the number of steps of bucket ``index`` that have bypassed the worker since its last agreement."""
-        return self._lanes[index].started if index in self._lanes else 0
+    def bypassing(self, index: int) -> tuple[int, dict[str, int]]:
+        """Returns the number of steps of bucket ``index`` since its last agreement, and fingerprints of their means."""
+        lane = self._lanes.get(index)
+        return (0, {}) if lane is None else (lane.started, lane.means)
 
     def begin(self, bucket: dist.GradBucket, layout: BucketLayout | None, group: Group) -> Lane | None:
         """Makes a new lane for a bucket before its agreement, None where it cannot bypass; the caller sets its ticket.
@@ -187,6 +191,7 @@ class Bypass:
         bucket: dist.GradBucket,
         last_error: LastError,
         owe: Callable[[Fault], None],
+        verified: str = "",
     ) -> torch.futures.Future[torch.Tensor]:
         """Starts the mean of torch's own hooks, ``allreduce_hook`` and ``bf16_compress_hook``.
 
@@ -195,9 +200,11 @@ class Bypass:
             bucket: its buffer holds the mean in the end.
             last_error: keeps the error if there is one, which the Future then raises.
             owe: called with the fault that the others learn at the next agreement.
+            verified: the mean's name in errors where ranks compare it, otherwise "".
         """
         index, buffer, begin = bucket.index(), bucket.buffer(), time.perf_counter()
         last, passed, telemetry = bucket.is_last(), lane.passed, weakref.ref(self._telemetry)
+        means = lane.means
 
         # gloo's thread calls this function and frees it. If that released the last reference to the group, the thread
         # would wait for itself, and the process would end. So this function holds no group, and no observer that might
@@ -208,6 +215,8 @@ class Bypass:
                 for summed in future.value():
                     summed.value()
                 with torch.no_grad():
+                    if verified:
+                        means[verified] = values.fingerprint(buffer)
                     values.store(buffer)
             except RuntimeError as error:
                 text = f"bucket {index} was not averaged: {error}. {GROUP_IS_BROKEN}."

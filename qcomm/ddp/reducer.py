@@ -233,7 +233,7 @@ class Reducer:
 
     @property
     def _may_bypass(self) -> bool:
-        return not self._options.compresses and self._stage is None
+        return not self._options.compresses and self._stage is None and self._options.verify != "step"
 
     def _begin(self, index: int) -> None:
         first = self.steps.begin(index)
@@ -259,11 +259,13 @@ class Reducer:
             self._feedback,
             scale if isinstance(scale, float) else 1.0,
             bucket.index(),
+            self.steps.number,
         )
 
     def _pass_by(self, lane: Lane, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Starts a step without an agreement. An owed fault must wait, because every rank takes part in the sum."""
-        future = self.bypass.reduce(lane, bucket, self.steps.last_error, self.steps.owe)
+        verified = f"bucket {bucket.index()}, step {self.steps.number}" if self._options.verify != "off" else ""
+        future = self.bypass.reduce(lane, bucket, self.steps.last_error, self.steps.owe, verified)
         if self.steps.error_serial == self.steps.serial:  # if not seen here, _note sees the sum
             self.bypass.drain()
         return future
@@ -290,9 +292,9 @@ class Reducer:
         ready = time.perf_counter() if bucket.is_last() else None
         lane, bypassing = None, None
         if self._may_bypass:
-            started = self.bypass.started(index)
+            started, means = self.bypass.bypassing(index)
             lane = self.bypass.begin(bucket, None if task is None else task.layout, group)
-            bypassing = None if lane is None else Bypassing(started, lane.memory)
+            bypassing = None if lane is None else Bypassing(started, lane.memory, means)
         elif self._stage is not None:
             # Perhaps again, after a checkpoint was loaded: an agreement would be of another time.
             self.bypass.leave(index)

@@ -44,10 +44,10 @@ class CompressionState:
         grad_scale: the factor of the loss, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. It is read
             once per step, a tensor on a CUDA device without waiting for it. Error feedback is kept without the factor,
             so that a residual stays right when the scale changes.
-        **options: ``mean_step``, ``small_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads``
-            and ``profile`` of :class:`qcomm.collectives.ReduceOptions`. ``stats()["strategies"]`` has the strategy that
-            ``"auto"`` took for each bucket. A named strategy also runs in a world of one rank, where ``"auto"`` does
-            nothing.
+        **options: ``mean_step``, ``small_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads``,
+            ``profile`` and ``verify`` of :class:`qcomm.collectives.ReduceOptions`. ``stats()["strategies"]`` has the
+            strategy that ``"auto"`` took for each bucket. A named strategy also runs in a world of one rank, where
+            ``"auto"`` does nothing.
 
     Raises:
         TypeError, ValueError: naming the argument.

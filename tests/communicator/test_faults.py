@@ -15,8 +15,10 @@ import qcomm
 from qcomm.collectives import two_phase_steps as mean_steps
 from qcomm.collectives import uncompressed
 from qcomm.collectives.two_phase_steps import MeanSteps
+from qcomm.communicator.handshake import seal
 from qcomm.communicator.pipeline import Pipeline
 from qcomm.transport.base import TransportError
+from qcomm.transport.gloo import GlooTransport
 
 pytestmark = pytest.mark.world
 
@@ -103,18 +105,19 @@ def test_a_packet_that_is_too_large_is_not_sent(rank, world_size):
     check_works(rank, world_size)
 
 
-HEADERS = {  # of a message: magic, sequence, exchange, slice, condition, bytes of the packet, 0, 0
+HEADERS = {  # of a message: magic, sequence, exchange, slice, condition, bytes of the packet, 0; a checksum follows
     "magic": lambda header: [7, *header[1:]],
     "sequence": lambda header: [header[0], header[1] - 1, *header[2:]],
     "exchange": lambda header: [*header[:2], 2, *header[3:]],
     "slice": lambda header: [*header[:3], header[3] + 1, *header[4:]],
     "condition": lambda header: [*header[:4], 77, *header[5:]],
-    "no packet": lambda header: [*header[:5], 0, 0, 0],
-    "a negative size": lambda header: [*header[:5], -8, 0, 0],
-    "a large size": lambda header: [*header[:5], 1 << 40, 0, 0],
+    "no packet": lambda header: [*header[:5], 0, 0],
+    "a negative size": lambda header: [*header[:5], -8, 0],
+    "a large size": lambda header: [*header[:5], 1 << 40, 0],
     "a packet of one that failed": lambda header: [*header[:4], 2, *header[5:]],
-    "gave up for nothing": lambda header: [*header[:4], -1, 0, 0, 0],
+    "gave up for nothing": lambda header: [*header[:4], -1, 0, 0],
     "nothing at all": lambda header: [],
+    "damaged": lambda header: header,
 }
 
 
@@ -127,7 +130,9 @@ def test_an_impossible_header_ends_the_connections(rank, world_size, change):
 
     def lie(self, *arguments):
         honest = message(self, *arguments)
-        header = HEADERS[change](honest[:64].view(torch.int64).tolist())
+        header = HEADERS[change](honest[:56].view(torch.int64).tolist())
+        if header:
+            header.append(seal(header) ^ (change == "damaged"))
         return torch.cat(
             [torch.tensor(header, dtype=torch.int64).view(torch.uint8), honest[64:] if header else honest[:0]]
         )
@@ -136,10 +141,36 @@ def test_an_impossible_header_ends_the_connections(rank, world_size, change):
         error = attempt(group=group)
     assert isinstance(error, TransportError), error
     if rank != 1 and "gave up" not in str(error):
-        assert "rank 1 sent the header" in str(error) or "no answer" in str(error)
+        sealed = change not in ("damaged", "nothing at all")
+        own = "rank 1 sent the header" if sealed else "the header of rank 1 for slice"
+        assert own in str(error) or "no answer" in str(error)
     error = attempt(group=group)  # the connections are gone, for good
     assert "left this group without connections" in str(error)
     check_works(rank, world_size)  # those of other groups are not
+
+
+@world(3, seconds=TIMEOUT.total_seconds() / 2)
+@pytest.mark.parametrize("word", [*range(10)])
+@pytest.mark.parametrize("strategy", ["two_phase", "none"])
+def test_a_damaged_handshake_is_noticed_at_once(rank, world_size, word, strategy):
+    """One bit of rank 1's header flips on its way to rank 2; whatever it says then, no rank waits for its timeout."""
+    group = dist.new_group()
+    check_works(rank, world_size, group)
+    start = GlooTransport.start_exchange
+
+    def flip(self, outgoing):
+        sent = [message.clone() for message in outgoing]
+        sent[2][word] ^= 1 << 3
+        exchange = start(self, sent)
+        exchange.incoming[1] = outgoing[1]
+        return exchange
+
+    with mock.patch.object(GlooTransport, "start_exchange", flip) if rank == 1 else nullcontext():
+        error = attempt(strategy=strategy, group=group)
+    assert isinstance(error, TransportError), error
+    if rank == 2:
+        assert "the header of rank(s) 1 was damaged on its way" in str(error)
+    check_works(rank, world_size)
 
 
 @world(3, seconds=TIMEOUT.total_seconds() / 2)
