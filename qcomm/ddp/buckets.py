@@ -50,6 +50,7 @@ class BucketTable:
     Attributes:
         sizes: number of elements of the model's parameters; None without a model.
         has_names, residuals_have_names: whether parameters and residuals are known by their names in the model.
+        saved_order: names of the parameters of each bucket in a checkpoint, until a step has begun with them.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class BucketTable:
         self._names: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}  # by id, while the parameter lives
         self._layouts: dict[tuple[Any, ...], KnownBucket] = {}
         self._origin = "nothing"
+        self._order: dict[int, list[str]] = {}
+        self.saved_order: Sequence[Sequence[str]] | None = None
         self.sizes: dict[str, int] | None = None
         self.has_names = False
         self.residuals_have_names = False
@@ -75,7 +78,7 @@ class BucketTable:
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without the identities of this process's parameters."""
         state = self.__dict__.copy()
-        state.update(_names={}, _layouts={}, has_names=False, sizes=None)
+        state.update(_names={}, _layouts={}, _order={}, saved_order=self.order or None, has_names=False, sizes=None)
         state["residuals_have_names"] = self.has_names or self.residuals_have_names
         return state
 
@@ -130,7 +133,8 @@ class BucketTable:
             raise RuntimeError(
                 f"DDP's parameters of bucket {bucket.index()} do not fit its gradients; make a new DDP model"
             )
-        keys = [self._key(parameter) for parameter in parameters]
+        keys = [self.name_of(parameter) for parameter in parameters]
+        self._note_order(bucket.index(), keys)
         signature = (bucket.index(), world_size, buffer.dtype, buffer.device, stage, *keys, *shapes)
         if signature not in self._layouts:
             specs, offset, is_exact = [], 0, self._warm_up.is_exact(stage)
@@ -161,7 +165,19 @@ class BucketTable:
     def _is_excluded(self, key: str) -> bool:
         return any(fnmatchcase(key, pattern) for pattern in self._exclude)
 
-    def _key(self, parameter: torch.Tensor) -> str:
+    @property
+    def order(self) -> list[list[str]]:
+        """Returns the names of the parameters of each bucket, as it was looked up last."""
+        return [list(keys) for _, keys in sorted(self._order.items())]
+
+    def _note_order(self, index: int, keys: list[str]) -> None:
+        if self._order.get(index) != keys:
+            # DDP has rebuilt its buckets, so those that had these parameters are gone.
+            self._order = {number: known for number, known in self._order.items() if not {*known}.intersection(keys)}
+            self._order[index] = keys
+
+    def name_of(self, parameter: torch.Tensor) -> str:
+        """Returns the name of a parameter; an unknown one gets the next number, unless names are needed."""
         known = self._names.get(id(parameter))
         if known is not None and known[0]() is parameter:
             return known[1]

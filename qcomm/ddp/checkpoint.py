@@ -1,4 +1,4 @@
-"""Checkpoints of the hook's state: number of steps, run and residuals."""
+"""Checkpoints of the hook's state: number of steps, run, buckets and residuals."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,8 +18,8 @@ StateDict = Mapping[str, Any]
 def save(steps: Steps, table: BucketTable, feedback: ErrorFeedback | None) -> RankState:
     """Returns the state of a rank to resume from.
 
-    It has the number of steps, the name of the run, the number of ranks that the residuals are for, the residuals, and
-    a flag for residuals that are known by parameter names.
+    It has the number of steps, the name of the run, the number of ranks that the residuals are for, the residuals, a
+    flag for residuals that are known by parameter names, and those names by bucket.
     """
     return RankState(
         {
@@ -28,6 +28,7 @@ def save(steps: Steps, table: BucketTable, feedback: ErrorFeedback | None) -> Ra
             "run": steps.run,
             "has_names": table.has_names or table.residuals_have_names,
             "world_size": feedback.world_size if feedback is not None else None,
+            "buckets": table.order,
             "error_feedback": feedback.state_dict() if feedback is not None else None,
         }
     )
@@ -60,6 +61,8 @@ def restore(
     elif feedback is not None:
         feedback.clear(first["world_size"])
     steps.resume(first["steps"], first["run"])
+    # Checkpoints of before have none. The first step may then differ in its last bits from that of an undisturbed run.
+    table.saved_order = first.get("buckets") or None
     table.residuals_have_names = bool(residuals) and any(part["has_names"] for part in saved)
     note_origin(steps, table, feedback)
 
@@ -89,6 +92,11 @@ def _check(part: Mapping[str, Any]) -> None:
         raise ValueError(f"state_dict is damaged: run must be a string, got {part['run']!r}")
     if not isinstance(part["has_names"], bool):
         raise ValueError(f"state_dict is damaged: has_names must be a bool, got {part['has_names']!r}")
+    buckets = part.get("buckets", [])
+    if not isinstance(buckets, list) or not all(isinstance(bucket, list) for bucket in buckets):
+        raise ValueError(f"state_dict is damaged: buckets must be lists of names, got {buckets!r:.80}")
+    if not all(isinstance(name, str) for bucket in buckets for name in bucket):
+        raise ValueError(f"state_dict is damaged: buckets must be lists of names, got {buckets!r:.80}")
     positive = isinstance(world_size, int) and not isinstance(world_size, bool) and world_size > 0
     if world_size is not None and not positive:
         raise ValueError(f"state_dict is damaged: world_size must be a positive number of ranks, got {world_size!r}")

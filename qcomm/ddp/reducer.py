@@ -11,7 +11,7 @@ where ``"auto"`` averages over one rank. Otherwise the group's worker averages i
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ParamSpec, TypeVar
 
@@ -48,6 +48,7 @@ from qcomm.ddp.bypass import BYPASSED, Bypass, Lane, LastError, can_bypass
 from qcomm.ddp.checks import check_scale
 from qcomm.ddp.cuda import DeviceHook
 from qcomm.ddp.failures import GROUP_IS_BROKEN, NOTHING_BEGAN, of_bucket
+from qcomm.ddp.regroup import Regrouping, may_regroup
 from qcomm.ddp.warm_up import WarmUp
 from qcomm.errors import CollectiveError, ConfigMismatchError
 
@@ -163,12 +164,13 @@ class Reducer:
         self._options, self._warm_up = options, warm_up
         self._table, self._feedback, self._telemetry = table, feedback, telemetry
         self._device_hook: DeviceHook | None = None
+        self._regrouping: Regrouping | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without the objects of this process: group, device, a ``grad_scale`` that is no number."""
         fixed = self.grad_scale is None or isinstance(self.grad_scale, (int, float))
         kept = self.grad_scale if fixed else _forgotten_scale
-        return {**self.__dict__, "group": None, "_device_hook": None, "grad_scale": kept}
+        return {**self.__dict__, "group": None, "_device_hook": None, "_regrouping": None, "grad_scale": kept}
 
     def reconfigure(self, options: ReduceOptions) -> None:
         """Goes on with other options.
@@ -193,6 +195,25 @@ class Reducer:
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Starts averaging a bucket. The Future raises all errors, since DDP could not go on after one raised here."""
+        if self._table.saved_order is not None:
+            return self._reduce_regrouped(self._table.saved_order, bucket)
+        return self._reduce(bucket)
+
+    def _reduce_regrouped(
+        self, order: Sequence[Sequence[str]], bucket: dist.GradBucket
+    ) -> torch.futures.Future[torch.Tensor]:
+        """Holds back a bucket of the first step after a checkpoint, whose buckets are others."""
+        if self._regrouping is None or bucket.index() == 0:
+            if not self._table.has_names or not may_regroup(bucket, self.steps.skips_buckets):
+                self._table.saved_order = None
+                return self._reduce(bucket)
+            self._regrouping = Regrouping(order, self._table.name_of, self._reduce)
+        regrouping = self._regrouping
+        if bucket.is_last():
+            self._regrouping = self._table.saved_order = None
+        return regrouping.add(bucket)
+
+    def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         self._prepare(self._begin, bucket.index())
         try:
             group = resolve_group(self.group)
