@@ -6,7 +6,7 @@ results are the same bits over both.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -221,11 +221,15 @@ class Transport(ABC):
         """
         failures = [*broken, *self._wait(transfers)]
         if failures:
-            names = ", ".join(str(self.ranks[rank]) for rank in sorted({rank for rank, _ in failures}))
+            names = ", ".join(str(self.ranks[rank]) for rank in sorted(self._blame({rank for rank, _ in failures})))
             raise TransportError(
                 f"rank {self.ranks[self.rank]}, {what}: no answer from rank(s) {names} (died, closed the connection, "
                 f"or silent for {self.timeout.total_seconds():g} s): {failures[0][1]}"
             ) from failures[0][1]
+
+    def _blame(self, lost: Collection[int]) -> Collection[int]:
+        """Returns the ranks to name where the messages of ``lost`` are missing; none where it cannot know."""
+        return lost
 
     def _closed(self) -> TransportError:
         return TransportError(f"rank {self.ranks[self.rank]}: the connections to ranks {list(self.ranks)} are closed")

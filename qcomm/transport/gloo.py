@@ -11,7 +11,7 @@ ranks when a group is destroyed and made again.
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroupGloo, default_pg_timeout
 
 from qcomm.transport.base import Transfer, Transport, TransportError
+from qcomm.transport.lost_ranks import LostRanks
 
 __all__ = ["GlooTransport"]
 
@@ -40,6 +41,7 @@ class GlooTransport(Transport):
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(dist.get_process_group_ranks(group), dist.get_rank(group), _group_timeout(group))
+        self._lost: LostRanks | None = None
         self._gloo: Any = None  # a ProcessGroupGloo; torch's stubs do not know its send and recv
         if self.world_size > 1:
             self._gloo = self._connect(group)
@@ -52,6 +54,7 @@ class GlooTransport(Transport):
         generation = store.add(f"qcomm/{self.rank}", 1)
         own = dist.PrefixStore(f"qcomm/{generation}", store)
         try:
+            self._lost = LostRanks(own, self.rank, self.world_size)
             self.run = own.compare_set("run", "", uuid.uuid4().hex[:16]).decode()  # the first rank's
             return ProcessGroupGloo(own, self.rank, self.world_size, self.timeout)
         except RuntimeError as error:
@@ -115,10 +118,16 @@ class GlooTransport(Transport):
             raise self._closed()
         reason = self._sum_all(buffers)
         if reason is not None:
+            blamed = ", ".join(str(self.ranks[rank]) for rank in sorted(self._blame(())))
+            whom = f"rank(s) {blamed}" if blamed else f"some rank of {list(self.ranks)}"
             raise TransportError(
-                f"rank {self.ranks[self.rank]}, {what}: no answer from some rank of {list(self.ranks)} (died, closed "
-                f"the connection, or silent for {self.timeout.total_seconds():g} s): {reason}"
+                f"rank {self.ranks[self.rank]}, {what}: no answer from {whom} (died, closed the connection, or silent "
+                f"for {self.timeout.total_seconds():g} s): {reason}"
             )
+
+    def _blame(self, lost: Collection[int]) -> Collection[int]:
+        """Asks the ranks that closed their connections whom they had lost, see :class:`LostRanks`."""
+        return lost if self._lost is None else self._lost.note(lost)
 
     def _sum_all(self, buffers: Sequence[torch.Tensor]) -> str | None:
         """Sums all buffers; returns a failure as text, since a traceback would keep transfers and connections open."""

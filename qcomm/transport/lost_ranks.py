@@ -1,0 +1,83 @@
+"""Lost ranks: a rank that gives its connections up says on the store which ranks it had lost.
+
+A dead process cannot be announced. The first survivor that notices closes its own connections, so that nobody waits
+until the timeout. To a third rank it then looks as dead as the other. So each rank writes the names of those it lost to
+the group's store before it closes. A rank that loses another looks there first, and blames those that it names.
+
+The store may be gone, too: one rank's process has it. Every question is therefore asked on a thread of its own, whose
+answer is awaited for a short time.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Collection
+from typing import TypeVar
+
+import torch.distributed as dist
+
+__all__ = ["LostRanks"]
+
+T = TypeVar("T")
+
+ANSWER_SECONDS = 2.0
+
+
+class LostRanks:
+    """The ranks that the ranks of a group have lost.
+
+    Args:
+        store: of these connections alone.
+        rank, world_size: this process within the group, and the number of ranks in it.
+
+    Example:
+        >>> store = dist.HashStore()
+        >>> first, second = LostRanks(store, 0, 3), LostRanks(store, 1, 3)
+        >>> first.note({2}), second.note({0})
+        ({2}, {2})
+    """
+
+    def __init__(self, store: dist.Store, rank: int, world_size: int) -> None:
+        self._store, self._rank, self._world_size = store, rank, world_size
+
+    def note(self, lost: Collection[int]) -> set[int]:
+        """Tells the others of ranks that this one has lost; returns those to blame.
+
+        These are the given ranks, with each one that had itself lost others replaced by those. Without a given rank
+        they are all that any rank has lost.
+        """
+        blamed = set(lost)
+        told = _answer(self._read)
+        if told is not None:
+            # A chain ends at a rank that told nothing. In a circle all are as likely.
+            for _ in range(self._world_size):
+                beyond = {other for rank in blamed for other in told.get(rank, {rank})} - {self._rank}
+                if not lost:
+                    beyond |= {other for ranks in told.values() for other in ranks if other not in told} - {self._rank}
+                blamed = beyond or blamed
+        _answer(lambda: self._store.set(self._key(self._rank), json.dumps(sorted(blamed))))
+        return blamed
+
+    def _read(self) -> dict[int, set[int]]:
+        ranks = [rank for rank in range(self._world_size) if rank != self._rank]
+        told = [rank for rank in ranks if self._store.check([self._key(rank)])]
+        return {rank: {int(other) for other in json.loads(self._store.get(self._key(rank)))} for rank in told}
+
+    @staticmethod
+    def _key(rank: int) -> str:
+        return f"lost by {rank}"
+
+
+def _answer(ask: Callable[[], T]) -> T | None:
+    """Returns the result of ``ask``; None where the store does not answer."""
+    found: list[T] = []
+
+    def run() -> None:
+        try:
+            found.append(ask())
+        except RuntimeError:  # torch's errors of a store that is gone
+            return
+
+    thread = threading.Thread(target=run, name="qcomm lost ranks", daemon=True)
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    return found[0] if found else None
