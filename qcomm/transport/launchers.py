@@ -127,10 +127,32 @@ def init_from_environment(backend: str = "gloo", timeout: timedelta | None = Non
             dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
             return place
         os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = meeting[0], str(meeting[1])
+    restarted = _restarted_store(os.environ, place, timeout or default_pg_timeout)
     dist.init_process_group(
-        backend, init_method="env://", rank=place.rank, world_size=place.world_size, timeout=timeout
+        backend,
+        init_method=None if restarted is not None else "env://",
+        store=restarted,
+        rank=place.rank,
+        world_size=place.world_size,
+        timeout=timeout,
     )
     return place
+
+
+def _restarted_store(environment: Mapping[str, str], place: Place, timeout: timedelta) -> dist.Store | None:
+    """Returns the store of ranks that torchrun has restarted, None for all others.
+
+    By default the ranks meet in the store of torchrun itself, which outlives them. Restarted ranks would find the
+    addresses of those that have ended, so their keys get a prefix. On several machines the number of restarts may
+    differ, because only that of the machine that failed grows.
+    """
+    restarts = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not shared or restarts == "0" or place.local_world_size != place.world_size:
+        return None
+    port = _number("MASTER_PORT", environment["MASTER_PORT"])
+    store = dist.TCPStore(environment["MASTER_ADDR"], port, place.world_size, False, timeout)
+    return dist.PrefixStore(f"restart-{restarts}", store)
 
 
 def _number(name: str, text: str) -> int:
