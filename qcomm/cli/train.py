@@ -40,6 +40,9 @@ With checkpoints: [green]qcomm train --method qcomm --checkpoint-every 1 --out r
 
 From the last one: [green]qcomm train --method qcomm --resume runs/a/qcomm-k1 --out runs/a[/green]
 
+The same command to begin and to go on: [green]torchrun --standalone --nproc_per_node=2 --max-restarts=3 -m qcomm train
+--method qcomm --checkpoint-every 1 --resume auto --out runs/a[/green]
+
 Under torchrun: [green]torchrun --standalone --nproc_per_node=2 -m qcomm train --model resnet18
 --dataset cifar10 --data-dir cifar-10-batches-py --grid sigma --step 1[/green]
 
@@ -50,6 +53,7 @@ Under mpirun: [green]mpirun -np 4 qcomm train --step 1[/green]
 _DEFAULTS = {"digits": {"epochs": 15, "batch_size": 32, "stem_stride": 2}}
 _OTHER_DEFAULTS = {"epochs": 30, "batch_size": 64}
 
+_AUTO = "auto"  # of --resume
 _MODEL, _TRAINING, _EXCHANGE, _RUN = "Model and data", "Training", "Gradient exchange", "Run"
 
 
@@ -154,8 +158,11 @@ class TrainOptions:
     checkpoint_every: int = field(
         default=TrainConfig.checkpoint_every, metadata=option("Epochs between checkpoints; 0 for none.", _RUN)
     )
-    resume: Path | None = field(
-        default=None, metadata=option("Continue from the newest checkpoint in this directory.", _RUN)
+    resume: str | None = field(
+        default=None,
+        metadata=option(
+            "Continue from the newest checkpoint in this directory. auto: in --out, or begin if there is none.", _RUN
+        ),
     )
 
     def __post_init__(self) -> None:
@@ -169,6 +176,8 @@ class TrainOptions:
             )
         if self.compares and (self.resume is not None or self.checkpoint_every):
             raise RecipeError("--resume and --checkpoint-every need --method: a comparison is run in one piece")
+        if self.resume == _AUTO and not self.checkpoint_every:
+            raise RecipeError("--resume auto needs --checkpoint-every: without checkpoints the run would always begin")
         of_qcomm = not self.error_feedback or self.compression_warmup_steps
         if of_qcomm and self.method not in (None, "qcomm"):
             raise RecipeError("--no-error-feedback and --compression-warmup-steps belong to --method qcomm")
@@ -192,6 +201,8 @@ class TrainOptions:
     def config(self) -> TrainConfig:
         """The run, or the one from which the comparison's differ."""
         given = {name: value for name, value in vars(self).items() if value is not None and name != "ranks"}
+        if self.resume is not None:
+            given["resume"] = self.out if self.resume == _AUTO else Path(self.resume)
         if self._has_grid:
             given["method"] = "qcomm"
         if self.grid is None and self._on_range_grid:

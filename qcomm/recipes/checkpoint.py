@@ -1,11 +1,15 @@
 """Checkpoints of a data-parallel run: one file for the shared state, and one per rank for its exchange's state.
 
 Error feedback differs between ranks, so a checkpoint of rank 0 alone would lose part of the gradients. A checkpoint is
-a directory ``epoch-0003`` that appears under its name only when every rank's file is complete.
+a directory ``epoch-0003`` that appears under its name only when every rank's file is complete and on the disk. It
+disappears at once, too, so that a process may be killed at any time.
 """
 
+import hashlib
+import os
 import pickle
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +39,45 @@ def save(folder: Path, epoch: int, shared: dict[str, Any], per_rank: dict[str, A
     rank = dist.get_rank()
     unfinished, final = folder / f"unfinished-{epoch:04d}", folder / f"epoch-{epoch:04d}"
     if rank == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for left in folder.glob("unfinished-[0-9]*"):  # by a process that was killed here
+            shutil.rmtree(left)
         unfinished.mkdir(parents=True)
-        torch.save(
-            {"format": _FORMAT, "world_size": dist.get_world_size(), "epoch": epoch, **shared}, unfinished / _SHARED
-        )
+        _write({"format": _FORMAT, "world_size": dist.get_world_size(), "epoch": epoch, **shared}, unfinished / _SHARED)
     dist.barrier()  # the directory exists
-    torch.save(per_rank, unfinished / _rank_file(rank))
+    _write(per_rank, unfinished / _rank_file(rank))
     dist.barrier()  # every file is complete
     if rank == 0:
-        shutil.rmtree(final, ignore_errors=True)
+        if final.exists():  # of an earlier run
+            _remove(final)
         unfinished.replace(final)
+        _sync(folder)
         for older in _all(folder):
             if older != final:
-                shutil.rmtree(older)
+                _remove(older)
     dist.barrier()
+
+
+def _write(content: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as stream:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """Writes the names in a directory to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Removes a checkpoint, which has lost its name before it is in pieces."""
+    doomed = checkpoint.with_name(f"unfinished-{checkpoint.name.removeprefix('epoch-')}-removed")
+    checkpoint.replace(doomed)
+    shutil.rmtree(doomed)
 
 
 def _all(folder: Path) -> list[Path]:
@@ -69,6 +97,58 @@ def find(path: Path) -> Path:
     if not below:
         raise RecipeError(f"--resume: {path} holds no checkpoint (a directory epoch-NNNN with {_SHARED} in it)")
     return below[-1]
+
+
+def newest(config: TrainConfig) -> Path | None:
+    """Returns the checkpoint from which a run goes on, None where it begins.
+
+    A run that does not resume begins, and so does one that resumes from its own output before its first checkpoint. A
+    damaged checkpoint is never passed over: :func:`load` names its file.
+
+    Raises:
+        RecipeError: a directory to resume from that is not the run's own holds no checkpoint.
+    """
+    if config.resume is None:
+        return None
+    if not config.resumes_own_output:
+        return find(config.resume)
+    own = [config.folder] if config.folder is not None else []
+    for folder in [*own, config.resume]:
+        below = sorted(path for path in folder.glob("epoch-[0-9]*") if path.name.removeprefix("epoch-").isdecimal())
+        if below:
+            return below[-1]
+    return None
+
+
+def load_on_all_ranks(config: TrainConfig) -> tuple[dict[str, Any], list[dict[str, Any]]] | None:
+    """Returns what :func:`load` returns for :func:`newest`, None where the run begins. Collective: every rank calls it.
+
+    Raises:
+        RecipeError: on all ranks. A rank cannot read its files (rank and file are named), or ranks find different ones.
+    """
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    loaded, found, refusal = None, "no checkpoint", ""
+    try:
+        path = newest(config)
+        if path is not None:
+            loaded = load(path, config, rank, ranks)
+            digest = hashlib.sha256((path / _SHARED).read_bytes()).hexdigest()[:16]
+            found = f"{path.name} ({_SHARED} with SHA-256 {digest})"
+    except RecipeError as error:
+        refusal = str(error)
+    answers: list[Any] = [None] * ranks
+    dist.all_gather_object(answers, (found, refusal))
+    for other, (_, text) in enumerate(answers):
+        if text:
+            raise RecipeError(f"rank {other}: {text}")
+    first = answers[0][0]
+    for other, (name, _) in enumerate(answers):
+        if name != first:
+            raise RecipeError(
+                f"--resume: rank 0 finds {first} in {config.resume}, rank {other} finds {name}; the directory must be "
+                "the same for all ranks, on a file system that all of them see"
+            )
+    return loaded
 
 
 def load(
@@ -104,9 +184,16 @@ def load(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it has written
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"{damaged} has another checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        raise RecipeError(f"--resume: {path} cannot be read: {error}") from error
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise RecipeError(
+            f"--resume: {path} cannot be read: {error}; remove {path.parent.name} to go on from the checkpoint before "
+            "it, if there is one"
+        ) from error
     if not isinstance(content, dict):
         raise RecipeError(f"--resume: {path} holds a {type(content).__name__}, not a checkpoint")
     return content

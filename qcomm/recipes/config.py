@@ -55,7 +55,8 @@ class TrainConfig:
         threads: of torch, per rank.
         out: directory for the log and the checkpoints; None writes nothing.
         checkpoint_every: epochs between checkpoints; 0 for none.
-        resume: a checkpoint directory, or a directory of them, to continue from.
+        resume: a checkpoint directory, or a directory of them, to continue from. ``out`` and the run's own directory in
+            it may hold none: the run then begins.
 
     Raises:
         RecipeError: a field is out of its range; the message names the option.
@@ -171,6 +172,18 @@ class TrainConfig:
     def slug(self) -> str:
         """Returns the label as a file name."""
         return self.label.replace(" ", "-").replace("=", "")
+
+    @property
+    def folder(self) -> Path | None:
+        """Returns the directory of the run's own checkpoints; None where it writes nothing."""
+        return None if self.out is None else self.out / self.slug
+
+    @property
+    def resumes_own_output(self) -> bool:
+        """Returns True if ``resume`` is where this run writes, so that one command line both begins and resumes it."""
+        if self.resume is None or self.out is None or self.folder is None:
+            return False
+        return self.resume.resolve() in (self.out.resolve(), self.folder.resolve())
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON types."""

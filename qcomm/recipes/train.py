@@ -105,8 +105,9 @@ def check(config: TrainConfig, ranks: int) -> None:
         except ValueError as error:
             raise RecipeError(f"--strategy is {config.strategy}: {error}") from error
     _steps_per_epoch(config, load_dataset(config.dataset, config.data_dir), ranks)
-    if config.resume is not None:
-        checkpoint.load(checkpoint.find(config.resume), config, 0, ranks)
+    path = checkpoint.newest(config)
+    if path is not None:
+        checkpoint.load(path, config, 0, ranks)
 
 
 def _steps_per_epoch(config: TrainConfig, dataset: Dataset, ranks: int) -> int:
@@ -138,9 +139,8 @@ def train(config: TrainConfig) -> TrainResult:
     torch.manual_seed(config.seed)
     dataset = load_dataset(config.dataset, config.data_dir)
     run = _Run(config, dataset, rank, ranks)
-    first_epoch = 0
-    if config.resume is not None:
-        first_epoch = run.resume(checkpoint.find(config.resume))
+    loaded = checkpoint.load_on_all_ranks(config)
+    first_epoch = 0 if loaded is None else run.restore(*loaded)
     log = _Log(config.out / f"{config.slug}.jsonl" if config.out and rank == 0 else None, first_epoch)
     seconds = 0.0
     with Reporter(config.label, config.epochs * run.steps_per_epoch, enabled=rank == 0) as reporter:
@@ -155,8 +155,8 @@ def train(config: TrainConfig) -> TrainResult:
                 record["test_accuracy"],
                 record["images_per_second"],
             )
-            if config.checkpoint_every and config.out and (epoch + 1) % config.checkpoint_every == 0:
-                checkpoint.save(config.out / config.slug, epoch + 1, run.shared_state(), run.rank_state())
+            if config.checkpoint_every and config.folder and (epoch + 1) % config.checkpoint_every == 0:
+                checkpoint.save(config.folder, epoch + 1, run.shared_state(), run.rank_state())
     epochs_done = config.epochs - first_epoch
     last = log.records[-1] if log.records else {}
     accuracy = float(last["test_accuracy"]) if epochs_done else run.evaluate()[1]
@@ -308,9 +308,8 @@ class _Run:
         """Returns the state of this rank alone."""
         return {"exchange": self.exchange.state_dict()}
 
-    def resume(self, path: Path) -> int:
-        """Continues from a checkpoint and returns the number of finished epochs."""
-        shared, parts = checkpoint.load(path, self.config, self.rank, self.ranks)
+    def restore(self, shared: dict[str, Any], parts: list[dict[str, Any]]) -> int:
+        """Continues from a checkpoint, as :func:`checkpoint.load` returns it; returns the number of finished epochs."""
         self.model.load_state_dict(shared["model"])
         self.optimizer.load_state_dict(shared["optimizer"])
         if self.scaler is not None:

@@ -74,6 +74,7 @@ def test_version():
         ),
         (["--batch-size", "4096"], "1352 training images do not fill one step"),
         (["--method", "fp32", "--resume", "."], "holds no checkpoint"),
+        (["--method", "fp32", "--resume", "auto"], "--resume auto needs --checkpoint-every"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_with_2(arguments, message, tmp_path, monkeypatch):

@@ -110,8 +110,9 @@ def train_and_resume(config: TrainConfig, folder: Path) -> None:
 
     # Every rank gets its own error feedback back, bit for bit.
     run = _Run(config, datasets.load_dataset(config.dataset), rank, ranks)
-    assert run.resume(saved) == 1
-    own_state = checkpoint.load(saved, config, rank, ranks)[1][0]["exchange"]
+    shared, parts = checkpoint.load(saved, config, rank, ranks)
+    assert run.restore(shared, parts) == 1
+    own_state = parts[0]["exchange"]
     assert flatten(run.exchange.state_dict()) == flatten(own_state)
     if config.method == "qcomm":
         assert run.exchange.stats()["residual_norm"] > 0
@@ -213,7 +214,7 @@ def read_checkpoint(config: TrainConfig, ranks_before: int) -> None:
     assert shared["world_size"] == ranks_before
     assert len(parts) == max(1, len(range(rank, ranks_before, ranks)))
     run = _Run(config, datasets.load_dataset(config.dataset), rank, ranks)
-    assert run.resume(saved) == 1
+    assert run.restore(shared, parts) == 1
     assert run.steps_done == run.steps_per_epoch
     assert (run.exchange.stats()["residual_norm"] > 0) == (rank < ranks_before)
     assert math.isfinite(run.epoch(1, lambda step: None)["train_loss"])
