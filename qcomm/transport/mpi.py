@@ -1,9 +1,10 @@
 """Messages between the ranks of an MPI communicator.
 
 All are nonblocking point-to-point messages of bytes, in the same pairwise order as over gloo. MPI waits for ever or
-not at all, so :func:`poll_until` tests repeatedly, at growing intervals. MPI also has no connections that break. A rank
+not at all, so ``poll_until`` tests repeatedly, at growing intervals. MPI also has no connections that break. A rank
 that leaves sends a *farewell*, an empty message whose receive all others post at the start. No rank then waits until
 the timeout for a rank that failed. A rank may die without a farewell. The launcher notices that: mpirun ends the job.
+It does not notice a stopped rank, so the others end the job when they end (:mod:`qcomm.transport.mpi_exit`).
 
 A receive can be cancelled, a send cannot. The memory of a send without a receiver is kept until the process ends, and
 so is that of a receive whose cancellation does not end.
@@ -12,16 +13,19 @@ so is that of a receive whose cancellation does not end.
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 
 from qcomm.transport.base import Transfer, Transport
+from qcomm.transport.mpi_exit import expect_before_exit
+from qcomm.transport.polling import poll_until
 from qcomm.transport.ring_sum import ring_sum
 
-__all__ = ["MpiTransport", "poll_until"]
+__all__ = ["MpiTransport"]
 
 # A count is an int in MPI, so larger messages go in pieces; a power of two keeps them aligned.
 PIECE_BYTES = 1 << 30
@@ -30,28 +34,8 @@ FAREWELL_TAG = 32767  # the largest that every MPI has
 GRACE_SECONDS = 1.0
 LEAVE_SECONDS = 2.0
 
-SPIN_SECONDS = 1e-3
-LONGEST_PAUSE = 1e-3
-
 # Messages that could be neither finished nor cancelled, with their memory: MPI may still read or write it.
 _kept: list[object] = []
-
-
-def poll_until(is_done: Callable[[], bool], seconds: float) -> bool:
-    """Calls ``is_done`` until it returns True; returns False if it has not after ``seconds``.
-
-    Each call also makes MPI progress its messages. There is no event to wait for instead: MPI_Wait has no timeout, and
-    a rank that never comes must become an error. Between two calls the thread yields the processor at first. Later it
-    sleeps for a twentieth of the time that it has waited, at most a millisecond. It is late by 5 % and idle on long
-    waits.
-    """
-    begin = time.monotonic()
-    while not is_done():
-        waited = time.monotonic() - begin
-        if waited > seconds:
-            return False
-        time.sleep(0.0 if waited < SPIN_SECONDS else min(waited / 20, LONGEST_PAUSE))
-    return True
 
 
 class _Message:
@@ -131,6 +115,7 @@ class MpiTransport(Transport):
         self._failed = False
         self._farewells = {peer: comm.Irecv([bytearray(), mpi.BYTE], peer, FAREWELL_TAG) for peer in self.peers}
         self._departed: set[int] = set()
+        self._silent: set[int] = set()
 
     @property
     def is_closed(self) -> bool:
@@ -182,6 +167,8 @@ class MpiTransport(Transport):
         elif pending:
             reason = "this rank closed the group" if self._is_closed else "nothing came in time"
             failures += [(rank, RuntimeError(reason)) for rank, _ in pending]
+            if not self._is_closed:
+                self._note_silence(rank for rank, _ in pending)
         self._failed |= bool(failures)
         return failures
 
@@ -191,6 +178,20 @@ class MpiTransport(Transport):
                 if peer not in self._departed and farewell.Test():
                     self._departed.add(peer)
         return self._departed
+
+    def _note_silence(self, peers: Iterable[int]) -> None:
+        if not self._silent:
+            expect_before_exit(self._mpi, self._missing)
+        self._silent.update(peers)
+
+    def _missing(self) -> str:
+        """Names the ranks that were silent and have not left since. This rank leaves, if it has not."""
+        self.close()
+        for peer in self._silent - self._departed:
+            if self._comm.Iprobe(peer, FAREWELL_TAG):
+                self._departed.add(peer)
+        names = sorted(self.ranks[peer] for peer in self._silent - self._departed)
+        return f"rank(s) {', '.join(map(str, names))}" if names else ""
 
     def abandon(self, transfers: Sequence[Transfer]) -> None:
         """Leaves the group; nothing is received any more."""
@@ -228,6 +229,9 @@ class MpiTransport(Transport):
             self._comm.Free()
             return
         with self._testing:
+            status = self._mpi.Status()
             for peer in set(self.peers) - self._departed:
                 self._farewells[peer].Cancel()
-                poll_until(self._farewells[peer].Test, GRACE_SECONDS)
+                ended = poll_until(partial(self._farewells[peer].Test, status), GRACE_SECONDS)
+                if ended and not status.Is_cancelled():  # the farewell came first
+                    self._departed.add(peer)

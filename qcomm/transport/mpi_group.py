@@ -8,7 +8,9 @@ from typing import Any
 from torch.distributed.distributed_c10d import default_pg_timeout
 
 from qcomm.transport.base import TransportError
-from qcomm.transport.mpi import MpiTransport, poll_until
+from qcomm.transport.mpi import MpiTransport
+from qcomm.transport.mpi_exit import expect_before_exit
+from qcomm.transport.polling import poll_until
 
 __all__ = ["MpiGroup"]
 
@@ -66,6 +68,7 @@ class MpiGroup:
         own, request = comm.Idup()
         # Failures become exceptions, whatever error handler the program gave its own communicator.
         if not poll_until(request.Test, timeout.total_seconds()):
+            expect_before_exit(mpi, lambda: "" if request.Test() else "a rank that made no MpiGroup")
             raise TransportError(
                 f"rank {comm.Get_rank()} of {comm.Get_size()} made an MpiGroup, and some other rank did not within "
                 f"{timeout.total_seconds():g} s; every rank of the communicator has to, at the same point"

@@ -2,11 +2,13 @@
 
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import traceback
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -261,6 +263,37 @@ def killed():
             error_of(group)
     error_of(group)
     raise AssertionError("a collective without rank 1 has ended")
+
+
+def stopped():
+    """A rank that is stopped, as by a debugger: the others get an error, handle it, and end the job."""
+    group = qcomm.MpiGroup(timeout=timedelta(seconds=60))
+    check_works(group)
+    Path(f"rank-{RANK}").write_text(str(os.getpid()))
+    group.transport.timeout = timedelta(seconds=3)
+    if RANK == 1:
+        with mock.patch.object(MeanSteps, "reduce", side_effect=lambda *_: os.kill(os.getpid(), signal.SIGSTOP)):
+            error_of(group)
+        raise AssertionError("a stopped rank went on")
+    error = error_of(group)
+    assert isinstance(error, TransportError) and " 1" in str(error), error
+    print(f"rank {RANK} is well", flush=True)
+    group.close()
+
+
+def late():
+    """A rank that comes after the others' timeout, and leaves: nobody ends the job."""
+    group = qcomm.MpiGroup(timeout=timedelta(seconds=60))
+    check_works(group)
+    group.transport.timeout = timedelta(seconds=1)
+    if RANK == 1:
+        WORLD.Barrier()
+    error = error_of(group)
+    assert isinstance(error, TransportError), error
+    if RANK != 1:
+        WORLD.Barrier()
+    group.close()
+    print(f"rank {RANK} is well", flush=True)
 
 
 def alone_in_the_world():

@@ -1,25 +1,34 @@
 """qcomm over MPI: the bits of gloo, the same errors, no rank that waits in vain. mpi_cases.py has what ranks do."""
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from mpirun import environment, find_mpirun
+from processes import is_gone
 
 CASES = str(Path(__file__).parents[1] / "support" / "mpi_cases.py")
 HERE = str(Path(__file__).parents[1] / "support")
 
 
-def mpirun(size, *cases):
-    ended = find_mpirun()(size, CASES, *cases, PYTHONPATH=environment()["PYTHONPATH"] + f":{HERE}")
+def mpirun(size, *cases, cwd=None):
+    ended = find_mpirun()(size, CASES, *cases, cwd=cwd, PYTHONPATH=environment()["PYTHONPATH"] + f":{HERE}")
     return ended.returncode, ended.stdout + ended.stderr
 
 
-def python(program):
+def python(program, *arguments, **variables):
     pytest.importorskip("mpi4py", reason="mpi4py is not installed")
     return subprocess.run(
-        [sys.executable, "-c", program], env=environment(), capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", program, *arguments],
+        env=environment(**variables),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
 
 
@@ -55,6 +64,25 @@ def test_a_rank_that_leaves_is_an_error_on_the_others_and_fails_the_job():
 def test_a_rank_that_dies_ends_the_job():
     code, output = mpirun(3, "killed")
     assert code != 0 and "has ended" not in output, output
+
+
+@pytest.mark.world
+def test_a_stopped_rank_ends_the_job(tmp_path):
+    try:
+        code, output = mpirun(3, "stopped", cwd=tmp_path)
+        assert code != 0 and output.count("is well") == 2, output
+        assert "MPI_Finalize would wait for ever for rank(s) 1" in output, output
+        assert all(is_gone(int((tmp_path / f"rank-{rank}").read_text()), 10) for rank in range(3))
+    finally:
+        for note in tmp_path.glob("rank-*"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(note.read_text()), signal.SIGKILL)
+
+
+@pytest.mark.world
+def test_a_rank_that_was_only_late_does_not_end_the_job():
+    code, output = mpirun(3, "late")
+    assert code == 0 and output.count("is well") == 3, output
 
 
 LACKING = """
