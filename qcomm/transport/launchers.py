@@ -21,13 +21,14 @@ mpi4py is needed (``pip install 'qcomm[mpi]'``).
 import os
 import re
 import socket
-import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import default_pg_timeout
+
+from qcomm.transport.mpi_library import MpiMismatchError, import_mpi
 
 __all__ = ["Place", "find_place", "init_from_environment"]
 
@@ -186,11 +187,9 @@ def _slurm_meeting(environment: Mapping[str, str]) -> tuple[str, int] | None:
 def _store_by_mpi(place: Place, timeout: timedelta) -> dist.Store:
     """Returns a store that rank 0 opens at any free port, whose address it sends the others by MPI."""
     try:
-        import mpi4py
-
-        if "mpi4py.MPI" not in sys.modules:
-            mpi4py.rc.initialize = False
-        from mpi4py import MPI
+        MPI = import_mpi(start=False)
+    except MpiMismatchError:
+        raise
     except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no MPI library
         raise RuntimeError(
             f"{place.launcher} does not tell where the ranks meet: set MASTER_ADDR and MASTER_PORT, or install mpi4py "

@@ -10,6 +10,7 @@ from torch.distributed.distributed_c10d import default_pg_timeout
 from qcomm.transport.base import TransportError
 from qcomm.transport.mpi import MpiTransport
 from qcomm.transport.mpi_exit import expect_before_exit
+from qcomm.transport.mpi_library import MpiMismatchError, import_mpi
 from qcomm.transport.polling import poll_until
 
 __all__ = ["MpiGroup"]
@@ -122,7 +123,9 @@ class MpiGroup:
 
 def _import_mpi() -> Any:
     try:
-        from mpi4py import MPI
+        MPI = import_mpi(start=True)
+    except MpiMismatchError:
+        raise
     except (ImportError, RuntimeError) as error:  # RuntimeError: it finds no MPI library
         raise RuntimeError(
             f"MpiGroup needs mpi4py and an MPI library for it: pip install 'qcomm[mpi]' ({error})"

@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from mpirun import environment, find_mpirun
 from processes import is_gone
+
+from qcomm.transport.mpi_library import check_launcher
 
 CASES = str(Path(__file__).parents[1] / "support" / "mpi_cases.py")
 HERE = str(Path(__file__).parents[1] / "support")
@@ -83,6 +86,57 @@ def test_a_stopped_rank_ends_the_job(tmp_path):
 def test_a_rank_that_was_only_late_does_not_end_the_job():
     code, output = mpirun(3, "late")
     assert code == 0 and output.count("is well") == 3, output
+
+
+OTHER_LAUNCHER = """
+import sys
+import qcomm
+
+for _ in range(2):
+    try:
+        getattr(qcomm, sys.argv[1])()
+    except RuntimeError as error:
+        print(error)
+from mpi4py import MPI
+print(MPI.Is_initialized())
+"""
+
+
+@pytest.mark.parametrize("name", ["init_from_environment", "MpiGroup"])
+def test_the_mpirun_of_another_mpi_is_named_before_mpi_starts(name):
+    find_mpirun()
+    probe = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
+    library = python(probe).stdout
+    if library.startswith("Open MPI"):
+        launcher, places = "MPICH or Intel MPI", {"PMI_RANK": "0", "PMI_SIZE": "2"}
+    else:
+        launcher, places = "Open MPI", {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
+    ended = python(OTHER_LAUNCHER, name, **places)
+    assert ended.returncode == 0, ended.stderr
+    *refusals, initialised = ended.stdout.splitlines()
+    assert len(refusals) == 2 and initialised == "False", ended.stdout
+    version = " ".join(library.splitlines()[0].split())
+    for text in refusals:
+        assert text.startswith(f"mpirun is that of {launcher}, and the MPI library of mpi4py is '{version}'"), text
+        assert f"start the program with the mpirun of that library, or have mpi4py use {launcher}" in text
+
+
+@pytest.mark.parametrize(
+    ("library", "environment", "fits"),
+    [
+        ("MPICH Version: 5.0.2", {"PMI_SIZE": "2"}, True),
+        ("Intel(R) MPI Library 2021.14", {"PMI_SIZE": "2"}, True),
+        ("Open MPI v5.0.11", {"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ("Open MPI v5.0.11", {}, True),
+        ("Open MPI v5.0.11", {"PMI_SIZE": "2", "SLURM_PROCID": "0"}, True),  # srun speaks PMI with every MPI
+        ("MPICH Version: 5.0.2\nMPICH configure: --with-pmix", {"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ("Open MPI v5.0.11", {"PMI_SIZE": "2"}, False),
+        ("Intel(R) MPI Library 2021.14", {"OMPI_COMM_WORLD_SIZE": "2"}, False),
+    ],
+)
+def test_libraries_that_fit_their_launcher(library, environment, fits):
+    with nullcontext() if fits else pytest.raises(RuntimeError, match="mpirun is that of"):
+        check_launcher(library, environment)
 
 
 LACKING = """
