@@ -61,9 +61,9 @@ class Ticket(Generic[T]):
         if self._error is not None:
             raise self._error
 
-    def join(self) -> None:
-        """Waits for the end of the job, well or not."""
-        self._done.wait()
+    def join(self, seconds: float | None = None) -> bool:
+        """Waits for the end of the job, well or not; returns False if it still runs after ``seconds``."""
+        return self._done.wait(seconds)
 
     def result(self) -> T:
         """Waits for the job and returns its result."""

@@ -107,6 +107,10 @@ class Communicator:
         """Remembers a fault after the last exchange of a job; the first exchange of the next job tells it."""
         self._pending_fault = fault
 
+    def interrupt(self) -> None:
+        """Closes the connections under a job that waits for other ranks: it fails, and so do all after it."""
+        self._transport.abandon([])
+
     def close(self) -> None:
         """Ends the thread after the jobs in the queue and closes the connections.
 

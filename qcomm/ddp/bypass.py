@@ -27,7 +27,7 @@ from qcomm.communicator import Fault, Group, Phase, Ticket, failed
 from qcomm.ddp.failures import GROUP_IS_BROKEN
 from qcomm.ddp.gloo_exit import CallbackToken
 from qcomm.errors import CollectiveError
-from qcomm.transport import MpiGroup
+from qcomm.transport import MpiGroup, break_connections
 
 __all__ = ["BYPASSED", "Bypass", "Lane", "LastError", "can_bypass"]
 
@@ -82,6 +82,27 @@ class Passed:
         return numbers
 
 
+class Outcome:
+    """The end of a sum."""
+
+    def __init__(self) -> None:
+        self._ended = threading.Event()
+        self._error: Exception | None = None
+
+    def join(self, seconds: float | None = None) -> bool:
+        """Waits for the end, well or not; returns False if it has not come after ``seconds``."""
+        return self._ended.wait(seconds)
+
+    def exception(self) -> Exception | None:
+        """Returns the error; None while the sum is under way and where it succeeded."""
+        return self._error
+
+    def end(self, error: Exception | None) -> None:
+        """Ends the wait. It is called once."""
+        self._error = error
+        self._ended.set()
+
+
 @dataclass
 class Lane:
     """The steps of one bucket since an agreement.
@@ -94,6 +115,7 @@ class Lane:
         strategy: the one on which all ranks have settled then, if it is known. Set before the ticket ends.
         memory: of the summed values, by strategy.
         under_way: the last sum, until it ends.
+        outcome: of the last sum; None where it did not begin.
         started: number of steps that have bypassed the worker since.
         passed: counts those of them that have ended.
         means: fingerprints of their means, by step.
@@ -107,9 +129,15 @@ class Lane:
     strategy: str = ""
     memory: dict[str, UncompressedValues] = field(default_factory=dict)
     under_way: torch.futures.Future[torch.Tensor] | None = None
+    outcome: Outcome | None = None
     started: int = 0
     passed: Passed = field(default_factory=Passed)
     means: dict[str, int] = field(default_factory=dict)
+
+    def break_off(self) -> None:
+        """Closes the connections of the group under its sums, which fail on all ranks."""
+        peers = [rank for rank in range(self.group.size()) if rank != self.group.rank()]
+        break_connections(self.group._get_backend(torch.device("cpu")), peers)
 
     def settle(self, strategy: str) -> None:
         """Notes the strategy on which all ranks have settled, or "" while strategies are being tried."""
@@ -203,6 +231,7 @@ class Bypass:
             verified: the mean's name in errors where ranks compare it, otherwise "".
         """
         index, buffer, begin = bucket.index(), bucket.buffer(), time.perf_counter()
+        outcome, lane.outcome = Outcome(), None
         last, passed, telemetry = bucket.is_last(), lane.passed, weakref.ref(self._telemetry)
         means = lane.means
 
@@ -220,8 +249,11 @@ class Bypass:
                     values.store(buffer)
             except RuntimeError as error:
                 text = f"bucket {index} was not averaged: {error}. {GROUP_IS_BROKEN}."
-                last_error.note(CollectiveError(text))  # not the one that is raised, whose traceback has the token
+                noted = CollectiveError(text)  # not the one that is raised, whose traceback has the token
+                last_error.note(noted)
+                outcome.end(noted)
                 raise CollectiveError(text) from error
+            outcome.end(None)
             passed.count(time.perf_counter() - begin, last)
             if (observed := telemetry()) is not None:
                 observed.mark(index, "done")
@@ -242,7 +274,7 @@ class Bypass:
             owe(Fault(Phase.ENCODE, error))
             last_error.note(error)
             return failed(error).future
-        token = CallbackToken()
+        token, lane.outcome = CallbackToken(), outcome
         lane.under_way = cast(torch.futures.Future[torch.Tensor], torch.futures.collect_all(sums).then(finish))
         return lane.under_way
 

@@ -48,6 +48,7 @@ from qcomm.ddp.bypass import BYPASSED, Bypass, Lane, LastError, can_bypass
 from qcomm.ddp.checks import check_scale
 from qcomm.ddp.cuda import DeviceHook
 from qcomm.ddp.failures import GROUP_IS_BROKEN, NOTHING_BEGAN, of_bucket
+from qcomm.ddp.interrupts import StepEnd
 from qcomm.ddp.regroup import Regrouping, may_regroup
 from qcomm.ddp.warm_up import WarmUp
 from qcomm.errors import CollectiveError, ConfigMismatchError
@@ -165,6 +166,7 @@ class Reducer:
         self._table, self._feedback, self._telemetry = table, feedback, telemetry
         self._device_hook: DeviceHook | None = None
         self._regrouping: Regrouping | None = None
+        self._step_end = StepEnd()
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without the objects of this process: group, device, a ``grad_scale`` that is no number."""
@@ -196,8 +198,12 @@ class Reducer:
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Starts averaging a bucket. The Future raises all errors, since DDP could not go on after one raised here."""
         if self._table.saved_order is not None:
-            return self._reduce_regrouped(self._table.saved_order, bucket)
-        return self._reduce(bucket)
+            future = self._reduce_regrouped(self._table.saved_order, bucket)
+        else:
+            future = self._reduce(bucket)
+        if bucket.is_last():
+            self._step_end.wait_in_backward()
+        return future
 
     def _reduce_regrouped(
         self, order: Sequence[Sequence[str]], bucket: dist.GradBucket
@@ -260,6 +266,7 @@ class Reducer:
         first = self.steps.begin(index)
         self._telemetry.mark(index, "ready")
         if first:
+            self._step_end.begin()
             self._telemetry.add(steps=1)
             self.steps.set_scale(self.grad_scale)
 
@@ -287,6 +294,8 @@ class Reducer:
         """Starts a step without an agreement. An owed fault must wait, because every rank takes part in the sum."""
         verified = f"bucket {bucket.index()}, step {self.steps.number}" if self._options.verify != "off" else ""
         future = self.bypass.reduce(lane, bucket, self.steps.last_error, self.steps.owe, verified)
+        if lane.outcome is not None:
+            self._step_end.add(lane.outcome, lane.break_off)
         if self.steps.error_serial == self.steps.serial:  # if not seen here, _note sees the sum
             self.bypass.drain()
         return future
@@ -341,6 +350,7 @@ class Reducer:
         ticket = communicator.submit(job, lambda error: of_bucket(error, index, self.steps.finds_unused))
         if lane is not None:
             lane.ticket = ticket
+        self._step_end.add(ticket, communicator.interrupt)
         return ticket.future
 
     def _check_step(self, index: int, serial: int) -> None:

@@ -96,7 +96,10 @@ class Transport(ABC):
 
     @abstractmethod
     def abandon(self, transfers: Sequence[Transfer]) -> None:
-        """Closes the connections and ensures that no transfer of ``transfers`` writes to its memory any more."""
+        """Closes the connections and ensures that no transfer of ``transfers`` writes to its memory any more.
+
+        Another thread that waits for a transfer gets an error.
+        """
 
     @abstractmethod
     def sum(self, buffers: Sequence[torch.Tensor], what: str) -> None:

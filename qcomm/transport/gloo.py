@@ -22,7 +22,7 @@ from torch.distributed.distributed_c10d import ProcessGroupGloo, default_pg_time
 from qcomm.transport.base import Transfer, Transport, TransportError
 from qcomm.transport.lost_ranks import LostRanks
 
-__all__ = ["GlooTransport"]
+__all__ = ["GlooTransport", "break_connections"]
 
 # The tag of a message that is never sent; two_phase's tags begin at 1.
 ABANDON_TAG = 1 << 30
@@ -93,17 +93,11 @@ class GlooTransport(Transport):
 
     def abandon(self, transfers: Sequence[Transfer]) -> None:
         """Closes the connections and waits for transfers under way, which then no longer write to their memory."""
-        if self._gloo is None:
+        gloo = self._gloo  # another thread may close it meanwhile
+        if gloo is None:
             return
-        # gloo keeps connections open while a reference to one of their transfers exists, but closes them when a wait
-        # times out. A transfer whose bytes were just flowing is not notified, so the wait for it must be short.
-        for peer in self.peers:
-            try:
-                self._gloo.recv([torch.empty(1, dtype=torch.float32, device="cpu")], peer, ABANDON_TAG).wait(
-                    ABANDON_TIMEOUT
-                )
-            except RuntimeError:  # the timeout, or the connection to this peer is broken already
-                continue
+        break_connections(gloo, self.peers)
+        # A transfer whose bytes were just flowing is not notified, so the wait for it must be short.
         for _, work in transfers:
             try:
                 work.wait(ABANDON_TIMEOUT)
@@ -147,6 +141,19 @@ class GlooTransport(Transport):
     def close(self) -> None:
         """Closes the connections, see :meth:`Transport.close`."""
         self._gloo = None
+
+
+def break_connections(gloo: Any, peers: Sequence[int]) -> None:
+    """Closes the connections of a ``ProcessGroupGloo``. Threads that wait for a peer get an error, and so do the peers.
+
+    gloo keeps connections open while a reference to one of their transfers exists, but closes them when a wait times
+    out. Its ``abort`` leaves sums under way until the timeout.
+    """
+    for peer in peers:
+        try:
+            gloo.recv([torch.empty(1, dtype=torch.float32, device="cpu")], peer, ABANDON_TAG).wait(ABANDON_TIMEOUT)
+        except RuntimeError:  # the timeout, or the connection to this peer is broken already
+            continue
 
 
 def _group_timeout(group: dist.ProcessGroup) -> timedelta:
