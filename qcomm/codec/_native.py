@@ -8,13 +8,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
+from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from qcomm import _C
-from qcomm.codec.refusals import dtype_refusal, memory_refusal
+from qcomm.codec.refusals import core_refusal, dtype_refusal, memory_refusal
 from qcomm.errors import PacketError
+
+if find_spec("qcomm._C") is None:
+    raise core_refusal(Path(__file__).parents[1])
+from qcomm import _C
 
 _C.set_packet_error(PacketError)
 

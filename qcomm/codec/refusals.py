@@ -1,13 +1,33 @@
-"""Refusals of tensors that the core cannot read: the errors, each with advice what to pass instead.
+"""Refusals: errors for tensors that the core cannot read and for a package without the core, each with advice.
 
 A tensor may have a shape, dtype and device and no memory behind them. Sharded, fake and wrapped tensors, transforms of
 ``torch.func`` and tracers are of this kind, and so are parameters whose storage FSDP has freed.
 """
 
+import sys
+from pathlib import Path
+
 import torch
 from torch.nn.parameter import is_lazy
 
-__all__ = ["dtype_refusal", "memory_refusal"]
+__all__ = ["core_refusal", "dtype_refusal", "memory_refusal"]
+
+
+def core_refusal(package: Path) -> ImportError:
+    """Returns the error for a folder ``qcomm`` without the compiled core: the source, or a damaged installation.
+
+    Example:
+        >>> print(core_refusal(Path("/packages/qcomm")))  # doctest: +ELLIPSIS
+        /packages/qcomm has no compiled core (_C) for Python 3...; install qcomm again
+    """
+    version = ".".join(map(str, sys.version_info[:2]))
+    advice = "install qcomm again"
+    if (package.parent / "csrc").is_dir():
+        advice = (
+            "this is the source folder, which Python finds before an installed qcomm when it starts in "
+            f"{package.parent}: start it in another folder, or build the core here with `make build`"
+        )
+    return ImportError(f"{package} has no compiled core (_C) for Python {version}; {advice}")
 
 
 def memory_refusal(name: str, tensor: torch.Tensor) -> TypeError:
