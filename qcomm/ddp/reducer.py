@@ -13,7 +13,7 @@ where ``"auto"`` averages over one rank. Otherwise the group's worker averages i
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -48,7 +48,6 @@ from qcomm.ddp.bypass import BYPASSED, Bypass, Lane, LastError, can_bypass
 from qcomm.ddp.checks import check_scale
 from qcomm.ddp.cuda import DeviceHook
 from qcomm.ddp.failures import GROUP_IS_BROKEN, NOTHING_BEGAN, of_bucket
-from qcomm.ddp.interrupts import StepEnd
 from qcomm.ddp.regroup import Regrouping, may_regroup
 from qcomm.ddp.warm_up import WarmUp
 from qcomm.errors import CollectiveError, ConfigMismatchError
@@ -59,6 +58,9 @@ __all__ = ["GradScale", "Reducer", "Steps"]
 P = ParamSpec("P")
 T = TypeVar("T")
 GradScale = Scale | Callable[[], Scale] | None
+
+# Exchanges under way have this long to end after a signal, so that residuals are those of a whole step.
+GRACE_SECONDS = 1.0
 
 
 class Steps:
@@ -129,6 +131,61 @@ class Steps:
         """Returns the owed fault, to be told now, and forgets it."""
         fault, self.owed = self.owed, None
         return fault
+
+
+class Exchange(Protocol):
+    """The exchange of a bucket; tickets are some."""
+
+    def join(self, seconds: float | None = None) -> bool:
+        """Waits for the end, well or not; returns False if it has not come after ``seconds``."""
+
+    def exception(self) -> Exception | None:
+        """Returns the error; None while it runs and where it succeeded."""
+
+
+class StepEnd:
+    """The exchanges of the present step, and a wait for them in Python; used on the thread of backward.
+
+    DDP waits for them in C++, where no signal handler runs: Ctrl-C would be seen when the last bucket is there, or at
+    the timeout. This wait comes right before and ends at once when a handler raises. A thread other than the main one
+    runs no handlers and waits as before.
+    """
+
+    def __init__(self) -> None:
+        self._exchanges: list[tuple[Exchange, Callable[[], None]]] = []
+
+    def __reduce__(self) -> tuple[type["StepEnd"], tuple[()]]:
+        """Makes copies without exchanges."""
+        return StepEnd, ()
+
+    def begin(self) -> None:
+        """Begins a step."""
+        self._exchanges = []
+
+    def add(self, exchange: Exchange, give_up: Callable[[], None]) -> None:
+        """Adds an exchange, and the function that ends it early where it waits for other ranks."""
+        self._exchanges.append((exchange, give_up))
+
+    def wait_in_backward(self) -> None:
+        """Has this pass of backward wait when it ends; called in the last bucket's hook.
+
+        DDP adds its own wait after that hook, and callbacks run in their order.
+        """
+        if self._exchanges and torch._C._current_graph_task_id() >= 0:
+            torch.autograd.Variable._execution_engine.queue_callback(self._wait)
+
+    def _wait(self) -> None:
+        exchanges, self._exchanges = self._exchanges, []
+        interrupted = True
+        try:
+            for exchange, _ in exchanges:
+                exchange.join()
+                if exchange.exception() is not None:  # DDP raises it, and the others may take as long as the timeout
+                    break
+            interrupted = False
+        finally:
+            if interrupted:
+                _leave(exchanges)
 
 
 class Reducer:
@@ -389,6 +446,14 @@ class Reducer:
     def _count(self, task: MeanTask | None) -> None:
         if task is not None:
             self._telemetry.count_bucket(task.layout, task.buffer.element_size())
+
+
+def _leave(exchanges: list[tuple[Exchange, Callable[[], None]]]) -> None:
+    """Gives up the exchanges that do not end in time."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    for exchange, give_up in exchanges:
+        if not exchange.join(max(0.0, deadline - time.monotonic())):
+            give_up()
 
 
 def _forgotten_scale() -> float:

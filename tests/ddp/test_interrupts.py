@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from ddp_model import backward, wrap
 import qcomm
-from qcomm.ddp import interrupts
+from qcomm.ddp import reducer
 
 rank, store, strategy = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
@@ -39,8 +39,8 @@ class Told:
             print("waiting", flush=True)
         return self.exchange.join(seconds)
 
-add = interrupts.StepEnd.add
-interrupts.StepEnd.add = lambda self, exchange, give_up: add(self, Told(exchange), give_up)
+add = reducer.StepEnd.add
+reducer.StepEnd.add = lambda self, exchange, give_up: add(self, Told(exchange), give_up)
 if rank == 1:
     print("ready", flush=True)
     sys.stdin.readline()
