@@ -5,7 +5,9 @@
 #include "cases.h"
 #include "codeword_counts.h"
 #include "kernels.cuh"
+#include "qcomm/entropy.h"
 #include "qcomm/huffman.h"
+#include "qcomm/sigma_code.h"
 #include "suite.h"
 
 namespace qcomm::test {
@@ -63,7 +65,16 @@ void count_rows(const std::vector<Row>& rows) {
     for (std::size_t r = 0; r < rows.size(); ++r) {
         const Quantizer& q = rows[r].quantizer;
         CodewordCounts expected(q);
-        expected.add(rows[r].symbols.data(), static_cast<int>(rows[r].symbols.size()));
+        std::vector<std::uint16_t> counted = rows[r].symbols;
+        const auto count = static_cast<std::int64_t>(counted.size());
+        if (samples_own_table(q.grid, q.coding, q.num_bits, count)) {
+            counted.clear();
+            for (std::int64_t i = 0; i < kTablePairs; ++i) {
+                const auto at = static_cast<std::size_t>(2 * sample_index(i, kTablePairs, count / 2, 0));
+                counted.insert(counted.end(), {rows[r].symbols[at], rows[r].symbols[at + 1]});
+            }
+        }
+        expected.add(counted.data(), static_cast<int>(counted.size()));
         std::vector<std::uint64_t> want(static_cast<std::size_t>(alphabet_size(q.coding, q.num_bits)));
         expected.add_to(&want);
         for (std::size_t s = 0; s < want.size(); ++s) {
@@ -110,7 +121,8 @@ void code_lengths_of_file(const std::string& path) {
     for (std::size_t h = 0; h < histograms.size(); ++h) {
         own[h] = segments[h].tensor = static_cast<std::int32_t>(h);
         segments[h].first_codeword = static_cast<std::int64_t>(counts.size());
-        segments[h].count = std::int64_t{1} << 40;  // so that a table pays
+        // So that a table pays; but a sigma segment of that length would have one from a sample.
+        segments[h].count = quantizers[h].grid == Grid::kSigma ? 2 * kTablePairs : std::int64_t{1} << 40;
         counts.insert(counts.end(), histograms[h].begin(), histograms[h].end());
         counts.resize((counts.size() + 3) / 4 * 4);
     }
@@ -137,6 +149,14 @@ void code_lengths_of_file(const std::string& path) {
         std::vector<std::uint8_t> lengths(histograms[h].size()), list;
         code_lengths(histograms[h].data(), size, length_limit(q.coding, q.num_bits), lengths.data());
         if (is_complete(lengths.data(), size)) list = pack_lengths(lengths.data(), size);
+        if (q.grid == Grid::kSigma) {
+            const std::int64_t count = segments[h].count, blocks = ceil_div(count, 512 * kLanes * 2);
+            std::uint64_t bits = 0;
+            for (std::size_t s = 0; s < lengths.size(); ++s) bits += histograms[h][s] * lengths[s];
+            if (!sigma_table_pays(bits, static_cast<std::int64_t>(list.size()), blocks,
+                                  packed_bytes(count, q.num_bits)))
+                list.clear();
+        }
         require(list_bytes[h] == static_cast<int>(list.size()),
                 name + ": a list of " + std::to_string(list_bytes[h]) + " bytes, not " + std::to_string(list.size()));
         if (list.empty()) continue;
