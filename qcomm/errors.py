@@ -24,5 +24,6 @@ class CollectiveError(RuntimeError):
 class DivergenceError(CollectiveError):
     """A difference between the means that ranks have got of the same collective.
 
-    The message names the bucket, the step and the ranks. The means are already in use, so the ranks' weights differ.
+    The message names the bucket, the step and the ranks. Unless every mean is compared before it is used
+    (``verify="step"``), they are in use already, and the ranks' weights differ.
     """

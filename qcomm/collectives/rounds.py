@@ -141,8 +141,9 @@ class Rounds:
         """Keeps the fingerprint of the result, which the next handshake compares."""
         task = self.task
         name = f"bucket {task.index}, step {task.step}" if task.step else f"collective {self._communicator.collectives}"
-        if self._fault is None:
-            self._communicator.means.note(name, fingerprint([task.buffer]))
+        found = self.compute(Phase.DECODE, fingerprint, [task.buffer])
+        if found is not None:
+            self._communicator.means.note(name, found)
 
     def take_over(self, fault: Fault | None, traffic: Mapping[str, Traffic]) -> None:
         """Continues after a pipeline, with its late fault, and counts its traffic by kind."""

@@ -101,7 +101,7 @@ class Bypassing:
 
 
 def fingerprint(tensors: Sequence[torch.Tensor]) -> int:
-    """Returns a number that changes with any bit of some contiguous tensors: the sum of their words of 64 bits.
+    """Returns a number that changes with any one bit of some contiguous tensors: the sum of their words of 64 bits.
 
     Example:
         >>> mean = torch.tensor([1.0, 2.0, 3.0])
@@ -112,8 +112,9 @@ def fingerprint(tensors: Sequence[torch.Tensor]) -> int:
     for tensor in tensors:
         data = tensor.reshape(-1).view(torch.uint8)
         whole = data.numel() // 8 * 8
-        # A view of words needs their alignment.
-        words = data[:whole] if data.data_ptr() % 8 == 0 else data[:whole].clone()
+        # A view of words needs their alignment, in memory and in its storage.
+        aligned = data.data_ptr() % 8 == 0 and data.storage_offset() % 8 == 0
+        words = data[:whole] if aligned else data[:whole].clone()
         total += int(words.view(torch.int64).sum()) + int.from_bytes(bytes(data[whole:].tolist()), "little")
     return total & (2**64 - 1)
 

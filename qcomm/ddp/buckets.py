@@ -78,7 +78,8 @@ class BucketTable:
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without the identities of this process's parameters."""
         state = self.__dict__.copy()
-        state.update(_names={}, _layouts={}, _order={}, saved_order=self.order or None, has_names=False, sizes=None)
+        state.update(_names={}, _layouts={}, _order={}, has_names=False, sizes=None)
+        state["saved_order"] = self.order or self.saved_order
         state["residuals_have_names"] = self.has_names or self.residuals_have_names
         return state
 

@@ -240,6 +240,7 @@ class Bypass:
         # have one.
         def finish(future: torch.futures.Future[list[torch.futures.Future[list[torch.Tensor]]]]) -> torch.Tensor:
             _ = token  # held, and so counted, until this function is freed
+            failure: CollectiveError | None = None
             try:
                 for summed in future.value():
                     summed.value()
@@ -251,9 +252,10 @@ class Bypass:
                 text = f"bucket {index} was not averaged: {error}. {GROUP_IS_BROKEN}."
                 noted = CollectiveError(text)  # not the one that is raised, whose traceback has the token
                 last_error.note(noted)
-                outcome.end(noted)
+                failure = noted
                 raise CollectiveError(text) from error
-            outcome.end(None)
+            finally:
+                outcome.end(failure)  # whatever happened: backward waits for it
             passed.count(time.perf_counter() - begin, last)
             if (observed := telemetry()) is not None:
                 observed.mark(index, "done")

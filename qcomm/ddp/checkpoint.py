@@ -28,7 +28,7 @@ def save(steps: Steps, table: BucketTable, feedback: ErrorFeedback | None) -> Ra
             "run": steps.run,
             "has_names": table.has_names or table.residuals_have_names,
             "world_size": feedback.world_size if feedback is not None else None,
-            "buckets": table.order,
+            "buckets": table.order or [list(names) for names in table.saved_order or ()],
             "error_feedback": feedback.state_dict() if feedback is not None else None,
         }
     )

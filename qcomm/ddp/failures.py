@@ -1,7 +1,7 @@
 """Errors of backward: the sentence that a user sees, with the bucket, the cause, and what to do next."""
 
 from qcomm.communicator import is_agreed
-from qcomm.errors import CollectiveError, ConfigMismatchError
+from qcomm.errors import CollectiveError, ConfigMismatchError, DivergenceError
 
 __all__ = ["GROUP_IS_BROKEN", "NOTHING_BEGAN", "of_bucket"]
 
@@ -27,6 +27,8 @@ def of_bucket(error: Exception, index: int, finds_unused: bool, otherwise: str =
         >>> print(of_bucket(CollectiveError("rank 1 failed"), 3, False))
         bucket 3 was not averaged: rank 1 failed. The rest of this step is not exchanged, and the next step can begin.
     """
+    if isinstance(error, DivergenceError):
+        return DivergenceError(str(error))  # about other means than this bucket's, with an advice of its own
     advice = otherwise
     if is_agreed(error) or (finds_unused and otherwise == NOTHING_BEGAN):
         advice = WRAP_ANEW if finds_unused else NEXT_STEP

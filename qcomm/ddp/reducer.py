@@ -270,11 +270,14 @@ class Reducer:
             if not self._table.has_names or not may_regroup(bucket, self.steps.skips_buckets):
                 self._table.saved_order = None
                 return self._reduce(bucket)
-            self._regrouping = Regrouping(order, self._table.name_of, self._reduce)
+            self._regrouping = Regrouping(order, self._table.name_of, self._reduce, self._owe)
         regrouping = self._regrouping
         if bucket.is_last():
             self._regrouping = self._table.saved_order = None
         return regrouping.add(bucket)
+
+    def _owe(self, error: Exception) -> None:
+        self.steps.owe(Fault(Phase.PREPARE, error))
 
     def _reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         self._prepare(self._begin, bucket.index())

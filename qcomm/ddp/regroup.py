@@ -68,6 +68,26 @@ def may_regroup(bucket: dist.GradBucket, skips_buckets: bool) -> bool:
     return bucket.buffer().device.type == "cpu" and not skips_buckets
 
 
+class Held:
+    """The Future of a bucket that is held back."""
+
+    def __init__(self) -> None:
+        self._result: torch.Tensor | Exception | None = None
+        self._signal: torch.futures.Future[None] = torch.futures.Future()
+        # As in a Ticket: an exception set on a Future would reach DDP as if it were the result.
+        self.future: Mean = self._signal.then(self._value)
+
+    def end(self, result: torch.Tensor | Exception) -> None:
+        """Ends the wait with a bucket's buffer or an error. It is called once."""
+        self._result = result
+        self._signal.set_result(None)
+
+    def _value(self, _: object) -> torch.Tensor:
+        if isinstance(self._result, Exception):
+            raise self._result
+        return cast(torch.Tensor, self._result)
+
+
 class Regrouping:
     """The first step after a checkpoint.
 
@@ -75,6 +95,7 @@ class Regrouping:
         order: names of the parameters of each bucket in the checkpoint.
         name_of: finds the name of a parameter.
         reduce: starts the mean of a bucket.
+        owe: called with an error of this rank, which ``reduce`` then tells the others.
     """
 
     def __init__(
@@ -82,31 +103,51 @@ class Regrouping:
         order: Sequence[Sequence[str]],
         name_of: Callable[[torch.Tensor], str],
         reduce: Callable[[dist.GradBucket], Mean],
+        owe: Callable[[Exception], None],
     ) -> None:
-        self._order, self._name_of, self._reduce = order, name_of, reduce
+        self._order, self._name_of, self._reduce, self._owe = order, name_of, reduce, owe
         self._places: dict[str, Place] = {}
-        self._held: list[tuple[dist.GradBucket, torch.Tensor, Mean]] = []
+        self._held: list[tuple[dist.GradBucket, torch.Tensor, Held]] = []
+        self._is_readable = True
 
     def add(self, bucket: dist.GradBucket) -> Mean:
         """Holds a bucket of DDP's back; the last one of the step starts all means."""
-        buffer, offset = bucket.buffer(), 0
-        for parameter in bucket.parameters():
+        held = Held()
+        self._held.append((bucket, bucket.buffer(), held))
+        try:
+            self._read(bucket)
+        except Exception as error:  # noqa: BLE001 - any: it is raised on every rank by the next agreement
+            self._fail(error)
+        if bucket.is_last():
+            self._start()
+        return held.future
+
+    def _read(self, bucket: dist.GradBucket) -> None:
+        buffer, parameters, offset = bucket.buffer(), bucket.parameters(), 0
+        # DDP may pair parameters with the wrong gradients, which ``reduce`` refuses.
+        pairs = zip(parameters, bucket.gradients(), strict=True)
+        self._is_readable &= all(parameter.shape == gradient.shape for parameter, gradient in pairs)
+        self._is_readable &= sum(parameter.numel() for parameter in parameters) == buffer.numel()
+        for parameter in parameters:
             values = buffer[offset : offset + parameter.numel()]
             self._places[self._name_of(parameter)] = Place(parameter, values)
             offset += parameter.numel()
-        held: Mean = torch.futures.Future()
-        self._held.append((bucket, buffer, held))
-        if bucket.is_last():
-            self._start()
-        return held
+
+    def _fail(self, error: Exception) -> None:
+        self._is_readable = False
+        self._owe(error)
 
     def _start(self) -> None:
+        groups: list[Regrouped] = []
         if self._fits():
-            last = len(self._order) - 1
-            groups = [
-                Regrouped(index, index == last, [self._places[name] for name in names])
-                for index, names in enumerate(self._order)
-            ]
+            try:
+                groups = [
+                    Regrouped(index, index == len(self._order) - 1, [self._places[name] for name in names])
+                    for index, names in enumerate(self._order)
+                ]
+            except Exception as error:  # noqa: BLE001 - any: it is raised on every rank by the next agreement
+                self._fail(error)
+        if groups and self._is_readable:
             means = [self._reduce(cast(dist.GradBucket, group)) for group in groups]
             torch.futures.collect_all(means).add_done_callback(lambda done: self._finish(done, groups))
         else:
@@ -118,24 +159,24 @@ class Regrouping:
         names = [name for bucket in self._order for name in bucket]
         if len(names) != len(set(names)) or set(names) != set(self._places) or not all(self._order):
             return False
-        return all(len({self._places[name].values.dtype for name in bucket}) == 1 for bucket in self._order)
+        same = all(len({self._places[name].values.dtype for name in bucket}) == 1 for bucket in self._order)
+        return same and self._is_readable
 
     def _finish(self, done: torch.futures.Future[list[Mean]], groups: Sequence[Regrouped]) -> None:
+        failure: Exception | None = None
         try:
             for mean in done.value():
                 mean.value()
             for group in groups:
                 group.copy_back()
         except Exception as error:  # noqa: BLE001 - any: DDP waits for these Futures, which raise it
-            for _, _, held in self._held:
-                held.set_exception(error)  # type: ignore[arg-type]  # torch annotates it as a result
-        else:
-            for _, buffer, held in self._held:
-                held.set_result(buffer)
+            failure = error
+        for _, buffer, held in self._held:
+            held.end(buffer if failure is None else failure)
 
 
-def _pass_on(held: Mean, mean: Mean) -> None:
+def _pass_on(held: Held, mean: Mean) -> None:
     try:
-        held.set_result(mean.value())
+        held.end(mean.value())
     except Exception as error:  # noqa: BLE001 - any: DDP waits for this Future, which raises it
-        held.set_exception(error)  # type: ignore[arg-type]  # torch annotates it as a result
+        held.end(error)

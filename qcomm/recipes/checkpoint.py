@@ -114,9 +114,9 @@ def newest(config: TrainConfig) -> Path | None:
         return find(config.resume)
     own = [config.folder] if config.folder is not None else []
     for folder in [*own, config.resume]:
-        below = sorted(path for path in folder.glob("epoch-[0-9]*") if path.name.removeprefix("epoch-").isdecimal())
+        below = [path for path in folder.glob("epoch-[0-9]*") if path.name.removeprefix("epoch-").isdecimal()]
         if below:
-            return below[-1]
+            return max(below, key=lambda path: int(path.name.removeprefix("epoch-")))
     return None
 
 

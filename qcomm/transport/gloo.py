@@ -42,6 +42,7 @@ class GlooTransport(Transport):
     def __init__(self, group: dist.ProcessGroup) -> None:
         super().__init__(dist.get_process_group_ranks(group), dist.get_rank(group), _group_timeout(group))
         self._lost: LostRanks | None = None
+        self._has_abandoned = False
         self._gloo: Any = None  # a ProcessGroupGloo; torch's stubs do not know its send and recv
         if self.world_size > 1:
             self._gloo = self._connect(group)
@@ -96,6 +97,7 @@ class GlooTransport(Transport):
         gloo = self._gloo  # another thread may close it meanwhile
         if gloo is None:
             return
+        self._has_abandoned = True
         break_connections(gloo, self.peers)
         # A transfer whose bytes were just flowing is not notified, so the wait for it must be short.
         for _, work in transfers:
@@ -121,7 +123,9 @@ class GlooTransport(Transport):
 
     def _blame(self, lost: Collection[int]) -> Collection[int]:
         """Asks the ranks that closed their connections whom they had lost, see :class:`LostRanks`."""
-        return lost if self._lost is None else self._lost.note(lost)
+        if self._lost is None or self._has_abandoned:
+            return lost  # a rank that has given up by itself has lost nobody
+        return self._lost.note(lost)
 
     def _sum_all(self, buffers: Sequence[torch.Tensor]) -> str | None:
         """Sums all buffers; returns a failure as text, since a traceback would keep transfers and connections open."""

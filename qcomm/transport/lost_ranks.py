@@ -4,13 +4,13 @@ A dead process cannot be announced. The first survivor that notices closes its o
 until the timeout. To a third rank it then looks as dead as the other. So each rank writes the names of those it lost to
 the group's store before it closes. A rank that loses another looks there first, and blames those that it names.
 
-The store may be gone, too: one rank's process has it. Every question is therefore asked on a thread of its own, whose
-answer is awaited for a short time.
+The store may be gone, too: one rank's process has it. It is therefore asked on a thread of its own, whose answer is
+awaited for a short time.
 """
 
 import json
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -45,26 +45,28 @@ class LostRanks:
         These are the given ranks, with each one that had itself lost others replaced by those. Without a given rank
         they are all that any rank has lost.
         """
-        blamed = set(lost)
-        told = _answer(self._read)
-        if told is not None:
-            # A chain ends at a rank that told nothing. In a circle all are as likely.
-            for _ in range(self._world_size):
-                beyond = {other for rank in blamed for other in told.get(rank, {rank})} - {self._rank}
-                if not lost:
-                    beyond |= {other for ranks in told.values() for other in ranks if other not in told} - {self._rank}
-                blamed = beyond or blamed
-        _answer(lambda: self._store.set(self._key(self._rank), json.dumps(sorted(blamed))))
-        return blamed
+        return _answer(lambda: self._note(set(lost))) or set(lost)
 
-    def _read(self) -> dict[int, set[int]]:
+    def _note(self, lost: set[int]) -> set[int]:
         ranks = [rank for rank in range(self._world_size) if rank != self._rank]
-        told = [rank for rank in ranks if self._store.check([self._key(rank)])]
-        return {rank: {int(other) for other in json.loads(self._store.get(self._key(rank)))} for rank in told}
+        told = {
+            rank: json.loads(self._store.get(self._key(rank))) for rank in ranks if self._store.check([self._key(rank)])
+        }
+        begin = lost or {other for others in told.values() for other in others if other != self._rank}
+        blamed = {last for rank in begin for last in _ends(rank, told, {self._rank})}
+        self._store.set(self._key(self._rank), json.dumps(sorted(blamed)))
+        return blamed
 
     @staticmethod
     def _key(rank: int) -> str:
         return f"lost by {rank}"
+
+
+def _ends(rank: int, told: Mapping[int, Collection[int]], passed: Collection[int]) -> set[int]:
+    """Returns the ranks at the ends of the chains that begin with ``rank``: they told nothing, or nothing new."""
+    passed = {*passed, rank}
+    beyond = {last for other in told.get(rank, ()) if other not in passed for last in _ends(other, told, passed)}
+    return beyond or {rank}
 
 
 def _answer(ask: Callable[[], T]) -> T | None:
@@ -74,7 +76,7 @@ def _answer(ask: Callable[[], T]) -> T | None:
     def run() -> None:
         try:
             found.append(ask())
-        except RuntimeError:  # torch's errors of a store that is gone
+        except (RuntimeError, ValueError):  # torch's errors of a store that is gone, and what is no JSON
             return
 
     thread = threading.Thread(target=run, name="qcomm lost ranks", daemon=True)

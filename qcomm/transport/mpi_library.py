@@ -53,7 +53,7 @@ def check_launcher(library: str, environment: Mapping[str, str]) -> None:
         environment: of this process.
 
     Example:
-        >>> check_launcher("MPICH Version: 5.0", {"PMI_SIZE": "2"})
+        >>> check_launcher("MPICH Version: 5.0", {"MPI_LOCALNRANKS": "2"})
         >>> check_launcher("MPICH Version: 5.0", {"OMPI_COMM_WORLD_SIZE": "2"})
         Traceback (most recent call last):
         ...
@@ -62,8 +62,10 @@ def check_launcher(library: str, environment: Mapping[str, str]) -> None:
     """
     name = " ".join(library.splitlines()[0].split())
     if "OMPI_COMM_WORLD_SIZE" in environment:
-        launcher, fits = "Open MPI", name.startswith("Open MPI") or "pmix" in library.lower()
-    elif "PMI_SIZE" in environment and "SLURM_PROCID" not in environment:  # srun speaks PMI with every MPI
+        # Spectrum MPI is one of Open MPI's family, and a library with PMIx understands its launcher.
+        others = ("MPICH", "Intel", "MVAPICH")
+        launcher, fits = "Open MPI", not name.startswith(others) or "pmix" in library.lower()
+    elif "MPI_LOCALNRANKS" in environment:  # Hydra's own. PMI_SIZE is also set by srun, Flux and PALS, for every MPI
         launcher, fits = "MPICH or Intel MPI", not name.startswith("Open MPI")
     else:
         return

@@ -155,3 +155,28 @@ def test_a_fingerprint_changes_with_every_bit(dtype):
             assert fingerprint([values]) != known
             data[byte] ^= 1 << bit
     assert fingerprint([values]) == known
+
+
+@world(2)
+@pytest.mark.parametrize("strategy", ["none", "bf16", "exact_sum", "hierarchical"])
+def test_memory_that_begins_anywhere_is_averaged(rank, world_size, strategy):
+    """As a part of a file in memory, whose words of 64 bits have no alignment."""
+    options = {"strategy": strategy} | ({"ranks_per_node": 2} if strategy == "hierarchical" else {})
+    for offset, first in ((4, 0), (4, 1), (0, 1)):
+        tensor = torch.frombuffer(bytearray(24_000), dtype=torch.float32, offset=offset)[first : first + 5000]
+        tensor.fill_(rank)
+        all_reduce(tensor, **options)
+        assert torch.allclose(tensor, torch.full((5000,), 0.5), atol=0.51)
+
+
+@world(2)
+def test_an_error_of_divergence_has_its_own_advice(rank, world_size):
+    model = wrap()
+    state = qcomm.attach(model, strategy="none", verify="step", min_elements=0)
+    for step in range(AGREED):
+        backward(model, rank, step)
+    with pytest.raises(RuntimeError) as caught, damaged(1) if rank == 0 else nullcontext():
+        backward(model, rank, AGREED)
+    text = str(caught.value)
+    assert "resume from a checkpoint of an earlier step" in text and "the next step can begin" not in text, text
+    assert isinstance(state.exception(), qcomm.DivergenceError)

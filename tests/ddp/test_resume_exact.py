@@ -3,6 +3,8 @@
 import copy
 import io
 import tempfile
+from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from ddp_model import mlp, wrap
 from distributed import gathered, world
 
 import qcomm
+from qcomm.ddp import regroup
 
 pytestmark = pytest.mark.world
 
@@ -94,6 +97,36 @@ def test_a_state_that_goes_back_resumes_on_its_own_model(rank, world_size):
 
 
 @world(2)
+def test_a_state_that_was_loaded_and_saved_again_resumes_as_well(rank, world_size):
+    model, optimizer, state = start(OPTIONS["two_phase"])
+    train(model, optimizer, rank, range(5))
+    kept = copy.deepcopy([model.state_dict(), state.state_dict(), optimizer.state_dict()])
+    expected = train(model, optimizer, rank, range(5, 9))
+    passed_on = qcomm.CompressionState(min_elements=100, **OPTIONS["two_phase"])
+    passed_on.load_state_dict(kept[1])
+    assert passed_on.state_dict()["buckets"] == kept[1]["buckets"]
+    model, optimizer, state = start(OPTIONS["two_phase"])
+    model.load_state_dict(kept[0])
+    state.load_state_dict(passed_on.state_dict())
+    optimizer.load_state_dict(kept[2])
+    assert torch.equal(train(model, optimizer, rank, range(5, 9)), expected)
+
+
+@world(2)
+def test_a_rank_without_memory_for_the_first_step_tells_the_others(rank, world_size):
+    model, optimizer, state = start(OPTIONS["two_phase"])
+    train(model, optimizer, rank, range(5))
+    saved = state.state_dict()
+    model, optimizer, state = start(OPTIONS["two_phase"])
+    state.load_state_dict(saved)
+    wanting = mock.patch.object(regroup.Regrouped, "__init__", side_effect=MemoryError("none left"))
+    with wanting if rank == 1 else nullcontext(), pytest.raises(RuntimeError) as caught:
+        train(model, optimizer, rank, [5])
+    assert "rank 1 failed while preparing the exchange: MemoryError: none left" in str(caught.value), caught.value
+    train(model, optimizer, rank, range(6, 8))
+
+
+@world(2)
 def test_an_error_of_the_first_step_is_raised_and_the_next_one_works(rank, world_size):
     model, optimizer, state = start(OPTIONS["two_phase"])
     train(model, optimizer, rank, range(5))
@@ -101,8 +134,9 @@ def test_an_error_of_the_first_step_is_raised_and_the_next_one_works(rank, world
     model, optimizer, state = start(OPTIONS["two_phase"] | {"grad_scale": 1.0})
     state.load_state_dict(saved)
     state.grad_scale = -1.0 if rank == 1 else 1.0
-    with pytest.raises(RuntimeError, match="rank 1 failed while preparing the exchange: ValueError: grad_scale"):
+    with pytest.raises(RuntimeError, match="rank 1 failed while preparing the exchange: ValueError: grad_scale") as e:
         train(model, optimizer, rank, range(5, 6))
+    assert "Unable to cast" not in str(e.value)
     state.grad_scale = 1.0
     train(model, optimizer, rank, range(5, 8))
 
