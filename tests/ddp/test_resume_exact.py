@@ -48,8 +48,12 @@ def train(model, optimizer, rank, steps):
 
 
 @world(2, 3)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, torch.float32) for name in OPTIONS]
+    + [(name, dtype) for name in ("two_phase", "none") for dtype in (torch.bfloat16, torch.float64)],
+    ids=str,
+)
 def test_a_resumed_run_is_bit_exact(rank, world_size, name, dtype):
     model, optimizer, state = start(OPTIONS[name], dtype)
     train(model, optimizer, rank, range(5))

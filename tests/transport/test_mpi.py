@@ -108,7 +108,7 @@ def test_the_mpirun_of_another_mpi_is_named_before_mpi_starts(name):
     probe = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
     library = python(probe).stdout
     if library.startswith("Open MPI"):
-        launcher, places = "MPICH or Intel MPI", {"PMI_RANK": "0", "PMI_SIZE": "2"}
+        launcher, places = "MPICH or Intel MPI", {"PMI_RANK": "0", "PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"}
     else:
         launcher, places = "Open MPI", {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2"}
     ended = python(OTHER_LAUNCHER, name, **places)
@@ -124,13 +124,14 @@ def test_the_mpirun_of_another_mpi_is_named_before_mpi_starts(name):
 @pytest.mark.parametrize(
     ("library", "environment", "fits"),
     [
-        ("MPICH Version: 5.0.2", {"PMI_SIZE": "2"}, True),
-        ("Intel(R) MPI Library 2021.14", {"PMI_SIZE": "2"}, True),
+        ("MPICH Version: 5.0.2", {"MPI_LOCALNRANKS": "2"}, True),
+        ("Intel(R) MPI Library 2021.14", {"MPI_LOCALNRANKS": "2"}, True),
+        ("IBM Spectrum MPI, v10.4", {"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ("Open MPI v5.0.11", {"OMPI_COMM_WORLD_SIZE": "2"}, True),
         ("Open MPI v5.0.11", {}, True),
-        ("Open MPI v5.0.11", {"PMI_SIZE": "2", "SLURM_PROCID": "0"}, True),  # srun speaks PMI with every MPI
+        ("Open MPI v5.0.11", {"PMI_SIZE": "2"}, True),  # srun, Flux and PALS speak PMI with every MPI
         ("MPICH Version: 5.0.2\nMPICH configure: --with-pmix", {"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ("Open MPI v5.0.11", {"PMI_SIZE": "2"}, False),
+        ("Open MPI v5.0.11", {"PMI_SIZE": "2", "MPI_LOCALNRANKS": "2"}, False),
         ("Intel(R) MPI Library 2021.14", {"OMPI_COMM_WORLD_SIZE": "2"}, False),
     ],
 )
