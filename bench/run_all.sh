@@ -12,6 +12,7 @@
 #   scaling   4    weak and strong, 1 to 4 ranks of this machine, torchrun and mpirun
 #   bitrate   1    bits by layer over a training run
 #   accuracy  8    time to 90 % over 100 Mb/s, 2 hosts
+#   verify    4    what comparing means costs, 2 ranks of this machine
 #   plots     0    PNGs, and the tables of README and docs/measurements.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,7 +22,7 @@ python=${PYTHON:-.venv/bin/python}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 results=bench/results
 steps=("${@:-all}")
-[ "${steps[*]}" != all ] || steps=(allreduce feedback planner slices sizes pairs step scaling bitrate accuracy plots)
+[ "${steps[*]}" != all ] || steps=(allreduce feedback planner slices sizes pairs step scaling bitrate accuracy verify plots)
 
 run() {
     echo "run_all: bench/$*"
@@ -45,9 +46,10 @@ step() {
         scaling) run bench_scaling.py --launchers torchrun mpirun --worlds 4 --stem-stride 2 --steps 8 \
             --json $results/scaling.json ;;
         bitrate) run bench_bitrate.py --steps 66 --every 3 --json $results/bitrate.json ;;
+        verify) run bench_verify.py --steps 30 --json $results/verify.json ;;
         accuracy) run bench_time_to_accuracy.py --json $results/time_to_accuracy.json ;;
         plots) run plots.py && "$python" tools/make_tables.py ;;
-        *) sed -n '2,16p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,17p' "$0" >&2; exit 2 ;;
     esac
 }
 
