@@ -64,7 +64,7 @@ class ReduceOptions:
             Only the strategies that may be fast there are tried, and the uncompressed ones.
         verify: how soon ranks notice that their means differ, for instance because a bit was flipped beyond TCP's
             checksum: a DivergenceError then names bucket, step and ranks. With ``"interval"`` means of strategies that
-            add values on the way are compared at the next handshake: in the next collective, or within 7 steps where
+            add values on the way are compared at the next handshake: in the next collective, or within 31 steps where
             the hook runs uncompressed. Compressed packets have checksums. ``"step"`` compares all means before they are
             used, which takes another exchange of headers, and ``"off"`` none. Tensors on a device are not compared.
 

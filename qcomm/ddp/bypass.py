@@ -34,7 +34,7 @@ __all__ = ["BYPASSED", "Bypass", "Lane", "LastError", "can_bypass"]
 # Collectives of a bucket between two agreements, which cost up to a tenth of an all-reduce. A difference between ranks
 # is not noticed before. With the agreement they are a prime number of steps: a model that alternates between kinds of
 # steps is not always agreed on at the same kind.
-BYPASSED = 6
+BYPASSED = 30
 
 
 class LastError:
