@@ -47,8 +47,7 @@ HEADER_WORDS = 10
 HEADER_BYTES = 8 * HEADER_WORDS
 # Details have a fixed size, which needs no announcement. It holds a dozen fields or the first lines of an error.
 DETAIL_BYTES = 4096
-
-
+# Fingerprints that fit, with their names.
 MOST_MEANS = 32
 
 # For error messages, made once.
@@ -120,7 +119,6 @@ class Fields:
 
 
 NO_MEANS = Means()
-MASK = 2**64 - 1
 
 
 class Took(NamedTuple):
@@ -285,7 +283,7 @@ def _compare_means(transport: Transport, own: Means) -> None:
 
     A mean that not all ranks tell of, as after an error, is not compared.
     """
-    details = _exchange_details(transport, {name: f"{value & MASK:016x}" for name, value in own.values.items()})
+    details = _exchange_details(transport, {name: f"{value:016x}" for name, value in own.values.items()})
     for name in own.values:
         values = [known.get(name) for known in details]
         if None not in values and len(set(values)) > 1:

@@ -105,7 +105,7 @@ class Pipeline:
     def _message(self, exchange: int, slice_number: int, condition: int, packet: torch.Tensor | None) -> torch.Tensor:
         size = 0 if packet is None else packet.numel()
         words = [MAGIC, self._sequence, exchange, slice_number, condition, size, 0]
-        words.append(zlib.crc32(SEALED.pack(*words)))
+        words.append(_seal(words))
         header = torch.tensor(words, dtype=torch.int64, device="cpu")
         parts = [header.view(torch.uint8)] if packet is None else [header.view(torch.uint8), packet]
         return torch.cat(parts)
@@ -163,7 +163,7 @@ class Pipeline:
 
     def _check(self, source: int, header: Sequence[int], exchange: int, slice_number: int, limit: int) -> int:
         """Returns the size of the packet behind a header, whose words are not trusted."""
-        if header[-1] != zlib.crc32(SEALED.pack(*header[:-1])):
+        if header[-1] != _seal(header[:-1]):
             raise TransportError(
                 f"the header of rank {self._transport.ranks[source]} for slice {slice_number} of exchange {exchange} "
                 f"of collective {self._sequence} was damaged on its way (wrong checksum)"
@@ -186,3 +186,8 @@ class Pipeline:
     def _count(self, exchange: int, packet_bytes: int, direction: str) -> None:
         self._bytes[f"phase{exchange}"][direction] += packet_bytes
         self._bytes["overhead"][direction] += HEADER_BYTES
+
+
+def _seal(words: Sequence[int]) -> int:
+    """Returns the checksum of the other words, by the rule of :func:`qcomm.communicator.handshake.seal`."""
+    return zlib.crc32(SEALED.pack(*words))

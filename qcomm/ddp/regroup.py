@@ -13,6 +13,8 @@ from typing import NamedTuple, cast
 import torch
 import torch.distributed as dist
 
+from qcomm.communicator import Ticket
+
 __all__ = ["Regrouping", "may_regroup"]
 
 Mean = torch.futures.Future[torch.Tensor]
@@ -68,26 +70,6 @@ def may_regroup(bucket: dist.GradBucket, skips_buckets: bool) -> bool:
     return bucket.buffer().device.type == "cpu" and not skips_buckets
 
 
-class Held:
-    """The Future of a bucket that is held back."""
-
-    def __init__(self) -> None:
-        self._result: torch.Tensor | Exception | None = None
-        self._signal: torch.futures.Future[None] = torch.futures.Future()
-        # As in a Ticket: an exception set on a Future would reach DDP as if it were the result.
-        self.future: Mean = self._signal.then(self._value)
-
-    def end(self, result: torch.Tensor | Exception) -> None:
-        """Ends the wait with a bucket's buffer or an error. It is called once."""
-        self._result = result
-        self._signal.set_result(None)
-
-    def _value(self, _: object) -> torch.Tensor:
-        if isinstance(self._result, Exception):
-            raise self._result
-        return cast(torch.Tensor, self._result)
-
-
 class Regrouping:
     """The first step after a checkpoint.
 
@@ -107,12 +89,12 @@ class Regrouping:
     ) -> None:
         self._order, self._name_of, self._reduce, self._owe = order, name_of, reduce, owe
         self._places: dict[str, Place] = {}
-        self._held: list[tuple[dist.GradBucket, torch.Tensor, Held]] = []
+        self._held: list[tuple[dist.GradBucket, torch.Tensor, Ticket[torch.Tensor]]] = []
         self._is_readable = True
 
     def add(self, bucket: dist.GradBucket) -> Mean:
         """Holds a bucket of DDP's back; the last one of the step starts all means."""
-        held = Held()
+        held: Ticket[torch.Tensor] = Ticket()
         self._held.append((bucket, bucket.buffer(), held))
         try:
             self._read(bucket)
@@ -172,11 +154,11 @@ class Regrouping:
         except Exception as error:  # noqa: BLE001 - any: DDP waits for these Futures, which raise it
             failure = error
         for _, buffer, held in self._held:
-            held.end(buffer if failure is None else failure)
+            held.complete(buffer, failure)
 
 
-def _pass_on(held: Held, mean: Mean) -> None:
+def _pass_on(held: Ticket[torch.Tensor], mean: Mean) -> None:
     try:
-        held.end(mean.value())
+        held.complete(mean.value(), None)
     except Exception as error:  # noqa: BLE001 - any: DDP waits for this Future, which raises it
-        held.end(error)
+        held.complete(None, error)

@@ -16,6 +16,7 @@ exchanges.
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -215,13 +216,12 @@ class WeightExchange:
 
     def _run(self, task: MeanTask, communicator: Communicator) -> torch.Tensor:
         self._agree(task, communicator)
-        try:
-            average(task, communicator)
-        except Exception:
-            # Residuals were spent on values that did not arrive. A rank that fails alone, after its last message,
+        with ExitStack() as failing:
+            # Residuals are then spent on values that did not arrive. A rank that fails alone, after its last message,
             # differs from the others at the next averaging.
-            self.reset()
-            raise
+            failing.callback(self.reset)
+            average(task, communicator)
+            failing.pop_all()
         return task.buffer
 
     def _agree(self, task: MeanTask, communicator: Communicator) -> None:

@@ -80,9 +80,15 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(doomed)
 
 
+def _named(folder: Path) -> list[Path]:
+    """Returns what has the name of a checkpoint below ``folder``, oldest first."""
+    found = [path for path in folder.glob("epoch-[0-9]*") if path.name.removeprefix("epoch-").isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("epoch-")))
+
+
 def _all(folder: Path) -> list[Path]:
     """Returns the checkpoints below ``folder``, oldest first; other directories are the user's."""
-    return sorted(path for path in folder.glob("epoch-[0-9]*") if (path / _SHARED).is_file())
+    return [path for path in _named(folder) if (path / _SHARED).is_file()]
 
 
 def find(path: Path) -> Path:
@@ -114,9 +120,8 @@ def newest(config: TrainConfig) -> Path | None:
         return find(config.resume)
     own = [config.folder] if config.folder is not None else []
     for folder in [*own, config.resume]:
-        below = [path for path in folder.glob("epoch-[0-9]*") if path.name.removeprefix("epoch-").isdecimal()]
-        if below:
-            return max(below, key=lambda path: int(path.name.removeprefix("epoch-")))
+        if below := _named(folder):
+            return below[-1]
     return None
 
 

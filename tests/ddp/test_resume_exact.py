@@ -47,6 +47,19 @@ def train(model, optimizer, rank, steps):
     return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
 
 
+def load(kept, model, optimizer, state):
+    """Returns a run to where ``kept`` was saved: the dictionaries of model, optimizer and hook."""
+    for target, saved in zip((model, optimizer, state), kept, strict=True):
+        target.load_state_dict(saved)
+
+
+def kept_and_expected(rank, model, optimizer, state):
+    """Trains; returns what five steps leave, and the weights after four more."""
+    train(model, optimizer, rank, range(5))
+    kept = copy.deepcopy([model.state_dict(), optimizer.state_dict(), state.state_dict()])
+    return kept, train(model, optimizer, rank, range(5, 9))
+
+
 @world(2, 3)
 @pytest.mark.parametrize(
     ("name", "dtype"),
@@ -55,17 +68,12 @@ def train(model, optimizer, rank, steps):
     ids=str,
 )
 def test_a_resumed_run_is_bit_exact(rank, world_size, name, dtype):
-    model, optimizer, state = start(OPTIONS[name], dtype)
-    train(model, optimizer, rank, range(5))
+    kept, expected = kept_and_expected(rank, *start(OPTIONS[name], dtype))
     file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "hook": state.state_dict()}, file)
-    expected = train(model, optimizer, rank, range(5, 9))
+    torch.save(kept, file)
     file.seek(0)
-    saved = torch.load(file, weights_only=True)
     model, optimizer, state = start(OPTIONS[name], dtype)
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
-    state.load_state_dict(saved["hook"])
+    load(torch.load(file, weights_only=True), model, optimizer, state)
     assert torch.equal(train(model, optimizer, rank, range(5, 9)), expected)
 
 
@@ -73,17 +81,12 @@ def test_a_resumed_run_is_bit_exact(rank, world_size, name, dtype):
 @pytest.mark.parametrize("name", ["two_phase", "two_phase runs"])
 def test_a_run_resumed_by_distributed_checkpoint_is_bit_exact(rank, world_size, name):
     folder = gathered(tempfile.mkdtemp())[0]
-    model, optimizer, state = start(OPTIONS[name])
-    train(model, optimizer, rank, range(5))
-    dcp.save({"model": model.state_dict(), "hook": state.state_dict()}, checkpoint_id=folder)
-    momenta = copy.deepcopy(optimizer.state_dict())
-    expected = train(model, optimizer, rank, range(5, 9))
+    (weights, momenta, hook), expected = kept_and_expected(rank, *start(OPTIONS[name]))
+    dcp.save({"model": weights, "hook": hook}, checkpoint_id=folder)
     model, optimizer, state = start(OPTIONS[name])
     loaded = {"model": model.state_dict()}
     dcp.load(loaded, checkpoint_id=folder)
-    model.load_state_dict(loaded["model"])
-    state.load_state_dict(qcomm.load_rank_states(folder, "hook"))
-    optimizer.load_state_dict(momenta)
+    load((loaded["model"], momenta, qcomm.load_rank_states(folder, "hook")), model, optimizer, state)
     assert torch.equal(train(model, optimizer, rank, range(5, 9)), expected)
 
 
@@ -91,28 +94,19 @@ def test_a_run_resumed_by_distributed_checkpoint_is_bit_exact(rank, world_size, 
 def test_a_state_that_goes_back_resumes_on_its_own_model(rank, world_size):
     """As after a loss that became infinite: model and hook return to an earlier step, DDP's buckets stay."""
     model, optimizer, state = start(OPTIONS["two_phase"])
-    train(model, optimizer, rank, range(5))
-    kept = copy.deepcopy([model.state_dict(), state.state_dict(), optimizer.state_dict()])
-    expected = train(model, optimizer, rank, range(5, 9))
-    model.load_state_dict(kept[0])
-    state.load_state_dict(kept[1])
-    optimizer.load_state_dict(kept[2])
+    kept, expected = kept_and_expected(rank, model, optimizer, state)
+    load(kept, model, optimizer, state)
     assert torch.equal(train(model, optimizer, rank, range(5, 9)), expected)
 
 
 @world(2)
 def test_a_state_that_was_loaded_and_saved_again_resumes_as_well(rank, world_size):
-    model, optimizer, state = start(OPTIONS["two_phase"])
-    train(model, optimizer, rank, range(5))
-    kept = copy.deepcopy([model.state_dict(), state.state_dict(), optimizer.state_dict()])
-    expected = train(model, optimizer, rank, range(5, 9))
+    (weights, momenta, hook), expected = kept_and_expected(rank, *start(OPTIONS["two_phase"]))
     passed_on = qcomm.CompressionState(min_elements=100, **OPTIONS["two_phase"])
-    passed_on.load_state_dict(kept[1])
-    assert passed_on.state_dict()["buckets"] == kept[1]["buckets"]
+    passed_on.load_state_dict(hook)
+    assert passed_on.state_dict()["buckets"] == hook["buckets"]
     model, optimizer, state = start(OPTIONS["two_phase"])
-    model.load_state_dict(kept[0])
-    state.load_state_dict(passed_on.state_dict())
-    optimizer.load_state_dict(kept[2])
+    load((weights, momenta, passed_on.state_dict()), model, optimizer, state)
     assert torch.equal(train(model, optimizer, rank, range(5, 9)), expected)
 
 

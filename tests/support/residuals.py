@@ -1,4 +1,4 @@
-"""What error feedback still owes: the sum of all means is that of the exact ones, less this."""
+"""The debt of error feedback: the sum of all means is that of the exact ones, less this."""
 
 import torch
 
