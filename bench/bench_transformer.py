@@ -4,7 +4,7 @@
 
 Adam divides by the root of a second moment, in which the rounding noise of a coarse grid adds up, so it takes smaller
 steps than it should. The study shows by how much that hurts, over learning rates, and if a first absolute moment in its
-place (``abs``, :class:`transformer_training.AbsAdamW`) helps.
+place (``abs``, :class:`qcomm.AbsAdamW`) helps.
 
 **The rule of success** was written down before the first run. A method "holds" if at every rate whose fp32 loss is
 within 0.01 nats of the best rate's, its held-out loss is on average over the seeds at most 0.01 nats above that of fp32
@@ -165,6 +165,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="largest learning rates")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="also any qcomm k=K, with adamw or abs")
     parser.add_argument("--steps", type=int, default=Setting.steps, help="(default %(default)s)")
+    parser.add_argument("--width", type=int, default=Setting.width, help="of the model (default %(default)s)")
+    parser.add_argument("--depth", type=int, default=Setting.depth, help="of the model (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default %(default)s)")
     parser.add_argument("--runs", type=Path, default=None, help="lines of the runs (default: --json with .jsonl)")
     parser.add_argument("--json", type=Path, default=RESULTS / "transformer.json", help="the summary")
@@ -191,7 +193,7 @@ def main() -> None:
     text = standard_library(3 if arguments.quick else 120)
     # Comparisons at one rate first, and seed by seed.
     runs = [
-        (method, Setting(steps=arguments.steps, rate=rate, seed=seed))
+        (method, Setting(steps=arguments.steps, rate=rate, seed=seed, width=arguments.width, depth=arguments.depth))
         for seed in range(arguments.seeds)
         for rate in arguments.rates
         for method in arguments.methods

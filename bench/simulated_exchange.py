@@ -20,6 +20,7 @@ from qcomm.collectives import BucketLayout, ErrorFeedback, MeanTask, ReduceOptio
 from qcomm.collectives.two_phase_schedule import SLICE_ELEMENTS, Step
 from qcomm.collectives.two_phase_steps import MeanSteps, plan_slices
 from qcomm.communicator import Fields
+from qcomm.ddp.warm_up import WarmUp
 from qcomm.transport import Traffic
 
 MIN_ELEMENTS = 1024  # as of the hook: smaller tensors travel uncompressed, with peers too
@@ -87,9 +88,16 @@ class Fp32:
 
 
 class TwoPhase:
-    """qcomm's ``two_phase`` with error feedback: its codec, its residuals, its steps."""
+    """qcomm's ``two_phase`` with error feedback: its codec, its residuals, its steps.
 
-    def __init__(self, grid: qcomm.SigmaGrid, ranks: int) -> None:
+    Args:
+        grid: of values; of means by the default of ``mean_step``.
+        ranks: number of ranks.
+        warm_up: number of initial steps on grids that coarsen from step 1 to that of ``grid``.
+    """
+
+    def __init__(self, grid: qcomm.SigmaGrid, ranks: int, warm_up: int = 0) -> None:
+        self._warm_up, self._step = WarmUp(warm_up, 1.0), 0
         self._options = ReduceOptions(grid, strategy="two_phase", min_elements=MIN_ELEMENTS).for_world(ranks)
         self._options.check_feedback()
         self.feedback = [ErrorFeedback() for _ in range(ranks)]
@@ -98,10 +106,12 @@ class TwoPhase:
 
     def average(self, bucket: Bucket, buffers: Sequence[torch.Tensor]) -> None:
         """Replaces the buffers by the mean that all ranks decode."""
+        self._step += bucket.index == 0
+        options = self._warm_up.options(self._options, self._warm_up.stage(self._step))
         layout = self._layout(bucket, len(buffers))
         plan = plan_slices(layout, SLICE_ELEMENTS, torch.float32)
         tasks = [
-            MeanTask(buffer, layout, self._options, Fields({}), telemetry, feedback, index=bucket.index)
+            MeanTask(buffer, layout, options, Fields({}), telemetry, feedback, index=bucket.index)
             for buffer, telemetry, feedback in zip(buffers, self._telemetry, self.feedback, strict=True)
         ]
         ranks = [MeanSteps(task, rank, plan) for rank, task in enumerate(tasks)]
@@ -292,7 +302,8 @@ def build_exchange(method: str, ranks: int) -> Exchange:
     """Returns a new exchange.
 
     Args:
-        method: "fp32", "qcomm k=3.2" (any step), "powersgd r=2" (any rank), "top-k 1%" or "sign".
+        method: "fp32", "qcomm k=3.2" (any step), "qcomm k=3.2 after 40" (of any number of steps of warm-up),
+            "powersgd r=2" (any rank), "top-k 1%" or "sign".
         ranks: number of ranks.
 
     Raises:
@@ -305,7 +316,10 @@ def build_exchange(method: str, ranks: int) -> Exchange:
     if method == "sign":
         return Sign()
     if method.startswith("qcomm k="):
-        return TwoPhase(qcomm.SigmaGrid(float(method.removeprefix("qcomm k="))), ranks)
+        step, _, warm_up = method.removeprefix("qcomm k=").partition(" after ")
+        return TwoPhase(qcomm.SigmaGrid(float(step)), ranks, int(warm_up or 0))
     if method.startswith("powersgd r="):
         return PowerSgd(int(method.removeprefix("powersgd r=")))
-    raise ValueError(f"method is {method!r}; it must be fp32, qcomm k=K, powersgd r=R, top-k 1% or sign")
+    raise ValueError(
+        f"method is {method!r}; it must be fp32, qcomm k=K, qcomm k=K after N, powersgd r=R, top-k 1% or sign"
+    )

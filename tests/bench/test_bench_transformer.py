@@ -1,6 +1,4 @@
-"""The study of AdamW on a small transformer: its rule of success, its optimizer, and how an interrupted one goes on."""
-
-import math
+"""The study of AdamW on a small transformer: its rule of success, its warm-up, and how an interrupted one goes on."""
 
 import pytest
 import torch
@@ -43,21 +41,26 @@ def test_the_rule_of_success(bench, losses, bits, answer):
     assert row["bits"] == bits and row["loss"]["difference"] == pytest.approx(0.005)
 
 
-def test_absolute_moments_are_adams_for_gradients_of_one_size(bench):
-    """Of gradients of +-c both denominators are c, but for the constant of a normal distribution."""
-    _, training = bench
-    ours, theirs = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    absolute = training.AbsAdamW([ours], lr=0.1 * math.sqrt(math.pi / 2))
-    adam = torch.optim.AdamW([theirs], lr=0.1, betas=training.BETAS, weight_decay=training.WEIGHT_DECAY)
-    decay = 1 - 0.1 * training.WEIGHT_DECAY, 1 - 0.1 * math.sqrt(math.pi / 2) * training.WEIGHT_DECAY
-    for sign in (1, -1, -1, 1, 1):
-        for parameter in (ours, theirs):
-            parameter.grad = sign * torch.tensor([0.5, 2.0, 30.0])
-        before = ours.detach().clone(), theirs.detach().clone()
-        absolute.step()
-        adam.step()
-        moved = ours.detach() - decay[1] * before[0], theirs.detach() - decay[0] * before[1]
-        assert torch.allclose(moved[0], moved[1], rtol=1e-4, atol=1e-7)
+def test_a_warm_up_begins_at_step_1_and_ends(bench):
+    """The first mean is that of a grid of step 1, and from the fifth step on as few bytes are sent as without it."""
+    from simulated_exchange import Bucket, build_exchange
+
+    torch.manual_seed(0)
+    gradients = torch.randn(8, 2, 20_000)
+    bucket = Bucket(0, ("weight",), (torch.Size([20_000]),))
+    exchanges = {name: build_exchange(f"qcomm k={name}", 2) for name in ("1", "3.2", "3.2 after 4")}
+    first, sent = {}, {}
+    for name, exchange in exchanges.items():
+        totals = []
+        for step in gradients:
+            buffers = [*step.clone()]
+            exchange.average(bucket, buffers)
+            first.setdefault(name, buffers[0])
+            totals.append(exchange.stats()["bytes_sent"])
+        sent[name] = totals
+    assert torch.equal(first["3.2 after 4"], first["1"]) and not torch.equal(first["3.2"], first["1"])
+    last = {name: totals[-1] - totals[-4] for name, totals in sent.items()}
+    assert last["3.2 after 4"] == pytest.approx(last["3.2"], rel=0.1) and last["1"] > 2 * last["3.2"]
 
 
 @pytest.mark.parametrize("method", ["qcomm k=1", "qcomm k=1 sgd", "zip adamw"])
