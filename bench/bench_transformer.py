@@ -20,7 +20,7 @@ import platform
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,16 +64,18 @@ def key_of(method: str, setting: Setting, text: Text) -> dict[str, Any]:
 
 
 def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns one row for each number of steps, rate and method; differences are from fp32 at the same rate."""
+    """Returns one row for each model, number of steps, rate and method; differences are from fp32 at the same rate."""
     grouped: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
     for record in records:
-        grouped.setdefault((record["steps"], record["rate"], record["method"]), {})[record["seed"]] = record
+        key = record["parameters"], record["steps"], record["rate"], record["method"]
+        grouped.setdefault(key, {})[record["seed"]] = record
     rows = []
-    for (steps, rate, method), of_seed in sorted(grouped.items()):
-        reference = grouped.get((steps, rate, REFERENCE), {})
+    for (parameters, steps, rate, method), of_seed in sorted(grouped.items()):
+        reference = grouped.get((parameters, steps, rate, REFERENCE), {})
         losses = {seed: record["held_out_loss"] for seed, record in sorted(of_seed.items())}
         both = [seed for seed in losses if seed in reference]
         row = {
+            "parameters": parameters,
             "steps": steps,
             "rate": rate,
             "method": method,
@@ -90,26 +92,32 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def verdicts(rows: Sequence[dict[str, Any]], seeds: int) -> dict[str, str]:
-    """Returns the answer of the rule of success for each method."""
-    found = {}
-    for steps in {row["steps"] for row in rows}:
-        fp32 = {row["rate"]: row for row in rows if row["steps"] == steps and row["method"] == REFERENCE}
+def verdicts(rows: Sequence[dict[str, Any]], seeds: int) -> list[dict[str, Any]]:
+    """Returns the answer of the rule of success for each model, number of steps and method."""
+    found = []
+    for parameters, steps in sorted({(row["parameters"], row["steps"]) for row in rows}):
+        scene = [row for row in rows if (row["parameters"], row["steps"]) == (parameters, steps)]
+        fp32 = {row["rate"]: row for row in scene if row["method"] == REFERENCE}
         if not fp32:
             continue
         best = min(row["mean_loss"] for row in fp32.values())
         near = [rate for rate, row in fp32.items() if row["mean_loss"] <= best + ALLOWED_NATS]
-        for method in {row["method"] for row in rows} - {REFERENCE}:
-            of_rate = {row["rate"]: row for row in rows if row["steps"] == steps and row["method"] == method}
-            missing = [rate for rate in near if rate not in of_rate or of_rate[rate]["seeds"] < seeds]
-            if missing:
-                found[method] = f"open: {seeds} seeds are missing at rates {missing}"
-                continue
-            worst = max(of_rate[rate]["mean_loss"] - best for rate in near)
-            bits = max(of_rate[rate]["bits"] for rate in near)
-            holds = worst <= ALLOWED_NATS and bits <= ALLOWED_BITS
-            found[method] = f"{'holds' if holds else 'does not hold'}: {worst:+.4f} nats at worst, {bits:.2f} bits"
+        for method in sorted({row["method"] for row in scene} - {REFERENCE}):
+            of_rate = {row["rate"]: row for row in scene if row["method"] == method}
+            verdict = _verdict(of_rate, near, best, seeds)
+            found.append({"parameters": parameters, "steps": steps, "method": method, "verdict": verdict})
     return found
+
+
+def _verdict(of_rate: Mapping[float, dict[str, Any]], near: Sequence[float], best: float, seeds: int) -> str:
+    """Returns the answer for one method: its rows by rate, and the rates that count."""
+    missing = [rate for rate in near if rate not in of_rate or of_rate[rate]["seeds"] < seeds]
+    if missing:
+        return f"open: {seeds} seeds are missing at rates {missing}"
+    worst = max(of_rate[rate]["mean_loss"] - best for rate in near)
+    bits = max(of_rate[rate]["bits"] for rate in near)
+    holds = worst <= ALLOWED_NATS and bits <= ALLOWED_BITS
+    return f"{'holds' if holds else 'does not hold'}: {worst:+.4f} nats at worst, {bits:.2f} bits"
 
 
 def write(path: Path, records: Sequence[dict[str, Any]], command: str) -> None:
@@ -129,7 +137,9 @@ def write(path: Path, records: Sequence[dict[str, Any]], command: str) -> None:
 
 def print_table(records: Sequence[dict[str, Any]]) -> None:
     rows = summarise(records)
-    print(f"{'steps':>6}{'rate':>8}  {'method':<20}{'seeds':>6}{'nats':>9}  {'minus fp32':<28}{'bits':>7}")
+    print(
+        f"{'weights':>9}{'steps':>6}{'rate':>8}  {'method':<26}{'seeds':>6}{'nats':>9}  {'minus fp32':<28}{'bits':>7}"
+    )
     for row in rows:
         difference = ""
         if "loss" in row:
@@ -138,11 +148,11 @@ def print_table(records: Sequence[dict[str, Any]]) -> None:
                 difference += " ({:+.4f} .. {:+.4f})".format(*row["loss"]["interval"])
         bits = f"{row['bits']:.2f}" if "bits" in row else ""
         print(
-            f"{row['steps']:>6}{row['rate']:>8g}  {row['method']:<20}{row['seeds']:>6}{row['mean_loss']:>9.4f}  "
-            f"{difference:<28}{bits:>7}"
+            f"{row['parameters']:>9}{row['steps']:>6}{row['rate']:>8g}  {row['method']:<26}{row['seeds']:>6}"
+            f"{row['mean_loss']:>9.4f}  {difference:<28}{bits:>7}"
         )
-    for method, verdict in sorted(verdicts(rows, SEEDS).items()):
-        print(f"{method}: {verdict}")
+    for found in verdicts(rows, SEEDS):
+        print("{parameters} parameters, {steps} steps, {method}: {verdict}".format(**found))
 
 
 def run_missing(

@@ -99,6 +99,32 @@ def accuracy_low_rate() -> str:
     )  # fmt: skip
 
 
+OPTIMIZERS = {"adamw": "AdamW", "abs": "AbsAdamW"}
+
+
+def transformer() -> str:
+    """``bench/bench_transformer.py``: held-out losses, and their paired differences from fp32 at the same rate."""
+    rows = []
+    for row in read("transformer.json")["summary"]:
+        exchange, _, optimizer = row["method"].rpartition(" ")
+        difference = interval = ""
+        if "loss" in row:
+            difference = f"{row['loss']['difference']:+.4f}"
+            if row["loss"]["interval"] is not None:
+                interval = "{:+.4f} … {:+.4f}".format(*row["loss"]["interval"])
+        bits = f"{row['bits']:.2f}" if "bits" in row else ""
+        model = f"{row['parameters']:,}, {row['steps']}"
+        rows.append(
+            [model, f"{row['rate']:g}", exchange, OPTIMIZERS[optimizer], str(row["seeds"]), f"{row['mean_loss']:.4f}",
+             difference, interval, bits]
+        )  # fmt: skip
+    return markdown(
+        ["parameters, steps", "rate", "exchange", "optimizer", "seeds", "nats", "minus fp32 AdamW", "95 % interval",
+         "all bytes, as bits"],
+        rows,
+    )  # fmt: skip
+
+
 RATES = {"100mbit": "100 Mb/s", "1gbit": "1 Gb/s", "none": "loopback"}
 ALLREDUCE_METHODS = ("fp32", "bf16", "powersgd r=2", "int8", "qcomm k=1", "qcomm k=2")
 
@@ -259,6 +285,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "train": train,
     "accuracy": accuracy,
     "accuracy_low_rate": accuracy_low_rate,
+    "transformer": transformer,
     "allreduce": allreduce,
     "averaging": averaging,
     "planner_check": planner_check,

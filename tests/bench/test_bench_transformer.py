@@ -18,7 +18,8 @@ def bench(monkeypatch):
 
 def record(method, rate, seed, loss, bits=2.0):
     stats = {"bytes_sent": 32.0 if method.startswith("fp32") else bits}
-    return {"steps": 10, "rate": rate, "method": method, "seed": seed, "held_out_loss": loss, "stats": stats}
+    run = {"parameters": 99, "steps": 10, "rate": rate, "method": method, "seed": seed}
+    return {**run, "held_out_loss": loss, "stats": stats}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,8 @@ def test_the_rule_of_success(bench, losses, bits, answer):
     records = [record("fp32 adamw", rate, seed, loss) for rate, loss in reference.items() for seed in range(3)]
     records += [record("qcomm k=1 abs", rate, seed, loss, bits) for rate, loss in losses.items() for seed in range(3)]
     rows = study.summarise(records)
-    assert study.verdicts(rows, 3)["qcomm k=1 abs"].startswith(answer)
+    (verdict,) = study.verdicts(rows, 3)
+    assert verdict["method"] == "qcomm k=1 abs" and verdict["verdict"].startswith(answer)
     row = next(row for row in rows if row["method"] == "qcomm k=1 abs" and row["rate"] == 0.002)
     assert row["bits"] == bits and row["loss"]["difference"] == pytest.approx(0.005)
 
