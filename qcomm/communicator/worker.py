@@ -46,7 +46,8 @@ class Communicator:
         self._sequence = 0
         self._pending_fault: Fault | None = None
         self.means = Means()
-        self._broken: BaseException | None = None
+        # Not the error itself, whose frames would keep the group, and with it threads and connections, for ever.
+        self._broken: str | None = None
         self._closed = False
         self._closing = threading.Lock()
         self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Ticket[object]] | None] = queue.SimpleQueue()
@@ -142,8 +143,11 @@ class Communicator:
             if not is_agreed(error):
                 # The peers may be waiting for this rank. Closed connections give them an error now and not after the
                 # timeout.
-                self._broken = error
-                self._transport.close()
+                self._broken = str(error)
+                if isinstance(error, TransportError):
+                    self._transport.close()
+                else:
+                    self._transport.fail()
             told = error
             if not isinstance(told, Exception):  # SystemExit and the like are meant for the main thread
                 told = CollectiveError(f"the collective was ended by {type(error).__name__}: {error}")

@@ -10,6 +10,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,22 @@ def save(folder: Path, epoch: int, shared: dict[str, Any], per_rank: dict[str, A
         epoch: number of finished epochs.
         shared: state that is equal on all ranks; rank 0's is written.
         per_rank: this rank's own state.
+
+    Raises:
+        RecipeError: on all ranks, naming the one that could not write, as with a full disk. The last whole checkpoint
+            stays.
     """
     rank = dist.get_rank()
     unfinished, final = folder / f"unfinished-{epoch:04d}", folder / f"epoch-{epoch:04d}"
-    if rank == 0:
+
+    def begin() -> None:
         for left in folder.glob("unfinished-[0-9]*"):  # by a process that was killed here
             shutil.rmtree(left)
         unfinished.mkdir(parents=True)
-        _write({"format": _FORMAT, "world_size": dist.get_world_size(), "epoch": epoch, **shared}, unfinished / _SHARED)
-    dist.barrier()  # the directory exists
-    _write(per_rank, unfinished / _rank_file(rank))
-    dist.barrier()  # every file is complete
-    if rank == 0:
+        header = {"format": _FORMAT, "world_size": dist.get_world_size(), "epoch": epoch}
+        _write({**header, **shared}, unfinished / _SHARED)
+
+    def publish() -> None:
         if final.exists():  # of an earlier run
             _remove(final)
         unfinished.replace(final)
@@ -54,7 +59,34 @@ def save(folder: Path, epoch: int, shared: dict[str, Any], per_rank: dict[str, A
         for older in _all(folder):
             if older != final:
                 _remove(older)
-    dist.barrier()
+
+    try:
+        _on_all_ranks(final, begin if rank == 0 else None)
+        _on_all_ranks(final, lambda: _write(per_rank, unfinished / _rank_file(rank)))
+        _on_all_ranks(final, publish if rank == 0 else None)
+    except RecipeError:
+        if rank == 0:  # the disk may be full
+            shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+
+
+def _on_all_ranks(checkpoint: Path, step: Callable[[], None] | None) -> None:
+    """Runs this rank's part of a step, if it has one, and waits for that of the others. Collective.
+
+    Raises:
+        RecipeError: on all ranks. A rank could not write, and the others would wait for it at the next step.
+    """
+    failure = ""
+    try:
+        if step is not None:
+            step()
+    except (OSError, RuntimeError) as error:  # torch's own is a RuntimeError
+        failure = f"{type(error).__name__}: {error}"
+    failures: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    for rank, text in enumerate(failures):
+        if text:
+            raise RecipeError(f"rank {rank} could not write {checkpoint}: {text}; the last whole checkpoint stays")
 
 
 def _write(content: dict[str, Any], path: Path) -> None:

@@ -114,6 +114,10 @@ class Transport(ABC):
         """Closes the connections; peers that wait for this rank get an error at once and not after the timeout."""
 
     @abstractmethod
+    def fail(self) -> None:
+        """Closes the connections as a rank that failed where no message can say so: the others name it at once."""
+
+    @abstractmethod
     def _wait(self, transfers: Sequence[Transfer]) -> list[tuple[int, RuntimeError]]:
         """Waits for all of ``transfers``, also after a failure of some; returns the failures, by rank."""
 

@@ -146,6 +146,13 @@ class GlooTransport(Transport):
         """Closes the connections, see :meth:`Transport.close`."""
         self._gloo = None
 
+    def fail(self) -> None:
+        """Blames this rank on the store and breaks the connections, which transfers under way would keep open."""
+        if self._lost is not None and not self._has_abandoned:
+            self._lost.note({self.rank})
+        self.abandon([])
+        self.close()
+
 
 def break_connections(gloo: Any, peers: Sequence[int]) -> None:
     """Closes the connections of a ``ProcessGroupGloo``. Threads that wait for a peer get an error, and so do the peers.

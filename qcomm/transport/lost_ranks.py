@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-__all__ = ["LostRanks"]
+__all__ = ["LostRanks", "last_in_chains"]
 
 T = TypeVar("T")
 
@@ -53,13 +53,28 @@ class LostRanks:
             rank: json.loads(self._store.get(self._key(rank))) for rank in ranks if self._store.check([self._key(rank)])
         }
         begin = lost or {other for others in told.values() for other in others if other != self._rank}
-        blamed = {last for rank in begin for last in _ends(rank, told, {self._rank})}
+        blamed = last_in_chains(begin, told, self._rank)
         self._store.set(self._key(self._rank), json.dumps(sorted(blamed)))
         return blamed
 
     @staticmethod
     def _key(rank: int) -> str:
         return f"lost by {rank}"
+
+
+def last_in_chains(lost: Collection[int], told: Mapping[int, Collection[int]], own: int) -> set[int]:
+    """Returns the ranks to blame for ``lost``: each one that had itself lost others is replaced by those.
+
+    Args:
+        lost: by this rank.
+        told: the ranks that others said they had lost, by rank. A rank that names itself has failed.
+        own: this rank, which does not blame itself.
+
+    Example:
+        >>> last_in_chains({0}, {0: [1], 1: [2]}, own=3)
+        {2}
+    """
+    return {last for rank in lost for last in _ends(rank, told, {own})}
 
 
 def _ends(rank: int, told: Mapping[int, Collection[int]], passed: Collection[int]) -> set[int]:

@@ -2,9 +2,10 @@
 
 All are nonblocking point-to-point messages of bytes, in the same pairwise order as over gloo. MPI waits for ever or
 not at all, so ``poll_until`` tests repeatedly, at growing intervals. MPI also has no connections that break. A rank
-that leaves sends a *farewell*, an empty message whose receive all others post at the start. No rank then waits until
-the timeout for a rank that failed. A rank may die without a farewell. The launcher notices that: mpirun ends the job.
-It does not notice a stopped rank, so the others end the job when they end (:mod:`qcomm.transport.mpi_exit`).
+that leaves sends a *farewell*, whose receive all others post at the start. No rank then waits until the timeout for a
+rank that failed. A farewell holds a byte for each rank, 1 for those because of which its sender leaves: a survivor that
+leaves first is not blamed. A rank may die without a farewell. The launcher notices that: mpirun ends the job. It does
+not notice a stopped rank, so the others end the job when they end (:mod:`qcomm.transport.mpi_exit`).
 
 A receive can be cancelled, a send cannot. The memory of a send without a receiver is kept until the process ends, and
 so is that of a receive whose cancellation does not end.
@@ -13,7 +14,7 @@ so is that of a receive whose cancellation does not end.
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from qcomm.transport.base import Transfer, Transport
+from qcomm.transport.lost_ranks import last_in_chains
 from qcomm.transport.mpi_exit import expect_before_exit
 from qcomm.transport.polling import poll_until
 from qcomm.transport.ring_sum import ring_sum
@@ -113,7 +115,9 @@ class MpiTransport(Transport):
         self._closing, self._testing = threading.Lock(), threading.Lock()
         self._is_closed = False
         self._failed = False
-        self._farewells = {peer: comm.Irecv([bytearray(), mpi.BYTE], peer, FAREWELL_TAG) for peer in self.peers}
+        self._reasons = {peer: bytearray(self.world_size) for peer in self.peers}
+        self._farewells = {peer: comm.Irecv([self._reasons[peer], mpi.BYTE], peer, FAREWELL_TAG) for peer in self.peers}
+        self._blamed: set[int] = set()  # ranks because of which this one leaves
         self._departed: set[int] = set()
         self._silent: set[int] = set()
 
@@ -179,6 +183,15 @@ class MpiTransport(Transport):
                     self._departed.add(peer)
         return self._departed
 
+    def _blame(self, lost: Collection[int]) -> Collection[int]:
+        """Names, in place of a rank that has left, those because of which it did."""
+        told = {
+            peer: [rank for rank, blamed in enumerate(self._reasons[peer]) if blamed]
+            for peer in self._note_departures()
+        }
+        self._blamed = last_in_chains(lost, told, self.rank)
+        return self._blamed
+
     def _note_silence(self, peers: Iterable[int]) -> None:
         if not self._silent:
             expect_before_exit(self._mpi, self._missing)
@@ -200,6 +213,12 @@ class MpiTransport(Transport):
             message.give_up()
         self.close()
 
+    def fail(self) -> None:
+        """Leaves the group with a farewell that blames this rank."""
+        self._failed = True
+        self._blamed = {self.rank}
+        self.close()
+
     def sum(self, buffers: Sequence[torch.Tensor], what: str) -> None:
         """Sums around a ring, whose messages can be given up, unlike a collective of MPI; see :meth:`Transport.sum`."""
         if self._is_closed:
@@ -219,7 +238,8 @@ class MpiTransport(Transport):
         # A forked child must not use its parent's MPI.
         if self._mpi.Is_finalized() or os.getpid() != self._process:
             return
-        sends = [self._comm.Isend([bytearray(), self._mpi.BYTE], peer, FAREWELL_TAG) for peer in self.peers]
+        farewell = bytearray(rank in self._blamed for rank in range(self.world_size))
+        sends = [self._comm.Isend([farewell, self._mpi.BYTE], peer, FAREWELL_TAG) for peer in self.peers]
 
         def all_left() -> bool:
             return bool(self._mpi.Request.Testall(sends)) and len(self._note_departures()) == len(self.peers)
@@ -228,10 +248,13 @@ class MpiTransport(Transport):
         if not self._failed and poll_until(all_left, LEAVE_SECONDS):
             self._comm.Free()
             return
+        _kept.append(sends)
         with self._testing:
             status = self._mpi.Status()
             for peer in set(self.peers) - self._departed:
                 self._farewells[peer].Cancel()
                 ended = poll_until(partial(self._farewells[peer].Test, status), GRACE_SECONDS)
-                if ended and not status.Is_cancelled():  # the farewell came first
+                if not ended:
+                    _kept.append(self._farewells[peer])
+                elif not status.Is_cancelled():  # the farewell came first
                     self._departed.add(peer)

@@ -1,6 +1,7 @@
 """Restarts of a killed run: one command line begins it and goes on, by hand and under torchrun."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -173,6 +174,32 @@ def ranks_that_differ(folder):
 @pytest.mark.slow
 def test_a_checkpoint_that_not_all_ranks_can_read_is_named_on_all(tmp_path):
     launch(ranks_that_differ, 2, 1, tmp_path)
+
+
+def one_full_disk(folder):
+    """On each of two ranks: the disk of one is full, wherever in its file; after that it is not."""
+    rank = dist.get_rank()
+    shared, own = {"weights": torch.zeros(5000)}, {"residual": torch.full((5000,), float(rank))}
+    checkpoint.save(folder, 1, shared, own)
+    for full in range(2):
+        for limit in (0, 1, 700, 20_000):
+            soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit if rank == full else soft, hard))
+            try:
+                with pytest.raises(RecipeError, match=rf"rank {full} could not write .*epoch-0002"):
+                    checkpoint.save(folder, 2, shared, own)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            dist.barrier()
+            assert [path.name for path in folder.iterdir()] == ["epoch-0001"]
+            dist.barrier()
+    checkpoint.save(folder, 2, shared, own)
+    assert [path.name for path in folder.iterdir()] == ["epoch-0002"]
+
+
+@pytest.mark.world
+def test_a_full_disk_on_one_rank_is_an_error_on_all(tmp_path):
+    launch(one_full_disk, 2, 1, tmp_path / "run")
 
 
 class TestNewest:

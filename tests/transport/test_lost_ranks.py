@@ -32,6 +32,14 @@ def test_several_ranks_that_are_gone_are_all_named():
     assert of[2].note({1, 4}) == {3, 4}
 
 
+def test_a_rank_that_failed_by_itself_says_so():
+    of = ranks(4)
+    assert of[1].note({1}) == {1}
+    assert of[0].note(()) == {1}
+    assert of[2].note({0}) == {1}
+    assert of[3].note({2}) == {1}
+
+
 def test_a_rank_is_not_told_of_itself():
     of = ranks(3)
     of[0].note({1})  # rank 1 was late, and lives
