@@ -1,0 +1,220 @@
+"""Random faults in random steps: kills, stops, cut links, delays, flipped bits, exceptions, full disks.
+
+    python tests/soak.py --faults 1000 --seed 7        # a table of kinds and outcomes; about 40 minutes on one core
+    python tests/soak.py --seed 7 --only 123           # that one fault again
+    python tests/soak.py --seconds 60                  # as many as fit, of a seed that is printed
+    python tests/soak.py --minutes 30 --seed 7         # training runs under faults and restarts
+
+Every fault has a rule for its outcome (tests/support/soak_cases.py). What breaks a rule is printed with the command
+that runs this one fault again, and the exit status is 1. Links are cut between network namespaces, which need root;
+ranks over MPI need mpirun. Without them the other faults run, and the reason is printed.
+"""
+
+import argparse
+import queue
+import random
+import shlex
+import sys
+import threading
+import time
+from collections import Counter, defaultdict
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE / "support"), str(HERE.parents[0] / "bench"), str(HERE.parents[0])]
+
+from ranks import about, write  # noqa: E402
+from soak_cases import draw, judge  # noqa: E402
+from soak_worlds import Links, Template, World, WorldError, available_transports  # noqa: E402
+
+LARGEST = 4  # world
+# More than after a world's first fault. Connections that have just ended may still be there.
+MOST_DESCRIPTORS, MOST_THREADS = 16, 8
+
+
+class Pool:
+    """Worlds that wait for the next fault of their kind. One lane of the soak has one pool."""
+
+    def __init__(self, template, lab):
+        self._template, self._lab = template, lab
+        self._worlds = {}
+
+    def run(self, case):
+        """(what was seen, the world's log, growth): of a case in a world of its kind."""
+        key = case.transport, case.world_size
+        if key not in self._worlds:
+            lab = self._lab if case.transport == "link" else None
+            self._worlds[key] = World(case.transport, case.world_size, self._template, lab)
+        world = self._worlds[key]
+        seen = world.run(case)
+        grown = _growth(world, seen)
+        log = world.log()
+        if not world.is_usable:
+            del self._worlds[key]
+            if trouble := world.close():
+                seen.trouble = seen.trouble or trouble
+        return seen, log, grown
+
+    def close(self):
+        return [trouble for world in self._worlds.values() if (trouble := world.close())]
+
+
+def _growth(world, seen):
+    """Descriptors, threads and MiB of the rank that has most more of them than after its first case."""
+    now = {rank: report for rank, report in enumerate(seen.checks) if report is not None}
+    if len(now) < world.size:
+        return None
+    if not world.first:
+        world.first = now
+        return None
+    return {
+        "cases": world.cases,
+        "transport": world.transport,
+        "descriptors": max(now[rank].descriptors - first.descriptors for rank, first in world.first.items()),
+        "threads": max(now[rank].threads - first.threads for rank, first in world.first.items()),
+        "rss_mib": max((now[rank].rss_kib - first.rss_kib) / 1024 for rank, first in world.first.items()),
+    }
+
+
+class Soak:
+    """Draws cases, runs them in ``jobs`` lanes and keeps their outcomes."""
+
+    def __init__(self, arguments):
+        self.arguments = arguments
+        self.table = defaultdict(Counter)
+        self.violations, self.growth, self.missed = [], [], 0
+        self.transports, self.reasons = available_transports()
+        self._lock = threading.Lock()
+        self._numbers = queue.SimpleQueue()
+        self._begin = time.monotonic()
+        for number in [arguments.only] if arguments.only is not None else range(arguments.faults):
+            self._numbers.put(number)
+
+    def run(self):
+        template = Template()
+        threads = [threading.Thread(target=self._lane, args=(template,)) for _ in range(self.arguments.jobs)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        template.close()
+        return time.monotonic() - self._begin
+
+    def _lane(self, template):
+        if "link" not in self.transports:
+            return self._run_lane(Pool(template, None))
+        with Links(LARGEST) as lab:
+            return self._run_lane(Pool(template, lab))
+
+    def _run_lane(self, pool):
+        try:
+            while self.arguments.seconds is None or time.monotonic() - self._begin < self.arguments.seconds:
+                try:
+                    number = self._numbers.get_nowait()
+                except queue.Empty:
+                    break
+                self._run_case(pool, number)
+        finally:
+            for trouble in pool.close():
+                self._violated("the end of a world", trouble)
+
+    def _run_case(self, pool, number):
+        arguments = self.arguments
+        case = draw(arguments.seed, number, arguments.timeout, self.transports)
+        begin = time.monotonic()
+        try:
+            seen, log, grown = pool.run(case)
+        except WorldError as error:
+            self._violated(f"fault {number} ({case.kind})", f"no world: {error}")
+            return
+        fired = any(report is not None and report.fired for report in seen.reports) or None in seen.reports
+        outcome, wrong = judge(case, seen) if fired else ("not reached", [])
+        if grown is not None and (grown["descriptors"] > MOST_DESCRIPTORS or grown["threads"] > MOST_THREADS):
+            wrong.append(f"leak: after {grown['cases']} faults a rank has more than after its first one: {grown}")
+        with self._lock:
+            self.table[case.kind][outcome] += 1
+            if grown is not None:
+                self.growth.append(grown)
+            if arguments.verbose or wrong:
+                where = next((r.fired for r in seen.reports if r is not None and r.fired), None)
+                print(
+                    f"{number}: {case.kind} of rank {case.rank} of {case.world_size} ({case.transport}), "
+                    f"{case.strategy}, step {case.step}, at {where}: {outcome} ({time.monotonic() - begin:.1f} s)"
+                    + (f", growth {grown}" if arguments.verbose else ""),
+                    flush=True,
+                )
+        for sentence in wrong:
+            self._violated(f"fault {number} ({case.kind})", sentence, log if arguments.verbose else "")
+
+    def _violated(self, what, sentence, log=""):
+        again = [sys.executable, "tests/soak.py", "--seed", str(self.arguments.seed)]
+        again += ["--only", what.split()[1]] if what.startswith("fault") else ["--faults", str(self.arguments.faults)]
+        with self._lock:
+            self.violations.append({"what": what, "sentence": sentence, "again": shlex.join(again[1:])})
+            print(f"VIOLATION, {what}: {sentence}\n  again: {shlex.join(again)}", flush=True)
+            if log:
+                print(log, flush=True)
+
+
+def show(table):
+    """Prints kinds and outcomes."""
+    outcomes = sorted({outcome for counts in table.values() for outcome in counts})
+    for kind, counts in sorted(table.items()):
+        print(f"{kind:10}" + "".join(f"  {counts[name]:4} {name}" for name in outcomes if counts[name]))
+
+
+def faults(arguments):
+    soak = Soak(arguments)
+    for reason in soak.reasons:
+        print(reason)
+    print(f"seed {arguments.seed}", flush=True)
+    seconds = soak.run()
+    show(soak.table)
+    count = sum(sum(counts.values()) for counts in soak.table.values())
+    grown = {
+        name: max((entry[name] for entry in soak.growth), default=0) for name in ("descriptors", "threads", "rss_mib")
+    }
+    print(
+        f"{count} faults in {seconds / 60:.1f} minutes, {60 * count / seconds:.0f} a minute; "
+        f"{len(soak.violations)} violations; largest growth of a rank: {grown['descriptors']} descriptors, "
+        f"{grown['threads']} threads, {grown['rss_mib']:.1f} MiB"
+    )
+    if arguments.json is not None:
+        document = {
+            "about": about(command=shlex.join(["python", *sys.argv])),
+            "seed": arguments.seed,
+            "faults": count,
+            "seconds": round(seconds),
+            "left_out": soak.reasons,
+            "outcomes": {kind: dict(counts) for kind, counts in sorted(soak.table.items())},
+            "violations": soak.violations,
+            "largest_growth_of_a_rank": grown,
+            "longest_lived_world": max((entry["cases"] for entry in soak.growth), default=0),
+        }
+        write(arguments.json, document)
+    return 1 if soak.violations else 0
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, help="of all choices; a fresh one is drawn and printed without it")
+    parser.add_argument("--faults", type=int, default=1000, help="how many (default: 1000)")
+    parser.add_argument("--only", type=int, metavar="N", help="run fault N of the seed alone")
+    parser.add_argument("--seconds", type=float, help="begin no further fault after this time")
+    parser.add_argument("--minutes", type=float, help="train under faults and restarts, instead of single faults")
+    parser.add_argument("--timeout", type=float, default=4.0, help="of the groups, in seconds (default: 4)")
+    parser.add_argument("--jobs", type=int, default=1, help="faults at the same time (default: 1)")
+    parser.add_argument("--json", type=Path, help="write the outcomes there")
+    parser.add_argument("--verbose", action="store_true", help="a line for every fault, and the ranks' output")
+    arguments = parser.parse_args()
+    if arguments.seed is None:
+        arguments.seed = random.SystemRandom().randrange(1 << 32)
+    if arguments.minutes is not None:
+        from soak_minutes import soak
+
+        return soak(arguments)
+    return faults(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
