@@ -23,8 +23,8 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from qcomm.collectives import UNCOMPRESSED, BucketLayout, Telemetry, UncompressedValues, count_rings
-from qcomm.communicator import Fault, Group, Phase, Ticket, failed
-from qcomm.ddp.failures import GROUP_IS_BROKEN
+from qcomm.communicator import Fault, Group, LateFaultError, Phase, Ticket, failed
+from qcomm.ddp.failures import GROUP_IS_BROKEN, TOLD_LATER
 from qcomm.ddp.gloo_exit import CallbackToken
 from qcomm.errors import CollectiveError
 from qcomm.transport import MpiGroup, break_connections
@@ -242,19 +242,29 @@ class Bypass:
             _ = token  # held, and so counted, until this function is freed
             failure: CollectiveError | None = None
             try:
-                for summed in future.value():
-                    summed.value()
-                with torch.no_grad():
-                    if verified:
-                        means[verified] = values.fingerprint(buffer)
-                    values.store(buffer)
-            except RuntimeError as error:
-                text = f"bucket {index} was not averaged: {error}. {GROUP_IS_BROKEN}."
-                noted = CollectiveError(text)  # not the one that is raised, whose traceback has the token
-                last_error.note(noted)
-                failure = noted
-                raise CollectiveError(text) from error
+                try:
+                    for summed in future.value():
+                        summed.value()
+                except RuntimeError as error:
+                    text = f"bucket {index} was not averaged: {error}. {GROUP_IS_BROKEN}."
+                    failure = CollectiveError(text)  # not the one that is raised, whose traceback has the token
+                    raise CollectiveError(text) from error
+                try:
+                    with torch.no_grad():
+                        if verified:
+                            means[verified] = values.fingerprint(buffer)
+                        values.store(buffer)
+                except Exception as error:
+                    owe(Fault(Phase.DECODE, error.with_traceback(None)))  # it has the token, too
+                    text = (
+                        f"bucket {index} was averaged, but not stored on this rank: {type(error).__name__}: {error}. "
+                        f"{TOLD_LATER}."
+                    )
+                    failure = LateFaultError(text)
+                    raise LateFaultError(text) from error
             finally:
+                if failure is not None:
+                    last_error.note(failure)
                 outcome.end(failure)  # whatever happened: backward waits for it
             passed.count(time.perf_counter() - begin, last)
             if (observed := telemetry()) is not None:

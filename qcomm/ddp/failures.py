@@ -3,7 +3,7 @@
 from qcomm.communicator import is_agreed
 from qcomm.errors import CollectiveError, ConfigMismatchError, DivergenceError
 
-__all__ = ["GROUP_IS_BROKEN", "NOTHING_BEGAN", "of_bucket"]
+__all__ = ["GROUP_IS_BROKEN", "NOTHING_BEGAN", "TOLD_LATER", "of_bucket"]
 
 NEXT_STEP = "The rest of this step is not exchanged, and the next step can begin"
 WRAP_ANEW = (
@@ -11,6 +11,7 @@ WRAP_ANEW = (
     "ddp_model.module, ...) and qcomm.attach(ddp_model, state=state) on every rank before the next step"
 )
 GROUP_IS_BROKEN = "This process group cannot be used further: end all ranks and resume from a checkpoint"
+TOLD_LATER = "The other ranks go on, and are told when ranks next agree"
 NOTHING_BEGAN = "Nothing was exchanged; the next step can begin when the cause is removed"
 
 

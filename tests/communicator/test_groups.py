@@ -4,6 +4,8 @@ import gc
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -15,6 +17,7 @@ from distributed import all_reduce, counting_bytes, gathered, sliced, world
 import qcomm
 from qcomm.communicator import groups
 from qcomm.communicator.groups import get_communicator
+from qcomm.transport.base import Transport, TransportError
 from qcomm.transport.gloo import GlooTransport
 
 pytestmark = pytest.mark.world
@@ -133,3 +136,26 @@ def test_a_process_ends_quietly(end, code, tmp_path):
     program = PROGRAM.format(store=tmp_path / "store", end=end)
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert (ended.returncode, ended.stdout, ended.stderr) == (code, "ready\n", "")
+
+
+@world(2, seconds=60)
+def test_groups_whose_connections_broke_leave_no_threads_behind(rank, world_size):
+    """A run that goes on in new groups after its errors: what these have cost is given back."""
+
+    def break_one():
+        group = dist.new_group()
+        check_works(rank, world_size, group)
+        failing = mock.patch.object(Transport, "finish", side_effect=MemoryError("no memory"))
+        with failing if rank == 1 else nullcontext(), pytest.raises((MemoryError, TransportError)):
+            all_reduce(torch.zeros(5000), group=group)
+        dist.destroy_process_group(group)
+
+    def number_of_threads():
+        gc.collect()
+        return len(list(Path("/proc/self/task").iterdir()))
+
+    break_one()
+    before = number_of_threads()
+    for _ in range(5):
+        break_one()
+    assert number_of_threads() < before + 3, "each group has at least three"

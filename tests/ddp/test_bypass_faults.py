@@ -42,6 +42,29 @@ def test_a_fault_of_a_bypassed_step_is_told_later(rank, world_size):
     assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters()])
 
 
+@world(3)
+@pytest.mark.parametrize("name", ["fingerprint", "store"])
+@pytest.mark.parametrize("boom", [MemoryError("boom"), RuntimeError("boom")], ids=["MemoryError", "RuntimeError"])
+def test_a_rank_that_fails_after_a_bypassed_sum_says_so_later(rank, world_size, name, boom):
+    """The others have their mean by then; a failure that stayed unknown would leave ranks with different weights."""
+    model = wrap()
+    state = qcomm.attach(model, strategy="bf16", min_elements=0)
+    for _ in range(AGREED):
+        backward(model, rank)
+    with mock.patch.object(bypass.UncompressedValues, name, side_effect=boom) if rank == 1 else nullcontext():
+        error = error_of(model, rank)
+    assert (error is not None) == (rank == 1)
+    if rank == 1:
+        assert f"not stored on this rank: {type(boom).__name__}: boom" in str(error), error
+        assert "was averaged" in str(state.exception())
+    errors = [str(error) for _ in range(bypass.BYPASSED + 1) if (error := error_of(model, rank)) is not None]
+    told = f"rank 1 failed while decoding the result: {type(boom).__name__}: boom"
+    assert len(errors) == 1 and told in errors[0], errors
+    for _ in range(bypass.BYPASSED + 5):
+        assert error_of(model, rank) is None
+    assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters()])
+
+
 def case_destroyed(rank, world_size):
     """gloo's own threads must not be the last to hold a group: they would wait for themselves, and abort."""
 
