@@ -17,7 +17,7 @@ from pathlib import Path
 from ranks import about, write
 from soak_cases import POINTS, draw
 from soak_training import Job
-from soak_worlds import MARGIN_SECONDS, Template, World
+from soak_worlds import EXIT_SECONDS, Template, World
 
 STRATEGIES = ("two_phase", "all_gather", "exact_sum", "hierarchical", "none", "bf16")
 KINDS = (
@@ -34,7 +34,7 @@ KINDS = (
     "memory",
     "disk",
 )
-STEPS = 240
+STEPS = 120
 SILENCE_SECONDS = 90.0  # between two messages of a world
 
 
@@ -142,7 +142,7 @@ class Supervisor:
         world._tell(None, list(ended))
         trouble = ""
         for rank in ended:
-            if not world._ended(rank, MARGIN_SECONDS + 15):
+            if not world._ended(rank, EXIT_SECONDS):
                 world._dump([rank])
                 trouble = f"hang: rank {rank} does not end after an error: {world.log()}"
             elif code := self._template.exit_code(world.pids.pop(rank)):

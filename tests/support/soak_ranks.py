@@ -202,9 +202,18 @@ def serve(rank, size, connection, transport, folder):
     connection.send(("ready",))
     while (message := connection.recv()) is not None:
         name, case = message
-        connection.send(("done", getattr(process, name)(case)))
+        outcome = getattr(process, name)(case)
+        connection.send(("done", outcome))
+        if getattr(outcome, "lost", ""):
+            break  # others may be waiting for this rank in the default group
     process.close_groups()
     dist.destroy_process_group()
+
+
+def freeze():
+    """Spares what is there from later collections, which would copy the memory that ranks share with the template."""
+    gc.collect()
+    gc.freeze()
 
 
 def enter_network(name):
@@ -220,6 +229,7 @@ def enter_network(name):
 
 def become_template():
     """Forks a rank for every line of standard input; returns in the rank, with what the line says."""
+    freeze()
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)
@@ -243,6 +253,7 @@ def main():
         from mpi4py import MPI
 
         address, folder = sys.argv[1:]
+        freeze()
         serve(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, Client(address), "mpi", folder)
         return
     order = become_template()

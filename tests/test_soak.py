@@ -1,0 +1,65 @@
+"""A minute of tests/soak.py: random faults of a seed that the output names; QCOMM_SOAK_SEED gives it again."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from soak_cases import Case, Observed, Report, StepReport, blamed, draw, judge
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.world
+@pytest.mark.slow
+def test_a_minute_of_random_faults():
+    seed = os.environ.get("QCOMM_SOAK_SEED")
+    command = [sys.executable, "tests/soak.py", "--seconds", "60", *([] if seed is None else ["--seed", seed])]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
+    print(ended.stdout)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "0 violations" in ended.stdout
+
+
+def test_a_case_follows_from_its_seed_and_number():
+    assert draw(1, 2, 4.0, ["gloo", "mpi"]) == draw(1, 2, 4.0, ["gloo", "mpi"])
+    kinds = {draw(1, number, 4.0, ["gloo", "link", "mpi"]).kind for number in range(200)}
+    assert kinds == {"kill", "stop", "delay", "outage", "cut", "packet", "mean", "exception", "memory", "disk"}
+
+
+def case_of(kind, strategy="two_phase"):
+    cases = (draw(1, number, 4.0, ["gloo"]) for number in range(10_000))
+    return next(case for case in cases if (case.kind, case.strategy, case.world_size) == (kind, strategy, 2))
+
+
+def report(*steps, fired=None):
+    made = [StepReport(digest, error and "CollectiveError", error or "", False, 0.1) for digest, error in steps]
+    return Report(made, fired, 0.0, 0, 0, 0)
+
+
+def verdict(case: Case, reports, **seen):
+    return judge(case, Observed(list(reports), **seen))
+
+
+def test_the_rules_find_what_they_are_for():
+    exception = case_of("exception")
+    told = f"rank {exception.rank} failed while averaging its chunk: RuntimeError: boom"
+    good = [report(("a", None), (None, told), ("b", None)) for _ in range(2)]
+    assert verdict(exception, good) == ("error, rank named", [])
+    # A rank without an error, one that differs, one that blames another, one that hangs, and one that has ended.
+    assert verdict(exception, [good[0], report(("a", None), ("b", None))])[0] == "violation"
+    differing = [report(("a", None), (None, told), (digest, None)) for digest in "bc"]
+    assert "silent divergence" in verdict(exception, differing)[1][0]
+    wrong = report((None, told.replace(f"rank {exception.rank}", f"rank {1 - exception.rank}")))
+    assert verdict(exception, [wrong, wrong])[0] == "violation"
+    assert verdict(exception, good, hung=[0])[1] == ["hang: rank(s) [0] did not come back"]
+    assert "abort" in verdict(exception, good, exits={1: -6})[1][0]
+    delay = case_of("delay")
+    assert verdict(delay, [report(("a", None))] * 2) == ("no effect", [])
+    assert verdict(delay, [report((None, "no answer from rank(s) 1 (died)"))] * 2)[0] == "violation"
+
+
+def test_ranks_that_an_error_names():
+    assert blamed("no answer from rank(s) 1, 3 (died), and rank 2 failed while") == {1, 2, 3}
+    assert blamed("no answer from some rank of [0, 1, 2]") == set()
