@@ -14,6 +14,7 @@ import argparse
 import queue
 import random
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -90,7 +91,13 @@ class Soak:
         for number in [arguments.only] if arguments.only is not None else range(arguments.faults):
             self._numbers.put(number)
 
+    def end_soon(self, *_):
+        """Begins no further fault; worlds and namespaces are removed as at any end."""
+        self.arguments.seconds = 0.0
+
     def run(self):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.end_soon)
         template = Template()
         threads = [threading.Thread(target=self._lane, args=(template,)) for _ in range(self.arguments.jobs)]
         for thread in threads:

@@ -45,7 +45,12 @@ class Template:
     def __init__(self):
         self._lock = threading.Lock()
         self._process = subprocess.Popen(
-            [sys.executable, RANKS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+            [sys.executable, RANKS],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+            start_new_session=True,  # Ctrl-C is the parent's
         )
         self._process.stdout.readline()
 
