@@ -17,8 +17,9 @@ from qcomm.collectives import (
     average,
     refuse,
 )
-from qcomm.collectives_cuda import DeviceChoice, DevicePart, check_device_strategy, check_group
+from qcomm.collectives_cuda import DeviceChoice, DevicePart, check_device_options, check_group
 from qcomm.communicator import (
+    Communicator,
     Fields,
     Group,
     Phase,
@@ -27,11 +28,13 @@ from qcomm.communicator import (
     completed,
     device_future,
     failed,
+    find_communicator,
     get_communicator,
     get_world_size,
     resolve_group,
 )
 from qcomm.errors import CollectiveError, ConfigMismatchError
+from qcomm.transport import KeyFile
 
 __all__ = ["AllReduceWork", "all_reduce"]
 
@@ -91,9 +94,9 @@ def all_reduce(
     """Replaces a tensor by its mean over all ranks, exchanging compressed values. All ranks end with the same bits.
 
     A collective: every rank of the group calls it, in the same order, with tensors of one shape and dtype and with the
-    same options except ``num_threads``. The first call of a group connects its ranks, which is a collective too. In
-    a world of one rank the tensor is its own mean and is not modified, unless a strategy is named. There is no error
-    feedback: quantization errors are lost.
+    same options except ``num_threads`` and the path of ``secret``. The first call of a group connects its ranks, which
+    is a collective too. In a world of one rank the tensor is its own mean and is not modified, unless a strategy is
+    named. There is no error feedback: quantization errors are lost.
 
     Args:
         tensor: any shape and strides, float32, float16, bfloat16 or float64, on the CPU or a CUDA device. On a device
@@ -106,16 +109,16 @@ def all_reduce(
             its own gloo connections, with the group's timeout. A :class:`qcomm.MpiGroup` sends it over MPI.
             CUDA tensors need NCCL.
         async_op: return at once; the tensor must not be used until ``wait()`` of the handle has returned.
-        **options: ``mean_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads``, ``profile`` and
-            ``verify`` of :class:`qcomm.collectives.ReduceOptions`. A profile's file is read at each call. For CUDA
-            tensors ``"auto"`` is ``"two_phase"``.
+        **options: ``mean_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads``, ``profile``,
+            ``verify`` and ``secret`` of :class:`qcomm.collectives.ReduceOptions`. A profile or a key file is read at
+            each call. For CUDA tensors ``"auto"`` is ``"two_phase"``.
 
     Returns:
         None, or with ``async_op`` a handle.
 
     Raises:
         TypeError, ValueError: naming the argument. The other ranks get a CollectiveError.
-        OSError: the profile cannot be read. The other ranks get a CollectiveError.
+        OSError: the profile or the key file cannot be read. The other ranks get a CollectiveError.
         CollectiveError: a rank failed, or does not answer within the group's timeout.
         ConfigMismatchError: arguments differ between ranks.
 
@@ -137,7 +140,7 @@ def all_reduce(
         # The caller gets the error itself, the other ranks a CollectiveError.
         error = RuntimeError("nothing was prepared") if fault is None else fault.error
         if world_size > 1 and fault is not None:
-            communicator, told = get_communicator(group), fault
+            communicator, told = _communicator_to_tell(group, options), fault
             communicator.submit(lambda: refuse(told, communicator))
         raise error
     telemetry.count_bucket(task.layout, tensor.element_size())
@@ -159,7 +162,7 @@ def _task(tensor: torch.Tensor, grid: Grid, group: Group, telemetry: Telemetry, 
     _check_tensor(tensor)
     options = ReduceOptions(grid, **keywords)
     if is_on_device(tensor):
-        check_device_strategy(options.strategy)
+        check_device_options(options)
         check_group(group, tensor.device)
         core()
     world_size = get_world_size(group)
@@ -181,7 +184,7 @@ def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceW
     """Averages on the tensor's current stream. The host waits for packet sizes, so nothing is left to wait for."""
     if task.options.strategy == "auto":  # finding the fastest takes many collectives of one object
         task = replace(task, options=replace(task.options, strategy="two_phase", profile=None))
-    choice = DeviceChoice(group, get_communicator(group), task.telemetry, tensor.device)
+    choice = DeviceChoice(group, get_communicator(group, task.options.key_file), task.telemetry, tensor.device)
     with torch.no_grad(), torch.cuda.device_of(tensor):
         try:
             fault = choice.average(DevicePart.of(task))
@@ -195,7 +198,7 @@ def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceW
 
 
 def _submit(group: Group, task: MeanTask, tensor: torch.Tensor) -> Ticket[torch.Tensor]:
-    communicator = get_communicator(group)
+    communicator = get_communicator(group, task.options.key_file)
 
     def job() -> torch.Tensor:
         average(task, communicator)
@@ -203,6 +206,11 @@ def _submit(group: Group, task: MeanTask, tensor: torch.Tensor) -> Ticket[torch.
         return tensor
 
     return communicator.submit(job)
+
+
+def _communicator_to_tell(group: Group, keywords: ReduceKeywords) -> Communicator:
+    """Returns the communicator for a rank that has no task, perhaps because of its secret."""
+    return find_communicator(group) or get_communicator(group, KeyFile.of(keywords.get("secret")))
 
 
 def _copy_back(task: MeanTask, tensor: torch.Tensor) -> None:

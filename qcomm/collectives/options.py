@@ -11,6 +11,7 @@ from qcomm.codec import Grid, RangeGrid, SigmaGrid, check_num_threads
 from qcomm.collectives.cost_model import Profile
 from qcomm.collectives.error_feedback import check_equilibrium
 from qcomm.collectives.layout import TensorSpec, merge_small
+from qcomm.transport import KeyFile
 
 __all__ = ["STRATEGIES", "VERIFY", "ReduceKeywords", "ReduceOptions", "with_step"]
 
@@ -33,11 +34,14 @@ class ReduceKeywords(TypedDict, total=False):
     num_threads: int
     profile: Profile | Path | str | None
     verify: str
+    secret: KeyFile | Path | str | None
 
 
 @dataclass(frozen=True)
 class ReduceOptions:
-    """The way in which a mean over all ranks is computed. All ranks pass the same, ``num_threads`` excepted.
+    """The way in which a mean over all ranks is computed.
+
+    All ranks pass the same, except ``num_threads`` and the path of ``secret``.
 
     Args:
         grid: :class:`qcomm.SigmaGrid` or :class:`qcomm.RangeGrid`: how finely each rank's values are quantized.
@@ -67,10 +71,15 @@ class ReduceOptions:
             add values on the way are compared at the next handshake: in the next collective, or within 31 steps where
             the hook runs uncompressed. Compressed packets have checksums. ``"step"`` compares all means before they are
             used, which takes another exchange of headers, and ``"off"`` none. Tensors on a device are not compared.
+        secret: the path of a key file. Every message of this library is then encrypted and authenticated, and only
+            ranks with a copy of that file take part, see docs/secure.md. It is a property of the group's connections:
+            all uses of a group pass the same. Nothing bypasses the handshake then, and CUDA tensors are refused. It
+            needs the extra ``qcomm[secure]``.
 
     Raises:
         TypeError, ValueError: naming the option, the value and the values that are allowed.
-        OSError: the profile cannot be read.
+        OSError: the profile or the key file cannot be read.
+        RuntimeError: the package that seals messages is missing.
 
     Example:
         >>> ReduceOptions(SigmaGrid(step=2.0), strategy="two_phase").describe()["strategy"]
@@ -91,6 +100,7 @@ class ReduceOptions:
     num_threads: int = 1
     profile: Profile | Path | str | None = None
     verify: str = "interval"
+    secret: KeyFile | Path | str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.grid, (SigmaGrid, RangeGrid)):
@@ -109,6 +119,7 @@ class ReduceOptions:
             raise ValueError(f"verify must be one of {VERIFY}, got {self.verify!r}")
         check_num_threads(self.num_threads)
         object.__setattr__(self, "profile", _read_profile(self.profile, self.strategy))
+        object.__setattr__(self, "secret", KeyFile.of(self.secret))
 
     @property
     def machine(self) -> Profile | None:
@@ -116,6 +127,11 @@ class ReduceOptions:
         if isinstance(self.profile, (str, Path)):
             raise TypeError("a profile is read when the options are made")
         return self.profile
+
+    @cached_property
+    def key_file(self) -> KeyFile | None:
+        """Returns the file of the secret; None where messages are not sealed."""
+        return KeyFile.of(self.secret)
 
     @property
     def node_size(self) -> int:

@@ -18,7 +18,16 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from qcomm.collectives import UNCOMPRESSED, BucketLayout, MeanTask, Scale, Telemetry, Tuner, uncompressed_strategies
+from qcomm.collectives import (
+    UNCOMPRESSED,
+    BucketLayout,
+    MeanTask,
+    ReduceOptions,
+    Scale,
+    Telemetry,
+    Tuner,
+    uncompressed_strategies,
+)
 from qcomm.collectives_cuda.handshake import AgreedNumbers, DevicePart, agree, is_known
 from qcomm.collectives_cuda.slots import PERIOD
 from qcomm.collectives_cuda.two_phase import DeviceMean, check_group
@@ -26,24 +35,29 @@ from qcomm.collectives_cuda.uncompressed import UncompressedDeviceMean
 from qcomm.communicator import UNTIMED, Communicator, Fault, Group, is_agreed
 from qcomm.errors import CollectiveError, ConfigMismatchError
 
-__all__ = ["DEVICE_STRATEGIES", "DeviceChoice", "check_device_strategy", "device_strategies"]
+__all__ = ["DEVICE_STRATEGIES", "DeviceChoice", "check_device_options", "device_strategies"]
 
 DEVICE_STRATEGIES = ("auto", *UNCOMPRESSED, "two_phase")
 TRIAL = 2  # collectives of a turn while strategies are tried: the host runs ahead of the device by at most this
 UNKNOWN = 2**63 - 1  # the time of a turn that failed, or was not timed
 
 
-def check_device_strategy(strategy: str) -> None:
-    """Raises ValueError for a strategy that only tensors on the CPU have.
+def check_device_options(options: ReduceOptions) -> None:
+    """Raises ValueError for options that only tensors on the CPU have.
 
     Example:
-        >>> check_device_strategy("exact_sum")
+        >>> check_device_options(ReduceOptions(strategy="exact_sum"))
         Traceback (most recent call last):
             ...
         ValueError: strategy must be one of ('auto', 'none', 'bf16', 'two_phase') for CUDA tensors, got 'exact_sum'
     """
-    if strategy not in DEVICE_STRATEGIES:
-        raise ValueError(f"strategy must be one of {DEVICE_STRATEGIES} for CUDA tensors, got {strategy!r}")
+    if options.strategy not in DEVICE_STRATEGIES:
+        raise ValueError(f"strategy must be one of {DEVICE_STRATEGIES} for CUDA tensors, got {options.strategy!r}")
+    if options.key_file is not None:
+        raise ValueError(
+            f"secret must be None for CUDA tensors, whose messages NCCL carries and nothing seals, got "
+            f"{options.key_file.path}"
+        )
 
 
 def device_strategies(task: MeanTask) -> tuple[str, ...]:

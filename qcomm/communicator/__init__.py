@@ -1,7 +1,15 @@
 """The communicator: runs the collectives of a group of ranks in one order, on a background thread."""
 
 from qcomm.communicator.faults import Fault, LateFaultError, Phase, attempt
-from qcomm.communicator.groups import Group, connect, get_communicator, get_ranks, get_world_size, resolve_group
+from qcomm.communicator.groups import (
+    Group,
+    connect,
+    find_communicator,
+    get_communicator,
+    get_ranks,
+    get_world_size,
+    resolve_group,
+)
 from qcomm.communicator.handshake import UNTIMED, Agreed, Fields, Handshake, Took
 from qcomm.communicator.pipeline import Pipeline
 from qcomm.communicator.ticket import Ticket, completed, device_future, failed
@@ -25,6 +33,7 @@ __all__ = [
     "connect",
     "device_future",
     "failed",
+    "find_communicator",
     "get_communicator",
     "get_ranks",
     "get_world_size",

@@ -6,9 +6,17 @@ import weakref
 import torch.distributed as dist
 
 from qcomm.communicator.worker import Communicator
-from qcomm.transport import GlooTransport, MpiGroup
+from qcomm.transport import GlooTransport, KeyFile, MpiGroup, secure
 
-__all__ = ["Group", "connect", "get_communicator", "get_ranks", "get_world_size", "resolve_group"]
+__all__ = [
+    "Group",
+    "connect",
+    "find_communicator",
+    "get_communicator",
+    "get_ranks",
+    "get_world_size",
+    "resolve_group",
+]
 
 Group = dist.ProcessGroup | MpiGroup
 
@@ -22,6 +30,7 @@ class _Place:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.communicator: Communicator | None = None
+        self.secret: KeyFile | None = None
 
 
 _places: "weakref.WeakKeyDictionary[Group, _Place]" = weakref.WeakKeyDictionary()
@@ -62,11 +71,20 @@ def get_ranks(group: Group) -> list[int]:
     return list(group.transport.ranks) if isinstance(group, MpiGroup) else dist.get_process_group_ranks(group)
 
 
-def get_communicator(group: Group) -> Communicator:
+def get_communicator(group: Group, secret: KeyFile | None = None) -> Communicator:
     """Returns the communicator of a group, which the first call makes.
 
     Making it is a collective, which all ranks of the group reach in the same order. The communicator ends with its
     group, or with the process.
+
+    Args:
+        group: of this process.
+        secret: with which all its messages are sealed; None if they are not.
+
+    Raises:
+        ValueError: the communicator was made with another secret or without one. A group has one for all its uses, so
+            that no call sends openly what another one seals.
+        ConfigMismatchError, CollectiveError: some rank has no secret or another one, or does not answer.
     """
     with _places_lock:
         ended = [_places.pop(known) for known in list(_places) if not _is_registered(known)]
@@ -76,17 +94,31 @@ def get_communicator(group: Group) -> Communicator:
             other.communicator.close()
     with place.lock:
         if place.communicator is None:
-            communicator = Communicator(group.transport if isinstance(group, MpiGroup) else GlooTransport(group))
-            place.communicator = communicator
+            transport = group.transport if isinstance(group, MpiGroup) else GlooTransport(group)
+            communicator = Communicator(secure(transport, secret))
+            place.communicator, place.secret = communicator, secret
             weakref.finalize(group, communicator.close)
             if isinstance(group, MpiGroup):
                 group.before_close(communicator.close)
+        if place.secret != secret:
+            sealed = "without one" if place.secret is None else f"with {place.secret.path}"
+            asked = "none" if secret is None else secret.path
+            raise ValueError(
+                f"secret must be the same for all uses of a group, got {asked}: its ranks are connected {sealed}"
+            )
         return place.communicator
 
 
-def connect(group: Group, alone: bool) -> Communicator | None:
+def find_communicator(group: Group) -> Communicator | None:
+    """Returns the communicator of a group if it has been made, with whatever secret."""
+    with _places_lock:
+        place = _places.get(group)
+    return None if place is None else place.communicator
+
+
+def connect(group: Group, alone: bool, secret: KeyFile | None = None) -> Communicator | None:
     """Returns the communicator of a group; None for a group of one rank if ``alone`` is set."""
-    return None if alone and get_world_size(group) == 1 else get_communicator(group)
+    return None if alone and get_world_size(group) == 1 else get_communicator(group, secret)
 
 
 def _is_registered(group: Group) -> bool:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from qcomm.collectives_cuda import check_device_strategy, check_group
+from qcomm.collectives_cuda import check_device_options, check_group
 from qcomm.communicator import Group, failed, get_communicator, get_world_size, resolve_group
 from qcomm.ddp.checks import check_grad_scale, check_model
 from qcomm.ddp.copies import AttachedHooks
@@ -79,7 +79,8 @@ def attach(
     Raises:
         TypeError, ValueError: naming the argument, or the parameter that cannot be handled; the model stays as it was.
         RuntimeError: the model has a communication hook already.
-        CollectiveError: a rank could not be reached.
+        CollectiveError: a rank could not be reached, or has another ``secret``.
+        ConfigMismatchError: only some ranks pass a ``secret``.
 
     Example:
         >>> import tempfile
@@ -107,11 +108,11 @@ def attach(
     devices = {parameter.device for parameter in ddp_model.module.parameters() if parameter.requires_grad}
     for device in devices:
         if device.type == "cuda":
-            check_device_strategy(state.options.strategy)
+            check_device_options(state.options)
             check_group(group, device)
     state.bind(ddp_model.module, group)
     if get_world_size(group) > 1 or state.options.strategy != "auto":
-        get_communicator(group)
+        get_communicator(group, state.options.key_file)
     state.grad_scale = options.get("grad_scale", state.grad_scale)
     state.reducer.steps.finds_unused = ddp_model.find_unused_parameters and not ddp_model.static_graph
     state.reducer.steps.skips_buckets = getattr(ddp_model, "skip_all_reduce_unused_params", False)

@@ -30,7 +30,7 @@ from qcomm.collectives import (
     refuse,
     settled,
 )
-from qcomm.collectives_cuda import DevicePart, check_device_strategy
+from qcomm.collectives_cuda import DevicePart, check_device_options
 from qcomm.communicator import (
     Communicator,
     Fault,
@@ -286,8 +286,8 @@ class Reducer:
             lane = self.bypass.enter(bucket, group) if self._may_bypass else None
             if lane is not None:
                 return self._pass_by(lane, bucket)
-            communicator = connect(group, alone=self._options.strategy == "auto")
-        except (RuntimeError, ValueError) as error:
+            communicator = connect(group, self._options.strategy == "auto", self._options.key_file)
+        except (RuntimeError, ValueError, OSError) as error:
             return self._failed(error, bucket.index())
         world_size = 1
         if communicator is not None:
@@ -320,7 +320,10 @@ class Reducer:
 
     @property
     def _may_bypass(self) -> bool:
-        return not self._options.compresses and self._stage is None and self._options.verify != "step"
+        options = self._options
+        named = not options.compresses and options.verify != "step"
+        # The program's own all-reduce is not sealed.
+        return named and options.secret is None and self._stage is None
 
     def _begin(self, index: int) -> None:
         first = self.steps.begin(index)
@@ -333,7 +336,7 @@ class Reducer:
     def _task(self, bucket: dist.GradBucket, known: KnownBucket, group: Group) -> MeanTask:
         fields, scale = known.fields, self.steps.scale
         if known.on_device:
-            check_device_strategy(self._options.strategy)
+            check_device_options(self._options)
         elif self._may_bypass and can_bypass(group):
             fields = fields.extended("steps between agreements", str(BYPASSED))
         if self.grad_scale is not None:

@@ -24,9 +24,9 @@ __all__ = ["CompressionState"]
 class CompressionState:
     """Options, error feedback and counters of the hook. Each model has one on each rank.
 
-    Every rank passes the same options except ``num_threads``. Where they differ, every rank gets a ConfigMismatchError
-    that names the option, at the first bucket. DDP raises it as a RuntimeError with its text; ``exception()`` returns
-    the object.
+    Every rank passes the same options except ``num_threads`` and the path of ``secret``. Where they differ, every rank
+    gets a ConfigMismatchError that names the option, at the first bucket. DDP raises it as a RuntimeError with its
+    text; ``exception()`` returns the object.
 
     Args:
         process_group: the group to average over; by default the model's with :func:`attach`, otherwise the default one.
@@ -45,13 +45,14 @@ class CompressionState:
             once per step, a tensor on a CUDA device without waiting for it. Error feedback is kept without the factor,
             so that a residual stays right when the scale changes.
         **options: ``mean_step``, ``small_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads``,
-            ``profile`` and ``verify`` of :class:`qcomm.collectives.ReduceOptions`. ``stats()["strategies"]`` has the
-            strategy that ``"auto"`` took for each bucket. A named strategy also runs in a world of one rank, where
-            ``"auto"`` does nothing.
+            ``profile``, ``verify`` and ``secret`` of :class:`qcomm.collectives.ReduceOptions`.
+            ``stats()["strategies"]`` has the strategy that ``"auto"`` took for each bucket. A named strategy also runs
+            in a world of one rank, where ``"auto"`` does nothing.
 
     Raises:
         TypeError, ValueError: naming the argument.
-        OSError: the profile cannot be read.
+        OSError: the profile or the key file cannot be read.
+        RuntimeError: the package that seals messages is missing.
 
     Example:
         >>> state = CompressionState(grid=SigmaGrid(step=2.0), exclude=["*.bias"], strategy="two_phase")

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from qcomm.communicator import Communicator, Fault, Fields, Phase, attempt, get_
 from qcomm.errors import PacketError
 from qcomm.local_sgd.parameters import Params, check_writable, described, named_tensors
 from qcomm.state_dicts import pack_state, packed_size_limit, unpack_state
+from qcomm.transport import KeyFile
 
 __all__ = ["broadcast_parameters"]
 
@@ -29,6 +31,7 @@ def broadcast_parameters(
     min_elements: int = 1024,
     lossless: bool = False,
     num_threads: int = 1,
+    secret: KeyFile | Path | str | None = None,
 ) -> None:
     """Replaces every rank's weights by those of rank ``src``, in place. All ranks end with the same bits.
 
@@ -46,9 +49,11 @@ def broadcast_parameters(
         min_elements: smallest number of elements of a tensor that is compressed.
         lossless: compress nothing.
         num_threads: maximum number of threads that encode and decode a tensor on this rank.
+        secret: a key file that seals the messages, see :class:`qcomm.collectives.ReduceOptions`.
 
     Raises:
-        ValueError: ``src`` does not belong to the group.
+        ValueError: ``src`` does not belong to the group, or ``secret`` is not that of the group's connections.
+        OSError: the key file cannot be read.
         CollectiveError: a rank failed, for instance because its arguments cannot be sent. Nothing has changed on any
             rank, unless only decoding failed, on that rank.
         ConfigMismatchError: arguments or tensors differ between ranks; nothing has changed.
@@ -59,13 +64,13 @@ def broadcast_parameters(
         >>> broadcast_parameters(torch.nn.Linear(64, 64), src=0)
         >>> dist.destroy_process_group()
     """
-    group = resolve_group(process_group)
+    key_file, group = KeyFile.of(secret), resolve_group(process_group)
     ranks = get_ranks(group)
     if src not in ranks:
         raise ValueError(f"src must be one of the group's ranks {ranks}, got {src!r}")
     if len(ranks) == 1:
         return
-    communicator = get_communicator(group)
+    communicator = get_communicator(group, key_file)
     tensors: Tensors = []
     packed, fields, fault = no_bytes(), Fields({}), None
     try:

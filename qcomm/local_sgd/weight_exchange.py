@@ -102,7 +102,7 @@ class WeightExchange:
         world_size = get_world_size(group)
         if world_size == 1 and options.reduce.strategy == "auto":
             return
-        communicator = get_communicator(group)
+        communicator = get_communicator(group, options.reduce.key_file)
         prepared, fault = attempt(Phase.PREPARE, self._prepare, params, step, world_size)
         if prepared is None:
             communicator.submit(lambda: refuse(fault, communicator)).wait()

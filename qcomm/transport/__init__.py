@@ -2,12 +2,15 @@
 
 from qcomm.transport.base import Exchange, Traffic, Transfer, Transport, TransportError
 from qcomm.transport.gloo import GlooTransport, break_connections
+from qcomm.transport.key_file import KeyFile
 from qcomm.transport.launchers import find_place, init_from_environment
 from qcomm.transport.mpi_group import MpiGroup
+from qcomm.transport.secure import secure
 
 __all__ = [
     "Exchange",
     "GlooTransport",
+    "KeyFile",
     "MpiGroup",
     "Traffic",
     "Transfer",
@@ -16,4 +19,5 @@ __all__ = [
     "break_connections",
     "find_place",
     "init_from_environment",
+    "secure",
 ]

@@ -89,6 +89,29 @@ def same_as_gloo():
     dist.destroy_process_group()
 
 
+def sealed():
+    """With the secret in the file "key": the bits of open messages; a rank without it, or with another, is kept out."""
+    if RANK == 0:
+        Path("other").touch(mode=0o600)
+        Path("other").write_text("0123456789abcdef" * 4)
+    WORLD.Barrier()
+    timeout = timedelta(seconds=60)
+    with qcomm.MpiGroup(timeout=timeout) as closed, qcomm.MpiGroup(timeout=timeout) as plain:
+        for strategy in (*TWINS, "none", "bf16"):
+            options = {"ranks_per_node": 1} if strategy == "hierarchical" else {}
+            mine, theirs = values(20_003), values(20_003)
+            with sliced(1000):
+                qcomm.all_reduce(mine, group=closed, strategy=strategy, secret="key", **options)
+                qcomm.all_reduce(theirs, group=plain, strategy=strategy, **options)
+            assert torch.equal(mine, theirs), strategy
+        error = error_of(closed, min_elements=10 + RANK % 2, secret="key")
+        assert "min_elements: 10 on ranks 0 2, 11 on rank 1" in str(error), error
+    for secret, text in ((None, "differently in secret"), ("other", "did not prove to have the same secret")):
+        with qcomm.MpiGroup(timeout=timeout) as group:
+            error = error_of(group, secret=secret if RANK == 1 else "key")
+            assert text in str(error), error
+
+
 def train_same(dist, group):
     """DDP with gradients over MPI: the weights of one with gradients over gloo."""
     weights = []

@@ -1,0 +1,151 @@
+"""Agreement on keys: all ranks say whether they have a secret, and those who have prove it and derive keys.
+
+Every rank sends every other a *greeting*, whether it has a secret or not, so that no rank waits where only some have
+one. It holds a public key of X25519 that is made for these connections and then forgotten. Each pair of ranks mixes the
+result of that exchange with the secret::
+
+    HKDF-SHA256(X25519(own private, other's public) | secret, info: label | ranks | both public keys)
+
+into a key for each direction. Then each sends the other a sealed message, which opens only if both have the secret and
+nobody altered a greeting. Whoever lacks the secret learns nothing, even of messages that were recorded before the key
+file was stolen: the private keys are gone. The names of ranks and both public keys are part of a key, so that the
+greeting of another rank, of another run, or the own one sent back leads to other keys.
+
+A greeting is as long as a handshake's header and has its checksum in the same place. A rank of a version without
+greetings therefore gets an error, and not a message that is too long, at which gloo would end the process.
+"""
+
+import struct
+import zlib
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from qcomm.errors import ConfigMismatchError
+from qcomm.transport.base import Transport, TransportError
+from qcomm.transport.key_file import KeyFile
+from qcomm.transport.sealed import KEY_BYTES, Direction, SealedTransport
+
+__all__ = ["secure"]
+
+# "qcomm", a letter of its own, and the version of this protocol.
+MAGIC = 0x71636F6D6D73_01
+LABEL = b"qcomm sealed messages 1"
+# Magic, whether the sender has a secret, its public key, nothing; a checksum follows, of a handshake's size.
+GREETING = struct.Struct("<qq32s24x")
+CHECKSUM = struct.Struct("<q")
+RANKS = struct.Struct("<QQQ")
+NO_KEY = bytes(32)
+
+
+def secure(transport: Transport, secret: KeyFile | None) -> Transport:
+    """Returns the transport with which a group goes on: one that seals messages if there is a secret. A collective.
+
+    Args:
+        transport: new, without a message; it is closed after an error.
+        secret: None on all ranks or on none.
+
+    Raises:
+        ConfigMismatchError: only some ranks have a secret.
+        TransportError: a rank has another secret or does not answer, or a greeting was altered.
+        ValueError, OSError: the secret cannot be read.
+
+    Example:
+        >>> import tempfile
+        >>> import torch.distributed as dist
+        >>> from qcomm.transport.gloo import GlooTransport
+        >>> dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
+        >>> type(secure(GlooTransport(dist.group.WORLD), None)).__name__  # there is nobody to greet
+        'GlooTransport'
+        >>> dist.destroy_process_group()
+    """
+    if transport.world_size == 1:
+        return transport
+    with ExitStack() as stack:
+        stack.callback(transport.close)
+        if secret is None:
+            _check_alike(transport, _exchange(transport, False, NO_KEY), False)
+            secured = transport
+        else:
+            secured = _seal(transport, secret)
+        stack.pop_all()
+        return secured
+
+
+def _seal(transport: Transport, secret: KeyFile) -> Transport:
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+    secret.read()  # before the others wait for a proof
+    private = X25519PrivateKey.generate()
+    greetings = _exchange(transport, True, private.public_key().public_bytes_raw())
+    _check_alike(transport, greetings, True)
+    directions = _agree(transport, private, [key for _, key in greetings], secret)
+    strangers = [peer for peer in transport.peers if peer not in directions]
+    if not strangers:
+        sending, receiving = ({peer: pair[way] for peer, pair in directions.items()} for way in range(2))
+        sealed = SealedTransport(transport, sending, receiving)
+        proof = sealed.start_exchange([torch.zeros(1, dtype=torch.uint8, device="cpu")] * transport.world_size)
+        strangers = sealed.finish_and_open(proof.transfers, "waiting for the proof of the secret", proof.broken)
+        if not strangers:
+            return sealed
+    names = ", ".join(str(transport.ranks[rank]) for rank in strangers)
+    raise TransportError(
+        f"rank {transport.ranks[transport.rank]}: rank(s) {names} did not prove to have the same secret: give every "
+        "rank a copy of one key file. If they have one, somebody alters messages on the way"
+    )
+
+
+def _exchange(transport: Transport, has_secret: bool, public_key: bytes) -> list[tuple[bool, bytes]]:
+    """Returns for each rank whether it has a secret, and its public key."""
+    words = GREETING.pack(MAGIC, has_secret, public_key)
+    message = torch.frombuffer(bytearray(words + CHECKSUM.pack(zlib.crc32(words))), dtype=torch.uint8)
+    received = transport.exchange_small([message] * transport.world_size, "waiting for the greetings")
+    found = []
+    for rank, greeting in zip(transport.ranks, received, strict=True):
+        data = bytes(greeting.tolist())
+        magic, has, key = GREETING.unpack_from(data)
+        (checksum,) = CHECKSUM.unpack_from(data, GREETING.size)
+        if magic != MAGIC or has not in (0, 1) or checksum != zlib.crc32(data[: GREETING.size]):
+            raise TransportError(
+                f"rank {transport.ranks[transport.rank]}: the greeting of rank {rank} was damaged, or that rank runs "
+                "another version of qcomm"
+            )
+        found.append((bool(has), key))
+    return found
+
+
+def _check_alike(transport: Transport, greetings: list[tuple[bool, bytes]], has_secret: bool) -> None:
+    others = [str(rank) for rank, (has, _) in zip(transport.ranks, greetings, strict=True) if has != has_secret]
+    if others:
+        mine, theirs = ("has one", "have none") if has_secret else ("has none", "have one")
+        raise ConfigMismatchError(
+            f"ranks are configured differently in secret: rank {transport.ranks[transport.rank]} {mine}, rank(s) "
+            f"{', '.join(others)} {theirs}. Every rank must pass a copy of one key file, or none"
+        )
+
+
+def _agree(
+    transport: Transport, private: Any, public_keys: Sequence[bytes], secret: KeyFile
+) -> dict[int, tuple[Direction, Direction]]:
+    """Returns the directions to and from each rank, without those whose public keys are none.
+
+    Keys and secret are variables of this function, in which no error is raised after it has read the secret.
+    """
+    from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+    material, directions, rank = secret.read(), {}, transport.rank
+    for peer in transport.peers:
+        try:
+            shared = private.exchange(X25519PublicKey.from_public_bytes(public_keys[peer]))
+        except ValueError:  # a point with which everybody gets the same result
+            continue
+        lower, higher = min(rank, peer), max(rank, peer)
+        info = LABEL + RANKS.pack(transport.world_size, lower, higher) + public_keys[lower] + public_keys[higher]
+        keys = HKDF(algorithm=SHA256(), length=2 * KEY_BYTES, salt=None, info=info).derive(shared + material)
+        upward, downward = Direction(keys[:KEY_BYTES]), Direction(keys[KEY_BYTES:])
+        directions[peer] = (upward, downward) if rank == lower else (downward, upward)
+    return directions
