@@ -25,6 +25,7 @@ from qcomm.communicator import (
     Phase,
     Ticket,
     attempt,
+    check_secret,
     completed,
     device_future,
     failed,
@@ -161,6 +162,7 @@ def _task(tensor: torch.Tensor, grid: Grid, group: Group, telemetry: Telemetry, 
     """Checks the arguments; returns the task that they make."""
     _check_tensor(tensor)
     options = ReduceOptions(grid, **keywords)
+    check_secret(group, options.key_file)
     if is_on_device(tensor):
         check_device_options(options)
         check_group(group, tensor.device)

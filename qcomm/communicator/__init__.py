@@ -3,6 +3,7 @@
 from qcomm.communicator.faults import Fault, LateFaultError, Phase, attempt
 from qcomm.communicator.groups import (
     Group,
+    check_secret,
     connect,
     find_communicator,
     get_communicator,
@@ -29,6 +30,7 @@ __all__ = [
     "Ticket",
     "Took",
     "attempt",
+    "check_secret",
     "completed",
     "connect",
     "device_future",

@@ -10,6 +10,7 @@ from qcomm.transport import GlooTransport, KeyFile, MpiGroup, secure
 
 __all__ = [
     "Group",
+    "check_secret",
     "connect",
     "find_communicator",
     "get_communicator",
@@ -100,20 +101,30 @@ def get_communicator(group: Group, secret: KeyFile | None = None) -> Communicato
             weakref.finalize(group, communicator.close)
             if isinstance(group, MpiGroup):
                 group.before_close(communicator.close)
-        if place.secret != secret:
-            sealed = "without one" if place.secret is None else f"with {place.secret.path}"
-            asked = "none" if secret is None else secret.path
-            raise ValueError(
-                f"secret must be the same for all uses of a group, got {asked}: its ranks are connected {sealed}"
-            )
-        return place.communicator
+        communicator = place.communicator
+    check_secret(group, secret)
+    return communicator
 
 
 def find_communicator(group: Group) -> Communicator | None:
-    """Returns the communicator of a group if it has been made, with whatever secret."""
+    """Returns the communicator of a group if it has been made, with whatever secret.
+
+    A rank whose call fails :func:`check_secret` can tell the others, who wait for it.
+    """
     with _places_lock:
         place = _places.get(group)
     return None if place is None else place.communicator
+
+
+def check_secret(group: Group, secret: KeyFile | None) -> None:
+    """Raises ValueError if the communicator of a group has been made with another secret, or without one."""
+    with _places_lock:
+        place = _places.get(group)
+    if place is None or place.communicator is None or place.secret == secret:
+        return
+    sealed = "without one" if place.secret is None else f"with {place.secret.path}"
+    asked = "none" if secret is None else secret.path
+    raise ValueError(f"secret must be the same for all uses of a group, got {asked}: its ranks are connected {sealed}")
 
 
 def connect(group: Group, alone: bool, secret: KeyFile | None = None) -> Communicator | None:

@@ -10,7 +10,18 @@ import torch.distributed as dist
 
 from qcomm.codec import CPU, Grid, RangeGrid
 from qcomm.collectives import ReduceOptions, announce_late, no_bytes
-from qcomm.communicator import Communicator, Fault, Fields, Phase, attempt, get_communicator, get_ranks, resolve_group
+from qcomm.communicator import (
+    Communicator,
+    Fault,
+    Fields,
+    Phase,
+    attempt,
+    check_secret,
+    find_communicator,
+    get_communicator,
+    get_ranks,
+    resolve_group,
+)
 from qcomm.errors import PacketError
 from qcomm.local_sgd.parameters import Params, check_writable, described, named_tensors
 from qcomm.state_dicts import pack_state, packed_size_limit, unpack_state
@@ -52,7 +63,7 @@ def broadcast_parameters(
         secret: a key file that seals the messages, see :class:`qcomm.collectives.ReduceOptions`.
 
     Raises:
-        ValueError: ``src`` does not belong to the group, or ``secret`` is not that of the group's connections.
+        ValueError: ``src`` does not belong to the group, or ``secret`` is no key file.
         OSError: the key file cannot be read.
         CollectiveError: a rank failed, for instance because its arguments cannot be sent. Nothing has changed on any
             rank, unless only decoding failed, on that rank.
@@ -70,10 +81,11 @@ def broadcast_parameters(
         raise ValueError(f"src must be one of the group's ranks {ranks}, got {src!r}")
     if len(ranks) == 1:
         return
-    communicator = get_communicator(group, key_file)
+    communicator = find_communicator(group) or get_communicator(group, key_file)
     tensors: Tensors = []
     packed, fields, fault = no_bytes(), Fields({}), None
     try:
+        check_secret(group, key_file)
         ReduceOptions(grid, min_elements=min_elements, num_threads=num_threads)  # checks them
         if not _is(lossless, bool):
             raise TypeError(f"lossless must be a bool, got {type(lossless).__name__}")

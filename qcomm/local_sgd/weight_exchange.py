@@ -37,8 +37,11 @@ from qcomm.collectives import (
 from qcomm.communicator import (
     Communicator,
     Fields,
+    Group,
     Phase,
     attempt,
+    check_secret,
+    find_communicator,
     get_communicator,
     get_world_size,
     resolve_group,
@@ -102,8 +105,8 @@ class WeightExchange:
         world_size = get_world_size(group)
         if world_size == 1 and options.reduce.strategy == "auto":
             return
-        communicator = get_communicator(group, options.reduce.key_file)
-        prepared, fault = attempt(Phase.PREPARE, self._prepare, params, step, world_size)
+        communicator = find_communicator(group) or get_communicator(group, options.reduce.key_file)
+        prepared, fault = attempt(Phase.PREPARE, self._prepare, group, params, step, world_size)
         if prepared is None:
             communicator.submit(lambda: refuse(fault, communicator)).wait()
             return
@@ -191,7 +194,8 @@ class WeightExchange:
         self._is_loaded = False
         return entries
 
-    def _prepare(self, params: Params, step: int, world_size: int) -> tuple[list[_Entry], MeanTask]:
+    def _prepare(self, group: Group, params: Params, step: int, world_size: int) -> tuple[list[_Entry], MeanTask]:
+        check_secret(group, self._options.reduce.key_file)
         entries = self._entries(params)
         return entries, self._task(entries, step, world_size)
 

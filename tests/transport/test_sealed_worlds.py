@@ -218,10 +218,17 @@ def test_all_uses_of_a_group_have_its_secret(rank, world_size, key, other_key):
     for secret, where in ((None, group), (other_key, group), (key, plain)):
         with pytest.raises(ValueError, match="secret must be the same for all uses of a group, got"):
             qcomm.all_reduce(values(rank, 5000), group=where, strategy="two_phase", secret=secret)
-        with pytest.raises(ValueError, match="secret must be the same"):
+        with pytest.raises(qcomm.CollectiveError, match="secret must be the same"):
             qcomm.broadcast_parameters(mlp(), process_group=where, secret=secret)
-        with pytest.raises(ValueError, match="secret must be the same"):
+        with pytest.raises(qcomm.CollectiveError, match="secret must be the same"):
             averager(process_group=where, secret=secret).average_parameters(mlp().parameters())
+    # One rank alone forgets it, and tells the others.
+    given, told = None if rank == 1 else key, "rank 1 failed while preparing the exchange: ValueError: secret must be"
+    kind, text = (ValueError, "secret must be the same") if rank == 1 else (qcomm.CollectiveError, told)
+    with pytest.raises(kind, match=text):
+        qcomm.all_reduce(values(rank, 5000), group=group, strategy="two_phase", secret=given)
+    with pytest.raises(qcomm.CollectiveError, match=told):
+        averager(process_group=group, secret=given).average_parameters(mlp().parameters())
     with pytest.raises(ValueError, match="secret must be the same"):
         qcomm.attach(model, strategy="none")
     state = qcomm.attach(model, strategy="none", secret=key)
