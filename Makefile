@@ -24,10 +24,10 @@ BUILT := $(VENV)/.built-stamp
 SOURCES := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help build train test lint fuzz cuda-check bench-ci results clean distclean
+.PHONY: help build train test test-frameworks lint fuzz cuda-check bench-ci results clean distclean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
 	@echo "Variables (PYTHON, TORCH_INDEX, ...) are described at the top of the Makefile."
 
 build: $(BUILT)  ## create the environment and build
@@ -37,6 +37,10 @@ train: $(BUILT)  ## train a ResNet with two processes, compressed and not (under
 
 test: $(BUILT)  ## run the tests and the docstrings' examples
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+test-frameworks: $(BUILT)  ## install Lightning, Accelerate and transformers, and test training in them
+	$(PIP) install --quiet --no-build-isolation --editable '.[train,test,lint,lightning,accelerate,transformers]'
+	$(BIN)/python -m pytest tests/integrations qcomm/integrations $(TEST_ARGS)
 
 lint: $(BUILT)  ## check style and types (tools/lint.sh --fix repairs what can be repaired)
 	tools/lint.sh
@@ -62,8 +66,8 @@ distclean: clean  ## remove the environment, too
 	rm -rf $(VENV)
 
 # Threads that spin while they wait starve each other when ranks share cores.
-train test bench-ci results: export OMP_WAIT_POLICY = passive
-test bench-ci: export OMP_NUM_THREADS = 1
+train test test-frameworks bench-ci results: export OMP_WAIT_POLICY = passive
+test test-frameworks bench-ci: export OMP_NUM_THREADS = 1
 
 # --force-reinstall: the environment needs these tools of its own even where $(PYTHON) has others.
 $(ENVIRONMENT): tools/make_environment.py constraints.txt

@@ -7,8 +7,8 @@ import emulated_core
 import pytest
 import torch
 
-# Programs, which doctests would import. Ranks of mpirun run the first, and it fails where mpi4py is and no MPI is.
-collect_ignore = ["support/mpi_cases.py", "support/soak_ranks.py", "soak.py"]
+# Programs, which doctests would import: launchers start them. The first fails where mpi4py is installed and no MPI is.
+collect_ignore = ["support/mpi_cases.py", "support/soak_ranks.py", "support/framework_script.py", "soak.py"]
 
 
 @pytest.fixture(scope="session")

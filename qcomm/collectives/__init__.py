@@ -18,7 +18,14 @@ from qcomm.collectives.layout import BucketLayout, Chunk, TensorSpec
 from qcomm.collectives.machine import measure_codec, measure_link, slowest
 from qcomm.collectives.options import STRATEGIES, ReduceKeywords, ReduceOptions, with_step
 from qcomm.collectives.packing import no_bytes
-from qcomm.collectives.rank_state import RankState, load_rank_states, parts_of
+from qcomm.collectives.rank_state import (
+    RankState,
+    keys_to_resume,
+    load_rank_states,
+    parts_of,
+    states_for_rank,
+    without_residuals,
+)
 from qcomm.collectives.rounds import Rounds, announce_late, refuse
 from qcomm.collectives.strategies import average, settled, uncompressed_strategies
 from qcomm.collectives.task import MeanTask, Scale
@@ -52,6 +59,7 @@ __all__ = [
     "average",
     "bytes_sent",
     "count_rings",
+    "keys_to_resume",
     "load_rank_states",
     "measure_codec",
     "measure_link",
@@ -61,7 +69,9 @@ __all__ = [
     "seconds",
     "settled",
     "slowest",
+    "states_for_rank",
     "two_phase_times",
     "uncompressed_strategies",
     "with_step",
+    "without_residuals",
 ]

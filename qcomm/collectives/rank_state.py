@@ -19,7 +19,15 @@ from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["RankState", "keys_for_rank", "load_rank_states", "parts_of"]
+__all__ = [
+    "RankState",
+    "keys_for_rank",
+    "keys_to_resume",
+    "load_rank_states",
+    "parts_of",
+    "states_for_rank",
+    "without_residuals",
+]
 
 KEY = re.compile(r"rank (\d+) of (\d+)")
 
@@ -83,7 +91,7 @@ def parts_of(state_dict: object) -> list[dict[str, Any]]:
             raise ValueError(
                 f"state_dict must be a result of state_dict() or a list of them, got {type(part).__name__}"
             )
-        ranks = [key for key in part if isinstance(key, str) and KEY.fullmatch(key)]
+        ranks = [key for key in part if _names_rank(key)]
         beside = {key: value for key, value in part.items() if key not in ranks}
         if not ranks:
             raise ValueError(
@@ -98,6 +106,10 @@ def parts_of(state_dict: object) -> list[dict[str, Any]]:
     if not parts:
         raise ValueError("state_dict must hold the state of at least one rank, got an empty list")
     return parts
+
+
+def _names_rank(key: object) -> bool:
+    return isinstance(key, str) and KEY.fullmatch(key) is not None
 
 
 def keys_for_rank(keys: Sequence[str], rank: int, world_size: int) -> tuple[list[str], bool]:
@@ -168,13 +180,42 @@ def load_rank_states(checkpoint_id: str | PathLike[str], key: str) -> dict[str, 
     target: dict[str, Any] = {f"{key}.{name}": () for name in wanted}
     dcp.load(target, storage_reader=reader)
     states = {name: target[f"{key}.{name}"] for name in wanted}
-    if is_new:
-        states = {name: (_without_residuals(state),) for name, state in zip(states, parts_of(states), strict=True)}
-    return states
+    return without_residuals(states) if is_new else states
+
+
+def states_for_rank(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the states that this rank resumes from, out of those that all ranks of a job saved.
+
+    Args:
+        saved: the states of all ranks in one dictionary. This rank's own, saved by as many ranks, is enough.
+
+    Raises:
+        ValueError: this rank's is missing, or with another number of ranks any of them.
+
+    Example:
+        >>> saved = {**RankState({"steps": 7}, 0, 2), **RankState({"steps": 7}, 1, 2)}
+        >>> list(states_for_rank(saved))  # one rank resumes what two have saved
+        ['rank 0 of 2', 'rank 1 of 2']
+    """
+    wanted, is_new = keys_to_resume([key for key in saved if _names_rank(key)])
+    states = {name: saved[name] for name in wanted}
+    beside = {key: value for key, value in saved.items() if not _names_rank(key)}  # they replace entries of the states
+    return {**(without_residuals(states) if is_new else states), **beside}
+
+
+def keys_to_resume(keys: Sequence[str]) -> tuple[list[str], bool]:
+    """Returns :func:`keys_for_rank` of this rank, whose own key is enough where as many ranks have saved."""
+    rank, world_size = _own_place()
+    own = f"rank {rank} of {world_size}"
+    return ([own], False) if own in keys else keys_for_rank(keys, rank, world_size)
+
+
+def without_residuals(states: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the states for a rank that has lost nothing to quantization yet."""
+    return {name: (_without_residuals(state),) for name, state in zip(states, parts_of(states), strict=True)}
 
 
 def _without_residuals(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns a state for a rank that has lost nothing to quantization yet."""
     if "exchanges" in state:
         return {**state, "exchanges": [{**exchange, "error_feedback": None} for exchange in state["exchanges"]]}
     return {**state, "error_feedback": None}
