@@ -8,7 +8,10 @@ def main() -> None:
     """Run the command line, or say what to install for it."""
     missing = [name for name in ("typer", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"qcomm: the command line needs {' and '.join(missing)}: pip install 'qcomm[train]'", file=sys.stderr)
+        names = " and ".join(missing)
+        print(
+            f"qcomm: {names} came with qcomm and cannot be imported: pip install {' '.join(missing)}", file=sys.stderr
+        )
         raise SystemExit(2)
     from qcomm.cli import app
 

@@ -28,6 +28,7 @@ from qcomm.planner import (
     assumptions,
     bandwidth_text,
     built_in,
+    check_plots,
     chrome_trace,
     default_fabric,
     document,
@@ -37,6 +38,8 @@ from qcomm.planner import (
     inside_link,
     method_named,
     parse_bandwidth,
+    plot_efficiency,
+    plot_heat_map,
     predict,
     print_estimate,
     print_table,
@@ -253,6 +256,8 @@ class PlanOptions:
 @takes(PlanOptions, PlanError, OSError)
 def plan(options: PlanOptions) -> None:
     """Predicts the step with every method, prints the advice, and writes the files that were asked for."""
+    if options.out is not None:
+        check_plots()
     methods = [method_named(name.strip()) for name in options.methods.split(",")]
     request = options.request()
     # A narrower table is torn, and a file or a pipe has no width of its own.
@@ -289,10 +294,6 @@ def _write_traces(request: Request, methods: list[Method], folder: Path) -> None
 
 
 def _plot(request: Request, methods: list[Method], same_fabric: bool, out: Path) -> None:
-    try:
-        from qcomm.planner import plot_efficiency, plot_heat_map
-    except ImportError as error:
-        raise PlanError(f"plots need {error.name}: pip install 'qcomm[train]', or leave out --out") from error
     place = f"{request.model.name}, batch {request.batch} a GPU, {bandwidth_text(request.network_gb_per_s)}"
     by_gpus = [[predict(at, method) for method in methods] for _, at in sweep(request, "gpus", same_fabric)]
     plot_efficiency(by_gpus, f"{place}, {request.gpus_per_node} GPUs a node", out / "efficiency.png")

@@ -1,5 +1,6 @@
 """Shared parts of the experiments' figures. They are drawn off screen and do not touch matplotlib's global state."""
 
+import importlib
 import io
 import statistics
 from collections.abc import Sequence
@@ -21,15 +22,18 @@ _DPI = 110
 
 
 def check_available() -> None:
-    """Checks for matplotlib before hours of runs.
+    """Checks for matplotlib, and for scipy of the intervals, before hours of runs.
 
     Raises:
-        RecipeError: matplotlib is not installed.
+        RecipeError: one of them is not installed.
     """
     try:
-        import matplotlib as _  # noqa: F401
+        for name in ("matplotlib", "scipy"):
+            importlib.import_module(name)
     except ImportError as error:
-        raise RecipeError("the plots need matplotlib, which is not installed: pip install 'qcomm[train]'") from error
+        raise RecipeError(
+            f"plots and intervals need {error.name}, which is not installed: pip install 'qcomm[train]'"
+        ) from error
 
 
 def figure(

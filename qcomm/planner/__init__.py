@@ -24,7 +24,7 @@ from qcomm.planner.measure import profile
 from qcomm.planner.methods import Codec, Method, method_named
 from qcomm.planner.models import MODEL_NAMES, built_in
 from qcomm.planner.plan import ASSUMED_CODEC, JITTER, Prediction, Request, predict, speedup, trace_step
-from qcomm.planner.plots import plot_efficiency, plot_heat_map
+from qcomm.planner.plots import check_plots, plot_efficiency, plot_heat_map
 from qcomm.planner.profiles import ModelProfile, ParameterTensor
 from qcomm.planner.report import assumptions, document, print_estimate, print_table
 from qcomm.planner.schedulers import SCHEDULERS, Ddp, Horovod, Scheduler
@@ -54,6 +54,7 @@ __all__ = [
     "assumptions",
     "bandwidth_text",
     "built_in",
+    "check_plots",
     "chrome_trace",
     "default_fabric",
     "document",

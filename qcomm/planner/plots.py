@@ -4,13 +4,26 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qcomm.planner.advice import bandwidth_text
+from qcomm.planner.errors import PlanError
 from qcomm.planner.plan import Prediction
 from qcomm.planner.sweeps import HeatMap
 
-__all__ = ["plot_efficiency", "plot_heat_map"]
+__all__ = ["check_plots", "plot_efficiency", "plot_heat_map"]
 
 DPI = 130
 LEAST_FACTOR, MOST_FACTOR = 0.5, 4.0  # the ends of the map's colour scale
+
+
+def check_plots() -> None:
+    """Checks that plots can be drawn, before anything is computed.
+
+    Raises:
+        PlanError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib as _  # noqa: F401
+    except ImportError as error:
+        raise PlanError(f"plots need {error.name}: pip install 'qcomm[train]', or leave out --out") from error
 
 
 def plot_efficiency(rows: Sequence[Sequence[Prediction]], title: str, path: Path) -> None:

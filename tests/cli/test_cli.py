@@ -120,7 +120,7 @@ def test_without_typer_one_line_says_what_to_install(monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         __main__.main()
     assert exit_.value.code == 2
-    assert capsys.readouterr().err == "qcomm: the command line needs typer: pip install 'qcomm[train]'\n"
+    assert capsys.readouterr().err == "qcomm: typer came with qcomm and cannot be imported: pip install typer\n"
 
 
 @pytest.mark.world
