@@ -184,6 +184,10 @@ class SealedTransport(Transport):
         """Closes the connections, see :meth:`Transport.close`."""
         self._inner.close()
 
+    def fail(self) -> None:
+        """Closes the connections and blames this rank, see :meth:`Transport.fail`."""
+        self._inner.fail()
+
     def _wait(self, transfers: Sequence[Transfer]) -> list[tuple[int, RuntimeError]]:
         return self._inner._wait([started.inner for _, started in transfers])
 

@@ -16,11 +16,12 @@ class Wires:
 
     Attributes:
         carried: what was sent, as (source, target, tag, bytes).
+        failed: ranks that left because of a fault of their own.
         meddle: called with the same four; returns the messages that arrive in its place.
     """
 
     def __init__(self):
-        self.carried, self.meddle = [], None
+        self.carried, self.meddle, self.failed = [], None, []
         self._queues, self._closed = {}, set()
         self._lock = threading.Lock()
 
@@ -95,6 +96,10 @@ class WiredTransport(Transport):
     def close(self):
         self._is_closed = True
         self._wires.close(self.rank)
+
+    def fail(self):
+        self._wires.failed.append(self.rank)
+        self.close()
 
 
 def on_all_ranks(world_size, act, wires=None):

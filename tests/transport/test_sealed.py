@@ -259,3 +259,9 @@ def test_a_rank_that_does_not_answer_is_named_as_before(monkeypatch):
     transfer = second.start_receive(0, torch.empty_like(MESSAGE), 0)
     with pytest.raises(TransportError, match=r"rank 11, testing: no answer from rank\(s\) 10"):
         second.finish([transfer], "testing")
+
+
+def test_a_rank_that_fails_says_so_as_it_does_unsealed():
+    wires, (_, second) = make()
+    second.fail()
+    assert wires.failed == [1] and second.is_closed
