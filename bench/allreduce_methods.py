@@ -7,6 +7,7 @@ handed to the transport, of torch's own all-reduces, and so of PowerSGD's, those
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -109,6 +110,8 @@ class Compressed:
     """qcomm's hook, for one bucket on one grid.
 
     Attributes:
+        group: of the ranks; by default all.
+        secret: key file that seals the messages of the group; None for open ones.
         timeline: of the last call.
     """
 
@@ -117,6 +120,8 @@ class Compressed:
     strategy: str = "two_phase"
     error_feedback: bool = False
     num_threads: int = 1
+    group: dist.ProcessGroup | None = None
+    secret: Path | None = None
     timeline: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -124,11 +129,13 @@ class Compressed:
         specs = self._options.merge_small(self.bucket.specs) if self.error_feedback else self.bucket.specs
         self._layout = BucketLayout(specs, dist.get_world_size())
         self._state = qcomm.CompressionState(
+            self.group,
             grid=self.grid,
             error_feedback=self.error_feedback,
             min_elements=MIN_ELEMENTS,
             strategy=self.strategy,
             num_threads=self.num_threads,
+            secret=self.secret,
         )
         self._state.telemetry.timeline = self.timeline
         # A model's parameters tell the hook their shapes and who they are.

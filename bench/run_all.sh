@@ -13,6 +13,7 @@
 #   bitrate   1    bits by layer over a training run
 #   accuracy  8    time to 90 % over 100 Mb/s, 2 hosts
 #   verify    4    what comparing means costs, 2 ranks of this machine
+#   sealed    5    what sealed messages cost: without a limit, 1 Gb/s and 100 Mb/s, 2 ranks
 #   plots     0    PNGs, and the tables of README and docs/measurements.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,7 +23,7 @@ python=${PYTHON:-.venv/bin/python}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 results=bench/results
 steps=("${@:-all}")
-[ "${steps[*]}" != all ] || steps=(allreduce feedback planner slices sizes pairs step scaling bitrate accuracy verify plots)
+[ "${steps[*]}" != all ] || steps=(allreduce feedback planner slices sizes pairs step scaling bitrate accuracy verify sealed plots)
 
 run() {
     echo "run_all: bench/$*"
@@ -47,9 +48,10 @@ step() {
             --json $results/scaling.json ;;
         bitrate) run bench_bitrate.py --steps 66 --every 3 --json $results/bitrate.json ;;
         verify) run bench_verify.py --steps 30 --json $results/verify.json ;;
+        sealed) run bench_sealed.py --json $results/sealed.json ;;
         accuracy) run bench_time_to_accuracy.py --json $results/time_to_accuracy.json ;;
         plots) run plots.py && "$python" tools/make_tables.py ;;
-        *) sed -n '2,17p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,18p' "$0" >&2; exit 2 ;;
     esac
 }
 
