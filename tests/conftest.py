@@ -8,7 +8,8 @@ import pytest
 import torch
 
 # Programs, which doctests would import: launchers start them. The first fails where mpi4py is installed and no MPI is.
-collect_ignore = ["support/mpi_cases.py", "support/soak_ranks.py", "support/framework_script.py", "soak.py"]
+PROGRAMS = ("mpi_cases", "soak_ranks", "soak_minutes", "framework_script")
+collect_ignore = ["soak.py", *(f"support/{name}.py" for name in PROGRAMS)]
 
 
 @pytest.fixture(scope="session")

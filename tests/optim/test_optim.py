@@ -1,4 +1,4 @@
-"""``AbsAdamW``: its rule against a few lines of scalar arithmetic, what it is made for, and its contract as an optimizer."""
+"""``AbsAdamW``: its rule against a few lines of scalar arithmetic, its purpose, and its contract as an optimizer."""
 
 import math
 import warnings
@@ -50,7 +50,7 @@ def test_the_rule(dtype, tolerance):
 
 
 def test_a_sparse_mean_does_not_shorten_its_steps():
-    """Whole steps of 8 in place of a gradient of 0.5 +- 0.5: the divisor stays, where Adam's is sqrt(8 / 0.5) longer."""
+    """Whole steps of 8 in place of a gradient of 0.5 +- 0.5: the divisor stays, where Adam's grows by sqrt(8 / 0.5)."""
     random = torch.Generator().manual_seed(1)
     drift = {}
     for name, kind in (("abs", qcomm.AbsAdamW), ("adam", torch.optim.AdamW)):
