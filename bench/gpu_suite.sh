@@ -48,9 +48,10 @@ stage() {
 
 skip() { record "$1" 77 0 "$2"; }
 
-# shellcheck disable=SC2329 # a stage runs it
+# build ON|OFF: with the kernels, or without
+# shellcheck disable=SC2329 # stages run it
 build() {
-    local architectures options=(-S . -B "$work/cmake" -DCMAKE_BUILD_TYPE=Release -DQCOMM_CUDA=ON)
+    local architectures options=(-S . -B "$work/cmake-$1" -DCMAKE_BUILD_TYPE=Release "-DQCOMM_CUDA=$1")
     architectures=${CUDA_ARCHITECTURES:-$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -n 1 | tr -d .)}
     options+=("-DCMAKE_CUDA_ARCHITECTURES=$architectures" "-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$PWD/qcomm")
     options+=("-DPython_EXECUTABLE=$("$python" -c 'import sys; print(sys.executable)')")
@@ -58,7 +59,7 @@ build() {
     if ! "$python" -m pybind11 --cmakedir >/dev/null 2>&1; then
         options+=("-DQCOMM_PYBIND11_INCLUDE=$("$python" -c 'import torch, pathlib; print(pathlib.Path(torch.__file__).parent / "include")')")
     fi
-    cmake "${options[@]}" && cmake --build "$work/cmake" --parallel
+    cmake "${options[@]}" && cmake --build "$work/cmake-$1" --parallel
 }
 export -f build
 export work python
@@ -70,7 +71,10 @@ export -f tests
 # Not the project's own settings, which ask for a recent pytest.
 printf '[pytest]\nmarkers =\n    gpu\n    slow\n    world\n' >"$work/pytest.ini"
 
-stage build 180 "" bash -c build
+# First of all what needs no kernels: gradients of the GPU in host memory.
+stage build_cpu 120 "without the kernels" bash -c 'build OFF'
+stage test_staging 120 "the way through host memory" bash -c 'tests -m gpu tests/staging tests/ddp/test_ddp_staged.py'
+stage build 180 "" bash -c 'build ON'
 if ! "$python" -c 'from qcomm.codec import core; core()' >"$work/import.log" 2>&1; then
     tail -n 5 "$work/import.log"
     record import 1 0 "the modules cannot be imported; nothing else was run"

@@ -35,6 +35,7 @@ from qcomm.communicator import (
     resolve_group,
 )
 from qcomm.errors import CollectiveError, ConfigMismatchError
+from qcomm.staging import check_device, device_types, stage
 from qcomm.transport import KeyFile
 
 __all__ = ["AllReduceWork", "all_reduce"]
@@ -100,19 +101,20 @@ def all_reduce(
     named. There is no error feedback: quantization errors are lost.
 
     Args:
-        tensor: any shape and strides, float32, float16, bfloat16 or float64, on the CPU or a CUDA device. On a device
-            the call waits for it, and ``async_op`` leaves nothing to wait for. A parameter may be passed; autograd does
-            not see the change. A non-finite value makes the whole result NaN on every rank (uncompressed: only its own
-            element).
+        tensor: any shape and strides, float32, float16, bfloat16 or float64, on the CPU or an accelerator. On an
+            accelerator it is computed by the current stream, travels through host memory, and the current stream of
+            whoever waits is made to wait for the mean. A parameter may be passed; autograd does not see the change. A
+            non-finite value makes the whole result NaN on every rank (uncompressed: only its own element).
         grid: of the quantization. Each rank's values are scaled to its own RMS or range. The mean is quantized once
             more, see ``mean_step``.
-        group: by default the default process group. Its backend does not matter for tensors on the CPU: the traffic has
-            its own gloo connections, with the group's timeout. A :class:`qcomm.MpiGroup` sends it over MPI.
-            CUDA tensors need NCCL.
+        group: by default the default process group. Its backend does not matter: the traffic has its own gloo
+            connections, with the group's timeout. A :class:`qcomm.MpiGroup` sends it over MPI. ``device_codec`` needs
+            NCCL.
         async_op: return at once; the tensor must not be used until ``wait()`` of the handle has returned.
         **options: ``mean_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads``, ``profile``,
-            ``verify`` and ``secret`` of :class:`qcomm.collectives.ReduceOptions`. A profile or a key file is read at
-            each call. For CUDA tensors ``"auto"`` is ``"two_phase"``.
+            ``verify``, ``secret`` and ``device_codec`` of :class:`qcomm.collectives.ReduceOptions`. A profile or a key
+            file is read at each call. With ``device_codec`` a call with CUDA tensors waits for the device, ``async_op``
+            leaves nothing to wait for, and ``"auto"`` is ``"two_phase"``.
 
     Returns:
         None, or with ``async_op`` a handle.
@@ -147,7 +149,7 @@ def all_reduce(
     telemetry.count_bucket(task.layout, tensor.element_size())
     if world_size == 1 and task.options.strategy == "auto":
         work = AllReduceWork(completed(tensor), telemetry)
-    elif is_on_device(tensor):
+    elif task.options.device_codec and is_on_device(tensor):
         work = _on_device(group, task, tensor)
     else:
         work = AllReduceWork(_submit(group, task, tensor), telemetry)
@@ -163,23 +165,26 @@ def _task(tensor: torch.Tensor, grid: Grid, group: Group, telemetry: Telemetry, 
     _check_tensor(tensor)
     options = ReduceOptions(grid, **keywords)
     check_secret(group, options.key_file)
-    if is_on_device(tensor):
+    on_device = options.device_codec and is_on_device(tensor)
+    if on_device:
         check_device_options(options)
         check_group(group, tensor.device)
         core()
     world_size = get_world_size(group)
     options = options.for_world(world_size)
     specs = [TensorSpec("tensor", 0, tensor.numel(), options.is_compressed(tensor.numel()))]
-    in_place = tensor.is_contiguous() and not tensor.is_neg()
-    flat = (tensor if in_place else tensor.resolve_neg().contiguous()).detach().reshape(-1)
+    buffer = tensor.detach()
+    if tensor.is_cpu or on_device:
+        in_place = tensor.is_contiguous() and not tensor.is_neg()
+        buffer = (buffer if in_place else buffer.resolve_neg().contiguous()).reshape(-1)
     fields = {
         "operation": "all_reduce",
         **options.describe(),
         "shape": str(list(tensor.shape)),
         "dtype": str(tensor.dtype),
-        "device": tensor.device.type,
+        "device of the codec": tensor.device.type if on_device else "cpu",
     }
-    return MeanTask(flat, BucketLayout(specs, world_size), options, Fields(fields), telemetry)
+    return MeanTask(buffer, BucketLayout(specs, world_size), options, Fields(fields), telemetry)
 
 
 def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceWork:
@@ -201,6 +206,8 @@ def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceW
 
 def _submit(group: Group, task: MeanTask, tensor: torch.Tensor) -> Ticket[torch.Tensor]:
     communicator = get_communicator(group, task.options.key_file)
+    if not tensor.is_cpu:
+        return _submit_staged(communicator, task, tensor)
 
     def job() -> torch.Tensor:
         average(task, communicator)
@@ -215,6 +222,18 @@ def _communicator_to_tell(group: Group, keywords: ReduceKeywords) -> Communicato
     return find_communicator(group) or get_communicator(group, KeyFile.of(keywords.get("secret")))
 
 
+def _submit_staged(communicator: Communicator, task: MeanTask, tensor: torch.Tensor) -> Ticket[torch.Tensor]:
+    staged, fault = attempt(Phase.PREPARE, stage, tensor, communicator)
+
+    def job() -> torch.Tensor:
+        if staged is None:
+            refuse(fault, communicator)
+        average(replace(task, staged=staged), communicator)
+        return tensor
+
+    return communicator.submit(job, device=tensor.device)
+
+
 def _copy_back(task: MeanTask, tensor: torch.Tensor) -> None:
     """Writes the mean into a tensor that is not the task's buffer itself."""
     if task.buffer.data_ptr() != tensor.data_ptr():
@@ -222,7 +241,8 @@ def _copy_back(task: MeanTask, tensor: torch.Tensor) -> None:
 
 
 def _check_tensor(tensor: object) -> None:
-    checked = check_floats("tensor", tensor, devices=("cpu", "cuda"))
+    checked = check_floats("tensor", tensor, devices=device_types())
+    check_device("tensor", checked.device)
     if checked.is_inference():
         raise ValueError(
             "tensor must not be an inference tensor, as another thread writes to it; clone it outside inference mode"

@@ -183,7 +183,7 @@ def _check_device(name: str, tensor: torch.Tensor, devices: tuple[str, ...]) -> 
             f"{name} must be on the CPU, got device {tensor.device}; only compress, decompress, inspect, "
             "estimate_entropy, all_reduce and the hook take more"
         )
-    raise ValueError(f"{name} must be on the CPU or a CUDA device, got device {tensor.device}")
+    raise ValueError(f"{name} must be on one of {devices}, got device {tensor.device}")
 
 
 def check_floats(

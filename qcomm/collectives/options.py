@@ -35,6 +35,7 @@ class ReduceKeywords(TypedDict, total=False):
     profile: Profile | Path | str | None
     verify: str
     secret: KeyFile | Path | str | None
+    device_codec: bool
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class ReduceOptions:
             ``"hierarchical"`` adds uncompressed values inside a node and compresses between nodes. ``"auto"`` tries the
             strategies that may be fast during the first collectives of each size and keeps the fastest. One that
             compresses is kept only if it is a quarter faster than those that do not. From time to time ``"auto"`` looks
-            again. CUDA tensors have ``"two_phase"``, ``"none"`` and ``"bf16"``.
+            again. With ``device_codec`` CUDA tensors have ``"two_phase"``, ``"none"`` and ``"bf16"``.
         ranks_per_node: for ``"hierarchical"``: ranks 0 to ``ranks_per_node - 1`` of the group are one node, and so on;
             any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
             set.
@@ -70,11 +71,15 @@ class ReduceOptions:
             checksum: a DivergenceError then names bucket, step and ranks. With ``"interval"`` means of strategies that
             add values on the way are compared at the next handshake: in the next collective, or within 31 steps where
             the hook runs uncompressed. Compressed packets have checksums. ``"step"`` compares all means before they are
-            used, which takes another exchange of headers, and ``"off"`` none. Tensors on a device are not compared.
+            used, which takes another exchange of headers, and ``"off"`` none. CUDA tensors with ``device_codec`` are
+            not compared.
         secret: the path of a key file. Every message of this library is then encrypted and authenticated, and only
             ranks with a copy of that file take part, see docs/secure.md. It is a property of the group's connections:
-            all uses of a group pass the same. Nothing bypasses the handshake then, and CUDA tensors are refused. It
+            all uses of a group pass the same. Nothing bypasses the handshake then, and ``device_codec`` is refused. It
             needs the extra ``qcomm[secure]``.
+        device_codec: compress CUDA tensors on the device and exchange them over NCCL, which needs a build with the
+            kernels and a group with NCCL. By default tensors on a device are copied to host memory, averaged there like
+            those of the CPU, and copied back.
 
     Raises:
         TypeError, ValueError: naming the option, the value and the values that are allowed.
@@ -101,6 +106,7 @@ class ReduceOptions:
     profile: Profile | Path | str | None = None
     verify: str = "interval"
     secret: KeyFile | Path | str | None = None
+    device_codec: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.grid, (SigmaGrid, RangeGrid)):
@@ -117,6 +123,8 @@ class ReduceOptions:
                 raise ValueError(f"ranks_per_node must be at least 1, got {self.ranks_per_node}")
         if self.verify not in VERIFY:
             raise ValueError(f"verify must be one of {VERIFY}, got {self.verify!r}")
+        if not isinstance(self.device_codec, bool):
+            raise TypeError(f"device_codec must be a bool, got {type(self.device_codec).__name__}")
         check_num_threads(self.num_threads)
         object.__setattr__(self, "profile", _read_profile(self.profile, self.strategy))
         object.__setattr__(self, "secret", KeyFile.of(self.secret))
@@ -252,6 +260,7 @@ class ReduceOptions:
             "ranks_per_node": str(self.ranks_per_node),
             "profile": "None" if self.machine is None else self.machine.describe(),
             "verify": self.verify,
+            "device_codec": str(self.device_codec),
         }
 
 

@@ -3,6 +3,7 @@
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -13,13 +14,13 @@ from qcomm.collectives.exact_sum import exact_sum_mean
 from qcomm.collectives.hierarchical import hierarchical_mean
 from qcomm.collectives.layout import BucketLayout
 from qcomm.collectives.options import ReduceOptions
-from qcomm.collectives.rounds import Rounds
+from qcomm.collectives.rounds import Rounds, announce_late, refuse
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.tuner import Tuner
 from qcomm.collectives.two_phase import two_phase_mean
 from qcomm.collectives.uncompressed import bf16_mean, uncompressed_mean
 from qcomm.collectives.uncompressed_values import UNCOMPRESSED, Bypassing, is_rounded
-from qcomm.communicator import UNTIMED, Communicator, Took
+from qcomm.communicator import UNTIMED, Communicator, Phase, Took, attempt
 
 __all__ = ["average", "settled", "uncompressed_strategies"]
 
@@ -42,7 +43,8 @@ def average(task: MeanTask, communicator: Communicator, bypassing: Bypassing | N
     """Replaces ``task.buffer`` by its mean over all ranks. Runs on the communicator's thread.
 
     With ``"auto"`` each strategy that may be the fastest is tried a few times for every kind of buffer. Then the
-    fastest one that is worth it is taken. All ranks make the same choice, see :mod:`qcomm.collectives.tuner`.
+    fastest one that is worth it is taken. All ranks make the same choice, see :mod:`qcomm.collectives.tuner`. A staged
+    buffer is averaged in host memory, and its copy back is under way at the end.
 
     Args:
         task: of the collective.
@@ -55,18 +57,39 @@ def average(task: MeanTask, communicator: Communicator, bypassing: Bypassing | N
         LateFaultError: this rank failed after its last message.
         ConfigMismatchError: ``task.fields`` differ between ranks; nothing has changed then.
     """
+    begin = time.perf_counter_ns()
+    if task.staged is None:
+        _average(task, communicator, bypassing, begin)
+        return
+    try:
+        host, fault = attempt(Phase.PREPARE, task.staged.fetch)
+        if host is None:
+            refuse(fault, communicator)
+        copying = task.staged.copy_nanoseconds
+        task.telemetry.add(copy_seconds=copying / 1e9)
+        # The wait for the tensor's values is no cost of a strategy, and that for their copy is.
+        _average(replace(task, buffer=host), communicator, bypassing, time.perf_counter_ns() - copying)
+        _, fault = attempt(Phase.DECODE, task.staged.restore)
+        if fault is not None:
+            announce_late(fault, communicator)
+    finally:
+        task.staged.release()
+
+
+def _average(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None, begin: int) -> None:
+    """Averages a buffer in host memory; ``begin``: of the work for it, in nanoseconds of ``time.perf_counter_ns``."""
     if task.options.strategy == "auto":
-        _average_by_tuner(task, communicator, bypassing)
+        _average_by_tuner(task, communicator, bypassing, begin)
     else:
         task.telemetry.note_strategy(task.index, task.options.strategy)
         with Rounds(task, communicator, bypassing=bypassing) as rounds:
             _run(task.options.strategy, rounds)
 
 
-def _average_by_tuner(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None) -> None:
+def _average_by_tuner(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None, begin: int) -> None:
     tuner, kind = _tuner(communicator), _kind(task, bypassing)
     strategy = tuner.next(kind, automatic_strategies(task.layout, task.buffer.dtype, task.options))
-    begin, own_time = time.perf_counter_ns(), UNTIMED
+    own_time = UNTIMED
     rounds = Rounds(task, communicator, tuner.own_time(kind), bypassing)
     rounds.require_equal("strategy chosen", strategy)
     try:
@@ -111,7 +134,8 @@ def _kind(task: MeanTask, bypassing: Bypassing | None) -> Hashable:
     layout, options = task.layout, task.options
     values = layout.elements, layout.compressed_elements, layout.exact_elements, task.buffer.dtype
     # A collective that may be bypassed is timed without its agreement.
-    return (*values, options.grid, task.feedback is None, options.node_size, options.machine, bypassing is None)
+    staged = task.staged is not None
+    return (*values, options.grid, task.feedback is None, options.node_size, options.machine, bypassing is None, staged)
 
 
 def automatic_strategies(layout: BucketLayout, dtype: torch.dtype, options: ReduceOptions) -> tuple[str, ...]:

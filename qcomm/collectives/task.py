@@ -10,6 +10,7 @@ from qcomm.collectives.layout import BucketLayout
 from qcomm.collectives.options import ReduceOptions
 from qcomm.collectives.telemetry import Telemetry
 from qcomm.communicator import Fields
+from qcomm.staging import Staged
 
 __all__ = ["MeanTask", "Scale"]
 
@@ -22,7 +23,8 @@ class MeanTask:
     """One collective: the buffer to average, and its options.
 
     Attributes:
-        buffer: flat and contiguous, float32, float16, bfloat16 or float64; finally holds the result.
+        buffer: flat and contiguous, float32, float16, bfloat16 or float64; finally holds the result. One that is staged
+            may be of any shape and strides.
         layout: of the buffer.
         options: for the world of the group, see :meth:`ReduceOptions.for_world`.
         fields: the configuration, which has to be equal on all ranks.
@@ -31,6 +33,7 @@ class MeanTask:
         scale: the buffer holds values times this factor, and so will the result; residuals are kept without it.
         index: number of the bucket for the timeline.
         step: of training, for messages; 0 outside of it.
+        staged: the way of a buffer on a device to host memory, where it is averaged; None for one that stays.
     """
 
     buffer: torch.Tensor
@@ -42,6 +45,12 @@ class MeanTask:
     scale: float = 1.0
     index: int = 0
     step: int = 0
+    staged: Staged | None = None
+
+    def abandon(self) -> None:
+        """Gives back what the task holds for a collective that will not run."""
+        if self.staged is not None:
+            self.staged.release()
 
     @cached_property
     def wire_dtype(self) -> torch.dtype:

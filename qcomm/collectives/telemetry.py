@@ -53,6 +53,7 @@ class Counters:
     decode_seconds: float = 0.0
     communication_seconds: float = 0.0
     wait_seconds: float = 0.0
+    copy_seconds: float = 0.0
     # Packets of a phase, each counted once: a rank's values for the other owners, then the means of all owners.
     packet_bytes_phase1: int = 0
     packet_bytes_phase2: int = 0
@@ -81,8 +82,8 @@ class Telemetry:
     :mod:`qcomm.collectives.two_phase_schedule`. "exchange_1" and "exchange_2" are then the waits for a slice's
     messages.
 
-    On a device there are "ready", "launch" and "launched", on the calling thread. A bucket that bypasses the worker
-    thread has "ready" and "exchange_1" on the calling thread and "done" on gloo's.
+    With ``device_codec`` there are "ready", "launch" and "launched", on the calling thread. A bucket that bypasses the
+    worker thread has "ready" and "exchange_1" on the calling thread and "done" on gloo's.
     """
 
     timeline: list[Event] | None = None

@@ -55,7 +55,7 @@ def check_device_options(options: ReduceOptions) -> None:
         raise ValueError(f"strategy must be one of {DEVICE_STRATEGIES} for CUDA tensors, got {options.strategy!r}")
     if options.key_file is not None:
         raise ValueError(
-            f"secret must be None for CUDA tensors, whose messages NCCL carries and nothing seals, got "
+            f"secret must be None with device_codec, whose messages NCCL carries and nothing seals, got "
             f"{options.key_file.path}"
         )
 

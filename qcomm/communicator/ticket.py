@@ -18,19 +18,28 @@ class Ticket(Generic[T]):
     Args:
         worker: the thread that runs the job.
         told: returns the error that ``future`` raises for the job's; by default that error itself.
+        device: of a result that a stream of this device may still compute when the job ends; it is the worker thread's
+            current stream then. Whoever waits makes the own current stream wait for it.
 
     Attributes:
         future: holds the job's result; its ``wait()`` raises the job's error.
     """
 
     def __init__(
-        self, worker: threading.Thread | None = None, told: Callable[[Exception], Exception] | None = None
+        self,
+        worker: threading.Thread | None = None,
+        told: Callable[[Exception], Exception] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._worker, self._told = worker, told
         self._done = threading.Event()
         self._result: T | None = None
         self._error: Exception | None = None
-        self._signal: torch.futures.Future[None] = torch.futures.Future()
+        self._device = device
+        # A Future records the stream behind a tensor that it holds, and behind nothing else.
+        self._signal: torch.futures.Future[T | None] = torch.futures.Future(
+            devices=None if device is None else [device]
+        )
         # An exception set on a Future would reach DDP as if it were the result; one raised in a callback arrives as an
         # exception.
         self.future: torch.futures.Future[T] = self._signal.then(self._value)
@@ -60,10 +69,19 @@ class Ticket(Generic[T]):
             raise TimeoutError(f"the collective is still running after {seconds:g} s")
         if self._error is not None:
             raise self._error
+        self._follow()
 
     def join(self, seconds: float | None = None) -> bool:
         """Waits for the end of the job, well or not; returns False if it still runs after ``seconds``."""
-        return self._done.wait(seconds)
+        ended = self._done.wait(seconds)
+        if ended and self._error is None:
+            self._follow()
+        return ended
+
+    def _follow(self) -> None:
+        """Makes the caller's current stream wait for a result on a device."""
+        if self._device is not None:
+            self.future.wait()
 
     def result(self) -> T:
         """Waits for the job and returns its result."""
@@ -79,7 +97,7 @@ class Ticket(Generic[T]):
         """Ends the wait. It is called once."""
         self._result, self._error = result, error
         self._done.set()
-        self._signal.set_result(None)
+        self._signal.set_result(None if self._device is None else result)
 
 
 def _raising(error: Exception) -> Iterator[None]:
@@ -117,7 +135,7 @@ def device_future(result: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
         >>> device_future(torch.ones(2)).wait()
         tensor([1., 1.])
     """
-    devices: list[int | str | torch.device] | None = [result.device] if result.is_cuda else None
+    devices: list[int | str | torch.device] | None = None if result.is_cpu else [result.device]
     future: torch.futures.Future[torch.Tensor] = torch.futures.Future(devices=devices)
     future.set_result(result)
     return future

@@ -59,14 +59,19 @@ class Communicator:
         """Returns the number of collectives that have begun, the same on all ranks."""
         return self._sequence
 
-    def submit(self, job: Callable[[], T], told: Callable[[Exception], Exception] | None = None) -> Ticket[T]:
+    def submit(
+        self,
+        job: Callable[[], T],
+        told: Callable[[Exception], Exception] | None = None,
+        device: torch.device | None = None,
+    ) -> Ticket[T]:
         """Queues ``job``. All ranks submit the same jobs in the same order; jobs that do not match are refused.
 
         Args:
             job: runs on the background thread.
-            told: of the :class:`Ticket`.
+            told, device: of the :class:`Ticket`.
         """
-        ticket: Ticket[T] = Ticket(self._thread, told)
+        ticket: Ticket[T] = Ticket(self._thread, told, device)
         with self._closing:
             if not self._closed:
                 self._jobs.put(cast(tuple[Callable[[], object], Ticket[object]], (job, ticket)))

@@ -13,6 +13,7 @@ from qcomm.codec import DTYPE_NUMBERS, check_memory, is_on_device
 from qcomm.collectives import BucketLayout, ReduceOptions, TensorSpec
 from qcomm.communicator import Fields
 from qcomm.ddp.warm_up import WarmUp
+from qcomm.staging import check_device
 
 __all__ = ["BucketTable", "KnownBucket"]
 
@@ -24,7 +25,7 @@ class KnownBucket(NamedTuple):
         layout: of its buffer.
         options: of the mean, for the present number of ranks.
         fields: the configuration, which has to be equal on all ranks.
-        on_device: whether the buffer is on a device where the codec runs.
+        on_device: whether the codec runs on the buffer's device.
     """
 
     layout: BucketLayout
@@ -149,18 +150,19 @@ class BucketTable:
             if self._error_feedback:
                 specs = options.merge_small(specs)
             layout = BucketLayout(specs, world_size)
+            on_device = options.device_codec and is_on_device(buffer)
             fields = {
                 "operation": "gradient bucket",
                 **options.describe(),
                 **self._described,
                 "bucket": str(bucket.index()),
                 "dtype": str(buffer.dtype),
-                "device": buffer.device.type,
+                "device of the codec": buffer.device.type if on_device else "cpu",
                 "loaded state": self._origin,
                 "stage of warm-up": str(stage),
                 "layout": layout.description,
             }
-            self._layouts[signature] = KnownBucket(layout, options, Fields(fields), is_on_device(buffer))
+            self._layouts[signature] = KnownBucket(layout, options, Fields(fields), on_device)
         return self._layouts[signature]
 
     def _is_excluded(self, key: str) -> bool:
@@ -205,6 +207,6 @@ def _check_buffer(buffer: torch.Tensor, parameters: Sequence[torch.Tensor]) -> N
         )
     if buffer.dtype not in DTYPE_NUMBERS:
         raise TypeError(f"gradients must be float32, float16, bfloat16 or float64, got {buffer.dtype}")
-    if buffer.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"gradients must be on the CPU or a CUDA device, got device {buffer.device}")
+    if not buffer.is_cpu:
+        check_device("gradients", buffer.device)
     check_memory("the bucket's buffer", buffer)

@@ -200,7 +200,8 @@ class Bypass:
         """
         self.flush()
         index, lane = bucket.index(), None
-        if layout is not None and not isinstance(group, MpiGroup) and can_bypass(group):
+        on_cpu = bucket.buffer().is_cpu  # gloo's sum of tensors on a device would make backward wait for them
+        if layout is not None and on_cpu and not isinstance(group, MpiGroup) and can_bypass(group):
             lane = Lane(group, layout, bucket.buffer().dtype, tuple(map(weakref.ref, bucket.parameters())))
         with self._lock:
             before = self._lanes

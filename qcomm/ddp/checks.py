@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from qcomm.codec import DTYPE_NUMBERS, check_memory, core
+from qcomm.codec import DTYPE_NUMBERS, check_memory
+from qcomm.staging import check_device
 
 __all__ = ["check_grad_scale", "check_hook_options", "check_model", "check_scale"]
 
@@ -64,11 +65,8 @@ def _check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
         raise TypeError(
             f"parameter {name!r} is {parameter.dtype}; float32, float16, bfloat16 and float64 are supported"
         )
-    if parameter.device.type not in ("cpu", "cuda"):
-        raise ValueError(f"parameter {name!r} must be on the CPU or a CUDA device, got {parameter.device}")
+    check_device(f"parameter {name!r}", parameter.device)
     check_memory(f"parameter {name!r}", parameter)
-    if parameter.is_cuda:
-        core()
     if hasattr(parameter, "_in_backward_optimizers"):
         raise ValueError(
             f"parameter {name!r} has an optimizer that runs in backward, for which DDP needs the hook itself"

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from qcomm.codec import core, is_on_device
 from qcomm.collectives_cuda import check_device_options, check_group
 from qcomm.communicator import Group, failed, get_communicator, get_world_size, resolve_group
 from qcomm.ddp.checks import check_grad_scale, check_model
@@ -24,9 +25,9 @@ def compression_hook(state: CompressionState, bucket: dist.GradBucket) -> torch.
     """Averages a gradient bucket over all ranks: for ``ddp_model.register_comm_hook(state, qcomm.compression_hook)``.
 
     It returns at once. Usually the background thread of the process group's communicator does the work while backward
-    computes the next bucket. A bucket that bypasses it is summed by the process group's own all-reduce, and gradients
-    on a CUDA device are averaged on a stream. The mean is written into the bucket's own buffer, in its dtype, equal bit
-    for bit on all ranks.
+    computes the next bucket. Gradients on a device travel through host memory for that, and with ``device_codec`` they
+    are averaged on a stream. A bucket that bypasses the thread is summed by the process group's own all-reduce. The
+    mean is written into the bucket's own buffer, in its dtype, equal bit for bit on all ranks.
 
     Args:
         state: a CompressionState.
@@ -105,11 +106,11 @@ def attach(
         check_grad_scale(options["grad_scale"])
     group = resolve_group(state.given_group or ddp_model.process_group)
     _check_same_ranks(group, ddp_model.process_group)
-    devices = {parameter.device for parameter in ddp_model.module.parameters() if parameter.requires_grad}
-    for device in devices:
-        if device.type == "cuda":
+    for parameter in ddp_model.module.parameters():
+        if parameter.requires_grad and state.options.device_codec and is_on_device(parameter):
             check_device_options(state.options)
-            check_group(group, device)
+            check_group(group, parameter.device)
+            core()
     state.bind(ddp_model.module, group)
     if get_world_size(group) > 1 or state.options.strategy != "auto":
         get_communicator(group, state.options.key_file)

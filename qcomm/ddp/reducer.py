@@ -7,7 +7,8 @@
 
 A bucket takes one of four paths. It bypasses the worker where compression does not pay for it
 (:mod:`qcomm.ddp.bypass`). It stays on its device where the codec runs there (:mod:`qcomm.ddp.cuda`). It is its own mean
-where ``"auto"`` averages over one rank. Otherwise the group's worker averages it.
+where ``"auto"`` averages over one rank. Otherwise the group's worker averages it, in host memory: a bucket on a device
+is copied there and back (:mod:`qcomm.staging`).
 """
 
 import time
@@ -51,6 +52,7 @@ from qcomm.ddp.failures import GROUP_IS_BROKEN, NOTHING_BEGAN, of_bucket
 from qcomm.ddp.regroup import Regrouping, may_regroup
 from qcomm.ddp.warm_up import WarmUp
 from qcomm.errors import CollectiveError, ConfigMismatchError
+from qcomm.staging import stage
 
 __all__ = ["GradScale", "Reducer", "Steps"]
 
@@ -114,11 +116,11 @@ class Steps:
         """Goes on from a saved number of steps and run."""
         self.number, self.run, self.owed = number, run, None
 
-    def set_scale(self, grad_scale: GradScale) -> None:
+    def set_scale(self, grad_scale: GradScale, device_codec: bool) -> None:
         """Reads the present step's scale; raises ValueError or TypeError where it is not one."""
         scale = grad_scale() if callable(grad_scale) else grad_scale
-        # The value of a tensor on the device stays there, because reading it would wait for the device.
-        if isinstance(scale, torch.Tensor) and scale.numel() == 1 and scale.is_cuda:
+        # The value of a tensor stays on the device that uses it, because reading it would wait for the device.
+        if device_codec and isinstance(scale, torch.Tensor) and scale.numel() == 1 and scale.is_cuda:
             self.scale = scale
         else:
             self.scale = 1.0 if scale is None else check_scale(scale)
@@ -294,11 +296,13 @@ class Reducer:
             world_size, self.steps.run = communicator.world_size, communicator.run
         # The lookup happens even where a fault is owed: on a device a rank must know if the others wait for its part.
         known = self._prepare(self._table.look_up, bucket, world_size, self._stage)
-        task = None if known is None or self.steps.owed else self._prepare(self._task, bucket, known, group)
+        task = (
+            None if known is None or self.steps.owed else self._prepare(self._task, bucket, known, group, communicator)
+        )
         fault = self.steps.take_owed()
         if communicator is None:
             return self._finished(task, fault, bucket)
-        if known.on_device if known is not None else is_on_device(bucket.buffer()):
+        if self._options.device_codec and is_on_device(bucket.buffer()):
             layout = None if known is None else known.layout
             part = DevicePart(bucket.index(), bucket.buffer(), self._telemetry, layout, task, fault)
             return self._reduce_on_device(part, group, communicator)
@@ -331,18 +335,23 @@ class Reducer:
         if first:
             self._step_end.begin()
             self._telemetry.add(steps=1)
-            self.steps.set_scale(self.grad_scale)
+            self.steps.set_scale(self.grad_scale, self._options.device_codec)
 
-    def _task(self, bucket: dist.GradBucket, known: KnownBucket, group: Group) -> MeanTask:
-        fields, scale = known.fields, self.steps.scale
+    def _task(
+        self, bucket: dist.GradBucket, known: KnownBucket, group: Group, communicator: Communicator | None
+    ) -> MeanTask:
+        buffer, fields, scale = bucket.buffer(), known.fields, self.steps.scale
         if known.on_device:
             check_device_options(self._options)
-        elif self._may_bypass and can_bypass(group):
+        elif self._may_bypass and buffer.is_cpu and can_bypass(group):
             fields = fields.extended("steps between agreements", str(BYPASSED))
         if self.grad_scale is not None:
             fields = fields.extended("grad_scale", "on the device" if isinstance(scale, torch.Tensor) else repr(scale))
+        staged = None
+        if communicator is not None and not known.on_device and not buffer.is_cpu:
+            staged = stage(buffer, communicator)
         return MeanTask(
-            bucket.buffer(),
+            buffer,
             known.layout,
             known.options,
             fields,
@@ -351,6 +360,7 @@ class Reducer:
             scale if isinstance(scale, float) else 1.0,
             bucket.index(),
             self.steps.number,
+            staged,
         )
 
     def _pass_by(self, lane: Lane, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -393,7 +403,7 @@ class Reducer:
             self.bypass.leave(index)
 
         def job() -> torch.Tensor:
-            self._check_step(index, serial)
+            self._check_step(index, serial, task)
             try:
                 if task is None:
                     refuse(fault, communicator)
@@ -410,14 +420,17 @@ class Reducer:
                 self._telemetry.add(wait_seconds=time.perf_counter() - ready)
             return buffer
 
-        ticket = communicator.submit(job, lambda error: of_bucket(error, index, self.steps.finds_unused))
+        device = None if buffer.is_cpu else buffer.device
+        ticket = communicator.submit(job, lambda error: of_bucket(error, index, self.steps.finds_unused), device)
         if lane is not None:
             lane.ticket = ticket
         self._step_end.add(ticket, communicator.interrupt)
         return ticket.future
 
-    def _check_step(self, index: int, serial: int) -> None:
+    def _check_step(self, index: int, serial: int, task: MeanTask | None) -> None:
         if serial == self.steps.failed_serial:
+            if task is not None:
+                task.abandon()
             # Backward raises for the bucket that failed, and the next step may write to the others' memory already.
             raise CollectiveError("an earlier bucket of this step failed") from self.steps.last_error.error
 

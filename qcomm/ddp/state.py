@@ -42,10 +42,10 @@ class CompressionState:
         exclude: patterns (``fnmatch``) of the names of parameters that travel uncompressed. They need :func:`attach`,
             which knows the names.
         grad_scale: the factor of the loss, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. It is read
-            once per step, a tensor on a CUDA device without waiting for it. Error feedback is kept without the factor,
-            so that a residual stays right when the scale changes.
+            once per step, with ``device_codec`` a tensor on a CUDA device without waiting for it. Error feedback is
+            kept without the factor, so that a residual stays right when the scale changes.
         **options: ``mean_step``, ``small_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads``,
-            ``profile``, ``verify`` and ``secret`` of :class:`qcomm.collectives.ReduceOptions`.
+            ``profile``, ``verify``, ``secret`` and ``device_codec`` of :class:`qcomm.collectives.ReduceOptions`.
             ``stats()["strategies"]`` has the strategy that ``"auto"`` took for each bucket. A named strategy also runs
             in a world of one rank, where ``"auto"`` does nothing.
 
@@ -146,10 +146,11 @@ class CompressionState:
             ``encode_seconds``, ``decode_seconds`` and ``communication_seconds`` (waiting for slower ranks included) of
             the worker thread, and of all-reduces that bypass it (docs/collective.md), side by side where buckets are;
             ``wait_seconds``, from the last bucket's gradient to its mean;
+            ``copy_seconds``, for which the worker thread waited for gradients on a device to be copied to the host;
             ``nonfinite_tensors``: number of times that a tensor held NaN or infinity;
-            ``dropped_values``: number of values sent as zeros because a slot was full, and kept in the residuals (on a
-            CUDA device only, where bytes sent and received are those of whole slots, seconds are not measured, and this
-            call waits for the device);
+            ``dropped_values``: number of values sent as zeros because a slot was full, and kept in the residuals (with
+            ``device_codec`` only, where bytes sent and received are those of whole slots, seconds are not measured, and
+            this call waits for the device);
             ``strategies``: for each bucket the strategy of its last mean;
             ``tensors``: for each compressed parameter the last ``grid``, ``coding``, ``num_bits`` and ``step``;
             ``residual_norm``: of the residuals.

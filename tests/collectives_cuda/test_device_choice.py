@@ -209,7 +209,7 @@ def test_a_rank_that_fails_stays_in_step(emulated_path, failing, known):
 def test_the_hook(rank, world_size, emulated_path):
     with emulated_device(emulated_path), costs({"none": 100, "bf16": 300, "two_phase": 200}):
         model = wrap()
-        state = qcomm.attach(model)
+        state = qcomm.attach(model, device_codec=True)
         for step in range(trials(3)):
             assert_same_on_all_ranks(*backward(model, rank, step))
         stats = state.stats()
@@ -224,7 +224,7 @@ def test_a_fault_right_after_warm_up(rank, world_size, emulated_path, strategy):
     with emulated_device(emulated_path):
         model = wrap()
         scales = iter([1.0, 1.0, -1.0 if rank == 1 else 1.0])
-        qcomm.attach(model, strategy=strategy, warmup_steps=2, grad_scale=lambda: next(scales, 1.0))
+        qcomm.attach(model, strategy=strategy, warmup_steps=2, grad_scale=lambda: next(scales, 1.0), device_codec=True)
         for step in range(6):
             error = error_of(model, rank)
             assert (error is not None) == (step == 2), (step, error)
@@ -239,7 +239,7 @@ def test_a_rank_that_ends_half_way_stays_out(rank, world_size, emulated_path):
     with emulated_device(emulated_path):
         model = wrap()
         scales = iter([1.0, 1.0, 1.0, -1.0 if rank == 1 else 1.0])
-        state = qcomm.attach(model, strategy="two_phase", grad_scale=lambda: next(scales, 1.0))
+        state = qcomm.attach(model, strategy="two_phase", grad_scale=lambda: next(scales, 1.0), device_codec=True)
         for _ in range(3):
             backward(model, rank)
         if rank == 0:
@@ -287,7 +287,7 @@ def test_a_rank_that_cannot_prepare_takes_part_and_goes_on(rank, world_size, emu
     place, name = {"two_phase": (DeviceMean, "_prepare"), "none": (uncompressed, "_add_residuals")}[strategy]
     with emulated_device(emulated_path):
         model = wrap()
-        qcomm.attach(model, strategy=strategy)
+        qcomm.attach(model, strategy=strategy, device_codec=True)
         original, calls = getattr(place, name), []
 
         def fail_once(*arguments):

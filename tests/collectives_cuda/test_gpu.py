@@ -247,7 +247,7 @@ def test_the_hook(group, grid):
     """Gradients of a world of one: those of plain backward, to within the grid, and in the long run exactly."""
     plain = network().cuda()
     model = DistributedDataParallel(copy.deepcopy(plain), bucket_cap_mb=0.3)
-    state = qcomm.attach(model, grid=grid, strategy="two_phase")
+    state = qcomm.attach(model, grid=grid, strategy="two_phase", device_codec=True)
     sums = [[torch.zeros_like(p) for p in plain.parameters()] for _ in range(2)]
     steps = 12
     for step in range(steps):
@@ -271,10 +271,10 @@ def test_all_reduce(group):
     values = heavy(200_000)
     expected, tensor = values.clone(), values.cuda()
     qcomm.all_reduce(expected, strategy="two_phase")
-    qcomm.all_reduce(tensor, strategy="two_phase")
+    qcomm.all_reduce(tensor, strategy="two_phase", device_codec=True)
     assert torch.equal(tensor.cpu(), expected)
     with pytest.raises(ValueError, match="strategy must be one of"):
-        qcomm.all_reduce(tensor, strategy="exact_sum")
+        qcomm.all_reduce(tensor, strategy="exact_sum", device_codec=True)
 
 
 def two_gpus(rank, folder):

@@ -1,4 +1,4 @@
-"""The hook and ``all_reduce`` where tensors are on a device: DDP's modes over emulated kernels, and what is refused."""
+"""The hook and ``all_reduce`` with ``device_codec``: DDP's modes over emulated kernels, and what is refused."""
 
 from contextlib import nullcontext
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.world
 )
 def test_mode(rank, world_size, emulated_path, mode, grid, error_feedback):
     with emulated_device(emulated_path):
-        check_mode(rank, world_size, mode, GRIDS[grid], error_feedback)
+        check_mode(rank, world_size, mode, GRIDS[grid], error_feedback, device_codec=True)
 
 
 @world(1, 3)
@@ -44,7 +44,7 @@ def test_gradients_of_the_cpu(rank, world_size, emulated_path, options):
     for device in (nullcontext(), emulated_device(emulated_path)):
         with device:
             model = wrap()
-            state = attach(model, min_elements=200, **options)
+            state = attach(model, min_elements=200, device_codec=True, **options)
             found.append([torch.cat([g.flatten() for g in backward(model, rank, step)]) for step in range(4)])
             stats, residuals = state.stats(), state.state_dict()
         found[-1] += [residuals["error_feedback"]["local"][key] for key in sorted(residuals["error_feedback"]["local"])]
@@ -58,7 +58,7 @@ def test_gradients_of_the_cpu(rank, world_size, emulated_path, options):
 def test_a_checkpoint_moves_between_cpu_and_device(rank, world_size, emulated_path):
     """What was saved on the CPU goes on on a device, and what was saved there, on the CPU, as if nothing had moved."""
     first = wrap()
-    state = attach(first, min_elements=200)
+    state = attach(first, min_elements=200, device_codec=True)
     for step in range(2):
         backward(first, rank, step)
     found = []
@@ -67,7 +67,7 @@ def test_a_checkpoint_moves_between_cpu_and_device(rank, world_size, emulated_pa
         for number, device in enumerate(devices):
             with device():
                 model = wrap()
-                moved = attach(model, min_elements=200)
+                moved = attach(model, min_elements=200, device_codec=True)
                 moved.load_state_dict(saved)
                 for step in range(2):
                     found[-1] += backward(model, rank, 2 + 2 * number + step)
@@ -80,7 +80,7 @@ def test_a_checkpoint_moves_between_cpu_and_device(rank, world_size, emulated_pa
 def test_the_uncompressed_strategies(rank, world_size, emulated_path, strategy):
     with emulated_device(emulated_path):
         model = wrap()
-        state = attach(model, strategy=strategy, min_elements=200)
+        state = attach(model, strategy=strategy, min_elements=200, device_codec=True)
         gradients = backward(model, rank)
         expected = exact_mean(rank, world_size)
         tolerance = {"none": 1e-5, "bf16": 2**-7}[strategy]
@@ -109,7 +109,7 @@ def test_all_reduce(rank, world_size, emulated_path, grid, dtype, shape):
     expected = tensor.clone()
     qcomm.all_reduce(expected, grid, strategy="two_phase")
     with emulated_device(emulated_path):
-        work = qcomm.all_reduce(tensor, grid, strategy="two_phase", async_op=True)
+        work = qcomm.all_reduce(tensor, grid, strategy="two_phase", async_op=True, device_codec=True)
         assert work.wait()
         assert work.is_success()
         assert work.get_future().wait() is tensor
@@ -117,7 +117,7 @@ def test_all_reduce(rank, world_size, emulated_path, grid, dtype, shape):
         assert torch.equal(tensor, expected)
         assert stats["bits_per_element"] > 0
         for strategy in ("none", "bf16"):
-            qcomm.all_reduce(tensor, strategy=strategy)
+            qcomm.all_reduce(tensor, strategy=strategy, device_codec=True)
             assert torch.allclose(tensor.float(), expected.float(), atol=1e-6, rtol=1e-2)
     assert_same_on_all_ranks(tensor)
 
@@ -130,14 +130,17 @@ def test_all_reduce_refuses_other_strategies(rank, world_size, emulated_path, st
         emulated_device(emulated_path),
         pytest.raises(ValueError, match=f"strategy must be one of .* for CUDA tensors, got '{strategy}'"),
     ):
-        qcomm.all_reduce(tensor, strategy=strategy)
+        qcomm.all_reduce(tensor, strategy=strategy, device_codec=True)
 
 
 @world(2)
 def test_the_hook_refuses_other_strategies(rank, world_size, emulated_path):
     with emulated_device(emulated_path):
         model = wrap()
-        attach(model, strategy="exact_sum")
+        with pytest.raises(ValueError, match="for CUDA tensors, got 'exact_sum'"):
+            attach(model, strategy="exact_sum", device_codec=True)
+        state = qcomm.CompressionState(strategy="exact_sum", device_codec=True)
+        model.register_comm_hook(state, qcomm.compression_hook)
         assert "strategy must be one of ('auto', 'none', 'bf16', 'two_phase') for CUDA tensors" in str(
             error_of(model, rank)
         )

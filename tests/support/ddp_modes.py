@@ -124,7 +124,7 @@ def bounds(spied, grid, strategy):
     return result
 
 
-def check_mode(rank, world_size, mode, grid, error_feedback, strategy="two_phase"):
+def check_mode(rank, world_size, mode, grid, error_feedback, strategy="two_phase", **more):
     """Trains a model of that mode for some steps, and checks its gradients and residuals after each."""
     factory, shape, dtype, options, passes = MODES[mode]
     torch.manual_seed(0)
@@ -137,6 +137,7 @@ def check_mode(rank, world_size, mode, grid, error_feedback, strategy="two_phase
         min_elements=MIN_ELEMENTS,
         strategy=strategy,
         **OPTIONS[strategy],
+        **more,
     )
     sums = [{name: torch.zeros(p.shape, dtype=torch.float64) for name, p in plain.named_parameters()} for _ in range(2)]
     largest = 0.0

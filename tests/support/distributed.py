@@ -21,6 +21,7 @@ from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from unittest import mock
 
+import late_device
 import pytest
 import torch
 import torch.distributed as dist
@@ -50,8 +51,10 @@ def _fork_server(number):
     return server
 
 
-def _serve(rank, world_size, folder, timeout, connection):
+def _serve(rank, world_size, folder, timeout, device, connection):
     torch.set_num_threads(1)
+    if device is not None:
+        late_device.load(device)
     connection.recv()  # all ranks are there, so that none spends its timeout while another still imports
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timeout
@@ -71,7 +74,8 @@ def _serve(rank, world_size, folder, timeout, connection):
 class World:
     """``world_size`` processes that wait for cases."""
 
-    def __init__(self, world_size, timeout=TIMEOUT):
+    def __init__(self, world_size, timeout=TIMEOUT, on_device=False):
+        device = late_device.build() if on_device else None
         self.world_size = world_size
         self.folder = tempfile.mkdtemp(prefix="qcomm-test-")
         context = multiprocessing.get_context("forkserver")
@@ -80,7 +84,9 @@ class World:
         for rank in range(world_size):
             server = servers[rank % 2]
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, self.folder, timeout, theirs), daemon=True)
+            process = context.Process(
+                target=_serve, args=(rank, world_size, self.folder, timeout, device, theirs), daemon=True
+            )
             with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
                 process.start()
             theirs.close()
@@ -145,23 +151,24 @@ class World:
 _worlds = {}
 
 
-def run(world_size, case, *args, **options):
+def run(world_size, case, *args, on_device=False, **options):
     """Runs a case in the shared world of that size. A world in which a case failed is not used again."""
-    if world_size in _worlds and (ended := _worlds[world_size].exit_codes()):
-        _worlds.pop(world_size).close(kill=True)
+    key = world_size, on_device
+    if key in _worlds and (ended := _worlds[key].exit_codes()):
+        _worlds.pop(key).close(kill=True)
         raise AssertionError(f"after the last case, processes of the world ended with exit codes {ended}")
-    if world_size not in _worlds:
-        _worlds[world_size] = World(world_size)
+    if key not in _worlds:
+        _worlds[key] = World(world_size, on_device=on_device)
     try:
-        return _worlds[world_size].run(case, *args, **options)
+        return _worlds[key].run(case, *args, **options)
     except AssertionError:
-        _worlds.pop(world_size).close(kill=True)
+        _worlds.pop(key).close(kill=True)
         raise
 
 
-def run_alone(world_size, case, *args, timeout=TIMEOUT, **options):
+def run_alone(world_size, case, *args, timeout=TIMEOUT, on_device=False, **options):
     """Runs a case in a world of its own, for cases that leave it unusable."""
-    world = World(world_size, timeout)
+    world = World(world_size, timeout, on_device)
     try:
         return world.run(case, *args, **options)
     finally:
@@ -187,6 +194,7 @@ def world(*sizes, alone=False, **options):
     Args:
         *sizes: Numbers of ranks.
         alone: Runs the test in a world of its own, which it may leave unusable.
+        on_device: Runs the test in processes that know the device ``late`` (tests/device).
         **options: As of ``World.run``: ``seconds`` that a rank may take, and ``dying`` ranks. With ``alone`` also the
             ``timeout`` of the process group.
     """
