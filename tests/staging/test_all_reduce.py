@@ -13,7 +13,7 @@ from late_device import ORDERS
 import qcomm
 from qcomm import RangeGrid, SigmaGrid
 from qcomm.collectives import two_phase
-from qcomm.communicator.groups import get_communicator
+from qcomm.communicator.groups import find_communicator, get_communicator
 from qcomm.staging import copies, devices
 from qcomm.staging.buffers import LIMIT
 
@@ -64,6 +64,23 @@ def test_grids(rank, world_size, grid):
     for seed in ORDERS:
         with late_device.order(seed):
             assert check(values(rank, 70_001), grid=grid, strategy="two_phase")
+
+
+@world(2, on_device=True)
+def test_sealed_messages(rank, world_size, tmp_path):
+    """The messages of a tensor on a device are the CPU's, so a secret seals them, too."""
+    pytest.importorskip("cryptography", reason="cryptography is not installed")
+    key = tmp_path / f"key {rank}"
+    key.touch(mode=0o600)
+    key.write_text("00112233445566778899aabbccddeeff" * 2)
+    group = dist.new_group()
+    for strategy in ("none", "two_phase"):
+        expected, moved = values(rank, 70_001), on_device(values(rank, 70_001))
+        qcomm.all_reduce(expected, strategy=strategy)
+        qcomm.all_reduce(moved, group=group, strategy=strategy, secret=key)
+        assert torch.equal(moved.cpu(), expected)
+    assert type(find_communicator(group)._transport).__name__ == "SealedTransport"
+    dist.destroy_process_group(group)
 
 
 @world(2, on_device=True)

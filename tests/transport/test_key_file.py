@@ -130,11 +130,11 @@ def test_options_keep_their_secret_when_others_change(key):
     assert state.options.key_file == KeyFile(key) and state.options.for_world(4).key_file == KeyFile(key)
 
 
-def test_cuda_tensors_are_refused(key):
+def test_messages_of_the_device_codec_are_not_sealed(key):
     from qcomm.collectives_cuda import check_device_options
 
     check_device_options(ReduceOptions())
-    with pytest.raises(ValueError, match=f"secret must be None for CUDA tensors, .* got {key}"):
+    with pytest.raises(ValueError, match=f"secret must be None with device_codec, .* got {key}"):
         check_device_options(ReduceOptions(secret=key))
 
 
