@@ -3,13 +3,13 @@
     python bench/bench_staging.py --json bench/results/staging.json     # three minutes on two idle cores
     python bench/bench_staging.py --turns 2 --elements 100000           # does it run?
 
-Two ranks of this machine average the buckets of a step over loopback, all under way at once: in turn on the CPU and on
-the device of tests/device, whose memory is the host's. The results are compared first. What staging may cost is two
-copies of each bucket; they are timed in the same turn, between memory of the same kinds. A ratio is that of one turn:
-``(staged - copies) / cpu``. Medians with p10 and p90, of wall time and of both ranks' processor time, which counts the
-work alone. ``of_least`` is the same ratio of the shortest times of all turns, which others disturbed least: on a busy
-machine it says most. The device is a simulated one, so its figures are those of the library's own
-work and not of a GPU. Host memory is the most that was page-locked at once, in buckets.
+One rank, and then two over loopback, average the buckets of a step, all under way at once: in turn on the CPU and on
+the device of tests/device, whose memory is the host's. One rank encodes and decodes, but waits for nobody. The results
+are compared first. What staging may cost is two copies of each bucket; they are timed in the same turn, between memory
+of the same kinds. A ratio is that of one turn: ``(staged - copies) / cpu``. Medians with p10 and p90, of wall time and
+of all ranks' processor time, which counts the work alone. ``of_least`` is the same ratio of the shortest times of all
+turns, which others disturbed least: on a busy machine it says most. The device is a simulated one, so its figures are
+those of the library's own work and not of a GPU. Host memory is the most that was page-locked at once, in buckets.
 """
 
 import argparse
@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 import late_device
 
 WARM_UP, BUCKETS = 3, 4
+RANKS = (1, 2)
 
 
 def means(tensors: list[torch.Tensor]) -> None:
@@ -122,16 +123,17 @@ def main() -> None:
         return
     late_device.build()
     settings = {"turns": arguments.turns, "elements": arguments.elements, "buckets": BUCKETS}
-    header = about(**settings, ranks=2, strategy="two_phase", network="loopback", device="late, on host memory")
-    found = run_ranks(__file__, ["--turns", str(arguments.turns), "--elements", str(arguments.elements)], 2)
-    for kind in ("wall", "processor"):
-        row = found[kind]
-        times = ", ".join(f"{name} {1e3 * row[name]['median']:.1f} ms" for name in ("cpu", "staged", "copies"))
-        ratio = row["ratio"]
-        print(f"{kind:<10} {times}; (staged - copies) / cpu {ratio['median']:.3f} ", end="")
-        print(f"({ratio['p10']:.3f} .. {ratio['p90']:.3f}), of the least {row['of_least']:.3f}")
-    print(f"host memory: {found['buckets_of_host_memory']:.2f} buckets, wrong values: {found['wrong']}")
-    write(arguments.json, {**header, "load_after": about()["load"], **found})
+    header = about(**settings, strategy="two_phase", network="loopback", device="late, on host memory")
+    options = ["--turns", str(arguments.turns), "--elements", str(arguments.elements)]
+    ranks = {str(number): run_ranks(__file__, options, number) for number in RANKS}
+    for number, found in ranks.items():
+        print(f"{number} ranks: host memory {found['buckets_of_host_memory']:.2f} buckets, wrong {found['wrong']}")
+        for kind in ("wall", "processor"):
+            row, ratio = found[kind], found[kind]["ratio"]
+            times = ", ".join(f"{name} {1e3 * row[name]['median']:.1f} ms" for name in ("cpu", "staged", "copies"))
+            print(f"{kind:<10} {times}; (staged - copies) / cpu {ratio['median']:.3f} ", end="")
+            print(f"({ratio['p10']:.3f} .. {ratio['p90']:.3f}), of the least {row['of_least']:.3f}")
+    write(arguments.json, {**header, "load_after": about()["load"], "ranks": ranks})
 
 
 if __name__ == "__main__":

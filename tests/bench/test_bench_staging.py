@@ -27,7 +27,9 @@ def test_it_runs(tmp_path):
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(out.read_text())
-    assert found["wrong"] == 0
-    assert 1 <= found["buckets_of_host_memory"] <= 3
-    assert all(found[kind]["ratio"]["median"] > 0 for kind in ("wall", "processor"))
+    ranks = json.loads(out.read_text())["ranks"]
+    assert list(ranks) == ["1", "2"]
+    for found in ranks.values():
+        assert found["wrong"] == 0
+        assert 1 <= found["buckets_of_host_memory"] <= 3
+        assert all(found[kind][name]["least"] > 0 for kind in ("wall", "processor") for name in ("cpu", "staged"))
