@@ -148,8 +148,10 @@ class Communicator:
             if not is_agreed(error):
                 # The peers may be waiting for this rank. Closed connections give them an error now and not after the
                 # timeout.
-                self._broken = str(error)
+                self._broken = f"{type(error).__name__}: {error}"
                 if isinstance(error, TransportError):
+                    # Transfers in the error's traceback would keep connections open, and ranks that wait for this one.
+                    self._transport.abandon([])
                     self._transport.close()
                 else:
                     self._transport.fail()

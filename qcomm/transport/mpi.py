@@ -181,7 +181,7 @@ class MpiTransport(Transport):
             for peer, farewell in self._farewells.items():
                 if peer not in self._departed and farewell.Test():
                     self._departed.add(peer)
-        return self._departed
+            return set(self._departed)
 
     def _blame(self, lost: Collection[int]) -> Collection[int]:
         """Names, in place of a rank that has left, those because of which it did."""

@@ -17,7 +17,7 @@ from qcomm.collectives import uncompressed
 from qcomm.collectives.two_phase_steps import MeanSteps
 from qcomm.communicator.handshake import seal
 from qcomm.communicator.pipeline import Pipeline
-from qcomm.transport.base import TransportError
+from qcomm.transport.base import Transport, TransportError
 from qcomm.transport.gloo import GlooTransport
 
 pytestmark = pytest.mark.world
@@ -196,15 +196,17 @@ def test_an_unforeseen_failure_closes_the_connections(rank, world_size):
 
 
 @world(4, seconds=TIMEOUT.total_seconds() / 2)
-def test_a_rank_whose_failure_cannot_be_announced_is_named_and_no_other(rank, world_size):
-    # What an uncompressed mean computes while its headers travel cannot be.
+@pytest.mark.parametrize("strategy", ["none", "exact_sum"])
+def test_a_rank_whose_failure_cannot_be_announced_is_named_and_no_other(rank, world_size, strategy):
+    # What an uncompressed mean computes while its headers travel cannot be, nor what fails with messages under way.
+    owner, name = {"none": (uncompressed, "_load"), "exact_sum": (Transport, "finish")}[strategy]
     group = dist.new_group()
     check_works(rank, world_size, group)
     with (
-        mock.patch.object(uncompressed, "_load", side_effect=MemoryError("no memory")) if rank == 1 else nullcontext(),
+        mock.patch.object(owner, name, side_effect=MemoryError("no memory")) if rank == 1 else nullcontext(),
         pytest.raises(MemoryError if rank == 1 else TransportError) as caught,
     ):
-        all_reduce(torch.zeros(50_000), group=group, strategy="none")
+        all_reduce(torch.zeros(50_000), group=group, strategy=strategy)
     assert rank == 1 or "no answer from rank(s) 1 (" in str(caught.value), caught.value
     check_works(rank, world_size)
 
