@@ -213,6 +213,9 @@ class Transport(ABC):
                     started.append(start(rank, messages[rank], 0))
                 except RuntimeError as error:
                     broken.append((rank, error))
+                except MemoryError:  # of this rank; nothing may write to a buffer after the error
+                    self.abandon(started)
+                    raise
         return started, broken
 
     def finish(self, transfers: Sequence[Transfer], what: str, broken: Sequence[tuple[int, RuntimeError]] = ()) -> None:
