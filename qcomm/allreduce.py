@@ -16,6 +16,7 @@ from qcomm.collectives import (
     TensorSpec,
     average,
     refuse,
+    refuse_early,
 )
 from qcomm.collectives_cuda import DeviceChoice, DevicePart, check_device_options, check_group
 from qcomm.communicator import (
@@ -29,14 +30,12 @@ from qcomm.communicator import (
     completed,
     device_future,
     failed,
-    find_communicator,
     get_communicator,
     get_world_size,
     resolve_group,
 )
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.staging import check_device, device_types, stage
-from qcomm.transport import KeyFile
 
 __all__ = ["AllReduceWork", "all_reduce"]
 
@@ -141,11 +140,9 @@ def all_reduce(
     task, fault = attempt(Phase.PREPARE, _task, tensor, grid, group, telemetry, options)
     if task is None:
         # The caller gets the error itself, the other ranks a CollectiveError.
-        error = RuntimeError("nothing was prepared") if fault is None else fault.error
         if world_size > 1 and fault is not None:
-            communicator, told = _communicator_to_tell(group, options), fault
-            communicator.submit(lambda: refuse(told, communicator))
-        raise error
+            refuse_early(fault, group, options.get("secret"))
+        raise RuntimeError("nothing was prepared") if fault is None else fault.error
     telemetry.count_bucket(task.layout, tensor.element_size())
     if world_size == 1 and task.options.strategy == "auto":
         work = AllReduceWork(completed(tensor), telemetry)
@@ -215,11 +212,6 @@ def _submit(group: Group, task: MeanTask, tensor: torch.Tensor) -> Ticket[torch.
         return tensor
 
     return communicator.submit(job)
-
-
-def _communicator_to_tell(group: Group, keywords: ReduceKeywords) -> Communicator:
-    """Returns the communicator for a rank that has no task, perhaps because of its secret."""
-    return find_communicator(group) or get_communicator(group, KeyFile.of(keywords.get("secret")))
 
 
 def _submit_staged(communicator: Communicator, task: MeanTask, tensor: torch.Tensor) -> Ticket[torch.Tensor]:

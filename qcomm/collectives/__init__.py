@@ -26,7 +26,7 @@ from qcomm.collectives.rank_state import (
     states_for_rank,
     without_residuals,
 )
-from qcomm.collectives.rounds import Rounds, announce_late, refuse
+from qcomm.collectives.rounds import Rounds, announce_late, refuse, refuse_early
 from qcomm.collectives.strategies import average, settled, uncompressed_strategies
 from qcomm.collectives.task import MeanTask, Scale
 from qcomm.collectives.telemetry import Telemetry
@@ -66,6 +66,7 @@ __all__ = [
     "no_bytes",
     "parts_of",
     "refuse",
+    "refuse_early",
     "seconds",
     "settled",
     "slowest",

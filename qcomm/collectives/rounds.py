@@ -31,16 +31,18 @@ from qcomm.communicator import (
     Communicator,
     Fault,
     Fields,
+    Group,
     Handshake,
     LateFaultError,
     Phase,
     Pipeline,
     Took,
     attempt,
+    communicator_to_tell,
 )
 from qcomm.transport import Traffic
 
-__all__ = ["Rounds", "announce_late", "refuse"]
+__all__ = ["Rounds", "announce_late", "refuse", "refuse_early"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -64,6 +66,20 @@ def refuse(fault: Fault | None, communicator: Communicator) -> NoReturn:
     nothing = [0] * communicator.world_size
     pending = communicator.begin()
     communicator.handshake(Phase.ENCODE, Fields({}), nothing, nothing, pending or fault).finish()
+    raise fault.error
+
+
+def refuse_early(fault: Fault, group: Group, secret: object) -> NoReturn:
+    """Tells the other ranks of a fault in the arguments of a call, if they can be told, and raises it here.
+
+    Args:
+        fault: of this rank.
+        group: of the call.
+        secret: that the caller passed, perhaps the fault.
+    """
+    communicator = communicator_to_tell(group, secret)
+    if communicator is not None:
+        communicator.submit(lambda: refuse(fault, communicator))
     raise fault.error
 
 

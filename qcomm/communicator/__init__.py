@@ -4,6 +4,7 @@ from qcomm.communicator.faults import Fault, LateFaultError, Phase, attempt
 from qcomm.communicator.groups import (
     Group,
     check_secret,
+    communicator_to_tell,
     connect,
     find_communicator,
     get_communicator,
@@ -31,6 +32,7 @@ __all__ = [
     "Took",
     "attempt",
     "check_secret",
+    "communicator_to_tell",
     "completed",
     "connect",
     "device_future",

@@ -2,15 +2,18 @@
 
 import threading
 import weakref
+from contextlib import suppress
 
 import torch.distributed as dist
 
 from qcomm.communicator.worker import Communicator
+from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.transport import GlooTransport, KeyFile, MpiGroup, secure
 
 __all__ = [
     "Group",
     "check_secret",
+    "communicator_to_tell",
     "connect",
     "find_communicator",
     "get_communicator",
@@ -114,6 +117,28 @@ def find_communicator(group: Group) -> Communicator | None:
     with _places_lock:
         place = _places.get(group)
     return None if place is None else place.communicator
+
+
+def communicator_to_tell(group: Group, secret: object) -> Communicator | None:
+    """Returns the communicator with which a rank that cannot take part tells the others so.
+
+    Args:
+        group: of this process.
+        secret: that the caller passed, perhaps because of which this rank cannot.
+
+    Returns:
+        None where the others have an error already: they have met a rank without their secret.
+    """
+    found = find_communicator(group)
+    if found is not None:
+        return found
+    key_file = None
+    with suppress(TypeError, ValueError, OSError, RuntimeError):  # without it, this rank greets as one that has none
+        key_file = KeyFile.of(secret)
+    try:
+        return get_communicator(group, key_file)
+    except (CollectiveError, ConfigMismatchError):
+        return None
 
 
 def check_secret(group: Group, secret: KeyFile | None) -> None:

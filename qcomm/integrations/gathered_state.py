@@ -20,11 +20,27 @@ class GatheredState(CompressionState):
 
     Rank 0 holds 4 bytes per parameter and rank while it saves, about twice during the transfer.
 
+    Args:
+        **options: of :class:`qcomm.CompressionState`, without ``secret``: states travel over the program's own group,
+            which nothing seals.
+
+    Raises:
+        ValueError: a secret is set.
+
     Example:
         >>> state = GatheredState(strategy="two_phase")
         >>> list(state.state_dict())
         ['rank 0 of 1']
     """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if self.options.key_file is not None:
+            raise ValueError(
+                f"secret must be None for a state that rank 0 gathers, since nothing seals that, got "
+                f"{self.options.key_file.path}; take qcomm.CompressionState, and save each rank's state_dict() in a "
+                "file of its own"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states of all ranks on rank 0, and this rank's own elsewhere.

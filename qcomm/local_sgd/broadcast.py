@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from qcomm.codec import CPU, Grid, RangeGrid
-from qcomm.collectives import ReduceOptions, announce_late, no_bytes
+from qcomm.collectives import ReduceOptions, announce_late, no_bytes, refuse_early
 from qcomm.communicator import (
     Communicator,
     Fault,
@@ -75,10 +75,15 @@ def broadcast_parameters(
         >>> broadcast_parameters(torch.nn.Linear(64, 64), src=0)
         >>> dist.destroy_process_group()
     """
-    key_file, group = KeyFile.of(secret), resolve_group(process_group)
+    group = resolve_group(process_group)
     ranks = get_ranks(group)
     if src not in ranks:
         raise ValueError(f"src must be one of the group's ranks {ranks}, got {src!r}")
+    key_file, unread = attempt(Phase.PREPARE, KeyFile.of, secret)
+    if unread is not None and len(ranks) > 1:
+        refuse_early(unread, group, secret)
+    if unread is not None:
+        raise unread.error
     if len(ranks) == 1:
         return
     communicator = find_communicator(group) or get_communicator(group, key_file)

@@ -25,8 +25,8 @@ HEX_DIGITS = frozenset(string.hexdigits.encode())
 class KeyFile:
     """A file with the secret of a run.
 
-    It has at least 32 random bytes, as they are or as text, for instance 64 hexadecimal digits. Nobody but its owner
-    may read it. A line's end behind a text does not count.
+    It has at least 32 characters, all of them random: 64 hexadecimal digits, 44 of base64, or 32 bytes as they are.
+    Nobody but its owner may read it. A line's end behind a text does not count.
 
     Args:
         path: of the file.
@@ -53,13 +53,14 @@ class KeyFile:
                 ...
             TypeError: secret must be the path of a key file or None, got bytes
         """
-        if secret is None or isinstance(secret, KeyFile):
-            return secret
-        if not isinstance(secret, (str, Path)):
+        if secret is None:
+            return None
+        path = secret.path if isinstance(secret, KeyFile) else secret
+        if not isinstance(path, (str, Path)):
             raise TypeError(f"secret must be the path of a key file or None, got {type(secret).__name__}")
         if importlib.util.find_spec("cryptography") is None:
             raise RuntimeError("secret needs the package cryptography: pip install 'qcomm[secure]'")
-        found = cls(Path(secret).expanduser().absolute())
+        found = cls(Path(path).expanduser().resolve())  # two paths of one file are one secret
         found.read()
         return found
 

@@ -188,3 +188,13 @@ def test_a_gathered_state_that_lacks_ranks_is_refused(rank, world_size):
     file.seek(0)
     state.load_state_dict({**torch.load(file, weights_only=True), "error_feedback": None})
     assert state.stats()["residual_norm"] == 0
+
+
+def test_a_state_that_rank_0_gathers_has_no_secret(tmp_path):
+    """Its parts would travel unsealed."""
+    pytest.importorskip("cryptography", reason="cryptography is not installed")
+    key = tmp_path / "key"
+    key.touch(mode=0o600)
+    key.write_text("00112233445566778899aabbccddeeff" * 2)
+    with pytest.raises(ValueError, match=f"secret must be None for a state that rank 0 gathers.*{key}"):
+        GatheredState(secret=key)

@@ -81,10 +81,13 @@ def test_what_is_no_file_is_refused(tmp_path, key):
             ReduceOptions(secret=secret)
 
 
-def test_a_path_is_made_absolute(key, monkeypatch):
+def test_all_paths_of_a_file_are_one_secret(key, monkeypatch):
     monkeypatch.chdir(key.parent)
     monkeypatch.setenv("HOME", str(key.parent))
-    assert KeyFile.of("key") == KeyFile.of("~/key") == KeyFile.of(key) == KeyFile(key)
+    (key.parent / "folder").mkdir()
+    (key.parent / "link").symlink_to(key)
+    paths = ["key", "~/key", key, "folder/../key", "link", KeyFile(Path("key"))]
+    assert {KeyFile.of(path) for path in paths} == {KeyFile(key.resolve())}
 
 
 def test_the_extra_is_named_where_it_is_missing(key, monkeypatch):

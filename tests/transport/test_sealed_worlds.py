@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -207,6 +208,52 @@ def test_ranks_of_which_only_some_have_a_secret(rank, world_size, key, without):
     others = [other for other in range(world_size) if (other in without) != (rank in without)]
     assert f"rank(s) {', '.join(map(str, others))} have" in str(caught.value)
     dist.destroy_process_group(group)
+
+
+@world(3, seconds=60)
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+@pytest.mark.parametrize("call", ["all_reduce", "broadcast_parameters"])
+def test_a_rank_that_cannot_read_the_key_file(rank, world_size, key, tmp_path, first, call):
+    """It gets its own error, and the others get one long before the timeout."""
+    group = dist.new_group(timeout=timedelta(minutes=30))
+    if not first:
+        qcomm.all_reduce(values(rank, 5000), group=group, secret=key)
+    secret, kind = (tmp_path / "nowhere", OSError) if rank == 1 else (key, qcomm.CollectiveError)
+    if call == "all_reduce":
+        act = partial(qcomm.all_reduce, values(rank, 5000), group=group)
+    else:
+        act = partial(qcomm.broadcast_parameters, mlp(), process_group=group)
+    with pytest.raises((kind, qcomm.ConfigMismatchError)) as caught:
+        act(secret=secret)
+    assert rank == 1 or ("rank(s) 1 have none" if first else "rank 1 failed") in str(caught.value), caught.value
+    dist.destroy_process_group(group)
+
+
+@world(4, seconds=60)
+@pytest.mark.parametrize("strategy", ["none", "all_gather", "two_phase"])
+def test_a_rank_without_memory_to_seal_blames_nobody_else(rank, world_size, key, strategy):
+    """The others hear of it at once, and name it alone."""
+    group = dist.new_group(timeout=timedelta(minutes=30))
+    qcomm.all_reduce(values(rank, 5000), group=group, secret=key, strategy=strategy)
+    empty = mock.patch.object(torch, "empty", side_effect=RuntimeError("no memory"))
+    starve = mock.patch.object(Direction, "seal", seal_without_memory(Direction.seal, empty))
+    with starve if rank == 1 else nullcontext(), pytest.raises((MemoryError, qcomm.CollectiveError)) as caught:
+        qcomm.all_reduce(values(rank, 5000), group=group, secret=key, strategy=strategy)
+    if rank == 1:
+        assert isinstance(caught.value, MemoryError) and "no memory for a sealed message" in str(caught.value)
+    else:
+        assert "no answer from rank(s) 1 (" in str(caught.value), caught.value
+    dist.destroy_process_group(group)
+
+
+def seal_without_memory(seal, empty):
+    """Direction.seal, for which torch finds no memory."""
+
+    def starving(direction, message, tag):
+        with empty:
+            return seal(direction, message, tag)
+
+    return starving
 
 
 @world(2)
