@@ -12,6 +12,7 @@ is copied there and back (:mod:`qcomm.staging`).
 """
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -79,7 +80,6 @@ class Steps:
         skips_buckets: whether a step may consist of any of the buckets.
         finds_unused: whether DDP looks for unused parameters, and so cannot go on after an error.
         run: names the connections of the last exchange; "" before the first one.
-        owed: a fault that the other ranks do not know yet.
     """
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class Steps:
         self.error_serial = 0
         self.scale: Scale = 1.0
         self.last_error = LastError()
-        self.owed: Fault | None = None
+        self._owed: deque[Fault] = deque(maxlen=1)  # gloo's thread adds to it while this one takes from it
         self.skips_buckets = False
         self.finds_unused = False
         self.run = ""
@@ -97,7 +97,7 @@ class Steps:
 
     def __getstate__(self) -> dict[str, object]:
         """Returns the state without the objects of this process: errors, and a scale that may be on a device."""
-        return {**self.__dict__, "scale": 1.0, "last_error": LastError(), "owed": None}
+        return {**self.__dict__, "scale": 1.0, "last_error": LastError(), "_owed": deque(maxlen=1)}
 
     def begin(self, index: int) -> bool:
         """Begins bucket ``index``, and a new step if it is a step's first; returns True if it is."""
@@ -114,7 +114,8 @@ class Steps:
 
     def resume(self, number: int, run: str) -> None:
         """Goes on from a saved number of steps and run."""
-        self.number, self.run, self.owed = number, run, None
+        self.number, self.run = number, run
+        self.take_owed()
 
     def set_scale(self, grad_scale: GradScale, device_codec: bool) -> None:
         """Reads the present step's scale; raises ValueError or TypeError where it is not one."""
@@ -125,14 +126,19 @@ class Steps:
         else:
             self.scale = 1.0 if scale is None else check_scale(scale)
 
+    @property
+    def has_owed(self) -> bool:
+        """Returns whether there is a fault that the other ranks do not know yet."""
+        return bool(self._owed)
+
     def owe(self, fault: Fault) -> None:
         """Keeps a fault, if there is none yet, for the next agreement."""
-        self.owed = self.owed or fault
+        if not self._owed:
+            self._owed.append(fault)
 
     def take_owed(self) -> Fault | None:
         """Returns the owed fault, to be told now, and forgets it."""
-        fault, self.owed = self.owed, None
-        return fault
+        return self._owed.popleft() if self._owed else None
 
 
 class Exchange(Protocol):
@@ -246,7 +252,8 @@ class Reducer:
     def forget_agreements(self) -> None:
         """Forgets agreements and owed faults, which concerned the earlier model or options."""
         self.bypass.flush()
-        self.bypass, self.steps.owed = Bypass(self._telemetry), None
+        self.bypass = Bypass(self._telemetry)
+        self.steps.take_owed()
 
     def flush(self) -> None:
         """Adds the counters of the bypass and of the device to the telemetry. It waits for the device."""
@@ -296,9 +303,9 @@ class Reducer:
             world_size, self.steps.run = communicator.world_size, communicator.run
         # The lookup happens even where a fault is owed: on a device a rank must know if the others wait for its part.
         known = self._prepare(self._table.look_up, bucket, world_size, self._stage)
-        task = (
-            None if known is None or self.steps.owed else self._prepare(self._task, bucket, known, group, communicator)
-        )
+        task = None
+        if known is not None and not self.steps.has_owed:
+            task = self._prepare(self._task, bucket, known, group, communicator)
         fault = self.steps.take_owed()
         if communicator is None:
             return self._finished(task, fault, bucket)
