@@ -11,7 +11,7 @@ Adam divides by the root of the last, so its steps are too short, most of all fo
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, overload
 
 import torch
@@ -21,14 +21,15 @@ __all__ = ["AbsAdamW"]
 
 # Of a normal distribution with mean 0: the root of the mean square, over the mean absolute value.
 RMS_OVER_ABS = math.sqrt(math.pi / 2)
+AVERAGES = "exp_avg", "exp_avg_abs"  # of a parameter's gradient and of its absolute value, in the optimizer's state
 
 
 class AbsAdamW(torch.optim.Optimizer):
     """AdamW with ``sqrt(pi / 2) EMA |g|`` in place of ``sqrt(EMA g^2)``.
 
     The two are equal where gradients follow a normal distribution with mean 0. Learning rates of AdamW therefore are a
-    good start. Where one gradient is much larger than the others, this divisor grows less. The state has the size of
-    AdamW's and is the same on all ranks.
+    good start. Where one gradient is much larger than the others, this divisor grows less. The state is the same on all
+    ranks and has the size of AdamW's. That of 16-bit parameters is in float32, where averages do not stall.
 
     It takes the second quantization of an exchange away from the divisor, and of the first all but a factor that is at
     most the root of the number of ranks and does not grow with the grid's step. The first few means of a coarse grid
@@ -71,6 +72,25 @@ class AbsAdamW(torch.optim.Optimizer):
         _check({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from a saved state, see :meth:`torch.optim.Optimizer.load_state_dict`.
+
+        Raises:
+            ValueError: it is that of another optimizer, or of other parameters; nothing has changed.
+        """
+        for saved in state_dict["state"].values():
+            if not set(AVERAGES).issubset(saved):
+                raise ValueError(
+                    f"state_dict must be of AbsAdamW, with {AVERAGES} of each parameter, got {list(saved)}"
+                )
+        super().load_state_dict(state_dict)
+        # torch has rounded the averages to the dtype of their parameters.
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for weight, number in zip(own["params"], saved["params"], strict=True):
+                for name in AVERAGES if number in state_dict["state"] else ():
+                    value = state_dict["state"][number][name]
+                    self.state[weight][name] = value.to(weight.device, _state_dtype(weight), copy=True)
+
     @overload
     def step(self, closure: None = None) -> None: ...
 
@@ -106,8 +126,8 @@ class AbsAdamW(torch.optim.Optimizer):
         states = [self._state_of(weight) for weight in weights]
         for state in states:
             state["step"] += 1
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
-        means, sizes = [state["exp_avg"] for state in states], [state["exp_avg_abs"] for state in states]
+        gradients = [weight.grad.to(_state_dtype(weight)) for weight in weights if weight.grad is not None]
+        means, sizes = ([state[name] for state in states] for name in AVERAGES)
         keep_mean, keep_size = group["betas"]
         torch._foreach_lerp_(means, gradients, 1 - keep_mean)
         torch._foreach_lerp_(sizes, torch._foreach_abs(gradients), 1 - keep_size)
@@ -118,23 +138,31 @@ class AbsAdamW(torch.optim.Optimizer):
         rate = float(group["lr"])
         torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
         rates = [-rate / (1 - keep_mean ** state["step"]) for state in states]
-        torch._foreach_addcdiv_(weights, means, divisors, rates)
+        updates = torch._foreach_div(means, divisors)
+        torch._foreach_mul_(updates, rates)
+        torch._foreach_add_(weights, [update.to(w.dtype) for update, w in zip(updates, weights, strict=True)])
 
     def _state_of(self, weight: torch.Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[weight]
         if not state:
-            zeros = [torch.zeros_like(weight, memory_format=torch.preserve_format) for _ in range(2)]
-            state.update(step=0, exp_avg=zeros[0], exp_avg_abs=zeros[1])
+            state["step"] = 0
+            for name in AVERAGES:
+                state[name] = torch.zeros_like(weight, dtype=_state_dtype(weight), memory_format=torch.preserve_format)
         return state
+
+
+def _state_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Returns the dtype of a parameter's averages."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
 def _check(group: dict[str, Any]) -> None:
     """Checks the options of a group."""
     for name in ("lr", "eps", "weight_decay"):
-        if not 0 <= float(group[name]) < math.inf:
+        if not isinstance(group[name], (int, float, torch.Tensor)) or not 0 <= float(group[name]) < math.inf:
             raise ValueError(f"{name} is {group[name]!r}; it must be a finite number of at least 0")
-    betas: Iterable[float] = group["betas"]
-    if len(tuple(betas)) != 2 or not all(0 <= beta < 1 for beta in betas):
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas is {betas!r}; it must be two numbers of at least 0 and below 1")
 
 
