@@ -4,7 +4,7 @@
 
 Adam divides by the root of a second moment, in which the rounding noise of a coarse grid adds up, so it takes smaller
 steps than it should. The study shows by how much that hurts, over learning rates, and if a first absolute moment in its
-place (``abs``, :class:`qcomm.AbsAdamW`) helps.
+place (``abs``, :class:`transformer_training.AbsAdamW`) helps.
 
 **The rule of success** was written down before the first run. A method "holds" if at every rate whose fp32 loss is
 within 0.01 nats of the best rate's, its held-out loss is on average over the seeds at most 0.01 nats above that of fp32

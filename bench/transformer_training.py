@@ -9,6 +9,7 @@ import hashlib
 import math
 import sysconfig
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,6 @@ import torch
 from simulated_exchange import Bucket, Exchange
 from torch import nn
 from torch.nn import functional
-
-import qcomm
 
 HELD_OUT = 0.05
 EVALUATION_BATCHES, EVALUATION_BATCH = 40, 32
@@ -128,12 +127,41 @@ class Transformer(nn.Module):
         return logits
 
 
+class AbsAdamW(torch.optim.Optimizer):
+    """AdamW with ``sqrt(pi / 2) EMA|g|`` in place of ``sqrt(EMA g^2)``: equal for a normal distribution.
+
+    The first absolute moment does not see the second quantization of an exchange: of a sparse mean with steps s,
+    ``E|out| = |g|`` where ``E out^2 = s |g|``. Of the first quantization it sees a factor that does not grow with s.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Takes a step."""
+        if closure is not None:
+            raise ValueError("closure must be None")
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                if not state:
+                    state.update(step=0, mean=torch.zeros_like(parameter), size=torch.zeros_like(parameter))
+                state["step"] += 1
+                first, second = (1 - beta ** state["step"] for beta in BETAS)
+                state["mean"].lerp_(parameter.grad, 1 - BETAS[0])
+                state["size"].lerp_(parameter.grad.abs(), 1 - BETAS[1])
+                divisor = state["size"].mul(math.sqrt(math.pi / 2) / second).add_(1e-8)
+                parameter.mul_(1 - group["lr"] * WEIGHT_DECAY)
+                parameter.addcdiv_(state["mean"], divisor, value=-group["lr"] / first)
+
+
 def make_optimizer(name: str, model: nn.Module, rate: float) -> torch.optim.Optimizer:
     """Returns an optimizer by its name, of OPTIMIZERS."""
     if name == "adamw":
         return torch.optim.AdamW(model.parameters(), lr=rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
     if name == "abs":
-        return qcomm.AbsAdamW(model.parameters(), lr=rate, betas=BETAS, weight_decay=WEIGHT_DECAY)
+        return AbsAdamW(model.parameters(), lr=rate)
     raise ValueError(f"optimizer is {name!r}; it must be one of {OPTIMIZERS}")
 
 

@@ -16,14 +16,12 @@ from qcomm.collectives import load_rank_states
 from qcomm.ddp import CompressionState, attach, compression_hook
 from qcomm.errors import CollectiveError, ConfigMismatchError, DivergenceError, PacketError
 from qcomm.local_sgd import CompressedModelAverager, HierarchicalCompressedModelAverager, broadcast_parameters
-from qcomm.optim import AbsAdamW
 from qcomm.state_dicts import load, save
 from qcomm.transport import MpiGroup, init_from_environment
 
 __version__ = "0.1.0"
 
 __all__ = [
-    "AbsAdamW",
     "CollectiveError",
     "CompressedModelAverager",
     "CompressionState",

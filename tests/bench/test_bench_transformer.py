@@ -1,5 +1,7 @@
 """The study of AdamW on a small transformer: its rule of success, its warm-up, and how an interrupted one goes on."""
 
+import math
+
 import pytest
 import torch
 from studies import BENCH, check_an_interrupted_study_goes_on
@@ -41,6 +43,23 @@ def test_the_rule_of_success(bench, losses, bits, answer):
     assert verdict["method"] == "qcomm k=1 abs" and verdict["verdict"].startswith(answer)
     row = next(row for row in rows if row["method"] == "qcomm k=1 abs" and row["rate"] == 0.002)
     assert row["bits"] == bits and row["loss"]["difference"] == pytest.approx(0.005)
+
+
+def test_absolute_moments_are_adams_for_gradients_of_one_size(bench):
+    """Of gradients of +-c both denominators are c, but for the constant of a normal distribution."""
+    _, training = bench
+    ours, theirs = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    absolute = training.AbsAdamW([ours], lr=0.1 * math.sqrt(math.pi / 2))
+    adam = torch.optim.AdamW([theirs], lr=0.1, betas=training.BETAS, weight_decay=training.WEIGHT_DECAY)
+    decay = 1 - 0.1 * training.WEIGHT_DECAY, 1 - 0.1 * math.sqrt(math.pi / 2) * training.WEIGHT_DECAY
+    for sign in (1, -1, -1, 1, 1):
+        for parameter in (ours, theirs):
+            parameter.grad = sign * torch.tensor([0.5, 2.0, 30.0])
+        before = ours.detach().clone(), theirs.detach().clone()
+        absolute.step()
+        adam.step()
+        moved = ours.detach() - decay[1] * before[0], theirs.detach() - decay[0] * before[1]
+        assert torch.allclose(moved[0], moved[1], rtol=1e-4, atol=1e-7)
 
 
 def test_a_warm_up_begins_at_step_1_and_ends(bench):
