@@ -5,6 +5,7 @@ struct Squares16 {
     __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
 
     QCOMM_INLINE void add(__m512 x) {
+        // The product of two float32 values is exact in float64, so fused or not is the same.
         const __m512d a = _mm512_cvtps_pd(_mm512_castps512_ps256(x)), b = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
         low = _mm512_fmadd_pd(a, a, low);
         high = _mm512_fmadd_pd(b, b, high);
@@ -67,12 +68,14 @@ private:
         if (kScaled) value = _mm512_mul_ps(value, scale_);
         const __m512 old = _mm512_loadu_ps(kept_ + i), u = _mm512_add_ps(value, old);
         const __m512 top = _mm512_set1_ps(kMaxLevel), bottom = _mm512_set1_ps(-kMaxLevel);
-        // Rounded to nearest even, which is the mode of the process.
+        // What lies beyond the largest level stays in the residual. Rounded to nearest even, which is the mode of the
+        // process.
         const __m512 inside = _mm512_min_ps(_mm512_max_ps(_mm512_mul_ps(u, inv_), bottom), top);
         const __m512i level = _mm512_cvtps_epi32(inside);
         const __m512 lost = _mm512_sub_ps(u, _mm512_mul_ps(_mm512_cvtepi32_ps(level), step_));
         _mm512_storeu_ps(old_ + i, old);
         _mm512_storeu_ps(residual_ + i, lost);
+        // 0 times what is not finite is NaN, and a sum with NaN stays NaN: one check at the end is enough.
         poison_[kHalf] = _mm512_fmadd_ps(lost, _mm512_setzero_ps(), poison_[kHalf]);
         if (kSampled) {
             values_[kHalf].add(value);
@@ -102,6 +105,7 @@ void find_levels_of_floats(const float* data, const float* kept, float inv_scale
     LevelFinder<kScaled> finder(data, kept, inv_scale, step, base, out);
     const int rows = n / kLanes;
     for (int r = 0; r < rows;) {
+        // One row of each group also adds to the sample, by a branch that is nearly always predicted.
         const int sampled = sampled_row(r / kSampledRows, n), end = r + kSampledRows < rows ? r + kSampledRows : rows;
         for (; r < end; ++r) {
             if (__builtin_expect(r == sampled, 0)) {
@@ -116,6 +120,7 @@ void find_levels_of_floats(const float* data, const float* kept, float inv_scale
 
 void find_levels(const Values& values, std::int64_t begin, int n, const Quantizer& quantizer, int base,
                  LevelsOut* out) {
+    // Gradients are float32 and have a residual. Nothing else is worth a version of its own.
     if (values.dtype != DType::kFloat32 || values.residual == nullptr)
         return find_levels_scalar(values, begin, n, quantizer, base, out);
     SampleLanes lanes{};
@@ -132,6 +137,7 @@ void find_levels(const Values& values, std::int64_t begin, int n, const Quantize
 std::uint32_t* put_all_tokens(const std::uint16_t* positions, const std::int8_t* levels, int count, const RunCode& code,
                               std::uint32_t* tokens) {
     constexpr int kWidth = 16;
+    // The first run has no level before it. It counts from the begin of the block.
     tokens = put_tokens(positions, levels, 0, 1, 0, code, tokens);
     const __m512i one = _mm512_set1_epi32(1);
     int i = 1;
@@ -169,6 +175,7 @@ int encode_tokens(const std::uint32_t* tokens, int count, std::uint32_t* start, 
     __m512i held = low_words(_mm512_loadu_si512(lanes.count), _mm512_loadu_si512(lanes.count + 16));
     std::uint16_t* words = lanes.words;
     bool started = lanes.started;
+    // From the last step to the first, so that a decoder reads forward.
     for (--step; step >= 0; --step) {
         const __m512i a = _mm512_loadu_si512(tokens + step * kLanes),
                       b = _mm512_loadu_si512(tokens + step * kLanes + 16);
@@ -239,11 +246,13 @@ void decode_runs(RunBlock& block) {
     int begin = 0, found = 0;
     bool last_has_level = false;
     for (; begin + kLanes <= block.tokens && lanes.left >= kLanes; begin += kLanes) {
+        // Both halves first: two gathers that do not depend on each other hide each other's latency.
         __m512i entry[2];
         for (int h = 0; h < 2; ++h) entry[h] = gather(_mm512_and_si512(halves[h].bits, window), block.code->entries, 4);
         for (int h = 0; h < 2; ++h) {
             const __m512i e = entry[h];
             RunLanes& lane = halves[h];
+            // zero_runs.h has the bits of an entry.
             const __m512i extra = _mm512_and_si512(_mm512_srli_epi32(e, 9), _mm512_set1_epi32(7));
             const __m512i code = _mm512_and_si512(_mm512_srli_epi32(e, 5), _mm512_set1_epi32(15));
             const __m512i more = _mm512_andnot_si512(_mm512_sllv_epi32(_mm512_set1_epi32(-1), extra),
@@ -274,6 +283,7 @@ void decode_runs(RunBlock& block) {
             least = _mm512_min_epi32(least, lane.count);
         }
         for (RunLanes& lane : halves) {
+            // Lanes that hold less than a word take one each, in the order of the lanes.
             const __mmask16 need = _mm512_cmplt_epi32_mask(lane.count, word);
             const __m512i taken = _mm512_maskz_expand_epi32(
                 need, _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(lanes.words))));
