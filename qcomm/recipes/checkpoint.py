@@ -8,7 +8,9 @@ disappears at once, too, so that a process may be killed at any time.
 import hashlib
 import os
 import pickle
+import secrets
 import shutil
+import warnings
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +33,8 @@ def _rank_file(rank: int) -> str:
 def save(folder: Path, epoch: int, shared: dict[str, Any], per_rank: dict[str, Any]) -> None:
     """Writes ``folder/epoch-NNNN`` and removes older checkpoints there. Collective: every rank calls it.
 
+    An older checkpoint that cannot be removed is a warning on rank 0: the new one is whole all the same.
+
     Args:
         folder: the run's directory, on a file system that all ranks see.
         epoch: number of finished epochs.
@@ -44,30 +48,44 @@ def save(folder: Path, epoch: int, shared: dict[str, Any], per_rank: dict[str, A
     rank = dist.get_rank()
     unfinished, final = folder / f"unfinished-{epoch:04d}", folder / f"epoch-{epoch:04d}"
 
+    left: list[str] = []  # what could not be removed
+
+    def remove(doomed: Path) -> None:
+        try:
+            _remove(doomed)
+        except OSError as error:
+            left.append(f"could not remove {doomed}: {type(error).__name__}: {error}")
+
     def begin() -> None:
-        for left in folder.glob("unfinished-[0-9]*"):  # by a process that was killed here
-            shutil.rmtree(left)
+        for old in folder.glob("unfinished-[0-9]*"):  # by a process that was killed here
+            remove(old)
         unfinished.mkdir(parents=True)
         header = {"format": _FORMAT, "world_size": dist.get_world_size(), "epoch": epoch}
         _write({**header, **shared}, unfinished / _SHARED)
 
     def publish() -> None:
-        if final.exists():  # of an earlier run
-            _remove(final)
-        unfinished.replace(final)
+        replaced = _set_aside(final) if final.exists() else None  # of an earlier run
+        try:
+            unfinished.replace(final)
+        except OSError:
+            if replaced is not None:
+                replaced.replace(final)
+            raise
         _sync(folder)
-        for older in _all(folder):
-            if older != final:
-                _remove(older)
+        for other in [*_all(folder), *([] if replaced is None else [replaced])]:
+            if other != final:
+                remove(other)
 
     try:
         _on_all_ranks(final, begin if rank == 0 else None)
         _on_all_ranks(final, lambda: _write(per_rank, unfinished / _rank_file(rank)))
-        _on_all_ranks(final, publish if rank == 0 else None)
     except RecipeError:
         if rank == 0:  # the disk may be full
             shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    _on_all_ranks(final, publish if rank == 0 else None)  # what is complete stays if it gets no name
+    for sentence in left:  # after the last collective, since a warning may be an error here
+        warnings.warn(f"{sentence}; {final} is whole", stacklevel=2)
 
 
 def _on_all_ranks(checkpoint: Path, step: Callable[[], None] | None) -> None:
@@ -105,11 +123,15 @@ def _sync(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _remove(checkpoint: Path) -> None:
-    """Removes a checkpoint, which has lost its name before it is in pieces."""
-    doomed = checkpoint.with_name(f"unfinished-{checkpoint.name.removeprefix('epoch-')}-removed")
-    checkpoint.replace(doomed)
-    shutil.rmtree(doomed)
+def _set_aside(checkpoint: Path) -> Path:
+    """Takes the name of a checkpoint away; returns its new one, which nothing has that could not be removed before."""
+    number = checkpoint.name.removeprefix("epoch-")
+    return checkpoint.replace(checkpoint.with_name(f"unfinished-{number}-removed-{secrets.token_hex(4)}"))
+
+
+def _remove(folder: Path) -> None:
+    """Removes a directory; a checkpoint has lost its name before it is in pieces."""
+    shutil.rmtree(_set_aside(folder) if folder.name.startswith("epoch-") else folder)
 
 
 def _named(folder: Path) -> list[Path]:
