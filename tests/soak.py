@@ -6,7 +6,8 @@
     python tests/soak.py --minutes 30 --seed 7         # training runs under faults and restarts
 
 Every fault has a rule for its outcome (tests/support/soak_cases.py). What breaks a rule is printed with the command
-that runs this one fault again, and the exit status is 1. Links are cut between network namespaces, which need root;
+that runs this one fault again, and the exit status is 1. It is so, too, where an error of the soak itself ends a lane,
+or no fault was reached. Links are cut between network namespaces, which need root;
 ranks over MPI need mpirun. Without them the other faults run, and the reason is printed.
 """
 
@@ -18,7 +19,9 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -83,7 +86,7 @@ class Soak:
     def __init__(self, arguments):
         self.arguments = arguments
         self.table = defaultdict(Counter)
-        self.violations, self.growth, self.missed = [], [], 0
+        self.violations, self.growth = [], []
         self.transports, self.reasons = available_transports()
         self._lock = threading.Lock()
         self._numbers = queue.SimpleQueue()
@@ -99,12 +102,12 @@ class Soak:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.end_soon)
         template = Template()
-        threads = [threading.Thread(target=self._lane, args=(template,)) for _ in range(self.arguments.jobs)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(self.arguments.jobs) as lanes:
+            ended = [lanes.submit(self._lane, template) for _ in range(self.arguments.jobs)]
         template.close()
+        for error in (lane.exception() for lane in ended):
+            if error is not None:
+                self._violated("the end of a lane", "".join(traceback.format_exception(error)))
         return time.monotonic() - self._begin
 
     def _lane(self, template):
@@ -178,11 +181,13 @@ def faults(arguments):
     seconds = soak.run()
     show(soak.table)
     count = sum(sum(counts.values()) for counts in soak.table.values())
+    reached = count - sum(counts["not reached"] for counts in soak.table.values())
     grown = {
         name: max((entry[name] for entry in soak.growth), default=0) for name in ("descriptors", "threads", "rss_mib")
     }
     print(
-        f"{count} faults in {seconds / 60:.1f} minutes, {60 * count / seconds:.0f} a minute; "
+        f"{count} faults, {reached} of them reached, in {seconds / 60:.1f} minutes, "
+        f"{60 * count / seconds:.0f} a minute; "
         f"{len(soak.violations)} violations; largest growth of a rank: {grown['descriptors']} descriptors, "
         f"{grown['threads']} threads, {grown['rss_mib']:.1f} MiB"
     )
@@ -191,6 +196,7 @@ def faults(arguments):
             "about": about(command=shlex.join(["python", *sys.argv])),
             "seed": arguments.seed,
             "faults": count,
+            "reached": reached,
             "seconds": round(seconds),
             "left_out": soak.reasons,
             "outcomes": {kind: dict(counts) for kind, counts in sorted(soak.table.items())},
@@ -199,7 +205,9 @@ def faults(arguments):
             "longest_lived_world": max((entry["cases"] for entry in soak.growth), default=0),
         }
         write(arguments.json, document)
-    return 1 if soak.violations else 0
+    if not reached:
+        print("no fault was reached, so that nothing is shown")
+    return 1 if soak.violations or not reached else 0
 
 
 def main():

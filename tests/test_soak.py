@@ -1,14 +1,19 @@
 """A minute of tests/soak.py: random faults of a seed that the output names; QCOMM_SOAK_SEED gives it again."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import soak
 from soak_cases import Case, Observed, Report, StepReport, blamed, draw, judge
 
 ROOT = Path(__file__).parents[1]
+LEAST_REACHED = 5  # in a minute of a busy machine; it is mostly 40
 
 
 @pytest.mark.world
@@ -19,7 +24,47 @@ def test_a_minute_of_random_faults():
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False)
     print(ended.stdout)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "0 violations" in ended.stdout
+    assert "; 0 violations; " in ended.stdout
+    (reached,) = re.findall(r"^\d+ faults, (\d+) of them reached, ", ended.stdout, re.MULTILINE)
+    assert int(reached) >= LEAST_REACHED, ended.stdout
+
+
+class Idle:
+    """Stands for the processes of a soak: ranks that pass no point at which a fault begins."""
+
+    def __init__(self, *_):
+        pass
+
+    def run(self, case):
+        return Observed([report(("a", None)) for _ in range(case.world_size)]), "", None
+
+    def close(self):
+        return []
+
+
+@pytest.fixture
+def idle_soak(monkeypatch):
+    monkeypatch.setattr(soak, "Template", Idle)
+    monkeypatch.setattr(soak, "Pool", Idle)
+    monkeypatch.setattr(soak, "available_transports", lambda: (["gloo"], []))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    options = {"seed": 1, "faults": 3, "only": None, "seconds": None, "timeout": 4.0, "jobs": 2, "json": None}
+    return Namespace(**options, verbose=False)
+
+
+def test_an_error_of_the_soak_itself_is_a_violation(idle_soak, monkeypatch, capsys):
+    monkeypatch.setattr(soak, "draw", lambda *_: 1 // 0)
+    assert soak.faults(idle_soak) == 1
+    output = capsys.readouterr().out
+    assert "VIOLATION, the end of a lane" in output and "ZeroDivisionError" in output
+    assert "0 faults, 0 of them reached, " in output and "; 2 violations; " in output
+
+
+def test_a_soak_whose_faults_are_not_reached_shows_nothing(idle_soak, capsys):
+    assert soak.faults(idle_soak) == 1
+    output = capsys.readouterr().out
+    assert "3 faults, 0 of them reached, " in output and "; 0 violations; " in output
+    assert "no fault was reached" in output
 
 
 def test_a_case_follows_from_its_seed_and_number():
