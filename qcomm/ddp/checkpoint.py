@@ -7,7 +7,7 @@ from qcomm.collectives import ErrorFeedback, RankState, parts_of
 from qcomm.ddp.buckets import BucketTable
 from qcomm.ddp.reducer import Steps
 
-__all__ = ["StateDict", "note_origin", "restore", "save"]
+__all__ = ["StateDict", "check", "note_origin", "restore", "save"]
 
 FORMAT = 2
 ENTRIES = {"steps", "run", "has_names", "world_size", "error_feedback"}
@@ -46,15 +46,9 @@ def restore(
     Raises:
         ValueError: of another format, damaged, of another model, or not of one run; nothing has changed then.
     """
-    saved = parts_of(state_dict)
-    for part in saved:
-        _check(part)
+    saved = _checked_parts(state_dict)
     first = saved[0]
-    for name, what in (("steps", "step"), ("run", "run"), ("world_size", "number of ranks")):
-        values = {part[name] for part in saved}
-        if len(values) > 1:
-            raise ValueError(f"state_dict must be of one {what} on all ranks, got {sorted(values, key=str)}")
-    residuals = [part["error_feedback"] for part in saved if part["error_feedback"] is not None]
+    residuals = _residuals_of(saved)
     if residuals:
         # Without error feedback they are checked all the same.
         (ErrorFeedback() if feedback is None else feedback).load_state_dict(residuals, table.sizes)
@@ -67,6 +61,12 @@ def restore(
     note_origin(steps, table, feedback)
 
 
+def check(state_dict: StateDict | Sequence[StateDict], table: BucketTable) -> None:
+    """Raises the errors of :func:`restore`, and changes nothing."""
+    if residuals := _residuals_of(_checked_parts(state_dict)):
+        ErrorFeedback().load_state_dict(residuals, table.sizes)
+
+
 def note_origin(steps: Steps, table: BucketTable, feedback: ErrorFeedback | None) -> None:
     """Has the next handshake compare from where the ranks go on: step, run, and the number of ranks before."""
     if not steps.number:
@@ -74,6 +74,21 @@ def note_origin(steps: Steps, table: BucketTable, feedback: ErrorFeedback | None
         return
     ranks = "no residuals" if feedback is None or feedback.world_size is None else f"{feedback.world_size} ranks"
     table.set_origin(f"step {steps.number} of {ranks}" + (f", run {steps.run}" if steps.run else ""))
+
+
+def _checked_parts(state_dict: StateDict | Sequence[StateDict]) -> list[dict[str, Any]]:
+    saved = parts_of(state_dict)
+    for part in saved:
+        _check(part)
+    for name, what in (("steps", "step"), ("run", "run"), ("world_size", "number of ranks")):
+        values = {part[name] for part in saved}
+        if len(values) > 1:
+            raise ValueError(f"state_dict must be of one {what} on all ranks, got {sorted(values, key=str)}")
+    return saved
+
+
+def _residuals_of(saved: Sequence[StateDict]) -> list[Any]:
+    return [part["error_feedback"] for part in saved if part["error_feedback"] is not None]
 
 
 def _check(part: Mapping[str, Any]) -> None:

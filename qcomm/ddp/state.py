@@ -13,7 +13,7 @@ from qcomm.codec import Grid, SigmaGrid
 from qcomm.collectives import ErrorFeedback, ReduceKeywords, ReduceOptions, Telemetry
 from qcomm.communicator import Group
 from qcomm.ddp.buckets import BucketTable
-from qcomm.ddp.checkpoint import StateDict, note_origin, restore, save
+from qcomm.ddp.checkpoint import StateDict, check, note_origin, restore, save
 from qcomm.ddp.checks import check_hook_options
 from qcomm.ddp.reducer import GradScale, Reducer
 from qcomm.ddp.warm_up import WarmUp
@@ -190,6 +190,13 @@ class CompressionState:
                 next exchange.
         """
         restore(state_dict, self.reducer.steps, self._table, self._feedback)
+
+    def check_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
+        """Raises the errors that :meth:`load_state_dict` would raise, and changes nothing.
+
+        With it ranks can agree that all have a state to resume from, before any of them does.
+        """
+        check(state_dict, self._table)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without the objects of this process: group, identities of parameters, ``grad_scale``.

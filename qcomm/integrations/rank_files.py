@@ -5,7 +5,6 @@ whatever disk it sees the folder.
 """
 
 import os
-import pickle
 import re
 import secrets
 from pathlib import Path
@@ -16,12 +15,13 @@ import torch.distributed as dist
 
 from qcomm.collectives import keys_to_resume, without_residuals
 from qcomm.ddp import CompressionState
+from qcomm.saved_file import read_saved
 
 __all__ = ["load", "save"]
 
 NAME = re.compile(r"qcomm_(\d+)_rank_(\d+)_of_(\d+)\.pt")
-# What reading and checking a file may raise.
-ERRORS = (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError)
+# What reading, checking and loading states may raise. Another error would keep the other ranks waiting.
+ERRORS = (OSError, ValueError, TypeError, LookupError, RuntimeError, MemoryError)
 
 
 def save(folder: str | os.PathLike[str], state: CompressionState, index: int = 0) -> None:
@@ -38,6 +38,8 @@ def save(folder: str | os.PathLike[str], state: CompressionState, index: int = 0
     place, (rank, world_size) = Path(folder), _own_place()
     place.mkdir(parents=True, exist_ok=True)
     target = place / f"qcomm_{index}_rank_{rank}_of_{world_size}.pt"
+    for path in place.glob(f".{target.name}." + 16 * "[0-9a-f]"):  # by a process of this rank that was killed here
+        path.unlink(missing_ok=True)
     temporary = place / f".{target.name}.{secrets.token_hex(8)}"
     try:
         with temporary.open("xb") as file:
@@ -66,16 +68,30 @@ def load(folder: str | os.PathLike[str], state: CompressionState, index: int = 0
         True; False where no rank has a file, so that nothing has changed.
 
     Raises:
-        ValueError: on every rank, with the errors of those that found no file of theirs, or a damaged one.
+        ValueError: on every rank, with the errors of those that found no file of theirs, or a damaged one; nothing has
+            changed then. If a rank fails afterwards, out of memory, the others have loaded theirs.
     """
-    found, error = False, ""
+    place = Path(folder)
+    states, error = None, ""
     try:
-        states = _read(Path(folder), index)
-        found = states is not None
+        states = _read(place, index)
         if states is not None:
-            CompressionState.load_state_dict(state, states)
+            CompressionState.check_state_dict(state, states)
     except ERRORS as caught:
-        found, error = True, f"{type(caught).__name__}: {caught}"
+        error = f"{type(caught).__name__}: {caught}"
+    _agree(place, states is not None or bool(error), error)
+    if states is None:
+        return False
+    try:
+        CompressionState.load_state_dict(state, states)
+    except ERRORS as caught:
+        error = f"{type(caught).__name__}: {caught}"
+    _agree(place, True, error)
+    return True
+
+
+def _agree(folder: Path, found: bool, error: str) -> None:
+    """Raises ValueError on every rank if one has an error, or has no file while others have. A collective."""
     rank, world_size = _own_place()
     outcomes: list[Any] = [None] * world_size
     if world_size > 1:
@@ -89,8 +105,7 @@ def load(folder: str | os.PathLike[str], state: CompressionState, index: int = 0
         if error or (missing and not found)
     ]
     if errors:
-        raise ValueError(f"{os.fspath(folder)}: qcomm's files of the ranks cannot be loaded: {'; '.join(errors)}")
-    return found
+        raise ValueError(f"{folder}: qcomm's files of the ranks cannot be loaded: {'; '.join(errors)}")
 
 
 def _read(folder: Path, index: int) -> dict[str, Any] | None:
@@ -101,7 +116,7 @@ def _read(folder: Path, index: int) -> dict[str, Any] | None:
     wanted, is_new = keys_to_resume([*paths])
     states: dict[str, Any] = {}
     for name in wanted:
-        saved = torch.load(paths[name], map_location="cpu", weights_only=True)
+        saved = read_saved(paths[name])
         if not isinstance(saved, dict) or list(saved) != [name]:
             raise ValueError(f"{paths[name].name} must hold the state of {name}, got {str(saved)[:80]}")
         states.update(saved)

@@ -7,11 +7,9 @@ disappears at once, too, so that a process may be killed at any time.
 
 import hashlib
 import os
-import pickle
 import secrets
 import shutil
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import torch.distributed as dist
 
 from qcomm.recipes.config import TrainConfig
 from qcomm.recipes.errors import RecipeError
+from qcomm.saved_file import read_saved
 
 _FORMAT = 1
 _SHARED = "shared.pt"
@@ -243,12 +242,8 @@ def load(
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not compare the checksums that it has written
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise zipfile.BadZipFile(f"{damaged} has another checksum")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        content = read_saved(path)
+    except (OSError, ValueError) as error:
         raise RecipeError(
             f"--resume: {path} cannot be read: {error}; remove {path.parent.name} to go on from the checkpoint before "
             "it, if there is one"

@@ -5,12 +5,14 @@ No framework is needed here.
 
 import copy
 import io
+import random
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from damaged_files import flipped, truncated, with_other_pickles
 from ddp_model import backward, wrap
 from distributed import gathered, run, world
 
@@ -41,6 +43,15 @@ def kept(states, world_size):
 
 def feedback_of(state):
     return copy.deepcopy(qcomm.CompressionState.state_dict(state)["error_feedback"])
+
+
+def same(one, other):
+    """Whether two results of ``feedback_of`` have the same bits."""
+    parts = [
+        {**state["local"], **{(key, part[0]): part[1] for key, part in state["owner"].items()}}
+        for state in (one, other)
+    ]
+    return parts[0].keys() == parts[1].keys() and all(torch.equal(parts[0][key], parts[1][key]) for key in parts[0])
 
 
 def saves(rank, world_size, folder):
@@ -112,11 +123,12 @@ def test_a_folder_without_files_changes_nothing(rank, world_size, tmp_path):
             "missing",
             "rank 1: ValueError: a checkpoint must hold the state of every rank of one job, got .'rank 0 of 2'",
         ),
-        ("truncated", r"rank 1: (RuntimeError|EOFError|UnpicklingError)"),
+        ("truncated", r"rank 1: ValueError: qcomm_0_rank_1_of_2.pt is damaged, or of another kind: BadZipFile: "),
+        ("a flipped bit", r"rank 1: ValueError: qcomm_0_rank_1_of_2.pt is damaged, .* has another checksum"),
         ("of another rank", "rank 1: ValueError: qcomm_0_rank_1_of_2.pt must hold the state of rank 1 of 2, got"),
         ("no dictionary", "rank 1: ValueError: qcomm_0_rank_1_of_2.pt must hold the state of rank 1 of 2, got 5"),
         ("not finite", "rank 1: ValueError: state is damaged: .* not finite"),
-        ("code", "rank 1: UnpicklingError: Weights only load failed"),
+        ("code", "rank 1: ValueError: qcomm_0_rank_1_of_2.pt is .*: UnpicklingError: Weights only load failed"),
         ("elsewhere", "rank 1: no file of it"),
     ],
 )
@@ -133,6 +145,10 @@ def test_a_file_that_one_rank_cannot_load_is_an_error_on_all(rank, world_size, t
             torch.save({"rank 0 of 2": ()}, folder / "qcomm_0_rank_0_of_2.pt")
         elif damage == "truncated":
             file.write_bytes(file.read_bytes()[:100])
+        elif damage == "a flipped bit":
+            residual = next(iter(saved["rank 1 of 2"][0]["error_feedback"]["local"].values())).numpy().tobytes()
+            content = file.read_bytes()
+            file.write_bytes(content.replace(residual, bytes([residual[0] ^ 1]) + residual[1:]))
         elif damage == "of another rank":
             torch.save({"rank 0 of 2": saved["rank 1 of 2"]}, file)
         elif damage == "no dictionary":
@@ -142,10 +158,15 @@ def test_a_file_that_one_rank_cannot_load_is_an_error_on_all(rank, world_size, t
             torch.save(saved, file)
         elif damage == "code":
             torch.save(Path("x"), file)
-    _, state = trained(rank, 0)
+    model, state = trained(rank, 1)
+    before = feedback_of(state)
     with pytest.raises(ValueError, match=message) as caught:
         rank_files.load(folder, state)
     assert str(caught.value).startswith(str(folder)) and "rank 0" not in str(caught.value).partition("of the ranks")[0]
+    # Also on rank 0, whose file is whole, nothing has changed: ranks go on from one step.
+    assert same(feedback_of(state), before)
+    backward(model, rank, 1)
+    assert state.stats()["steps"] == 2
 
 
 @world(2)
@@ -170,6 +191,72 @@ def test_saving_replaces_files_and_removes_those_of_other_numbers_of_ranks(rank,
     dist.barrier()
     assert (tmp_path / f"qcomm_0_rank_{rank}_of_2.pt").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@world(2)
+def test_a_rank_that_fails_after_the_agreement_is_an_error_on_all(rank, world_size, tmp_path):
+    _, state = trained(rank, 2)
+    rank_files.save(tmp_path, state)
+    error = {"side_effect": MemoryError("no memory")} if rank == 1 else {}
+    with (
+        mock.patch.object(qcomm.CompressionState, "load_state_dict", **error),
+        pytest.raises(ValueError, match="cannot be loaded: rank 1: MemoryError: no memory"),
+    ):
+        rank_files.load(tmp_path, state)
+
+
+def alone():
+    """A state of one process, with residuals."""
+    state = qcomm.CompressionState(**OPTIONS)
+    values = torch.Generator().manual_seed(5)
+    local = {"a": torch.randn(40, generator=values), "b": torch.randn(9, generator=values)}
+    rms = {"local": {"a": 0.5}, "owner": {}}
+    feedback = {"format": 2, "world_size": 1, "local": local, "owner": {"a": (8, local["a"][:20].clone())}, "rms": rms}
+    entries = {"format": 2, "steps": 3, "run": "one", "has_names": True, "world_size": 1, "error_feedback": feedback}
+    state.load_state_dict({"rank 0 of 1": (entries,)})
+    return state
+
+
+def refusal(folder, state):
+    """The error of a load, "" without one."""
+    try:
+        assert rank_files.load(folder, state)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:TypedStorage is deprecated")
+def test_whatever_is_in_a_file_is_a_value_error_or_the_state_that_was_saved(tmp_path):
+    """Every kind of damage that can reach one rank alone, while the others wait for its answer."""
+    state = alone()
+    saved = feedback_of(state)
+    rank_files.save(tmp_path, state)
+    (file,) = tmp_path.iterdir()
+    whole, dice, refused = file.read_bytes(), random.Random(3), 0
+    for damaged in [*flipped(whole, dice, 600), *truncated(whole, dice, 60), *with_other_pickles(whole, dice, 600)]:
+        file.write_bytes(damaged.content)
+        before = feedback_of(state)
+        if text := refusal(tmp_path, state):
+            assert "qcomm's files of the ranks cannot be loaded: rank 0: " in text
+            assert same(feedback_of(state), before)
+            refused += 1
+        else:
+            assert damaged.has_checksums or same(feedback_of(state), saved)
+    assert refused > 600
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_one_of_its_rank(tmp_path):
+    left = f".qcomm_0_rank_0_of_1.pt.{'0a' * 8}"
+    others = [
+        f".qcomm_0_rank_1_of_2.pt.{'0a' * 8}",
+        f".qcomm_1_rank_0_of_1.pt.{'0a' * 8}",
+        ".qcomm_0_rank_0_of_1.pt.old",
+    ]
+    for name in (left, *others):
+        (tmp_path / name).write_bytes(b"")
+    rank_files.save(tmp_path, alone())
+    assert {path.name for path in tmp_path.iterdir()} == {"qcomm_0_rank_0_of_1.pt", *others}
 
 
 @world(2)
