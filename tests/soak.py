@@ -3,12 +3,13 @@
     python tests/soak.py --faults 1000 --seed 7        # a table of kinds and outcomes; about 40 minutes on one core
     python tests/soak.py --seed 7 --only 123           # that one fault again
     python tests/soak.py --seconds 60                  # as many as fit, of a seed that is printed
+    python tests/soak.py --transports sealed           # over this transport alone
     python tests/soak.py --minutes 30 --seed 7         # training runs under faults and restarts
 
 Every fault has a rule for its outcome (tests/support/soak_cases.py). What breaks a rule is printed with the command
-that runs this one fault again, and the exit status is 1. It is so, too, where an error of the soak itself ends a lane,
-or no fault was reached. Links are cut between network namespaces, which need root;
-ranks over MPI need mpirun. Without them the other faults run, and the reason is printed.
+that runs this one fault again, and the exit status is 1. It is 1, too, where an error of the soak itself ends a lane,
+or no fault was reached. Links are cut between network namespaces, which need root; ranks over MPI need mpirun, and
+sealed messages the package cryptography. Without them the other faults run, and the reason is printed.
 """
 
 import argparse
@@ -28,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "support"), str(HERE.parents[0] / "bench"), str(HERE.parents[0])]
 
 from ranks import about, write  # noqa: E402
-from soak_cases import draw, judge  # noqa: E402
+from soak_cases import TRANSPORTS, draw, judge  # noqa: E402
 from soak_worlds import Links, Template, World, WorldError, available_transports  # noqa: E402
 
 LARGEST = 4  # world
@@ -88,6 +89,8 @@ class Soak:
         self.table = defaultdict(Counter)
         self.violations, self.growth = [], []
         self.transports, self.reasons = available_transports()
+        if arguments.transports is not None:
+            self.transports = [name for name in self.transports if name in arguments.transports]
         self._lock = threading.Lock()
         self._numbers = queue.SimpleQueue()
         self._begin = time.monotonic()
@@ -159,6 +162,8 @@ class Soak:
     def _violated(self, what, sentence, log=""):
         again = [sys.executable, "tests/soak.py", "--seed", str(self.arguments.seed)]
         again += ["--only", what.split()[1]] if what.startswith("fault") else ["--faults", str(self.arguments.faults)]
+        if self.arguments.transports is not None:
+            again += ["--transports", *self.arguments.transports]
         with self._lock:
             self.violations.append({"what": what, "sentence": sentence, "again": shlex.join(again[1:])})
             print(f"VIOLATION, {what}: {sentence}\n  again: {shlex.join(again)}", flush=True)
@@ -177,6 +182,9 @@ def faults(arguments):
     soak = Soak(arguments)
     for reason in soak.reasons:
         print(reason)
+    if not soak.transports:
+        print(f"none of {arguments.transports} can run here")
+        return 1
     print(f"seed {arguments.seed}", flush=True)
     seconds = soak.run()
     show(soak.table)
@@ -217,6 +225,7 @@ def main():
     parser.add_argument("--only", type=int, metavar="N", help="run fault N of the seed alone")
     parser.add_argument("--seconds", type=float, help="begin no further fault after this time")
     parser.add_argument("--minutes", type=float, help="train under faults and restarts, instead of single faults")
+    parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, help="those that are drawn (default: all)")
     parser.add_argument("--timeout", type=float, default=4.0, help="of the groups, in seconds (default: 4)")
     parser.add_argument("--jobs", type=int, default=1, help="faults at the same time (default: 1)")
     parser.add_argument("--json", type=Path, help="write the outcomes there")

@@ -1,15 +1,19 @@
 """A minute of tests/soak.py: random faults of a seed that the output names; QCOMM_SOAK_SEED gives it again."""
 
+import importlib.util
 import os
 import re
 import signal
 import subprocess
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import soak
+import soak_cases
+import soak_worlds
 from soak_cases import Case, Observed, Report, StepReport, blamed, draw, judge
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +52,16 @@ def idle_soak(monkeypatch):
     monkeypatch.setattr(soak, "Pool", Idle)
     monkeypatch.setattr(soak, "available_transports", lambda: (["gloo"], []))
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    options = {"seed": 1, "faults": 3, "only": None, "seconds": None, "timeout": 4.0, "jobs": 2, "json": None}
+    options = {
+        "seed": 1,
+        "faults": 3,
+        "only": None,
+        "seconds": None,
+        "timeout": 4.0,
+        "jobs": 2,
+        "json": None,
+        "transports": None,
+    }
     return Namespace(**options, verbose=False)
 
 
@@ -71,6 +84,23 @@ def test_a_case_follows_from_its_seed_and_number():
     assert draw(1, 2, 4.0, ["gloo", "mpi"]) == draw(1, 2, 4.0, ["gloo", "mpi"])
     kinds = {draw(1, number, 4.0, ["gloo", "link", "mpi"]).kind for number in range(200)}
     assert kinds == {"kill", "stop", "delay", "outage", "cut", "packet", "mean", "exception", "memory", "disk"}
+
+
+def test_sealed_messages_are_left_out_with_the_reason_where_cryptography_is_missing(monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "cryptography" else find_spec(name))
+    transports, reasons = soak_worlds.available_transports()
+    assert "gloo" in transports and not any(soak_cases.is_sealed(name) for name in transports)
+    assert "no messages are sealed: cryptography is missing (pip install 'qcomm[secure]')" in reasons
+
+
+def test_a_sealed_sum_has_the_rules_of_a_sealed_message():
+    flipped = replace(case_of("packet", "none"), transport="sealed", verify="interval")
+    unnoticed = [report(("a", None), fired="GlooTransport.send of a sum, byte 3 of 9, bit 1")] * 2
+    assert verdict(flipped, unnoticed, checks=unnoticed)[0] == "violation"
+    assert verdict(replace(flipped, transport="mpi"), unnoticed, checks=unnoticed)[0] != "violation"
+    # No step goes without a handshake, so that no later one may be the first to fail.
+    assert replace(flipped, transport="mpi").late > flipped.late == 1
 
 
 def case_of(kind, strategy="two_phase"):

@@ -13,17 +13,27 @@ ADDED_ON_THE_WAY = ("none", "bf16", "exact_sum", "hierarchical")  # their means 
 BYPASSED = 31  # steps until ranks agree again
 AGREED = 2  # steps before the first bypass
 
-# Kinds and how often each is drawn, by transport: "link" is gloo between network namespaces. Under mpirun a killed rank
-# ends the job, and a new one takes seconds.
+# Kinds and how often each is drawn, by transport: "link" is gloo between network namespaces, "sealed" gloo and
+# "sealed-mpi" MPI with a secret. Under mpirun a killed rank ends the job, and a new one takes seconds.
 WEIGHTS = {
     "gloo": {"kill": 12, "stop": 8, "delay": 12, "packet": 16, "mean": 12, "exception": 16, "memory": 12, "disk": 6},
     "link": {"outage": 3, "cut": 1},
     "mpi": {"kill": 2, "stop": 6, "delay": 12, "packet": 16, "mean": 10, "exception": 16, "memory": 12, "disk": 3},
 }
-TRANSPORTS = {"gloo": 74, "link": 12, "mpi": 14}
+WEIGHTS |= {"sealed": WEIGHTS["gloo"], "sealed-mpi": WEIGHTS["mpi"]}
+TRANSPORTS = {"gloo": 62, "link": 12, "mpi": 10, "sealed": 12, "sealed-mpi": 4}
+KEY_FILE = "key"  # of sealed messages, in the folder of a world
 POINTS = {"exception": "codec", "packet": "send", "mean": "mean"}  # all others begin at any point
 DEVIATIONS = {"none": 1e-4, "bf16": 3e-2, "auto": 1.2}  # of a mean from the exact one, by its norm; otherwise:
 DEVIATION = 1.2  # a grid of two standard deviations in both phases, and no step before
+
+
+def is_sealed(transport):
+    return transport.startswith("sealed")
+
+
+def is_mpi(transport):
+    return transport.endswith("mpi")
 
 
 @dataclass(frozen=True)
@@ -68,14 +78,19 @@ class Case:
     fresh: bool = False
 
     @property
+    def bypasses(self):
+        """Whether later steps of its strategy go without a handshake; sealed ones never do."""
+        return self.strategy in UNCOMPRESSED and self.verify != "step" and not is_sealed(self.transport)
+
+    @property
     def may_bypass(self):
         """Whether the fault may fall in a step without a handshake, whose errors are gloo's own."""
-        return self.strategy in UNCOMPRESSED and self.verify != "step" and self.step >= AGREED
+        return self.bypasses and self.step >= AGREED
 
     @property
     def late(self):
         """Steps after which all ranks know at the latest."""
-        return BYPASSED + 1 if self.strategy in UNCOMPRESSED and self.verify != "step" else 1
+        return BYPASSED + 1 if self.bypasses else 1
 
 
 def draw(seed, number, timeout, transports):
@@ -87,7 +102,8 @@ def draw(seed, number, timeout, transports):
     if kind == "mean":
         strategy = dice.choice(ADDED_ON_THE_WAY)
     step = dice.randrange(1, 5)
-    long = strategy in UNCOMPRESSED and kind in ("packet", "mean", "exception", "memory")
+    may_bypass = strategy in UNCOMPRESSED and not is_sealed(transport)
+    long = may_bypass and kind in ("packet", "mean", "exception", "memory")
     limit = {"delay": 0.3, "outage": 0.15}.get(kind, 0.0) * timeout
     return Case(
         number=number,
@@ -173,7 +189,7 @@ def judge(case, seen):
         wrong.append(seen.trouble)
     if wrong:
         return "violation", wrong
-    if case.kind == "kill" and case.transport == "mpi":
+    if case.kind == "kill" and is_mpi(case.transport):
         return ("job ended", []) if seen.job else ("violation", [f"mpirun ended with {seen.job} after a kill"])
     outcome, wrong = RULES[case.kind](case, seen)
     wrong += _divergence(case, seen) + _health(case, seen)
@@ -298,7 +314,7 @@ def of_packet(case, seen):
     if all(error is None for error in first.values()):
         fired = seen.reports[case.rank].fired or ""
         uncovered = "send of a sum" in fired or case.strategy == "hierarchical"  # values inside a node, before the sum
-        if uncovered and not _divergence(case, seen):
+        if uncovered and not is_sealed(case.transport) and not _divergence(case, seen):
             return "same mean on all, as documented", []
         return "", [f"a flipped bit had no consequence: {fired}"]
     silent = [rank for rank, error in first.items() if error is None]

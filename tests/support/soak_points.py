@@ -17,6 +17,7 @@ from qcomm.collectives.uncompressed_values import UncompressedValues
 from qcomm.transport.base import Transport
 from qcomm.transport.gloo import GlooTransport
 from qcomm.transport.mpi import MpiTransport
+from qcomm.transport.sealed import Direction, SealedTransport
 
 CODEC_FUNCTIONS = ("encode", "decode_into", "measure", "plan", "forecast_quantizer", "divide_to_bfloat")
 CODEC_METHODS = (
@@ -128,7 +129,9 @@ def install():
                 if inspect.isfunction(value) and value in codec:
                     _before(module, name, "any", "codec")
     _before(Transport, "finish", "any")
-    for owner in (GlooTransport, MpiTransport):
+    for owner, name in ((SealedTransport, "sum"), (Direction, "seal"), (Direction, "open")):
+        _before(owner, name, "any")
+    for owner in (GlooTransport, MpiTransport):  # which carry sealed messages, too
         _before(owner, "start_receive", "any")
         _of_sends(owner)
         _of_sums(owner)

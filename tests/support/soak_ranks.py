@@ -22,7 +22,7 @@ import torch
 import torch._dynamo  # DDP imports it when it is first used
 import torch.distributed as dist
 from ddp_model import exact_mean, inputs, mlp, wrap
-from soak_cases import Report, StepReport
+from soak_cases import KEY_FILE, Report, StepReport, is_mpi, is_sealed
 from soak_points import POINTS, install
 from soak_training import Training, full_disk
 
@@ -49,7 +49,7 @@ class Rank:
         """Connections of the cases' own; an earlier fault may have ended the last ones."""
         self.close_groups()
         self.group = dist.new_group(timeout=timeout)
-        self.over = qcomm.MpiGroup(timeout=timeout) if self.transport == "mpi" else self.group
+        self.over = qcomm.MpiGroup(timeout=timeout) if is_mpi(self.transport) else self.group
 
     def close_groups(self):
         if self.group is not None:
@@ -70,6 +70,7 @@ class Rank:
             error_feedback=case.error_feedback,
             min_elements=case.min_elements,
             ranks_per_node=case.ranks_per_node,
+            secret=self.folder / KEY_FILE if is_sealed(self.transport) else None,
         )
         return model, state
 
@@ -252,15 +253,15 @@ def main():
     if len(sys.argv) > 1:
         from mpi4py import MPI
 
-        address, folder = sys.argv[1:]
+        address, folder, transport = sys.argv[1:]
         freeze()
-        serve(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, Client(address), "mpi", folder)
+        serve(MPI.COMM_WORLD.rank, MPI.COMM_WORLD.size, Client(address), transport, folder)
         return
     order = become_template()
     if order["network"] is not None:
         enter_network(order["network"])
         os.environ["GLOO_SOCKET_IFNAME"] = "eth0"
-    serve(order["rank"], order["size"], Client(order["address"]), "gloo", order["folder"])
+    serve(order["rank"], order["size"], Client(order["address"]), order["transport"], order["folder"])
 
 
 if __name__ == "__main__":

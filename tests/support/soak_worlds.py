@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import secrets
 import select
 import shutil
 import signal
@@ -18,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from mpirun import environment as without_launcher
-from soak_cases import Observed, renewed
+from soak_cases import KEY_FILE, Observed, is_mpi, is_sealed, renewed
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 from netlab import Netlab, NetlabError, check_available, run_tool
@@ -97,6 +98,10 @@ def available_transports():
         reasons.append("nothing runs over MPI: mpi4py or mpirun is missing (pip install mpi4py mpich)")
     else:
         transports.append("mpi")
+    if importlib.util.find_spec("cryptography") is None:
+        reasons.append("no messages are sealed: cryptography is missing (pip install 'qcomm[secure]')")
+    else:
+        transports += ["sealed", *(["sealed-mpi"] if "mpi" in transports else [])]
     return transports, reasons
 
 
@@ -128,15 +133,20 @@ class World:
 
     def _start(self):
         address = str(self.folder / "parent")
-        if self.transport == "mpi":
+        if is_sealed(self.transport):
+            (self.folder / KEY_FILE).touch(mode=0o600)
+            (self.folder / KEY_FILE).write_text(secrets.token_hex(32))
+        if is_mpi(self.transport):
             with (self.folder / "log").open("w") as log:
-                command = [*mpirun(), "-np", str(self.size), sys.executable, RANKS, address, str(self.folder)]
+                command = [*mpirun(), "-np", str(self.size), sys.executable, RANKS]
+                command += [address, str(self.folder), self.transport]
                 self._job = subprocess.Popen(command, env=environment(), stdout=log, stderr=log, start_new_session=True)
             return []
         pids = []
         for rank in range(self.size):
             network = None if self.lab is None else self.lab.namespace(rank)
             order = {"rank": rank, "size": self.size, "address": address, "folder": str(self.folder)}
+            order["transport"] = self.transport
             pids.append(self._template.fork(**order, log=str(self.folder / "log"), network=network))
         return pids
 
