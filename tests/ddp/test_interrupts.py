@@ -14,6 +14,7 @@ SUPPORT = Path(__file__).parents[1] / "support"
 
 # The group's timeout is an hour, so that only the signal can end a wait within the test's.
 RANK = """
+import signal
 import sys
 from datetime import timedelta
 import torch
@@ -22,6 +23,7 @@ from ddp_model import backward, wrap
 import qcomm
 from qcomm.ddp import reducer
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has jobs in the background ignore it
 rank, store, strategy = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(hours=1))
