@@ -99,6 +99,15 @@ def accuracy_low_rate() -> str:
     )  # fmt: skip
 
 
+def memory() -> str:
+    """``bench/bench_memory.py``: bytes a parameter beyond a plain all-reduce."""
+    rows = []
+    for row in read("memory.json")["rows"]:
+        cells = [f"{row[name]['median']:+.1f}" for name in ("kept", "peak")]
+        rows.append([row["method"], *cells, f"{row['tensors']:.1f}"])
+    return markdown(["method", "kept between steps", "peak", "of these, residuals"], rows)
+
+
 OPTIMIZERS = {"adamw": "AdamW", "abs": "AbsAdamW"}
 
 
@@ -286,6 +295,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "accuracy_low_rate": accuracy_low_rate,
     "transformer": transformer,
+    "memory": memory,
     "allreduce": allreduce,
     "averaging": averaging,
     "planner_check": planner_check,
