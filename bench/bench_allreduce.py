@@ -28,8 +28,8 @@ import torch
 import torch.distributed as dist
 from allreduce_methods import Compressed, Method, allowed_error, make_methods, timed
 from allreduce_pairs import run_pairs, show_pairs
-from netlab import UNAVAILABLE, NetlabError
-from ranks import RanksError, about, is_rank, run_ranks, start_rank, write
+from netlab import NetlabError
+from ranks import RanksError, about, explain, is_rank, run_ranks, start_rank, write
 
 from qcomm.collectives.options import STRATEGIES
 from qcomm.collectives.telemetry import Event
@@ -222,12 +222,8 @@ def main() -> int:
             found = run_world(rate, world_size, arguments)
             (show_pairs if arguments.pairs else show)(found)
             rows += found
-    except NetlabError as error:
-        print(f"bench_allreduce: {error}; --rates none needs no rights", file=sys.stderr)
-        return UNAVAILABLE
-    except RanksError as error:
-        print(f"bench_allreduce: {error}", file=sys.stderr)
-        return 1
+    except (NetlabError, RanksError) as error:
+        return explain(error, "bench_allreduce", "--rates none needs no rights")
     write(arguments.json, {**header, "load_after": about()["load"], "rows": rows})
     return 1 if any(row["wrong"] for row in rows) else 0
 

@@ -54,14 +54,8 @@ def attach(model: DistributedDataParallel, method: str) -> qcomm.CompressionStat
         state = PowerSGDState(None, rank, start_powerSGD_iter=POWER_START)
         model.register_comm_hook(state, powerSGD_hook)
         return None
-    model.register_comm_hook(
-        None,
-        {
-            PLAIN: default_hooks.allreduce_hook,
-            ONE_BUCKET: default_hooks.allreduce_hook,
-            "fp16": default_hooks.fp16_compress_hook,
-        }[method],
-    )
+    hook = default_hooks.fp16_compress_hook if method == "fp16" else default_hooks.allreduce_hook
+    model.register_comm_hook(None, hook)
     return None
 
 

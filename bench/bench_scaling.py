@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from allreduce_pairs import SETTLING
-from netlab import UNAVAILABLE, NetlabError
-from ranks import LOOPBACK, RanksError, about, run_ranks, start_rank, write
+from netlab import NetlabError
+from ranks import LOOPBACK, RanksError, about, explain, run_ranks, start_rank, write
 from step_trace import RecordedStep, save_trace, trace_events
 from training import LOCAL, METHODS, StepTimes, Task, Trainer
 
@@ -224,12 +224,8 @@ def main() -> int:
                     found = [{"launcher": launcher, "rate": rate, "launched": world_size, **row} for row in found]
                     show(found)
                     rows += found
-    except NetlabError as error:
-        print(f"bench_scaling: {error}; without --rates it needs no rights", file=sys.stderr)
-        return UNAVAILABLE
-    except RanksError as error:
-        print(f"bench_scaling: {error}", file=sys.stderr)
-        return 1
+    except (NetlabError, RanksError) as error:
+        return explain(error, "bench_scaling", "without --rates it needs no rights")
     write(arguments.json, {**header, "load_after": about()["load"], "rows": rows})
     return 0
 

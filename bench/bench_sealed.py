@@ -29,8 +29,8 @@ import torch
 import torch.distributed as dist
 from allreduce_methods import COARSE_GRIDS, GRIDS, Compressed, timed
 from allreduce_pairs import summarise
-from netlab import UNAVAILABLE, NetlabError
-from ranks import RanksError, about, is_rank, run_ranks, start_rank, write
+from netlab import NetlabError
+from ranks import RanksError, about, explain, is_rank, run_ranks, start_rank, write
 
 from qcomm.transport.sealed import Direction
 
@@ -160,12 +160,8 @@ def main() -> int:
                 row = {"rate": rate, **summary(name, **figures)}
                 rows.append(row)
                 show(row)
-    except NetlabError as error:
-        print(f"bench_sealed: {error}; --rates none needs no rights", file=sys.stderr)
-        return UNAVAILABLE
-    except RanksError as error:
-        print(f"bench_sealed: {error}", file=sys.stderr)
-        return 1
+    except (NetlabError, RanksError) as error:
+        return explain(error, "bench_sealed", "--rates none needs no rights")
     write(arguments.json, {**header, "load_after": about()["load"], "rows": rows})
     return 0
 

@@ -17,8 +17,8 @@ from unittest import mock
 import gradient_data
 import torch.distributed as dist
 from allreduce_methods import GRIDS, Compressed, timed
-from netlab import UNAVAILABLE, NetlabError
-from ranks import RanksError, about, is_rank, run_ranks, start_rank, write
+from netlab import NetlabError
+from ranks import RanksError, about, explain, is_rank, run_ranks, start_rank, write
 
 from qcomm.collectives import two_phase_schedule
 
@@ -92,12 +92,8 @@ def main() -> int:
             times = "  ".join(f"{row['slices']}: {1e3 * row['seconds']:.1f} ms" for row in found)
             print(f"{rate:>8}, {world_size} ranks, {arguments.mib:g} MiB  {times}", flush=True)
             rows += found
-    except NetlabError as error:
-        print(f"bench_slices: {error}; --rates none needs no rights", file=sys.stderr)
-        return UNAVAILABLE
-    except RanksError as error:
-        print(f"bench_slices: {error}", file=sys.stderr)
-        return 1
+    except (NetlabError, RanksError) as error:
+        return explain(error, "bench_slices", "--rates none needs no rights")
     relative = means(rows)
     print("mean, 2 slices = 1:  " + "  ".join(f"{count}: {ratio:.2f}" for count, ratio in relative.items()))
     write(arguments.json, {**header, "load_after": about()["load"], "relative": relative, "rows": rows})

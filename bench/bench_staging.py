@@ -14,7 +14,6 @@ those of the library's own work and not of a GPU. Host memory is the most that w
 
 import argparse
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ranks import about, is_rank, run_ranks, start_rank, write
+from ranks import about, is_rank, run_ranks, spread, start_rank, write
 
 import qcomm
 
@@ -63,11 +62,6 @@ def timed(action: Callable[..., None], *arguments: list[torch.Tensor]) -> tuple[
     dist.all_reduce(found[0], dist.ReduceOp.MAX)
     dist.all_reduce(found[1])
     return float(found[0]), float(found[1])
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(values, n=10)
-    return {"median": statistics.median(values), "p10": cuts[0], "p90": cuts[-1]}
 
 
 def run_rank(turns: int, elements: int) -> None:

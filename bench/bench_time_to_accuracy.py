@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from netlab import UNAVAILABLE, NetlabError
-from ranks import RanksError, about, is_rank, run_ranks, start_rank, write
+from netlab import NetlabError
+from ranks import RanksError, about, explain, is_rank, run_ranks, start_rank, write
 from training import METHODS, Task, Trainer
 
 WARM_UP = 10  # steps in which the learning rate rises
@@ -104,12 +104,8 @@ def main() -> int:
     options += ["--stem-stride", str(arguments.stem_stride), *(["--small"] if arguments.small else [])]
     try:
         runs = run_ranks(__file__, options, arguments.ranks, arguments.rate)
-    except NetlabError as error:
-        print(f"bench_time_to_accuracy: {error}; --rate none needs no rights", file=sys.stderr)
-        return UNAVAILABLE
-    except RanksError as error:
-        print(f"bench_time_to_accuracy: {error}", file=sys.stderr)
-        return 1
+    except (NetlabError, RanksError) as error:
+        return explain(error, "bench_time_to_accuracy", "--rate none needs no rights")
     show(runs, arguments.target)
     write(arguments.json, {**header, "load_after": about()["load"], "runs": runs})
     return 0

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from ranks import about, is_rank, run_ranks, start_rank, write
+from ranks import about, is_rank, run_ranks, spread, start_rank, write
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -57,11 +57,6 @@ def timed(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: tuple
     seconds = torch.tensor(time.perf_counter() - begin, dtype=torch.float64)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
     return float(seconds)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(values, n=10)
-    return {"median": statistics.median(values), "p10": cuts[0], "p90": cuts[-1]}
 
 
 def time_fingerprint(model: torch.nn.Module) -> dict[str, float]:

@@ -9,6 +9,7 @@ import datetime
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from netlab import Netlab, end_cleanly
+from netlab import UNAVAILABLE, Netlab, NetlabError, end_cleanly
 
 import qcomm
 from qcomm.transport.launchers import LAUNCHERS, find_place
@@ -54,6 +55,21 @@ def write(path: Path | None, document: Mapping[str, Any]) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def explain(error: NetlabError | RanksError, script: str, hint: str) -> int:
+    """Prints why there are no figures; returns the exit status. ``hint``: what needs no network namespaces."""
+    if isinstance(error, NetlabError):
+        print(f"{script}: {error}; {hint}", file=sys.stderr)
+        return UNAVAILABLE
+    print(f"{script}: {error}", file=sys.stderr)
+    return 1
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, p10 and p90 of at least two values."""
+    cuts = statistics.quantiles(values, n=10)
+    return {"median": statistics.median(values), "p10": cuts[0], "p90": cuts[-1]}
 
 
 def is_rank() -> bool:

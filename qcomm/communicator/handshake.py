@@ -9,7 +9,7 @@ bypass the worker have no handshake, and on a device a bucket that all ranks kno
 
 A header is ten int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of
 the packet for the receiver``, nanoseconds of work and of waiting (:class:`Took`), the fingerprint of the means that the
-sender got since its last handshake (:class:`Means`), and a checksum of the nine others (:func:`seal`).
+sender got since its last handshake (:class:`Means`), and a checksum of the nine others (:func:`header_checksum`).
 """
 
 import hashlib
@@ -36,8 +36,8 @@ __all__ = [
     "Means",
     "Took",
     "agreed_time",
+    "header_checksum",
     "raise_faults",
-    "seal",
 ]
 
 # "qcomm" and the version of this protocol. It distinguishes versions whose headers are equally long. gloo ends the
@@ -54,11 +54,11 @@ MOST_MEANS = 32
 _AFTER = {phase: f"after {phase}" for phase in Phase}
 
 
-def seal(words: Sequence[int]) -> int:
+def header_checksum(words: Sequence[int]) -> int:
     """Returns the checksum of a header's other words: its last word, in this and all later versions.
 
     Example:
-        >>> seal([1, 2]) == seal([1, 2 + 2**40])
+        >>> header_checksum([1, 2]) == header_checksum([1, 2 + 2**40])
         False
     """
     return zlib.crc32(struct.pack(f"<{len(words)}q", *words))
@@ -203,7 +203,7 @@ class Handshake:
         headers = []
         for size in sizes:
             words = [MAGIC, sequence, phase, code, fields.fingerprint, size, *own_time, got]
-            headers.append(torch.tensor([*words, seal(words)], dtype=torch.int64, device="cpu"))
+            headers.append(torch.tensor([*words, header_checksum(words)], dtype=torch.int64, device="cpu"))
         self._under_way: list[Exchange] = [transport.start_exchange(headers)]
 
     def finish(self) -> Agreed:
@@ -219,7 +219,9 @@ class Handshake:
         # A reference to a transfer, as in the traceback of a later error, keeps gloo's connections open.
         messages = transport.finish_exchange(self._under_way.pop(), _AFTER[self._phase])
         received = [header.tolist() for header in messages]
-        damaged = [transport.ranks[rank] for rank, header in enumerate(received) if header[-1] != seal(header[:-1])]
+        damaged = [
+            transport.ranks[rank] for rank, header in enumerate(received) if header[-1] != header_checksum(header[:-1])
+        ]
         if damaged:
             # The others cannot know. Closing the connections tells them.
             raise TransportError(

@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 HEADER_WORDS = 8  # 64 bytes: the packet behind it is aligned as the codec likes it
 HEADER_BYTES = 8 * HEADER_WORDS
-SEALED = struct.Struct(f"<{HEADER_WORDS - 1}q")
+CHECKED_WORDS = struct.Struct(f"<{HEADER_WORDS - 1}q")
 # Conditions of a sender, beside the phase in which it failed.
 WELL = 0
 GIVEN_UP = -1  # some other rank failed
@@ -105,7 +105,7 @@ class Pipeline:
     def _message(self, exchange: int, slice_number: int, condition: int, packet: torch.Tensor | None) -> torch.Tensor:
         size = 0 if packet is None else packet.numel()
         words = [MAGIC, self._sequence, exchange, slice_number, condition, size, 0]
-        words.append(_seal(words))
+        words.append(_checksum(words))
         header = torch.tensor(words, dtype=torch.int64, device="cpu")
         parts = [header.view(torch.uint8)] if packet is None else [header.view(torch.uint8), packet]
         return torch.cat(parts)
@@ -163,7 +163,7 @@ class Pipeline:
 
     def _check(self, source: int, header: Sequence[int], exchange: int, slice_number: int, limit: int) -> int:
         """Returns the size of the packet behind a header, whose words are not trusted."""
-        if header[-1] != _seal(header[:-1]):
+        if header[-1] != _checksum(header[:-1]):
             raise TransportError(
                 f"the header of rank {self._transport.ranks[source]} for slice {slice_number} of exchange {exchange} "
                 f"of collective {self._sequence} was damaged on its way (wrong checksum)"
@@ -188,6 +188,6 @@ class Pipeline:
         self._bytes["overhead"][direction] += HEADER_BYTES
 
 
-def _seal(words: Sequence[int]) -> int:
-    """Returns the checksum of the other words, by the rule of :func:`qcomm.communicator.handshake.seal`."""
-    return zlib.crc32(SEALED.pack(*words))
+def _checksum(words: Sequence[int]) -> int:
+    """Returns the checksum of the other words, by the rule of :func:`qcomm.communicator.handshake.header_checksum`."""
+    return zlib.crc32(CHECKED_WORDS.pack(*words))

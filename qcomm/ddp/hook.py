@@ -106,10 +106,11 @@ def attach(
         check_grad_scale(options["grad_scale"])
     group = resolve_group(state.given_group or ddp_model.process_group)
     _check_same_ranks(group, ddp_model.process_group)
-    for parameter in ddp_model.module.parameters():
-        if parameter.requires_grad and state.options.device_codec and is_on_device(parameter):
+    if state.options.device_codec:
+        trained = [parameter for parameter in ddp_model.module.parameters() if parameter.requires_grad]
+        for device in {parameter.device for parameter in trained if is_on_device(parameter)}:
             check_device_options(state.options)
-            check_group(group, parameter.device)
+            check_group(group, device)
             core()
     state.bind(ddp_model.module, group)
     if get_world_size(group) > 1 or state.options.strategy != "auto":

@@ -80,12 +80,12 @@ def broadcast_parameters(
     if src not in ranks:
         raise ValueError(f"src must be one of the group's ranks {ranks}, got {src!r}")
     key_file, unread = attempt(Phase.PREPARE, KeyFile.of, secret)
-    if unread is not None and len(ranks) > 1:
-        refuse_early(unread, group, secret)
-    if unread is not None:
-        raise unread.error
     if len(ranks) == 1:
+        if unread is not None:
+            raise unread.error
         return
+    if unread is not None:
+        refuse_early(unread, group, secret)
     communicator = find_communicator(group) or get_communicator(group, key_file)
     tensors: Tensors = []
     packed, fields, fault = no_bytes(), Fields({}), None

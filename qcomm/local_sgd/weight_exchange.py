@@ -16,7 +16,6 @@ exchanges.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -220,12 +219,13 @@ class WeightExchange:
 
     def _run(self, task: MeanTask, communicator: Communicator) -> torch.Tensor:
         self._agree(task, communicator)
-        with ExitStack() as failing:
-            # Residuals are then spent on values that did not arrive. A rank that fails alone, after its last message,
-            # differs from the others at the next averaging.
-            failing.callback(self.reset)
+        try:
             average(task, communicator)
-            failing.pop_all()
+        except Exception:
+            # Residuals were spent on values that did not arrive. A rank that fails alone, after its last message,
+            # differs from the others at the next averaging.
+            self.reset()
+            raise
         return task.buffer
 
     def _agree(self, task: MeanTask, communicator: Communicator) -> None:

@@ -71,9 +71,9 @@ def save(folder: Path, epoch: int, shared: dict[str, Any], per_rank: dict[str, A
                 replaced.replace(final)
             raise
         _sync(folder)
-        for other in [*_all(folder), *([] if replaced is None else [replaced])]:
-            if other != final:
-                remove(other)
+        outdated = [older for older in _all(folder) if older != final]
+        for other in outdated if replaced is None else [*outdated, replaced]:
+            remove(other)
 
     try:
         _on_all_ranks(final, begin if rank == 0 else None)

@@ -15,7 +15,7 @@ import qcomm
 from qcomm.collectives import two_phase_steps as mean_steps
 from qcomm.collectives import uncompressed
 from qcomm.collectives.two_phase_steps import MeanSteps
-from qcomm.communicator.handshake import seal
+from qcomm.communicator.handshake import header_checksum
 from qcomm.communicator.pipeline import Pipeline
 from qcomm.transport.base import Transport, TransportError
 from qcomm.transport.gloo import GlooTransport
@@ -132,7 +132,7 @@ def test_an_impossible_header_ends_the_connections(rank, world_size, change):
         honest = message(self, *arguments)
         header = HEADERS[change](honest[:56].view(torch.int64).tolist())
         if header:
-            header.append(seal(header) ^ (change == "damaged"))
+            header.append(header_checksum(header) ^ (change == "damaged"))
         return torch.cat(
             [torch.tensor(header, dtype=torch.int64).view(torch.uint8), honest[64:] if header else honest[:0]]
         )

@@ -16,7 +16,6 @@ from frameworks import (
     files_of_ranks,
     flat,
     mlp,
-    started_world,
 )
 from torch.utils.data import DataLoader
 
@@ -33,12 +32,6 @@ from qcomm.integrations.accelerate import attach
 pytestmark = pytest.mark.world
 
 STEPS = 8  # an epoch
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with started_world(2) as world:
-        yield world
 
 
 class Run:

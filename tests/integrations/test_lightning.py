@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed import gathered
-from frameworks import BUCKET_MB, OPTIONS, accuracy, assert_compressed, dataset, flat, mlp, started_world
+from frameworks import BUCKET_MB, OPTIONS, accuracy, assert_compressed, dataset, flat, mlp
 from torch.utils.data import DataLoader
 
 import qcomm
@@ -27,12 +27,6 @@ pytestmark = pytest.mark.world
 
 QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
 STEPS = 8  # an epoch
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with started_world(2) as world:
-        yield world
 
 
 class Classifier(pl.LightningModule):

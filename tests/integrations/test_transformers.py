@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from frameworks import OPTIONS, accuracy, assert_compressed, dataset, files_of_ranks, flat, mlp, started_world
+from frameworks import OPTIONS, accuracy, assert_compressed, dataset, files_of_ranks, flat, mlp
 from torch import nn
 from torch.utils.data import Dataset
 
@@ -23,12 +23,6 @@ from qcomm.integrations.transformers import QcommTrainerCallback
 pytestmark = pytest.mark.world
 
 STEPS = 8  # an epoch
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with started_world(2) as world:
-        yield world
 
 
 class Samples(Dataset):
