@@ -8,12 +8,15 @@
 #   VENV         where the environment goes.
 #   STEPS        what `make results` measures: names of bench/run_all.sh; everything without it.
 #   SECONDS      how long `make fuzz` runs each target.
+#   TEST_JOBS    processes that share the test files; 0: no such process, as a debugger needs it.
 #   QCOMM_CUDA   AUTO, ON or OFF; CMAKE_ARGS: further arguments for CMake. Both count when something is built:
 #                after changing one of them, `make clean`.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 SECONDS ?= 60
+# Tests of several ranks mostly wait, so two share a processor well.
+TEST_JOBS ?= 2
 
 BIN := $(VENV)/bin
 # The build's tools are in the environment (no build isolation), so that a build after an edit takes seconds.
@@ -36,7 +39,7 @@ train: $(BUILT)  ## train a ResNet with two processes, compressed and not (under
 	$(BIN)/qcomm train $(TRAIN_ARGS)
 
 test: $(BUILT)  ## run the tests and the docstrings' examples
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
 
 test-frameworks: $(BUILT)  ## install Lightning, Accelerate and transformers, and test training in them
 	$(PIP) install --quiet --no-build-isolation --editable '.[train,test,lint,lightning,accelerate,transformers]'
@@ -51,9 +54,10 @@ fuzz:  ## fuzz the codec under sanitizers, SECONDS=60 a target; needs clang with
 cuda-check:  ## compile the CUDA kernels (needs nvcc, but no GPU): registers, spills, instructions per symbol
 	$(PYTHON) tools/cuda_check.py --json bench/results/cuda_build.json
 
-bench-ci: $(BUILT)  ## run the microbenchmarks, results in build/bench-ci.json (under 3 minutes)
+bench-ci: $(BUILT)  ## run the microbenchmarks, results in build/bench-ci.json (about a minute)
 	@mkdir -p build
 	$(BIN)/python -m pytest bench/test_micro.py --benchmark-only --benchmark-json=build/bench-ci.json \
+		--benchmark-max-time=0.3 \
 		--benchmark-group-by=func --benchmark-columns=min,median,iqr,rounds
 
 results: $(BUILT)  ## measure again what docs/measurements.md shows of networks; as root, on an idle machine (about 25 minutes)
