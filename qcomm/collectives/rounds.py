@@ -1,27 +1,26 @@
 """Rounds: the frame of one collective on one rank, which owns its begin, its faults and their announcement.
 
 A strategy is a few rounds. In each of them the ranks compute a step, tell each other in a handshake whether it
-succeeded, and exchange packets::
+succeeded, and exchange packets, which travel with the headers::
 
-    compute      step 1           step 2           last step
-    handshake             round 1          round 2
-    packets               round 1          round 2              next collective
+    compute                step 1           step 2           last step
+    headers and packets             round 1          round 2              next collective
 
 A step that fails on one rank keeps that rank from computing further steps. Its next handshake says so, and the error is
 raised on all ranks. A fault of the last step is announced by the first handshake of the next collective. On the failed
 rank it is raised at once.
 
-``two_phase`` has no rounds. It agrees once, then a :class:`~qcomm.communicator.Pipeline` carries its slices and owns
+``two_phase`` has no rounds. It agrees once, and a :class:`~qcomm.communicator.Pipeline` carries its slices and owns
 their faults until :meth:`Rounds.take_over`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import TracebackType
 from typing import NoReturn, ParamSpec, TypeVar
 
 import torch
 
-from qcomm.codec import CPU
 from qcomm.collectives.packing import no_bytes
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.uncompressed_values import Bypassing, fingerprint
@@ -150,7 +149,8 @@ class Rounds:
         """Returns the result of a step of this rank; None where it, or an earlier one, failed."""
         if self._fault is not None:
             return None
-        result, self._fault = attempt(phase, step, *args, **kwargs)
+        with self._communicator.turn:
+            result, self._fault = attempt(phase, step, *args, **kwargs)
         return result
 
     def note_mean(self) -> None:
@@ -161,10 +161,13 @@ class Rounds:
         if found is not None:
             self._communicator.means.note(name, found)
 
-    def take_over(self, fault: Fault | None, traffic: Mapping[str, Traffic]) -> None:
-        """Continues after a pipeline, with its late fault, and counts its traffic by kind."""
+    def take_over(self, fault: Fault | None, traffic: Mapping[str, Traffic], finish: Callable[[], None]) -> None:
+        """Continues after a pipeline: counts its traffic by kind, and finishes unless it ended with a late fault."""
         self._fault = fault
         self.task.telemetry.add_traffics(traffic)
+        if fault is None:
+            with self._communicator.turn:
+                finish()
 
     def exchange(
         self,
@@ -182,17 +185,16 @@ class Rounds:
             limits: maximum bytes that each rank can send here, 0 where it sends nothing.
         """
         task, world_size = self.task, self.world_size
-        packets = packets or [no_bytes()] * world_size
+        outgoing = packets or [no_bytes()] * world_size
         self._exchanges += 1
         task.telemetry.mark(task.index, f"exchange_{self._exchanges}")
         with task.telemetry.timed("communication_seconds"):
-            sizes = self._finish(self._start(phase, [packet.numel() for packet in packets], limits)).sizes
-            incoming = [
-                packets[rank] if rank == self.rank else torch.empty(size, dtype=torch.uint8, device=CPU)
-                for rank, size in enumerate(sizes)
-            ]
-            traffic = self._communicator.exchange(packets, incoming, phase)
-        task.telemetry.add_traffic(kind, traffic)
+            sizes = [packet.numel() for packet in outgoing]
+            incoming = self._finish(self._start(phase, sizes, limits, outgoing)).packets
+            incoming[self.rank] = outgoing[self.rank]
+        peers = [rank for rank in range(world_size) if rank != self.rank]
+        sent, received = (sum(amount[rank].numel() for rank in peers) for amount in (outgoing, incoming))
+        task.telemetry.add_traffic(kind, Traffic(sent, received))
         return incoming
 
     def agree(self) -> None:
@@ -200,10 +202,14 @@ class Rounds:
         with self.task.telemetry.timed("communication_seconds"):
             self._finish(self.start_agreeing())
 
-    def start_agreeing(self) -> Handshake:
-        """Begins :meth:`agree`; this rank may compute before it calls :meth:`finish_agreeing`, which it must."""
+    def start_agreeing(self, following: int = 0) -> Handshake:
+        """Begins :meth:`agree`; this rank may compute before it calls :meth:`finish_agreeing`, which it must.
+
+        Args:
+            following: messages that this rank sends to each other one meanwhile, as it must.
+        """
         nothing = [0] * self.world_size
-        return self._start(Phase.ENCODE, nothing, nothing)
+        return self._start(Phase.ENCODE, nothing, nothing, following=following)
 
     def finish_agreeing(self, handshake: Handshake) -> None:
         """Ends :meth:`agree`."""
@@ -213,12 +219,25 @@ class Rounds:
         """Replaces each of ``buffers`` by its sum over all ranks."""
         self._communicator.sum(buffers)
 
-    def pipeline(self) -> Pipeline:
-        """Returns the messages of a collective in slices, under way while the rank computes."""
-        return self._communicator.pipeline()
+    def pipeline(self, handshake: Handshake) -> Pipeline:
+        """Returns the messages of a collective in slices, under way while the rank computes.
 
-    def _start(self, phase: Phase, sizes: Sequence[int], limits: Sequence[int]) -> Handshake:
-        return self._communicator.handshake(phase, self._fields, sizes, limits, self._fault, self._own_time)
+        Args:
+            handshake: begun, with one message following, which the pipeline sends.
+        """
+        return self._communicator.pipeline(self._fault, partial(self.finish_agreeing, handshake))
+
+    def _start(
+        self,
+        phase: Phase,
+        sizes: Sequence[int],
+        limits: Sequence[int],
+        packets: Sequence[torch.Tensor] | None = None,
+        following: int = 0,
+    ) -> Handshake:
+        return self._communicator.handshake(
+            phase, self._fields, sizes, limits, self._fault, self._own_time, packets, following
+        )
 
     def _finish(self, handshake: Handshake) -> Agreed:
         agreed = handshake.finish()

@@ -41,13 +41,12 @@ def two_phase_mean(rounds: Rounds) -> None:
     task = rounds.task
     plan = _plan(task)
     rounds.require_equal("slices", str(len(plan.slices)))
-    rounds.agree()
+    # The first values need not wait for the others' headers.
+    handshake = rounds.start_agreeing(following=1)
     steps = MeanSteps(task, rounds.rank, plan)
-    with rounds.pipeline() as pipeline:
+    with rounds.pipeline(handshake) as pipeline:
         _run(task, steps, plan, pipeline)
-    rounds.take_over(pipeline.fault, pipeline.traffic())
-    if pipeline.fault is None:
-        steps.finish()
+    rounds.take_over(pipeline.fault, pipeline.traffic(), steps.finish)
 
 
 def _plan(task: MeanTask) -> Plan:
@@ -78,17 +77,19 @@ def _run(task: MeanTask, steps: MeanSteps, plan: Plan, pipeline: Pipeline) -> No
         for step, number in plan.order:
             limits = plan.limits[number]
             if step is Step.ENCODE:
-                pipeline.expect(1, number, [limits[steps.rank]] * len(limits))
                 packets = timed("encode", "encode", pipeline.attempt, Phase.ENCODE, steps.encode, number)
-                pipeline.send(1, number, packets or [])
+                if number == 0:
+                    pipeline.send(1, number, packets or [])
+                else:  # it waits for the others' headers
+                    timed("communication", "", pipeline.send, 1, number, packets or [])
             elif step is Step.REDUCE:
-                pipeline.expect(2, number, limits)
-                received = timed("communication", "exchange_1", pipeline.receive, 1, number)
+                own = [limits[steps.rank]] * len(limits)
+                received = timed("communication", "exchange_1", pipeline.receive, 1, number, own)
                 timed("decode", "reduce", pipeline.attempt, Phase.REDUCE, steps.reduce, number, received)
                 mean = timed("encode", "", pipeline.attempt, Phase.REDUCE, steps.encode_mean, number)
                 pipeline.send(2, number, [mean] * len(limits))
             else:
-                means = timed("communication", "exchange_2", pipeline.receive, 2, number)
+                means = timed("communication", "exchange_2", pipeline.receive, 2, number, limits)
                 timed("decode", "decode", pipeline.attempt, Phase.DECODE, steps.decode, number, means)
         timed("communication", "", pipeline.finish)
     finally:

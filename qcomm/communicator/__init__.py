@@ -2,6 +2,7 @@
 
 from qcomm.communicator.faults import Fault, LateFaultError, Phase, attempt
 from qcomm.communicator.groups import (
+    CHANNELS,
     Group,
     check_secret,
     communicator_to_tell,
@@ -18,6 +19,7 @@ from qcomm.communicator.ticket import Ticket, completed, device_future, failed
 from qcomm.communicator.worker import Communicator, is_agreed
 
 __all__ = [
+    "CHANNELS",
     "UNTIMED",
     "Agreed",
     "Communicator",

@@ -1,4 +1,9 @@
-"""Groups of ranks, of torch.distributed or of MPI, and the communicator that each of them shares."""
+"""Groups of ranks, of torch.distributed or of MPI, and the communicators that each of them shares.
+
+A group has a communicator for each of its *channels*: a thread and connections of their own. Collectives on different
+channels are under way at once, so one waits for its messages while another computes or sends. They compute in turns:
+together they take no more of the processor than one.
+"""
 
 import threading
 import weakref
@@ -11,6 +16,7 @@ from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.transport import GlooTransport, KeyFile, MpiGroup, secure
 
 __all__ = [
+    "CHANNELS",
     "Group",
     "check_secret",
     "communicator_to_tell",
@@ -23,17 +29,19 @@ __all__ = [
 ]
 
 Group = dist.ProcessGroup | MpiGroup
+# Enough to hide a latency as long as a bucket's messages. Each one costs two threads and a connection to each rank.
+CHANNELS = 4
 
 
 class _Place:
-    """The place of a group's communicator.
+    """The place of a group's communicators, by channel.
 
-    Its lock is held while the communicator is made, which waits for other ranks. Other groups need not wait for it.
+    Its lock is held while one is made, which waits for other ranks. Other groups need not wait for it.
     """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.communicator: Communicator | None = None
+        self.communicators: list[Communicator] = []
         self.secret: KeyFile | None = None
 
 
@@ -75,8 +83,8 @@ def get_ranks(group: Group) -> list[int]:
     return list(group.transport.ranks) if isinstance(group, MpiGroup) else dist.get_process_group_ranks(group)
 
 
-def get_communicator(group: Group, secret: KeyFile | None = None) -> Communicator:
-    """Returns the communicator of a group, which the first call makes.
+def get_communicator(group: Group, secret: KeyFile | None = None, channel: int = 0, channels: int = 1) -> Communicator:
+    """Returns the communicator of a group's channel, which the first call makes.
 
     Making it is a collective, which all ranks of the group reach in the same order. The communicator ends with its
     group, or with the process.
@@ -84,6 +92,9 @@ def get_communicator(group: Group, secret: KeyFile | None = None) -> Communicato
     Args:
         group: of this process.
         secret: with which all its messages are sealed; None if they are not.
+        channel: less than ``channels``. A group of MPI has the first one only.
+        channels: that are connected at once: a rank may die while another connects, and there is no connection yet that
+            would tell.
 
     Raises:
         ValueError: the communicator was made with another secret or without one. A group has one for all its uses, so
@@ -94,29 +105,32 @@ def get_communicator(group: Group, secret: KeyFile | None = None) -> Communicato
         ended = [_places.pop(known) for known in list(_places) if not _is_registered(known)]
         place = _places.setdefault(group, _Place())
     for other in ended:
-        if other.communicator is not None:
-            other.communicator.close()
+        for communicator in other.communicators:
+            communicator.close()
+    if isinstance(group, MpiGroup):
+        channel, channels = 0, 1
     with place.lock:
-        if place.communicator is None:
+        while len(place.communicators) < channels and (not place.communicators or place.secret == secret):
+            first = place.communicators[0] if place.communicators else None
             transport = group.transport if isinstance(group, MpiGroup) else GlooTransport(group)
-            communicator = Communicator(secure(transport, secret))
-            place.communicator, place.secret = communicator, secret
+            communicator = Communicator(secure(transport, secret), first)
+            place.secret = secret
+            place.communicators.append(communicator)
             weakref.finalize(group, communicator.close)
             if isinstance(group, MpiGroup):
                 group.before_close(communicator.close)
-        communicator = place.communicator
     check_secret(group, secret)
-    return communicator
+    return place.communicators[channel]
 
 
 def find_communicator(group: Group) -> Communicator | None:
-    """Returns the communicator of a group if it has been made, with whatever secret.
+    """Returns the first communicator of a group if it has been made, with whatever secret.
 
     A rank whose call fails :func:`check_secret` can tell the others, who wait for it.
     """
     with _places_lock:
         place = _places.get(group)
-    return None if place is None else place.communicator
+    return place.communicators[0] if place is not None and place.communicators else None
 
 
 def communicator_to_tell(group: Group, secret: object) -> Communicator | None:
@@ -145,16 +159,18 @@ def check_secret(group: Group, secret: KeyFile | None) -> None:
     """Raises ValueError if the communicator of a group has been made with another secret, or without one."""
     with _places_lock:
         place = _places.get(group)
-    if place is None or place.communicator is None or place.secret == secret:
+    if place is None or not place.communicators or place.secret == secret:
         return
     sealed = "without one" if place.secret is None else f"with {place.secret.path}"
     asked = "none" if secret is None else secret.path
     raise ValueError(f"secret must be the same for all uses of a group, got {asked}: its ranks are connected {sealed}")
 
 
-def connect(group: Group, alone: bool, secret: KeyFile | None = None) -> Communicator | None:
-    """Returns the communicator of a group; None for a group of one rank if ``alone`` is set."""
-    return None if alone and get_world_size(group) == 1 else get_communicator(group, secret)
+def connect(
+    group: Group, alone: bool, secret: KeyFile | None = None, channel: int = 0, channels: int = 1
+) -> Communicator | None:
+    """Returns the communicator of a group's channel; None for a group of one rank if ``alone`` is set."""
+    return None if alone and get_world_size(group) == 1 else get_communicator(group, secret, channel, channels)
 
 
 def _is_registered(group: Group) -> bool:

@@ -7,9 +7,13 @@ on, or they tell each other the details and raise. A rank that failed therefore 
 waits for a packet that will not come. :mod:`qcomm.communicator.pipeline` reports faults between slices. Steps that
 bypass the worker have no handshake, and on a device a bucket that all ranks know mostly has none.
 
-A header is ten int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of
+A rank need not wait for the others' headers before it sends its packet: the header says that a message follows. Where
+ranks do not agree they take such messages, and drop them.
+
+A header is eleven int64: ``MAGIC, sequence, phase, phase of the fault or 0, fingerprint of the configuration, bytes of
 the packet for the receiver``, nanoseconds of work and of waiting (:class:`Took`), the fingerprint of the means that the
-sender got since its last handshake (:class:`Means`), and a checksum of the nine others (:func:`header_checksum`).
+sender got since its last handshake (:class:`Means`), the number of messages that follow without an agreement, and a
+checksum of the ten others (:func:`header_checksum`).
 """
 
 import hashlib
@@ -24,7 +28,7 @@ import torch
 
 from qcomm.communicator.faults import Fault, Phase
 from qcomm.errors import CollectiveError, ConfigMismatchError, DivergenceError
-from qcomm.transport import Exchange, Traffic, Transport, TransportError
+from qcomm.transport import MESSAGE_BYTES, Mail, Traffic, Transport, TransportError
 
 __all__ = [
     "HEADER_BYTES",
@@ -42,13 +46,16 @@ __all__ = [
 
 # "qcomm" and the version of this protocol. It distinguishes versions whose headers are equally long. gloo ends the
 # process on messages that are longer than expected.
-MAGIC = 0x71636F6D6D06
-HEADER_WORDS = 10
+MAGIC = 0x71636F6D6D07
+HEADER_WORDS = 11
 HEADER_BYTES = 8 * HEADER_WORDS
 # Details have a fixed size, which needs no announcement. It holds a dozen fields or the first lines of an error.
 DETAIL_BYTES = 4096
 # Fingerprints that fit, with their names.
 MOST_MEANS = 32
+# Messages that a rank sends behind a header without an agreement.
+MOST_FOLLOWING = 2
+NO_BYTES = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 # For error messages, made once.
 _AFTER = {phase: f"after {phase}" for phase in Phase}
@@ -154,12 +161,14 @@ class Agreed(NamedTuple):
 
     Attributes:
         sizes: bytes of each rank's packet for this rank.
+        packets: of each rank for this one, where packets travel with the headers; no bytes from itself.
         traffic: bytes of the headers.
         last_time: nanoseconds of the last collective of this kind, the same on all ranks; 0 if it is unknown.
         waited: nanoseconds that this rank waited for headers.
     """
 
     sizes: list[int]
+    packets: list[torch.Tensor]
     traffic: Traffic
     last_time: int
     waited: int
@@ -172,6 +181,7 @@ class Handshake:
 
     Args:
         transport: of the communicator.
+        mail: of the communicator.
         sequence: number of the collective, counted alike on all ranks.
         phase: the one that was just finished.
         fields: of the collective.
@@ -180,6 +190,8 @@ class Handshake:
         fault: of this rank, if it has one.
         own_time: of the last collective of this kind on this rank.
         means: that this rank got since its last handshake.
+        packets: for each rank, which travel with the headers; None where sizes are only announced.
+        following: messages that the caller sends to each rank before :meth:`finish`, as it must.
 
     Raises:
         TransportError: the connections of this rank are closed.
@@ -188,6 +200,7 @@ class Handshake:
     def __init__(
         self,
         transport: Transport,
+        mail: Mail,
         sequence: int,
         phase: Phase,
         fields: Fields,
@@ -196,15 +209,26 @@ class Handshake:
         fault: Fault | None,
         own_time: Took = UNTIMED,
         means: Means = NO_MEANS,
+        packets: Sequence[torch.Tensor] | None = None,
+        following: int = 0,
     ) -> None:
-        self._transport, self._phase, self._fields, self._limits, self._fault = transport, phase, fields, limits, fault
-        self._means = means
+        self._transport, self._mail = transport, mail
+        self._phase, self._fields, self._limits, self._fault = phase, fields, limits, fault
+        self._means, self._carries = means, packets is not None
         code, got = fault.phase if fault else 0, means.fingerprint
-        headers = []
-        for size in sizes:
-            words = [MAGIC, sequence, phase, code, fields.fingerprint, size, *own_time, got]
-            headers.append(torch.tensor([*words, header_checksum(words)], dtype=torch.int64, device="cpu"))
-        self._under_way: list[Exchange] = [transport.start_exchange(headers)]
+        begin = [MAGIC, sequence, phase, code, fields.fingerprint]
+        self._headers = []
+        for rank, size in enumerate(sizes):
+            with_header = self._carries and rank != transport.rank and 0 < size <= MESSAGE_BYTES
+            words = [*begin, size, *own_time, got, following + with_header]
+            self._headers.append([*words, header_checksum(words)])
+        mail.hold_tails()
+        for target in transport.targets:
+            mail.send(target, torch.tensor(self._headers[target], dtype=torch.int64, device="cpu").view(torch.uint8))
+            if packets is not None and 0 < sizes[target] <= MESSAGE_BYTES:
+                mail.send(target, packets[target])
+            elif packets is not None and sizes[target]:
+                mail.send_tail(target, packets[target])
 
     def finish(self) -> Agreed:
         """Waits for all headers; returns if no rank has a fault and all agree, and raises on every rank otherwise.
@@ -216,9 +240,11 @@ class Handshake:
             DivergenceError: naming the collective whose means differ.
         """
         begin, transport = time.perf_counter_ns(), self._transport
-        # A reference to a transfer, as in the traceback of a later error, keeps gloo's connections open.
-        messages = transport.finish_exchange(self._under_way.pop(), _AFTER[self._phase])
-        received = [header.tolist() for header in messages]
+        fronts = self._mail.take(_AFTER[self._phase])
+        received = [
+            self._headers[rank] if rank == transport.rank else fronts[rank][:HEADER_BYTES].view(torch.int64).tolist()
+            for rank in range(transport.world_size)
+        ]
         damaged = [
             transport.ranks[rank] for rank, header in enumerate(received) if header[-1] != header_checksum(header[:-1])
         ]
@@ -229,6 +255,7 @@ class Handshake:
                 f"{', '.join(map(str, damaged))} was damaged on its way (wrong checksum)"
             )
         if any(header[0] != MAGIC for header in received):
+            self._drop(received)
             raise ConfigMismatchError(
                 f"ranks run incompatible versions of qcomm: {_by_value([hex(h[0]) for h in received], transport)}"
             )
@@ -239,8 +266,10 @@ class Handshake:
             )
         faults = {rank: Phase(header[3]) for rank, header in enumerate(received) if header[3]}
         if faults:
+            self._drop(received)
             raise_faults(transport, faults, self._fault)
         if any(header[4] != received[0][4] for header in received):
+            self._drop(received)
             _raise_mismatch(transport, self._fields)
         incoming = [header[5] for header in received]
         for rank, (size, limit) in enumerate(zip(incoming, self._limits, strict=True)):
@@ -250,11 +279,38 @@ class Handshake:
                     f"rank {transport.ranks[rank]} announced a packet of {size} bytes, at most {limit} are possible "
                     "here"
                 )
+        waited = time.perf_counter_ns() - begin
         if any(header[8] != received[0][8] for header in received):
-            _compare_means(transport, self._means)
+            different = _difference(transport, self._means)
+            if different is not None:
+                self._drop(received)
+                raise different
         traffic = HEADER_BYTES * (transport.world_size - 1)
         last_time = agreed_time([Took(*header[6:8]) for header in received])
-        return Agreed(incoming, Traffic(traffic, traffic), last_time, time.perf_counter_ns() - begin)
+        self._mail.release_tails(wanted=True)
+        packets = self._take_packets(incoming) if self._carries else []
+        return Agreed(incoming, packets, Traffic(traffic, traffic), last_time, waited)
+
+    def _take_packets(self, sizes: Sequence[int]) -> list[torch.Tensor]:
+        """Returns each rank's packet for this one."""
+        what, peers = f"exchanging packets {_AFTER[self._phase]}", self._transport.sources
+        packets = [NO_BYTES] * self._transport.world_size
+        taken = self._mail.take(what, [peer for peer in peers if 0 < sizes[peer] <= MESSAGE_BYTES])
+        tails = self._mail.take_tails({peer: sizes[peer] for peer in peers if sizes[peer] > MESSAGE_BYTES}, what)
+        for source, packet in {**taken, **tails}.items():
+            packets[source] = packet[: sizes[source]]
+        self._mail.flush(what)
+        return packets
+
+    def _drop(self, received: Sequence[Sequence[int]]) -> None:
+        """Takes the messages that ranks sent behind their headers, since they will not be used."""
+        self._mail.release_tails(wanted=False)
+        left = {rank: header[9] for rank, header in enumerate(received) if rank != self._transport.rank}
+        if any(not 0 <= count <= MOST_FOLLOWING for count in left.values()):
+            raise TransportError(f"ranks announced impossible numbers of messages: {sorted(left.values())}")
+        while sources := [rank for rank in self._transport.sources if left[rank] > 0]:
+            self._mail.take("dropping messages after a fault", sources)
+            left = {rank: count - 1 for rank, count in left.items()}
 
 
 def raise_faults(transport: Transport, faults: Mapping[int, Phase], own: Fault | None) -> NoReturn:
@@ -280,8 +336,8 @@ def _raise_mismatch(transport: Transport, fields: Fields) -> None:
     )
 
 
-def _compare_means(transport: Transport, own: Means) -> None:
-    """Raises on all ranks if some mean differs. A collective: all know that their fingerprints do.
+def _difference(transport: Transport, own: Means) -> DivergenceError | None:
+    """Returns an error on all ranks if some mean differs. A collective: all know that their fingerprints do.
 
     A mean that not all ranks tell of, as after an error, is not compared.
     """
@@ -289,12 +345,13 @@ def _compare_means(transport: Transport, own: Means) -> None:
     for name in own.values:
         values = [known.get(name) for known in details]
         if None not in values and len(set(values)) > 1:
-            raise DivergenceError(
+            return DivergenceError(
                 f"ranks got different means of {name}: {_by_value([str(value) for value in values], transport)} (their "
                 "fingerprints). A value was damaged on its way or in memory. If they were used (verify='interval'), "
                 "weights differ: resume from a checkpoint of an earlier step, or copy one rank's weights with "
                 "qcomm.broadcast_parameters"
             )
+    return None
 
 
 def _by_value(values: Sequence[str], transport: Transport) -> str:

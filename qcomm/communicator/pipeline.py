@@ -5,11 +5,12 @@ that another did, goes on with messages that say so and carry no packet. Every w
 left for the next collective. In the end all ranks know the same faults.
 
 A message is a header and the packet. The header is eight int64: ``MAGIC, sequence, exchange, slice, condition, bytes of
-the packet, 0, checksum of the seven others``. The receiver prepares its buffer before the message comes, as large as a
-packet of that slice can be. No rank has to ask for the size.
+the packet, 0, checksum of the seven others``. A packet that does not fit in a message of
+:class:`~qcomm.transport.Mail` follows it. All ranks send and take the messages of a collective in one order.
 """
 
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -19,7 +20,7 @@ import torch
 
 from qcomm.communicator.faults import Fault, Phase
 from qcomm.communicator.handshake import MAGIC, raise_faults
-from qcomm.transport import Traffic, Transfer, Transport, TransportError
+from qcomm.transport import MESSAGE_BYTES, Mail, Traffic, Transport, TransportError
 
 __all__ = ["Pipeline"]
 
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 HEADER_WORDS = 8  # 64 bytes: the packet behind it is aligned as the codec likes it
 HEADER_BYTES = 8 * HEADER_WORDS
+ROOM = MESSAGE_BYTES - HEADER_BYTES  # of a message, for a packet
 CHECKED_WORDS = struct.Struct(f"<{HEADER_WORDS - 1}q")
 # Conditions of a sender, beside the phase in which it failed.
 WELL = 0
@@ -40,21 +42,32 @@ class Pipeline:
 
     Args:
         transport: of the communicator.
+        mail: of the communicator.
         sequence: number of the collective, counted alike on all ranks.
+        turn: to compute, of the communicator.
+        fault: of this rank before the first message.
+        agree: finishes the handshake of the collective, which has been sent before the first message.
 
     Attributes:
         fault: of this rank, if it has one.
     """
 
-    def __init__(self, transport: Transport, sequence: int) -> None:
-        self._transport = transport
+    def __init__(
+        self,
+        transport: Transport,
+        mail: Mail,
+        sequence: int,
+        turn: threading.Lock,
+        fault: Fault | None,
+        agree: Callable[[], None],
+    ) -> None:
+        self._transport, self._mail, self._turn = transport, mail, turn
         self._sequence = sequence
-        self._sends: list[Transfer] = []
-        self._receives: dict[tuple[int, int], list[tuple[Transfer, torch.Tensor, int]]] = {}
+        self._unfinished: Callable[[], None] | None = agree
         self._faults: dict[int, Phase] = {}  # that were announced, here and elsewhere
         self._given_up = False
         self._finished = False
-        self.fault: Fault | None = None
+        self.fault = fault
         self._bytes = {kind: {"sent": 0, "received": 0} for kind in ("phase1", "phase2", "overhead")}
 
     def __enter__(self) -> "Pipeline":
@@ -62,66 +75,85 @@ class Pipeline:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, at: TracebackType | None) -> None:
         if not self._finished:
-            under_way = self._sends + [transfer for posted in self._receives.values() for transfer, _, _ in posted]
-            self._transport.abandon(under_way)
+            self._mail.abandon()
 
     def attempt(self, phase: Phase, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Returns the result of ``step``; None where some rank failed, in this step or before it."""
         if self._failing:
             return None
         try:
-            return step(*args, **kwargs)
+            with self._turn:
+                return step(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - any: it is raised again, on every rank, when the messages have ended
             # Without this frame, which would keep the pipeline, and with it the connections, as long as the error.
             own = error.__traceback__
             self.fault = Fault(phase, error.with_traceback(None if own is None else own.tb_next))
             return None
 
-    def expect(self, exchange: int, slice_number: int, limits: Sequence[int]) -> None:
-        """Posts the receives of an exchange; ``limits``: maximum number of bytes in a packet of each rank."""
-        posted = self._receives[exchange, slice_number] = []
-        for source in self._transport.sources:
-            buffer = torch.empty(HEADER_BYTES + limits[source], dtype=torch.uint8, device="cpu")
-            buffer[:HEADER_BYTES] = 0  # memory may hold an earlier header
-            transfer = self._start(self._transport.start_receive, source, buffer, exchange, slice_number)
-            posted.append((transfer, buffer, limits[source]))
-
     def send(self, exchange: int, slice_number: int, packets: Sequence[torch.Tensor | None]) -> None:
-        """Sends packet r, if it is not None, to each rank r; sends the condition alone where some rank failed."""
+        """Sends packet r, if it is not None, to each rank r; sends the condition alone where some rank failed.
+
+        All messages but the first one wait for the handshake.
+        """
+        if (exchange, slice_number) != (1, 0):
+            self._agree()
         condition = WELL
         if self.fault is not None:
             condition = self._faults[self._transport.rank] = self.fault.phase
         elif self._failing:
             condition = GIVEN_UP
         sent: torch.Tensor | None = None
-        message = self._message(exchange, slice_number, condition, None)
+        message, tail = self._message(exchange, slice_number, condition, None), None
         for target in self._transport.targets:
             packet = packets[target] if condition == WELL else None
             if packet is not sent:  # means are one packet for all
                 message, sent = self._message(exchange, slice_number, condition, packet), packet
-            self._sends.append(self._start(self._transport.start_send, target, message, exchange, slice_number))
-            self._count(exchange, message.numel() - HEADER_BYTES, "sent")
+                tail = packet if packet is not None and message.numel() == HEADER_BYTES else None
+            self._count(exchange, 0 if packet is None else packet.numel(), "sent")
+            self._mail.send(target, message)
+            if tail is not None:
+                self._mail.send_tail(target, tail)
+
+    def _agree(self) -> None:
+        """Waits for the handshake; raises its error on all ranks."""
+        agree, self._unfinished = self._unfinished, None
+        if agree is not None:
+            self._finished = True  # ranks that do not agree leave no message under way
+            agree()
+            self._finished = False
 
     def _message(self, exchange: int, slice_number: int, condition: int, packet: torch.Tensor | None) -> torch.Tensor:
         size = 0 if packet is None else packet.numel()
         words = [MAGIC, self._sequence, exchange, slice_number, condition, size, 0]
         words.append(_checksum(words))
         header = torch.tensor(words, dtype=torch.int64, device="cpu")
-        parts = [header.view(torch.uint8)] if packet is None else [header.view(torch.uint8), packet]
-        return torch.cat(parts)
+        if packet is None or size > ROOM:
+            return header.view(torch.uint8)
+        return torch.cat([header.view(torch.uint8), packet])
 
-    def receive(self, exchange: int, slice_number: int) -> list[torch.Tensor | None]:
-        """Returns the packet of each rank, None for this one and where none is due; an empty list if a rank failed."""
-        posted = self._receives.pop((exchange, slice_number))
+    def receive(self, exchange: int, slice_number: int, limits: Sequence[int]) -> list[torch.Tensor | None]:
+        """Returns the packet of each rank, None for this one and where none is due; an empty list if a rank failed.
+
+        Args:
+            exchange, slice_number: of the message.
+            limits: maximum number of bytes in a packet of each rank; 0 where none is due.
+        """
+        self._agree()
         what = f"waiting for slice {slice_number} of exchange {exchange}"
-        self._transport.finish([transfer for transfer, _, _ in posted], what)
+        messages, sizes = self._mail.take(what), {}
+        for source, message in messages.items():
+            header = message[:HEADER_BYTES].view(torch.int64).tolist()
+            sizes[source] = self._check(source, header, exchange, slice_number, limits[source])
+            self._count(exchange, sizes[source], "received")
+        large = {source: size for source, size in sizes.items() if size > ROOM}
+        tails = self._mail.take_tails(large, what) if large else {}
+        if self._failing:
+            return []
         packets: list[torch.Tensor | None] = [None] * self._transport.world_size
-        for (source, _), buffer, limit in posted:
-            header = buffer[:HEADER_BYTES].view(torch.int64).tolist()
-            size = self._check(source, header, exchange, slice_number, limit)
-            self._count(exchange, size, "received")
-            packets[source] = buffer[HEADER_BYTES : HEADER_BYTES + size] if size else None
-        return [] if self._failing else packets
+        for source, message in messages.items():
+            if sizes[source]:
+                packets[source] = tails.get(source, message[HEADER_BYTES : HEADER_BYTES + sizes[source]])
+        return packets
 
     def finish(self) -> None:
         """Waits for the last messages, and raises on all ranks the faults of any.
@@ -130,8 +162,7 @@ class Pipeline:
             CollectiveError: a rank failed, and all ranks have heard of it.
             TransportError: a peer is gone.
         """
-        sends, self._sends = self._sends, []
-        self._transport.finish(sends, "sending the last slices")
+        self._mail.flush("sending the last slices")
         # Otherwise a rank announced a fault that no rank has.
         self._finished = bool(self._faults) or not self._given_up
         if self._faults:
@@ -146,20 +177,6 @@ class Pipeline:
     @property
     def _failing(self) -> bool:
         return self.fault is not None or bool(self._faults) or self._given_up
-
-    def _start(
-        self,
-        start: Callable[[int, torch.Tensor, int], Transfer],
-        rank: int,
-        message: torch.Tensor,
-        exchange: int,
-        slice_number: int,
-    ) -> Transfer:
-        try:
-            return start(rank, message, exchange + 2 * slice_number)
-        except RuntimeError as error:
-            self._transport.finish([], f"starting slice {slice_number} of exchange {exchange}", [(rank, error)])
-            raise
 
     def _check(self, source: int, header: Sequence[int], exchange: int, slice_number: int, limit: int) -> int:
         """Returns the size of the packet behind a header, whose words are not trusted."""

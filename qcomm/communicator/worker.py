@@ -1,4 +1,4 @@
-"""The worker: a background thread for each group that runs compressed collectives one after another.
+"""The worker: a background thread for each channel of a group, which runs compressed collectives one after another.
 
 Callbacks cannot chain collectives of several phases. gloo has two threads for them, and callbacks start their work in
 no common order on all ranks. So the training thread puts jobs in a queue, and the worker runs each to its end, in
@@ -17,7 +17,7 @@ from qcomm.communicator.handshake import UNTIMED, Fields, Handshake, Means, Took
 from qcomm.communicator.pipeline import Pipeline
 from qcomm.communicator.ticket import Ticket, failed
 from qcomm.errors import CollectiveError, ConfigMismatchError
-from qcomm.transport import Traffic, Transport, TransportError
+from qcomm.transport import Mail, Traffic, Transport, TransportError
 
 __all__ = ["Communicator", "is_agreed"]
 
@@ -26,23 +26,28 @@ CLOSE_SECONDS = 5.0
 
 
 class Communicator:
-    """Runs jobs in order on a background thread with its own connections; ``get_communicator`` shares one per group.
+    """Runs jobs in order on a background thread with connections of its own; ``get_communicator`` shares them.
 
     Args:
         transport: carries its messages alone; it is closed with the communicator.
+        first: of the group, on its first channel; None for that one itself.
 
     Attributes:
         rank: this process within the group.
         world_size: number of ranks in the group.
         name: number of this process in the whole job, for error messages.
-        run: names its connections, see :class:`~qcomm.transport.base.Transport`.
+        run: names the connections of the first channel, see :class:`~qcomm.transport.base.Transport`.
+        turn: is held while a job computes, so that the jobs of a group's channels do so one after another.
         means: that this rank got since the last handshake, for the next one to compare. Only jobs use them.
     """
 
-    def __init__(self, transport: Transport) -> None:
-        self.rank, self.world_size, self.run = transport.rank, transport.world_size, transport.run
+    def __init__(self, transport: Transport, first: "Communicator | None" = None) -> None:
+        self.rank, self.world_size = transport.rank, transport.world_size
+        self.run: str = transport.run if first is None else first.run
+        self.turn: threading.Lock = threading.Lock() if first is None else first.turn
         self.name = transport.ranks[transport.rank]
         self._transport = transport
+        self._mail = Mail(transport)
         self._sequence = 0
         self._pending_fault: Fault | None = None
         self.means = Means()
@@ -91,19 +96,24 @@ class Communicator:
         limits: Sequence[int],
         fault: Fault | None,
         own_time: Took = UNTIMED,
+        packets: Sequence[torch.Tensor] | None = None,
+        following: int = 0,
     ) -> Handshake:
-        """Sends this rank's headers; until ``finish`` of the result, which has to follow, the job may compute."""
+        """Sends this rank's headers; until ``finish`` of the result, which has to follow, the job may compute.
+
+        Arguments are those of :class:`Handshake`.
+        """
         self._pending_fault = None
-        means = self.means.take()
-        return Handshake(self._transport, self._sequence, phase, fields, sizes, limits, fault, own_time, means)
+        means, place = self.means.take(), (self._transport, self._mail, self._sequence)
+        return Handshake(*place, phase, fields, sizes, limits, fault, own_time, means, packets, following)
 
     def exchange(self, outgoing: Sequence[torch.Tensor], incoming: Sequence[torch.Tensor], phase: Phase) -> Traffic:
         """Exchanges packets with every rank, of the sizes that all have agreed on."""
         return self._transport.exchange_pairwise(outgoing, incoming, f"exchanging packets after {phase}")
 
-    def pipeline(self) -> Pipeline:
-        """Returns the messages of this job, which are under way while it computes."""
-        return Pipeline(self._transport, self._sequence)
+    def pipeline(self, fault: Fault | None, agree: Callable[[], None]) -> Pipeline:
+        """Returns the messages of this job, which are under way while it computes; arguments as of the pipeline."""
+        return Pipeline(self._transport, self._mail, self._sequence, self.turn, fault, agree)
 
     def sum(self, buffers: Sequence[torch.Tensor]) -> None:
         """Replaces each of ``buffers`` by its sum over all ranks."""
@@ -134,7 +144,7 @@ class Communicator:
             while (entry := self._jobs.get()) is not None:
                 self._run_job(*entry)
                 del entry  # otherwise the buffers of the last job live until the next one
-        self._transport.close()
+        self._mail.close()
 
     def _run_job(self, job: Callable[[], object], ticket: Ticket[object]) -> None:
         if self._broken is not None:
@@ -151,10 +161,11 @@ class Communicator:
                 self._broken = f"{type(error).__name__}: {error}"
                 if isinstance(error, TransportError):
                     # Transfers in the error's traceback would keep connections open, and ranks that wait for this one.
-                    self._transport.abandon([])
+                    self._mail.abandon()
                     self._transport.close()
                 else:
                     self._transport.fail()
+                    self._mail.abandon()
             told = error
             if not isinstance(told, Exception):  # SystemExit and the like are meant for the main thread
                 told = CollectiveError(f"the collective was ended by {type(error).__name__}: {error}")

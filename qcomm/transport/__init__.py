@@ -1,6 +1,6 @@
 """Transport: one interface that carries messages between ranks, over gloo and MPI."""
 
-from qcomm.transport.base import Exchange, Traffic, Transfer, Transport, TransportError
+from qcomm.transport.base import MESSAGE_BYTES, Exchange, Mail, Traffic, Transfer, Transport, TransportError
 from qcomm.transport.gloo import GlooTransport, break_connections
 from qcomm.transport.key_file import KeyFile
 from qcomm.transport.launchers import find_place, init_from_environment
@@ -8,9 +8,11 @@ from qcomm.transport.mpi_group import MpiGroup
 from qcomm.transport.secure import secure
 
 __all__ = [
+    "MESSAGE_BYTES",
     "Exchange",
     "GlooTransport",
     "KeyFile",
+    "Mail",
     "MpiGroup",
     "Traffic",
     "Transfer",

@@ -1,12 +1,15 @@
 """Transport: the interface for messages between the ranks of a group, and the code that all transports share.
 
+Collectives use :class:`Mail`, which keeps the messages of a transport in order.
+
 :class:`~qcomm.transport.gloo.GlooTransport` carries them for a process group of ``torch.distributed``,
 :class:`~qcomm.transport.mpi.MpiTransport` for an MPI communicator. The collectives know only this interface, so their
 results are the same bits over both.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -14,7 +17,16 @@ import torch
 
 from qcomm.errors import CollectiveError
 
-__all__ = ["Exchange", "Traffic", "Transfer", "Transport", "TransportError"]
+__all__ = ["MESSAGE_BYTES", "Exchange", "Mail", "Traffic", "Transfer", "Transport", "TransportError"]
+
+# A collective of two slices sends so many to each rank before it needs an answer.
+DEPTH = 4
+# Most packets are smaller: a quarter of a bucket of 25 MiB, compressed. Memory that no message fills is not touched.
+MESSAGE_BYTES = 1 << 22
+# No tags of anything else, up to those of a ring of thousands of ranks. MPI has none above 32767.
+MAIL_TAG, TAIL_TAG = 32766, 32765
+# Of the front of a message, which says what it is. Memory may hold an earlier one there.
+FRONT_BYTES = 128
 
 
 class TransportError(CollectiveError):
@@ -100,6 +112,10 @@ class Transport(ABC):
 
         Another thread that waits for a transfer gets an error.
         """
+
+    @abstractmethod
+    def cancel(self, transfers: Sequence[Transfer]) -> None:
+        """Gives up receives whose messages will not come, before this rank closes its connections."""
 
     @abstractmethod
     def sum(self, buffers: Sequence[torch.Tensor], what: str) -> None:
@@ -243,3 +259,157 @@ class Transport(ABC):
 
     def _closed(self) -> TransportError:
         return TransportError(f"rank {self.ranks[self.rank]}: the connections to ranks {list(self.ranks)} are closed")
+
+
+class Mail:
+    """The messages between this rank and each other one, in one order, with receives that wait for them.
+
+    gloo sends a message after its receiver has said that there is memory for it. A receive that begins with its message
+    therefore costs one trip more than the message takes: on a link between continents most of the time. So receives
+    are posted ahead, DEPTH of them for each rank, and a message finds one whatever the collective is. They have one
+    size. A packet that is too large for them follows its header by itself, once both ranks know that it will.
+
+    Every rank takes from all others equally many messages. Who takes one posts the receive of a later one.
+
+    Args:
+        transport: of a communicator, connected.
+    """
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._posted: dict[int, deque[tuple[Transfer, torch.Tensor]]] = {peer: deque() for peer in transport.sources}
+        self._broken: dict[int, RuntimeError] = {}
+        self._sends: list[Transfer] = []
+        self._held: list[tuple[int, torch.Tensor]] | None = None
+        for source in transport.sources:
+            for buffer in [_front_is_zero() for _ in range(DEPTH)]:
+                self._posted[source].append((self._started(transport.start_receive, source, buffer, MAIL_TAG), buffer))
+
+    def send(self, target: int, message: torch.Tensor) -> None:
+        """Sends at most MESSAGE_BYTES to a rank; ``message`` must not change before :meth:`flush`.
+
+        Raises:
+            TransportError: the rank is gone.
+        """
+        self._sends.append(self._started(self._transport.start_send, target, message, MAIL_TAG))
+
+    def send_tail(self, target: int, packet: torch.Tensor) -> None:
+        """Sends a packet whose size a message has told, of any size; later, where tails are held back.
+
+        Raises:
+            TransportError: the rank is gone.
+        """
+        if self._held is not None:
+            self._held.append((target, packet))
+        else:
+            self._sends.append(self._started(self._transport.start_send, target, packet, TAIL_TAG))
+
+    def hold_tails(self) -> None:
+        """Keeps tails until :meth:`release_tails`: a rank that runs another collective has no memory for them."""
+        self._held = []
+
+    def release_tails(self, wanted: bool) -> None:
+        """Sends the tails that were held back, or forgets them if ``wanted`` is False."""
+        held, self._held = self._held or [], None
+        for target, packet in held if wanted else []:
+            self._sends.append(self._started(self._transport.start_send, target, packet, TAIL_TAG))
+
+    def take(self, what: str, sources: Sequence[int] | None = None) -> dict[int, torch.Tensor]:
+        """Waits for the next message of each of ``sources``, of all other ranks by default.
+
+        Args:
+            what: for the error message: "waiting for ...".
+            sources: ranks within the group.
+
+        Returns:
+            MESSAGE_BYTES for each rank, of which the message fills the first ones; its front is zero where it is short.
+
+        Raises:
+            TransportError: naming the ranks that did not answer.
+        """
+        sources = self._transport.sources if sources is None else sources
+        posted = {source: self._posted[source].popleft() for source in sources if self._posted[source]}
+        buffers = {source: buffer for source, (_, buffer) in posted.items()}
+        broken = [(source, self._broken[source]) for source in sources if source not in posted]
+        transfers = [transfer for transfer, _ in posted.values()]
+        posted.clear()
+        later = {source: _front_is_zero() for source in buffers}
+        self._finish(transfers, what, broken)
+        for source, buffer in later.items():
+            try:
+                self._posted[source].append((self._transport.start_receive(source, buffer, MAIL_TAG), buffer))
+            except RuntimeError as error:  # the rank may have left in good order; whoever takes from it gets this
+                self._broken[source] = error
+        return buffers
+
+    def take_tails(self, sizes: Mapping[int, int], what: str) -> dict[int, torch.Tensor]:
+        """Receives packets that came by themselves; ``sizes``: in bytes, by rank.
+
+        Raises:
+            TransportError: naming the ranks that did not answer.
+        """
+        packets = {source: _memory(size) for source, size in sizes.items()}
+        transfers, broken = [], []
+        for source, packet in packets.items():
+            try:
+                transfers.append(self._transport.start_receive(source, packet, TAIL_TAG))
+            except RuntimeError as error:
+                broken.append((source, error))
+        self._finish(transfers, what, broken)
+        return packets
+
+    def flush(self, what: str) -> None:
+        """Waits until all messages have been sent.
+
+        Raises:
+            TransportError: naming the ranks that did not take them.
+        """
+        sends, self._sends = self._sends, []
+        self._finish(sends, what)
+
+    def abandon(self) -> None:
+        """Closes the connections; no message is written to memory, or read from it, any more."""
+        under_way = [*self._sends, *self._take_all()]
+        self._sends = []
+        self._transport.abandon(under_way)
+
+    def close(self) -> None:
+        """Gives up the receives that are posted, and closes the connections."""
+        self._transport.cancel(self._take_all())
+        self._transport.close()
+
+    def _finish(self, transfers: list[Transfer], what: str, broken: Sequence[tuple[int, RuntimeError]] = ()) -> None:
+        try:
+            self._transport.finish(transfers, what, broken)
+        finally:
+            # A reference to a transfer, as in the traceback of an error, keeps gloo's connections open.
+            transfers.clear()
+
+    def _take_all(self) -> list[Transfer]:
+        posted = [transfer for waiting in self._posted.values() for transfer, _ in waiting]
+        self._posted = {peer: deque() for peer in self._posted}
+        return posted
+
+    def _started(
+        self, start: Callable[[int, torch.Tensor, int], Transfer], rank: int, message: torch.Tensor, tag: int
+    ) -> Transfer:
+        try:
+            return start(rank, message, tag)
+        except RuntimeError as error:
+            self._transport.finish([], "starting a message", [(rank, error)])
+            raise
+
+
+def _front_is_zero() -> torch.Tensor:
+    """Returns memory for a message, which may be shorter than its front."""
+    buffer = _memory(MESSAGE_BYTES)
+    buffer[:FRONT_BYTES].zero_()
+    return buffer
+
+
+def _memory(size: int) -> torch.Tensor:
+    """Returns ``size`` bytes; raises MemoryError, since a RuntimeError means that a connection is broken."""
+    try:
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+    except RuntimeError as error:
+        raise MemoryError(f"no memory for a message of {size} bytes") from error

@@ -24,7 +24,7 @@ from qcomm.transport.lost_ranks import LostRanks
 
 __all__ = ["GlooTransport", "break_connections"]
 
-# The tag of a message that is never sent; two_phase's tags begin at 1.
+# The tag of a message that is never sent.
 ABANDON_TAG = 1 << 30
 ABANDON_TIMEOUT = timedelta(milliseconds=1)
 
@@ -105,6 +105,9 @@ class GlooTransport(Transport):
                 work.wait(ABANDON_TIMEOUT)
             except RuntimeError:  # its connection was closed
                 continue
+
+    def cancel(self, transfers: Sequence[Transfer]) -> None:
+        """Does nothing: gloo drops receives when their connections close."""
 
     def sum(self, buffers: Sequence[torch.Tensor], what: str) -> None:
         """Sums by gloo's own all-reduce, of all buffers at once, see :meth:`Transport.sum`."""

@@ -213,6 +213,17 @@ class MpiTransport(Transport):
             message.give_up()
         self.close()
 
+    def cancel(self, transfers: Sequence[Transfer]) -> None:
+        """Cancels receives, see :meth:`Transport.cancel`."""
+        if self._is_usable:
+            for _, message in transfers:
+                message.give_up()
+
+    @property
+    def _is_usable(self) -> bool:
+        """Returns False where MPI has ended, and in a forked child, which must not use its parent's."""
+        return not self._mpi.Is_finalized() and os.getpid() == self._process
+
     def fail(self) -> None:
         """Leaves the group with a farewell that blames this rank."""
         self._failed = True
@@ -235,8 +246,7 @@ class MpiTransport(Transport):
             if self._is_closed:
                 return
             self._is_closed = True
-        # A forked child must not use its parent's MPI.
-        if self._mpi.Is_finalized() or os.getpid() != self._process:
+        if not self._is_usable:
             return
         farewell = bytearray(rank in self._blamed for rank in range(self.world_size))
         sends = [self._comm.Isend([farewell, self._mpi.BYTE], peer, FAREWELL_TAG) for peer in self.peers]

@@ -175,6 +175,10 @@ class SealedTransport(Transport):
         """Closes the connections, see :meth:`Transport.abandon`."""
         self._inner.abandon([started.inner for _, started in transfers])
 
+    def cancel(self, transfers: Sequence[Transfer]) -> None:
+        """Gives up receives, see :meth:`Transport.cancel`."""
+        self._inner.cancel([started.inner for _, started in transfers])
+
     def sum(self, buffers: Sequence[torch.Tensor], what: str) -> None:
         """Sums around a ring, so that no value travels open, see :meth:`Transport.sum`."""
         for buffer in buffers:

@@ -11,8 +11,9 @@ nobody altered a greeting. Whoever lacks the secret learns nothing, even of mess
 file was stolen: the private keys are gone. The names of ranks and both public keys are part of a key, so that the
 greeting of another rank, of another run, or the own one sent back leads to other keys.
 
-A greeting is as long as a handshake's header and has its checksum in the same place. A rank of a version without
-greetings therefore gets an error, and not a message that is too long, at which gloo would end the process.
+A greeting has the same length and place of its checksum in all versions, those of the headers of a version without
+greetings. A rank of another version therefore gets an error, and not a message that is too long, at which gloo would
+end the process.
 """
 
 import struct
@@ -31,9 +32,9 @@ from qcomm.transport.sealed import KEY_BYTES, Direction, SealedTransport
 __all__ = ["secure"]
 
 # "qcomm", a letter of its own, and the version of this protocol.
-MAGIC = 0x71636F6D6D73_01
+MAGIC = 0x71636F6D6D73_02
 LABEL = b"qcomm sealed messages 1"
-# Magic, whether the sender has a secret, its public key, nothing; a checksum follows, of a handshake's size.
+# Magic, whether the sender has a secret, its public key, nothing; a checksum follows.
 GREETING = struct.Struct("<qq32s24x")
 CHECKSUM = struct.Struct("<q")
 RANKS = struct.Struct("<QQQ")

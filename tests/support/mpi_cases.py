@@ -20,7 +20,7 @@ from qcomm.collectives import two_phase
 from qcomm.collectives.two_phase_steps import MeanSteps
 from qcomm.communicator.pipeline import Pipeline
 from qcomm.transport import mpi as mpi_transport
-from qcomm.transport.base import TransportError
+from qcomm.transport.base import MESSAGE_BYTES, TransportError
 
 WORLD = MPI.COMM_WORLD
 RANK, SIZE = WORLD.rank, WORLD.size
@@ -78,10 +78,10 @@ def same_as_gloo():
     qcomm.all_reduce(over_gloo, strategy="none")
     assert torch.equal(over_mpi, over_gloo)
     # Messages larger than MPI can count, in pieces, also where a piece ends with the message.
-    with mock.patch.object(mpi_transport, "PIECE_BYTES", 256):
+    with mock.patch.object(mpi_transport, "PIECE_BYTES", 256), qcomm.MpiGroup(WORLD) as pieces:
         over_mpi, over_gloo = values(10_240), values(10_240)
         for strategy in ("none", "two_phase"):
-            qcomm.all_reduce(over_mpi, group=group, strategy=strategy)
+            qcomm.all_reduce(over_mpi, group=pieces, strategy=strategy)
             qcomm.all_reduce(over_gloo, strategy=strategy)
             assert torch.equal(over_mpi, over_gloo), strategy
     train_same(dist, group)
@@ -201,15 +201,15 @@ def faults():
     assert isinstance(error, qcomm.ConfigMismatchError) and "min_elements: 0 on rank 0, 1 on rank 1" in str(error)
     check_works(group)
     # A failure where none is expected: the others hear of it by a farewell, long before the timeout.
-    expect = Pipeline.expect
+    send = Pipeline.send
 
     def out_of_memory(self, exchange, *arguments):
         if exchange == 2:
             raise MemoryError("no memory")
-        expect(self, exchange, *arguments)
+        send(self, exchange, *arguments)
 
     other = qcomm.MpiGroup(timeout=timedelta(hours=1))
-    with mock.patch.object(Pipeline, "expect", out_of_memory) if RANK == 1 else nullcontext(), sliced(1000):
+    with mock.patch.object(Pipeline, "send", out_of_memory) if RANK == 1 else nullcontext(), sliced(1000):
         error = error_of(other, 50_000)
     assert isinstance(error, MemoryError) if RANK == 1 else "no answer from rank(s) 1" in str(error), error
     assert "left this group without connections" in str(error_of(other))
@@ -227,7 +227,7 @@ def faults():
     message = Pipeline._message
 
     def too_long(self, *arguments):
-        return torch.cat([message(self, *arguments), torch.zeros(100_000, dtype=torch.uint8)])
+        return torch.cat([message(self, *arguments), torch.zeros(MESSAGE_BYTES, dtype=torch.uint8)])
 
     with mock.patch.object(Pipeline, "_message", too_long) if RANK == 1 else nullcontext():
         error = error_of(other)

@@ -363,7 +363,8 @@ def test_an_altered_message_ends_the_collective_on_all_ranks_at_once(rank, world
         error = attempt()
     if rank == 0:
         assert error.startswith(f"rank 0, {phase}") and "is not the one that was sealed for this place" in error, error
-    else:
+    else:  # who has all packets of the only exchange hears of it in the next collective
+        error = error or (attempt() if strategy == "all_gather" else "")
         assert "no answer from rank(s)" in error, error
     assert "an earlier collective left this group without connections" in attempt()
 

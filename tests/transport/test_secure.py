@@ -10,13 +10,14 @@ import torch
 from wires import Wires, on_all_ranks
 
 import qcomm
-from qcomm.communicator.handshake import HEADER_BYTES, header_checksum
+from qcomm.communicator.handshake import header_checksum
 from qcomm.transport import KeyFile, TransportError, secure
 from qcomm.transport.sealed import SealedTransport
-from qcomm.transport.secure import GREETING
+from qcomm.transport.secure import CHECKSUM, GREETING
 
 pytest.importorskip("cryptography", reason="cryptography is not installed")
 
+GREETING_BYTES = GREETING.size + CHECKSUM.size
 UNPROVEN = r"rank(s) {} did not prove to have the same secret: give every rank a copy of one key file"
 
 
@@ -126,7 +127,7 @@ def test_keys_are_of_one_direction_of_one_pair_of_one_run(keys):
     seen = set()
     for _ in range(2):
         _, wires = agree([keys[0]] * 3)
-        proofs = [data for _, _, _, data in wires.carried if len(data) != HEADER_BYTES]
+        proofs = [data for _, _, _, data in wires.carried if len(data) != GREETING_BYTES]
         assert len(proofs) == 6  # all of one byte, 0, at the same place
         seen.update(proofs)
     assert len(seen) == 12
@@ -160,7 +161,7 @@ def test_an_attacker_between_two_ranks_gets_nowhere(keys):
     own = X25519PrivateKey.generate().public_key().public_bytes_raw()
 
     def meddle(source, target, tag, data):
-        return [greet_again(own)(data) if len(data) == HEADER_BYTES else data]
+        return [greet_again(own)(data) if len(data) == GREETING_BYTES else data]
 
     errors, _ = agree([keys[0]] * 2, meddle)
     assert UNPROVEN.format(11) in str(errors[0]) and UNPROVEN.format(10) in str(errors[1])
@@ -209,12 +210,13 @@ def test_a_version_without_greetings_takes_one_for_a_header():
     _, wires = agree([None] * 2)
     for *_, data in wires.carried:
         words = struct.unpack("<10q", data)
-        assert len(data) == HEADER_BYTES and words[-1] == header_checksum(words[:-1])
+        assert len(data) == GREETING_BYTES and words[-1] == header_checksum(words[:-1])
 
 
 def test_recorded_bytes_do_not_open_with_the_secret_alone(keys):
     """Forward secrecy: the private keys of a run are not in its messages, nor derived from the secret."""
     _, wires = agree([keys[0]] * 2)
     _, again = agree([keys[0]] * 2)
-    public = {GREETING.unpack_from(data)[2] for *_, data in wires.carried + again.carried if len(data) == HEADER_BYTES}
+    messages = [data for *_, data in wires.carried + again.carried]
+    public = {GREETING.unpack_from(data)[2] for data in messages if len(data) == GREETING_BYTES}
     assert len(public) == 4
