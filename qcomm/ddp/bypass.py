@@ -15,14 +15,21 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroupGloo
 
-from qcomm.collectives import UNCOMPRESSED, BucketLayout, Telemetry, UncompressedValues, count_rings
+from qcomm.collectives import (
+    UNCOMPRESSED,
+    BucketLayout,
+    ReduceOptions,
+    Telemetry,
+    UncompressedValues,
+    count_rings,
+)
 from qcomm.communicator import Fault, Group, LateFaultError, Phase, Ticket, failed
 from qcomm.ddp.failures import GROUP_IS_BROKEN, TOLD_LATER
 from qcomm.ddp.gloo_exit import CallbackToken
@@ -133,6 +140,13 @@ class Lane:
     started: int = 0
     passed: Passed = field(default_factory=Passed)
     means: dict[str, int] = field(default_factory=dict)
+    _named: ReduceOptions | None = None
+
+    def named(self, options: ReduceOptions) -> ReduceOptions:
+        """Returns the options of the bucket's mean with the strategy that the ranks have settled on."""
+        if self._named is None:
+            self._named = replace(options, strategy=self.strategy, profile=None)
+        return self._named
 
     def break_off(self) -> None:
         """Closes the connections of the group under its sums, which fail on all ranks."""
@@ -173,14 +187,14 @@ class Bypass:
         return Bypass, (self._telemetry,)
 
     def enter(self, bucket: dist.GradBucket, group: Group) -> Lane | None:
-        """Returns the lane of a bucket if this step of it needs no agreement; the same on all ranks."""
+        """Returns the lane of a bucket if this step of it needs no agreement on a strategy; the same on all ranks."""
         lane = self._lanes.get(bucket.index())
         if lane is None or lane.started == BYPASSED or not lane.is_of(bucket, group):
             return None
         if lane.ticket is not None:
             lane.ticket.join()
             lane.ticket = None
-        if lane.strategy not in UNCOMPRESSED:
+        if not lane.strategy:
             return None
         lane.started += 1
         return lane

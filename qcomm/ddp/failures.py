@@ -3,7 +3,7 @@
 from qcomm.communicator import is_agreed
 from qcomm.errors import CollectiveError, ConfigMismatchError, DivergenceError
 
-__all__ = ["GROUP_IS_BROKEN", "NOTHING_BEGAN", "TOLD_LATER", "of_bucket"]
+__all__ = ["GROUP_IS_BROKEN", "NOTHING_BEGAN", "TOLD_LATER", "StepError", "of_bucket"]
 
 NEXT_STEP = "The rest of this step is not exchanged, and the next step can begin"
 WRAP_ANEW = (
@@ -13,6 +13,10 @@ WRAP_ANEW = (
 GROUP_IS_BROKEN = "This process group cannot be used further: end all ranks and resume from a checkpoint"
 TOLD_LATER = "The other ranks go on, and are told when ranks next agree"
 NOTHING_BEGAN = "Nothing was exchanged; the next step can begin when the cause is removed"
+
+
+class StepError(CollectiveError):
+    """Another bucket of the step has failed; the text is what backward raises for that one."""
 
 
 def of_bucket(error: Exception, index: int, finds_unused: bool, otherwise: str = GROUP_IS_BROKEN) -> Exception:
@@ -28,8 +32,8 @@ def of_bucket(error: Exception, index: int, finds_unused: bool, otherwise: str =
         >>> print(of_bucket(CollectiveError("rank 1 failed"), 3, False))
         bucket 3 was not averaged: rank 1 failed. The rest of this step is not exchanged, and the next step can begin.
     """
-    if isinstance(error, DivergenceError):
-        return DivergenceError(str(error))  # about other means than this bucket's, with an advice of its own
+    if isinstance(error, (DivergenceError, StepError)):
+        return type(error)(str(error))  # about other means than this bucket's, with an advice of its own
     advice = otherwise
     if is_agreed(error) or (finds_unused and otherwise == NOTHING_BEGAN):
         advice = WRAP_ANEW if finds_unused else NEXT_STEP

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from qcomm.codec import core, is_on_device
 from qcomm.collectives_cuda import check_device_options, check_group
-from qcomm.communicator import Group, failed, get_communicator, get_world_size, resolve_group
+from qcomm.communicator import CHANNELS, Group, failed, get_communicator, get_world_size, resolve_group
 from qcomm.ddp.checks import check_grad_scale, check_model
 from qcomm.ddp.copies import AttachedHooks
 from qcomm.ddp.optimizers import watch
@@ -114,7 +114,8 @@ def attach(
             core()
     state.bind(ddp_model.module, group)
     if get_world_size(group) > 1 or state.options.strategy != "auto":
-        get_communicator(group, state.options.key_file)
+        deals = state.options.compresses and all(parameter.is_cpu for parameter in ddp_model.module.parameters())
+        get_communicator(group, state.options.key_file, channels=CHANNELS if deals else 1)
     state.grad_scale = options.get("grad_scale", state.grad_scale)
     state.reducer.steps.finds_unused = ddp_model.find_unused_parameters and not ddp_model.static_graph
     state.reducer.steps.skips_buckets = getattr(ddp_model, "skip_all_reduce_unused_params", False)

@@ -15,13 +15,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, ParamSpec, Protocol, TypeVar
+from typing import Any, NoReturn, ParamSpec, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from qcomm.codec import is_on_device
 from qcomm.collectives import (
+    UNCOMPRESSED,
     Bypassing,
     ErrorFeedback,
     MeanTask,
@@ -34,6 +35,7 @@ from qcomm.collectives import (
 )
 from qcomm.collectives_cuda import DevicePart, check_device_options
 from qcomm.communicator import (
+    CHANNELS,
     Communicator,
     Fault,
     Group,
@@ -49,7 +51,7 @@ from qcomm.ddp.buckets import BucketTable, KnownBucket
 from qcomm.ddp.bypass import BYPASSED, Bypass, Lane, LastError, can_bypass
 from qcomm.ddp.checks import check_scale
 from qcomm.ddp.cuda import DeviceHook
-from qcomm.ddp.failures import GROUP_IS_BROKEN, NOTHING_BEGAN, of_bucket
+from qcomm.ddp.failures import GROUP_IS_BROKEN, NOTHING_BEGAN, StepError, of_bucket
 from qcomm.ddp.regroup import Regrouping, may_regroup
 from qcomm.ddp.warm_up import WarmUp
 from qcomm.errors import CollectiveError, ConfigMismatchError
@@ -73,7 +75,8 @@ class Steps:
         number: of the present step, as a checkpoint has it.
         serial: of the present step among those of this object. A loaded checkpoint does not change it, because jobs of
             a failed step may still be in the queue when the resumed step has the same number.
-        failed_serial: the last one that failed on all ranks, whose remaining buckets are skipped.
+        failed_serial: the last one that failed on all ranks, whose remaining buckets are refused.
+        failure: of that step.
         error_serial: the last one in which this rank saw an error.
         scale: the factor of the present step's gradients: a number, or a tensor that stays on its device.
         last_error: of any step.
@@ -86,6 +89,7 @@ class Steps:
         self.number = 0
         self.serial = 0
         self.failed_serial = 0
+        self.failure = StepError()
         self.error_serial = 0
         self.scale: Scale = 1.0
         self.last_error = LastError()
@@ -97,7 +101,8 @@ class Steps:
 
     def __getstate__(self) -> dict[str, object]:
         """Returns the state without the objects of this process: errors, and a scale that may be on a device."""
-        return {**self.__dict__, "scale": 1.0, "last_error": LastError(), "_owed": deque(maxlen=1)}
+        fresh = {"scale": 1.0, "last_error": LastError(), "_owed": deque(maxlen=1), "failure": StepError()}
+        return {**self.__dict__, **fresh}
 
     def begin(self, index: int) -> bool:
         """Begins bucket ``index``, and a new step if it is a step's first; returns True if it is."""
@@ -186,10 +191,8 @@ class StepEnd:
         exchanges, self._exchanges = self._exchanges, []
         interrupted = True
         try:
-            for exchange, _ in exchanges:
+            for exchange, _ in exchanges:  # also after an error: others may still write to their gradients
                 exchange.join()
-                if exchange.exception() is not None:  # DDP raises it, and the others may take as long as the timeout
-                    break
             interrupted = False
         finally:
             if interrupted:
@@ -293,9 +296,11 @@ class Reducer:
         try:
             group = resolve_group(self.group)
             lane = self.bypass.enter(bucket, group) if self._may_bypass else None
-            if lane is not None:
+            if lane is not None and lane.strategy in UNCOMPRESSED:
                 return self._pass_by(lane, bucket)
-            communicator = connect(group, self._options.strategy == "auto", self._options.key_file)
+            channels = self._channels(bucket, lane)
+            place = bucket.index() % channels, channels
+            communicator = connect(group, self._options.strategy == "auto", self._options.key_file, *place)
         except (RuntimeError, ValueError, OSError) as error:
             return self._failed(error, bucket.index())
         world_size = 1
@@ -305,7 +310,7 @@ class Reducer:
         known = self._prepare(self._table.look_up, bucket, world_size, self._stage)
         task = None
         if known is not None and not self.steps.has_owed:
-            task = self._prepare(self._task, bucket, known, group, communicator)
+            task = self._prepare(self._task, bucket, known, group, communicator, lane)
         fault = self.steps.take_owed()
         if communicator is None:
             return self._finished(task, fault, bucket)
@@ -313,7 +318,13 @@ class Reducer:
             layout = None if known is None else known.layout
             part = DevicePart(bucket.index(), bucket.buffer(), self._telemetry, layout, task, fault)
             return self._reduce_on_device(part, group, communicator)
-        return self._submit(bucket, task, fault, group, communicator)
+        return self._submit(bucket, task, fault, group, communicator, lane is None)
+
+    def _channels(self, bucket: dist.GradBucket, lane: Lane | None) -> int:
+        """Returns the number of channels to which buckets like this one are dealt, the same on all ranks."""
+        is_compressed = self._options.compresses or lane is not None
+        # Buffers in host memory for tensors on a device are few, and one worker at a time takes them.
+        return CHANNELS if is_compressed and bucket.buffer().is_cpu else 1
 
     def _prepare(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Returns the result of a step before the collective; its error is owed to the other ranks, who wait."""
@@ -345,13 +356,21 @@ class Reducer:
             self.steps.set_scale(self.grad_scale, self._options.device_codec)
 
     def _task(
-        self, bucket: dist.GradBucket, known: KnownBucket, group: Group, communicator: Communicator | None
+        self,
+        bucket: dist.GradBucket,
+        known: KnownBucket,
+        group: Group,
+        communicator: Communicator | None,
+        lane: Lane | None,
     ) -> MeanTask:
-        buffer, fields, scale = bucket.buffer(), known.fields, self.steps.scale
+        buffer, fields, scale, options = bucket.buffer(), known.fields, self.steps.scale, known.options
         if known.on_device:
             check_device_options(self._options)
         elif self._may_bypass and buffer.is_cpu and can_bypass(group):
             fields = fields.extended("steps between agreements", str(BYPASSED))
+        if lane is not None:
+            fields = fields.extended("strategy chosen", lane.strategy)
+            options = lane.named(known.options)
         if self.grad_scale is not None:
             fields = fields.extended("grad_scale", "on the device" if isinstance(scale, torch.Tensor) else repr(scale))
         staged = None
@@ -360,7 +379,7 @@ class Reducer:
         return MeanTask(
             buffer,
             known.layout,
-            known.options,
+            options,
             fields,
             self._telemetry,
             self._feedback,
@@ -396,12 +415,16 @@ class Reducer:
         fault: Fault | None,
         group: Group,
         communicator: Communicator,
+        agrees: bool,
     ) -> torch.futures.Future[torch.Tensor]:
-        """Queues a bucket for the worker; where this rank has no task, it tells the others its fault."""
+        """Queues a bucket for a worker; where this rank has no task, it tells the others its fault.
+
+        With ``agrees`` the ranks may settle on a strategy for the steps after this one.
+        """
         index, buffer, serial = bucket.index(), bucket.buffer(), self.steps.serial
         ready = time.perf_counter() if bucket.is_last() else None
         lane, bypassing = None, None
-        if self._may_bypass:
+        if self._may_bypass and agrees:
             started, means = self.bypass.bypassing(index)
             lane = self.bypass.begin(bucket, None if task is None else task.layout, group)
             bypassing = None if lane is None else Bypassing(started, lane.memory, means)
@@ -410,13 +433,14 @@ class Reducer:
             self.bypass.leave(index)
 
         def job() -> torch.Tensor:
-            self._check_step(index, serial, task)
+            if serial == self.steps.failed_serial:
+                self._refuse_rest(task, communicator)
             try:
                 if task is None:
                     refuse(fault, communicator)
                 average(task, communicator, bypassing)
             except Exception as error:  # kept for exception(), and passed on
-                self._note(error, serial)
+                self._note(error, index, serial)
                 if lane is not None and task is not None and isinstance(error, LateFaultError):  # the others went on
                     lane.settle(settled(task, communicator, bypassing))
                 raise
@@ -434,18 +458,28 @@ class Reducer:
         self._step_end.add(ticket, communicator.interrupt)
         return ticket.future
 
-    def _check_step(self, index: int, serial: int, task: MeanTask | None) -> None:
-        if serial == self.steps.failed_serial:
-            if task is not None:
-                task.abandon()
-            # Backward raises for the bucket that failed, and the next step may write to the others' memory already.
-            raise CollectiveError("an earlier bucket of this step failed") from self.steps.last_error.error
+    def _refuse_rest(self, task: MeanTask | None, communicator: Communicator) -> NoReturn:
+        """Tells the others in place of a bucket that the step has failed; some may not know yet, on another channel.
 
-    def _note(self, error: Exception, serial: int) -> None:
-        self.steps.last_error.note(error)
+        Backward raises for the bucket that failed, and the next step may write to the others' memory already.
+        """
+        if task is not None:
+            task.abandon()
+        try:
+            refuse(Fault(Phase.PREPARE, self.steps.failure), communicator)
+        except (CollectiveError, ConfigMismatchError) as error:
+            if not is_agreed(error):
+                raise
+            raise self.steps.failure from None
+
+    def _note(self, error: Exception, index: int, serial: int) -> None:
+        """Keeps the first error of a step."""
+        if self.steps.error_serial != serial:
+            self.steps.last_error.note(error)
         self.steps.error_serial = serial
-        if not isinstance(error, LateFaultError):  # all ranks know, and skip the rest of the step
-            self.steps.failed_serial = serial
+        if not isinstance(error, LateFaultError) and self.steps.failed_serial != serial:
+            self.steps.failure = StepError(str(of_bucket(error, index, self.steps.finds_unused)))
+            self.steps.failed_serial = serial  # all ranks hear of it, and refuse the rest of the step
         if is_agreed(error):  # otherwise connections must be closed first, for the others' sake
             self.bypass.drain()
 
