@@ -30,6 +30,7 @@ from allreduce_methods import Compressed, Method, allowed_error, make_methods, t
 from allreduce_pairs import run_pairs, show_pairs
 from netlab import NetlabError
 from ranks import RanksError, about, explain, is_rank, run_ranks, start_rank, write
+from wan import add_wan_options, wan_from
 
 from qcomm.collectives.options import STRATEGIES
 from qcomm.collectives.telemetry import Event
@@ -178,7 +179,7 @@ def run_world(rate: str, world_size: int, arguments: argparse.Namespace) -> list
     options += ["--strategies", *arguments.strategies, "--pairs", str(arguments.pairs)]
     options += ["--error-feedback"] if arguments.error_feedback else []
     options += ["--timeline"] if arguments.timeline else []
-    rows = run_ranks(__file__, options, world_size, rate)
+    rows = run_ranks(__file__, options, world_size, rate, wan=wan_from(arguments))
     return [{"rate": rate, "world_size": world_size, **row} for row in rows]
 
 
@@ -208,6 +209,7 @@ def main() -> int:
     parser.add_argument("--num-threads", type=int, default=1, help="of each rank's codec")
     parser.add_argument("--timeline", action="store_true", help="also what rank 0 began when in the last repeat")
     parser.add_argument("--gradients", type=Path, help="where gradient_data.save put them; made anew without it")
+    add_wan_options(parser)
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     if is_rank():
@@ -215,7 +217,7 @@ def main() -> int:
         return 0
     rows: list[dict[str, Any]] = []
     settings = {"error_feedback": arguments.error_feedback, "repeats": arguments.repeats or arguments.pairs}
-    header = about(**settings, num_threads=arguments.num_threads)
+    header = about(wan_from(arguments), **settings, num_threads=arguments.num_threads)
     try:
         for folder, rate, world_size in gradient_data.worlds(arguments.rates, arguments.worlds):
             arguments.gradients = folder

@@ -31,6 +31,7 @@ from netlab import NetlabError
 from ranks import LOOPBACK, RanksError, about, explain, run_ranks, start_rank, write
 from step_trace import RecordedStep, save_trace, trace_events
 from training import LOCAL, METHODS, StepTimes, Task, Trainer
+from wan import add_wan_options, wan_from
 
 from qcomm.recipes.datasets import load_dataset
 from qcomm.recipes.models import MODEL_NAMES
@@ -199,13 +200,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--small", action="store_true", help="a ResNet-20 and four images: does it run?")
     parser.add_argument("--trace", type=Path, help="last steps of the last method, as a Chrome trace")
     parser.add_argument("--print-json", action="store_true", help="on ranks: one line of JSON instead of a table")
+    add_wan_options(parser)
     parser.add_argument("--json", type=Path, help="where the figures go")
     return parser
 
 
 def main() -> int:
     arguments = make_parser().parse_args()
-    header = about(task=asdict(task_of(arguments)), steps=arguments.steps)
+    wan, options = wan_from(arguments), options_for_ranks(arguments)
+    header = about(wan, task=asdict(task_of(arguments)), steps=arguments.steps)
     if (place := find_place()) is not None:
         found = run_rank(arguments)
         if found and arguments.print_json:
@@ -220,7 +223,7 @@ def main() -> int:
         for rate in arguments.rates:
             for launcher in arguments.launchers if rate == LOOPBACK else ["netlab"]:
                 for world_size in arguments.worlds:
-                    found = run_ranks(__file__, options_for_ranks(arguments), world_size, rate, launcher)
+                    found = run_ranks(__file__, options, world_size, rate, launcher, wan=wan)
                     found = [{"launcher": launcher, "rate": rate, "launched": world_size, **row} for row in found]
                     show(found)
                     rows += found

@@ -31,6 +31,7 @@ from allreduce_methods import COARSE_GRIDS, GRIDS, Compressed, timed
 from allreduce_pairs import summarise
 from netlab import NetlabError
 from ranks import RanksError, about, explain, is_rank, run_ranks, start_rank, write
+from wan import add_wan_options, wan_from
 
 from qcomm.transport.sealed import Direction
 
@@ -141,12 +142,13 @@ def main() -> int:
     parser.add_argument("--pairs", type=int, default=60, help="of each method, on each network")
     parser.add_argument("--gradients", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--secret", type=Path, help=argparse.SUPPRESS)
+    add_wan_options(parser)
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     if is_rank():
         run_rank(arguments)
         return 0
-    header, rows = about(mib=arguments.mib, cipher="AES-256-GCM", world_size=2), []
+    header, rows = about(wan_from(arguments), mib=arguments.mib, cipher="AES-256-GCM", world_size=2), []
     try:
         for folder, rate, world_size in gradient_data.worlds(arguments.rates, [2]):
             with tempfile.TemporaryDirectory(prefix="qcomm-key-") as place:
@@ -155,7 +157,7 @@ def main() -> int:
                 key.write_text(secrets.token_hex(32))
                 options = {"mib": arguments.mib, "pairs": arguments.pairs, "gradients": folder, "secret": key}
                 texts = [text for name, value in options.items() for text in (f"--{name}", str(value))]
-                found = run_ranks(__file__, texts, world_size, rate)
+                found = run_ranks(__file__, texts, world_size, rate, wan=wan_from(arguments))
             for name, figures in found.items():
                 row = {"rate": rate, **summary(name, **figures)}
                 rows.append(row)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from allreduce_methods import GRIDS, Compressed, timed
 from netlab import NetlabError
 from ranks import RanksError, about, explain, is_rank, run_ranks, start_rank, write
+from wan import add_wan_options, wan_from
 
 from qcomm.collectives import two_phase_schedule
 
@@ -53,7 +54,7 @@ def run_world(rate: str, world_size: int, arguments: argparse.Namespace) -> list
         "--gradients",
         str(arguments.gradients),
     ]
-    found = run_ranks(__file__, options, world_size, rate)
+    found = run_ranks(__file__, options, world_size, rate, wan=wan_from(arguments))
     place = {"rate": rate, "world_size": world_size, "mib": arguments.mib}
     return [
         {**place, "slices": int(count), "seconds": statistics.median(seconds), "all": seconds}
@@ -79,12 +80,13 @@ def main() -> int:
     parser.add_argument("--mib", type=float, default=25.0, help="of the buffer")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--gradients", type=Path, help=argparse.SUPPRESS)
+    add_wan_options(parser)
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     if is_rank():
         run_rank(arguments)
         return 0
-    header, rows = about(grid=GRID, repeats=arguments.repeats), []
+    header, rows = about(wan_from(arguments), grid=GRID, repeats=arguments.repeats), []
     try:
         for folder, rate, world_size in gradient_data.worlds(arguments.rates, arguments.worlds):
             arguments.gradients = folder

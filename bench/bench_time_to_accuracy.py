@@ -23,6 +23,7 @@ import torch.distributed as dist
 from netlab import NetlabError
 from ranks import RanksError, about, explain, is_rank, run_ranks, start_rank, write
 from training import METHODS, Task, Trainer
+from wan import add_wan_options, wan_from
 
 WARM_UP = 10  # steps in which the learning rate rises
 SMALL = Task("resnet20", batch=4, stem_stride=2, amp=False)
@@ -92,18 +93,20 @@ def main() -> int:
     parser.add_argument("--stem-stride", type=int, choices=[1, 2], default=2, help="2: a quarter of the arithmetic")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--small", action="store_true", help="a ResNet-20 and four images a step: does it run?")
+    add_wan_options(parser)
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     task = SMALL if arguments.small else Task(stem_stride=arguments.stem_stride)
     if is_rank():
         run_rank(arguments, task)
         return 0
-    header = about(task=asdict(task), rate=arguments.rate, ranks=arguments.ranks, target=arguments.target)
+    wan = wan_from(arguments)
+    header = about(wan, task=asdict(task), rate=arguments.rate, ranks=arguments.ranks, target=arguments.target)
     options = ["--methods", *arguments.methods, "--target", str(arguments.target), "--seeds", str(arguments.seeds)]
     options += ["--most-steps", str(arguments.most_steps), "--test-every", str(arguments.test_every)]
     options += ["--stem-stride", str(arguments.stem_stride), *(["--small"] if arguments.small else [])]
     try:
-        runs = run_ranks(__file__, options, arguments.ranks, arguments.rate)
+        runs = run_ranks(__file__, options, arguments.ranks, arguments.rate, wan=wan)
     except (NetlabError, RanksError) as error:
         return explain(error, "bench_time_to_accuracy", "--rate none needs no rights")
     show(runs, arguments.target)

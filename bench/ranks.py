@@ -14,11 +14,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from netlab import UNAVAILABLE, Netlab, NetlabError, end_cleanly
+from wan import Wan
 
 import qcomm
 from qcomm.transport.launchers import LAUNCHERS, find_place
@@ -32,7 +34,7 @@ class RanksError(RuntimeError):
     """A rank failed, or the launcher is missing."""
 
 
-def about(**settings: object) -> dict[str, Any]:
+def about(wan: Wan | None = None, **settings: object) -> dict[str, Any]:
     """What makes a result comparable with another machine's, and how busy the machine was."""
     commit = subprocess.run(
         ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
@@ -47,6 +49,7 @@ def about(**settings: object) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
         **settings,
+        **({} if wan is None else {"wan": asdict(wan)}),
     }
 
 
@@ -91,6 +94,7 @@ def run_ranks(
     rate: str = LOOPBACK,
     launcher: str = "torchrun",
     timeout: float | None = None,
+    wan: Wan | None = None,
 ) -> Any:
     """What rank 0 printed in its last line, from JSON.
 
@@ -101,11 +105,15 @@ def run_ranks(
         rate: of every host's link, as tc writes it, or "none" for processes of this machine.
         launcher: "torchrun" or "mpirun", for rate "none".
         timeout: seconds after which the ranks are ended.
+        wan: delay, jitter and loss of the links between hosts, and other rates.
 
     Raises:
-        NetlabError: the hosts cannot be made; RanksError: a rank failed, or there is no such launcher.
+        NetlabError: the hosts cannot be made; RanksError: a rank failed, there is no such launcher, or ``wan`` is
+            given for processes of this machine.
         TimeoutError, subprocess.TimeoutExpired: they are not done in time.
     """
+    if wan is not None and rate == LOOPBACK:
+        raise RanksError("delay, jitter and loss are of links between hosts: name a rate other than none")
     program = [sys.executable, str(Path(script).resolve()), *options]
     with tempfile.TemporaryFile("w+") as output:
         if rate == LOOPBACK:
@@ -116,7 +124,7 @@ def run_ranks(
         else:
             quiet = [f"{name}={value}" for name, value in QUIET.items()]
             end_cleanly()
-            with Netlab(world_size, rate) as lab:
+            with Netlab(world_size, rate, wan) as lab:
                 status = lab.run(["env", *quiet, *program], timeout, stdout=output)
         output.seek(0)
         lines = output.read().splitlines()

@@ -14,6 +14,8 @@
 #   accuracy  8    time to 90 % over 100 Mb/s, 2 hosts
 #   verify    4    what comparing means costs, 2 ranks of this machine
 #   sealed    5    what sealed messages cost: without a limit, 1 Gb/s and 100 Mb/s, 2 ranks
+#   wan_check 12   whether links with delay and loss have what was asked for
+#   wan       3    a step of five buckets between 4 hosts, 100 Mb/s and 50 ms
 #   plots     0    PNGs, and the tables of README and docs/measurements.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -23,7 +25,7 @@ python=${PYTHON:-.venv/bin/python}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 results=bench/results
 steps=("${@:-all}")
-[ "${steps[*]}" != all ] || steps=(allreduce feedback planner slices sizes pairs step scaling bitrate accuracy verify sealed plots)
+[ "${steps[*]}" != all ] || steps=(allreduce feedback planner slices sizes pairs step scaling bitrate accuracy verify sealed wan_check wan plots)
 
 run() {
     echo "run_all: bench/$*"
@@ -49,9 +51,11 @@ step() {
         bitrate) run bench_bitrate.py --steps 66 --every 3 --json $results/bitrate.json ;;
         verify) run bench_verify.py --steps 30 --json $results/verify.json ;;
         sealed) run bench_sealed.py --json $results/sealed.json ;;
+        wan_check) run check_wan.py --json $results/wan_check.json ;;
+        wan) run bench_wan.py --json $results/wan.json ;;
         accuracy) run bench_time_to_accuracy.py --json $results/time_to_accuracy.json ;;
         plots) run plots.py && "$python" tools/make_tables.py ;;
-        *) sed -n '2,18p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,20p' "$0" >&2; exit 2 ;;
     esac
 }
 

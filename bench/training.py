@@ -69,7 +69,7 @@ class StepTimes(NamedTuple):
     end: float
 
 
-class _Recorded:
+class RecordedHook:
     """A hook of torch's, with the beginning and the end of each bucket."""
 
     def __init__(self, hook: Hook, timeline: list[Event]) -> None:
@@ -87,7 +87,8 @@ class _Recorded:
         return self._hook(state, bucket).then(done)
 
 
-def _grid(method: str) -> qcomm.SigmaGrid | qcomm.RangeGrid:
+def grid_of(method: str) -> qcomm.SigmaGrid | qcomm.RangeGrid:
+    """Of one of qcomm's METHODS."""
     if method == "qcomm range c=6":
         return qcomm.RangeGrid(c=6.0)
     return qcomm.SigmaGrid(1.0 if method == "qcomm auto" else float(method.removeprefix("qcomm k=")))
@@ -133,7 +134,7 @@ class Trainer:
     def _attach(self, group: dist.ProcessGroup | None) -> None:
         if self.method.startswith("qcomm"):
             strategy = "auto" if self.method == "qcomm auto" else "two_phase"
-            self.state = qcomm.attach(self.ddp, grid=_grid(self.method), strategy=strategy)
+            self.state = qcomm.attach(self.ddp, grid=grid_of(self.method), strategy=strategy)
             self.state.telemetry.timeline = self.timeline
             return
         state: PowerSGDState | None = None
@@ -143,7 +144,7 @@ class Trainer:
             state, hook = PowerSGDState(group, rank, start_powerSGD_iter=POWER_START), powerSGD_hook
         elif self.method in {"fp16", "bf16"}:
             hook = default_hooks.fp16_compress_hook if self.method == "fp16" else default_hooks.bf16_compress_hook
-        self.ddp.register_comm_hook(state or group, _Recorded(hook, self.timeline).hook)
+        self.ddp.register_comm_hook(state or group, RecordedHook(hook, self.timeline).hook)
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The next images of this rank: every epoch is another permutation, the same on all ranks, dealt out."""

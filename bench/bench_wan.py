@@ -1,0 +1,181 @@
+"""Time that a training step waits for its gradients' exchange between distant hosts. Linux, as root.
+
+    python bench/bench_wan.py --json bench/results/wan.json       # 4 hosts, 100 Mb/s, 50 ms one way: three minutes
+    python bench/bench_wan.py --rate 1gbit --delay-ms 20 --loss 0.1% --methods "qcomm k=1" bf16 --steps 21
+    python bench/bench_wan.py --hosts 2 --buckets 3 --strategies two_phase none --methods "qcomm k=1"
+
+The model is a chain of linear layers, each of whose gradients, 5.3 MB, is a bucket of DDP. It has next to nothing to
+compute, so that a step is its exchange. The ranks begin each step at one moment of their common clock. The exchange is
+exposed from the time when a rank has computed its last gradient until its backward returns. Figures are of the slowest
+rank in each step, bytes of rank 0: of qcomm those handed to the transport, of torch's all-reduces those of a ring.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from allreduce_methods import DTYPES, ring_bytes
+from netlab import NetlabError
+from ranks import RanksError, about, explain, is_rank, run_ranks, start_rank, write
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+from training import RecordedHook, grid_of
+from wan import add_wan_options, wan_from
+
+import qcomm
+from qcomm.collectives.options import STRATEGIES
+from qcomm.collectives.telemetry import Event
+
+TORCH_HOOKS = {
+    "fp32": default_hooks.allreduce_hook,
+    "fp16": default_hooks.fp16_compress_hook,
+    "bf16": default_hooks.bf16_compress_hook,
+}
+QCOMM = ("qcomm k=0.5", "qcomm k=1", "qcomm k=2", "qcomm k=3.2", "qcomm k=3.4")
+WIDTH = 1150  # of a layer: 5.3 MB of gradients
+BATCH = 8
+WARM_UP = 4  # steps: DDP rebuilds its buckets after the first, and residuals come to rest
+BEGIN_SECONDS = 0.05  # from the agreement on a step's begin until then, beyond the delays
+
+
+class Scene:
+    """The model under DDP on one rank, with one exchange. A collective.
+
+    Args:
+        method: of TORCH_HOOKS or QCOMM.
+        strategy: of qcomm.
+        buckets: of DDP.
+    """
+
+    def __init__(self, method: str, strategy: str, buckets: int) -> None:
+        torch.manual_seed(0)
+        layers = [torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(buckets)]
+        bucket_mb = layers[0].weight.nbytes / 2**20
+        # A layer fills a bucket and a second one does not fit; the first bucket of DDP may not be smaller.
+        self.ddp = DistributedDataParallel(
+            torch.nn.Sequential(*layers), bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True
+        )
+        self.timeline: list[Event] = []
+        self.state: qcomm.CompressionState | None = None
+        self._ring_bytes = 0
+        if method in TORCH_HOOKS:
+            self.ddp.register_comm_hook(None, RecordedHook(TORCH_HOOKS[method], self.timeline).hook)
+            gradients = torch.empty(buckets * WIDTH * WIDTH, dtype=DTYPES[method], device="meta")
+            self._ring_bytes = ring_bytes(gradients.nbytes)
+        else:
+            self.state = qcomm.attach(self.ddp, grid=grid_of(method), strategy=strategy)
+            self.state.telemetry.timeline = self.timeline
+        torch.manual_seed(1 + dist.get_rank())
+        self.inputs = torch.randn(BATCH, WIDTH)
+
+    def step(self, margin: float) -> tuple[float, float, int]:
+        """(seconds of backward, exposed seconds, buckets) of this rank."""
+        self.timeline.clear()
+        loss = self.ddp(self.inputs).square().mean()
+        wait_for_all(margin)
+        begin = time.perf_counter()
+        loss.backward()
+        end = time.perf_counter()
+        ready = [at for _, event, at in self.timeline if event == "ready"]
+        return end - begin, end - max(ready), len(ready)
+
+    def bytes_sent(self, steps: int) -> int:
+        """Of so many steps, which are all that there were."""
+        return self._ring_bytes * steps if self.state is None else int(self.state.stats()["bytes_sent"])
+
+
+def wait_for_all(margin: float) -> None:
+    """Returns on every rank at one moment, ``margin`` seconds after the last rank has come. A collective."""
+    begin = torch.tensor(time.perf_counter() + margin, dtype=torch.float64)
+    dist.all_reduce(begin, dist.ReduceOp.MAX)
+    time.sleep(max(0.0, float(begin) - time.perf_counter()))
+
+
+def measure(method: str, strategy: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """On every rank: a row of the results."""
+    scene = Scene(method, strategy, arguments.buckets)
+    # The agreement on a begin takes a tree's or a ring's messages, one after another.
+    margin = BEGIN_SECONDS + 2 * dist.get_world_size() * arguments.delay_ms / 1e3
+    for _ in range(WARM_UP):
+        scene.step(margin)
+    before, times = scene.bytes_sent(WARM_UP), []
+    for _ in range(arguments.steps):
+        *seconds, buckets = scene.step(margin)
+        if buckets != arguments.buckets:
+            raise ValueError(f"DDP made {buckets} buckets in place of {arguments.buckets}")
+        times.append(seconds)
+    sent = scene.bytes_sent(WARM_UP + arguments.steps) - before
+    slowest = torch.tensor(times, dtype=torch.float64)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    backward, exposed = slowest.T.tolist()
+    cuts = statistics.quantiles(exposed, n=10, method="inclusive")
+    return {
+        "method": method,
+        "strategy": strategy,
+        "exposed_seconds": statistics.median(exposed),
+        "p10": cuts[0],
+        "p90": cuts[-1],
+        "backward_seconds": statistics.median(backward),
+        "bytes_sent": sent / arguments.steps,
+        "all_exposed": exposed,
+    }
+
+
+def run_rank(arguments: argparse.Namespace) -> None:
+    """On every rank; rank 0 prints one line of JSON."""
+    rank, _ = start_rank()
+    rows = []
+    for method in arguments.methods:
+        for strategy in arguments.strategies if method in QCOMM else [""]:
+            rows.append(measure(method, strategy, arguments))
+            if rank == 0:
+                show(rows[-1])
+    if rank == 0:
+        print(json.dumps(rows), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def show(row: dict[str, Any]) -> None:
+    print(f"{row['method']:<12}{row['strategy']:<12} exposed {row['exposed_seconds']:.3f} s "
+          f"({row['p10']:.3f} .. {row['p90']:.3f}), backward {row['backward_seconds']:.3f} s, "
+          f"{row['bytes_sent'] / 1e6:.3f} MB a step", file=sys.stderr, flush=True)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", type=int, default=4)
+    parser.add_argument("--rate", default="100mbit", help="of every host's link, as tc writes it")
+    parser.add_argument("--buckets", type=int, default=5, help="of 5.3 MB, that DDP exchanges in a step")
+    parser.add_argument("--methods", nargs="+", choices=(*TORCH_HOOKS, *QCOMM), default=["qcomm k=1", "fp32"])
+    parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=["two_phase"], help="of qcomm")
+    parser.add_argument("--steps", type=int, default=9, help="that are counted, of each method")
+    add_wan_options(parser)
+    parser.set_defaults(delay_ms=50.0)
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    arguments = parser.parse_args()
+    if arguments.steps < 2 or arguments.buckets < 1:
+        parser.error(f"--steps must be 2 or more, --buckets 1 or more, got {arguments.steps} and {arguments.buckets}")
+    if is_rank():
+        run_rank(arguments)
+        return 0
+    wan = wan_from(arguments)
+    header = about(wan, hosts=arguments.hosts, rate=arguments.rate, buckets=arguments.buckets, steps=arguments.steps)
+    options = ["--buckets", str(arguments.buckets), "--steps", str(arguments.steps), "--methods", *arguments.methods]
+    options += ["--strategies", *arguments.strategies, "--delay-ms", str(arguments.delay_ms)]
+    try:
+        rows = run_ranks(__file__, options, arguments.hosts, arguments.rate, wan=wan)
+    except (NetlabError, RanksError) as error:
+        return explain(error, "bench_wan", "--rate none --delay-ms 0 needs no rights")
+    write(arguments.json, {**header, "load_after": about()["load"], "rows": rows})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
