@@ -2,12 +2,16 @@
 
     python bench/bench_wan.py --json bench/results/wan.json       # 4 hosts, 100 Mb/s, 50 ms one way: three minutes
     python bench/bench_wan.py --rate 1gbit --delay-ms 20 --loss 0.1% --methods "qcomm k=1" bf16 --steps 21
+    python bench/bench_wan.py --width 520 --json bench/results/wan_small.json
     python bench/bench_wan.py --hosts 2 --buckets 3 --strategies two_phase none --methods "qcomm k=1"
 
 The model is a chain of linear layers, each of whose gradients, 5.3 MB, is a bucket of DDP. It has next to nothing to
-compute, so that a step is its exchange. The ranks begin each step at one moment of their common clock. The exchange is
-exposed from the time when a rank has computed its last gradient until its backward returns. Figures are of the slowest
-rank in each step, bytes of rank 0: of qcomm those handed to the transport, of torch's all-reduces those of a ring.
+compute, so that a step is its exchange. With `--width 520`, 1.1 MB a bucket, processors and rates matter less still,
+and the exposed time over the delay tells how many messages follow each other.
+
+The ranks begin each step at one moment of their common clock. The exchange is exposed from the time when a rank has
+computed its last gradient until its backward returns. Figures are of the slowest rank in each step, bytes of rank 0: of
+qcomm those handed to the transport, of torch's all-reduces those of a ring.
 """
 
 import argparse
@@ -39,6 +43,7 @@ TORCH_HOOKS = {
 }
 QCOMM = ("qcomm k=0.5", "qcomm k=1", "qcomm k=2", "qcomm k=3.2", "qcomm k=3.4")
 WIDTH = 1150  # of a layer: 5.3 MB of gradients
+SMALLEST_WIDTH = 513  # DDP's first bucket holds at least 1 MiB
 BATCH = 8
 WARM_UP = 4  # steps: DDP rebuilds its buckets after the first, and residuals come to rest
 BEGIN_SECONDS = 0.05  # from the agreement on a step's begin until then, beyond the delays
@@ -51,13 +56,14 @@ class Scene:
         method: of TORCH_HOOKS or QCOMM.
         strategy: of qcomm.
         buckets: of DDP.
+        width: of a layer.
     """
 
-    def __init__(self, method: str, strategy: str, buckets: int) -> None:
+    def __init__(self, method: str, strategy: str, buckets: int, width: int) -> None:
         torch.manual_seed(0)
-        layers = [torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(buckets)]
+        layers = [torch.nn.Linear(width, width, bias=False) for _ in range(buckets)]
         bucket_mb = layers[0].weight.nbytes / 2**20
-        # A layer fills a bucket and a second one does not fit; the first bucket of DDP may not be smaller.
+        # A layer fills a bucket, so that a second one does not fit.
         self.ddp = DistributedDataParallel(
             torch.nn.Sequential(*layers), bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True
         )
@@ -66,13 +72,13 @@ class Scene:
         self._ring_bytes = 0
         if method in TORCH_HOOKS:
             self.ddp.register_comm_hook(None, RecordedHook(TORCH_HOOKS[method], self.timeline).hook)
-            gradients = torch.empty(buckets * WIDTH * WIDTH, dtype=DTYPES[method], device="meta")
+            gradients = torch.empty(buckets * width * width, dtype=DTYPES[method], device="meta")
             self._ring_bytes = ring_bytes(gradients.nbytes)
         else:
             self.state = qcomm.attach(self.ddp, grid=grid_of(method), strategy=strategy)
             self.state.telemetry.timeline = self.timeline
         torch.manual_seed(1 + dist.get_rank())
-        self.inputs = torch.randn(BATCH, WIDTH)
+        self.inputs = torch.randn(BATCH, width)
 
     def step(self, margin: float) -> tuple[float, float, int]:
         """(seconds of backward, exposed seconds, buckets) of this rank."""
@@ -99,7 +105,7 @@ def wait_for_all(margin: float) -> None:
 
 def measure(method: str, strategy: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """On every rank: a row of the results."""
-    scene = Scene(method, strategy, arguments.buckets)
+    scene = Scene(method, strategy, arguments.buckets, arguments.width)
     # The agreement on a begin takes a tree's or a ring's messages, one after another.
     margin = BEGIN_SECONDS + 2 * dist.get_world_size() * arguments.delay_ms / 1e3
     for _ in range(WARM_UP):
@@ -152,7 +158,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--rate", default="100mbit", help="of every host's link, as tc writes it")
-    parser.add_argument("--buckets", type=int, default=5, help="of 5.3 MB, that DDP exchanges in a step")
+    parser.add_argument("--buckets", type=int, default=5, help="that DDP exchanges in a step")
+    parser.add_argument("--width", type=int, default=WIDTH, help="of a layer, whose gradients are a bucket")
     parser.add_argument("--methods", nargs="+", choices=(*TORCH_HOOKS, *QCOMM), default=["qcomm k=1", "fp32"])
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=["two_phase"], help="of qcomm")
     parser.add_argument("--steps", type=int, default=9, help="that are counted, of each method")
@@ -160,14 +167,16 @@ def main() -> int:
     parser.set_defaults(delay_ms=50.0)
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
-    if arguments.steps < 2 or arguments.buckets < 1:
-        parser.error(f"--steps must be 2 or more, --buckets 1 or more, got {arguments.steps} and {arguments.buckets}")
+    for name, least in (("steps", 2), ("buckets", 1), ("width", SMALLEST_WIDTH)):
+        if getattr(arguments, name) < least:
+            parser.error(f"--{name} must be {least} or more, got {getattr(arguments, name)}")
     if is_rank():
         run_rank(arguments)
         return 0
     wan = wan_from(arguments)
-    header = about(wan, hosts=arguments.hosts, rate=arguments.rate, buckets=arguments.buckets, steps=arguments.steps)
-    options = ["--buckets", str(arguments.buckets), "--steps", str(arguments.steps), "--methods", *arguments.methods]
+    header = about(wan, **{name: getattr(arguments, name) for name in ("hosts", "rate", "buckets", "width", "steps")})
+    options = [f"--{name}={getattr(arguments, name)}" for name in ("buckets", "width", "steps")]
+    options += ["--methods", *arguments.methods]
     options += ["--strategies", *arguments.strategies, "--delay-ms", str(arguments.delay_ms)]
     try:
         rows = run_ranks(__file__, options, arguments.hosts, arguments.rate, wan=wan)

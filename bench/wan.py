@@ -30,6 +30,7 @@ FRAME = MTU + 14  # of a full packet, as tc counts it: with an Ethernet header
 BATCH_SECONDS = 250e-6
 MOST_SEGMENTS = 65535 // MTU
 SHORTEST_QUEUE_MS = 50.0  # as of netlab's links without delay
+MOST_SEED = 2**32 - 1
 CLOSING_SECONDS = 10.0
 
 
@@ -81,7 +82,7 @@ class Wan:
         queue_ms: length of the queue of each direction of each host, in time at its rate. By default 50, or the round
             trip where that is longer: what one TCP stream needs to fill the link.
         queue_packets: in its place, in packets.
-        seed: of losses and jitter. The n-th packet of a host to another is lost, or not, whatever the time.
+        seed: of losses and jitter. The n-th packet that leaves a host is lost, or not, whatever the time.
     """
 
     delay_ms: float = 0.0
@@ -97,10 +98,14 @@ class Wan:
 
     def __post_init__(self) -> None:
         for name in ("delay_ms", "jitter_ms", "queue_ms", "queue_packets", "seed"):
-            if (getattr(self, name) or 0) < 0:
+            if not (getattr(self, name) or 0) >= 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.seed > MOST_SEED:
+            raise ValueError(f"seed must be at most {MOST_SEED}, got {self.seed}")
         if not 0 <= self.loss <= 1:
             raise ValueError(f"loss must be in 0..1, got {self.loss}")
+        if not all(delay >= 0 for delay in self.host_delays_ms):
+            raise ValueError(f"host_delays_ms must not be negative, got {self.host_delays_ms}")
         if self.delay_ms and self.host_delays_ms:
             raise ValueError("delay_ms and host_delays_ms exclude each other")
 

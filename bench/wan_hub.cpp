@@ -52,7 +52,6 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <utility>
 #include <vector>
 
 namespace {
@@ -64,7 +63,8 @@ constexpr Time SHORTEST_TURN = 50'000 * NANOSECOND, LONGEST_TURN = 250'000 * NAN
 constexpr int TURNS_A_DELAY = 20;
 constexpr int READS = 256;              // of a device in one turn, so that none is starved
 constexpr std::uint32_t NO_SLOT = ~0u;  // end of a list
-constexpr double UNLIMITED = 1e10;      // bits a second for which memory is taken where there is no limit
+constexpr double MOST_SECONDS = 60, MOST_BITS = 1e12;
+constexpr double UNLIMITED = 1e10;  // bits a second for which memory is taken where there is no limit
 
 // What TUN puts before each packet with IFF_VNET_HDR (virtio 1.2, 5.1.6.1); C++ cannot read linux/virtio_net.h.
 struct VirtioHeader {
@@ -287,12 +287,19 @@ public:
 
 [[noreturn]] void fail(const std::string& what) { throw std::runtime_error(what + ": " + std::strerror(errno)); }
 
-double number(const std::string& key, const std::string& text) {
+struct Option {
+    const char* key;
+    double* target;
+    double most;
+};
+
+double number(const std::string& key, const std::string& text, double most) {
     char* end = nullptr;
     const double value = std::strtod(text.c_str(), &end);
-    const bool most = key.rfind("loss", 0) != 0 || value <= 1;
-    if (end == text.c_str() || *end != 0 || !(value >= 0 && value < 1e15) || !most) {
-        throw std::runtime_error(key + " must be a number from 0 on, of a loss to 1, got '" + text + "'");
+    if (end == text.c_str() || *end != 0 || !(value >= 0 && value <= most)) {
+        char limit[32];
+        std::snprintf(limit, sizeof limit, "%.10g", most);
+        throw std::runtime_error(key + " must be a number from 0 to " + limit + ", got '" + text + "'");
     }
     return value;
 }
@@ -306,23 +313,22 @@ Plan parse(int count, char** texts) {
             plan.hosts.emplace_back().name = value;
             continue;
         }
-        using Pairs = std::vector<std::pair<const char*, double*>>;
-        Pairs known{{"seed", &plan.seed},
-                    {"overhead", &plan.overhead},
-                    {"reorder", &plan.reorder},
-                    {"mtu", &plan.mtu},
-                    {"segments", &plan.segments}};
+        std::vector<Option> known{{"seed", &plan.seed, 4294967295},
+                                  {"overhead", &plan.overhead, 65535},
+                                  {"reorder", &plan.reorder, 1},
+                                  {"mtu", &plan.mtu, 65535},
+                                  {"segments", &plan.segments, 65535}};
         if (!plan.hosts.empty()) {
             Host& host = plan.hosts.back();
-            known = {{"up", &host.up},           {"down", &host.down},
-                     {"delay", &host.delay},     {"jitter", &host.jitter},
-                     {"loss_up", &host.loss_up}, {"loss_down", &host.loss_down},
-                     {"queue", &host.queue},     {"queue_packets", &host.queue_packets}};
+            known = {{"up", &host.up, MOST_BITS},          {"down", &host.down, MOST_BITS},
+                     {"delay", &host.delay, MOST_SECONDS}, {"jitter", &host.jitter, MOST_SECONDS},
+                     {"loss_up", &host.loss_up, 1},        {"loss_down", &host.loss_down, 1},
+                     {"queue", &host.queue, MOST_SECONDS}, {"queue_packets", &host.queue_packets, 1e6}};
         }
         const auto found =
-            std::find_if(known.begin(), known.end(), [&](const auto& pair) { return key == pair.first; });
+            std::find_if(known.begin(), known.end(), [&](const Option& option) { return key == option.key; });
         if (found == known.end()) throw std::runtime_error("unknown option '" + text + "'");
-        *found->second = number(key, value);
+        *found->target = number(key, value, found->most);
     }
     if (plan.hosts.empty()) throw std::runtime_error("no host=");
     if (plan.mtu < 68 || plan.segments < 1 || plan.mtu * plan.segments > 65535) {
@@ -425,26 +431,28 @@ public:
         }
         const std::size_t begin = static_cast<std::size_t>(first) * virtio_.gso_size, bytes = length(first, count);
         VirtioHeader virtio = virtio_;
+        virtio.headers = static_cast<std::uint16_t>(headers_);
         if (count == 1) virtio.gso_type = GSO_NONE, virtio.gso_size = 0;
         std::memcpy(out, &virtio, VIRTIO);
         std::uint8_t* const to = out + VIRTIO;
         std::memcpy(to, ip(), headers_);
         std::memcpy(to + headers_, ip() + headers_ + begin, bytes);
         iphdr ip_header;
-        tcphdr tcp;
         std::memcpy(&ip_header, to, sizeof ip_header);
-        std::memcpy(&tcp, to + ip_size_, sizeof tcp);
         ip_header.tot_len = htons(static_cast<std::uint16_t>(headers_ + bytes));
         ip_header.id = htons(static_cast<std::uint16_t>(ntohs(ip_header.id) + first));
         ip_header.check = 0;
         std::memcpy(to, &ip_header, sizeof ip_header);
         ip_header.check = static_cast<std::uint16_t>(~sum(to, ip_size_, 0));
+        std::memcpy(to, &ip_header, sizeof ip_header);
+        tcphdr tcp;
+        std::memcpy(&tcp, to + ip_size_, sizeof tcp);
         tcp.seq = htonl(ntohl(tcp.seq) + static_cast<std::uint32_t>(begin));
+        if (first > 0) tcp.res2 &= 1;  // CWR is of the first segment, FIN and PSH are of the last (RFC 3168, 6.1.2)
         if (first + count < segments_) tcp.fin = tcp.psh = 0;
         // The receiver's kernel completes the sum, which begins with the pseudo header (RFC 9293, 3.1).
         const std::uint32_t tail = htons(IPPROTO_TCP) + htons(static_cast<std::uint16_t>(headers_ - ip_size_ + bytes));
         tcp.check = sum(to + 12, 8, tail);
-        std::memcpy(to, &ip_header, sizeof ip_header);
         std::memcpy(to + ip_size_, &tcp, sizeof tcp);
     }
 
@@ -547,8 +555,8 @@ public:
             for (std::size_t host = 0; host < plan_.hosts.size(); ++host) busy |= read_from(static_cast<int>(host));
             const Time now = clock_now();
             network_.advance(now, [&](std::uint32_t slot) { network_.give_back(slot); });
-            // A packet waits half a turn to be read, so it is passed on half a turn early, if it is due before the
-            // next.
+            // What is due before the next turn is passed on in this one, half a turn early in the mean, as packets wait
+            // half a turn to be read.
             for (std::size_t host = 0; host < plan_.hosts.size(); ++host) {
                 busy |= write_to(static_cast<int>(host), now + turn_);
             }
@@ -589,9 +597,10 @@ private:
     }
 
     void take_in(int from, const Frame& frame) {
-        const int to = frame.is_ipv4() ? static_cast<int>(frame.destination() & 0xff) - 1 : -1;
+        const bool is_multicast = frame.is_ipv4() && frame.destination() >> 28 == 0xe;
+        const int to = frame.is_ipv4() && !is_multicast ? static_cast<int>(frame.destination() & 0xff) - 1 : -1;
         if (to < 0 || to >= static_cast<int>(plan_.hosts.size()) || to == from) {
-            ++strays_;  // IPv6 looks for routers, for instance
+            ++strays_;  // IPv6 looks for routers, and IGMP tells groups
             return;
         }
         const int segments = frame.segments();

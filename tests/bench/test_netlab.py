@@ -94,6 +94,19 @@ def test_a_signal_to_a_bench_leaves_nothing(netlab, tmp_path):
     ends_clean(process, places, processes, 128 + signal.SIGTERM)
 
 
+def test_what_a_killed_netlab_leaves_is_removed_by_the_next(netlab):
+    process = start("--hosts", "2", "--", "sh", "-c", WAIT)
+    places, processes = told(process, 2)
+    with netlab.Netlab(1) as alive:
+        process.kill()
+        process.wait(60)
+        assert places <= namespaces()
+        netlab.remove_stale()
+        assert not places & namespaces()
+        assert any(name.startswith(alive._name) for name in namespaces())
+    ends_clean(process, places, processes, -signal.SIGKILL)
+
+
 def test_a_timeout_leaves_nothing(netlab):
     process = start("--hosts", "2", "--timeout", "5", "--", "sh", "-c", WAIT)
     places, processes = told(process, 2)

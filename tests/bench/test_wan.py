@@ -175,6 +175,8 @@ def test_what_cannot_be_is_refused(wan, replay):
     for values, message in (
         ({"loss": 1.5}, "loss must be in 0..1, got 1.5"),
         ({"delay_ms": -1}, "delay_ms must not be negative"),
+        ({"host_delays_ms": (1, -1)}, "host_delays_ms must not be negative"),
+        ({"seed": 2**32}, "seed must be at most 4294967295"),
         ({"delay_ms": 1, "host_delays_ms": (1, 2)}, "exclude each other"),
     ):
         with pytest.raises(ValueError, match=message):
