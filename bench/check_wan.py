@@ -32,7 +32,7 @@ PROBE = Path(__file__).with_name("wan_probe.py")
 MSS = MTU - 52  # 20 of IPv4, 32 of TCP with time stamps
 DELAY_SHARE, DELAY_SECONDS = 0.05, 0.3e-3
 CHANCE = 1e-5
-PACKETS = 10_000  # of UDP, from each host
+PACKET_SECONDS = 4.0  # about 10,000 of UDP from each host
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Case:
     control: str = ""
 
 
-def measure(case: Case, seconds: float, packets: int) -> dict[str, Any]:
+def measure(case: Case, seconds: float, packet_seconds: float) -> dict[str, Any]:
     """One row of the results."""
     wan = Wan(delay_ms=case.delay_ms, loss=case.loss)
     warm_up = 1.0 + 60 * case.delay_ms / 1e3
     with tempfile.TemporaryDirectory() as folder, Netlab(case.hosts, case.rate, wan) as lab:
-        options: dict[str, object] = {"packets": packets, "warm-up": warm_up, "seconds": seconds}
+        options: dict[str, object] = {"packet-seconds": packet_seconds, "warm-up": warm_up, "seconds": seconds}
         options |= {"subnet": SUBNET, "folder": folder, "control": case.control}
         command = [sys.executable, str(PROBE), *(f"--{name}={value}" for name, value in options.items())]
         before = lab.hub_figures()
@@ -60,7 +60,7 @@ def measure(case: Case, seconds: float, packets: int) -> dict[str, Any]:
         after = lab.hub_figures()
         found = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(case.hosts)]
     delays = [delay for host in found for delay in host["packets"]["delays"]]
-    sent = packets * case.hosts
+    sent = sum(host["packets"]["sent"] for host in found)
     lost = sent - sum(host["packets"]["received"] for host in found)
     rates = [host["stream"]["bits_per_second"] for host in found]
     link = bits_per_second(case.rate)
@@ -148,20 +148,20 @@ def main() -> int:
     parser.add_argument("--delays-ms", nargs="+", type=float, default=[0.5, 5, 50], help="one way")
     parser.add_argument("--losses", nargs="+", type=share, default=[0, 1e-3, 1e-2], help="shares, or in percent: 0.1%%")
     parser.add_argument("--seconds", type=float, default=4.0, help="of each stream that count")
-    parser.add_argument("--packets", type=int, default=PACKETS, help="of UDP, from each host")
+    parser.add_argument("--packet-seconds", type=float, default=PACKET_SECONDS, help="of UDP from each host")
     parser.add_argument("--no-mathis", action="store_true", help="without the last row")
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     end_cleanly()
     grid = itertools.product(arguments.hosts, arguments.rates, arguments.delays_ms, arguments.losses)
     cases = [Case(*place) for place in grid]
-    header, rows = about(packets=arguments.packets, seconds=arguments.seconds), []
+    header, rows = about(packet_seconds=arguments.packet_seconds, seconds=arguments.seconds), []
     try:
         for case in cases:
-            rows.append(measure(case, arguments.seconds, arguments.packets))
+            rows.append(measure(case, arguments.seconds, arguments.packet_seconds))
             show(rows[-1])
         if not arguments.no_mathis:
-            rows.append(measure(Case(2, "100mbit", 40, 1e-3, "reno"), 10 * arguments.seconds, arguments.packets))
+            rows.append(measure(Case(2, "100mbit", 40, 1e-3, "reno"), 10 * arguments.seconds, arguments.packet_seconds))
             show(rows[-1])
     except (NetlabError, RanksError) as error:
         return explain(error, "check_wan", "replay of wan_hub.cpp needs no rights")

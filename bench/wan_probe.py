@@ -54,12 +54,15 @@ def common_start(folder: Path, rank: int, hosts: int) -> float:
     return float(agreed.read_text())
 
 
-def send_packets(address: tuple[str, int], start: float, count: int) -> None:
+def send_packets(address: tuple[str, int], start: float, end: float, sent: list[int]) -> None:
+    """Batches with a pause after each, also where this thread is late: catching up would fill a queue."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
-        for number in range(count):
-            if number % BATCH == 0:
-                until(start + number // BATCH * BATCH_PAUSE)
-            sender.sendto(STAMP.pack(number, time.time_ns()).ljust(PACKET_BYTES), address)
+        until(start)
+        while time.monotonic() < end:
+            for _ in range(BATCH):
+                sender.sendto(STAMP.pack(len(sent), time.time_ns()).ljust(PACKET_BYTES), address)
+                sent.append(len(sent))
+            time.sleep(BATCH_PAUSE)
 
 
 def receive_packets(receiver: socket.socket, end: float) -> dict[str, Any]:
@@ -121,7 +124,7 @@ def receive_stream(listener: socket.socket, begin: float, end: float) -> dict[st
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--packets", type=int, required=True, help="of UDP")
+    parser.add_argument("--packet-seconds", type=float, required=True, help="of UDP")
     parser.add_argument("--warm-up", type=float, required=True, help="seconds of the stream that do not count")
     parser.add_argument("--seconds", type=float, required=True, help="of the stream that count")
     parser.add_argument("--control", default="", help="TCP's congestion control; the machine's own without it")
@@ -139,14 +142,16 @@ def main() -> int:
         listener.bind((own, PORT))
         listener.listen()
         start = common_start(arguments.folder, rank, hosts)
-        sent = start + arguments.packets // BATCH * BATCH_PAUSE
-        packets = threading.Thread(target=send_packets, args=((target, PORT), start, arguments.packets))
+        done = start + arguments.packet_seconds
+        sent: list[int] = []
+        packets = threading.Thread(target=send_packets, args=((target, PORT), start, done, sent))
         packets.start()
-        found["packets"] = receive_packets(receiver, sent + AFTER)
+        found["packets"] = receive_packets(receiver, done + AFTER)
         packets.join()
-        begin = sent + AFTER + arguments.warm_up
+        found["packets"]["sent"] = len(sent)
+        begin = done + AFTER + arguments.warm_up
         end = begin + arguments.seconds
-        stream = threading.Thread(target=send_stream, args=((target, PORT), sent + AFTER, end, arguments.control))
+        stream = threading.Thread(target=send_stream, args=((target, PORT), done + AFTER, end, arguments.control))
         stream.start()
         found["stream"] = receive_stream(listener, begin, end)
         stream.join()
