@@ -83,7 +83,7 @@ def test_ten_million_values(grid: qcomm.codec.Grid) -> None:
     assert packet.numel() <= 2.2 * x.numel() / 8
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (2, 3, 4), (1, 1, 1, 5), (7, 0), (2,) * 9])
+@pytest.mark.parametrize("shape", [(), (1,), (0, 3), (2, 3, 4), (1, 1, 1, 5), (7, 0), (2,) * 9, (1,) * 64])
 def test_shapes_survive(shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     decoded = qcomm.decompress(qcomm.compress(x, qcomm.RangeGrid(num_bits=12)))
@@ -150,6 +150,25 @@ def test_extreme_magnitudes_stay_finite_and_bounded(grid: qcomm.codec.Grid, x: t
     decoded = qcomm.decompress(packet)
     assert bool(decoded.isfinite().all())
     assert_within_bound(x, decoded, qcomm.inspect(packet).segments[0].step)
+
+
+@pytest.mark.parametrize("step", [0.02, 1.0, 2.0])
+def test_signs_and_zeros_are_kept(step: float) -> None:
+    x = torch.cat([gaussian(5000), torch.zeros(3000), -torch.zeros(3000)])
+    decoded = qcomm.decompress(qcomm.compress(x, qcomm.SigmaGrid(step)))
+    assert not ((decoded * x) < 0).any() and not decoded[5000:].any()
+
+
+@pytest.mark.parametrize("n", [1, 31, 1000, BLOCK + 1])
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_random_bits_need_hardly_more_room_than_they_take(grid: qcomm.codec.Grid, n: int) -> None:
+    bits = torch.randint(-(2**31), 2**31, (n,), dtype=torch.int64, generator=torch.Generator().manual_seed(n))
+    x = bits.to(torch.int32).view(torch.float32)
+    for values in (x, torch.where(x.isfinite(), x, torch.zeros(()))):
+        packet = qcomm.compress(values, grid)
+        decoded = qcomm.decompress(packet)
+        assert packet.numel() <= values.nbytes + 128
+        assert torch.equal(decoded.isfinite(), values.isfinite())
 
 
 @pytest.mark.parametrize("num_bits", [2, 4, 6, 8])

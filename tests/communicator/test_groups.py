@@ -1,6 +1,7 @@
 """Groups of ranks: those that overlap, are made again or connect at once, their threads, bytes and ends."""
 
 import gc
+import socket
 import subprocess
 import sys
 import threading
@@ -79,6 +80,22 @@ def test_groups_connect_independently(rank, world_size):
         for thread in threads:
             thread.join()
     assert not errors
+
+
+@world(2, alone=True)
+def test_ranks_meet_over_ipv6_and_in_groups_that_are_watched(rank, world_size):
+    """The store at ::1, and TORCH_DISTRIBUTED_DEBUG=DETAIL, which wraps the group."""
+    port = [0]
+    if rank == 0:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+            port = [probe.getsockname()[1]]
+    dist.broadcast_object_list(port)
+    dist.destroy_process_group()
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    dist.init_process_group("gloo", init_method=f"tcp://[::1]:{port[0]}", rank=rank, world_size=world_size)
+    check_works(rank, world_size)
+    check_works(rank, world_size, dist.new_group())
 
 
 @world(2)
