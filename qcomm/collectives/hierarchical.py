@@ -15,10 +15,13 @@ in a slices and each slice in b chunks::
 All ranks end with the same bits, because the slices with number l are decoded from the same packets on every node.
 Ranks that share a fast link form a node. Any two factors of W are possible, which makes a torus of a x b.
 
+Values inside a node travel in packets, too, which store them as they are: their checksums find damage before it is
+added.
+
 There are n elements, of v bytes in float32 or float64 and of d bytes in the buffer's dtype. P are the packets of a
 rank's slice and M those of the slice's means. Then per rank::
 
-    bytes inside the node      (a - 1) / a * n * (v + d)
+    bytes inside the node      (a - 1) / a * n * (v + d), and 2 (a - 1) headers and checksums of packets
     bytes between nodes        (b - 1) / b * (P + M), about 1 / a of those of two_phase over the same links
     headers                    4 to each of the W - 1 other ranks
     |result - mean|            <= sum_n(s_n) / (2 W) + t / 2 and rounding
@@ -58,14 +61,12 @@ from qcomm.collectives.packing import (
     no_bytes,
     pack,
     recover,
-    scatter_chunk,
     size_limit,
     unpack,
 )
 from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.task import MeanTask
 from qcomm.communicator import Phase
-from qcomm.errors import PacketError
 
 __all__ = ["hierarchical_mean"]
 
@@ -106,8 +107,7 @@ class _Place(NamedTuple):
 
 def hierarchical_mean(rounds: Rounds) -> None:
     """Replaces the buffer of ``rounds.task`` by its mean over all ranks. Runs on the communicator's thread."""
-    task, world_size = rounds.task, rounds.world_size
-    dtype, item_bytes = task.wire_dtype, task.buffer.element_size()
+    task, world_size, dtype = rounds.task, rounds.world_size, rounds.task.wire_dtype
     place = _Place.of(rounds.rank, world_size, task.options.node_size)
     chunks = place.slice_of(task, place.local)
     sizes = [size_limit(chunk, dtype) for chunk in chunks]
@@ -121,8 +121,7 @@ def hierarchical_mean(rounds: Rounds) -> None:
         return [received[rank] for rank in ranks]
 
     parts = rounds.compute(Phase.PREPARE, _split, task, place)
-    own_bytes = _elements(chunks) * dtype.itemsize
-    received = exchange(Phase.ENCODE, "inside", place.neighbours, parts, [own_bytes] * place.ranks_per_node)
+    received = exchange(Phase.ENCODE, "inside", place.neighbours, parts, [sum(sizes)] * place.ranks_per_node)
 
     sums = rounds.compute(Phase.NODE, _encode_sums, task, place, received)
     received = exchange(Phase.NODE, "phase1", place.row, sums, [sizes[place.node]] * place.nodes)
@@ -133,8 +132,9 @@ def hierarchical_mean(rounds: Rounds) -> None:
 
     decoded = rounds.compute(Phase.DECODE, _decode_slice, task, place, means)
     outgoing = None if decoded is None else [decoded] * place.ranks_per_node
-    slices = [_elements(place.slice_of(task, local)) * item_bytes for local in range(place.ranks_per_node)]
-    received = exchange(Phase.DECODE, "inside", place.neighbours, outgoing, slices)
+    slices = [place.slice_of(task, local) for local in range(place.ranks_per_node)]
+    limits = [sum(size_limit(chunk, task.buffer.dtype) for chunk in each) for each in slices]
+    received = exchange(Phase.DECODE, "inside", place.neighbours, outgoing, limits)
 
     rounds.compute(Phase.DECODE, _join, task, place, received)
     for phase, packets in enumerate((sums or [], means), 1):
@@ -142,7 +142,7 @@ def hierarchical_mean(rounds: Rounds) -> None:
 
 
 def _split(task: MeanTask, place: _Place) -> list[torch.Tensor]:
-    """Returns this rank's values without the scale, as bytes: one part for each slice, the own one included.
+    """Returns this rank's values without the scale: a packet for each slice, the own one included.
 
     The slices of other ranks include all their residuals of error feedback.
     """
@@ -172,7 +172,7 @@ def _split(task: MeanTask, place: _Place) -> list[torch.Tensor]:
             if rest.any() and _takes_part(gather_runs(values, tensor.runs)):
                 into.add_(rest)
                 rest.zero_()
-        parts.append(part.view(torch.uint8))
+        parts.append(_message(part, task))
     return parts
 
 
@@ -190,11 +190,7 @@ def _encode_sums(task: MeanTask, place: _Place, received: Sequence[torch.Tensor]
     with task.telemetry.timed("encode_seconds"):
         total = torch.empty(_elements(chunks), dtype=dtype, device=CPU)
         for number, (rank, message) in enumerate(zip(place.neighbours, received, strict=True)):
-            values = _values(message, dtype, total.numel(), rank)
-            if number == 0:
-                total.copy_(values)
-            else:
-                total.add_(values)
+            unpack(message, total, rank, accumulate=number > 0, num_threads=task.options.num_threads)
         return [
             _pack(task, place, chunk, values, owner=False)
             for chunk, values in zip(chunks, total.split([chunk.count for chunk in chunks]), strict=True)
@@ -250,7 +246,7 @@ def _pack(task: MeanTask, place: _Place, chunk: Chunk, values: torch.Tensor, own
 
 
 def _decode_slice(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Returns the means of this rank's slice in the buffer's dtype, as bytes."""
+    """Returns the means of this rank's slice in the buffer's dtype, as a packet."""
     task.telemetry.mark(task.index, "decode")
     chunks = place.slice_of(task, place.local)
     with task.telemetry.timed("decode_seconds"):
@@ -262,16 +258,15 @@ def _decode_slice(task: MeanTask, place: _Place, packets: Sequence[torch.Tensor]
             means.mul_(task.scale)
         for chunk, part in zip(chunks, parts, strict=True):
             keep_in_range(part, chunk, task.buffer.dtype)
-        return means.to(task.buffer.dtype).view(torch.uint8)
+        return _message(means.to(task.buffer.dtype), task)
 
 
 def _join(task: MeanTask, place: _Place, received: Sequence[torch.Tensor]) -> None:
     """Writes all slices into the buffer."""
     for local, (rank, message) in enumerate(zip(place.neighbours, received, strict=True)):
-        chunks = place.slice_of(task, local)
-        values = _values(message, task.buffer.dtype, _elements(chunks), rank)
-        for chunk, part in zip(chunks, values.split([chunk.count for chunk in chunks]), strict=True):
-            scatter_chunk(part, chunk, task.buffer)
+        places = [run for chunk in place.slice_of(task, local) for run in chunk.places]
+        if places:
+            unpack(message, task.buffer, rank, places=places, num_threads=task.options.num_threads)
 
 
 def _elements(chunks: Sequence[Chunk]) -> int:
@@ -296,10 +291,8 @@ def _spread(ranks: Sequence[int], items: Sequence[T], world_size: int, nothing: 
     return spread
 
 
-def _values(message: torch.Tensor, dtype: torch.dtype, count: int, sender: int) -> torch.Tensor:
-    """Returns the values in an uncompressed message."""
-    if message.numel() != count * dtype.itemsize:
-        raise PacketError(
-            f"values of rank {sender} of the group: {message.numel()} bytes instead of {count * dtype.itemsize}"
-        )
-    return message.view(dtype)
+def _message(values: torch.Tensor, task: MeanTask) -> torch.Tensor:
+    """Returns the packet of values that are not quantized."""
+    if not values.numel():
+        return no_bytes()
+    return pack([Segment(values, Quantizer.raw())], num_threads=task.options.num_threads)

@@ -111,6 +111,12 @@ def exact_sum(buffers, layout, grid, item_bytes=0):
     return Expected(result, bound, sent, received)
 
 
+def _raw_bytes(counts, item_bytes):
+    """Bytes of packets of so many values, stored as they are."""
+    dtype = {2: torch.float16, 4: torch.float32, 8: torch.float64}[item_bytes]
+    return sum(size([Segment(torch.zeros(count, dtype=dtype), Quantizer.raw())]) for count in counts if count)
+
+
 def hierarchical(buffers, layout, grid, item_bytes=0, ranks_per_node=1):
     """Nodes first, chunk by chunk."""
     world_size, dtype = len(buffers), buffers[0].dtype
@@ -120,10 +126,14 @@ def hierarchical(buffers, layout, grid, item_bytes=0, ranks_per_node=1):
     sent, received = [headers] * world_size, [headers] * world_size
     for rank in range(world_size):
         local = rank % ranks_per_node
-        own = sum(chunk.count for chunk in layout.chunks[local * nodes : (local + 1) * nodes])
-        others, copies = layout.elements - own, (ranks_per_node - 1) * own
-        sent[rank] += others * dtype.itemsize + copies * item_bytes
-        received[rank] += copies * dtype.itemsize + others * item_bytes
+        counts = [
+            sum(chunk.count for chunk in layout.chunks[other * nodes : (other + 1) * nodes])
+            for other in range(ranks_per_node)
+        ]
+        others = [count for other, count in enumerate(counts) if other != local]
+        copies = [counts[local]] * (ranks_per_node - 1)
+        sent[rank] += _raw_bytes(others, dtype.itemsize) + _raw_bytes(copies, item_bytes)
+        received[rank] += _raw_bytes(copies, dtype.itemsize) + _raw_bytes(others, item_bytes)
 
     def quantizer(values, grid):
         found = twin.quantizer_for(values, grid)
