@@ -71,8 +71,8 @@ class ReduceOptions:
             checksum: a DivergenceError then names bucket, step and ranks. With ``"interval"`` means of strategies that
             add values on the way are compared at the next handshake: in the next collective, or within 31 steps where
             the hook runs uncompressed. Compressed packets have checksums. ``"step"`` compares all means before they are
-            used, which takes another exchange of headers, and ``"off"`` none. CUDA tensors with ``device_codec`` are
-            not compared.
+            used, which takes another exchange of headers, and checks the sums of ``"none"`` and ``"bf16"`` against
+            those of all ranks' values. ``"off"`` compares none. CUDA tensors with ``device_codec`` are not compared.
         secret: the path of a key file. Every message of this library is then encrypted and authenticated, and only
             ranks with a copy of that file take part, see docs/secure.md. It is a property of the group's connections:
             all uses of a group pass the same. Nothing bypasses the handshake then, and ``device_codec`` is refused. It

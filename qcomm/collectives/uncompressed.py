@@ -9,9 +9,11 @@ import torch
 from qcomm.codec import measure
 from qcomm.collectives.packing import is_zero
 from qcomm.collectives.rounds import Rounds
+from qcomm.collectives.sum_check import SumCheck
 from qcomm.collectives.task import MeanTask
 from qcomm.collectives.uncompressed_values import Bypassing, UncompressedValues, count_rings
 from qcomm.communicator import Fault, Phase
+from qcomm.transport import Traffic
 
 __all__ = ["bf16_mean", "uncompressed_mean"]
 
@@ -20,7 +22,8 @@ def uncompressed_mean(rounds: Rounds) -> None:
     """Replaces the buffer of ``rounds.task`` by its mean over all ranks. Runs on the communicator's thread.
 
     Values are divided before they are summed, in the buffer's dtype, as DDP does: 16-bit sums overflow no earlier than
-    values. The residuals that error feedback keeps of the buffer's parameters are sent along.
+    values. The residuals that error feedback keeps of the buffer's parameters are sent along. With ``verify="step"``
+    the sums are checked (:mod:`qcomm.collectives.sum_check`).
     """
     _mean("none", rounds)
 
@@ -45,9 +48,12 @@ def _mean(strategy: str, rounds: Rounds) -> None:
         rounds.finish_agreeing(handshake)
         if loaded is None:  # the others are already summing, and see it from the connections
             raise cast(Fault, rounds.fault).error
-        values, parts = loaded
-        rounds.sum(parts)
-    rounds.compute(Phase.DECODE, _store, task, values)
+        values, parts, check = loaded
+        rounds.sum(parts if check is None else [*parts, check.totals])
+    rounds.compute(Phase.DECODE, _store, task, values, parts, check)
+    if check is not None:
+        ring = 2 * check.totals.nbytes * (rounds.world_size - 1) // rounds.world_size
+        task.telemetry.add_traffic("overhead", Traffic(ring, ring))
     count_rings(task.telemetry, strategy, task.layout, task.buffer.dtype)
 
 
@@ -69,16 +75,21 @@ def _add_residuals(task: MeanTask, rank: int) -> None:
 
 def _load(
     task: MeanTask, strategy: str, bypassing: Bypassing | None
-) -> tuple[UncompressedValues, Sequence[torch.Tensor]]:
-    """Returns this rank's share of the mean, which is to be summed."""
+) -> tuple[UncompressedValues, Sequence[torch.Tensor], SumCheck | None]:
+    """Returns this rank's share of the mean, which is to be summed, and a check of the sum where one is wanted."""
     memory = {} if bypassing is None else bypassing.memory
     with task.telemetry.timed("encode_seconds"):
         if strategy not in memory:
             memory[strategy] = UncompressedValues(strategy, task.layout, task.buffer.dtype)
-        return memory[strategy], memory[strategy].load(task.buffer)
+        values = memory[strategy]
+        parts = values.load(task.buffer)
+        check = SumCheck(parts, task.layout.world_size) if task.options.verify == "step" else None
+        return values, parts, check
 
 
-def _store(task: MeanTask, values: UncompressedValues) -> None:
-    """Writes the sums back to the buffer."""
+def _store(task: MeanTask, values: UncompressedValues, parts: Sequence[torch.Tensor], check: SumCheck | None) -> None:
+    """Writes the sums back to the buffer, unless their check finds that they are wrong."""
     with task.telemetry.timed("decode_seconds"):
+        if check is not None:
+            check.compare(parts)
         values.store(task.buffer)
