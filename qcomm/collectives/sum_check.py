@@ -38,6 +38,8 @@ HIGHER_ORDERS = 1.001
 # 16-bit numbers are rounded coarsely, and a short segment has a tighter bound.
 SEGMENT_BYTES = {2: 1 << 10, 4: 1 << 14, 8: 1 << 15}
 FLOAT64_UNIT = 2.0**-53
+# Values at once, which stay in a processor's cache in float64; whole segments of every dtype.
+BLOCK_VALUES = 1 << 16
 
 
 class SumCheck:
@@ -64,8 +66,7 @@ class SumCheck:
 
     def __init__(self, values: Sequence[torch.Tensor], world_size: int) -> None:
         self._world_size = world_size
-        parts = [part for tensor in values for part in (_add_up(tensor), _add_up(tensor.abs()))]
-        self.totals = torch.cat(parts) if parts else torch.empty(0, dtype=torch.float64, device=CPU)
+        self.totals = torch.cat([_add_up(tensor).reshape(-1) for tensor in values])
 
     def compare(self, sums: Sequence[torch.Tensor]) -> None:
         """Checks the sums of all ranks' values against the sums of ``totals``.
@@ -73,13 +74,12 @@ class SumCheck:
         Raises:
             CollectiveError: some value was damaged before it was added, or on its way back.
         """
-        parts = iter(self.totals.split([count for tensor in sums for count in (_segments(tensor),) * 2]))
-        for tensor in sums:
-            expected, magnitude = next(parts), next(parts)
-            self._compare(tensor, expected, magnitude)
+        parts = self.totals.split([2 * _segments(tensor) for tensor in sums])
+        for tensor, part in zip(sums, parts, strict=True):
+            self._compare(tensor, *part.view(2, -1))
 
     def _compare(self, sums: torch.Tensor, expected: torch.Tensor, magnitude: torch.Tensor) -> None:
-        found, limits, size = _add_up(sums), torch.finfo(sums.dtype), segment_size(sums.dtype)
+        found, limits, size = _add_up(sums)[0], torch.finfo(sums.dtype), segment_size(sums.dtype)
         rounding = math.expm1((self._world_size - 1) * math.log1p(limits.eps / 2))
         rounding += 3 * (size + self._world_size) * FLOAT64_UNIT
         flushed = 4 * size * self._world_size * torch.finfo(_arithmetic(sums.dtype)).tiny
@@ -118,10 +118,17 @@ def _segments(values: torch.Tensor) -> int:
 
 
 def _add_up(values: torch.Tensor) -> torch.Tensor:
-    """Returns the sum of each segment, in float64; the last segment may be short."""
+    """Returns the sum of each segment, and that of its magnitudes, in float64; the last segment may be short."""
     size = segment_size(values.dtype)
-    whole = values.numel() // size * size
-    sums = [values[:whole].view(whole // size, size).sum(1, dtype=torch.float64)]
-    if whole < values.numel():
-        sums.append(values[whole:].sum(dtype=torch.float64).reshape(1))
-    return torch.cat(sums)
+    sums = torch.empty(2, _segments(values), dtype=torch.float64, device=CPU)
+    memory = torch.empty(BLOCK_VALUES, dtype=torch.float64, device=CPU)
+    for first in range(0, values.numel(), BLOCK_VALUES):
+        part = values[first : first + BLOCK_VALUES]
+        block = memory[: _segments(part) * size]
+        block[: part.numel()].copy_(part)
+        block[part.numel() :].zero_()
+        segments = block.view(-1, size)
+        of_block = sums[:, first // size : first // size + len(segments)]
+        torch.sum(segments, 1, out=of_block[0])
+        torch.sum(segments.abs_(), 1, out=of_block[1])
+    return sums

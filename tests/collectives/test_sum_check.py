@@ -55,7 +55,7 @@ def rounded_the_same_way(dtype):
 def test_rounding_is_no_damage(dtype):
     largest, tiny = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
     generator = torch.Generator().manual_seed(0)
-    for count in (0, 1, segment_size(dtype) - 1, segment_size(dtype), segment_size(dtype) + 1, 9000):
+    for count in (0, 1, segment_size(dtype) - 1, segment_size(dtype), segment_size(dtype) + 1, 70_000):
         for scale in (1.0, tiny / 4, largest / 100):
             ranks = [(torch.randn(count, generator=generator) * scale).to(dtype) for _ in range(7)]
             check, total = checked_sum(ranks)
