@@ -13,7 +13,7 @@ from qcomm.codec import (
     inspect,
 )
 from qcomm.collectives import load_rank_states
-from qcomm.ddp import CompressionState, attach, compression_hook
+from qcomm.ddp import CompressionState, GradientNoise, NoiseEstimate, attach, compression_hook
 from qcomm.errors import CollectiveError, ConfigMismatchError, DivergenceError, PacketError
 from qcomm.local_sgd import CompressedModelAverager, HierarchicalCompressedModelAverager, broadcast_parameters
 from qcomm.state_dicts import load, save
@@ -27,8 +27,10 @@ __all__ = [
     "CompressionState",
     "ConfigMismatchError",
     "DivergenceError",
+    "GradientNoise",
     "HierarchicalCompressedModelAverager",
     "MpiGroup",
+    "NoiseEstimate",
     "PacketError",
     "PacketInfo",
     "RangeGrid",

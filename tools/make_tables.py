@@ -288,6 +288,19 @@ def paper(experiment: str) -> str:
     return markdown([f"{document['settings']['dataset']}, {seeds} seeds", "paper", "here"], rows)
 
 
+def noise_overhead() -> str:
+    """``bench/bench_noise.py``: the measurement's share of a step, and the ratio of steps with and without it."""
+    document, rows = read("noise.json"), []
+    for row in document["rows"]:
+        share, ratio = row["share_of_step"], row["ratio"]
+        shares = f"{100 * share['median']:.2f} %", f"{100 * share['p10']:.2f} … {100 * share['p90']:.2f} %"
+        ratios = f"{ratio['median']:.3f}", f"{ratio['p10']:.2f} … {ratio['p90']:.2f}"
+        rows.append([f"{row['model']}, {row['parameters']:,}, {row['batch']}", *shares, *ratios])
+    headings = ["model, parameters, batch", "share of the step's processor time", "p10 … p90", "ratio of steps",
+                "p10 … p90"]  # fmt: skip
+    return markdown(headings, rows) + measured_on(document)
+
+
 PAPER = ("quantization-levels", "gradient-rms", "entropy", "bit-allocation", "bit-rate", "lossless", "ablation")
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
@@ -303,6 +316,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pairs": pairs,
     "step": step,
     "time_to_accuracy": time_to_accuracy,
+    "noise_overhead": noise_overhead,
     **{f"paper_{name.replace('-', '_')}": partial(paper, name) for name in PAPER},
 }
 

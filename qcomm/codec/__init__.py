@@ -29,6 +29,7 @@ from qcomm.codec._native import (
     is_usable,
     measure,
     record_bytes,
+    sample_indices,
 )
 from qcomm.codec._native_cuda import FAULTS, CodedRange, DecodeTask, PacketSlot, Run, core, is_on_device
 from qcomm.codec.entropy import estimate_entropy
@@ -121,4 +122,5 @@ __all__ = [
     "plan_step",
     "read_quantizers",
     "record_bytes",
+    "sample_indices",
 ]

@@ -1,10 +1,12 @@
-"""Checkpoints of the hook's state: number of steps, run, buckets and residuals."""
+"""Checkpoints of the hook's state: number of steps, run, buckets, residuals and measured noise."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcomm.collectives import ErrorFeedback, RankState, parts_of
 from qcomm.ddp.buckets import BucketTable
+from qcomm.ddp.gradient_noise import GradientNoise
+from qcomm.ddp.noise_sums import NoiseSums
 from qcomm.ddp.reducer import Steps
 
 __all__ = ["StateDict", "check", "note_origin", "restore", "save"]
@@ -15,11 +17,12 @@ ENTRIES = {"steps", "run", "has_names", "world_size", "error_feedback"}
 StateDict = Mapping[str, Any]
 
 
-def save(steps: Steps, table: BucketTable, feedback: ErrorFeedback | None) -> RankState:
+def save(steps: Steps, table: BucketTable, feedback: ErrorFeedback | None, noise: GradientNoise | None) -> RankState:
     """Returns the state of a rank to resume from.
 
     It has the number of steps, the name of the run, the number of ranks that the residuals are for, the residuals, a
-    flag for residuals that are known by parameter names, and those names by bucket.
+    flag for residuals that are known by parameter names, and those names by bucket. Measured noise is there where it is
+    asked for.
     """
     return RankState(
         {
@@ -30,18 +33,24 @@ def save(steps: Steps, table: BucketTable, feedback: ErrorFeedback | None) -> Ra
             "world_size": feedback.world_size if feedback is not None else None,
             "buckets": table.order or [list(names) for names in table.saved_order or ()],
             "error_feedback": feedback.state_dict() if feedback is not None else None,
+            **({"gradient_noise": noise.state_dict()} if noise is not None else {}),
         }
     )
 
 
 def restore(
-    state_dict: StateDict | Sequence[StateDict], steps: Steps, table: BucketTable, feedback: ErrorFeedback | None
+    state_dict: StateDict | Sequence[StateDict],
+    steps: Steps,
+    table: BucketTable,
+    feedback: ErrorFeedback | None,
+    noise: GradientNoise | None,
 ) -> None:
-    """Restores steps and residuals.
+    """Restores steps, residuals and measured noise.
 
     Args:
         state_dict: from :func:`save` on one rank or several, whose residuals are then added.
-        steps, table, feedback: of the state that resumes. Without ``feedback`` residuals are dropped.
+        steps, table, feedback, noise: of the state that resumes. Without ``feedback`` residuals are dropped, and
+            without ``noise`` its measurements. Of several ranks' measurements the first rank's are kept.
 
     Raises:
         ValueError: of another format, damaged, of another model, or not of one run; nothing has changed then.
@@ -55,6 +64,8 @@ def restore(
     elif feedback is not None:
         feedback.clear(first["world_size"])
     steps.resume(first["steps"], first["run"])
+    if noise is not None and "gradient_noise" in first:
+        noise.load_state_dict(first["gradient_noise"])  # checked above
     # Checkpoints of before have none. The first step may then differ in its last bits from that of an undisturbed run.
     table.saved_order = first.get("buckets") or None
     table.residuals_have_names = bool(residuals) and any(part["has_names"] for part in saved)
@@ -115,3 +126,5 @@ def _check(part: Mapping[str, Any]) -> None:
     positive = isinstance(world_size, int) and not isinstance(world_size, bool) and world_size > 0
     if world_size is not None and not positive:
         raise ValueError(f"state_dict is damaged: world_size must be a positive number of ranks, got {world_size!r}")
+    if "gradient_noise" in part:
+        NoiseSums.from_lists(part["gradient_noise"])

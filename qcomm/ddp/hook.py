@@ -112,6 +112,8 @@ def attach(
             check_device_options(state.options)
             check_group(group, device)
             core()
+    if state.noise is not None:
+        state.noise.check(ddp_model, get_world_size(group))
     state.bind(ddp_model.module, group)
     if get_world_size(group) > 1 or state.options.strategy != "auto":
         deals = state.options.compresses and all(parameter.is_cpu for parameter in ddp_model.module.parameters())
@@ -121,6 +123,8 @@ def attach(
     state.reducer.steps.skips_buckets = getattr(ddp_model, "skip_all_reduce_unused_params", False)
     ddp_model.register_comm_hook(state, compression_hook)
     ddp_model._comm_hooks = AttachedHooks(ddp_model._comm_hooks)
+    if state.noise is not None:
+        state.noise.bind(ddp_model, get_world_size(group))
     watch(ddp_model.module, state.options.grid, state.telemetry)
     return state
 

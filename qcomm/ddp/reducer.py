@@ -52,6 +52,7 @@ from qcomm.ddp.bypass import BYPASSED, Bypass, Lane, LastError, can_bypass
 from qcomm.ddp.checks import check_scale
 from qcomm.ddp.cuda import DeviceHook
 from qcomm.ddp.failures import GROUP_IS_BROKEN, NOTHING_BEGAN, StepError, of_bucket
+from qcomm.ddp.gradient_noise import GradientNoise
 from qcomm.ddp.regroup import Regrouping, may_regroup
 from qcomm.ddp.warm_up import WarmUp
 from qcomm.errors import CollectiveError, ConfigMismatchError
@@ -209,6 +210,7 @@ class Reducer:
         feedback: residuals; None without error feedback.
         telemetry: counts bytes, bits and seconds.
         grad_scale: the factor of the gradients.
+        noise: measures the gradients' noise; None where nobody asked for it.
 
     Attributes:
         group: to average over; None for the default group.
@@ -225,6 +227,7 @@ class Reducer:
         feedback: ErrorFeedback | None,
         telemetry: Telemetry,
         grad_scale: GradScale,
+        noise: GradientNoise | None,
     ) -> None:
         self.group: Group | None = None
         self.grad_scale = grad_scale
@@ -235,6 +238,7 @@ class Reducer:
         self._device_hook: DeviceHook | None = None
         self._regrouping: Regrouping | None = None
         self._step_end = StepEnd()
+        self._noise = noise
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state without the objects of this process: group, device, a ``grad_scale`` that is no number."""
@@ -266,13 +270,24 @@ class Reducer:
 
     def reduce(self, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Starts averaging a bucket. The Future raises all errors, since DDP could not go on after one raised here."""
+        if self._noise is not None:
+            self._prepare(self._noise.begin, bucket, self._table.name_of)
         if self._table.saved_order is not None:
             future = self._reduce_regrouped(self._table.saved_order, bucket)
         else:
             future = self._reduce(bucket)
         if bucket.is_last():
             self._step_end.wait_in_backward()
+        if self._noise is not None and self._noise.has_all(bucket, future):
+            self._measure_in_backward(self._noise)
         return future
+
+    def _measure_in_backward(self, noise: GradientNoise) -> None:
+        """Has this pass of backward measure the step when it ends, behind the wait for its exchanges."""
+        if torch._C._current_graph_task_id() >= 0:
+            torch.autograd.Variable._execution_engine.queue_callback(
+                lambda: self._prepare(noise.finish, float(self.steps.scale))
+            )
 
     def _reduce_regrouped(
         self, order: Sequence[Sequence[str]], bucket: dist.GradBucket

@@ -15,6 +15,7 @@ from qcomm.communicator import Group
 from qcomm.ddp.buckets import BucketTable
 from qcomm.ddp.checkpoint import StateDict, check, note_origin, restore, save
 from qcomm.ddp.checks import check_hook_options
+from qcomm.ddp.gradient_noise import GradientNoise
 from qcomm.ddp.reducer import GradScale, Reducer
 from qcomm.ddp.warm_up import WarmUp
 
@@ -44,6 +45,8 @@ class CompressionState:
         grad_scale: the factor of the loss, with AMP: ``scaler.get_scale``, a 0-dim tensor, or a number. It is read
             once per step, with ``device_codec`` a tensor on a CUDA device without waiting for it. Error feedback is
             kept without the factor, so that a residual stays right when the scale changes.
+        noise: a :class:`qcomm.GradientNoise` that measures the noise of the gradients, for ``stats()["noise"]``. Each
+            rank may have one or not.
         **options: ``mean_step``, ``small_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads``,
             ``profile``, ``verify``, ``secret`` and ``device_codec`` of :class:`qcomm.collectives.ReduceOptions`.
             ``stats()["strategies"]`` has the strategy that ``"auto"`` took for each bucket. A named strategy also runs
@@ -70,10 +73,13 @@ class CompressionState:
         warmup_step: float | None = None,
         exclude: Sequence[str] = (),
         grad_scale: GradScale = None,
+        noise: GradientNoise | None = None,
         **options: Unpack[ReduceKeywords],
     ) -> None:
         self.options = ReduceOptions(grid, **options)
         check_hook_options(error_feedback, exclude, grad_scale)
+        if noise is not None and not isinstance(noise, GradientNoise):
+            raise TypeError(f"noise must be a qcomm.GradientNoise or None, got {type(noise).__name__}")
         self._warm_up = WarmUp(warmup_steps, warmup_step)
         self._warm_up.check(self.options)
         if error_feedback:
@@ -87,7 +93,10 @@ class CompressionState:
         }
         self._table = BucketTable(self.options, described, exclude, self._warm_up, error_feedback)
         self._feedback = ErrorFeedback() if error_feedback else None
-        self.reducer = Reducer(self.options, self._warm_up, self._table, self._feedback, self.telemetry, grad_scale)
+        self._noise = noise
+        self.reducer = Reducer(
+            self.options, self._warm_up, self._table, self._feedback, self.telemetry, grad_scale, noise
+        )
         self.reducer.group = process_group
 
     @property
@@ -108,6 +117,11 @@ class CompressionState:
     def error_feedback(self) -> ErrorFeedback | None:
         """Returns the residuals, which must not be used during backward; None where error feedback is off."""
         return self._feedback
+
+    @property
+    def noise(self) -> GradientNoise | None:
+        """Returns what measures the gradients' noise; None where nobody asked for it."""
+        return self._noise
 
     @property
     def warmup_steps(self) -> int:
@@ -153,28 +167,33 @@ class CompressionState:
             this call waits for the device);
             ``strategies``: for each bucket the strategy of its last mean;
             ``tensors``: for each compressed parameter the last ``grid``, ``coding``, ``num_bits`` and ``step``;
-            ``residual_norm``: of the residuals.
+            ``residual_norm``: of the residuals;
+            ``noise``: with the option of that name, a :class:`qcomm.NoiseEstimate` as a dictionary, of the whole
+            gradient (``total``) and of each parameter (``tensors``).
         """
         self.reducer.flush()
         residual_norm = self._feedback.norm() if self._feedback is not None else 0.0
-        return {**self.telemetry.stats(), "residual_norm": residual_norm}
+        noise = {} if self._noise is None else {"noise": self._noise.stats()}
+        return {**self.telemetry.stats(), "residual_norm": residual_norm, **noise}
 
     def reset_stats(self) -> None:
-        """Sets the counters to zero; error feedback and the number of steps stay."""
+        """Sets the counters to zero and forgets measured noise; error feedback and the number of steps stay."""
         self.reducer.flush()
         self.telemetry.reset()
+        if self._noise is not None:
+            self._noise.reset()
 
     def exception(self) -> Exception | None:
         """Returns the error that ended the last failed step, as an object; DDP raises its text."""
         return self.reducer.steps.last_error.error
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state to resume this rank from: number of steps and residuals.
+        """Returns the state to resume this rank from: number of steps, residuals, and noise where it is measured.
 
         Every rank has to save its own state, between steps: in a file of its own with ``torch.save``, or as part of a
         checkpoint of ``torch.distributed.checkpoint``, which keeps the ranks' states apart (docs/guide.md).
         """
-        return save(self.reducer.steps, self._table, self._feedback)
+        return save(self.reducer.steps, self._table, self._feedback, self._noise)
 
     def load_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
         """Resumes from a result of ``state_dict`` on this rank; the number of ranks may have changed.
@@ -189,7 +208,7 @@ class CompressionState:
                 that resume from states of different runs, steps or numbers of ranks get a ConfigMismatchError in the
                 next exchange.
         """
-        restore(state_dict, self.reducer.steps, self._table, self._feedback)
+        restore(state_dict, self.reducer.steps, self._table, self._feedback, self._noise)
 
     def check_state_dict(self, state_dict: StateDict | Sequence[StateDict]) -> None:
         """Raises the errors that :meth:`load_state_dict` would raise, and changes nothing.
