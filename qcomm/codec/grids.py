@@ -13,6 +13,7 @@ MIN_SIGMA_STEP = 2.0**-12
 MAX_SIGMA_STEP = 16.0
 SIGMA_CODINGS = ("auto", "single", "pair", "table", "runs", "fixed")
 RECONSTRUCTIONS = ("center", "endpoint")
+BIT_RULES = ("entropy", "rms")
 PRESETS: dict[str | None, dict[str, float | str]] = {
     None: {},
     "paper": {"c": 6.0, "reconstruction": "center"},
@@ -120,6 +121,9 @@ class RangeGrid:
             ``2**-N`` per round.
         num_bits: a fixed N, 1..16, which replaces the entropy's.
         seed: seed of the sample.
+        bits: ``"entropy"``, or ``"rms"`` for the paper's first rule, ``N = round(log2(G + 1) + c)`` with G the root
+            mean square of the tensor, a gradient in its own units. As G is nearly always far below 1, N is nearly
+            always c. It has the same bounds, and is not for ``"exact_sum"`` nor for ``device_codec``.
 
     Raises:
         TypeError, ValueError: an argument is invalid; the message names it.
@@ -137,6 +141,7 @@ class RangeGrid:
     reconstruction: str = "endpoint"
     num_bits: int | None = None
     seed: int = 0
+    bits: str = "entropy"
 
     def __post_init__(self) -> None:
         if not isinstance(self.preset, str | None) or self.preset not in PRESETS:
@@ -163,21 +168,43 @@ class RangeGrid:
         _integer("seed", self.seed, 0, 2**32 - 1)
         if self.reconstruction not in RECONSTRUCTIONS:
             raise ValueError(f"reconstruction must be one of {RECONSTRUCTIONS}, got {self.reconstruction!r}")
+        if self.bits not in BIT_RULES:
+            raise ValueError(f"bits must be one of {BIT_RULES}, got {self.bits!r}")
+        if self.bits == "rms" and self.num_bits is not None:
+            raise ValueError(f"num_bits must be None with bits='rms', which chooses N, got {self.num_bits}")
 
     def bits_for(self, entropy: float) -> int:
-        """Returns N for a tensor of ``entropy`` bits: ``min(ceil(H + c), floor(c + M), max_bits)``, at least 1."""
+        """Returns N for a tensor of ``entropy`` bits: ``min(ceil(H + c), floor(c + M), max_bits)``, at least 1.
+
+        Raises:
+            ValueError: N does not follow from the entropy.
+        """
         if self.num_bits is not None:
             return self.num_bits
+        if self.bits != "entropy":
+            raise ValueError(
+                f"bits must be 'entropy' where N follows from it, as in strategy 'exact_sum', got {self.bits!r}"
+            )
         return max(1, min(math.ceil(entropy + self.c), math.floor(self.c + self.entropy_bits), self.max_bits))
+
+    def bits_for_rms(self, rms: float) -> int:
+        """Returns N by the rule of ``bits="rms"`` for a tensor of that root mean square, within the same bounds.
+
+        Example:
+            >>> [RangeGrid(c=4, bits="rms").bits_for_rms(rms) for rms in (0.01, 1.0, 6.0, 1e9)]
+            [4, 5, 7, 8]
+        """
+        wanted = math.log2(rms + 1.0) + self.c + 0.5
+        return max(1, math.floor(min(wanted, self.max_num_bits)))
 
     @property
     def max_num_bits(self) -> int:
         """Returns the largest N that a tensor may get."""
-        return self.bits_for(float(self.entropy_bits))
+        return self.num_bits or max(1, min(math.floor(self.c + self.entropy_bits), self.max_bits))
 
     def describe(self) -> str:
         """Returns the configuration as one line, equal on all ranks with the same configuration."""
-        fields = ("c", "entropy_bits", "sample_fraction", "max_bits", "reconstruction", "num_bits", "seed")
+        fields = ("c", "entropy_bits", "sample_fraction", "max_bits", "reconstruction", "num_bits", "seed", "bits")
         return f"RangeGrid({', '.join(f'{name}={getattr(self, name)!r}' for name in fields)})"
 
 

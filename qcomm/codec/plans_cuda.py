@@ -80,6 +80,9 @@ def kernel_grid(grid: Grid, has_residual: bool = False) -> KernelGrid:
         rule = SampleRule(choose_code=grid.coding in ("auto", "runs") and bits <= MAX_CODED_BITS)
         return KernelGrid(QuantizerHead(GridKind.SIGMA, bits, coding, table), grid.step, rule)
     if isinstance(grid, RangeGrid):
+        if grid.bits != "entropy":
+            text = f"bits must be 'entropy' on a CUDA device, the only rule of its kernels, got {grid.bits!r}"
+            raise ValueError(text)
         kind = GridKind.RANGE_CENTER if grid.reconstruction == "center" else GridKind.RANGE_ENDPOINT
         bits = grid.num_bits or 0  # 0: the sample decides
         coding = Coding.SINGLE if bits <= MAX_CODED_BITS else Coding.FIXED
@@ -137,7 +140,7 @@ def own_code_bits(grid: Grid, has_residual: bool = False) -> int:
         (0, 10)
     """
     if isinstance(grid, RangeGrid):
-        return min(grid.num_bits or grid.bits_for(float(grid.entropy_bits)), MAX_CODED_BITS)
+        return min(grid.max_num_bits, MAX_CODED_BITS)
     asked = kernel_grid(grid, has_residual)
     if asked.quantizer.coding == Coding.RUNS:
         return 0

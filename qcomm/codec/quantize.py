@@ -159,7 +159,9 @@ def _plan_range(
     if not math.isfinite(hi - lo):
         return Quantizer.raw()
     bits = grid.num_bits
-    if bits is None:
+    if grid.bits == "rms":
+        bits = grid.bits_for_rms(stats.rms)
+    elif bits is None:
         entropy = _native.histogram_entropy(
             values, residual, inv_scale, lo, hi, grid.entropy_bits, grid.sample_fraction, grid.seed, num_threads
         )

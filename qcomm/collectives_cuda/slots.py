@@ -102,8 +102,7 @@ def nominal_bytes(grids: Sequence[Grid], chunk: Chunk, dtype: torch.dtype, error
     in_runs = 0  # values whose blocks run across pieces
     for grid, piece in zip(grids, chunk.pieces, strict=True):
         if isinstance(grid, RangeGrid):
-            bits = grid.num_bits or grid.bits_for(float(grid.entropy_bits))
-            size += -(-piece.length * bits // 32) * 4
+            size += -(-piece.length * grid.max_num_bits // 32) * 4
         elif codes_runs(grid, error_feedback):
             in_runs += piece.length
             size += math.ceil(piece.length * gaussian_run_bits(grid) / 8)

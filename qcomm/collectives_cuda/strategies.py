@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+from qcomm.codec import RangeGrid
 from qcomm.collectives import (
     UNCOMPRESSED,
     BucketLayout,
@@ -53,6 +54,8 @@ def check_device_options(options: ReduceOptions) -> None:
     """
     if options.strategy not in DEVICE_STRATEGIES:
         raise ValueError(f"strategy must be one of {DEVICE_STRATEGIES} for CUDA tensors, got {options.strategy!r}")
+    if isinstance(options.grid, RangeGrid) and options.grid.bits != "entropy":
+        raise ValueError(f"grid must have bits='entropy' with device_codec, got bits={options.grid.bits!r}")
     if options.key_file is not None:
         raise ValueError(
             f"secret must be None with device_codec, whose messages NCCL carries and nothing seals, got "

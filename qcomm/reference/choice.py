@@ -15,10 +15,12 @@ from qcomm.reference.grids import (
     is_usable,
     quantize,
     range_num_bits,
+    rms_num_bits,
     sample_indices,
     sample_size,
     sigma_num_bits,
     sigma_step,
+    sum_squares,
 )
 from qcomm.reference.packet import (
     CONSTANT,
@@ -150,8 +152,9 @@ def range_segment(
     center: bool = False,
     residual: torch.Tensor | None = None,
     inv_scale: float = 1.0,
+    bits: str = "entropy",
 ) -> ReferenceSegment:
-    """Returns the segment of a range grid, with ``num_bits`` bits or the number that follows from the entropy."""
+    """Returns the segment of a range grid, with ``num_bits`` bits or the number that follows from entropy or RMS."""
     segment = ReferenceSegment(values, residual=residual, inv_scale=inv_scale)
     if (plain := without_grid(segment)) is not None:
         return plain
@@ -159,7 +162,9 @@ def range_segment(
     lo, hi = extremes(u)
     if not math.isfinite(hi - lo):
         return segment
-    if num_bits is None:
+    if bits == "rms":
+        num_bits = rms_num_bits(math.sqrt(sum_squares(u) / u.numel()), c, entropy_bits, max_bits)
+    elif num_bits is None:
         num_bits = range_num_bits(entropy(u, lo, hi, entropy_bits, fraction, seed), c, entropy_bits, max_bits)
     coding = SINGLE if num_bits <= MAX_CODED_BITS else FIXED
     grid = RANGE_CENTER if center else RANGE_ENDPOINT

@@ -110,6 +110,11 @@ def range_num_bits(h: float, c: float, entropy_bits: int, max_bits: int) -> int:
     return max(1, min(math.ceil(h + c), math.floor(c + entropy_bits), max_bits))
 
 
+def rms_num_bits(rms: float, c: float, entropy_bits: int, max_bits: int) -> int:
+    """Returns the bits of a range grid by the rule of the gradient's root mean square, N = log2(G + 1) + c."""
+    return max(1, math.floor(min(math.log2(rms + 1.0) + c + 0.5, math.floor(c + entropy_bits), max_bits)))
+
+
 def is_usable(dtype: torch.dtype, grid: int, num_bits: int, p0: float, p1: float) -> bool:
     """Returns whether a grid's arithmetic works; if not, the segment is raw."""
     if grid != SIGMA:

@@ -13,7 +13,10 @@ import qcomm
 from qcomm.codec import _native
 from qcomm.codec._native import measure
 from qcomm.codec.grids import sigma_num_bits
+from qcomm.codec.plans_cuda import kernel_grid
 from qcomm.codec.quantize import dequantize, plan, quantize
+from qcomm.collectives import ReduceOptions
+from qcomm.collectives_cuda import check_device_options
 
 
 @pytest.mark.parametrize("v", [1, 2, 3, 5, 255, 256, 1023, 10**6, 2**31, 2**32 - 1])
@@ -83,6 +86,40 @@ def test_bad_arguments_are_named(call, words) -> None:  # type: ignore[no-untype
 )
 def test_bits_follow_the_entropy(entropy: float, c: float, expected: int) -> None:
     assert qcomm.RangeGrid(c=c).bits_for(entropy) == expected
+
+
+@pytest.mark.parametrize(
+    ("rms", "c", "expected"),
+    [(0.0, 6, 6), (1e-3, 6, 6), (0.41, 6, 6), (0.42, 6, 7), (1.0, 6, 7), (3.0, 6, 8), (1e30, 6, 10), (math.inf, 2, 6)],
+)
+def test_bits_follow_the_rms(rms: float, c: float, expected: int) -> None:
+    """log2(G + 1) + c, rounded, at least c and at most c + M."""
+    assert qcomm.RangeGrid(c=c, bits="rms").bits_for_rms(rms) == expected
+
+
+def test_the_rms_of_a_tensor_chooses_its_bits() -> None:
+    x, grid = gaussian(5000), qcomm.RangeGrid(c=3, bits="rms")
+    bits = {scale: qcomm.inspect(qcomm.compress(x * scale, grid)).num_bits for scale in (1e-3, 1.0, 3.0, 1e6)}
+    assert bits == {1e-3: 3, 1.0: 4, 3.0: 5, 1e6: 7}
+    assert "bits='rms'" in grid.describe() and grid.max_num_bits == 7
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: qcomm.RangeGrid(bits="norm"), r"bits must be one of \('entropy', 'rms'\), got 'norm'"),
+        (lambda: qcomm.RangeGrid(bits="rms", num_bits=4), "num_bits must be None with bits='rms'"),
+        (lambda: qcomm.RangeGrid(bits="rms").bits_for(2.0), "bits must be 'entropy' where N follows from it"),
+        (lambda: kernel_grid(qcomm.RangeGrid(bits="rms")), "bits must be 'entropy' on a CUDA device"),
+        (
+            lambda: check_device_options(ReduceOptions(qcomm.RangeGrid(bits="rms"))),
+            "grid must have bits='entropy' with device_codec, got bits='rms'",
+        ),
+    ],
+)
+def test_wrong_bit_rules_are_named(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
 
 
 @pytest.mark.parametrize(

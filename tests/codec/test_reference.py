@@ -124,6 +124,8 @@ def test_choices_agree(dtype: torch.dtype, make: Callable[..., torch.Tensor]) ->
         check_plan(qcomm.RangeGrid(c=2.5, entropy_bits=6, seed=9), reference.range_segment(x, None, 2.5, 6, seed=9))
         check_plan(qcomm.RangeGrid(max_bits=5), reference.range_segment(x, max_bits=5))
         check_plan(qcomm.RangeGrid(num_bits=13), reference.range_segment(x, 13))
+        check_plan(qcomm.RangeGrid(c=3.25, bits="rms"), reference.range_segment(x, c=3.25, bits="rms"))
+        check_plan(qcomm.RangeGrid("paper", bits="rms"), reference.range_segment(x, center=True, bits="rms"))
 
 
 def check_plan(grid: qcomm.codec.Grid, found: reference.ReferenceSegment) -> None:
@@ -140,6 +142,7 @@ def test_choices_agree_where_the_arithmetic_ends(scale: float, dtype: torch.dtyp
     for edge in (x, x * 1e-270 if dtype == torch.float64 else x, torch.cat([x, x.new_tensor([float("inf")])])):
         check_plan(qcomm.SigmaGrid(1.0), reference.sigma_segment(edge, 1.0))
         check_plan(qcomm.RangeGrid(), reference.range_segment(edge))
+        check_plan(qcomm.RangeGrid(bits="rms"), reference.range_segment(edge, bits="rms"))
 
 
 @settings(max_examples=40, deadline=None)

@@ -131,6 +131,23 @@ def test_small_parameters_are_quantized_finely_and_together(rank, world_size, st
 
 
 @world(2)
+def test_bits_by_the_rms_of_gradients(rank, world_size):
+    model = wrap()
+    state = attach(model, grid=qcomm.RangeGrid(c=5, bits="rms"), min_elements=100)
+    for step in range(3):
+        got = backward(model, rank, step, 1e-3)
+        assert_same_on_all_ranks(*got)
+    assert {tensor["num_bits"] for tensor in state.stats()["tensors"].values()} == {5}
+    for a, b in zip(got, exact_mean(rank, world_size, 2), strict=True):
+        assert float((a - 1e-3 * b).norm()) < 0.2 * 1e-3 * float(b.norm())
+    backward(model, rank, 3, 1e3)
+    assert {tensor["num_bits"] for tensor in state.stats()["tensors"].values()} == {9}
+    model = wrap()
+    attach(model, grid=qcomm.RangeGrid(bits="rms"), strategy="exact_sum", min_elements=100)
+    assert "bits must be 'entropy' where N follows from it, as in strategy 'exact_sum'" in str(error_of(model, rank))
+
+
+@world(2)
 def test_a_hook_registered_by_hand_does_the_same(rank, world_size):
     model, other = wrap(), wrap()
     state = qcomm.CompressionState(min_elements=100, strategy="two_phase")
