@@ -301,6 +301,15 @@ def noise_overhead() -> str:
     return markdown(headings, rows) + measured_on(document)
 
 
+def study(name: str) -> str:
+    """``qcomm study``: what sources say about a quantity, what was found, and the verdict."""
+    document = read(f"studies/{name}.json")
+    seeds = len({run["seed"] for run in document["runs"]})
+    rows = [[claim[field] for field in ("quantity", "source", "here", "verdict")] for claim in document["claims"]]
+    return markdown([f"{document['settings']['dataset']}, {seeds} seeds", "source", "here", "verdict"], rows)
+
+
+STUDIES = ("noise-scale",)
 PAPER = ("quantization-levels", "gradient-rms", "entropy", "bit-allocation", "bit-rate", "lossless", "ablation")
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
@@ -317,6 +326,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "time_to_accuracy": time_to_accuracy,
     "noise_overhead": noise_overhead,
+    **{f"study_{name.replace('-', '_')}": partial(study, name) for name in STUDIES},
     **{f"paper_{name.replace('-', '_')}": partial(paper, name) for name in PAPER},
 }
 

@@ -10,6 +10,7 @@ from qcomm.cli.bench import BENCH_HELP, bench
 from qcomm.cli.inspect import INSPECT_HELP, inspect
 from qcomm.cli.paper import app as paper_app
 from qcomm.cli.plan import PLAN_HELP, plan
+from qcomm.cli.study import app as study_app
 from qcomm.cli.train import TRAIN_HELP, train
 
 __all__ = ["app"]
@@ -40,6 +41,7 @@ def _root(
 
 
 app.add_typer(paper_app)
+app.add_typer(study_app)
 app.command(help=BENCH_HELP)(bench)
 app.command(help=TRAIN_HELP)(train)
 app.command(help=PLAN_HELP)(plan)

@@ -5,7 +5,10 @@ A. Oland and B. Raj, "Reducing communication overhead in distributed learning by
 """
 
 from qcomm.paper import ablation, bit_allocation, bit_rate, entropy, gradient_rms, lossless, quantization_levels
+from qcomm.paper.evaluation import deviation, plus_minus, spread
 from qcomm.paper.experiment import Experiment, perform
+from qcomm.paper.plots import COLOURS, check_available, figure, save
+from qcomm.paper.results import to_text, write_atomically
 from qcomm.paper.settings import DATASETS, Settings
 
 # By their names in `qcomm paper`, in the paper's order.
@@ -14,4 +17,19 @@ EXPERIMENTS: dict[str, Experiment] = {
     for module in (quantization_levels, gradient_rms, entropy, bit_allocation, bit_rate, lossless, ablation)
 }
 
-__all__ = ["DATASETS", "EXPERIMENTS", "Experiment", "Settings", "perform"]
+__all__ = [
+    "COLOURS",
+    "DATASETS",
+    "EXPERIMENTS",
+    "Experiment",
+    "Settings",
+    "check_available",
+    "deviation",
+    "figure",
+    "perform",
+    "plus_minus",
+    "save",
+    "spread",
+    "to_text",
+    "write_atomically",
+]
