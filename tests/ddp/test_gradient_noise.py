@@ -84,7 +84,7 @@ STRATEGIES = {
 @world(2, 3)
 @pytest.mark.parametrize("case", STRATEGIES)
 def test_known_noise_is_found_within_a_tenth(rank, world_size, case):
-    model, noise = wrap_given(), qcomm.GradientNoise(BATCH)
+    model, noise = wrap_given(), qcomm.GradientNoise(BATCH, every=1)
     qcomm.attach(model, noise=noise, **STRATEGIES[case])
     lost, steps = 0.0, 48
     for step in range(steps):
@@ -112,7 +112,7 @@ def test_known_noise_is_found_within_a_tenth(rank, world_size, case):
 @world(2)
 @pytest.mark.parametrize(("law", "index"), [("gaussian", 2.0), ("cauchy", 1.0)])
 def test_known_tails_are_found_within_a_tenth(rank, world_size, law, index):
-    model, noise = wrap_given(), qcomm.GradientNoise(BATCH)
+    model, noise = wrap_given(), qcomm.GradientNoise(BATCH, every=1)
     qcomm.attach(model, noise=noise, strategy="none")
     for step in range(48):
         generator = torch.Generator().manual_seed(1000 * step + rank)
@@ -129,7 +129,7 @@ def test_known_tails_are_found_within_a_tenth(rank, world_size, law, index):
 @world(2)
 def test_widths_that_differ_look_like_tails_over_elements_and_not_over_steps(rank, world_size):
     """Every element is Gaussian; a tenth of them are 30 times wider, and a third are always 0."""
-    model, noise = wrap_given(), qcomm.GradientNoise(BATCH)
+    model, noise = wrap_given(), qcomm.GradientNoise(BATCH, every=1)
     qcomm.attach(model, noise=noise, strategy="none")
     widths = {name: torch.where(torch.rand(size) < 0.1, 30.0, 1.0) for name, size in SIZES.items()}
     dead = {name: torch.rand(size) < 1 / 3 for name, size in SIZES.items()}
@@ -145,7 +145,7 @@ def test_widths_that_differ_look_like_tails_over_elements_and_not_over_steps(ran
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("strategy", ["none", "two_phase"])
 def test_a_step_has_the_figures_of_the_reference(rank, world_size, strategy, dtype):
-    model, noise = wrap_given(dtype), qcomm.GradientNoise(BATCH)
+    model, noise = wrap_given(dtype), qcomm.GradientNoise(BATCH, every=1)
     state = qcomm.attach(model, noise=noise, strategy=strategy)
     for step in range(4):  # DDP has other buckets in its first step, and from the third one there is no handshake
         state.reset_stats()
@@ -167,7 +167,7 @@ def test_a_step_has_the_figures_of_the_reference(rank, world_size, strategy, dty
 
 @world(3)
 def test_ranks_with_other_batch_sizes_see_the_same_noise(rank, world_size):
-    model, noise = wrap_given(), qcomm.GradientNoise(4)
+    model, noise = wrap_given(), qcomm.GradientNoise(4, every=1)
     qcomm.attach(model, noise=noise, strategy="two_phase")
     for step in range(48):
         noise.batch_size = 4 * (1 + (rank + step) % 3)
@@ -181,7 +181,7 @@ def test_ranks_with_other_batch_sizes_see_the_same_noise(rank, world_size):
 @world(2)
 def test_accumulated_gradients_count_all_their_samples(rank, world_size):
     """The mean of two micro-batches is one batch of twice the size, in one measured step."""
-    model, noise = wrap_given(), qcomm.GradientNoise(2 * BATCH)
+    model, noise = wrap_given(), qcomm.GradientNoise(2 * BATCH, every=1)
     qcomm.attach(model, noise=noise, strategy="two_phase")
     for step in range(24):
         model.zero_grad()
@@ -196,7 +196,7 @@ def test_accumulated_gradients_count_all_their_samples(rank, world_size):
 def test_the_scale_of_the_loss_is_taken_out(rank, world_size):
     scales = iter([1.0, 1024.0, 2.0**40])
     current = torch.tensor(1.0)
-    model, noise = wrap_given(), qcomm.GradientNoise(BATCH)
+    model, noise = wrap_given(), qcomm.GradientNoise(BATCH, every=1)
     state = attach(model, noise=noise, grad_scale=lambda: current, error_feedback=False)
     step_of(model, drawn(rank, 0))  # DDP has other buckets in its first step
     found = []
@@ -215,7 +215,7 @@ def test_the_scale_of_the_loss_is_taken_out(rank, world_size):
 @pytest.mark.parametrize("strategy", ["none", "two_phase"])
 def test_gradients_are_the_same_bits_with_it_also_if_one_rank_has_it(rank, world_size, strategy):
     model, other = wrap(), wrap()
-    noise = qcomm.GradientNoise(BATCH) if rank == 0 else None
+    noise = qcomm.GradientNoise(BATCH, every=1) if rank == 0 else None
     attach(model, noise=noise, strategy=strategy, min_elements=100)
     attach(other, strategy=strategy, min_elements=100)
     for step in range(5):
@@ -244,7 +244,7 @@ def test_only_whole_and_finite_steps_count(rank, world_size):
 @world(2)
 def test_a_step_that_fails_and_one_without_data_do_not_count(rank, world_size):
     current = torch.tensor(1.0)
-    model, noise = wrap(), qcomm.GradientNoise(BATCH)
+    model, noise = wrap(), qcomm.GradientNoise(BATCH, every=1)
     attach(model, noise=noise, min_elements=100, grad_scale=lambda: current)
     backward(model, rank)
     current.fill_(math.nan if rank == 1 else 1.0)
@@ -261,7 +261,7 @@ def test_a_step_that_fails_and_one_without_data_do_not_count(rank, world_size):
 @world(2)
 def test_a_measurement_that_fails_is_told_to_all(rank, world_size):
     model = wrap()
-    attach(model, noise=qcomm.GradientNoise(BATCH), min_elements=100)
+    attach(model, noise=qcomm.GradientNoise(BATCH, every=1), min_elements=100)
     backward(model, rank)
     failing = mock.patch.object(gradient_noise, "noise_figures", side_effect=MemoryError("no memory for it"))
     with failing if rank == 1 else nullcontext():
@@ -272,7 +272,7 @@ def test_a_measurement_that_fails_is_told_to_all(rank, world_size):
 
 @world(2)
 def test_it_needs_names_and_belongs_to_one_model(rank, world_size):
-    noise = qcomm.GradientNoise(BATCH)
+    noise = qcomm.GradientNoise(BATCH, every=1)
     model = wrap()
     model.register_comm_hook(qcomm.CompressionState(noise=noise, strategy="two_phase"), qcomm.compression_hook)
     assert "noise needs the parameters' names: use qcomm.attach" in str(error_of(model, rank))
@@ -291,13 +291,13 @@ def test_it_needs_names_and_belongs_to_one_model(rank, world_size):
 def test_a_group_of_one_is_refused(rank, world_size):
     model = wrap()
     with pytest.raises(ValueError, match="noise needs at least two ranks"):
-        attach(model, noise=qcomm.GradientNoise(BATCH))
+        attach(model, noise=qcomm.GradientNoise(BATCH, every=1))
     attach(model)  # nothing is registered yet
 
 
 @world(2)
 def test_measurements_survive_a_checkpoint(rank, world_size):
-    model, noise = wrap(), qcomm.GradientNoise(BATCH)
+    model, noise = wrap(), qcomm.GradientNoise(BATCH, every=1)
     state = attach(model, noise=noise, min_elements=100)
     for step in range(3):
         backward(model, rank, step)
@@ -305,7 +305,7 @@ def test_measurements_survive_a_checkpoint(rank, world_size):
     assert state.stats()["noise"]["total"]["trace"] == before.trace
     assert set(state.stats()["noise"]["tensors"]) == {name for name, _ in model.module.named_parameters()}
     other = wrap()
-    resumed = attach(other, noise=qcomm.GradientNoise(BATCH), min_elements=100)
+    resumed = attach(other, noise=qcomm.GradientNoise(BATCH, every=1), min_elements=100)
     resumed.load_state_dict(saved)
     assert resumed.noise.total() == before
     backward(other, rank, 3)  # in the buckets of the checkpoint
