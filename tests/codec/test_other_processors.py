@@ -7,9 +7,17 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from native_build import ROOT
+from native_build import ROOT, build, skip_unless_built
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+
+
+def test_this_processor_writes_and_reads_the_same_bytes() -> None:
+    skip_unless_built()
+    command = [build("golden_check"), ROOT / "tests" / "golden"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith(" 0 failures")
 
 
 @pytest.mark.slow
