@@ -6,6 +6,9 @@
 #include <cstring>
 
 #include "qcomm/processor.h"
+#ifdef QCOMM_X86_KERNELS
+#include "x86_features.h"
+#endif
 
 namespace qcomm {
 namespace {
@@ -20,16 +23,8 @@ struct Version {
 const Version kVersions[] = {
     {&kScalarKernels, [] { return true; }},
 #ifdef QCOMM_X86_KERNELS
-    {&kAvx2Kernels,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"); }},
-    {&kAvx512Kernels,
-     [] {
-         return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-                __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-                __builtin_cpu_supports("gfni");
-     }},
+    {&kAvx2Kernels, [] { return x86_features().avx2; }},
+    {&kAvx512Kernels, [] { return x86_features().avx512; }},
 #endif
 };
 
