@@ -26,6 +26,9 @@ const Version kVersions[] = {
     {&kAvx2Kernels, [] { return x86_features().avx2; }},
     {&kAvx512Kernels, [] { return x86_features().avx512; }},
 #endif
+#ifdef QCOMM_NEON_KERNELS
+    {&kNeonKernels, [] { return true; }},  // every 64-bit Arm processor has it
+#endif
 };
 
 // The last version that the processor can run. The scalar one always can.

@@ -21,6 +21,11 @@
 #define QCOMM_INDEPENDENT _Pragma("GCC ivdep")
 #endif
 
+// Where a fused multiply-add is an instruction.
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+#define QCOMM_HAS_FMA
+#endif
+
 namespace qcomm {
 
 // Of up to kSumBlock values. min and max are +-infinity for none.
@@ -145,6 +150,7 @@ struct Kernels {
 extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kNeonKernels;
 
 // The version in use; processor.h selects it.
 const Kernels& kernels();

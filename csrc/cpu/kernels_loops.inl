@@ -46,7 +46,7 @@ constexpr bool kHasWideSquares = sizeof(T) < sizeof(double);
 template <class T>
 QCOMM_INLINE double add_square(double sum, T x) {
     const auto wide = static_cast<double>(x);
-#ifdef __FMA__
+#ifdef QCOMM_HAS_FMA
     if (kHasWideSquares<T>) return __builtin_fma(wide, wide, sum);
 #endif
     return sum + wide * wide;
@@ -275,7 +275,7 @@ QCOMM_INLINE void dequantize_row(const Grid& grid, int escape, const std::uint16
     }
 }
 
-#ifndef __FMA__
+#ifndef QCOMM_HAS_FMA
 // Without an instruction for it a fused multiply-add is a call: an alphabet's values are computed once a block.
 class TabledGrid {
 public:
@@ -305,7 +305,7 @@ void dequantize(const std::uint16_t* symbols, int n, const Quantizer& quantizer,
                 dequantize_row<Tr, false>(grid, escape, symbols, n, values);
             }
         };
-#ifndef __FMA__
+#ifndef QCOMM_HAS_FMA
         // Pays where there are more values than symbols.
         if (is_range(quantizer.grid) && quantizer.num_bits <= TabledGrid::kMaxBits && n >> quantizer.num_bits > 1)
             return dequantize_with(TabledGrid(range_quantizer(quantizer), quantizer.num_bits));

@@ -504,7 +504,8 @@ def canonical_codes(lengths: torch.Tensor) -> torch.Tensor:
 def cpu_features() -> tuple[str, ...]:
     """Returns the names of the instruction sets that this processor and this build support, the best last.
 
-    The names are ``"scalar"``, ``"avx2"`` and ``"avx512"``. The best one is used; results do not depend on it.
+    The names are ``"scalar"``, ``"avx2"``, ``"avx512"`` and ``"neon"``. The best one is used; results do not depend
+    on it.
 
     Example:
         >>> cpu_features()[0]
