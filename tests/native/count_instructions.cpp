@@ -1,6 +1,7 @@
 // Runs every stage of the codec once, in a function of its own, for callgrind to count.
 //
 //   valgrind --tool=callgrind ./count_instructions avx2
+//   ./count_instructions neon 8192        with so many values, for bench/bench_neon.py
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -13,7 +14,7 @@
 
 namespace {
 
-constexpr int kElements = 1 << 17;
+int element_count = 1 << 17;
 
 void check(const qcomm::Status& status) {
     if (status.ok()) return;
@@ -23,7 +24,7 @@ void check(const qcomm::Status& status) {
 
 // Roughly normal values of standard deviation 1, the same everywhere: sums of twelve uniform ones.
 std::vector<float> bell(std::uint32_t seed) {
-    std::vector<float> values(kElements);
+    std::vector<float> values(static_cast<std::size_t>(element_count));
     for (float& value : values) {
         double sum = -6.0;
         for (int i = 0; i < 12; ++i) {
@@ -37,7 +38,7 @@ std::vector<float> bell(std::uint32_t seed) {
 
 std::vector<std::uint8_t> encode(const qcomm::SegmentInput& segment) {
     qcomm::EncodeOptions options;
-    options.dims = {kElements};
+    options.dims = {element_count};
     std::vector<std::uint8_t> packet(static_cast<std::size_t>(qcomm::encode_bound({segment}, options)));
     std::int64_t bytes = 0;
     check(qcomm::encode_packet({segment}, options, packet.data(), static_cast<std::int64_t>(packet.size()), &bytes));
@@ -54,7 +55,7 @@ void decode(const std::vector<std::uint8_t>& packet, std::vector<float>* out, bo
 qcomm::SegmentInput segment(const std::vector<float>& values, qcomm::Coding coding, int table, double step) {
     qcomm::SegmentInput input;
     input.values.data = values.data();
-    input.values.count = kElements;
+    input.values.count = element_count;
     input.quantizer = {qcomm::Grid::kSigma, 4, coding, static_cast<std::uint8_t>(table), 0.0, step};
     return input;
 }
@@ -75,14 +76,15 @@ STAGE void stage_accumulate(const std::vector<std::uint8_t>& p, std::vector<floa
 }  // namespace
 
 int main(int argc, char** argv) {
-    if (argc != 2 || !qcomm::use_kernel_version(argv[1])) {
-        std::fprintf(stderr, "usage: count_instructions VERSION, one of:");
+    if (argc == 3) element_count = std::atoi(argv[2]);
+    if (argc < 2 || argc > 3 || element_count < 1 || !qcomm::use_kernel_version(argv[1])) {
+        std::fprintf(stderr, "usage: count_instructions VERSION [VALUES], the version one of:");
         for (const std::string& name : qcomm::kernel_versions()) std::fprintf(stderr, " %s", name.c_str());
         std::fprintf(stderr, "\n");
         return 2;
     }
     const std::vector<float> values = bell(1);
-    std::vector<float> residual = bell(2), out(kElements);
+    std::vector<float> residual = bell(2), out(values.size());
     const qcomm::SegmentInput single = segment(values, qcomm::Coding::kSingle, 14, 1.0);
     const qcomm::SegmentInput pair = segment(values, qcomm::Coding::kPair, 69, 2.0);
     qcomm::SegmentInput with_residual = single;
