@@ -7,6 +7,8 @@
 #                TORCH_INDEX=https://download.pytorch.org/whl/cpu has the small build for the CPU.
 #   VENV         where the environment goes.
 #   STEPS        what `make results` measures: names of bench/run_all.sh; everything without it.
+#   PYTHONS      the interpreters that `make wheels` builds for: all python3.10 to python3.14 on the PATH without it.
+#   PROCESSORS   what `make wheels` builds for: x86_64 without it; aarch64 has not been built so far.
 #   SECONDS      how long `make fuzz` runs each target.
 #   TEST_JOBS    processes that share the test files; 0: no such process, as a debugger needs it.
 #   QCOMM_CUDA   AUTO, ON or OFF; CMAKE_ARGS: further arguments for CMake. Both count when something is built:
@@ -27,7 +29,7 @@ BUILT := $(VENV)/.built-stamp
 SOURCES := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help build train test test-frameworks lint fuzz cuda-check bench-ci results clean distclean
+.PHONY: help build train test test-frameworks lint fuzz wheels cuda-check bench-ci results clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -50,6 +52,9 @@ lint: $(BUILT)  ## check style and types (tools/lint.sh --fix repairs what can b
 
 fuzz:  ## fuzz the codec under sanitizers, SECONDS=60 a target; needs clang with libFuzzer, but no Python
 	tools/fuzz.sh $(SECONDS)
+
+wheels:  ## build the source distribution and manylinux wheels into dist/; needs no compiler
+	$(PYTHON) tools/build_wheels.py $(if $(PROCESSORS),--processors $(PROCESSORS)) $(if $(PYTHONS),--pythons $(PYTHONS))
 
 cuda-check:  ## compile the CUDA kernels (needs nvcc, but no GPU): registers, spills, instructions per symbol
 	$(PYTHON) tools/cuda_check.py --json bench/results/cuda_build.json

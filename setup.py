@@ -1,6 +1,7 @@
 """Builds the extension qcomm._C with CMake. What the package is and needs stands in pyproject.toml.
 
-Environment: QCOMM_CUDA (AUTO, ON or OFF) decides on the CUDA kernels, CMAKE_ARGS holds further arguments for CMake.
+Environment: QCOMM_CUDA (AUTO, ON or OFF) decides on the CUDA kernels, CMAKE_ARGS holds further arguments for CMake,
+QCOMM_BUILD_DIR is where CMake builds (tools/build_wheels.py: one for all Pythons, which share the core's objects).
 """
 
 import os
@@ -22,7 +23,8 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Configures and builds, with the module landing where setuptools wants it."""
         output_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        own = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        build_dir = Path(os.environ.get("QCOMM_BUILD_DIR") or own)
         # pip puts its cmake and ninja on PATH; without build isolation they are beside the interpreter.
         path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
         environment = {**os.environ, "PATH": path}
