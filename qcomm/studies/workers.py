@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import qcomm
+from qcomm.codec import Grid, SigmaGrid
 from qcomm.recipes import Split
 
 Gradients = dict[str, Tensor]
@@ -46,7 +47,7 @@ class Exchange:
         workers: number of them.
     """
 
-    def __init__(self, grid: qcomm.SigmaGrid | None, workers: int) -> None:
+    def __init__(self, grid: Grid | None, workers: int) -> None:
         self._grid = grid
         self._residuals: list[Gradients] = [{} for _ in range(workers + 1)]  # the last one is the mean's
 
@@ -58,11 +59,15 @@ class Exchange:
         if self._grid is None or values[0].numel() < MIN_ELEMENTS:
             return torch.stack(values).mean(0)
         sent = [self._quantized(name, value, self._grid, worker) for worker, value in enumerate(values)]
-        step = self._grid.step if self._grid.step > 2 else min(self._grid.step, 1.0)  # the hook's mean_step
-        return self._quantized(name, torch.stack(sent).mean(0), replace(self._grid, step=step), -1)
+        return self._quantized(name, torch.stack(sent).mean(0), _mean_grid(self._grid), -1)
 
-    def _quantized(self, name: str, values: Tensor, grid: qcomm.SigmaGrid, owner: int) -> Tensor:
+    def _quantized(self, name: str, values: Tensor, grid: Grid, owner: int) -> Tensor:
         wanted = values + self._residuals[owner].get(name, torch.zeros_like(values))
         got = qcomm.decompress(qcomm.compress(wanted, grid))
         self._residuals[owner][name] = wanted - got
         return got
+
+
+def _mean_grid(grid: Grid) -> Grid:
+    """Returns the grid of means, as the hook chooses it."""
+    return replace(grid, step=min(grid.step, 1.0)) if isinstance(grid, SigmaGrid) and grid.step <= 2 else grid

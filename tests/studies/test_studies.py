@@ -15,6 +15,7 @@ from qcomm.studies.records import Records
 from qcomm.studies.settings import RunKey, StudySettings
 from qcomm.studies.workers import Exchange, drawn, gradient
 
+TINY = ["--dataset", "digits", "--train-images", "100", "--steps", "2", "--batch-size", "8", "--runs", "2"]
 SMALL = ["--dataset", "digits", "--train-images", "200", "--steps", "17", "--batch-size", "8", "--runs", "1"]
 
 
@@ -45,6 +46,18 @@ def test_a_study_writes_its_results_and_goes_on_where_it_stopped(tmp_path, monke
     assert json.loads((tmp_path / "part" / "noise-scale.json").read_text()) == document
     other = study(tmp_path / "part", "--lr", "0.1")
     assert other.exit_code == 2 and "learning_rate is 0.1 here and 0.05 there" in other.output
+
+
+def test_bits_by_both_rules(tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn, which has the digits, is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    done = CliRunner().invoke(app, ["study", "bit-rule", *TINY, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "bit-rule.json").read_text())
+    levels = {run["arm"]: run["levels"] for run in document["runs"]}
+    assert levels["exact"] == [] and [levels[f"rms, c={c}"] for c in (2, 3, 4)] == [[2], [3], [4]]
+    assert all(levels[f"entropy, c={c}"][0] > c for c in (0, 1, 2)) and len(document["claims"]) == 6
+    assert (tmp_path / "bit-rule.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
