@@ -26,6 +26,7 @@ QCOMM_INLINE unsigned lane_mask(uint16x8_t lanes) {
     constexpr std::uint8_t kBits[kWidth] = {1, 2, 4, 8, 16, 32, 64, 128};
     return vaddv_u8(vand_u8(vmovn_u16(lanes), vld1_u8(kBits)));
 }
+// A lane that is all ones is -1.
 QCOMM_INLINE int count_lanes(uint16x8_t lanes) { return -vaddvq_s16(vreinterpretq_s16_u16(lanes)); }
 
 // A table's answer for 8 lanes.
@@ -61,6 +62,8 @@ class TabledCode {
 public:
     static constexpr std::size_t kSize = 16;
 
+    // A lookup of bytes has 16 places, so code and length are cut in bytes: the code's two halves and the length.
+    // Places without a codeword stay 0 and are never asked for.
     explicit TabledCode(const EncodeTable& table) {
         std::uint8_t low[kSize] = {}, high[kSize] = {}, length[kSize] = {};
         for (std::size_t s = 0; s < table.entries.size(); ++s) {
@@ -73,6 +76,7 @@ public:
     }
     QCOMM_INLINE void look_up(const uint16x8_t (&index)[kGroups], Codewords (&out)[kGroups]) const {
         for (int g = 0; g < kGroups; g += 2) {
+            // Symbols are below 16: their low bytes are all of them.
             const uint8x16_t at = vuzp1q_u8(vreinterpretq_u8_u16(index[g]), vreinterpretq_u8_u16(index[g + 1]));
             const uint8x16_t low = vqtbl1q_u8(low_, at), high = vqtbl1q_u8(high_, at);
             const uint8x16_t length = vqtbl1q_u8(length_, at);

@@ -58,6 +58,8 @@ void decode_one(CodedBlock& block, const DecodeTable& table) {
     const std::uint16_t* const entries = table.entries.data();
     const uint32x4_t peek = vdupq_n_u32(table.mask);
     const int32x4_t word = vdupq_n_s32(kWordBits);
+    // Bits of the lanes, the next code lowest, and how many there are. `least` is the smallest number that any lane
+    // ever had: below zero a lane has read bits that it does not have, and the block is damaged.
     uint32x4_t x[kHalves];
     int32x4_t c[kHalves], least = vdupq_n_s32(0);
     for (int h = 0; h < kHalves; ++h)
@@ -68,8 +70,11 @@ void decode_one(CodedBlock& block, const DecodeTable& table) {
     for (; begin + kStepSymbols <= block.count && lanes.left >= kLanes; begin += kStepSymbols) {
         std::uint32_t index[kLanes];
         std::uint16_t found[kLanes];
+        // Through memory: lookups are loads, and a register of 16 bits holds the found entries of two registers of
+        // bits.
         for (int h = 0; h < kHalves; ++h) vst1q_u32(index + kHalf * h, vandq_u32(x[h], peek));
         for (int j = 0; j < kLanes; ++j) found[j] = entries[index[j]];
+        // An entry is a symbol, or a pair, in 12 bits and the length of its code above them.
         for (int g = 0; g < kGroups; ++g) {
             const uint16x8_t entry = vld1q_u16(found + kWidth * g);
             store_symbols<kPairs>(vandq_u16(entry, vdupq_n_u16(0xFFF)),
@@ -94,6 +99,7 @@ void decode_one(CodedBlock& block, const DecodeTable& table) {
                 x[h] = vorrq_u32(x[h], vshlq_u32(wide[i], c[h]));
                 c[h] = vaddq_s32(c[h], vandq_s32(vreinterpretq_s32_u32(vcltq_s32(c[h], word)), word));
             }
+            // Words have two bytes; `left` counts words.
             const int used = count_lanes(need);
             lanes.words += 2 * used;
             lanes.left -= used;
@@ -106,6 +112,7 @@ void decode_one(CodedBlock& block, const DecodeTable& table) {
     block.whole = end_lanes(lanes);
 }
 
+// Rare symbols are searched for once a block, which compilers vectorise well.
 int find_symbol(const std::uint16_t* symbols, int n, int symbol, std::uint16_t* positions) {
     return find_symbol_in_groups(symbols, n, symbol, positions);
 }

@@ -33,7 +33,8 @@ int encode_lanes(const std::uint16_t* symbols, int n, bool pairs, const EncodeTa
     EncodeLanes lanes;
     begin_lanes(lanes, words_end);
     const int count = pairs ? (n + 1) / 2 : n;
-    // Backwards; the last step of a block may have fewer codewords than lanes.
+    // Backwards, so that a decoder reads forwards; the last step of a block may have fewer codewords than lanes, and is
+    // the first one here.
     for (int step = (count - 1) / kLanes; step >= 0; --step) {
         const int live = count - step * kLanes < kLanes ? count - step * kLanes : kLanes;
         encode_step(lanes, symbols, n, pairs, entries, step, live);

@@ -1,4 +1,8 @@
 // The static codes of zero runs, expanded for lookups.
+//
+// An encoder looks a run of zeros and the level behind it up at once: codeword and extra bits of every run that has a
+// token, and their length above 16 bits. A decoder looks up the next bits and finds the token's length, the length of
+// its codeword alone, the number of extra bits, the shortest run of the class, and the level's place.
 #include "qcomm/zero_runs.h"
 
 #include <memory>

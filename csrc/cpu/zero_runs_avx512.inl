@@ -44,6 +44,7 @@ public:
         fetch_row<true>(data_ + ahead, kLanes * sizeof(float), 0);
         fetch_row<true>(kept_ + ahead, kLanes * sizeof(float), 0);
         const __m512i low = level16<kSampled, 0>(i), high = level16<kSampled, 1>(i + kLanes / 2);
+        // Whole registers are stored. What lies in them behind the row's levels is overwritten by the next row.
         const auto mask = static_cast<__mmask32>(
             _mm512_kunpackw(_mm512_test_epi32_mask(high, high), _mm512_test_epi32_mask(low, low)));
         const __m256i bytes = _mm256_set_m128i(_mm512_cvtepi32_epi8(high), _mm512_cvtepi32_epi8(low));
