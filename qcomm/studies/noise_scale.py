@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import qcomm
+from qcomm.codec import CPU
 from qcomm.ddp import tail_index
 from qcomm.paper import COLOURS, deviation, figure, plus_minus, spread
 from qcomm.recipes import RecipeError, Split, load_dataset
@@ -114,7 +115,7 @@ def _frozen(model: nn.Module, split: Split, workers: int, generator: torch.Gener
 
 
 def _normal(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    return torch.randn(like.shape, generator=generator)
+    return torch.randn(like.shape, dtype=torch.float32, device=CPU, generator=generator)
 
 
 def _inverse_mean(tensors: Sequence[torch.Tensor]) -> float:

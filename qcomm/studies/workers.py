@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import qcomm
-from qcomm.codec import Grid, SigmaGrid
+from qcomm.codec import CPU, Grid, SigmaGrid
 from qcomm.recipes import Split
 
 Gradients = dict[str, Tensor]
@@ -28,7 +28,7 @@ def gradient(model: nn.Module, images: Tensor, labels: Tensor) -> Gradients:
 
 def drawn(split: Split, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Returns a batch, drawn with replacement."""
-    chosen = torch.randint(len(split), (count,), generator=generator)
+    chosen = torch.randint(len(split), (count,), dtype=torch.int64, device=CPU, generator=generator)
     return split.images[chosen], split.labels[chosen]
 
 
