@@ -32,9 +32,11 @@ from ranks import about, write  # noqa: E402
 from soak_cases import TRANSPORTS, draw, judge  # noqa: E402
 from soak_worlds import Links, Template, World, WorldError, available_transports  # noqa: E402
 
+from qcomm.communicator import CHANNELS  # noqa: E402
+
 LARGEST = 4  # world
-# More than after a world's first fault. Connections that have just ended may still be there.
-MOST_DESCRIPTORS, MOST_THREADS = 16, 8
+# More than after a world's first fault. Connections that have just ended may still be there, those of all channels.
+MOST_DESCRIPTORS, MOST_THREADS = 16 * CHANNELS, 8 * CHANNELS
 
 
 class Pool:

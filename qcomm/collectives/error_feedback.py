@@ -269,7 +269,8 @@ class ErrorFeedback:
 
     def norm(self) -> float:
         """Returns the Euclidean norm of the local residuals, which are still to be sent."""
-        squares = [residual.double().square().sum() for residual in self._local.values()]
+        # In an order of its own: which bucket comes first on its channel differs from run to run.
+        squares = [self._local[key].double().square().sum() for key in sorted(self._local)]
         if not squares:
             return 0.0
         # Some residuals of a checkpoint that was just loaded may not have reached their device.
@@ -291,9 +292,9 @@ class ErrorFeedback:
         return {
             "format": FORMAT,
             "world_size": self._world_size,
-            "local": {key: residual.clone() for key, residual in self._local.items()},
-            "owner": {key: (start, residual.clone()) for key, (start, residual) in self._owner.items()},
-            "rms": {"local": dict(self._local_rms), "owner": dict(self._owner_rms)},
+            "local": {key: residual.clone() for key, residual in sorted(self._local.items())},
+            "owner": {key: (start, residual.clone()) for key, (start, residual) in sorted(self._owner.items())},
+            "rms": {"local": dict(sorted(self._local_rms.items())), "owner": dict(sorted(self._owner_rms.items()))},
         }
 
     def load_state_dict(

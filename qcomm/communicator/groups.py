@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 Group = dist.ProcessGroup | MpiGroup
-# Enough to hide a latency as long as a bucket's messages. Each one costs two threads and a connection to each rank.
+# Enough to hide a latency as long as a bucket's messages. Each one costs four threads and a connection to each rank.
 CHANNELS = 4
 
 

@@ -214,7 +214,7 @@ class Handshake:
     ) -> None:
         self._transport, self._mail = transport, mail
         self._phase, self._fields, self._limits, self._fault = phase, fields, limits, fault
-        self._means, self._carries = means, packets is not None
+        self._means, self._carries, self._is_last = means, packets is not None, following == 0
         code, got = fault.phase if fault else 0, means.fingerprint
         begin = [MAGIC, sequence, phase, code, fields.fingerprint]
         self._headers = []
@@ -289,6 +289,8 @@ class Handshake:
         last_time = agreed_time([Took(*header[6:8]) for header in received])
         self._mail.release_tails(wanted=True)
         packets = self._take_packets(incoming) if self._carries else []
+        if self._is_last:
+            self._mail.flush(_AFTER[self._phase])
         return Agreed(incoming, packets, Traffic(traffic, traffic), last_time, waited)
 
     def _take_packets(self, sizes: Sequence[int]) -> list[torch.Tensor]:
@@ -299,7 +301,6 @@ class Handshake:
         tails = self._mail.take_tails({peer: sizes[peer] for peer in peers if sizes[peer] > MESSAGE_BYTES}, what)
         for source, packet in {**taken, **tails}.items():
             packets[source] = packet[: sizes[source]]
-        self._mail.flush(what)
         return packets
 
     def _drop(self, received: Sequence[Sequence[int]]) -> None:
@@ -311,6 +312,7 @@ class Handshake:
         while sources := [rank for rank in self._transport.sources if left[rank] > 0]:
             self._mail.take("dropping messages after a fault", sources)
             left = {rank: count - 1 for rank, count in left.items()}
+        self._mail.flush("dropping messages after a fault")
 
 
 def raise_faults(transport: Transport, faults: Mapping[int, Phase], own: Fault | None) -> NoReturn:

@@ -7,7 +7,9 @@ order. The result or the error of a job is delivered through a ``torch.futures.F
 
 import queue
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import TypeVar, cast
 
 import torch
@@ -49,7 +51,8 @@ class Communicator:
         self._transport = transport
         self._mail = Mail(transport)
         self._sequence = 0
-        self._pending_fault: Fault | None = None
+        # Of all channels, so that the next collective of the group tells it, whichever channel has that.
+        self._pending_faults: deque[Fault] = deque(maxlen=1) if first is None else first._pending_faults
         self.means = Means()
         # Not the error itself, whose frames would keep the group, and with it threads and connections, for ever.
         self._broken: str | None = None
@@ -86,7 +89,9 @@ class Communicator:
     def begin(self) -> Fault | None:
         """Begins a collective; returns a fault of an earlier one that the other ranks do not know yet."""
         self._sequence += 1
-        return self._pending_fault
+        with suppress(IndexError):  # there is none, or another channel has just taken it
+            return self._pending_faults.pop()
+        return None
 
     def handshake(
         self,
@@ -103,7 +108,6 @@ class Communicator:
 
         Arguments are those of :class:`Handshake`.
         """
-        self._pending_fault = None
         means, place = self.means.take(), (self._transport, self._mail, self._sequence)
         return Handshake(*place, phase, fields, sizes, limits, fault, own_time, means, packets, following)
 
@@ -120,8 +124,8 @@ class Communicator:
         self._transport.sum(buffers, "summing values")
 
     def announce_later(self, fault: Fault) -> None:
-        """Remembers a fault after the last exchange of a job; the first exchange of the next job tells it."""
-        self._pending_fault = fault
+        """Remembers a fault after the last exchange of a job; the next job of the group tells it, on any channel."""
+        self._pending_faults.append(fault)
 
     def interrupt(self) -> None:
         """Closes the connections under a job that waits for other ranks: it fails, and so do all after it."""

@@ -140,13 +140,13 @@ class Lane:
     started: int = 0
     passed: Passed = field(default_factory=Passed)
     means: dict[str, int] = field(default_factory=dict)
-    _named: ReduceOptions | None = None
+    _named: tuple[ReduceOptions, ReduceOptions] | None = None
 
     def named(self, options: ReduceOptions) -> ReduceOptions:
         """Returns the options of the bucket's mean with the strategy that the ranks have settled on."""
-        if self._named is None:
-            self._named = replace(options, strategy=self.strategy, profile=None)
-        return self._named
+        if self._named is None or self._named[0] is not options:
+            self._named = options, replace(options, strategy=self.strategy, profile=None)
+        return self._named[1]
 
     def break_off(self) -> None:
         """Closes the connections of the group under its sums, which fail on all ranks."""

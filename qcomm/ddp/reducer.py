@@ -11,6 +11,7 @@ where ``"auto"`` averages over one rank. Otherwise the group's worker averages i
 is copied there and back (:mod:`qcomm.staging`).
 """
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -67,6 +68,7 @@ GradScale = Scale | Callable[[], Scale] | None
 
 # Exchanges under way have this long to end after a signal, so that residuals are those of a whole step.
 GRACE_SECONDS = 1.0
+_noting = threading.Lock()
 
 
 class Steps:
@@ -77,7 +79,7 @@ class Steps:
         serial: of the present step among those of this object. A loaded checkpoint does not change it, because jobs of
             a failed step may still be in the queue when the resumed step has the same number.
         failed_serial: the last one that failed on all ranks, whose remaining buckets are refused.
-        failure: of that step.
+        failure: of that step: what backward raises for it, and the cause alone.
         error_serial: the last one in which this rank saw an error.
         scale: the factor of the present step's gradients: a number, or a tensor that stays on its device.
         last_error: of any step.
@@ -90,7 +92,7 @@ class Steps:
         self.number = 0
         self.serial = 0
         self.failed_serial = 0
-        self.failure = StepError()
+        self.failure = "", ""
         self.error_serial = 0
         self.scale: Scale = 1.0
         self.last_error = LastError()
@@ -102,7 +104,7 @@ class Steps:
 
     def __getstate__(self) -> dict[str, object]:
         """Returns the state without the objects of this process: errors, and a scale that may be on a device."""
-        fresh = {"scale": 1.0, "last_error": LastError(), "_owed": deque(maxlen=1), "failure": StepError()}
+        fresh = {"scale": 1.0, "last_error": LastError(), "_owed": deque(maxlen=1)}
         return {**self.__dict__, **fresh}
 
     def begin(self, index: int) -> bool:
@@ -181,7 +183,7 @@ class StepEnd:
         self._exchanges.append((exchange, give_up))
 
     def wait_in_backward(self) -> None:
-        """Has this pass of backward wait when it ends; called in the last bucket's hook.
+        """Has this pass of backward wait when it ends; called in the last bucket's hook at the latest.
 
         DDP adds its own wait after that hook, and callbacks run in their order.
         """
@@ -276,7 +278,7 @@ class Reducer:
             future = self._reduce_regrouped(self._table.saved_order, bucket)
         else:
             future = self._reduce(bucket)
-        if bucket.is_last():
+        if bucket.is_last() or self.steps.skips_buckets:  # then the last one may be missing
             self._step_end.wait_in_backward()
         if self._noise is not None and self._noise.has_all(bucket, future):
             self._measure_in_backward(self._noise)
@@ -480,21 +482,24 @@ class Reducer:
         """
         if task is not None:
             task.abandon()
+        text, cause = self.steps.failure
         try:
-            refuse(Fault(Phase.PREPARE, self.steps.failure), communicator)
+            refuse(Fault(Phase.PREPARE, StepError(cause)), communicator)
         except (CollectiveError, ConfigMismatchError) as error:
             if not is_agreed(error):
                 raise
-            raise self.steps.failure from None
+        raise StepError(text)
 
     def _note(self, error: Exception, index: int, serial: int) -> None:
-        """Keeps the first error of a step."""
-        if self.steps.error_serial != serial:
-            self.steps.last_error.note(error)
-        self.steps.error_serial = serial
-        if not isinstance(error, LateFaultError) and self.steps.failed_serial != serial:
-            self.steps.failure = StepError(str(of_bucket(error, index, self.steps.finds_unused)))
-            self.steps.failed_serial = serial  # all ranks hear of it, and refuse the rest of the step
+        """Keeps the first error of a step. Workers of several channels call it."""
+        steps, text = self.steps, str(of_bucket(error, index, self.steps.finds_unused))
+        with _noting:
+            if steps.error_serial < serial:
+                steps.last_error.note(error)
+                steps.error_serial = serial
+            if not isinstance(error, LateFaultError) and steps.failed_serial < serial:
+                steps.failure = text, f"bucket {index} was not averaged: {error}"
+                steps.failed_serial = serial  # all ranks hear of it, and refuse the rest of the step
         if is_agreed(error):  # otherwise connections must be closed first, for the others' sake
             self.bypass.drain()
 

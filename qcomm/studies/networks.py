@@ -12,7 +12,7 @@ def mlp(channels: int) -> nn.Module:
 
     Example:
         >>> sum(parameter.numel() for parameter in mlp(1).parameters())
-        68906
+        69360
     """
     return nn.Sequential(
         nn.Flatten(),
@@ -29,7 +29,7 @@ def cnn(channels: int) -> nn.Module:
 
     Example:
         >>> sum(parameter.numel() for parameter in cnn(1).parameters())
-        12042
+        6138
     """
     return nn.Sequential(
         nn.Conv2d(channels, 8, 3, stride=2, padding=1),

@@ -330,7 +330,8 @@ class Mail:
         sources = self._transport.sources if sources is None else sources
         posted = {source: self._posted[source].popleft() for source in sources if self._posted[source]}
         buffers = {source: buffer for source, (_, buffer) in posted.items()}
-        broken = [(source, self._broken[source]) for source in sources if source not in posted]
+        closed = self._transport._closed()
+        broken = [(source, self._broken.get(source, closed)) for source in sources if source not in posted]
         transfers = [transfer for transfer, _ in posted.values()]
         posted.clear()
         later = {source: _front_is_zero() for source in buffers}

@@ -132,3 +132,27 @@ def test_auto_deals_buckets_that_it_compresses(rank, world_size):
             assert_same_on_all_ranks(*[p.grad for p in model.parameters()])
     assert set(state.stats()["strategies"].values()) == {"two_phase"}
     assert first_dealt == [index % CHANNELS for index in range(number_of_buckets(model))]
+
+
+@world(2)
+def test_a_fault_after_the_last_message_is_told_on_whatever_channel_comes_next(rank, world_size):
+    """The ranks may go on uncompressed, on the first channel alone."""
+    model = wrap()
+    state = attach(model, min_elements=100, strategy="two_phase")
+    for step in range(2):
+        backward(model, rank, step)
+    last, decode = number_of_buckets(model) - 1, MeanSteps.decode
+
+    def fail(self, number, means):
+        if self._task.index == last:
+            raise ZeroDivisionError("boom")
+        return decode(self, number, means)
+
+    with mock.patch.object(MeanSteps, "decode", fail) if rank == 1 else nullcontext():
+        error = error_of(model, rank)
+    assert (error is not None) == (rank == 1)
+    state.reconfigure(strategy="none")
+    error = str(error_of(model, rank))
+    assert "rank 1 failed while decoding the result: ZeroDivisionError: boom" in error, error
+    for _ in range(2):
+        assert error_of(model, rank) is None

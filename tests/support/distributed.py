@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 import qcomm
 from qcomm.collectives import two_phase
-from qcomm.communicator.groups import get_communicator
+from qcomm.communicator.groups import CHANNELS, _places, get_communicator
 
 TIMEOUT = timedelta(seconds=60)  # of the default process group: most that a rank waits for another
 CASE_SECONDS = 120.0
@@ -259,13 +259,13 @@ def assert_same_on_all_ranks(*tensors):
 
 
 class CountingGloo:
-    """Stands before a communicator's gloo connections and counts the bytes handed to them, by the rank they go to.
+    """Stands before the gloo connections of a channel and counts the bytes handed to them, by the rank they go to.
 
     What is received is what the others sent here: a buffer may be larger than the message.
     """
 
-    def __init__(self, gloo):
-        self.gloo, self.sent_to = gloo, [0] * dist.get_world_size()
+    def __init__(self, gloo, sent_to):
+        self.gloo, self.sent_to = gloo, sent_to
 
     @property
     def sent(self):
@@ -286,10 +286,14 @@ class CountingGloo:
 @contextmanager
 def counting_bytes():
     """Counts what the default group's communicator sends meanwhile."""
-    transport = get_communicator(dist.group.WORLD)._transport
-    counting = transport._gloo = CountingGloo(transport._gloo)
-    yield counting
-    transport._gloo = counting.gloo
+    get_communicator(dist.group.WORLD, channels=CHANNELS)
+    transports = [communicator._transport for communicator in _places[dist.group.WORLD].communicators]
+    counts = [0] * dist.get_world_size()
+    for transport in transports:
+        transport._gloo = CountingGloo(transport._gloo, counts)
+    yield transports[0]._gloo
+    for transport in transports:
+        transport._gloo = transport._gloo.gloo
 
 
 @contextmanager

@@ -113,6 +113,8 @@ def exact_sum(buffers, layout, grid, item_bytes=0):
 
 def _raw_bytes(counts, item_bytes):
     """Bytes of packets of so many values, stored as they are."""
+    if not item_bytes:  # whoever asks for the mean alone does not say
+        return 0
     dtype = {2: torch.float16, 4: torch.float32, 8: torch.float64}[item_bytes]
     return sum(size([Segment(torch.zeros(count, dtype=dtype), Quantizer.raw())]) for count in counts if count)
 

@@ -11,6 +11,7 @@ from distributed import all_reduce, assert_same_on_all_ranks, sliced, world
 
 import qcomm
 from qcomm.communicator import pipeline
+from qcomm.communicator.groups import get_communicator
 from qcomm.communicator.handshake import HEADER_WORDS, MOST_FOLLOWING, header_checksum
 from qcomm.transport.base import DEPTH, FRONT_BYTES, MESSAGE_BYTES, Mail, TransportError
 from qcomm.transport.gloo import GlooTransport
@@ -117,3 +118,21 @@ def test_an_impossible_number_of_messages_is_an_error_at_once(rank, world_size, 
     assert isinstance(error, (TransportError, qcomm.ConfigMismatchError)), error
     assert rank == 1 or "impossible numbers of messages" in str(error), error
     check_works(rank, world_size)
+
+
+@world(2)
+@pytest.mark.parametrize("strategy", ["none", "bf16", "two_phase", "all_gather", "exact_sum"])
+def test_no_message_is_kept_longer_than_it_takes(rank, world_size, strategy):
+    """Also of headers alone, of refusals, and of agreements after the mean."""
+    mail = get_communicator(dist.group.WORLD)._mail
+    for verify in ("interval", "step"):
+        for number in range(3):
+            all_reduce(torch.randn(5000), strategy=strategy, verify=verify)
+            assert not mail._sends
+            assert attempt(strategy=strategy, min_elements=rank) is not None
+            if rank == number % 2:
+                with pytest.raises(TypeError, match="tensor"):
+                    all_reduce([1.0], strategy=strategy)
+            else:
+                assert attempt(strategy=strategy) is not None
+            assert len(mail._sends) <= 2 * DEPTH
