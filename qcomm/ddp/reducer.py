@@ -78,6 +78,7 @@ class Steps:
         number: of the present step, as a checkpoint has it.
         serial: of the present step among those of this object. A loaded checkpoint does not change it, because jobs of
             a failed step may still be in the queue when the resumed step has the same number.
+        first_serial: of the first step, here and after a checkpoint was loaded: ranks may have other buckets in it.
         failed_serial: the last one that failed on all ranks, whose remaining buckets are refused.
         failure: of that step: what backward raises for it, and the cause alone.
         error_serial: the last one in which this rank saw an error.
@@ -91,6 +92,7 @@ class Steps:
     def __init__(self) -> None:
         self.number = 0
         self.serial = 0
+        self.first_serial = 1
         self.failed_serial = 0
         self.failure = "", ""
         self.error_serial = 0
@@ -122,7 +124,7 @@ class Steps:
 
     def resume(self, number: int, run: str) -> None:
         """Goes on from a saved number of steps and run."""
-        self.number, self.run = number, run
+        self.number, self.run, self.first_serial = number, run, self.serial + 1
         self.take_owed()
 
     def set_scale(self, grad_scale: GradScale, device_codec: bool) -> None:
@@ -340,6 +342,8 @@ class Reducer:
     def _channels(self, bucket: dist.GradBucket, lane: Lane | None) -> int:
         """Returns the number of channels to which buckets like this one are dealt, the same on all ranks."""
         is_compressed = self._options.compresses or lane is not None
+        if self.steps.serial <= self.steps.first_serial:
+            return 1
         # Buffers in host memory for tensors on a device are few, and one worker at a time takes them.
         return CHANNELS if is_compressed and bucket.buffer().is_cpu else 1
 
@@ -483,6 +487,8 @@ class Reducer:
         if task is not None:
             task.abandon()
         text, cause = self.steps.failure
+        if self.steps.failed_serial <= self.steps.first_serial:  # all ranks know, on their one channel
+            raise StepError(text)
         try:
             refuse(Fault(Phase.PREPARE, StepError(cause)), communicator)
         except (CollectiveError, ConfigMismatchError) as error:

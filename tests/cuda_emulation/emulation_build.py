@@ -68,7 +68,9 @@ def build_module(folder: Path, includes: Sequence[str]) -> Path:
 
 def _cpu_jobs(folder: Path) -> list[tuple[Path, Path, list[str]]]:
     """The CPU codec, of which the programs and the module have the same objects."""
-    sources = [path for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if "avx" not in path.name]
+    sources = [
+        path for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if "avx" not in path.name and "neon" not in path.name
+    ]
     return [(path, folder / "cpu" / f"{path.name}.o", MODULE_FLAGS) for path in sources]
 
 

@@ -44,9 +44,6 @@ def test_a_bucket_does_not_wait_for_the_messages_of_the_one_before_it(rank, worl
     state = attach(model, min_elements=100, strategy="two_phase")
     for step in range(2):
         backward(model, rank, step)
-    expected = backward(model, rank, 2)
-    checkpoint = state.state_dict()
-    state.load_state_dict(checkpoint)
     watched, receive, held = Watched(state), Pipeline.receive, []
 
     def late(self, *arguments):
@@ -61,7 +58,6 @@ def test_a_bucket_does_not_wait_for_the_messages_of_the_one_before_it(rank, worl
         got = backward(model, rank, 3)
     assert all(held) and len(held) == 2 * (rank == 1) * -(-number_of_buckets(model) // CHANNELS), held
     assert_same_on_all_ranks(*got)
-    assert len(expected) == len(got)
 
 
 @world(3)
