@@ -1,4 +1,4 @@
-"""Whether the links of wan.py have the rate, the delay and the loss that were asked for. Linux, as root.
+"""Checks the rate, the delay and the loss of wan.py's links against what was asked for. Linux, as root.
 
     python bench/check_wan.py --json bench/results/wan_check.json                 # twelve minutes on two idle cores
     python bench/check_wan.py --rates 100mbit --delays-ms 5 --losses 0 --hosts 2

@@ -104,6 +104,7 @@ class Rounds:
     Attributes:
         rank, world_size: this process within the group, and the number of ranks in it.
         agreed: the result of the first handshake; None before it, and where it failed.
+        turn: is held while a strategy computes by other means than :meth:`compute`.
         waited: nanoseconds spent on the agreement alone, in which the rank has not worked for its values.
     """
 
@@ -119,6 +120,7 @@ class Rounds:
         self.bypassing = bypassing
         self.agreed: Agreed | None = None
         self.waited = 0
+        self.turn = communicator.turn
         self._communicator = communicator
         self._own_time = own_time
         self._fields = task.fields
@@ -149,7 +151,7 @@ class Rounds:
         """Returns the result of a step of this rank; None where it, or an earlier one, failed."""
         if self._fault is not None:
             return None
-        with self._communicator.turn:
+        with self.turn:
             result, self._fault = attempt(phase, step, *args, **kwargs)
         return result
 
@@ -161,13 +163,10 @@ class Rounds:
         if found is not None:
             self._communicator.means.note(name, found)
 
-    def take_over(self, fault: Fault | None, traffic: Mapping[str, Traffic], finish: Callable[[], None]) -> None:
-        """Continues after a pipeline: counts its traffic by kind, and finishes unless it ended with a late fault."""
+    def take_over(self, fault: Fault | None, traffic: Mapping[str, Traffic]) -> None:
+        """Continues after a pipeline, with its late fault, and counts its traffic by kind."""
         self._fault = fault
         self.task.telemetry.add_traffics(traffic)
-        if fault is None:
-            with self._communicator.turn:
-                finish()
 
     def exchange(
         self,
@@ -190,11 +189,11 @@ class Rounds:
         task.telemetry.mark(task.index, f"exchange_{self._exchanges}")
         with task.telemetry.timed("communication_seconds"):
             sizes = [packet.numel() for packet in outgoing]
-            incoming = self._finish(self._start(phase, sizes, limits, outgoing)).packets
-            incoming[self.rank] = outgoing[self.rank]
-        peers = [rank for rank in range(world_size) if rank != self.rank]
-        sent, received = (sum(amount[rank].numel() for rank in peers) for amount in (outgoing, incoming))
-        task.telemetry.add_traffic(kind, Traffic(sent, received))
+            arrived = self._finish(self._start(phase, sizes, limits, outgoing)).packets
+        received = sum(packet.numel() for packet in arrived.values())
+        task.telemetry.add_traffic(kind, Traffic(sum(sizes) - sizes[self.rank], received))
+        incoming = [arrived.get(rank, no_bytes()) for rank in range(world_size)]
+        incoming[self.rank] = outgoing[self.rank]
         return incoming
 
     def agree(self) -> None:

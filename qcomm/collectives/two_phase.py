@@ -45,8 +45,11 @@ def two_phase_mean(rounds: Rounds) -> None:
     handshake = rounds.start_agreeing(following=1)
     steps = MeanSteps(task, rounds.rank, plan)
     with rounds.pipeline(handshake) as pipeline:
-        _run(task, steps, plan, pipeline)
-    rounds.take_over(pipeline.fault, pipeline.traffic(), steps.finish)
+        _run(rounds, steps, plan, pipeline)
+    rounds.take_over(pipeline.fault, pipeline.traffic())
+    if pipeline.fault is None:
+        with rounds.turn:
+            steps.finish()
 
 
 def _plan(task: MeanTask) -> Plan:
@@ -57,9 +60,9 @@ def _plan(task: MeanTask) -> Plan:
     return plan
 
 
-def _run(task: MeanTask, steps: MeanSteps, plan: Plan, pipeline: Pipeline) -> None:
+def _run(rounds: Rounds, steps: MeanSteps, plan: Plan, pipeline: Pipeline) -> None:
     """Runs all steps of this rank, in the order of the plan; once a rank has failed, only their messages."""
-    telemetry = task.telemetry
+    task, telemetry = rounds.task, rounds.task.telemetry
     is_observed = telemetry.timeline is not None or telemetry.observer is not None
     seconds = {"encode_seconds": 0.0, "decode_seconds": 0.0, "communication_seconds": 0.0}
 
@@ -72,12 +75,18 @@ def _run(task: MeanTask, steps: MeanSteps, plan: Plan, pipeline: Pipeline) -> No
         finally:
             seconds[f"{kind}_seconds"] += time.perf_counter() - begin
 
+    def compute(
+        kind: str, event: str, phase: Phase, action: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+    ) -> T | None:
+        with rounds.turn:  # before the clock starts
+            return timed(kind, event, lambda: pipeline.attempt(phase, action, *args, **kwargs))
+
     try:
-        pipeline.attempt(Phase.ENCODE, steps.begin)
+        compute("encode", "", Phase.ENCODE, steps.begin)
         for step, number in plan.order:
             limits = plan.limits[number]
             if step is Step.ENCODE:
-                packets = timed("encode", "encode", pipeline.attempt, Phase.ENCODE, steps.encode, number)
+                packets = compute("encode", "encode", Phase.ENCODE, steps.encode, number)
                 if number == 0:
                     pipeline.send(1, number, packets or [])
                 else:  # it waits for the others' headers
@@ -85,12 +94,12 @@ def _run(task: MeanTask, steps: MeanSteps, plan: Plan, pipeline: Pipeline) -> No
             elif step is Step.REDUCE:
                 own = [limits[steps.rank]] * len(limits)
                 received = timed("communication", "exchange_1", pipeline.receive, 1, number, own)
-                timed("decode", "reduce", pipeline.attempt, Phase.REDUCE, steps.reduce, number, received)
-                mean = timed("encode", "", pipeline.attempt, Phase.REDUCE, steps.encode_mean, number)
+                compute("decode", "reduce", Phase.REDUCE, steps.reduce, number, received)
+                mean = compute("encode", "", Phase.REDUCE, steps.encode_mean, number)
                 pipeline.send(2, number, [mean] * len(limits))
             else:
                 means = timed("communication", "exchange_2", pipeline.receive, 2, number, limits)
-                timed("decode", "decode", pipeline.attempt, Phase.DECODE, steps.decode, number, means)
+                compute("decode", "decode", Phase.DECODE, steps.decode, number, means)
         timed("communication", "", pipeline.finish)
     finally:
         telemetry.add(**seconds)

@@ -110,7 +110,8 @@ def get_communicator(group: Group, secret: KeyFile | None = None, channel: int =
     if isinstance(group, MpiGroup):
         channel, channels = 0, 1
     with place.lock:
-        while len(place.communicators) < channels and (not place.communicators or place.secret == secret):
+        check_secret(group, secret)
+        while len(place.communicators) < channels:
             first = place.communicators[0] if place.communicators else None
             transport = group.transport if isinstance(group, MpiGroup) else GlooTransport(group)
             communicator = Communicator(secure(transport, secret), first)
@@ -119,7 +120,6 @@ def get_communicator(group: Group, secret: KeyFile | None = None, channel: int =
             weakref.finalize(group, communicator.close)
             if isinstance(group, MpiGroup):
                 group.before_close(communicator.close)
-    check_secret(group, secret)
     return place.communicators[channel]
 
 

@@ -55,7 +55,6 @@ DETAIL_BYTES = 4096
 MOST_MEANS = 32
 # Messages that a rank sends behind a header without an agreement.
 MOST_FOLLOWING = 2
-NO_BYTES = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 # For error messages, made once.
 _AFTER = {phase: f"after {phase}" for phase in Phase}
@@ -161,14 +160,14 @@ class Agreed(NamedTuple):
 
     Attributes:
         sizes: bytes of each rank's packet for this rank.
-        packets: of each rank for this one, where packets travel with the headers; no bytes from itself.
+        packets: of other ranks for this one, where packets travel with the headers; none of no bytes.
         traffic: bytes of the headers.
         last_time: nanoseconds of the last collective of this kind, the same on all ranks; 0 if it is unknown.
         waited: nanoseconds that this rank waited for headers.
     """
 
     sizes: list[int]
-    packets: list[torch.Tensor]
+    packets: Mapping[int, torch.Tensor]
     traffic: Traffic
     last_time: int
     waited: int
@@ -288,20 +287,17 @@ class Handshake:
         traffic = HEADER_BYTES * (transport.world_size - 1)
         last_time = agreed_time([Took(*header[6:8]) for header in received])
         self._mail.release_tails(wanted=True)
-        packets = self._take_packets(incoming) if self._carries else []
+        packets = self._take_packets(incoming) if self._carries else {}
         if self._is_last:
             self._mail.flush(_AFTER[self._phase])
         return Agreed(incoming, packets, Traffic(traffic, traffic), last_time, waited)
 
-    def _take_packets(self, sizes: Sequence[int]) -> list[torch.Tensor]:
-        """Returns each rank's packet for this one."""
+    def _take_packets(self, sizes: Sequence[int]) -> dict[int, torch.Tensor]:
+        """Returns the other ranks' packets for this one."""
         what, peers = f"exchanging packets {_AFTER[self._phase]}", self._transport.sources
-        packets = [NO_BYTES] * self._transport.world_size
         taken = self._mail.take(what, [peer for peer in peers if 0 < sizes[peer] <= MESSAGE_BYTES])
         tails = self._mail.take_tails({peer: sizes[peer] for peer in peers if sizes[peer] > MESSAGE_BYTES}, what)
-        for source, packet in {**taken, **tails}.items():
-            packets[source] = packet[: sizes[source]]
-        return packets
+        return {source: packet[: sizes[source]] for source, packet in (taken | tails).items()}
 
     def _drop(self, received: Sequence[Sequence[int]]) -> None:
         """Takes the messages that ranks sent behind their headers, since they will not be used."""

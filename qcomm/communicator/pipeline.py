@@ -10,7 +10,6 @@ the packet, 0, checksum of the seven others``. A packet that does not fit in a m
 """
 
 import struct
-import threading
 import zlib
 from collections.abc import Callable, Sequence
 from types import TracebackType
@@ -44,7 +43,6 @@ class Pipeline:
         transport: of the communicator.
         mail: of the communicator.
         sequence: number of the collective, counted alike on all ranks.
-        turn: to compute, of the communicator.
         fault: of this rank before the first message.
         agree: finishes the handshake of the collective, which has been sent before the first message.
 
@@ -53,15 +51,9 @@ class Pipeline:
     """
 
     def __init__(
-        self,
-        transport: Transport,
-        mail: Mail,
-        sequence: int,
-        turn: threading.Lock,
-        fault: Fault | None,
-        agree: Callable[[], None],
+        self, transport: Transport, mail: Mail, sequence: int, fault: Fault | None, agree: Callable[[], None]
     ) -> None:
-        self._transport, self._mail, self._turn = transport, mail, turn
+        self._transport, self._mail = transport, mail
         self._sequence = sequence
         self._unfinished: Callable[[], None] | None = agree
         self._faults: dict[int, Phase] = {}  # that were announced, here and elsewhere
@@ -82,8 +74,7 @@ class Pipeline:
         if self._failing:
             return None
         try:
-            with self._turn:
-                return step(*args, **kwargs)
+            return step(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - any: it is raised again, on every rank, when the messages have ended
             # Without this frame, which would keep the pipeline, and with it the connections, as long as the error.
             own = error.__traceback__

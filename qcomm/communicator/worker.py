@@ -117,7 +117,7 @@ class Communicator:
 
     def pipeline(self, fault: Fault | None, agree: Callable[[], None]) -> Pipeline:
         """Returns the messages of this job, which are under way while it computes; arguments as of the pipeline."""
-        return Pipeline(self._transport, self._mail, self._sequence, self.turn, fault, agree)
+        return Pipeline(self._transport, self._mail, self._sequence, fault, agree)
 
     def sum(self, buffers: Sequence[torch.Tensor]) -> None:
         """Replaces each of ``buffers`` by its sum over all ranks."""

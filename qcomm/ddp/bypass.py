@@ -31,28 +31,17 @@ from qcomm.collectives import (
     count_rings,
 )
 from qcomm.communicator import Fault, Group, LateFaultError, Phase, Ticket, failed
-from qcomm.ddp.failures import GROUP_IS_BROKEN, TOLD_LATER
+from qcomm.ddp.failures import GROUP_IS_BROKEN, TOLD_LATER, LastError
 from qcomm.ddp.gloo_exit import CallbackToken
 from qcomm.errors import CollectiveError
 from qcomm.transport import MpiGroup, break_connections
 
-__all__ = ["BYPASSED", "Bypass", "Lane", "LastError", "can_bypass"]
+__all__ = ["BYPASSED", "Bypass", "Lane", "can_bypass"]
 
 # Collectives of a bucket between two agreements, which cost up to a tenth of an all-reduce. A difference between ranks
 # is not noticed before. With the agreement they are a prime number of steps: a model that alternates between kinds of
 # steps is not always agreed on at the same kind.
 BYPASSED = 30
-
-
-class LastError:
-    """The last error of a model's steps."""
-
-    def __init__(self) -> None:
-        self.error: Exception | None = None
-
-    def note(self, error: Exception) -> None:
-        """Replaces the error before it."""
-        self.error = error
 
 
 def can_bypass(group: Group) -> bool:

@@ -1,9 +1,11 @@
-"""Errors of backward: the sentence that a user sees, with the bucket, the cause, and what to do next."""
+"""Errors of backward: the sentence that a user sees, with the bucket, the cause, and what to do next; failed steps."""
 
-from qcomm.communicator import is_agreed
+import threading
+
+from qcomm.communicator import LateFaultError, is_agreed
 from qcomm.errors import CollectiveError, ConfigMismatchError, DivergenceError
 
-__all__ = ["GROUP_IS_BROKEN", "NOTHING_BEGAN", "TOLD_LATER", "StepError", "of_bucket"]
+__all__ = ["GROUP_IS_BROKEN", "NOTHING_BEGAN", "TOLD_LATER", "LastError", "StepError", "StepFailures", "of_bucket"]
 
 NEXT_STEP = "The rest of this step is not exchanged, and the next step can begin"
 WRAP_ANEW = (
@@ -40,3 +42,54 @@ def of_bucket(error: Exception, index: int, finds_unused: bool, otherwise: str =
     if isinstance(error, (CollectiveError, ConfigMismatchError)):
         return type(error)(f"bucket {index} was not averaged: {error}. {advice}.")
     return CollectiveError(f"bucket {index} was not averaged: {type(error).__name__}: {error}. {advice}.")
+
+
+class LastError:
+    """The last error of a model's steps."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def note(self, error: Exception) -> None:
+        """Replaces the error before it."""
+        self.error = error
+
+
+class StepFailures:
+    """The errors of a model's steps. Workers of several channels note them, and the first of a step counts.
+
+    Attributes:
+        last: the last error of any step.
+        seen_serial: of the last step in which this rank saw an error.
+        failed_serial: of the last one that failed on all ranks, whose remaining buckets are refused.
+        text: what backward raises for that step.
+        cause: the same without advice.
+    """
+
+    def __init__(self) -> None:
+        self.last = LastError()
+        self.seen_serial = self.failed_serial = 0
+        self.text = self.cause = ""
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type["StepFailures"], tuple[()]]:
+        """Makes copies without errors, which concern this process."""
+        return StepFailures, ()
+
+    def note(self, error: Exception, index: int, serial: int, finds_unused: bool) -> None:
+        """Notes the error of a bucket's exchange.
+
+        Args:
+            error: of the exchange.
+            index: of the bucket.
+            serial: of the step.
+            finds_unused: as of :func:`of_bucket`.
+        """
+        text = str(of_bucket(error, index, finds_unused))
+        with self._lock:
+            if self.seen_serial < serial:
+                self.last.note(error)
+                self.seen_serial = serial
+            if self.failed_serial < serial and not isinstance(error, LateFaultError):  # the others do not know of that
+                self.text, self.cause = text, f"bucket {index} was not averaged: {error}"
+                self.failed_serial = serial

@@ -11,7 +11,6 @@ where ``"auto"`` averages over one rank. Otherwise the group's worker averages i
 is copied there and back (:mod:`qcomm.staging`).
 """
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -49,10 +48,10 @@ from qcomm.communicator import (
     resolve_group,
 )
 from qcomm.ddp.buckets import BucketTable, KnownBucket
-from qcomm.ddp.bypass import BYPASSED, Bypass, Lane, LastError, can_bypass
+from qcomm.ddp.bypass import BYPASSED, Bypass, Lane, can_bypass
 from qcomm.ddp.checks import check_scale
 from qcomm.ddp.cuda import DeviceHook
-from qcomm.ddp.failures import GROUP_IS_BROKEN, NOTHING_BEGAN, StepError, of_bucket
+from qcomm.ddp.failures import GROUP_IS_BROKEN, NOTHING_BEGAN, StepError, StepFailures, of_bucket
 from qcomm.ddp.gradient_noise import GradientNoise
 from qcomm.ddp.regroup import Regrouping, may_regroup
 from qcomm.ddp.warm_up import WarmUp
@@ -68,7 +67,6 @@ GradScale = Scale | Callable[[], Scale] | None
 
 # Exchanges under way have this long to end after a signal, so that residuals are those of a whole step.
 GRACE_SECONDS = 1.0
-_noting = threading.Lock()
 
 
 class Steps:
@@ -79,11 +77,8 @@ class Steps:
         serial: of the present step among those of this object. A loaded checkpoint does not change it, because jobs of
             a failed step may still be in the queue when the resumed step has the same number.
         first_serial: of the first step, here and after a checkpoint was loaded: ranks may have other buckets in it.
-        failed_serial: the last one that failed on all ranks, whose remaining buckets are refused.
-        failure: of that step: what backward raises for it, and the cause alone.
-        error_serial: the last one in which this rank saw an error.
         scale: the factor of the present step's gradients: a number, or a tensor that stays on its device.
-        last_error: of any step.
+        failures: errors of the steps.
         skips_buckets: whether a step may consist of any of the buckets.
         finds_unused: whether DDP looks for unused parameters, and so cannot go on after an error.
         run: names the connections of the last exchange; "" before the first one.
@@ -93,11 +88,8 @@ class Steps:
         self.number = 0
         self.serial = 0
         self.first_serial = 1
-        self.failed_serial = 0
-        self.failure = "", ""
-        self.error_serial = 0
         self.scale: Scale = 1.0
-        self.last_error = LastError()
+        self.failures = StepFailures()
         self._owed: deque[Fault] = deque(maxlen=1)  # gloo's thread adds to it while this one takes from it
         self.skips_buckets = False
         self.finds_unused = False
@@ -106,8 +98,7 @@ class Steps:
 
     def __getstate__(self) -> dict[str, object]:
         """Returns the state without the objects of this process: errors, and a scale that may be on a device."""
-        fresh = {"scale": 1.0, "last_error": LastError(), "_owed": deque(maxlen=1)}
-        return {**self.__dict__, **fresh}
+        return {**self.__dict__, "scale": 1.0, "_owed": deque(maxlen=1)}
 
     def begin(self, index: int) -> bool:
         """Begins bucket ``index``, and a new step if it is a step's first; returns True if it is."""
@@ -318,8 +309,8 @@ class Reducer:
             if lane is not None and lane.strategy in UNCOMPRESSED:
                 return self._pass_by(lane, bucket)
             channels = self._channels(bucket, lane)
-            place = bucket.index() % channels, channels
-            communicator = connect(group, self._options.strategy == "auto", self._options.key_file, *place)
+            alone, channel = self._options.strategy == "auto", bucket.index() % channels
+            communicator = connect(group, alone, self._options.key_file, channel, channels)
         except (RuntimeError, ValueError, OSError) as error:
             return self._failed(error, bucket.index())
         world_size = 1
@@ -413,10 +404,10 @@ class Reducer:
     def _pass_by(self, lane: Lane, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         """Starts a step without an agreement. An owed fault must wait, because every rank takes part in the sum."""
         verified = f"bucket {bucket.index()}, step {self.steps.number}" if self._options.verify != "off" else ""
-        future = self.bypass.reduce(lane, bucket, self.steps.last_error, self.steps.owe, verified)
+        future = self.bypass.reduce(lane, bucket, self.steps.failures.last, self.steps.owe, verified)
         if lane.outcome is not None:
             self._step_end.add(lane.outcome, lane.break_off)
-        if self.steps.error_serial == self.steps.serial:  # if not seen here, _note sees the sum
+        if self.steps.failures.seen_serial == self.steps.serial:  # if not seen here, _note sees the sum
             self.bypass.drain()
         return future
 
@@ -454,7 +445,7 @@ class Reducer:
             self.bypass.leave(index)
 
         def job() -> torch.Tensor:
-            if serial == self.steps.failed_serial:
+            if serial == self.steps.failures.failed_serial:
                 self._refuse_rest(task, communicator)
             try:
                 if task is None:
@@ -486,26 +477,18 @@ class Reducer:
         """
         if task is not None:
             task.abandon()
-        text, cause = self.steps.failure
-        if self.steps.failed_serial <= self.steps.first_serial:  # all ranks know, on their one channel
-            raise StepError(text)
+        failures = self.steps.failures
+        if failures.failed_serial <= self.steps.first_serial:  # all ranks know, on their one channel
+            raise StepError(failures.text)
         try:
-            refuse(Fault(Phase.PREPARE, StepError(cause)), communicator)
+            refuse(Fault(Phase.PREPARE, StepError(failures.cause)), communicator)
         except (CollectiveError, ConfigMismatchError) as error:
             if not is_agreed(error):
                 raise
-        raise StepError(text)
+        raise StepError(failures.text)
 
     def _note(self, error: Exception, index: int, serial: int) -> None:
-        """Keeps the first error of a step. Workers of several channels call it."""
-        steps, text = self.steps, str(of_bucket(error, index, self.steps.finds_unused))
-        with _noting:
-            if steps.error_serial < serial:
-                steps.last_error.note(error)
-                steps.error_serial = serial
-            if not isinstance(error, LateFaultError) and steps.failed_serial < serial:
-                steps.failure = text, f"bucket {index} was not averaged: {error}"
-                steps.failed_serial = serial  # all ranks hear of it, and refuse the rest of the step
+        self.steps.failures.note(error, index, serial, self.steps.finds_unused)
         if is_agreed(error):  # otherwise connections must be closed first, for the others' sake
             self.bypass.drain()
 
@@ -526,7 +509,7 @@ class Reducer:
         return future
 
     def _failed(self, error: Exception, index: int, advice: str = NOTHING_BEGAN) -> torch.futures.Future[torch.Tensor]:
-        self.steps.last_error.note(error)
+        self.steps.failures.last.note(error)
         return failed(of_bucket(error, index, self.steps.finds_unused, advice)).future
 
     def _count(self, task: MeanTask | None) -> None:

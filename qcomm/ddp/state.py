@@ -185,7 +185,7 @@ class CompressionState:
 
     def exception(self) -> Exception | None:
         """Returns the error that ended the last failed step, as an object; DDP raises its text."""
-        return self.reducer.steps.last_error.error
+        return self.reducer.steps.failures.last.error
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state to resume this rank from: number of steps, residuals, and noise where it is measured.

@@ -219,13 +219,15 @@ class WeightExchange:
 
     def _run(self, task: MeanTask, communicator: Communicator) -> torch.Tensor:
         self._agree(task, communicator)
+        has_arrived = False
         try:
             average(task, communicator)
-        except Exception:
-            # Residuals were spent on values that did not arrive. A rank that fails alone, after its last message,
-            # differs from the others at the next averaging.
-            self.reset()
-            raise
+            has_arrived = True
+        finally:
+            if not has_arrived:
+                # Residuals were spent on values that did not arrive. A rank that fails alone, after its last message,
+                # differs from the others at the next averaging.
+                self.reset()
         return task.buffer
 
     def _agree(self, task: MeanTask, communicator: Communicator) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from qcomm.errors import CollectiveError
 
-__all__ = ["MESSAGE_BYTES", "Exchange", "Mail", "Traffic", "Transfer", "Transport", "TransportError"]
+__all__ = ["MESSAGE_BYTES", "Exchange", "Mail", "Traffic", "Transfer", "Transport", "TransportError", "host_memory"]
 
 # A collective of two slices sends so many to each rank before it needs an answer.
 DEPTH = 4
@@ -330,8 +330,11 @@ class Mail:
         sources = self._transport.sources if sources is None else sources
         posted = {source: self._posted[source].popleft() for source in sources if self._posted[source]}
         buffers = {source: buffer for source, (_, buffer) in posted.items()}
-        closed = self._transport._closed()
-        broken = [(source, self._broken.get(source, closed)) for source in sources if source not in posted]
+        broken = [
+            (source, self._broken.get(source) or self._transport._closed())
+            for source in sources
+            if source not in posted
+        ]
         transfers = [transfer for transfer, _ in posted.values()]
         posted.clear()
         later = {source: _front_is_zero() for source in buffers}
@@ -349,7 +352,7 @@ class Mail:
         Raises:
             TransportError: naming the ranks that did not answer.
         """
-        packets = {source: _memory(size) for source, size in sizes.items()}
+        packets = {source: host_memory(size) for source, size in sizes.items()}
         transfers, broken = [], []
         for source, packet in packets.items():
             try:
@@ -403,12 +406,12 @@ class Mail:
 
 def _front_is_zero() -> torch.Tensor:
     """Returns memory for a message, which may be shorter than its front."""
-    buffer = _memory(MESSAGE_BYTES)
+    buffer = host_memory(MESSAGE_BYTES)
     buffer[:FRONT_BYTES].zero_()
     return buffer
 
 
-def _memory(size: int) -> torch.Tensor:
+def host_memory(size: int) -> torch.Tensor:
     """Returns ``size`` bytes; raises MemoryError, since a RuntimeError means that a connection is broken."""
     try:
         return torch.empty(size, dtype=torch.uint8, device="cpu")

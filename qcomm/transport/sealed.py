@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from qcomm.transport.base import Transfer, Transport, TransportError
+from qcomm.transport.base import Transfer, Transport, TransportError, host_memory
 from qcomm.transport.ring_sum import ring_sum
 
 __all__ = ["KEY_BYTES", "Direction", "SealedTransport"]
@@ -57,7 +57,7 @@ class Direction:
         """Returns the next message with ``tag``, sealed; ``message``: contiguous, on the CPU."""
         number, length = self.next_number(tag), LENGTH.pack(message.nbytes)
         plain = _bytes_of(message)
-        sealed = _memory(sealed_bytes(message.nbytes))
+        sealed = host_memory(sealed_bytes(message.nbytes))
         target = _bytes_of(sealed)
         target[: LENGTH.size] = length
         for segment, (begin, end) in enumerate(_segments(message.nbytes)):
@@ -136,7 +136,7 @@ class SealedTransport(Transport):
         """Receives a message, which :meth:`finish` opens, see :meth:`Transport.start_receive`."""
         direction = self._receiving[source]
         number = direction.next_number(tag)
-        sealed = _memory(sealed_bytes(buffer.nbytes))
+        sealed = host_memory(sealed_bytes(buffer.nbytes))
         inner = self._inner.start_receive(source, sealed, tag)
         return Transfer(source, _Started(inner, sealed, direction, buffer, tag, number))
 
@@ -207,14 +207,6 @@ def sealed_bytes(size: int) -> int:
         (24, 124)
     """
     return LENGTH.size + size + TAG_BYTES * len(_segments(size))
-
-
-def _memory(size: int) -> torch.Tensor:
-    """Returns ``size`` bytes; raises MemoryError, since a RuntimeError means that a connection is broken."""
-    try:
-        return torch.empty(size, dtype=torch.uint8, device="cpu")
-    except RuntimeError as error:
-        raise MemoryError(f"no memory for a sealed message of {size} bytes") from error
 
 
 def _segments(size: int) -> list[tuple[int, int]]:
