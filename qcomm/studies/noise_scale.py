@@ -337,6 +337,7 @@ def draw(document: Document) -> "Figure":
         panels[row][column].legend(fontsize=7)
     for row, column in ((0, 0), (0, 1), (1, 1)):
         panels[row][column].set_yscale("log")
+    panels[1][0].margins(y=0.35)  # for the legend
     return drawn_figure
 
 
