@@ -26,7 +26,7 @@ from qcomm.communicator import (
     Phase,
     Ticket,
     attempt,
-    check_secret,
+    check_links,
     completed,
     device_future,
     failed,
@@ -111,9 +111,9 @@ def all_reduce(
             NCCL.
         async_op: return at once; the tensor must not be used until ``wait()`` of the handle has returned.
         **options: ``mean_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads``, ``profile``,
-            ``verify``, ``secret`` and ``device_codec`` of :class:`qcomm.collectives.ReduceOptions`. A profile or a key
-            file is read at each call. With ``device_codec`` a call with CUDA tensors waits for the device, ``async_op``
-            leaves nothing to wait for, and ``"auto"`` is ``"two_phase"``.
+            ``verify``, ``secret``, ``connections`` and ``device_codec`` of :class:`qcomm.collectives.ReduceOptions`. A
+            profile or a key file is read at each call. With ``device_codec`` a call with CUDA tensors waits for the
+            device, ``async_op`` leaves nothing to wait for, and ``"auto"`` is ``"two_phase"``.
 
     Returns:
         None, or with ``async_op`` a handle.
@@ -141,7 +141,7 @@ def all_reduce(
     if task is None:
         # The caller gets the error itself, the other ranks a CollectiveError.
         if world_size > 1 and fault is not None:
-            refuse_early(fault, group, options.get("secret"))
+            refuse_early(fault, group, options.get("secret"), options.get("connections"))
         raise RuntimeError("nothing was prepared") if fault is None else fault.error
     telemetry.count_bucket(task.layout, tensor.element_size())
     if world_size == 1 and task.options.strategy == "auto":
@@ -161,7 +161,7 @@ def _task(tensor: torch.Tensor, grid: Grid, group: Group, telemetry: Telemetry, 
     """Checks the arguments; returns the task that they make."""
     _check_tensor(tensor)
     options = ReduceOptions(grid, **keywords)
-    check_secret(group, options.key_file)
+    check_links(group, options.links)
     on_device = options.device_codec and is_on_device(tensor)
     if on_device:
         check_device_options(options)
@@ -188,7 +188,7 @@ def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceW
     """Averages on the tensor's current stream. The host waits for packet sizes, so nothing is left to wait for."""
     if task.options.strategy == "auto":  # finding the fastest takes many collectives of one object
         task = replace(task, options=replace(task.options, strategy="two_phase", profile=None))
-    choice = DeviceChoice(group, get_communicator(group, task.options.key_file), task.telemetry, tensor.device)
+    choice = DeviceChoice(group, get_communicator(group, task.options.links), task.telemetry, tensor.device)
     with torch.no_grad(), torch.cuda.device_of(tensor):
         try:
             fault = choice.average(DevicePart.of(task))
@@ -202,7 +202,7 @@ def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceW
 
 
 def _submit(group: Group, task: MeanTask, tensor: torch.Tensor) -> Ticket[torch.Tensor]:
-    communicator = get_communicator(group, task.options.key_file)
+    communicator = get_communicator(group, task.options.links)
     if not tensor.is_cpu:
         return _submit_staged(communicator, task, tensor)
 

@@ -11,7 +11,7 @@ from qcomm.codec import Grid, RangeGrid, SigmaGrid, check_num_threads
 from qcomm.collectives.cost_model import Profile
 from qcomm.collectives.error_feedback import check_equilibrium
 from qcomm.collectives.layout import TensorSpec, merge_small
-from qcomm.transport import KeyFile
+from qcomm.transport import MOST_CONNECTIONS, KeyFile, Links
 
 __all__ = ["STRATEGIES", "VERIFY", "ReduceKeywords", "ReduceOptions", "with_step"]
 
@@ -35,6 +35,7 @@ class ReduceKeywords(TypedDict, total=False):
     profile: Profile | Path | str | None
     verify: str
     secret: KeyFile | Path | str | None
+    connections: int | None
     device_codec: bool
 
 
@@ -77,6 +78,10 @@ class ReduceOptions:
             ranks with a copy of that file take part, see docs/secure.md. It is a property of the group's connections:
             all uses of a group pass the same. Nothing bypasses the handshake then, and ``device_codec`` is refused. It
             needs the extra ``qcomm[secure]``.
+        connections: TCP connections to each other rank, of each channel, at most 64; every message is cut
+            into a part for each. More than one carry more over a long path that loses packets, where a single one is
+            slow however fast the link is. A property of the group's connections, as ``secret`` is. By default those
+            that the group has, otherwise one. Sums of uncompressed values take one.
         device_codec: compress CUDA tensors on the device and exchange them over NCCL, which needs a build with the
             kernels and a group with NCCL. By default tensors on a device are copied to host memory, averaged there like
             those of the CPU, and copied back.
@@ -106,6 +111,7 @@ class ReduceOptions:
     profile: Profile | Path | str | None = None
     verify: str = "interval"
     secret: KeyFile | Path | str | None = None
+    connections: int | None = None
     device_codec: bool = False
 
     def __post_init__(self) -> None:
@@ -125,6 +131,10 @@ class ReduceOptions:
             raise ValueError(f"verify must be one of {VERIFY}, got {self.verify!r}")
         if not isinstance(self.device_codec, bool):
             raise TypeError(f"device_codec must be a bool, got {type(self.device_codec).__name__}")
+        if self.connections is not None:
+            _check_int("connections", self.connections, 1)
+            if self.connections > MOST_CONNECTIONS:
+                raise ValueError(f"connections must be at most {MOST_CONNECTIONS}, got {self.connections}")
         check_num_threads(self.num_threads)
         object.__setattr__(self, "profile", _read_profile(self.profile, self.strategy))
         object.__setattr__(self, "secret", KeyFile.of(self.secret))
@@ -140,6 +150,11 @@ class ReduceOptions:
     def key_file(self) -> KeyFile | None:
         """Returns the file of the secret; None where messages are not sealed."""
         return KeyFile.of(self.secret)
+
+    @cached_property
+    def links(self) -> Links:
+        """Returns the links of the group whose ranks compute the mean."""
+        return Links(self.key_file, self.connections)
 
     @property
     def node_size(self) -> int:

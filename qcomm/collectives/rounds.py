@@ -68,15 +68,15 @@ def refuse(fault: Fault | None, communicator: Communicator) -> NoReturn:
     raise fault.error
 
 
-def refuse_early(fault: Fault, group: Group, secret: object) -> NoReturn:
+def refuse_early(fault: Fault, group: Group, secret: object, connections: object = None) -> NoReturn:
     """Tells the other ranks of a fault in the arguments of a call, if they can be told, and raises it here.
 
     Args:
         fault: of this rank.
         group: of the call.
-        secret: that the caller passed, perhaps the fault.
+        secret, connections: that the caller passed, perhaps the fault.
     """
-    communicator = communicator_to_tell(group, secret)
+    communicator = communicator_to_tell(group, secret, connections)
     if communicator is not None:
         communicator.submit(lambda: refuse(fault, communicator))
     raise fault.error

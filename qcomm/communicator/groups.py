@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from qcomm.communicator.worker import Communicator
 from qcomm.errors import CollectiveError, ConfigMismatchError
-from qcomm.transport import GlooTransport, KeyFile, MpiGroup, secure
+from qcomm.transport import MOST_CONNECTIONS, PLAIN, GlooTransport, KeyFile, Links, MpiGroup, secure
 
 __all__ = [
     "CHANNELS",
     "Group",
-    "check_secret",
+    "check_links",
     "communicator_to_tell",
     "connect",
     "find_communicator",
@@ -42,7 +42,7 @@ class _Place:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.communicators: list[Communicator] = []
-        self.secret: KeyFile | None = None
+        self.links = PLAIN
 
 
 _places: "weakref.WeakKeyDictionary[Group, _Place]" = weakref.WeakKeyDictionary()
@@ -83,7 +83,7 @@ def get_ranks(group: Group) -> list[int]:
     return list(group.transport.ranks) if isinstance(group, MpiGroup) else dist.get_process_group_ranks(group)
 
 
-def get_communicator(group: Group, secret: KeyFile | None = None, channel: int = 0, channels: int = 1) -> Communicator:
+def get_communicator(group: Group, links: Links = PLAIN, channel: int = 0, channels: int = 1) -> Communicator:
     """Returns the communicator of a group's channel, which the first call makes.
 
     Making it is a collective, which all ranks of the group reach in the same order. The communicator ends with its
@@ -91,15 +91,16 @@ def get_communicator(group: Group, secret: KeyFile | None = None, channel: int =
 
     Args:
         group: of this process.
-        secret: with which all its messages are sealed; None if they are not.
+        links: of the group, with the secret that seals all its messages.
         channel: less than ``channels``. A group of MPI has the first one only.
         channels: that are connected at once: a rank may die while another connects, and there is no connection yet that
             would tell.
 
     Raises:
-        ValueError: the communicator was made with another secret or without one. A group has one for all its uses, so
-            that no call sends openly what another one seals.
-        ConfigMismatchError, CollectiveError: some rank has no secret or another one, or does not answer.
+        ValueError: the communicator was made with another secret or without one, or with another number of
+            connections. A group has one secret for all its uses, so that no call sends openly what another one seals.
+        ConfigMismatchError, CollectiveError: some rank has no secret or another one, or another number of connections,
+            or does not answer.
     """
     with _places_lock:
         ended = [_places.pop(known) for known in list(_places) if not _is_registered(known)]
@@ -110,12 +111,13 @@ def get_communicator(group: Group, secret: KeyFile | None = None, channel: int =
     if isinstance(group, MpiGroup):
         channel, channels = 0, 1
     with place.lock:
-        check_secret(group, secret)
+        check_links(group, links)
         while len(place.communicators) < channels:
             first = place.communicators[0] if place.communicators else None
             transport = group.transport if isinstance(group, MpiGroup) else GlooTransport(group)
-            communicator = Communicator(secure(transport, secret), first)
-            place.secret = secret
+            communicator = Communicator(secure(transport, links if first is None else place.links), first)
+            if first is None:
+                place.links = links
             place.communicators.append(communicator)
             weakref.finalize(group, communicator.close)
             if isinstance(group, MpiGroup):
@@ -124,21 +126,21 @@ def get_communicator(group: Group, secret: KeyFile | None = None, channel: int =
 
 
 def find_communicator(group: Group) -> Communicator | None:
-    """Returns the first communicator of a group if it has been made, with whatever secret.
+    """Returns the first communicator of a group if it has been made, with whatever links.
 
-    A rank whose call fails :func:`check_secret` can tell the others, who wait for it.
+    A rank whose call fails :func:`check_links` can tell the others, who wait for it.
     """
     with _places_lock:
         place = _places.get(group)
     return place.communicators[0] if place is not None and place.communicators else None
 
 
-def communicator_to_tell(group: Group, secret: object) -> Communicator | None:
+def communicator_to_tell(group: Group, secret: object, connections: object) -> Communicator | None:
     """Returns the communicator with which a rank that cannot take part tells the others so.
 
     Args:
         group: of this process.
-        secret: that the caller passed, perhaps because of which this rank cannot.
+        secret, connections: that the caller passed, perhaps because of which this rank cannot.
 
     Returns:
         None where the others have an error already: they have met a rank without their secret.
@@ -146,31 +148,44 @@ def communicator_to_tell(group: Group, secret: object) -> Communicator | None:
     found = find_communicator(group)
     if found is not None:
         return found
-    key_file = None
+    key_file, count = None, None
+    if isinstance(connections, int) and 1 <= connections <= MOST_CONNECTIONS:
+        count = connections
     with suppress(TypeError, ValueError, OSError, RuntimeError):  # without it, this rank greets as one that has none
         key_file = KeyFile.of(secret)
     try:
-        return get_communicator(group, key_file)
+        return get_communicator(group, Links(key_file, count))
     except (CollectiveError, ConfigMismatchError):
         return None
 
 
-def check_secret(group: Group, secret: KeyFile | None) -> None:
-    """Raises ValueError if the communicator of a group has been made with another secret, or without one."""
+def check_links(group: Group, links: Links) -> None:
+    """Raises ValueError if a group's ranks are connected with another secret or number of connections, or cannot be."""
+    if isinstance(group, MpiGroup) and links.connections not in (None, 1):
+        raise ValueError(f"connections must be 1 with a qcomm.MpiGroup, got {links.connections}")
     with _places_lock:
         place = _places.get(group)
-    if place is None or not place.communicators or place.secret == secret:
+    if place is None or not place.communicators:
         return
-    sealed = "without one" if place.secret is None else f"with {place.secret.path}"
-    asked = "none" if secret is None else secret.path
-    raise ValueError(f"secret must be the same for all uses of a group, got {asked}: its ranks are connected {sealed}")
+    there = place.links
+    if there.secret != links.secret:
+        sealed = "without one" if there.secret is None else f"with {there.secret.path}"
+        asked = "none" if links.secret is None else links.secret.path
+        raise ValueError(
+            f"secret must be the same for all uses of a group, got {asked}: its ranks are connected {sealed}"
+        )
+    if links.connections not in (None, there.connections or 1):
+        raise ValueError(
+            f"connections must be the same for all uses of a group, got {links.connections}: its ranks have "
+            f"{there.connections or 1}"
+        )
 
 
 def connect(
-    group: Group, alone: bool, secret: KeyFile | None = None, channel: int = 0, channels: int = 1
+    group: Group, alone: bool, links: Links = PLAIN, channel: int = 0, channels: int = 1
 ) -> Communicator | None:
     """Returns the communicator of a group's channel; None for a group of one rank if ``alone`` is set."""
-    return None if alone and get_world_size(group) == 1 else get_communicator(group, secret, channel, channels)
+    return None if alone and get_world_size(group) == 1 else get_communicator(group, links, channel, channels)
 
 
 def _is_registered(group: Group) -> bool:

@@ -16,7 +16,7 @@ from qcomm.communicator import (
     Fields,
     Phase,
     attempt,
-    check_secret,
+    check_links,
     find_communicator,
     get_communicator,
     get_ranks,
@@ -25,7 +25,7 @@ from qcomm.communicator import (
 from qcomm.errors import PacketError
 from qcomm.local_sgd.parameters import Params, check_writable, described, named_tensors
 from qcomm.state_dicts import pack_state, packed_size_limit, unpack_state
-from qcomm.transport import KeyFile
+from qcomm.transport import KeyFile, Links
 
 __all__ = ["broadcast_parameters"]
 
@@ -86,11 +86,11 @@ def broadcast_parameters(
         return
     if unread is not None:
         refuse_early(unread, group, secret)
-    communicator = find_communicator(group) or get_communicator(group, key_file)
+    communicator = find_communicator(group) or get_communicator(group, Links(key_file))
     tensors: Tensors = []
     packed, fields, fault = no_bytes(), Fields({}), None
     try:
-        check_secret(group, key_file)
+        check_links(group, Links(key_file))
         ReduceOptions(grid, min_elements=min_elements, num_threads=num_threads)  # checks them
         if not _is(lossless, bool):
             raise TypeError(f"lossless must be a bool, got {type(lossless).__name__}")

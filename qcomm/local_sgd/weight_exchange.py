@@ -39,7 +39,7 @@ from qcomm.communicator import (
     Group,
     Phase,
     attempt,
-    check_secret,
+    check_links,
     find_communicator,
     get_communicator,
     get_world_size,
@@ -104,7 +104,7 @@ class WeightExchange:
         world_size = get_world_size(group)
         if world_size == 1 and options.reduce.strategy == "auto":
             return
-        communicator = find_communicator(group) or get_communicator(group, options.reduce.key_file)
+        communicator = find_communicator(group) or get_communicator(group, options.reduce.links)
         prepared, fault = attempt(Phase.PREPARE, self._prepare, group, params, step, world_size)
         if prepared is None:
             communicator.submit(lambda: refuse(fault, communicator)).wait()
@@ -194,7 +194,7 @@ class WeightExchange:
         return entries
 
     def _prepare(self, group: Group, params: Params, step: int, world_size: int) -> tuple[list[_Entry], MeanTask]:
-        check_secret(group, self._options.reduce.key_file)
+        check_links(group, self._options.reduce.links)
         entries = self._entries(params)
         return entries, self._task(entries, step, world_size)
 

@@ -90,6 +90,16 @@ class Transport(ABC):
     def is_closed(self) -> bool:
         """Returns True if the connections are closed."""
 
+    def widen(self, connections: int) -> None:
+        """Makes more connections to each rank, ``connections`` in all. A collective, while no message is under way.
+
+        Raises:
+            ValueError: this transport has one.
+            TransportError: a rank did not take part within the timeout.
+        """
+        if connections != 1:
+            raise ValueError(f"connections must be 1 over a {type(self).__name__}, got {connections}")
+
     @abstractmethod
     def start_send(self, target: int, message: torch.Tensor, tag: int) -> Transfer:
         """Sends ``message`` to a rank while this thread goes on.

@@ -12,6 +12,7 @@ ranks when a group is destroyed and made again.
 
 import uuid
 from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import ProcessGroupGloo, default_pg_timeout
 
 from qcomm.transport.base import Transfer, Transport, TransportError
+from qcomm.transport.gloo_connections import GlooConnections
 from qcomm.transport.lost_ranks import LostRanks
 
 __all__ = ["GlooTransport", "break_connections"]
@@ -44,6 +46,7 @@ class GlooTransport(Transport):
         self._lost: LostRanks | None = None
         self._has_abandoned = False
         self._gloo: Any = None  # a ProcessGroupGloo; torch's stubs do not know its send and recv
+        self._store: Any = None  # of these connections alone; torch's stubs do not know clone
         if self.world_size > 1:
             self._gloo = self._connect(group)
 
@@ -57,12 +60,35 @@ class GlooTransport(Transport):
         try:
             self._lost = LostRanks(own, self.rank, self.world_size)
             self.run = own.compare_set("run", "", uuid.uuid4().hex[:16]).decode()  # the first rank's
+            self._store = own
             return ProcessGroupGloo(own, self.rank, self.world_size, self.timeout)
         except RuntimeError as error:
             raise TransportError(
                 f"rank {self.ranks[self.rank]} could not connect to the other ranks of {list(self.ranks)}; every rank "
                 f"of the group has to call attach or its first all_reduce at the same point: {error}"
             ) from error
+
+    def widen(self, connections: int) -> None:
+        """Makes more connections to each rank, see :meth:`Transport.widen`."""
+        if connections == 1 or self._gloo is None:
+            return
+        # On connections of their own to the store they do not wait for each other's trips to it.
+        has_own = hasattr(self._store, "clone")  # not in older versions of torch
+
+        def connect(number: int) -> ProcessGroupGloo:
+            store = self._store.clone() if has_own else self._store
+            own = dist.PrefixStore(f"connection {number}", store)
+            return ProcessGroupGloo(own, self.rank, self.world_size, self.timeout)
+
+        try:
+            with ThreadPoolExecutor(connections - 1 if has_own else 1, "qcomm connects") as threads:
+                more = list(threads.map(connect, range(1, connections)))
+        except RuntimeError as error:
+            raise TransportError(
+                f"rank {self.ranks[self.rank]} could not make {connections} connections to each rank of "
+                f"{list(self.ranks)}: {error}"
+            ) from error
+        self._gloo = GlooConnections([self._gloo, *more])
 
     @property
     def is_closed(self) -> bool:

@@ -1,7 +1,8 @@
-"""Agreement on keys: all ranks say whether they have a secret, and those who have prove it and derive keys.
+"""Agreement on links: all ranks say how they want to be connected, and those who have a secret prove it.
 
 Every rank sends every other a *greeting*, whether it has a secret or not, so that no rank waits where only some have
-one. It holds a public key of X25519 that is made for these connections and then forgotten. Each pair of ranks mixes the
+one, or where they want different numbers of connections. It holds a public key of X25519 that is made for these
+connections and then forgotten. Each pair of ranks mixes the
 result of that exchange with the secret::
 
     HKDF-SHA256(X25519(own private, other's public) | secret, info: label | ranks | both public keys)
@@ -20,7 +21,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,27 +30,45 @@ from qcomm.transport.base import Transport, TransportError
 from qcomm.transport.key_file import KeyFile
 from qcomm.transport.sealed import KEY_BYTES, Direction, SealedTransport
 
-__all__ = ["secure"]
+__all__ = ["MOST_CONNECTIONS", "PLAIN", "Links", "secure"]
 
 # "qcomm", a letter of its own, and the version of this protocol.
-MAGIC = 0x71636F6D6D73_02
+MAGIC = 0x71636F6D6D73_03
 LABEL = b"qcomm sealed messages 1"
-# Magic, whether the sender has a secret, its public key, nothing; a checksum follows.
-GREETING = struct.Struct("<qq32s24x")
+# Magic, whether the sender has a secret, its public key, its number of connections, nothing; a checksum follows.
+GREETING = struct.Struct("<qq32sq16x")
 CHECKSUM = struct.Struct("<q")
 RANKS = struct.Struct("<QQQ")
 NO_KEY = bytes(32)
 
 
-def secure(transport: Transport, secret: KeyFile | None) -> Transport:
+MOST_CONNECTIONS = 64
+
+
+class Links(NamedTuple):
+    """The links between the ranks of a group, alike for all its uses and, but for the path of the secret, on all ranks.
+
+    Attributes:
+        secret: with which all messages are sealed; None if they are not.
+        connections: to each rank, of each channel; None for those that there are, otherwise one.
+    """
+
+    secret: KeyFile | None = None
+    connections: int | None = None
+
+
+PLAIN = Links()
+
+
+def secure(transport: Transport, links: Links) -> Transport:
     """Returns the transport with which a group goes on: one that seals messages if there is a secret. A collective.
 
     Args:
-        transport: new, without a message; it is closed after an error.
-        secret: None on all ranks or on none.
+        transport: new, without a message; it gets its further connections here, and is closed after an error.
+        links: with a secret on all ranks or on none.
 
     Raises:
-        ConfigMismatchError: only some ranks have a secret.
+        ConfigMismatchError: only some ranks have a secret, or they differ in their number of connections.
         TransportError: a rank has another secret or does not answer, or a greeting was altered.
         ValueError, OSError: the secret cannot be read.
 
@@ -58,7 +77,7 @@ def secure(transport: Transport, secret: KeyFile | None) -> Transport:
         >>> import torch.distributed as dist
         >>> from qcomm.transport.gloo import GlooTransport
         >>> dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
-        >>> type(secure(GlooTransport(dist.group.WORLD), None)).__name__  # there is nobody to greet
+        >>> type(secure(GlooTransport(dist.group.WORLD), PLAIN)).__name__  # there is nobody to greet
         'GlooTransport'
         >>> dist.destroy_process_group()
     """
@@ -66,23 +85,22 @@ def secure(transport: Transport, secret: KeyFile | None) -> Transport:
         return transport
     with ExitStack() as stack:
         stack.callback(transport.close)
-        if secret is None:
-            _check_alike(transport, _exchange(transport, False, NO_KEY), False)
+        if links.secret is None:
+            _exchange(transport, links, NO_KEY)
             secured = transport
         else:
-            secured = _seal(transport, secret)
+            secured = _seal(transport, links.secret, links)
         stack.pop_all()
         return secured
 
 
-def _seal(transport: Transport, secret: KeyFile) -> Transport:
+def _seal(transport: Transport, secret: KeyFile, links: Links) -> Transport:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
     secret.read()  # before the others wait for a proof
     private = X25519PrivateKey.generate()
-    greetings = _exchange(transport, True, private.public_key().public_bytes_raw())
-    _check_alike(transport, greetings, True)
-    directions = _agree(transport, private, [key for _, key in greetings], secret)
+    public_keys = _exchange(transport, links, private.public_key().public_bytes_raw())
+    directions = _agree(transport, private, public_keys, secret)
     strangers = [peer for peer in transport.peers if peer not in directions]
     if not strangers:
         sending, receiving = ({peer: pair[way] for peer, pair in directions.items()} for way in range(2))
@@ -98,33 +116,47 @@ def _seal(transport: Transport, secret: KeyFile) -> Transport:
     )
 
 
-def _exchange(transport: Transport, has_secret: bool, public_key: bytes) -> list[tuple[bool, bytes]]:
-    """Returns for each rank whether it has a secret, and its public key."""
-    words = GREETING.pack(MAGIC, has_secret, public_key)
+def _exchange(transport: Transport, links: Links, public_key: bytes) -> list[bytes]:
+    """Greets all ranks and makes the further connections; returns each rank's public key."""
+    has_secret, connections = links.secret is not None, links.connections or 1
+    words = GREETING.pack(MAGIC, has_secret, public_key, connections)
     message = torch.frombuffer(bytearray(words + CHECKSUM.pack(zlib.crc32(words))), dtype=torch.uint8)
     received = transport.exchange_small([message] * transport.world_size, "waiting for the greetings")
-    found = []
+    found: list[tuple[bool, int, bytes]] = []
     for rank, greeting in zip(transport.ranks, received, strict=True):
         data = bytes(greeting.tolist())
-        magic, has, key = GREETING.unpack_from(data)
+        magic, has, key, count = GREETING.unpack_from(data)
         (checksum,) = CHECKSUM.unpack_from(data, GREETING.size)
         if magic != MAGIC or has not in (0, 1) or checksum != zlib.crc32(data[: GREETING.size]):
             raise TransportError(
                 f"rank {transport.ranks[transport.rank]}: the greeting of rank {rank} was damaged, or that rank runs "
                 "another version of qcomm"
             )
-        found.append((bool(has), key))
-    return found
+        found.append((bool(has), count, key))
+    _check_alike(transport, [has for has, _, _ in found], has_secret)
+    _check_connections(transport, [count for _, count, _ in found])
+    transport.widen(connections)
+    return [key for _, _, key in found]
 
 
-def _check_alike(transport: Transport, greetings: list[tuple[bool, bytes]], has_secret: bool) -> None:
-    others = [str(rank) for rank, (has, _) in zip(transport.ranks, greetings, strict=True) if has != has_secret]
+def _check_alike(transport: Transport, found: Sequence[bool], has_secret: bool) -> None:
+    others = [str(rank) for rank, has in zip(transport.ranks, found, strict=True) if has != has_secret]
     if others:
         mine, theirs = ("has one", "have none") if has_secret else ("has none", "have one")
         raise ConfigMismatchError(
             f"ranks are configured differently in secret: rank {transport.ranks[transport.rank]} {mine}, rank(s) "
             f"{', '.join(others)} {theirs}. Every rank must pass a copy of one key file, or none"
         )
+
+
+def _check_connections(transport: Transport, found: Sequence[int]) -> None:
+    mine = found[transport.rank]
+    for rank, count in zip(transport.ranks, found, strict=True):
+        if count != mine:
+            raise ConfigMismatchError(
+                f"ranks are configured differently in connections: rank {transport.ranks[transport.rank]} has {mine}, "
+                f"rank {rank} has {count}"
+            )
 
 
 def _agree(
