@@ -54,18 +54,25 @@ class Scene:
 
     Args:
         method: of TORCH_HOOKS or QCOMM.
-        strategy: of qcomm.
+        strategy, connections: of qcomm.
         buckets: of DDP.
         width: of a layer.
+        group: of all ranks, that nothing else uses.
     """
 
-    def __init__(self, method: str, strategy: str, buckets: int, width: int) -> None:
+    def __init__(
+        self, method: str, strategy: str, connections: int, buckets: int, width: int, group: dist.ProcessGroup
+    ) -> None:
         torch.manual_seed(0)
         layers = [torch.nn.Linear(width, width, bias=False) for _ in range(buckets)]
         bucket_mb = layers[0].weight.nbytes / 2**20
         # A layer fills a bucket, so that a second one does not fit.
         self.ddp = DistributedDataParallel(
-            torch.nn.Sequential(*layers), bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True
+            torch.nn.Sequential(*layers),
+            process_group=group,
+            bucket_cap_mb=bucket_mb,
+            gradient_as_bucket_view=True,
+            init_sync=False,  # the weights are alike, and sending them takes minutes where packets are lost
         )
         self.timeline: list[Event] = []
         self.state: qcomm.CompressionState | None = None
@@ -75,7 +82,7 @@ class Scene:
             gradients = torch.empty(buckets * width * width, dtype=DTYPES[method], device="meta")
             self._ring_bytes = ring_bytes(gradients.nbytes)
         else:
-            self.state = qcomm.attach(self.ddp, grid=grid_of(method), strategy=strategy)
+            self.state = qcomm.attach(self.ddp, grid=grid_of(method), strategy=strategy, connections=connections)
             self.state.telemetry.timeline = self.timeline
         torch.manual_seed(1 + dist.get_rank())
         self.inputs = torch.randn(BATCH, width)
@@ -103,9 +110,10 @@ def wait_for_all(margin: float) -> None:
     time.sleep(max(0.0, float(begin) - time.perf_counter()))
 
 
-def measure(method: str, strategy: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(method: str, strategy: str, connections: int, arguments: argparse.Namespace) -> dict[str, Any]:
     """On every rank: a row of the results."""
-    scene = Scene(method, strategy, arguments.buckets, arguments.width)
+    group = dist.new_group()  # a group's connections are alike for all its uses
+    scene = Scene(method, strategy, connections, arguments.buckets, arguments.width, group)
     # The agreement on a begin takes a tree's or a ring's messages, one after another.
     margin = BEGIN_SECONDS + 2 * dist.get_world_size() * arguments.delay_ms / 1e3
     for _ in range(WARM_UP):
@@ -124,6 +132,7 @@ def measure(method: str, strategy: str, arguments: argparse.Namespace) -> dict[s
     return {
         "method": method,
         "strategy": strategy,
+        "connections": connections,
         "exposed_seconds": statistics.median(exposed),
         "p10": cuts[0],
         "p90": cuts[-1],
@@ -139,9 +148,10 @@ def run_rank(arguments: argparse.Namespace) -> None:
     rows = []
     for method in arguments.methods:
         for strategy in arguments.strategies if method in QCOMM else [""]:
-            rows.append(measure(method, strategy, arguments))
-            if rank == 0:
-                show(rows[-1])
+            for connections in arguments.connections if method in QCOMM else [1]:
+                rows.append(measure(method, strategy, connections, arguments))
+                if rank == 0:
+                    show(rows[-1])
     if rank == 0:
         print(json.dumps(rows), flush=True)
     dist.barrier()
@@ -149,7 +159,7 @@ def run_rank(arguments: argparse.Namespace) -> None:
 
 
 def show(row: dict[str, Any]) -> None:
-    print(f"{row['method']:<12}{row['strategy']:<12} exposed {row['exposed_seconds']:.3f} s "
+    print(f"{row['method']:<12}{row['strategy']:<12}{row['connections']:>3} exposed {row['exposed_seconds']:.3f} s "
           f"({row['p10']:.3f} .. {row['p90']:.3f}), backward {row['backward_seconds']:.3f} s, "
           f"{row['bytes_sent'] / 1e6:.3f} MB a step", file=sys.stderr, flush=True)  # fmt: skip
 
@@ -162,6 +172,7 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=WIDTH, help="of a layer, whose gradients are a bucket")
     parser.add_argument("--methods", nargs="+", choices=(*TORCH_HOOKS, *QCOMM), default=["qcomm k=1", "fp32"])
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=["two_phase"], help="of qcomm")
+    parser.add_argument("--connections", nargs="+", type=int, default=[1], help="of qcomm to each host and channel")
     parser.add_argument("--steps", type=int, default=9, help="that are counted, of each method")
     add_wan_options(parser)
     parser.set_defaults(delay_ms=50.0)
@@ -178,6 +189,7 @@ def main() -> int:
     options = [f"--{name}={getattr(arguments, name)}" for name in ("buckets", "width", "steps")]
     options += ["--methods", *arguments.methods]
     options += ["--strategies", *arguments.strategies, "--delay-ms", str(arguments.delay_ms)]
+    options += ["--connections", *map(str, arguments.connections)]
     try:
         rows = run_ranks(__file__, options, arguments.hosts, arguments.rate, wan=wan)
     except (NetlabError, RanksError) as error:

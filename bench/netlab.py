@@ -144,6 +144,9 @@ class Netlab:
             run_tool(*device, "mtu", str(MTU), "txqueuelen", str(UNREAD), "gso_max_segs", str(link.segments()))
             run_tool("ip", "-n", name, "address", "add", f"{self.address(host)}/24", "dev", "eth0")
             run_tool(*device, "up")
+            if wan.control:
+                setting = f"echo {wan.control} > /proc/sys/net/ipv4/tcp_congestion_control"
+                run_tool("ip", "netns", "exec", name, "sh", "-c", setting)
 
     def hub_figures(self) -> dict[str, Any]:
         """What the hub did so far, see :meth:`wan.Hub.figures`.

@@ -83,6 +83,8 @@ class Wan:
             trip where that is longer: what one TCP stream needs to fill the link.
         queue_packets: in its place, in packets.
         seed: of losses and jitter. The n-th packet that leaves a host is lost, or not, whatever the time.
+        control: TCP's congestion control on all hosts, such as cubic; the machine's own if it is empty. The kernel
+            refuses one that is not in net.ipv4.tcp_allowed_congestion_control.
     """
 
     delay_ms: float = 0.0
@@ -95,6 +97,7 @@ class Wan:
     queue_ms: float | None = None
     queue_packets: int = 0
     seed: int = 0
+    control: str = ""
 
     def __post_init__(self) -> None:
         for name in ("delay_ms", "jitter_ms", "queue_ms", "queue_packets", "seed"):
@@ -102,6 +105,8 @@ class Wan:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.seed > MOST_SEED:
             raise ValueError(f"seed must be at most {MOST_SEED}, got {self.seed}")
+        if not re.fullmatch(r"\w*", self.control):
+            raise ValueError(f"control must be a name such as cubic, got {self.control!r}")
         if not 0 <= self.loss <= 1:
             raise ValueError(f"loss must be in 0..1, got {self.loss}")
         if not all(delay >= 0 for delay in self.host_delays_ms):
@@ -230,9 +235,12 @@ def add_wan_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--jitter-ms", type=float, default=0.0, help="at most this is added to each packet's delay")
     parser.add_argument("--loss", type=share, default=0.0, help="share of packets that are lost, such as 0.1%%")
+    parser.add_argument("--control", default="", help="TCP's congestion control, such as cubic; the machine's own")
 
 
 def wan_from(arguments: argparse.Namespace) -> Wan | None:
     """The links that :func:`add_wan_options` asked for; None if tc does without the hub."""
-    wan = Wan(delay_ms=arguments.delay_ms, jitter_ms=arguments.jitter_ms, loss=arguments.loss)
+    wan = Wan(
+        delay_ms=arguments.delay_ms, jitter_ms=arguments.jitter_ms, loss=arguments.loss, control=arguments.control
+    )
     return None if wan == Wan() else wan

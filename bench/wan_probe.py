@@ -93,7 +93,7 @@ def send_stream(address: tuple[str, int], start: float, end: float, control: str
             while time.monotonic() < end:
                 sender.settimeout(max(1e-3, end - time.monotonic()))
                 sender.send(CHUNK)
-        except (TimeoutError, ConnectionResetError):
+        except (TimeoutError, ConnectionResetError, BrokenPipeError):
             pass  # the time is over, also for the receiver
         # What is unsent is not of interest.
         sender.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
