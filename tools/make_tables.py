@@ -143,11 +143,11 @@ def measured_on(document: Any) -> str:
     return f"\nLoad average before the run: {document['load'][0]:.1f} on {document['cores']} cores.\n"
 
 
-def allreduce() -> str:
+def allreduce(name: str = "allreduce.json", methods: Sequence[str] = ALLREDUCE_METHODS) -> str:
     """``bench/bench_allreduce.py``: milliseconds of one bucket, and how many times faster than fp32 and bf16."""
-    document, rows = read("allreduce.json"), []
+    document, rows = read(name), []
     for row in document["rows"]:
-        if row["method"] not in ALLREDUCE_METHODS:
+        if row["method"] not in methods:
             continue
         spread = f"{1e3 * row['p10']:.0f} … {1e3 * row['p90']:.0f}"
         ratios = f"{row['ratio_to_fp32']:.1f}", f"{row['ratio_to_bf16']:.1f}"
@@ -155,6 +155,40 @@ def allreduce() -> str:
         sent, error = f"{row['bytes_sent'] / 1e6:.2f}", f"{100 * row['relative_error']:.2g} %"
         rows.append([place, row["method"], f"{1e3 * row['seconds']:.0f}", spread, *ratios, sent, error])
     headings = ["link", "method", "ms", "p10 … p90", "x fp32", "x bf16", "MB sent a rank", "error"]
+    return markdown(headings, rows) + measured_on(document)
+
+
+LOW_RATE_METHODS = ("fp32", "bf16", "powersgd r=1", "powersgd r=2", "powersgd r=4", "int8", "qcomm k=1", "qcomm k=2",
+                    "qcomm k=3.2", "qcomm k=3.4")  # fmt: skip
+
+
+def wan() -> str:
+    """``bench/bench_wan.py``: how long a step waits for its exchange between distant hosts."""
+    document, rows = read("wan.json"), []
+    for row in document["rows"]:
+        spread = f"{row['p10']:.2f} … {row['p90']:.2f}"
+        rows.append([row["method"], f"{row['exposed_seconds']:.2f}", spread, f"{row['bytes_sent'] / 1e6:.2f}"])
+    return markdown(["method", "s exposed", "p10 … p90", "MB sent a rank"], rows) + measured_on(document)
+
+
+def wan_check() -> str:
+    """``bench/check_wan.py``: what links with delay and loss carry, in relation to what was asked for."""
+    document, rows = read("wan_check.json"), []
+    links = dict.fromkeys((row["hosts"], row["rate"], row["control"]) for row in document["rows"])
+    for hosts, rate, control in links:
+        chosen = [
+            row for row in document["rows"] if (row["hosts"], row["rate"], row["control"]) == (hosts, rate, control)
+        ]
+        off = max(row["delay_median_ms"] - row["delay_ms"] for row in chosen)
+        late = max(row["delay_p99_ms"] - row["delay_median_ms"] for row in chosen)
+        lost, sent = (sum(row[name] for row in chosen if row["loss"]) for name in ("packets_lost", "packets"))
+        asked = sum(row["packets"] * row["loss"] for row in chosen)
+        shares = [row["stream_share"] for row in chosen]
+        carried = f"{min(shares):.2f} … {max(shares):.2f}"
+        place = f"{hosts} hosts, {RATES.get(rate, rate)}"
+        rows.append([place, f"{off:+.2f} ms", f"{late:.2f} ms", f"{lost} of {sent}", f"{asked:.0f}", control, carried])
+    headings = ["links", "median delay off, most", "p99 beyond the median, most", "packets lost", "asked for",
+                "TCP", "share of the rate that a stream carried"]  # fmt: skip
     return markdown(headings, rows) + measured_on(document)
 
 
@@ -319,6 +353,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "transformer": transformer,
     "memory": memory,
     "allreduce": allreduce,
+    "allreduce_low_rate": partial(allreduce, "allreduce_low_rate.json", LOW_RATE_METHODS),
+    "allreduce_low_rate_4": partial(allreduce, "allreduce_low_rate_4.json", LOW_RATE_METHODS),
+    "wan": wan,
+    "wan_check": wan_check,
     "averaging": averaging,
     "planner_check": planner_check,
     "published": published,
