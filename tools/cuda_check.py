@@ -6,7 +6,8 @@ Usage: ``python tools/cuda_check.py [--json bench/results/cuda_build.json]``; ne
 - NVRTC 12.9 compiles them for sm_70, which newer toolkits have dropped, where nvidia-cuda-nvrtc-cu12 and
   nvidia-cuda-cccl-cu12 are importable.
 - nvdisasm (nvidia-cuda-nvdisasm, or the toolkit's) counts the instructions of the inner loops per symbol for sm_90:
-  those between a loop's first and last, without the loops inside it, which are for escapes. Rare branches count.
+  those between a loop's first and last, without the loops inside it, which are for escapes. Rare branches count. From
+  the schedule that ptxas wrote beside them follow cycles (cuda_schedule.py), which assume latencies.
 """
 
 import argparse
@@ -20,6 +21,8 @@ import tempfile
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
+
+from cuda_schedule import Loop, cycles, loops
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = ROOT / "csrc/cuda"
@@ -157,55 +160,57 @@ INSTANCES = {
 }
 
 
-def inner_loops(nvdisasm: str, cubin: Path) -> Iterator[tuple[str, list[str]]]:
-    """(kernel, opcodes) of each loop that ballots and has no such loop inside; loops without ballots are left out."""
-    for part in re.split(r"\n\s*\.section\s+\.text\.", run(nvdisasm, "-c", cubin))[1:]:
-        operations: list[tuple[str, str]] = []
-        labels: dict[str, int] = {}
-        for line in part.splitlines():
-            if label := re.match(r"(\.L\w+):", line.strip()):
-                labels[label[1]] = len(operations)
-            elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line):
-                operations.append((found[1], found[2]))
-        loops = []
-        for i, (name, arguments) in enumerate(operations):
-            target = re.search(r"\((\.L\w+)\)", arguments) if name.startswith("BRA") else None
-            if target and labels.get(target[1], i + 1) <= i:
-                loops.append((labels[target[1]], i))
-        for begin, end in loops:
-            inside = [(b, e) for b, e in loops if (b, e) != (begin, end) and begin <= b and e <= end]
-            nested = {i for b, e in inside for i in range(b, e + 1)}
-            yield kernel_name(part.split(",")[0]), [operations[i][0] for i in range(begin, end + 1) if i not in nested]
+def schedules(nvcc: str, nvdisasm: str, folder: Path) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
+    """Of float32's hot loops: instructions a symbol, and cycles of a turn by ptxas's schedule with 1 and 4 warps.
 
-
-def instructions_per_symbol(nvcc: str, nvdisasm: str, folder: Path) -> dict[str, float]:
-    """Of the loops of four steps, by kernel; `pair` ones treat two symbols a lane and step."""
-    results: dict[str, float] = {}
+    A turn of `encode_blocks` and `decode_packets` has four steps; `pair` ones treat two symbols a lane and step. A turn
+    of the second pass writes 8 rows of residuals.
+    """
+    instructions: dict[str, float] = {}
+    turns: dict[str, dict[str, int]] = {}
     for name in ("encode", "decode"):
         cubin = folder / f"{name}.cubin"
         run(nvcc, *FLAGS, "-gencode=arch=compute_90,code=sm_90", "-cubin", "-o", cubin, CUDA / f"{name}.cu")
-        for kernel, loop in inner_loops(nvdisasm, cubin):
-            count = {
-                p: sum(o.startswith(p) for o in loop) for p in ("VOTE", "STG", "LDG", "LDS", "DMUL", "DADD", "DSETP")
-            }
+        for loop in loops(run(nvdisasm, "-c", "-hex", cubin)):
+            kernel = kernel_name(loop.kernel)
             if not kernel.startswith(("encode_blocks<float32", "decode_packets<float32")):
                 continue
-            steps = 4
-            if name == "encode" and count["VOTE"] == steps + 1 and count["LDS"] == steps and count["DMUL"] == 0:
-                pairs = count["LDG"] >= 2 * steps
-            elif name == "decode" and count["VOTE"] == steps and count["LDG"] == steps:  # entries in shared memory
-                pairs = count["STG"] == 2 * steps
-                if count["LDS"] != steps * (3 if pairs else 2):  # values that are computed, not looked up
-                    continue
-            else:
+            what = hot_loop(loop, name, "adjusted" in kernel)
+            if not what:
                 continue
-            coding = "pair" if pairs and ("adjusted" not in kernel or count["LDG"] >= 3 * steps) else "single"
-            results[f"{kernel} {coding}"] = round(len(loop) / (steps * (2 if coding == "pair" else 1)), 1)
+            if symbols := SYMBOLS.get(what):
+                instructions[f"{kernel} {what}"] = round(len(loop.body) / symbols, 1)
+            turns[f"{kernel} {what}"] = {
+                f"{place}, {warps} warps": round(cycles(loop.body, warps, memory))
+                for place, memory in MEMORY_CYCLES.items()
+                for warps in (1, 4)
+            }
     wanted = [f"{k} {c}" for k in ("encode_blocks<float32>", "encode_blocks<float32, adjusted>",
                                    "decode_packets<float32>") for c in ("pair", "single")]  # fmt: skip
-    if missing := [name for name in wanted if name not in results]:
+    wanted.append("encode_blocks<float32, adjusted> residual")
+    if missing := [name for name in wanted if name not in turns]:
         sys.exit(f"cuda_check: these loops were not found in SASS: {missing}")
-    return results
+    return instructions, turns
+
+
+STEPS = 4
+SYMBOLS = {"single": STEPS, "pair": 2 * STEPS}  # of a lane in a turn
+MEMORY_CYCLES = {"L1": 40, "L2": 270, "memory": 600}  # assumed, of an H100
+
+
+def hot_loop(loop: Loop, file: str, adjusted: bool) -> str:
+    """Which loop of a file it is; "" for others."""
+    votes, loads, looked_up = loop.count("VOTE"), loop.count("LDG"), loop.count("LDS")
+    if file == "encode" and loop.count("DADD", "DMUL", "DFMA") == 0:
+        if adjusted and votes == 0 and loads == 16 and loop.count("ST") == 8:
+            return "residual"
+        if votes == STEPS + 1 and looked_up == STEPS:
+            return "pair" if loads >= STEPS * (3 if adjusted else 2) else "single"
+    if file == "decode" and votes == STEPS and loads == STEPS:
+        pairs = loop.count("STG") == 2 * STEPS
+        if looked_up == STEPS * (3 if pairs else 2):  # values that are looked up in shared memory, not computed
+            return "pair" if pairs else "single"
+    return ""
 
 
 def main() -> None:
@@ -224,13 +229,15 @@ def main() -> None:
         folder = Path(name)
         kernels = compile_all(nvcc, folder)
         volta = compile_for_volta()
-        counts = instructions_per_symbol(nvcc, nvdisasm, folder) if nvdisasm else {"skipped": "there is no nvdisasm"}
+        skipped = {"skipped": "there is no nvdisasm"}
+        counts, turns = schedules(nvcc, nvdisasm, folder) if nvdisasm else (skipped, skipped)
     release = re.search(r"release ([\d.]+)", run(nvcc, "--version"))
     report = {
         "nvcc": release[1] if release else "",
         "kernels": kernels,
         "volta": volta,
         "instructions_per_symbol": {"architecture": "sm_90", "goal_encode": 24, "goal_decode": 20, **counts},
+        "cycles_per_turn": {"architecture": "sm_90", "cycles_of_loads": MEMORY_CYCLES, **turns},
     }
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
@@ -238,6 +245,8 @@ def main() -> None:
         print("{kernel:45} {architecture:7} {registers:4} registers, {spill_store_bytes} bytes spilled".format(**row))
     print("sm_70:", volta)
     print("instructions per symbol:", counts)
+    for loop, found in turns.items():
+        print("cycles a turn:", loop, found)
     spilled = [row for row in kernels if row["spill_store_bytes"] or row["spill_load_bytes"]]
     if spilled:
         sys.exit(f"cuda_check: {len(spilled)} kernels spill registers")

@@ -11,12 +11,12 @@
 // step to the first, which is why words are written downwards. Thread block: 4 blocks of one segment, which share its
 // code in shared memory: 4 bytes a symbol, 1 KiB for a static code, up to 16 KiB for one of the segment's own.
 // Passes: one over the values, plus one over those of blocks that turn out to be fixed, or that have a residual:
-// whether a block is raw, which clears it, is known only at the end. That pass finds the values in the L2 cache. Raw
-// blocks are left to payload.cu, which must see the residual as it was; and so are the residuals of range grids, whose
-// segments may still become fixed, and of packets from which blocks may be dropped.
-// Limits: 512 steps; alphabets of 256 symbols in a static code, 4096 in a code of the segment's own.
-// Determinism: a warp owns its block; nothing depends on other warps.
-// Bytes moved per value: its size, and the code's (words 0.3 or so); with a residual 8 and a write of 4 more.
+// whether a block is raw, which clears it, is known only at the end. That pass loads eight rows before it stores one: a
+// load behind a store that may be to the same place waits for it, and no other warp hides that time. Raw blocks are
+// left to payload.cu, which must see the residual as it was; and so are the residuals of range grids, whose segments
+// may still become fixed, and of packets from which blocks may be dropped. Limits: 512 steps; alphabets of 256 symbols
+// in a static code, 4096 in a code of the segment's own. Determinism: a warp owns its block; nothing depends on other
+// warps. Bytes moved per value: its size, and the code's (words 0.3 or so); with a residual 8 and a write of 4 more.
 // The lanes: F. Giesen, "Interleaved entropy coders", arXiv:1402.3392, 2014.
 #include "coder.cuh"
 #include "kernels.cuh"
@@ -28,7 +28,8 @@ namespace qcomm::cuda {
 namespace {
 
 constexpr int kThreads = kEncodeWarps * kWarpLanes;
-constexpr int kRows = 4;  // steps whose values are loaded together, while those before are coded
+constexpr int kRows = 4;          // steps whose values are loaded together, while those before are coded
+constexpr int kResidualRows = 8;  // rows of 32 values whose residuals are computed together
 
 //   entry   | codeword, 16 bits | 0 | escape flag at 8 | 0 | length, 5 bits |
 //
@@ -75,6 +76,7 @@ template <class Tr, class Levels, class Values, bool kPairs>
 class BlockEncoder {
 public:
     using T = typename Tr::Arithmetic;
+    using Raw = typename Values::Raw;
     static constexpr int kPerLane = kPairs ? 2 : 1;
 
     __device__ BlockEncoder(const Values& u, const Levels& grid, int escape, int n, const std::uint32_t* entries,
@@ -104,12 +106,12 @@ public:
         for (; step >= 0 && (step >= whole || !lanes_.started() || (step + 1) % kRows != 0); --step) push_guarded(step);
         if (step < 0) return;
         lanes_.enter();
-        T x[kRows][kPerLane];
+        Raw x[kRows][kPerLane];
         load_rows(step, x);
         for (; step >= 0; step -= kRows) {
-            // A bucket has few blocks for the processors of a GPU, so no other warp hides the time of loads. The last
-            // turn loads its own again, in vain.
-            T next[kRows][kPerLane];
+            // A bucket has few blocks for the processors of a GPU, so no other warp hides the time of loads. Sum and
+            // product are left to the turn that needs them. The last turn loads its own again, in vain.
+            Raw next[kRows][kPerLane];
             load_rows(step < kRows ? step : step - kRows, next);
             push_rows(step, x);
 #pragma unroll
@@ -136,23 +138,23 @@ public:
 
 private:
     // The values of kRows whole steps, the last one first.
-    __device__ __forceinline__ void load_rows(int step, T (&x)[kRows][kPerLane]) const {
+    __device__ __forceinline__ void load_rows(int step, Raw (&x)[kRows][kPerLane]) const {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
 #pragma unroll
-            for (int v = 0; v < kPerLane; ++v) x[r][v] = u_[first_value(step - r) + v];
+            for (int v = 0; v < kPerLane; ++v) x[r][v] = u_.raw(first_value(step - r) + v);
         }
     }
 
     // Four whole steps: all symbols first, then all lookups, and only then the pushes, each of which waits for the one
     // before. Escapes are rare, so one ballot asks for them in all four.
-    __device__ __forceinline__ void push_rows(int step, const T (&x)[kRows][kPerLane]) {
+    __device__ __forceinline__ void push_rows(int step, const Raw (&x)[kRows][kPerLane]) {
         std::uint32_t entries[kRows], flags = 0;
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
             std::uint32_t symbols[kPerLane];
 #pragma unroll
-            for (int v = 0; v < kPerLane; ++v) symbols[v] = grid_.symbol_of_all(x[r][v]);
+            for (int v = 0; v < kPerLane; ++v) symbols[v] = grid_.symbol_of_all(u_.of(x[r][v]));
             entries[r] = entries_[codeword(symbols)];
             different_ |= entries[r] ^ reference_entry_;  // no two codewords are equal
             flags |= entries[r];
@@ -222,6 +224,23 @@ private:
     int escapes_ = 0;
 };
 
+// Writes the residual of a block's n values, a warp.
+template <class Tr, class Levels, class Values>
+__device__ void write_residual(const Values& u, int n, const Levels& grid, int escape, float* residual_out) {
+    constexpr int kGroup = kResidualRows * kWarpLanes;
+    int i = lane_number();
+    for (int whole = n / kGroup; whole > 0; --whole, i += kGroup) {
+        typename Values::Raw x[kResidualRows];
+#pragma unroll
+        for (int r = 0; r < kResidualRows; ++r) x[r] = u.raw(i + r * kWarpLanes);
+#pragma unroll
+        for (int r = 0; r < kResidualRows; ++r)
+            residual_out[i + r * kWarpLanes] = residual_of<Tr>(u.of(x[r]), grid, escape);
+    }
+#pragma unroll 1
+    for (; i < n; i += kWarpLanes) residual_out[i] = residual_of<Tr>(u[i], grid, escape);
+}
+
 // Encodes the first n values of `u` into a slot, and writes their new residual to `residual_out` if it is not null.
 template <class Tr, bool kPairs, class Levels, class Values>
 __device__ BlockResult encode_block(const Values& u, int n, const Levels& grid, const Quantizer& q,
@@ -240,9 +259,8 @@ __device__ BlockResult encode_block(const Values& u, int n, const Levels& grid, 
             packed[i] = packed_word<int>(u, grid, 0, n, q.num_bits, i);
     }
     __syncwarp();  // the residual may be part of u, which other lanes have read
-    if (residual_out != nullptr && mode != BlockMode::kRaw && q.grid == Grid::kSigma) {
-        for (int i = lane_number(); i < n; i += kWarpLanes) residual_out[i] = residual_of<Tr>(u[i], grid, escape);
-    }
+    if (residual_out != nullptr && mode != BlockMode::kRaw && q.grid == Grid::kSigma)
+        write_residual<Tr>(u, n, grid, escape, residual_out);
     return result;
 }
 

@@ -9,7 +9,8 @@
 // part, must stay.
 //
 // Thread: a value a row. Warp: every units-th row of 32 values of one segment. Block: 4 such warps. No shared memory.
-// Passes: one.
+// Passes: one. Eight rows are loaded before one is stored: a load behind a store that may be to the same place waits
+// for it.
 // Limits: as payload.cu.
 // Determinism: each value by itself.
 // Bytes moved per value: 8 and a write of 4.
@@ -22,6 +23,7 @@ namespace qcomm::cuda {
 namespace {
 
 constexpr int kThreads = kEncodeWarps * kWarpLanes;
+constexpr int kRows = 8;  // whose values are loaded together
 
 // A unit a warp.
 template <class Tr, bool kAdjusted>
@@ -37,10 +39,20 @@ __global__ void __launch_bounds__(kThreads, 1) update_range_residuals(EncodeTabl
     if (segment.residual_out == nullptr || !is_range(q.grid)) return;
     const Source<Tr, kAdjusted> u(e.tensors[segment.tensor], segment.offset);
     const RangeQuantizer grid(q.grid, q.num_bits, q.p0, q.p1);
+    // In registers: memory might change with each residual that is stored.
+    float* const residual_out = segment.residual_out;
+    const std::int64_t count = segment.count, stride = segment.units * kWarpLanes;
+    std::int64_t i = (unit - segment.first_unit) * kWarpLanes + lane_number();
 #pragma unroll 1
-    for (std::int64_t i = (unit - segment.first_unit) * kWarpLanes + lane_number(); i < segment.count;
-         i += segment.units * kWarpLanes)
-        segment.residual_out[i] = residual_of<Tr>(u[i], grid, -1);
+    for (; i + (kRows - 1) * stride < count; i += kRows * stride) {
+        typename Source<Tr, kAdjusted>::Raw x[kRows];
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) x[r] = u.raw(i + r * stride);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r) residual_out[i + r * stride] = residual_of<Tr>(u.of(x[r]), grid, -1);
+    }
+#pragma unroll 1
+    for (; i < count; i += stride) residual_out[i] = residual_of<Tr>(u[i], grid, -1);
 }
 
 }  // namespace

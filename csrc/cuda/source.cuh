@@ -26,20 +26,24 @@ public:
         QCOMM_ASSUME_GLOBAL(residual_);
     }
 
-    __device__ __forceinline__ T operator[](std::int64_t i) const {
-        if constexpr (!kAdjusted) return Tr::widen(values_[i]);
-        const T u = Tr::widen(values_[i]) * inv_scale_;  // by 1: exact
-        return has_residual_ ? u + static_cast<T>(residual_[i]) : u;
+    // A value as memory holds it, for a caller that loads some time before it needs u: arithmetic waits for loads.
+    struct Raw {
+        typename Tr::Storage value;
+        float residual;
+    };
+    __device__ __forceinline__ Raw raw(std::int64_t i) const {
+        if constexpr (!kAdjusted) return {values_[i], 0.0f};
+        return {values_[i], has_residual_ ? residual_[i] : 0.0f};
     }
+    __device__ __forceinline__ T of(const Raw& raw) const {
+        if constexpr (!kAdjusted) return Tr::widen(raw.value);
+        const T u = Tr::widen(raw.value) * inv_scale_;  // by 1: exact
+        return has_residual_ ? u + static_cast<T>(raw.residual) : u;
+    }
+    __device__ __forceinline__ T operator[](std::int64_t i) const { return of(raw(i)); }
 
     // Without scale and residual.
     __device__ __forceinline__ T value(std::int64_t i) const { return Tr::widen(values_[i]); }
-    // The parts of u, for a caller that loads them some time before it needs u: 0 where there is no residual.
-    __device__ __forceinline__ float residual(std::int64_t i) const { return has_residual_ ? residual_[i] : 0.0f; }
-    __device__ __forceinline__ T join(T value, float residual) const {
-        const T u = value * inv_scale_;
-        return has_residual_ ? u + static_cast<T>(residual) : u;
-    }
 
     // As it is stored in a packet.
     __device__ __forceinline__ typename Tr::Storage stored(std::int64_t i) const {

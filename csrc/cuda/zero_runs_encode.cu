@@ -46,12 +46,12 @@ public:
     __device__ void add(const Values& u, int n, int at, const RunQuantizer<T>& grid, float* residual_out) {
         int begin = 0;
         if (n >= kGroup) {
-            Raw raw = load<true>(u, 0, n);
+            Rows raw = load<true>(u, 0, n);
             for (; begin + kGroup <= n; begin += kGroup) {
                 // The next group is loaded before anything is stored: a load behind a store that may be to the same
                 // place waits for it. Sum and product are left to the turn that needs them, by which the loads are
                 // back. The last turn loads its own again, in vain.
-                const Raw next = load<true>(u, begin + 2 * kGroup <= n ? begin + kGroup : begin, n);
+                const Rows next = load<true>(u, begin + 2 * kGroup <= n ? begin + kGroup : begin, n);
                 put_group<true>(u, raw, begin, n, at, grid, residual_out);
                 raw = next;
             }
@@ -67,30 +67,28 @@ private:
     static constexpr int kGroup = kValueRows * kWarpLanes;
 
     // Rows as they are in memory.
-    struct Raw {
-        T values[kValueRows];
-        float residuals[kValueRows];
+    struct Rows {
+        typename Values::Raw values[kValueRows];
     };
     // Behind the last value there are zeros.
     template <bool kWhole>
-    __device__ __forceinline__ Raw load(const Values& u, int begin, int n) const {
-        Raw raw;
+    __device__ __forceinline__ Rows load(const Values& u, int begin, int n) const {
+        Rows rows;
 #pragma unroll
         for (int r = 0; r < kValueRows; ++r) {
             const int i = begin + r * kWarpLanes + lane_;
-            raw.values[r] = kWhole || i < n ? u.value(i) : T(0);
-            raw.residuals[r] = kWhole || i < n ? u.residual(i) : 0.0f;
+            rows.values[r] = kWhole || i < n ? u.raw(i) : typename Values::Raw{};
         }
-        return raw;
+        return rows;
     }
 
     template <bool kWhole>
-    __device__ __forceinline__ void put_group(const Values& u, const Raw& raw, int begin, int n, int at,
+    __device__ __forceinline__ void put_group(const Values& u, const Rows& rows, int begin, int n, int at,
                                               const RunQuantizer<T>& grid, float* residual_out) {
         float lost[kValueRows];
 #pragma unroll
         for (int r = 0; r < kValueRows; ++r) {
-            const T x = u.join(raw.values[r], raw.residuals[r]);
+            const T x = u.of(rows.values[r]);
             const int level = grid(x);
             lost[r] = grid.lost(x, level);
             if constexpr (kResidualMayOverflow<Tr>) finite_ = finite_ && __builtin_isfinite(lost[r]);
