@@ -14,8 +14,16 @@ from qcomm.collectives.cost_model import (
     two_phase_times,
 )
 from qcomm.collectives.error_feedback import ErrorFeedback
+from qcomm.collectives.hook_options import (
+    GradScale,
+    check_grad_scale,
+    check_hook_options,
+    check_scale,
+    is_excluded,
+)
 from qcomm.collectives.layout import BucketLayout, Chunk, TensorSpec
 from qcomm.collectives.machine import measure_codec, measure_link, slowest
+from qcomm.collectives.optimizers import watch_optimizers
 from qcomm.collectives.options import STRATEGIES, ReduceKeywords, ReduceOptions, with_step
 from qcomm.collectives.packing import no_bytes
 from qcomm.collectives.rank_state import (
@@ -27,6 +35,7 @@ from qcomm.collectives.rank_state import (
     without_residuals,
 )
 from qcomm.collectives.rounds import Rounds, announce_late, refuse, refuse_early
+from qcomm.collectives.run_state import checked_parts, origin_of, residuals_of, run_entries
 from qcomm.collectives.strategies import average, settled, uncompressed_strategies
 from qcomm.collectives.task import MeanTask, Scale
 from qcomm.collectives.telemetry import Telemetry
@@ -41,6 +50,7 @@ __all__ = [
     "Chunk",
     "CodecProfile",
     "ErrorFeedback",
+    "GradScale",
     "LinkProfile",
     "MeanTask",
     "Profile",
@@ -58,21 +68,30 @@ __all__ = [
     "announce_late",
     "average",
     "bytes_sent",
+    "check_grad_scale",
+    "check_hook_options",
+    "check_scale",
+    "checked_parts",
     "count_rings",
+    "is_excluded",
     "keys_to_resume",
     "load_rank_states",
     "measure_codec",
     "measure_link",
     "no_bytes",
+    "origin_of",
     "parts_of",
     "refuse",
     "refuse_early",
+    "residuals_of",
+    "run_entries",
     "seconds",
     "settled",
     "slowest",
     "states_for_rank",
     "two_phase_times",
     "uncompressed_strategies",
+    "watch_optimizers",
     "with_step",
     "without_residuals",
 ]

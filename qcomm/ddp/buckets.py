@@ -3,14 +3,13 @@
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from qcomm.codec import DTYPE_NUMBERS, check_memory, is_on_device
-from qcomm.collectives import BucketLayout, ReduceOptions, TensorSpec
+from qcomm.collectives import BucketLayout, ReduceOptions, TensorSpec, is_excluded
 from qcomm.communicator import Fields
 from qcomm.ddp.warm_up import WarmUp
 from qcomm.staging import check_device
@@ -143,7 +142,7 @@ class BucketTable:
             options = self._warm_up.options(self._options, stage).for_world(world_size)
             for key, shape in zip(keys, shapes, strict=True):
                 numel = math.prod(shape)
-                may_round = not is_exact and not self._is_excluded(key)
+                may_round = not is_exact and not is_excluded(key, self._exclude)
                 compressed = may_round and options.is_compressed(numel)
                 specs.append(TensorSpec(key, offset, numel, compressed, may_round))
                 offset += numel
@@ -164,9 +163,6 @@ class BucketTable:
             }
             self._layouts[signature] = KnownBucket(layout, options, Fields(fields), on_device)
         return self._layouts[signature]
-
-    def _is_excluded(self, key: str) -> bool:
-        return any(fnmatchcase(key, pattern) for pattern in self._exclude)
 
     @property
     def order(self) -> list[list[str]]:

@@ -1,6 +1,4 @@
-"""Checks of a DDP model and of the hook's options, made before registration, because a hook cannot be removed."""
-
-from collections.abc import Sequence
+"""Checks of a DDP model, made before the hook is registered, because a hook cannot be removed."""
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -8,7 +6,7 @@ from torch.nn.parallel import DistributedDataParallel
 from qcomm.codec import DTYPE_NUMBERS, check_memory
 from qcomm.staging import check_device
 
-__all__ = ["check_grad_scale", "check_hook_options", "check_model", "check_scale"]
+__all__ = ["check_model"]
 
 
 def check_model(ddp_model: object) -> None:
@@ -71,39 +69,3 @@ def _check_parameter(name: str, parameter: torch.nn.Parameter) -> None:
         raise ValueError(
             f"parameter {name!r} has an optimizer that runs in backward, for which DDP needs the hook itself"
         )
-
-
-def check_hook_options(error_feedback: object, exclude: object, grad_scale: object) -> None:
-    """Raises TypeError or ValueError, naming the option, unless CompressionState accepts all of them."""
-    if not isinstance(error_feedback, bool):
-        raise TypeError(f"error_feedback must be a bool, got {type(error_feedback).__name__}")
-    if not isinstance(exclude, Sequence) or isinstance(exclude, str) or not all(isinstance(p, str) for p in exclude):
-        raise TypeError(f"exclude must be a sequence of patterns, such as ['*.bias'], got {exclude!r}")
-    check_grad_scale(grad_scale)
-
-
-def check_grad_scale(grad_scale: object) -> None:
-    """Raises unless ``grad_scale`` is None, a function, or a scale."""
-    if grad_scale is not None and not callable(grad_scale):
-        check_scale(grad_scale)
-
-
-def check_scale(scale: object) -> float:
-    """Returns the number in ``grad_scale``; raises an error that names it where there is none.
-
-    Example:
-        >>> check_scale(torch.tensor(1024.0))
-        1024.0
-    """
-    if isinstance(scale, torch.Tensor):
-        if scale.numel() != 1:
-            raise ValueError(f"grad_scale must have one element, got shape {tuple(scale.shape)}")
-        scale = scale.item()
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(
-            f"grad_scale must be a number, a 0-dim tensor or a function that returns one, got {type(scale).__name__}"
-        )
-    # The scale and its inverse both have to be normal float32 numbers, or gradients would vanish or overflow.
-    if not 2.0**-126 <= scale <= 2.0**126:
-        raise ValueError(f"grad_scale must be positive and finite, got {scale}")
-    return float(scale)

@@ -10,11 +10,11 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from qcomm.codec import core, is_on_device
+from qcomm.collectives import check_grad_scale, watch_optimizers
 from qcomm.collectives_cuda import check_device_options, check_group
 from qcomm.communicator import CHANNELS, Group, failed, get_communicator, get_world_size, resolve_group
-from qcomm.ddp.checks import check_grad_scale, check_model
+from qcomm.ddp.checks import check_model
 from qcomm.ddp.copies import AttachedHooks
-from qcomm.ddp.optimizers import watch
 from qcomm.ddp.state import CompressionState
 from qcomm.transport import MpiGroup
 
@@ -125,7 +125,7 @@ def attach(
     ddp_model._comm_hooks = AttachedHooks(ddp_model._comm_hooks)
     if state.noise is not None:
         state.noise.bind(ddp_model, get_world_size(group))
-    watch(ddp_model.module, state.options.grid, state.telemetry)
+    watch_optimizers(ddp_model.module, state.options.grid, state.telemetry)
     return state
 
 

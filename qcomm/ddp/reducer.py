@@ -25,11 +25,13 @@ from qcomm.collectives import (
     UNCOMPRESSED,
     Bypassing,
     ErrorFeedback,
+    GradScale,
     MeanTask,
     ReduceOptions,
     Scale,
     Telemetry,
     average,
+    check_scale,
     refuse,
     settled,
 )
@@ -49,7 +51,6 @@ from qcomm.communicator import (
 )
 from qcomm.ddp.buckets import BucketTable, KnownBucket
 from qcomm.ddp.bypass import BYPASSED, Bypass, Lane, can_bypass
-from qcomm.ddp.checks import check_scale
 from qcomm.ddp.cuda import DeviceHook
 from qcomm.ddp.failures import GROUP_IS_BROKEN, NOTHING_BEGAN, StepError, StepFailures, of_bucket
 from qcomm.ddp.gradient_noise import GradientNoise
@@ -58,12 +59,11 @@ from qcomm.ddp.warm_up import WarmUp
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.staging import stage
 
-__all__ = ["GradScale", "Reducer", "Steps"]
+__all__ = ["Reducer", "Steps"]
 
 
 P = ParamSpec("P")
 T = TypeVar("T")
-GradScale = Scale | Callable[[], Scale] | None
 
 # Exchanges under way have this long to end after a signal, so that residuals are those of a whole step.
 GRACE_SECONDS = 1.0

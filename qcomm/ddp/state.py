@@ -10,13 +10,19 @@ import torch
 from typing_extensions import Unpack
 
 from qcomm.codec import Grid, SigmaGrid
-from qcomm.collectives import ErrorFeedback, ReduceKeywords, ReduceOptions, Telemetry
+from qcomm.collectives import (
+    ErrorFeedback,
+    GradScale,
+    ReduceKeywords,
+    ReduceOptions,
+    Telemetry,
+    check_hook_options,
+)
 from qcomm.communicator import Group
 from qcomm.ddp.buckets import BucketTable
 from qcomm.ddp.checkpoint import StateDict, check, note_origin, restore, save
-from qcomm.ddp.checks import check_hook_options
 from qcomm.ddp.gradient_noise import GradientNoise
-from qcomm.ddp.reducer import GradScale, Reducer
+from qcomm.ddp.reducer import Reducer
 from qcomm.ddp.warm_up import WarmUp
 
 __all__ = ["CompressionState"]

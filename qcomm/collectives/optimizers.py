@@ -4,8 +4,8 @@ The rounding noise of a coarse grid cancels over time in the sum of gradients, a
 moment it adds up: of steps s much longer than a mean gradient g, the mean square is about ``s |g|`` in place of
 ``g^2``. Such an optimizer therefore takes smaller steps than it should. SGD and its momentum do not.
 
-The hook does not know the optimizer. :func:`watch` looks at the first steps of all optimizers until it has seen the one
-of the model, and warns once.
+A hook does not know the optimizer. :func:`watch_optimizers` looks at the first steps of all optimizers until it has
+seen the one of the model, and warns once.
 """
 
 import warnings
@@ -17,9 +17,10 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from qcomm.codec import Grid, SigmaGrid
-from qcomm.collectives import UNCOMPRESSED, Telemetry
+from qcomm.collectives.telemetry import Telemetry
+from qcomm.collectives.uncompressed_values import UNCOMPRESSED
 
-__all__ = ["watch"]
+__all__ = ["watch_optimizers"]
 
 # Up to this step the guide does not advise against Adam.
 HARMLESS_STEP = 0.5
@@ -30,9 +31,9 @@ SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "exp_i
 class _Watched:
     """A model whose optimizer has not been seen yet."""
 
-    def __init__(self, model: torch.nn.Module, grid: SigmaGrid, telemetry: Telemetry) -> None:
+    def __init__(self, model: torch.nn.Module, grid: SigmaGrid, telemetry: Telemetry, exact: str) -> None:
         self.parameters = {id(parameter) for parameter in model.parameters()}
-        self.grid, self.telemetry = grid, telemetry
+        self.grid, self.telemetry, self.exact = grid, telemetry, exact
         self.harmless: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
@@ -40,18 +41,19 @@ _watched: "weakref.WeakKeyDictionary[torch.nn.Module, _Watched]" = weakref.WeakK
 _hooks: list[Any] = []  # one for the process: torch cannot remove a hook while it runs
 
 
-def watch(model: torch.nn.Module, grid: Grid, telemetry: Telemetry) -> None:
+def watch_optimizers(model: torch.nn.Module, grid: Grid, telemetry: Telemetry, exact: str = "strategy='none'") -> None:
     """Warns once, after a step of the model's optimizer, if that has a second moment and the grid is coarse.
 
     Args:
         model: whose gradients are compressed.
         grid: of the gradients.
         telemetry: of the hook, which knows if gradients really are compressed.
+        exact: option of the hook with which they are not.
     """
     _watched.pop(model, None)
     if not isinstance(grid, SigmaGrid) or grid.step <= HARMLESS_STEP:
         return
-    _watched[model] = _Watched(model, grid, telemetry)
+    _watched[model] = _Watched(model, grid, telemetry, exact)
     if not _hooks:
         _hooks.append(register_optimizer_step_post_hook(_after_step))
 
@@ -63,7 +65,7 @@ def _after_step(optimizer: torch.optim.Optimizer, _args: object, _kwargs: object
         state = _state_of(optimizer, watched.parameters)
         if SECOND_MOMENTS.intersection(state):
             del _watched[model]
-            warnings.warn(_text(type(optimizer).__name__, watched.grid), stacklevel=3)
+            warnings.warn(_text(type(optimizer).__name__, watched), stacklevel=3)
         elif state:
             watched.harmless.add(optimizer)
 
@@ -78,10 +80,10 @@ def _state_of(optimizer: torch.optim.Optimizer, parameters: set[int]) -> Mapping
     return {}
 
 
-def _text(name: str, grid: SigmaGrid) -> str:
+def _text(name: str, watched: _Watched) -> str:
     return (
-        f"{name} divides by the root of a second moment, which the rounding noise of a SigmaGrid of step {grid.step:g} "
-        f"makes larger, so the model learns more slowly than with exact gradients: begin with "
-        f"qcomm.SigmaGrid(step={HARMLESS_STEP:g}) and compare the loss with that of strategy='none', or use SGD with "
+        f"{name} divides by the root of a second moment, which the rounding noise of a SigmaGrid of step "
+        f"{watched.grid.step:g} makes larger, so the model learns more slowly than with exact gradients: begin with "
+        f"qcomm.SigmaGrid(step={HARMLESS_STEP:g}) and compare the loss with that of {watched.exact}, or use SGD with "
         "momentum; see 'Which optimizer?' in docs/guide.md"
     )
