@@ -14,6 +14,7 @@ from qcomm.collectives.cost_model import (
     two_phase_times,
 )
 from qcomm.collectives.error_feedback import ErrorFeedback
+from qcomm.collectives.gather_shards import gather_shards
 from qcomm.collectives.hook_options import (
     GradScale,
     check_grad_scale,
@@ -34,8 +35,10 @@ from qcomm.collectives.rank_state import (
     states_for_rank,
     without_residuals,
 )
-from qcomm.collectives.rounds import Rounds, announce_late, refuse, refuse_early
+from qcomm.collectives.reduce_scatter import reduce_scatter
+from qcomm.collectives.rounds import Rounds, announce_late, end_well, refuse, refuse_early
 from qcomm.collectives.run_state import checked_parts, origin_of, residuals_of, run_entries
+from qcomm.collectives.shards import ShardedTensor, shard_layout, shard_lengths
 from qcomm.collectives.strategies import average, settled, uncompressed_strategies
 from qcomm.collectives.task import MeanTask, Scale
 from qcomm.collectives.telemetry import Telemetry
@@ -59,6 +62,7 @@ __all__ = [
     "ReduceOptions",
     "Rounds",
     "Scale",
+    "ShardedTensor",
     "Telemetry",
     "TensorSpec",
     "Tuner",
@@ -73,6 +77,8 @@ __all__ = [
     "check_scale",
     "checked_parts",
     "count_rings",
+    "end_well",
+    "gather_shards",
     "is_excluded",
     "keys_to_resume",
     "load_rank_states",
@@ -81,12 +87,15 @@ __all__ = [
     "no_bytes",
     "origin_of",
     "parts_of",
+    "reduce_scatter",
     "refuse",
     "refuse_early",
     "residuals_of",
     "run_entries",
     "seconds",
     "settled",
+    "shard_layout",
+    "shard_lengths",
     "slowest",
     "states_for_rank",
     "two_phase_times",

@@ -188,9 +188,12 @@ class ErrorFeedback:
             known = self._joined[names] = joined, list(joined.split([part.numel() for part in parts]))
         return known
 
-    def for_two_phase(self, layout: BucketLayout, rank: int) -> "Residuals":
-        """Adopts a layout and returns all residuals that its collective uses on ``rank``, to be changed in place."""
-        self.adopt(layout, rank)
+    def for_two_phase(self, layout: BucketLayout, rank: int, averages: bool = True) -> "Residuals":
+        """Adopts a layout and returns all residuals that its collective uses on ``rank``, to be changed in place.
+
+        Without ``averages`` no means are quantized, and there are no owner residuals.
+        """
+        self.adopt(layout, rank if averages else None)
         pieces = layout.chunks[rank].pieces
         numbers = [number for number, tensor in enumerate(layout.tensors) if tensor.compressed]
         keys = {number: layout.tensors[number].key for number in numbers}
@@ -198,7 +201,8 @@ class ErrorFeedback:
         local_rms = {number: rms for number, key in keys.items() if (rms := self._local_rms.get(key)) is not None}
         owner_rms = {number: rms for number, key in keys.items() if (rms := self._owner_rms.get(key)) is not None}
         local = {number: self.local_of(layout.tensors[number]) for number in numbers}
-        owner = {p.tensor: self.owner_of(layout.tensors[p.tensor], p.start, p.length) for p in pieces}
+        owned = pieces if averages else ()
+        owner = {p.tensor: self.owner_of(layout.tensors[p.tensor], p.start, p.length) for p in owned}
         return Residuals(local, owner, spent, local_rms, owner_rms)
 
     def forecast(self, local: Mapping[str, float], owner: Mapping[str, float]) -> None:

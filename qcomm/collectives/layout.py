@@ -36,7 +36,7 @@ class TensorSpec:
 
     ``may_round``: whether elements of a tensor that is not compressed may be rounded to bfloat16, by that strategy.
     ``members``: of a merged tensor, the tensors that it consists of, one after another. It has their number of elements
-    and begins at the first of them.
+    and begins at the first of them. ``places``: (offset, length) of its elements where they lie in several runs.
     """
 
     key: str
@@ -45,6 +45,7 @@ class TensorSpec:
     compressed: bool
     may_round: bool = False
     members: tuple["TensorSpec", ...] = ()
+    places: tuple[tuple[int, int], ...] = ()
 
     @cached_property
     def parameters(self) -> tuple["TensorSpec", ...]:
@@ -54,7 +55,7 @@ class TensorSpec:
     @cached_property
     def runs(self) -> tuple[tuple[int, int], ...]:
         """Returns the (offset, length) of all elements in the flat buffer."""
-        return _join_runs([(part.offset, part.numel) for part in self.parameters])
+        return _join_runs(self.places or [(part.offset, part.numel) for part in self.parameters])
 
     def parts(self, start: int, length: int) -> list[tuple[str, int, int]]:
         """Returns the parts of parameters in elements [start, start + length): name, first element and length of each.
@@ -214,6 +215,7 @@ class BucketLayout:
     Args:
         tensors: in any order, not overlapping.
         world_size: number of chunks.
+        chunks: where others have cut the tensors; by default they are cut evenly.
 
     Attributes:
         elements, compressed_elements: number of all elements, and of those that are compressed.
@@ -228,7 +230,7 @@ class BucketLayout:
         [(64, ()), (36, ((100, 10),))]
     """
 
-    def __init__(self, tensors: Sequence[TensorSpec], world_size: int) -> None:
+    def __init__(self, tensors: Sequence[TensorSpec], world_size: int, chunks: Sequence[Chunk] | None = None) -> None:
         self.tensors = tuple(tensors)
         self.parameters = tuple(parameter for tensor in self.tensors for parameter in tensor.parameters)
         self.world_size = world_size
@@ -241,6 +243,9 @@ class BucketLayout:
         exact = [spec.runs for spec in self.tensors if not (spec.compressed or spec.may_round)]
         self.exact_runs = _join_runs([run for runs in exact for run in runs])
         self.exact_elements = sum(length for _, length in self.exact_runs)
+        if chunks is not None:
+            self.chunks = tuple(chunks)
+            return
         compressed_cuts = cut_points(self.compressed_elements, world_size)
         raw_cuts = cut_points(self.elements - self.compressed_elements, world_size)
         self.chunks = tuple(
@@ -284,7 +289,7 @@ class BucketLayout:
     def description(self) -> str:
         """Returns one line that two ranks share only if their layouts are equal."""
         listing = "\n".join(
-            f"{p.key} {p.offset} {p.numel} {t.compressed:d} {t.may_round:d} {len(t.members)}"
+            f"{p.key} {p.offset} {p.numel} {t.compressed:d} {t.may_round:d} {len(t.members)} {list(t.places)}"
             for t in self.tensors
             for p in t.parameters
         )

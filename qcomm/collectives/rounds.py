@@ -41,7 +41,7 @@ from qcomm.communicator import (
 )
 from qcomm.transport import Traffic
 
-__all__ = ["Rounds", "announce_late", "refuse", "refuse_early"]
+__all__ = ["Rounds", "announce_late", "end_well", "refuse", "refuse_early"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -66,6 +66,26 @@ def refuse(fault: Fault | None, communicator: Communicator) -> NoReturn:
     pending = communicator.begin()
     communicator.handshake(Phase.ENCODE, Fields({}), nothing, nothing, pending or fault).finish()
     raise fault.error
+
+
+def end_well(fault: Fault | None, communicator: Communicator, fields: Fields) -> Traffic:
+    """Ends a sequence of collectives by a handshake alone: what any rank has still to tell is raised on all ranks.
+
+    Args:
+        fault: of this rank, beside those that collectives have left.
+        communicator: of the group.
+        fields: by which ranks tell that they are all at this end.
+
+    Returns:
+        The bytes of the headers.
+
+    Raises:
+        CollectiveError: naming the rank that failed.
+        ConfigMismatchError: some rank is not at the end.
+    """
+    nothing = [0] * communicator.world_size
+    pending = communicator.begin()
+    return communicator.handshake(Phase.ENCODE, fields, nothing, nothing, pending or fault).finish().traffic
 
 
 def refuse_early(fault: Fault, group: Group, secret: object, connections: object = None) -> NoReturn:

@@ -30,7 +30,7 @@ from qcomm.collectives.two_phase_schedule import SLICE_ELEMENTS, Step
 from qcomm.collectives.two_phase_steps import MeanSteps, Plan, plan_slices
 from qcomm.communicator import Phase, Pipeline
 
-__all__ = ["two_phase_mean"]
+__all__ = ["plan_of", "two_phase_mean"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -39,7 +39,7 @@ T = TypeVar("T")
 def two_phase_mean(rounds: Rounds) -> None:
     """Replaces the buffer of ``rounds.task`` by its mean over all ranks. Runs on the communicator's thread."""
     task = rounds.task
-    plan = _plan(task)
+    plan = plan_of(task)
     rounds.require_equal("slices", str(len(plan.slices)))
     # The first values need not wait for the others' headers.
     handshake = rounds.start_agreeing(following=1)
@@ -52,7 +52,8 @@ def two_phase_mean(rounds: Rounds) -> None:
             steps.finish()
 
 
-def _plan(task: MeanTask) -> Plan:
+def plan_of(task: MeanTask) -> Plan:
+    """Returns the slices of a task's layout, which keeps them for its next collective."""
     key = SLICE_ELEMENTS, task.buffer.dtype
     plan: Plan | None = task.layout.plans.get(key)
     if plan is None:

@@ -63,6 +63,8 @@ class MeanSteps:
         plan: slices of the layout, with the maximum sizes of their packets.
     """
 
+    averages = True  # the owners' sums are quantized as means
+
     def __init__(self, task: MeanTask, rank: int, plan: Plan) -> None:
         self.rank = rank
         self._task, self._plan = task, plan
@@ -92,7 +94,7 @@ class MeanSteps:
         largest = max([chunk.count for part in self._plan.slices for chunk in part])
         self._scratch = torch.empty(largest, dtype=self._plan.wire_dtype, device=CPU)
         if task.feedback is not None:
-            self._residuals = task.feedback.for_two_phase(layout, self.rank)
+            self._residuals = task.feedback.for_two_phase(layout, self.rank, self.averages)
         self._own_pieces = {piece.tensor: piece for piece in layout.chunks[self.rank].pieces}
         others = [chunk for owner, chunk in enumerate(layout.chunks) if owner != self.rank]
         self._travelling = {piece.tensor for chunk in others for piece in chunk.pieces}
@@ -245,18 +247,23 @@ class MeanSteps:
 
         It returns the tensors whose own values are not finite.
         """
+        lost = self._lose(chunk, mean)
+        if self._share != 1.0:
+            mean.mul_(self._share)
+        if mean.isinf().any():
+            recover(mean, self._task.layout.world_size, self._terms(chunk))
+        return lost
+
+    def _lose(self, chunk: Chunk, total: torch.Tensor) -> Set[int]:
+        """Fills with NaN, and returns, the tensors whose own values in a sum are not finite and were not measured."""
         lost, position = set(), 0
         for piece in chunk.pieces:
-            part = mean[position : position + piece.length]
+            part = total[position : position + piece.length]
             position += piece.length
             if self._choice(piece.tensor).quantizer.coding == Coding.RUNS and not self._part(piece).isfinite().all():
                 lost.add(piece.tensor)
                 part.fill_(math.nan)
         self._not_finite |= lost
-        if self._share != 1.0:
-            mean.mul_(self._share)
-        if mean.isinf().any():
-            recover(mean, self._task.layout.world_size, self._terms(chunk))
         return lost
 
     def _terms(self, chunk: Chunk) -> Iterator[torch.Tensor]:

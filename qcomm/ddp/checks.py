@@ -19,8 +19,11 @@ def check_model(ddp_model: object) -> None:
         TypeError: ddp_model must be a torch.nn.parallel.DistributedDataParallel, got Linear
     """
     if not isinstance(ddp_model, DistributedDataParallel):
+        # By its name, since torch.distributed.fsdp takes long to import.
+        is_sharded = any(base.__name__ == "FSDPModule" for base in type(ddp_model).__mro__)
         raise TypeError(
             f"ddp_model must be a torch.nn.parallel.DistributedDataParallel, got {type(ddp_model).__name__}"
+            + ("; for models that fully_shard has sharded there is qcomm.fsdp.attach" if is_sharded else "")
         )
     _check_mode(ddp_model)
     for name, parameter in ddp_model.module.named_parameters():
