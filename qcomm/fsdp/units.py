@@ -21,6 +21,7 @@ from qcomm.collectives import shard_lengths as lengths_of
 __all__ = ["Unit", "find_units", "param_groups"]
 
 IsCompressed = Callable[[str, int], bool]
+MOST_LAYOUTS = 64  # of a unit that are kept
 
 
 class ShardedParameter:
@@ -145,6 +146,7 @@ class Unit:
         """Returns the layout of a buffer of one row for each rank."""
         key = ("rows", *(parameter.key for parameter in parameters))
         if key not in self._layouts:
+            self._make_room()
             tensors = [parameter.sharded(is_compressed(parameter.key, parameter.numel)) for parameter in parameters]
             self._layouts[key] = shard_layout(tensors, self.world_size)
         return self._layouts[key]
@@ -155,6 +157,7 @@ class Unit:
         """Returns the layout of this rank's row, which ``replicas`` ranks average."""
         key = ("own row", *(parameter.key for parameter in parameters))
         if key not in self._layouts:
+            self._make_room()
             specs, offset = [], 0
             for parameter in parameters:
                 numel, may_round = parameter.lengths[self.rank], not is_excluded(parameter.key, exclude)
@@ -164,6 +167,11 @@ class Unit:
                 offset += parameter.padded
             self._layouts[key] = BucketLayout(specs, replicas)
         return self._layouts[key]
+
+    def _make_room(self) -> None:
+        # A model of experts may use other parameters in every step.
+        if len(self._layouts) >= MOST_LAYOUTS:
+            self._layouts.clear()
 
 
 def param_groups(module: FSDPModule) -> list[Any]:
@@ -176,15 +184,25 @@ def param_groups(module: FSDPModule) -> list[Any]:
 
 
 def find_units(model: torch.nn.Module) -> list[Unit]:
-    """Returns the units of a model in the order of its modules; one with several parameter groups counts as several."""
+    """Returns the units of a model in the order of its modules.
+
+    Raises:
+        ValueError: a unit has modules outside of the model.
+    """
     names: dict[torch.nn.Module, str] = {module: name for name, module in model.named_modules()}
     modules_of: dict[int, list[FSDPModule]] = {}
     groups: dict[int, Any] = {}
     for module in model.modules():
-        if isinstance(module, FSDPModule):
-            for group in param_groups(module):
-                groups[id(group)] = group
-                modules_of.setdefault(id(group), []).append(module)
+        if not isinstance(module, FSDPModule):
+            continue
+        for group in param_groups(module):
+            if not all(part in names for part in group.modules):
+                raise ValueError(
+                    f"model must hold all modules of a fully_shard call, and that on {names[module]!r} has others, "
+                    "too: pass the whole model"
+                )
+            groups[id(group)] = group
+            modules_of.setdefault(id(group), []).append(module)
     return [Unit(index, modules_of[key], group, names) for index, (key, group) in enumerate(groups.items())]
 
 

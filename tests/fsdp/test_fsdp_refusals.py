@@ -80,6 +80,14 @@ def test_units_that_other_ranks_share(rank, world_size):
 
 
 @world(2)
+def test_a_part_of_a_unit(rank, world_size):
+    model = net()
+    fully_shard([model[0], model[2]])
+    with pytest.raises(ValueError, match=r"must hold all modules of a fully_shard call.*pass the whole model"):
+        attach(model[0])
+
+
+@world(2)
 @pytest.mark.parametrize(
     ("setter", "options", "argument"),
     [

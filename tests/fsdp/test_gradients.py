@@ -262,6 +262,32 @@ def test_unused_parameters_that_torch_fills_with_zeros(rank, world_size):
     assert torch.allclose(found["left.weight"], torch.full((24, 48), 0.5)) and found["right.weight"].any()
 
 
+class Repeated(nn.Module):
+    """A layer that is a unit, and that a forward uses twice."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(48, 48)
+
+    def forward(self, values):
+        return self.layer(self.layer(values).tanh())
+
+
+@world(2)
+@pytest.mark.parametrize("weights", [None, qcomm.RangeGrid(num_bits=12)], ids=["exact", "quantized"])
+def test_a_unit_that_is_used_twice(rank, world_size, weights):
+    model = Repeated()
+    fully_shard(model.layer)
+    fully_shard(model)
+    attach(model, min_elements=RAW, weights=weights, exclude=["*"])
+    backward(model, rank)
+    of_ranks = [local_gradients(other, model=Repeated()) for other in range(world_size)]
+    for name, found in gradients(model).items():
+        exact = torch.stack([grads[name] for grads in of_ranks]).mean(0)
+        assert torch.allclose(found, exact, rtol=1e-5, atol=1e-6), name
+
+
 class Tied(nn.Module):
     """A layer whose weight is used twice, under two names."""
 

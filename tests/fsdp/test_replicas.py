@@ -67,6 +67,23 @@ def test_nothing_is_lost_over_time(rank, world_size):
 
 
 @world(4)
+def test_shards_without_elements(rank, world_size):
+    """A unit with one row is owned by one of two ranks, and the replicas of the other average nothing."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=NAMES)
+    torch.manual_seed(0)
+    model = shard(torch.nn.Sequential(torch.nn.Linear(48, 1), torch.nn.Tanh()), mesh["shard"], units=(0,))
+    attach(model, replicas=mesh["replicate"].get_group(), strategy="two_phase", small_step=None, min_elements=100)
+    backward(model, rank)
+    of_ranks = []
+    for other in range(world_size):
+        plain = torch.nn.Sequential(torch.nn.Linear(48, 1), torch.nn.Tanh())
+        plain.load_state_dict({name: weights.full_tensor() for name, weights in model.state_dict().items()})
+        backward(plain, other)
+        of_ranks.append(plain[0].weight.grad)
+    assert torch.allclose(gradients(model)["0.weight"], torch.stack(of_ranks).mean(0), rtol=1e-5, atol=1e-7)
+
+
+@world(4)
 def test_a_divide_factor_of_the_users_own(rank, world_size):
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         pytest.skip("without it torch asks gloo for a premultiplied sum, which gloo does not have")
