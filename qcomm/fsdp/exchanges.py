@@ -253,7 +253,8 @@ class Exchanges:
     def _average_task(self, unit: Unit, values: torch.Tensor, world_size: int) -> MeanTask:
         options = self._options(self._gradients).for_world(world_size)
         layout = unit.own_row(unit.take_used(values.numel()), options, self._exclude, world_size)
-        return self._gradient_task("mean over replicas", unit, values, layout, {}, options)
+        shard = {"shard": f"{unit.rank} of {unit.world_size}"}
+        return self._gradient_task("mean over replicas", unit, values, layout, shard, options)
 
     def _gradient_task(
         self,

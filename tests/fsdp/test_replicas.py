@@ -137,6 +137,16 @@ def test_a_difference_among_some_replicas_is_raised_on_all_ranks(rank, world_siz
 
 
 @world(4)
+def test_ranks_that_have_other_shards_are_no_replicas(rank, world_size):
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=NAMES)
+    crossed = [dist.new_group(ranks) for ranks in ([0, 3], [1, 2])][rank in {1, 2}]
+    model = shard(net(), mesh["shard"])
+    attach(model, replicas=crossed, strategy="two_phase")
+    with pytest.raises(qcomm.ConfigMismatchError, match=r"shard: . of 2 on rank ., . of 2 on rank ."):
+        backward(model, rank)
+
+
+@world(4)
 def test_residuals_of_other_shards_are_refused(rank, world_size):
     model, state = hybrid()
     backward(model, rank)
