@@ -53,9 +53,7 @@ def reduce_scatter(task: MeanTask, communicator: Communicator, out: torch.Tensor
         with rounds.pipeline(handshake) as pipeline:
             _run(rounds, steps, plan, pipeline)
         rounds.take_over(pipeline.fault, pipeline.traffic())
-        if pipeline.fault is None:
-            with rounds.turn:
-                steps.finish()
+        rounds.compute(Phase.REDUCE, steps.finish)
 
 
 def _run(rounds: Rounds, steps: "_ScatterSteps", plan: Plan, pipeline: Pipeline) -> None:

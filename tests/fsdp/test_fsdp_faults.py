@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 import qcomm
 from qcomm.collectives.reduce_scatter import _ScatterSteps
 from qcomm.collectives.two_phase_steps import MeanSteps
+from qcomm.fsdp.exchanges import Exchanges
 
 pytestmark = pytest.mark.world
 
@@ -95,6 +96,50 @@ def test_a_rank_that_cannot_decode_weights(rank, world_size):
         failing.stop()
     model.reset_iter_state()
     backward(model, rank)
+
+
+STEPS = [
+    (MeanSteps, "begin"),
+    (MeanSteps, "encode"),
+    (_ScatterSteps, "reduce"),
+    (_ScatterSteps, "finish"),
+    (GATHER, "_encode"),
+    (GATHER, "_decode_row"),
+    (Exchanges, "_scatter_task"),
+    (Exchanges, "_gather_task"),
+]
+
+
+@needs_reset
+@world(2)
+def test_every_step_may_fail_in_every_unit(rank, world_size):
+    """All ranks raise and name the one that failed, and the next step is as if nothing had been."""
+    model, state = start(weights=qcomm.RangeGrid(num_bits=12), error_feedback=False)
+    backward(model, rank)
+    expected = gradients(model)
+    for number, (owner, name) in enumerate(STEPS):
+        victim = number % world_size
+        for call in range(3):
+            step, calls = getattr(owner, name), []
+
+            def failing(*arguments, step=step, calls=calls, call=call, victim=victim):
+                calls.append(0)
+                if rank == victim and len(calls) == call + 1:
+                    raise MemoryError("none left")
+                return step(*arguments)
+
+            model.zero_grad()
+            with (
+                mock.patch.object(owner, name, failing),
+                pytest.raises(qcomm.CollectiveError, match=rf"rank {victim} failed .*none left"),
+            ):
+                backward(model, rank)
+            model.reset_iter_state()
+        model.zero_grad()
+        backward(model, rank)
+        found = gradients(model)
+        assert all(torch.equal(found[key], gradient) for key, gradient in expected.items()), name
+    assert state.stats()["residual_norm"] == 0.0
 
 
 @needs_reset
