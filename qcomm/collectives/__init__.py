@@ -43,7 +43,7 @@ from qcomm.collectives.strategies import average, settled, uncompressed_strategi
 from qcomm.collectives.task import MeanTask, Scale
 from qcomm.collectives.telemetry import Telemetry
 from qcomm.collectives.tuner import Tuner
-from qcomm.collectives.uncompressed_values import UNCOMPRESSED, Bypassing, UncompressedValues, count_rings
+from qcomm.collectives.uncompressed_values import UNCOMPRESSED, Bypassing, UncompressedValues, count_rings, fingerprint
 
 __all__ = [
     "STRATEGIES",
@@ -80,6 +80,7 @@ __all__ = [
     "end_well",
     "gather_shards",
     "is_excluded",
+    "fingerprint",
     "keys_to_resume",
     "load_rank_states",
     "measure_codec",

@@ -18,10 +18,11 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.algorithms.model_averaging.averagers import ModelAverager
 
-from qcomm.collectives import RankState, Telemetry, parts_of
+from qcomm.collectives import RankState, Telemetry
 from qcomm.communicator import resolve_group
-from qcomm.local_sgd.options import ExchangeOptions
+from qcomm.local_sgd.options import ExchangeOptions, checked_int, is_member
 from qcomm.local_sgd.parameters import Params
+from qcomm.local_sgd.saved_exchanges import check_states
 from qcomm.local_sgd.weight_exchange import WeightExchange
 
 __all__ = ["CompressedModelAverager", "HierarchicalCompressedModelAverager"]
@@ -34,10 +35,10 @@ class _CompressedAverager(ModelAverager):
 
     def __init__(self, warmup_steps: int, process_group: dist.ProcessGroup | None, options: Mapping[str, Any]) -> None:
         self._options = ExchangeOptions.of(**options)
-        if _is_member(process_group):
+        if is_member(process_group):
             resolve_group(process_group)
         super().__init__(process_group)
-        self.warmup_steps = _checked_int("warmup_steps", warmup_steps, 0)
+        self.warmup_steps = checked_int("warmup_steps", warmup_steps, 0)
         self._telemetry = Telemetry()
         self._exchanges: list[WeightExchange] = []
 
@@ -60,7 +61,7 @@ class _CompressedAverager(ModelAverager):
         """
         try:
             due = self._due()
-            if due is not None and _is_member(self.process_group):
+            if due is not None and is_member(self.process_group):
                 self._exchanges[due].average(params, self.step)
                 # Weights common to all of these ranks are common to the groups inside this one.
                 for smaller in self._exchanges[:due]:
@@ -111,27 +112,10 @@ class _CompressedAverager(ModelAverager):
         Raises:
             ValueError: of another format, damaged, or not of one run; nothing has changed then.
         """
-        saved = parts_of(state_dict)
-        for part in saved:
-            if part.get("format") != FORMAT:
-                raise ValueError(
-                    f"state_dict must be of format {FORMAT}, as state_dict() of an averager returns it, got "
-                    f"{part.get('format')!r}"
-                )
-            step, exchanges = part.get("step"), part.get("exchanges")
-            if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-                raise ValueError(f"state_dict is damaged: step must be an int >= 0, got {step!r}")
-            if not isinstance(exchanges, list) or len(exchanges) != len(self._exchanges):
-                raise ValueError(f"state_dict must hold {len(self._exchanges)} exchanges, as this averager has")
-        steps = {part["step"] for part in saved}
-        if len(steps) > 1:
-            raise ValueError(f"state_dict must be of one step on all ranks, got {sorted(steps)}")
-        by_level = list(zip(*(part["exchanges"] for part in saved), strict=True))
-        fresh = [WeightExchange(None, self._options, self._telemetry) for _ in self._exchanges]
-        for trial, parts in zip(fresh, by_level, strict=True):
-            trial.load_state_dict(parts)  # raises before anything has changed
-        for exchange, parts in zip(self._exchanges, by_level, strict=True):
-            exchange.load_state_dict(parts)
+        saved = check_states(state_dict, FORMAT, "an averager", len(self._exchanges))
+        by_level = zip(*(part["exchanges"] for part in saved), strict=True)
+        # Raises before anything has changed.
+        self._exchanges = [exchange.resumed(parts) for exchange, parts in zip(self._exchanges, by_level, strict=True)]
         self.step = saved[0]["step"]
 
 
@@ -183,7 +167,7 @@ class CompressedModelAverager(_CompressedAverager):
     def __init__(
         self, period: int, warmup_steps: int = 0, process_group: dist.ProcessGroup | None = None, **options: Any
     ) -> None:
-        self.period = _checked_int("period", period, 1)
+        self.period = checked_int("period", period, 1)
         super().__init__(warmup_steps, process_group, options)
         self._exchanges = [WeightExchange(process_group, self._options, self._telemetry)]
 
@@ -244,25 +228,12 @@ class HierarchicalCompressedModelAverager(_CompressedAverager):
         return next((level for level in reversed(range(len(periods))) if self.step % periods[level] == 0), None)
 
 
-def _is_member(group: object) -> bool:
-    """Returns True if this process belongs to a group that ``dist.new_group`` returned."""
-    return group is not dist.GroupMember.NON_GROUP_MEMBER
-
-
-def _checked_int(name: str, value: object, smallest: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < smallest:
-        raise ValueError(f"{name} must be >= {smallest}, got {value}")
-    return value
-
-
 def _check_levels(levels: object, world_size: int) -> None:
     if not isinstance(levels, Mapping) or not levels:
         raise TypeError(f"period_group_size_dict must be a dictionary of period to group size, got {levels!r}")
     for name, values in (("periods", list(levels)), ("group sizes", list(levels.values()))):
         for value in values:
-            _checked_int(f"period_group_size_dict: each of the {name}", value, 1)
+            checked_int(f"period_group_size_dict: each of the {name}", value, 1)
         if any(a >= b for a, b in pairwise(values)):
             raise ValueError(f"period_group_size_dict must have ascending {name}, got {values}")
     sizes = list(levels.values())

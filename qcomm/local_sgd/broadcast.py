@@ -23,14 +23,13 @@ from qcomm.communicator import (
     resolve_group,
 )
 from qcomm.errors import PacketError
-from qcomm.local_sgd.parameters import Params, check_writable, described, named_tensors
+from qcomm.local_sgd.parameters import BUFFER, Params, check_writable, described, named_tensors
 from qcomm.state_dicts import pack_state, packed_size_limit, unpack_state
 from qcomm.transport import KeyFile, Links
 
 __all__ = ["broadcast_parameters"]
 
 Tensors = Sequence[tuple[str, torch.Tensor]]
-BUFFER = "buffer "
 
 
 def broadcast_parameters(

@@ -1,14 +1,15 @@
-"""Options of an averager: those of the exchange of weights, and those of its mean."""
+"""Options of the averagers and of DiLoCo: those of the exchange of weights, and those of its mean."""
 
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from typing_extensions import Unpack
 
 from qcomm.codec import Grid, RangeGrid, SigmaGrid
 from qcomm.collectives import ReduceKeywords, ReduceOptions
 
-__all__ = ["EXCHANGES", "ExchangeOptions"]
+__all__ = ["EXCHANGES", "ExchangeOptions", "checked_int", "is_member"]
 
 EXCHANGES = ("difference", "weights")
 
@@ -56,6 +57,10 @@ class ExchangeOptions:
             )
         if self.uses_feedback:
             self.reduce.check_feedback()
+        if self.reduce.device_codec:
+            raise ValueError(
+                "device_codec must be False: weights are compared with the last common ones in host memory"
+            )
         if not (self.buffers_of is None or isinstance(self.buffers_of, torch.nn.Module)):
             raise TypeError(f"buffers_of must be a torch.nn.Module or None, got {type(self.buffers_of).__name__}")
 
@@ -63,3 +68,17 @@ class ExchangeOptions:
     def uses_feedback(self) -> bool:
         """Returns True if the error of a difference is kept for the next one; by default with differences."""
         return self.exchange == "difference" if self.error_feedback is None else self.error_feedback
+
+
+def checked_int(name: str, value: object, smallest: int) -> int:
+    """Returns ``value`` if it is an int of at least ``smallest``; raises TypeError or ValueError with ``name``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < smallest:
+        raise ValueError(f"{name} must be >= {smallest}, got {value}")
+    return value
+
+
+def is_member(group: object) -> bool:
+    """Returns True if this process belongs to a group that ``dist.new_group`` returned."""
+    return group is not dist.GroupMember.NON_GROUP_MEMBER

@@ -7,9 +7,11 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from qcomm.codec import DTYPE_NUMBERS, check_floats, check_memory
+from qcomm.staging import device_types
 
-__all__ = ["Params", "check_averageable", "check_writable", "described", "floating_buffers", "named_tensors"]
+__all__ = ["BUFFER", "Params", "check_averageable", "check_writable", "described", "floating_buffers", "named_tensors"]
 
+BUFFER = "buffer "  # before the names of buffers
 Params = Iterable[torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | Iterable[Mapping[str, Any]]
 
 
@@ -71,8 +73,13 @@ def floating_buffers(module: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(name, buffer) for name, buffer in module.named_buffers() if buffer.dtype in DTYPE_NUMBERS]
 
 
-def check_writable(name: str, tensor: object) -> None:
-    """Raises TypeError or ValueError, with ``name``, unless ``tensor`` is dense, on the CPU, and can be written to.
+def check_writable(name: str, tensor: object, devices: Sequence[str] = ("cpu",)) -> None:
+    """Raises TypeError or ValueError, with ``name``, unless ``tensor`` is dense, on a device, and can be written to.
+
+    Args:
+        name: of the tensor.
+        tensor: to write to.
+        devices: types of devices, beginning with the CPU.
 
     Example:
         >>> check_writable("weight", torch.zeros(1).expand(3))
@@ -83,8 +90,9 @@ def check_writable(name: str, tensor: object) -> None:
     if isinstance(tensor, torch.Tensor) and is_lazy(tensor):
         raise ValueError(f"{name!r} has no shape yet: run the model once first")
     tensor = check_memory(repr(name), tensor)
-    if not tensor.is_cpu:
-        raise ValueError(f"{name!r} must be a dense tensor on the CPU, got one on {tensor.device}")
+    if tensor.device.type not in devices:
+        place = "the CPU" if len(devices) == 1 else f"one of {tuple(devices)}"
+        raise ValueError(f"{name!r} must be a dense tensor on {place}, got one on {tensor.device}")
     if tensor.is_inference():
         raise ValueError(f"{name!r} must not be an inference tensor; clone it outside inference mode")
     if any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
@@ -92,9 +100,10 @@ def check_writable(name: str, tensor: object) -> None:
 
 
 def check_averageable(name: str, tensor: torch.Tensor) -> None:
-    """Raises TypeError or ValueError, with ``name``, unless ``tensor`` can be averaged in place."""
-    check_writable(name, tensor)
-    check_floats(repr(name), tensor)
+    """Raises TypeError or ValueError, with ``name``, unless ``tensor`` can be averaged in place, on any device."""
+    devices = device_types()
+    check_writable(name, tensor, devices)
+    check_floats(repr(name), tensor, devices)
 
 
 def described(tensors: Sequence[tuple[str, torch.Tensor]]) -> str:

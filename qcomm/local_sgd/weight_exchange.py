@@ -3,15 +3,15 @@
 Weights that were averaged before are the same on all ranks: the *anchor* a. Since then rank i moved by w_i - a, which
 is small, symmetric about zero and as compressible as a gradient. With residuals e_i::
 
-    u_i = w_i - a + e_i        sent: Q(u_i)        e_i <- u_i - Q(u_i)
-    a  <- a + mean_i(Q(u_i))   w_i <- a
+    u_i = w_i - a + e_i        sent: Q(u_i)        e_i <- u_i - Q(u_i)        m = mean_i(Q(u_i))
 
-so that over time ``a`` moves by the exact mean of all movements, except for the residuals still kept. The first
-exchange has no anchor, and weights travel uncompressed. Afterwards they are the same on all ranks.
+so that over time the means add up to the exact mean of all movements, except for the residuals still kept. An averager
+sets a and w_i to a + m; DiLoCo hands m to its outer optimizer, which moves a. Without an anchor, weights travel
+uncompressed, and their mean is the anchor.
 
-Anchors have to be equal bit for bit on all ranks, but they are not compared. Each exchange makes a new *identity* of
-the old one, and all ranks compare identities before an exchange. Two ranks with the same identity went through the same
-exchanges.
+Anchors have to be equal bit for bit on all ranks. Each exchange makes a new *identity* of the old one and of the new
+anchor, and all ranks compare identities before an exchange. Two ranks with the same identity went through the same
+exchanges and have the same anchor.
 """
 
 import hashlib
@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from qcomm.codec import CPU, DTYPE_NUMBERS, check_memory, measure
 from qcomm.collectives import (
     BucketLayout,
     ErrorFeedback,
@@ -31,6 +30,7 @@ from qcomm.collectives import (
     Telemetry,
     TensorSpec,
     average,
+    fingerprint,
     refuse,
 )
 from qcomm.communicator import (
@@ -38,30 +38,32 @@ from qcomm.communicator import (
     Fields,
     Group,
     Phase,
+    Ticket,
     attempt,
     check_links,
+    completed,
+    failed,
     find_communicator,
     get_communicator,
     get_world_size,
     resolve_group,
 )
 from qcomm.errors import ConfigMismatchError
+from qcomm.local_sgd.entries import Entry, flatten, part_of
 from qcomm.local_sgd.options import ExchangeOptions
-from qcomm.local_sgd.parameters import Params, check_averageable, described, floating_buffers, named_tensors
+from qcomm.local_sgd.parameters import BUFFER, Params, check_averageable, described, floating_buffers, named_tensors
+from qcomm.local_sgd.saved_exchanges import NO_ANCHOR, check_exchange
 
-__all__ = ["WeightExchange"]
-
-NO_ANCHOR = "none yet"
+__all__ = ["Started", "WeightExchange"]
 
 
 @dataclass(frozen=True)
-class _Entry:
-    """A tensor that takes part. Its difference is taken to ``anchor``; its values are exchanged if that is None."""
+class Started:
+    """An exchange under way; ``ticket`` has its flat buffer."""
 
-    spec: TensorSpec
-    tensor: torch.Tensor
-    anchor: torch.Tensor | None
-    is_buffer: bool
+    entries: Sequence[Entry]
+    task: MeanTask | None
+    ticket: Ticket[torch.Tensor]
 
 
 class WeightExchange:
@@ -72,19 +74,35 @@ class WeightExchange:
         options: equal on all ranks except ``num_threads``.
         telemetry: counts bytes, bits and seconds.
         index: number of this exchange in the telemetry.
+        merges_small: with error feedback, quantize parameters below ``min_elements`` together, as the hook does.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup | None, options: ExchangeOptions, telemetry: Telemetry, index: int = 0
+        self,
+        group: dist.ProcessGroup | None,
+        options: ExchangeOptions,
+        telemetry: Telemetry,
+        index: int = 0,
+        merges_small: bool = False,
     ) -> None:
         self._group = group
         self._options = options
         self._telemetry = telemetry
-        self._index = index
+        self._index, self._merges_small = index, merges_small
         self._anchor: dict[str, torch.Tensor] = {}
         self._identity = NO_ANCHOR
         self._feedback = ErrorFeedback() if options.uses_feedback else None
         self._is_loaded = False  # and the names in the anchor have not met the parameters'
+
+    @property
+    def is_alone(self) -> bool:
+        """Returns whether this rank is the whole group, and its weights are their own mean."""
+        return self._options.reduce.strategy == "auto" and get_world_size(resolve_group(self._group)) == 1
+
+    @property
+    def anchor(self) -> Mapping[str, torch.Tensor]:
+        """Returns the common weights by name; none before the first exchange, or after ranks disagreed."""
+        return self._anchor
 
     def average(self, params: Params, step: int) -> None:
         """Replaces parameters, and the buffers of ``options.buffers_of``, by their means over the group, in place.
@@ -94,31 +112,101 @@ class WeightExchange:
             step: has to be the same on all ranks.
 
         Raises:
-            CollectiveError: on all ranks: one has parameters that cannot be averaged, or failed. No weight has changed.
-                If the exchange had begun, the anchor is forgotten.
-            ConfigMismatchError: options, step, parameters or anchors differ between ranks. No weight has changed. The
-                anchor is forgotten.
+            CollectiveError, ConfigMismatchError: see :meth:`finish`. No weight has changed.
         """
-        options = self._options
-        group = resolve_group(self._group)
-        world_size = get_world_size(group)
-        if world_size == 1 and options.reduce.strategy == "auto":
+        if self.is_alone:
             return
-        communicator = find_communicator(group) or get_communicator(group, options.reduce.links)
-        prepared, fault = attempt(Phase.PREPARE, self._prepare, group, params, step, world_size)
+        started = self.start(params, step, {"operation": "model averaging"})
+        flat = self.finish(started)
+        common = {}
+        with torch.no_grad():
+            for entry in started.entries:
+                mean = part_of(entry, flat)
+                if entry.anchor is not None:
+                    mean.add_(entry.anchor)
+                # Every rank rounds the same bits in the same way.
+                value = mean.to(entry.tensor.dtype, copy=True)
+                entry.tensor.copy_(value)
+                if not entry.is_buffer:
+                    common[entry.spec.key] = value
+        if self._options.exchange == "difference":
+            self.move({**self._anchor, **common})
+
+    def start(self, params: Params, step: int, fields: Mapping[str, str]) -> Started:
+        """Begins the exchange of parameters, and of the buffers of ``options.buffers_of``, on a background thread.
+
+        The values are copied before it returns. An error of this rank's is kept for :meth:`finish`, on all ranks.
+
+        Args:
+            params: see :func:`qcomm.local_sgd.parameters.named_tensors`.
+            step: has to be the same on all ranks.
+            fields: further values that have to be the same on all ranks.
+
+        Raises:
+            CollectiveError, ConfigMismatchError: the ranks of the group cannot be connected.
+        """
+        group = resolve_group(self._group)
+        communicator = None if self.is_alone else self._communicator(group)
+        prepared, fault = attempt(Phase.PREPARE, self._prepare, group, params, step, fields)
+        if prepared is not None:
+            entries, task = prepared
+            if communicator is None:
+                return Started(entries, task, completed(task.buffer))
+            return Started(entries, task, communicator.submit(lambda: self._run(task, communicator)))
+        if communicator is None:
+            return Started([], None, failed(RuntimeError("nothing was prepared") if fault is None else fault.error))
+        return Started([], None, communicator.submit(lambda: refuse(fault, communicator)))
+
+    def finish(self, started: Started) -> torch.Tensor:
+        """Waits for an exchange; returns the flat buffer of its entries with their means.
+
+        Raises:
+            CollectiveError: on all ranks: one has parameters that cannot be averaged, or failed. The anchor stays. If
+                the exchange had begun, the residuals are lost.
+            ConfigMismatchError: options, step, parameters or anchors differ between ranks. The anchor is forgotten.
+        """
+        with self._telemetry.timed("wait_seconds"):
+            flat = started.ticket.result()
+        self._telemetry.add(steps=1)
+        # The bytes of the tensors, and not of the buffer, which holds 16-bit values in 32 bits.
+        if started.task is not None:
+            self._telemetry.count_bucket(started.task.layout, 0)
+        self._telemetry.add(bytes_uncompressed=sum(entry.tensor.nbytes for entry in started.entries))
+        return flat
+
+    def compare(self, params: Params, step: int, fields: Mapping[str, str]) -> None:
+        """Compares options, parameters and anchors of all ranks, and exchanges no values; arguments of :meth:`start`.
+
+        Raises:
+            CollectiveError, ConfigMismatchError: as :meth:`finish`.
+        """
+        if self.is_alone:
+            return
+        group = resolve_group(self._group)
+        communicator = self._communicator(group)
+        prepared, fault = attempt(Phase.PREPARE, self._prepare, group, params, step, fields)
         if prepared is None:
             communicator.submit(lambda: refuse(fault, communicator)).wait()
-            return
-        entries, task = prepared
-        ticket = communicator.submit(lambda: self._run(task, communicator))
-        with self._telemetry.timed("wait_seconds"):
-            flat = ticket.result()
-        with torch.no_grad():
-            for entry in entries:
-                _apply(entry, flat)
-        self._count(entries, task)
-        if options.exchange == "difference":
-            self._move_anchor(entries, task.layout)
+        else:
+            communicator.submit(lambda: self._agree(prepared[1], communicator)).wait()
+
+    def begin(self, anchor: Mapping[str, torch.Tensor]) -> None:
+        """Adopts weights that are the same on all ranks, as the next exchange compares, without one before it."""
+        self._anchor, self._identity = {}, NO_ANCHOR
+        self.move(anchor)
+
+    def move(self, anchor: Mapping[str, torch.Tensor]) -> None:
+        """Adopts the anchor of an exchange that has just ended: tensors in host memory, which may be the known ones."""
+        digest = hashlib.sha256(f"{self._identity} {fingerprint(list(anchor.values()))}".encode())
+        if self._identity == NO_ANCHOR:
+            for name, tensor in anchor.items():
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                digest.update(tensor.detach().reshape(-1).view(torch.uint8).numpy().data)
+        self._anchor, self._identity = dict(anchor), digest.hexdigest()[:16]
+
+    def share(self, anchor: Mapping[str, torch.Tensor]) -> None:
+        """Takes equal tensors in place of the known ones, so that the caller's are the anchor."""
+        self._anchor = {name: anchor[name] for name in self._anchor}
 
     def adopt(self, other: "WeightExchange") -> None:
         """Adopts the anchor of an exchange that has just ended on a larger group, which includes this one."""
@@ -137,39 +225,46 @@ class WeightExchange:
         return self._feedback.norm() if self._feedback is not None else 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the anchor, its identity, and this rank's residuals."""
+        """Returns copies of the anchor and of this rank's residuals, and the anchor's identity."""
         return {
             "identity": self._identity,
-            "anchor": dict(self._anchor),  # anchors are replaced and never written to
+            "anchor": {name: tensor.detach().clone() for name, tensor in self._anchor.items()},
             "world_size": self._feedback.world_size if self._feedback is not None else None,
             "error_feedback": self._feedback.state_dict() if self._feedback is not None else None,
         }
 
-    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Resumes from the states of one rank or several, whose residuals are added.
+    def resumed(self, states: Sequence[Mapping[str, Any]]) -> "WeightExchange":
+        """Returns an exchange like this one that goes on from the states of one rank or several.
+
+        Their residuals are added.
 
         Raises:
-            ValueError: damaged, or not of one run; nothing has changed then.
+            ValueError: damaged, or not of one run.
         """
         for state in states:
-            _check_saved(state)
+            check_exchange(state)
         identities = {state["identity"] for state in states}
         if len(identities) > 1:
             raise ValueError(f"state_dict must be of one run and step, got anchors {sorted(identities)}")
+        found = WeightExchange(self._group, self._options, self._telemetry, self._index, self._merges_small)
         sizes = {name: tensor.numel() for name, tensor in states[0]["anchor"].items()}
         residuals = [state["error_feedback"] for state in states if state["error_feedback"] is not None]
         if residuals:  # they are checked without error feedback, too
-            (ErrorFeedback() if self._feedback is None else self._feedback).load_state_dict(residuals, sizes)
-        elif self._feedback is not None:
-            self._feedback.clear(states[0]["world_size"])
-        self._identity, self._is_loaded = states[0]["identity"], True
-        self._anchor = {name: tensor.detach().clone() for name, tensor in states[0]["anchor"].items()}
+            (ErrorFeedback() if found._feedback is None else found._feedback).load_state_dict(residuals, sizes)
+        elif found._feedback is not None:
+            found._feedback.clear(states[0]["world_size"])
+        found._identity, found._is_loaded = states[0]["identity"], True
+        found._anchor = {name: tensor.detach().clone() for name, tensor in states[0]["anchor"].items()}
+        return found
 
-    def _entries(self, params: Params) -> list[_Entry]:
+    def _communicator(self, group: Group) -> Communicator:
+        return find_communicator(group) or get_communicator(group, self._options.reduce.links)
+
+    def _entries(self, params: Params) -> list[Entry]:
         """Returns the tensors to average, checked, with their places in the flat buffer."""
         parameters = named_tensors(params)
         module = self._options.buffers_of
-        buffers = [] if module is None else [(f"buffer {name}", buffer) for name, buffer in floating_buffers(module)]
+        buffers = [] if module is None else [(f"{BUFFER}{name}", buffer) for name, buffer in floating_buffers(module)]
         entries, offset = [], 0
         for number, (name, tensor) in enumerate([*parameters, *buffers]):
             check_averageable(name, tensor)
@@ -181,8 +276,9 @@ class WeightExchange:
                 )
             comparable = self._options.exchange == "weights" or anchor is not None
             compressed = comparable and not is_buffer and self._options.reduce.is_compressed(tensor.numel())
-            spec = TensorSpec(name, offset, tensor.numel(), compressed)
-            entries.append(_Entry(spec, tensor, None if is_buffer else anchor, is_buffer))
+            may_round = self._merges_small and comparable and not is_buffer
+            spec = TensorSpec(name, offset, tensor.numel(), compressed, may_round)
+            entries.append(Entry(spec, tensor, None if is_buffer else anchor, is_buffer))
             offset += tensor.numel()
         strangers = set(self._anchor).difference(entry.spec.key for entry in entries) if self._is_loaded else set()
         if strangers:
@@ -193,17 +289,20 @@ class WeightExchange:
         self._is_loaded = False
         return entries
 
-    def _prepare(self, group: Group, params: Params, step: int, world_size: int) -> tuple[list[_Entry], MeanTask]:
+    def _prepare(
+        self, group: Group, params: Params, step: int, fields: Mapping[str, str]
+    ) -> tuple[list[Entry], MeanTask]:
         check_links(group, self._options.reduce.links)
         entries = self._entries(params)
-        return entries, self._task(entries, step, world_size)
+        return entries, self._task(entries, step, get_world_size(group), fields)
 
-    def _task(self, entries: Sequence[_Entry], step: int, world_size: int) -> MeanTask:
+    def _task(self, entries: Sequence[Entry], step: int, world_size: int, fields: Mapping[str, str]) -> MeanTask:
         options, reduce = self._options, self._options.reduce.for_world(world_size)
-        layout = BucketLayout([entry.spec for entry in entries], world_size)
-        listing = described([(entry.spec.key, entry.tensor) for entry in entries])
-        fields = {
-            "operation": "model averaging",
+        specs = [entry.spec for entry in entries]
+        merged = reduce.merge_small(specs) if self._merges_small and options.uses_feedback else specs
+        layout = BucketLayout(merged, world_size)
+        compared = {
+            **fields,
             "exchange": options.exchange,
             **reduce.describe(),
             "error_feedback": str(options.uses_feedback),
@@ -211,10 +310,10 @@ class WeightExchange:
             "anchor": self._identity,
             "residuals of ranks": str(self._feedback.world_size if self._feedback is not None else None),
             "layout": layout.description,
-            "parameters": listing,
+            "parameters": described([(entry.spec.key, entry.tensor) for entry in entries]),
         }
         return MeanTask(
-            _flatten(entries), layout, reduce, Fields(fields), self._telemetry, self._feedback, index=self._index
+            flatten(entries), layout, reduce, Fields(compared), self._telemetry, self._feedback, index=self._index
         )
 
     def _run(self, task: MeanTask, communicator: Communicator) -> torch.Tensor:
@@ -224,10 +323,10 @@ class WeightExchange:
             average(task, communicator)
             has_arrived = True
         finally:
-            if not has_arrived:
-                # Residuals were spent on values that did not arrive. A rank that fails alone, after its last message,
-                # differs from the others at the next averaging.
-                self.reset()
+            if not has_arrived and self._feedback is not None:
+                # Residuals were spent on values that did not arrive. The anchor moves with a mean alone: a rank that
+                # fails alone, after its last message, has another one than the others from now on.
+                self._feedback.clear(self._feedback.world_size)
         return task.buffer
 
     def _agree(self, task: MeanTask, communicator: Communicator) -> None:
@@ -237,93 +336,3 @@ class WeightExchange:
         except ConfigMismatchError:
             self.reset()  # on all ranks: if anchors differ, no rank can tell which is right
             raise
-
-    def _move_anchor(self, entries: Sequence[_Entry], layout: BucketLayout) -> None:
-        """Replaces the anchor by the present weights, which are the same on all ranks."""
-        digest = hashlib.sha256(f"{self._identity} {layout.description}".encode())
-        for entry in entries:
-            if entry.is_buffer:
-                continue
-            copy = entry.tensor.detach().clone()
-            self._anchor[entry.spec.key] = copy
-            if self._identity == NO_ANCHOR:
-                digest.update(copy.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        self._identity = digest.hexdigest()[:16]
-
-    def _count(self, entries: Sequence[_Entry], task: MeanTask) -> None:
-        self._telemetry.add(steps=1)
-        # The bytes of the tensors, and not of the buffer, which holds 16-bit values in 32 bits.
-        self._telemetry.count_bucket(task.layout, 0)
-        self._telemetry.add(bytes_uncompressed=sum(entry.tensor.nbytes for entry in entries))
-
-
-def _flatten(entries: Sequence[_Entry]) -> torch.Tensor:
-    """Returns values or differences in row-major order, whatever the tensors' layout; float64 if one of them is.
-
-    Raises:
-        FloatingPointError: naming the tensor with a value that is not finite. Buffers may hold infinities, as masks do.
-    """
-    wide = any(entry.tensor.dtype == torch.float64 for entry in entries)
-    flat = torch.empty(
-        sum(entry.spec.numel for entry in entries), dtype=torch.float64 if wide else torch.float32, device=CPU
-    )
-    with torch.no_grad():
-        for entry in entries:
-            part = _part(entry, flat)
-            part.copy_(entry.tensor)
-            if entry.anchor is not None:
-                part.sub_(entry.anchor)
-    if not measure(flat).finite:
-        for entry in entries:
-            _check_finite(entry, _part(entry, flat))
-    return flat
-
-
-def _check_finite(entry: _Entry, part: torch.Tensor) -> None:
-    bad = part.isnan() if entry.is_buffer else ~part.isfinite()
-    if count := int(bad.sum()):
-        raise FloatingPointError(
-            f"{entry.spec.key!r} has {count} of {part.numel()} values that are not finite, or too far from those of "
-            "the last averaging"
-        )
-
-
-def _part(entry: _Entry, flat: torch.Tensor) -> torch.Tensor:
-    spec = entry.spec
-    return flat[spec.offset : spec.offset + spec.numel].view(entry.tensor.shape)
-
-
-def _apply(entry: _Entry, flat: torch.Tensor) -> None:
-    """Writes a mean into its tensor; every rank rounds the same bits in the same way."""
-    mean = _part(entry, flat)
-    if entry.anchor is not None:
-        mean.add_(entry.anchor)
-    entry.tensor.copy_(mean)
-
-
-def _check_saved(state: Mapping[str, Any]) -> None:
-    if not isinstance(state, Mapping) or not {"identity", "anchor", "world_size", "error_feedback"} <= set(state):
-        raise ValueError("state_dict is damaged: an exchange needs identity, anchor, world_size and error_feedback")
-    anchor, world_size = state["anchor"], state["world_size"]
-    if not isinstance(anchor, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in anchor.values()):
-        raise ValueError("state_dict is damaged: anchor must hold the tensors of the last common weights by name")
-    for name, tensor in anchor.items():
-        check_memory(f"the anchor of {name!r}", tensor)
-        if not isinstance(name, str) or tensor.layout != torch.strided or tensor.dtype not in DTYPE_NUMBERS:
-            raise ValueError(
-                "state_dict is damaged: anchor must hold dense floating-point tensors by the names of parameters, got "
-                f"{tensor.dtype} for {name!r}"
-            )
-        if bad := int((~tensor.isfinite()).sum()):
-            raise ValueError(
-                f"state_dict is damaged: the anchor of {name!r} has {bad} of {tensor.numel()} values that are not "
-                "finite"
-            )
-    if not isinstance(state["identity"], str) or (state["identity"] == NO_ANCHOR) != (not anchor):
-        raise ValueError(
-            f"state_dict is damaged: the anchor's identity {state['identity']!r} does not fit an anchor of "
-            f"{len(anchor)} tensors"
-        )
-    positive = isinstance(world_size, int) and not isinstance(world_size, bool) and world_size > 0
-    if world_size is not None and not positive:
-        raise ValueError(f"state_dict is damaged: world_size must be a positive number of ranks, got {world_size!r}")
