@@ -15,7 +15,7 @@ from qcomm.codec import (
 from qcomm.collectives import load_rank_states
 from qcomm.ddp import CompressionState, GradientNoise, NoiseEstimate, attach, compression_hook
 from qcomm.errors import CollectiveError, ConfigMismatchError, DivergenceError, PacketError
-from qcomm.local_sgd import CompressedModelAverager, HierarchicalCompressedModelAverager, broadcast_parameters
+from qcomm.local_sgd import CompressedModelAverager, DiLoCo, HierarchicalCompressedModelAverager, broadcast_parameters
 from qcomm.state_dicts import load, save
 from qcomm.transport import MpiGroup, init_from_environment
 
@@ -26,6 +26,7 @@ __all__ = [
     "CompressedModelAverager",
     "CompressionState",
     "ConfigMismatchError",
+    "DiLoCo",
     "DivergenceError",
     "GradientNoise",
     "HierarchicalCompressedModelAverager",

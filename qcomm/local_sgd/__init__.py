@@ -1,6 +1,7 @@
-"""Local SGD: weights are averaged every few steps, or broadcast, compressed."""
+"""Local SGD: weights are averaged every few steps, moved by an outer optimizer, or broadcast, compressed."""
 
 from qcomm.local_sgd.averager import CompressedModelAverager, HierarchicalCompressedModelAverager
 from qcomm.local_sgd.broadcast import broadcast_parameters
+from qcomm.local_sgd.diloco import DiLoCo
 
-__all__ = ["CompressedModelAverager", "HierarchicalCompressedModelAverager", "broadcast_parameters"]
+__all__ = ["CompressedModelAverager", "DiLoCo", "HierarchicalCompressedModelAverager", "broadcast_parameters"]
