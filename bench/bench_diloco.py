@@ -1,6 +1,6 @@
 """The loss of a small transformer under DiLoCo: compressed, in fp32, and beside a gradient exchange in every step.
 
-    python bench/bench_diloco.py [--seeds 5] [--periods 30 100] [--methods ddp fp32 k=1 k=2 k=3.2] [--quick]
+    python bench/bench_diloco.py [--seeds 5] [--periods 30 100] [--methods fp32 k=1 k=2 k=3.2 ddp] [--quick]
 
 Four processes train :class:`transformer_training.Transformer` with AdamW on the source of Python's standard library.
 ``ddp`` averages gradients in fp32 in every step. All others are ``qcomm.DiLoCo`` with its default outer optimizer:
@@ -49,7 +49,7 @@ from qcomm.recipes.launch import launch
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = "fp32"
-METHODS = ("ddp", REFERENCE, "k=1", "k=2", "k=3.2")
+METHODS = (REFERENCE, "k=1", "k=2", "k=3.2", "ddp")
 PERIODS = (30, 100)
 SEEDS, ENOUGH_SEEDS = 5, 3
 ALLOWED_NATS = 0.01
