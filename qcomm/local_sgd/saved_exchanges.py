@@ -38,7 +38,7 @@ def check_states(
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             raise ValueError(f"state_dict is damaged: step must be an int >= 0, got {step!r}")
         if not isinstance(found, list) or len(found) != exchanges:
-            raise ValueError(f"state_dict must hold {exchanges} exchanges, as this one of {kind} has")
+            raise ValueError(f"state_dict must hold {exchanges} exchanges, as {kind} of these arguments has")
     steps = {part["step"] for part in saved}
     if len(steps) > 1:
         raise ValueError(f"state_dict must be of one step on all ranks, got {sorted(steps)}")
