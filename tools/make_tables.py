@@ -246,6 +246,30 @@ def averaging() -> str:
     )
 
 
+def diloco() -> str:
+    """``bench/bench_diloco.py``: held-out losses, and their paired differences from fp32 DiLoCo of the same period."""
+    rows = []
+    for row in read("diloco.json")["summary"]:
+        difference = interval = beside = ""
+        if "minus_fp32" in row:
+            difference = f"{row['minus_fp32']['difference']:+.3f}"
+            if row["minus_fp32"]["interval"] is not None:
+                interval = "{:+.3f} … {:+.3f}".format(*row["minus_fp32"]["interval"])
+        if "minus_ddp" in row:
+            beside = f"{row['minus_ddp']['difference']:+.3f}"
+        method = "fp32 in every step" if row["method"] == "ddp" else f"{row['method']}, H={row['period']}"
+        bits = [f"{row[name]:.3g}" for name in ("bits_sent", "bits_received")]
+        rows.append(
+            [method, str(row["steps"]), str(row["seeds"]), f"{row['mean_loss']:.3f}", difference, interval,
+             row.get("verdict", ""), beside, *bits]
+        )  # fmt: skip
+    return markdown(
+        ["method", "steps", "seeds", "nats", "minus fp32 DiLoCo", "95 % interval", "by the rule", "minus every step",
+         "bits sent", "received"],
+        rows,
+    )  # fmt: skip
+
+
 def planner_check() -> str:
     """``bench/check_planner.py``: what the planner says of the all-reduces that were measured."""
     rows = []
@@ -358,6 +382,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "wan": wan,
     "wan_check": wan_check,
     "averaging": averaging,
+    "diloco": diloco,
     "planner_check": planner_check,
     "published": published,
     "pairs": pairs,
