@@ -13,7 +13,7 @@ from qcomm.fsdp.units import Unit, find_units, param_groups
 __all__ = ["check_replicas", "check_setters", "check_weights", "checked_options", "checked_units"]
 
 # Options that a reduce-scatter, or an all-gather of weights, has a use for.
-SHARDED_OPTIONS = frozenset({"min_elements", "num_threads", "secret"})
+SHARDED_OPTIONS = frozenset({"min_elements", "num_threads", "secret", "connections"})
 
 
 def check_setters(gradients: bool, weights: bool, replicas: bool) -> None:

@@ -47,8 +47,8 @@ def attach(
             whole, unsharded model on every rank; with ``replicas`` for each element of this rank's shards.
         exclude: patterns (``fnmatch``) of the names of parameters that travel uncompressed.
         grad_scale: the factor of the loss, with AMP, see :class:`qcomm.CompressionState`.
-        **options: ``min_elements``, ``num_threads`` and ``secret`` of :class:`qcomm.collectives.ReduceOptions`, and
-            with ``replicas`` all others but ``device_codec``.
+        **options: ``min_elements``, ``num_threads``, ``secret`` and ``connections`` of
+            :class:`qcomm.collectives.ReduceOptions`, and with ``replicas`` all others but ``device_codec``.
 
     Returns:
         The state, with counters and residuals.
