@@ -4,6 +4,8 @@
     python bench/check_planner.py --json bench/results/planner_check.json
     python bench/check_planner.py --allreduce other.json --rounds 21
 
+    python bench/check_planner.py --published --json bench/results/planner_check.json    measures nothing
+
 The JSON also has what others published (qcomm/planner/published.py) beside what is predicted for it.
 
 Nothing is fitted to the measured times. A prediction is made of
@@ -51,7 +53,7 @@ from qcomm.planner.collectives import Cluster, ring
 from qcomm.planner.compute import ComputeTimes
 from qcomm.planner.methods import RATIOS, Codec, Setting, method_named
 from qcomm.planner.profiles import ParameterTensor
-from qcomm.planner.published import PUBLISHED, Point
+from qcomm.planner.published import CALIBRATION, CHECK, PUBLISHED, Point
 from qcomm.planner.simulator import Job, simulate
 
 RESULTS = Path(__file__).parent / "results"
@@ -179,8 +181,8 @@ def measure_rank(folder: Path, mib: float, rounds: int) -> dict[str, Timings]:
     for method in STEPS:
         found[method] = slowest(codec_timer(values, specs, method), rounds)
         found[method] |= slowest(process_timer(Compressed(GRIDS[method], gradients).average, values), rounds)
-        # A header, and a message in each exchange.
-        found[method] |= slowest(latency_timer(Compressed(GRIDS[method], tiny).average, 2 * world), LATENCY_ROUNDS)
+        # A message in each exchange; its header travels with the first.
+        found[method] |= slowest(latency_timer(Compressed(GRIDS[method], tiny).average, 2), LATENCY_ROUNDS)
     return found
 
 
@@ -220,6 +222,7 @@ def predict(row: dict[str, Any], timings: Timings) -> float:
         on_gpu=False,
         assumed=False,
         ratio=2 * share * values / row["bytes_sent"] * RATIOS[1.0] / RATIOS[step],
+        collective_seconds=0.0,  # it is in the rest, and in the latency
     )
     # As one tensor: what travels uncompressed is in the ratio.
     whole = [ParameterTensor("bucket", (elements,))]
@@ -244,14 +247,37 @@ def check(document: dict[str, Any], rounds: int) -> dict[str, Any]:
     within = sum(abs(point["error"]) <= TOLERANCE for point in points) / len(points)
     worst = max(points, key=lambda point: abs(point["error"]))
     found = {"inputs": inputs, "points": points, "within_15_percent": within, "worst": worst}
-    return found | {"published": [examined(point) for point in PUBLISHED]}
+    return found | published()
+
+
+def published() -> dict[str, Any]:
+    """What others published, beside predictions: what the planner was built on, and the two halves of the tables."""
+    halves = {"calibration": [examined(point) for point in CALIBRATION], "check": [examined(point) for point in CHECK]}
+    return {
+        "published": [examined(point) for point in PUBLISHED],
+        "halves": halves,
+        "of_halves": {
+            name: {
+                "points": len(points),
+                "within_15_percent": sum(abs(point["error"]) <= TOLERANCE for point in points) / len(points),
+                "likely_holds": sum(point["likely"] for point in points) / len(points),
+            }
+            for name, points in halves.items()
+        },
+    }
 
 
 def examined(point: Point) -> dict[str, Any]:
     """A published figure and its prediction."""
-    value = getattr(plan.predict(point.request, method_named(point.method)), point.measure)
+    found = plan.predict(point.request, method_named(point.method))
+    value = getattr(found, point.measure)
     kept = {name: getattr(point, name) for name in ("name", "source", "measure", "published")}
-    return {**kept, "gpus": point.request.gpus, "predicted": value, "error": value / point.published - 1}
+    if point.measure == "efficiency":
+        likely = found.efficiency_low <= point.published <= found.efficiency_high
+    else:
+        likely = found.low <= point.request.batch * point.request.gpus / point.published <= found.high
+    rest = {"predicted": value, "error": value / point.published - 1, "likely": likely}
+    return {**kept, "gpus": point.request.gpus, **rest}
 
 
 def show(found: dict[str, Any]) -> None:
@@ -264,6 +290,9 @@ def show(found: dict[str, Any]) -> None:
         print(f"{place}{times}{point['error']:>+8.1%}")
     worst, within = found["worst"], found["within_15_percent"]
     place = f"{worst['method']}, {worst['world_size']} ranks, {worst['rate']}"
+    for name, half in found["of_halves"].items():
+        print(f"{half['points']} published points of the {name} half: {half['within_15_percent']:.0%} within 15 %, "
+              f"{half['likely_holds']:.0%} inside the bars")  # fmt: skip
     print(f"{within:.0%} of {len(found['points'])} points within 15 %; worst: {worst['error']:+.1%}, {place}")
 
 
@@ -271,6 +300,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--allreduce", type=Path, default=RESULTS / "allreduce.json", help="from bench_allreduce.py")
     parser.add_argument("--rounds", type=int, default=11, help="of each measurement")
+    parser.add_argument("--published", action="store_true", help="rewrite what others published in --json, no more")
     parser.add_argument("--gradients", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--mib", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path, help="where the figures go")
@@ -283,6 +313,12 @@ def main() -> int:
             print(json.dumps(found), flush=True)
         dist.barrier()
         dist.destroy_process_group()
+        return 0
+    if arguments.published:
+        if arguments.json is None:
+            parser.error("--published needs --json")
+        kept = json.loads(arguments.json.read_text())
+        arguments.json.write_text(json.dumps({**kept, **published()}, indent=1) + "\n")
         return 0
     document = json.loads(arguments.allreduce.read_text())
     load = os.getloadavg()

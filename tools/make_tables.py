@@ -295,6 +295,26 @@ def published() -> str:
     return markdown(["experiment", "GPUs", "published", "predicted", "off", "source"], rows)
 
 
+def published_halves() -> str:
+    """``bench/check_planner.py``: the half that the planner was calibrated on, and the half that it was not."""
+    found, rows = read("planner_check.json"), []
+    for name, half in found["of_halves"].items():
+        shares = [f"{100 * half[key]:.0f} %" for key in ("within_15_percent", "likely_holds")]
+        sources = len({point["source"] for point in found["halves"][name]})
+        rows.append([name, str(sources), str(half["points"]), *shares])
+    return markdown(["half", "sources", "points", "within 15 %", 'measured value inside "likely"'], rows)
+
+
+def published_check() -> str:
+    """``bench/check_planner.py``: the half of the published points that nothing was calibrated on."""
+    rows = []
+    for point in read("planner_check.json")["halves"]["check"]:
+        figures = [f"{point[key]:.0f}/s" for key in ("published", "predicted")]
+        source = point["source"].split(", ", 1)
+        rows.append([source[1], point["name"], str(point["gpus"]), *figures, f"{100 * point['error']:+.1f} %"])
+    return markdown(["source", "column", "GPUs", "published", "predicted", "off"], rows)
+
+
 def pairs() -> str:
     """``bench/bench_allreduce.py --pairs``: is ``auto`` slower than doing nothing where nothing limits the network?"""
     document, rows = read("allreduce_pairs.json"), []
@@ -385,6 +405,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "diloco": diloco,
     "planner_check": planner_check,
     "published": published,
+    "published_halves": published_halves,
+    "published_check": published_check,
     "pairs": pairs,
     "step": step,
     "time_to_accuracy": time_to_accuracy,

@@ -1,5 +1,6 @@
 """The command ``qcomm bench``: rates of codec and link, and the profile by which ``auto`` chooses."""
 
+import os
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ __all__ = ["BENCH_HELP", "bench"]
 SYNTHETIC = ("gauss", "laplace")
 GRIDS = ("sigma", "range")
 MIB = 1 << 20
+DISTANT_US = 1000.0
 
 BENCH_HELP = """Measure this machine: the codec, and with several ranks the links between them.
 
@@ -115,7 +117,7 @@ def _start_mpi() -> None:
 
 def _run(options: BenchOptions) -> None:
     """Measures on this rank; rank 0 prints and writes."""
-    world_size, rank = dist.get_world_size(), dist.get_rank()
+    world_size, rank, load = dist.get_world_size(), dist.get_rank(), os.getloadavg()[0]
     values = _values(options.data, options.mib, rank)
     if world_size == 1:
         codec = measure_codec(values, options.chosen_grid, options.threads, options.repeats)
@@ -137,6 +139,8 @@ def _run(options: BenchOptions) -> None:
     finally:
         transport.close()
     if rank == 0:
+        for text in _doubts(load, profile):
+            typer.echo(f"warning: {text}", err=True)
         _print(_codec_rows(profile.codec) + _link_rows("link", profile.link) + _link_rows("inside", profile.inside))
         if options.save_profile is not None:
             profile.save(options.save_profile)
@@ -155,6 +159,27 @@ def _profile(options: BenchOptions, transport: Transport, values: torch.Tensor) 
         first = rank - rank % node
         inside = measure_link(transport, range(first, first + node), size, options.repeats)
     return slowest(transport, Profile(link, codec, inside))
+
+
+def _doubts(load: float, profile: Profile) -> list[str]:
+    """Says why the figures may not be those of training.
+
+    Args:
+        load: processes that were running or waiting on rank 0's host, before the measurement.
+        profile: that was measured.
+    """
+    found, cores = [], os.cpu_count() or 1
+    if load > cores:
+        found.append(
+            f"this host was busy (load {load:.1f} on {cores} cores): rates and latencies are those of a busy host, and "
+            "auto and qcomm plan will believe them"
+        )
+    if profile.link.latency_us > DISTANT_US:
+        found.append(
+            f"the link's latency is {profile.link.latency_us / 1e3:.1f} ms, as between cities; hosts that are near "
+            "each other were busy"
+        )
+    return found
 
 
 def _values(data: str, mib: float, rank: int) -> torch.Tensor:

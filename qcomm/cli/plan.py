@@ -25,6 +25,7 @@ from qcomm.planner import (
     PlanError,
     Request,
     Scheduler,
+    anchored,
     assumptions,
     bandwidth_text,
     built_in,
@@ -36,7 +37,9 @@ from qcomm.planner import (
     gpu_named,
     heat_map,
     inside_link,
+    is_infiniband,
     method_named,
+    no_verdict,
     parse_bandwidth,
     plot_efficiency,
     plot_heat_map,
@@ -51,6 +54,7 @@ from qcomm.planner import (
 __all__ = ["PLAN_HELP", "plan"]
 
 LEAST_WIDTH = 100
+DISTANT_US = 1000.0
 METHODS = "fp32,bf16,powersgd-2,qcomm-1,qcomm-2,qcomm-3.2"
 
 PLAN_HELP = """Predict a training step on a cluster, and say whether compressing gradients pays there.
@@ -93,12 +97,16 @@ class PlanOptions:
     samples_per_second: float | None = field(
         default=None, metadata=option("Of one GPU that is alone, measured by you.", _CLUSTER)
     )
+    node_samples_per_second: float | None = field(
+        default=None,
+        metadata=option("Of all GPUs of one node together, measured by you with the first of --methods.", _CLUSTER),
+    )
     gpus_per_node: int = field(default=8, metadata=option("GPUs of a full node.", _CLUSTER))
     nodes: int | None = field(default=None, metadata=option("Full nodes.", _CLUSTER, shown="4"))
     gpus: int | None = field(default=None, metadata=option("In all, instead of --nodes.", _CLUSTER))
     network: str | None = field(
         default=None,
-        metadata=option("Rate of a node, e.g. 100Gbps.", _CLUSTER, shown="100Gbps, or --profile's"),
+        metadata=option("Rate of a node, e.g. 100Gbps, 10GbE or HDR.", _CLUSTER, shown="100Gbps, or --profile's"),
     )
     fabric: str | None = field(
         default=None,
@@ -106,7 +114,7 @@ class PlanOptions:
             "One of {choices}; exact: the rate is what gradients get.",
             _CLUSTER,
             choices=FABRICS,
-            shown="tcp below 40 Gb/s, otherwise rdma",
+            shown="guessed: tcp below 40 Gb/s, otherwise rdma",
         ),
     )
     efficiency: float | None = field(
@@ -138,7 +146,10 @@ class PlanOptions:
     )
     methods: str = field(
         default=METHODS,
-        metadata=option("fp32, fp16, bf16, powersgd-R, qcomm-K with K = 1, 2, 3.2, 3.4; with commas.", _EXCHANGE),
+        metadata=option(
+            "fp32, fp16, bf16, powersgd-R, qcomm-K with K = 1, 2, 3.2, 3.4, averager-H every H steps; with commas.",
+            _EXCHANGE,
+        ),
     )
     codec_gbps: float | None = field(
         default=None,
@@ -180,6 +191,8 @@ class PlanOptions:
             )
         if self.gpus is None and self.nodes is not None and self.nodes < 1:
             raise PlanError(f"nodes is {self.nodes}; it must be at least 1")
+        if self.samples_per_second is not None and self.node_samples_per_second is not None:
+            raise PlanError("give --samples-per-second of one GPU or --node-samples-per-second, not both")
         if self.scheduler == "horovod" and not self.overlap:
             raise PlanError("--no-overlap belongs to --scheduler ddp: Horovod exchanges during backward")
         if self.codec_gbps is not None and not 0 < self.codec_gbps < 1e6:
@@ -196,7 +209,7 @@ class PlanOptions:
         """Reads the profile, and builds the question to the planner."""
         measured = None if self.profile is None else _read_profile(self.profile)
         rate, fabric = self._network(measured)
-        return Request(
+        request = Request(
             model=self._model(),
             batch=self.batch,
             gpus=self._all_gpus(),
@@ -211,7 +224,12 @@ class PlanOptions:
             codec=self._codec(measured),
             jitter=self.straggler,
             samples_per_second=self.samples_per_second,
+            fabric_is_assumed=not self.same_fabric and not is_infiniband(self.network or ""),
         )
+        if self.node_samples_per_second is None:
+            return request
+        first = method_named(self.methods.split(",")[0].strip())
+        return anchored(request, self.node_samples_per_second, first)
 
     def _all_gpus(self) -> int:
         if self.gpus is not None:
@@ -227,7 +245,8 @@ class PlanOptions:
             rate, fabric = measured.link.gb_per_s, replace(FABRICS["exact"], latency_us=measured.link.latency_us)
         else:
             rate = parse_bandwidth(self.network or "100Gbps")
-            fabric = FABRICS[self.fabric or default_fabric(rate)]
+            guessed = "rdma" if is_infiniband(self.network or "") else default_fabric(rate)
+            fabric = FABRICS[self.fabric or guessed]
         if self.latency_us is not None:
             fabric = replace(fabric, latency_us=self.latency_us)
         if self.congestion is not None:
@@ -267,17 +286,29 @@ def plan(options: PlanOptions) -> None:
     print_table(console, request, rows)
     found = estimate(request.model, request.batch, request.gpus)
     print_estimate(console, request, found, predict(request, methods[0]).samples_per_second)
-    for text in assumptions(request):
+    for text in [*assumptions(request), *_doubts(options, request)]:
         console.print(text, style="yellow", highlight=False)
     decision = verdict(request, methods, options.same_fabric)
     if decision is not None:
         console.print(f"Verdict: {decision.text}.", style="bold", highlight=False)
+    else:
+        console.print(f"No verdict: {no_verdict(methods)}.", style="bold", highlight=False)
     if options.trace is not None:
         _write_traces(request, methods, options.trace)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "plan.json").write_text(document(request, rows, found, decision) + "\n")
         _plot(request, methods, options.same_fabric, options.out)
+
+
+def _doubts(options: PlanOptions, request: Request) -> list[str]:
+    latency = request.fabric.latency_us
+    if options.profile is None or options.network is not None or options.latency_us is not None or latency < DISTANT_US:
+        return []
+    return [
+        f"The profile's latency is {latency / 1e3:.3g} ms, as between cities. If the hosts are near each other, they were "
+        "busy when it was taken: take it again, or set --latency-us."
+    ]
 
 
 def _read_profile(path: Path) -> Profile:

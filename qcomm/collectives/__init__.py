@@ -10,6 +10,7 @@ from qcomm.collectives.cost_model import (
     TwoPhase,
     Workload,
     bytes_sent,
+    hierarchical_latencies,
     seconds,
     two_phase_times,
 )
@@ -81,6 +82,7 @@ __all__ = [
     "fingerprint",
     "gather_shards",
     "is_excluded",
+    "hierarchical_latencies",
     "keys_to_resume",
     "load_rank_states",
     "measure_codec",

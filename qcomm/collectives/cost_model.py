@@ -1,25 +1,30 @@
 """The cost model of the strategies: the alpha-beta model of links, with terms for the codec.
 
 The model predicts the seconds of one collective. There are W ranks. V bytes of values are in float32 or float64, and
-v bytes of the buffer in its own dtype. alpha is the latency of one message, and beta = 1 / bandwidth. The codec takes
-e and d seconds per byte of uncompressed values to encode and to decode, and r is its ratio. ``x(m, w)`` is an
-exchange among w ranks. It is a header and then w - 1 messages, which together carry m bytes each way::
+v bytes of the buffer in its own dtype. alpha is the latency of one message, beta = 1 / bandwidth, and mu the time that
+a rank takes for a message itself. The codec takes e and d seconds per byte of uncompressed values to encode and to
+decode, and r is its ratio. In an exchange among w ranks the messages to all others are under way at once, with their
+headers. ``x(m, w)`` is such an exchange, in which a rank sends m bytes in all::
 
-    x(m, w)        alpha * w + beta * m                        for w > 1, otherwise 0
-    none           alpha + 2 (W - 1) alpha + 2 (W - 1) / W * v * beta
+    x(m, w)        t alpha + (W - 1) mu + beta m       t = 1; 3 where packets are tails; 0 for w = 1
+    none           x(0, W) + 2 (W - 1) (alpha + mu) + 2 (W - 1) / W * v * beta                a header, gloo's ring
     bf16           the same with half of v, excluded values beside it, and d V to convert there and back;
                    like none unless v is of float32
     all_gather     e V + x((W - 1) V / r, W) + d W V
     two_phase      in the order of qcomm.collectives.two_phase_schedule, for each of the slices:
                    e U, beta T, d U + e V / W, beta T, d V          U = (W - 1) / W * V, T = U / r, each over slices;
-                   a slice arrives alpha * W after the link has carried it
+                   a slice arrives t alpha after the link has carried it, the second one leaves after the headers came
     exact_sum      x(0, W) + 2 e V + x(T, W) + d V + e V / W + x(T', W) + d V    T' with log2(W) / 2 more bits
     hierarchical   x((a - 1) / a * V, a) + (e + 2 d) V / a + e V / W + 2 x(T'', b) + x((a - 1) / a * v, a)
                                                                                  T'' = (b - 1) / b * V / a / r
 
+A packet above MESSAGE_BYTES is a tail: it follows a message that tells of it, when its receiver has asked for it, which
+are two trips more. In hierarchical all ranks exchange headers before each of the four exchanges, also those inside.
+
 In two_phase a rank does not encode its own part of the buffer, and codec and link work at the same time. Nothing else
 overlaps in this model, and all ranks send at once without slowing each other down. The model distinguishes strategies
-that differ widely. Only a trial can tell which of two close ones is faster.
+that differ widely. Only a trial can tell which of two close ones is faster. Of several collectives on the channels of a
+group, the planner's simulator shares link and codec (:mod:`qcomm.planner.simulator`).
 
 R. Hockney, "The communication challenge for MPP", Parallel Computing 20, 1994; R. Thakur et al., "Optimization of
 collective communication operations in MPICH", IJHPCA 19, 2005.
@@ -36,6 +41,7 @@ from pathlib import Path
 from typing import Any
 
 from qcomm.collectives.two_phase_schedule import MOST_SLICES, SLICE_ELEMENTS, Step, schedule
+from qcomm.transport import MESSAGE_BYTES
 
 __all__ = [
     "PLAUSIBLE",
@@ -46,6 +52,8 @@ __all__ = [
     "Workload",
     "bytes_sent",
     "candidates",
+    "exchange_latency",
+    "hierarchical_latencies",
     "seconds",
     "two_phase_times",
 ]
@@ -53,6 +61,9 @@ __all__ = [
 FORMAT = 1
 # A strategy is left out if on every plausible machine another one takes less than 1 / MARGIN of its time.
 MARGIN = 1.25
+# mu: a send, a receive, and a header of Python's; an assumption.
+MESSAGE_SECONDS = 20e-6
+TAIL_TRIPS = 2  # more than those of a packet that travels with its header
 
 
 def _positive(name: str, value: object, least: float = 0.0) -> None:
@@ -259,34 +270,76 @@ def seconds(strategy: str, workload: Workload, profile: Profile) -> float:
     world, inner = workload.world_size, workload.ranks_per_node
     encode, decode = 1e-9 / profile.codec.encode_gb_per_s, 1e-9 / profile.codec.decode_gb_per_s
     values, link, near = workload.value_bytes, profile.link, profile.inside or profile.link
-    messages, codec = 0, 0.0
+    packets, codec, time = workload.packet_bytes(profile.codec.ratio), 0.0, 0.0
     if strategy in ("none", "bf16"):
-        messages = 1 + 2 * (world - 1) if world > 1 else 0
         codec = decode * values if _is_rounded(strategy, workload) else 0.0
+        time = exchange_latency(link, world) + 2 * (world - 1) * (1e-6 * link.latency_us + MESSAGE_SECONDS)
     elif strategy == "all_gather":
-        messages, codec = _messages(world), encode * values + decode * world * values
+        codec = encode * values + decode * world * values
+        time = exchange_latency(link, world, packets)
     elif strategy == "two_phase":
         return two_phase_times(workload, profile).seconds()
     elif strategy == "exact_sum":
         # Rounding to the shared grid and measuring twice take about as long as encoding.
-        messages, codec = 3 * _messages(world), encode * values * (2 + 1 / world) + 2 * decode * values
+        codec = encode * values * (2 + 1 / world) + 2 * decode * values
+        sums = workload.sum_bytes(profile.codec.ratio)
+        time = sum(exchange_latency(link, world, size / world) for size in (0.0, packets, sums))
     else:
-        messages = 2 * _messages(world // inner)
         codec = encode * values * (1 / inner + 1 / world) + 2 * decode * values / inner
-    time = codec + 1e-6 * link.latency_us * messages + 1e-9 / link.gb_per_s * between
-    if strategy == "hierarchical":
-        time += 1e-6 * near.latency_us * 2 * _messages(inner) + 1e-9 / near.gb_per_s * inside
-    return time
+        time = sum(hierarchical_latencies(workload, profile)) + 1e-9 / near.gb_per_s * inside
+    return codec + time + 1e-9 / link.gb_per_s * between
 
 
-def _messages(ranks: int) -> int:
-    """Returns the number of consecutive messages of an exchange: a header, and a packet to each other rank."""
-    return ranks if ranks > 1 else 0
+def exchange_latency(link: LinkProfile, ranks: int, packet_bytes: float = 0.0) -> float:
+    """Returns the seconds of an exchange among ``ranks`` beside those of its bytes; 0 for one rank.
+
+    Args:
+        link: that carries the messages.
+        ranks: that exchange packets.
+        packet_bytes: of a packet for one rank, which is a tail above MESSAGE_BYTES.
+
+    Example:
+        >>> link = LinkProfile(gb_per_s=0.0125, latency_us=50_000.0)
+        >>> round(exchange_latency(link, 4), 3), round(exchange_latency(link, 4, packet_bytes=5e6), 3)
+        (0.05, 0.15)
+    """
+    if ranks == 1:
+        return 0.0
+    return _trips(packet_bytes) * 1e-6 * link.latency_us + (ranks - 1) * MESSAGE_SECONDS
+
+
+def hierarchical_latencies(workload: Workload, profile: Profile) -> tuple[float, float, float, float]:
+    """Returns the latencies of the exchanges of ``hierarchical``: inside, values, means, inside."""
+    world, inner = workload.world_size, workload.ranks_per_node
+    near, nodes = profile.inside or profile.link, world // inner
+    # The headers of all ranks come with each exchange; their links are those between nodes, if there are several.
+    headers = exchange_latency(profile.link if nodes > 1 else near, world)
+
+    def inside(size: float) -> float:
+        return headers + (_trips(size / inner) - 1) * 1e-6 * near.latency_us if inner > 1 else headers
+
+    between = headers
+    if nodes > 1:
+        packet = workload.packet_bytes(profile.codec.ratio) / world
+        between += (_trips(packet) - 1) * 1e-6 * profile.link.latency_us
+    return inside(workload.value_bytes), between, between, inside(workload.buffer_bytes)
+
+
+def _trips(packet_bytes: float) -> int:
+    """Returns the number of consecutive trips of an exchange of packets of ``packet_bytes`` each."""
+    return 1 if packet_bytes <= MESSAGE_BYTES else 1 + TAIL_TRIPS
 
 
 @dataclass(frozen=True)
 class TwoPhase:
     """The seconds of each slice of a ``two_phase`` mean: a rank has three steps, and two of them precede an exchange.
+
+    Args:
+        slices: number of slices.
+        latency: from when the link has carried a slice until it has arrived.
+        encode, reduce, decode: of the codec.
+        exchange: of the link, for a slice's messages in one phase.
+        handshake: until the headers have come, for which all messages but the first ones wait.
 
     Example:
         >>> TwoPhase(slices=1, latency=0.0, encode=1.0, exchange=3.0, reduce=1.0, decode=2.0).seconds()
@@ -301,6 +354,7 @@ class TwoPhase:
     exchange: float
     reduce: float
     decode: float
+    handshake: float = 0.0
 
     def seconds(self) -> float:
         """Returns the time of all slices.
@@ -312,6 +366,8 @@ class TwoPhase:
         for step, number in schedule(self.slices):
             if step is Step.ENCODE:
                 rank += self.encode
+                if number > 0:
+                    rank = max(rank, self.handshake)
             elif step is Step.REDUCE:
                 rank = max(rank, arrived[Step.ENCODE, number]) + self.reduce
             else:
@@ -328,14 +384,17 @@ def two_phase_times(workload: Workload, profile: Profile) -> TwoPhase:
     encode, decode = 1e-9 / profile.codec.encode_gb_per_s, 1e-9 / profile.codec.decode_gb_per_s
     slices = max(1, min(MOST_SLICES, workload.elements // (SLICE_ELEMENTS * world)))
     between, _ = bytes_sent("two_phase", workload, profile.codec.ratio)
-    carried = 1e-9 / profile.link.gb_per_s * between / 2 / slices
+    alpha = 1e-6 * profile.link.latency_us if world > 1 else 0.0
+    packet = workload.packet_bytes(profile.codec.ratio) / world / slices
     return TwoPhase(
         slices,
-        latency=1e-6 * profile.link.latency_us * _messages(world),
+        latency=_trips(packet) * alpha,
         encode=encode * values * _share(world) / slices,
-        exchange=carried,
+        # A rank hands over one message after another.
+        exchange=1e-9 / profile.link.gb_per_s * between / 2 / slices + (world - 1) * MESSAGE_SECONDS,
         reduce=(decode * _share(world) + encode / world) * values / slices,
         decode=decode * values / slices,
+        handshake=alpha,
     )
 
 

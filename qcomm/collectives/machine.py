@@ -16,11 +16,12 @@ from qcomm.codec import CPU, Grid, Segment
 from qcomm.collectives.cost_model import CodecProfile, LinkProfile, Profile
 from qcomm.collectives.packing import choose, pack, unpack
 from qcomm.errors import CollectiveError
-from qcomm.transport import Transport
+from qcomm.transport import Transfer, Transport, TransportError
 
 __all__ = ["measure_codec", "measure_link", "slowest"]
 
 LATENCY_REPEATS = 50
+LATENCY_TAG = 32764  # beside those of Mail
 
 
 def measure_codec(values: torch.Tensor, grid: Grid, num_threads: int = 1, repeats: int = 20) -> CodecProfile:
@@ -65,7 +66,9 @@ def measure_codec(values: torch.Tensor, grid: Grid, num_threads: int = 1, repeat
 
 
 def measure_link(transport: Transport, members: Sequence[int], message_bytes: int, repeats: int = 10) -> LinkProfile:
-    """Exchanges messages among some ranks, in the pairwise rounds of a collective; medians of this rank.
+    """Exchanges messages among some ranks, all at once for the latency, in pairwise rounds for the rate; medians.
+
+    As in a collective, the receives of the messages that tell the latency are posted before.
 
     Args:
         transport: of the group. All its ranks call this, each with those that it exchanges with.
@@ -93,11 +96,30 @@ def measure_link(transport: Transport, members: Sequence[int], message_bytes: in
             raise CollectiveError("the link is wrong: a message arrived with other bytes than were sent")
         return seconds
 
-    latency = statistics.median([exchange(1) for _ in range(LATENCY_REPEATS)]) / len(rounds)
+    def trip() -> float:
+        message = torch.zeros(1, dtype=torch.uint8, device=CPU)
+        started: list[Transfer] = []
+        try:
+            for _, source in rounds:
+                started.append(transport.start_receive(source, torch.empty_like(message), LATENCY_TAG))
+            transport.exchange_small(
+                [torch.zeros(1, dtype=torch.float32, device=CPU)] * transport.world_size, "beginning a measurement"
+            )
+            begin = time.perf_counter()
+            for target, _ in rounds:
+                started.append(transport.start_send(target, message, LATENCY_TAG))
+        except RuntimeError as error:
+            transport.abandon(started)
+            raise TransportError(f"measuring the link: a connection is broken: {error}") from error
+        transport.finish(started, "measuring the link")
+        return time.perf_counter() - begin
+
+    latency = statistics.median([trip() for _ in range(LATENCY_REPEATS)])
     exchange(message_bytes)  # buffers and windows grow
     seconds = statistics.median([exchange(message_bytes) for _ in range(repeats)]) / len(rounds)
-    # On a fast link few bytes may take as long as many; a tenth is left for the bytes themselves.
-    return LinkProfile(message_bytes * 1e-9 / max(seconds - latency, 0.1 * seconds), latency * 1e6)
+    # A round's receive begins with its message, which costs a trip more. On a fast link few bytes may take as long as
+    # many; a tenth is left for the bytes themselves.
+    return LinkProfile(message_bytes * 1e-9 / max(seconds - 2 * latency, 0.1 * seconds), latency * 1e6)
 
 
 def slowest(transport: Transport, profile: Profile) -> Profile:

@@ -7,7 +7,7 @@ combines them with error bars; ``sweeps``, ``advice``, ``estimate``, ``report`` 
 docs/planner.md has the model, its parameters with their sources, and the measured errors of predictions.
 """
 
-from qcomm.planner.advice import bandwidth_text, verdict
+from qcomm.planner.advice import bandwidth_text, no_verdict, verdict
 from qcomm.planner.errors import PlanError
 from qcomm.planner.estimate import estimate
 from qcomm.planner.hardware import (
@@ -18,12 +18,13 @@ from qcomm.planner.hardware import (
     default_fabric,
     gpu_named,
     inside_link,
+    is_infiniband,
     parse_bandwidth,
 )
 from qcomm.planner.measure import profile
 from qcomm.planner.methods import Codec, Method, method_named
 from qcomm.planner.models import MODEL_NAMES, built_in
-from qcomm.planner.plan import ASSUMED_CODEC, JITTER, Prediction, Request, predict, speedup, trace_step
+from qcomm.planner.plan import ASSUMED_CODEC, JITTER, Prediction, Request, anchored, predict, speedup, trace_step
 from qcomm.planner.plots import check_plots, plot_efficiency, plot_heat_map
 from qcomm.planner.profiles import ModelProfile, ParameterTensor
 from qcomm.planner.report import assumptions, document, print_estimate, print_table
@@ -51,6 +52,7 @@ __all__ = [
     "Prediction",
     "Request",
     "Scheduler",
+    "anchored",
     "assumptions",
     "bandwidth_text",
     "built_in",
@@ -62,7 +64,9 @@ __all__ = [
     "gpu_named",
     "heat_map",
     "inside_link",
+    "is_infiniband",
     "method_named",
+    "no_verdict",
     "parse_bandwidth",
     "plot_efficiency",
     "plot_heat_map",

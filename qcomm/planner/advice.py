@@ -1,14 +1,14 @@
-"""Verdict on compression in one sentence: its gain, and the bandwidth up to which it pays."""
+"""Verdict on compression in a few sentences: its gain, the bandwidth up to which it pays, and what may change it."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from qcomm.planner.hardware import FABRICS, default_fabric
-from qcomm.planner.methods import Method
-from qcomm.planner.plan import Request, Speedup, speedup
+from qcomm.planner.methods import Method, method_named
+from qcomm.planner.plan import Request, Speedup, other_fabric, simulated, speedup
 
-__all__ = ["Verdict", "at_bandwidth", "bandwidth_text", "break_even", "verdict"]
+__all__ = ["Verdict", "at_bandwidth", "bandwidth_text", "break_even", "no_verdict", "verdict"]
 
 # A smaller gain is not worth a lossy codec.
 WORTH = 1.05
@@ -16,6 +16,10 @@ SLOWEST, FASTEST = 0.00125, 200.0  # GB/s: 10 Mb/s to 1.6 Tb/s
 POINTS_A_DECADE = 6
 # The second network that a sentence mentions.
 SLOW, FAST = 1.25, 12.5
+# Where even the best method leaves a GPU idle for more than this share of the time, exchanging in every step is not the
+# plan to follow.
+HOPELESS = 0.5
+HINTED_PERIOD = 100
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,8 @@ class Verdict:
     """A recommendation.
 
     Args:
-        text: one sentence.
-        method: the fastest of qcomm's methods; of equally fast ones, the one with the finer step.
+        text: a few sentences.
+        method: the fastest method that compresses in every step; of equally fast ones, the first.
         base: the fastest method without compression.
         gain: speed-up of ``method`` over ``base`` on the requested network.
         pays: whether the gain is worth a lossy codec.
@@ -55,7 +59,12 @@ def bandwidth_text(gb_per_s: float) -> str:
 
 def at_bandwidth(request: Request, gb_per_s: float, same_fabric: bool) -> Request:
     """Returns the request on another network, of the usual kind for that rate unless ``same_fabric``."""
-    fabric = request.fabric if same_fabric else FABRICS[default_fabric(gb_per_s)]
+    if same_fabric:
+        return replace(request, network_gb_per_s=gb_per_s)
+    fabric = FABRICS[default_fabric(gb_per_s)]
+    # What was said of the latency holds on any network.
+    if request.fabric.latency_us != FABRICS[request.fabric.name].latency_us:
+        fabric = replace(fabric, latency_us=request.fabric.latency_us)
     return replace(request, network_gb_per_s=gb_per_s, fabric=fabric)
 
 
@@ -88,6 +97,15 @@ def break_even(request: Request, method: Method, base: Method, same_fabric: bool
     return math.sqrt(low * high)
 
 
+def no_verdict(methods: Sequence[Method]) -> str:
+    """Returns why :func:`verdict` cannot decide between these methods; "" if it can."""
+    if not any(not method.compresses for method in methods):
+        return "no method without compression to compare with; add fp32 or bf16 to --methods"
+    if not any(method.compresses and method.period == 1 for method in methods):
+        return "no method that compresses in every step; add qcomm-1 or powersgd-2 to --methods"
+    return ""
+
+
 def verdict(request: Request, methods: Sequence[Method], same_fabric: bool = False) -> Verdict | None:
     """Recommends a method for the request's network.
 
@@ -97,37 +115,88 @@ def verdict(request: Request, methods: Sequence[Method], same_fabric: bool = Fal
         same_fabric: whether other bandwidths are of the same kind of network.
 
     Returns:
-        None if the methods do not hold both qcomm and something without compression.
+        None where :func:`no_verdict` has a reason.
     """
-    plain = [method for method in methods if not method.compresses]
-    coded = [method for method in methods if method.name.startswith("qcomm")]
-    if not plain or not coded:
+    if no_verdict(methods):
         return None
-    base = min(plain, key=lambda method: 1 / speedup(request, method, plain[0], bars=False).factor)
-    gains = [speedup(request, method, base, bars=False).factor for method in coded]
-    best = next(method for method, gain in zip(coded, gains, strict=True) if gain * WORTH >= max(gains))
+    best, base, gains = _best(request, methods)
     gain, limit = speedup(request, best, base), break_even(request, best, base, same_fabric)
-    here, step = bandwidth_text(request.network_gb_per_s), best.name.removeprefix("qcomm-")
-    if request.gpus <= request.gpus_per_node:
-        text = f"on {request.gpus} GPU{'s' * (request.gpus > 1)} of one node leave it off: no network is used"
-        return Verdict(text, best.name, base.name, gain, False, None)
-    if limit is None:
-        end = f"no bandwidth from {bandwidth_text(SLOWEST)} up makes it faster"
-    elif limit == math.inf:
-        end = f"it is faster at any bandwidth up to {bandwidth_text(FASTEST)}"
-    else:
-        end = f"break-even {bandwidth_text(limit)}"
     pays = gain.factor >= WORTH
-    bars = f"{gain.low:.2g} to {gain.high:.2g}"
+    bars, single = f"{gain.low:.2g} to {gain.high:.2g}", request.gpus <= request.gpus_per_node
+    here = _place(request) if single else f"at {bandwidth_text(request.network_gb_per_s)}"
     if pays:
-        text = f"at {here}: {gain.factor:.2g}x faster than {base.name} with k={step} (likely {bars}); {end}"
-        if gain.low < 1:
-            text += "; not certain, so measure before relying on it"
+        text = f"{here}: {gain.factor:.2g}x faster than {base.name} with {_label(best)} (likely {bars})"
     else:
-        text = f"at {here}: leave it off ({gain.factor:.2f}x {base.name}'s speed with k={step}, likely {bars}); {end}"
+        text = f"{here}: leave it off ({gain.factor:.2f}x {base.name}'s speed with {_label(best)}, likely {bars})"
+    own = max((gains[method] for method in gains if method.is_qcomm), default=None)
+    if pays and not best.is_qcomm and own is not None:
+        text += f", {own:.2g}x with qcomm"
+    if not single:
+        text += f"; {_end(limit)}"
+    if pays and gain.low < 1:
+        text += "; not certain, so measure before relying on it"
     other = FAST if pays else SLOW
-    if (pays and request.network_gb_per_s < other) or (not pays and request.network_gb_per_s > other):
+    if not single and ((pays and request.network_gb_per_s < other) or (not pays and request.network_gb_per_s > other)):
         there = speedup(at_bandwidth(request, other, same_fabric), best, base, bars=False).factor
         what = f"{there:.2g}x faster" if there >= WORTH else "leave it off"
         text += f"; at {bandwidth_text(other)}: {what}" if there >= WORTH or pays else ""
+    text += _on_other_fabric(request, methods, best, pays)
+    text += _hint(request, methods)
     return Verdict(text, best.name, base.name, gain, pays, limit)
+
+
+def _best(request: Request, methods: Sequence[Method]) -> tuple[Method, Method, dict[Method, float]]:
+    """Returns the fastest method that compresses, the fastest that does not, and the gains of all that do."""
+    plain = [method for method in methods if not method.compresses]
+    coded = [method for method in methods if method.compresses and method.period == 1]
+    base = min(plain, key=lambda method: 1 / speedup(request, method, plain[0], bars=False).factor)
+    gains = {method: speedup(request, method, base, bars=False).factor for method in coded}
+    best = next(method for method, gain in gains.items() if gain * WORTH >= max(gains.values()))
+    return best, base, gains
+
+
+def _label(method: Method) -> str:
+    return f"k={method.name.removeprefix('qcomm-')}" if method.is_qcomm else method.name
+
+
+def _place(request: Request) -> str:
+    inside = request.cluster.inside
+    return f"on {request.gpus} GPU{'s' * (request.gpus > 1)} of one node, {inside.gb_per_s:g} GB/s inside"
+
+
+def _end(limit: float | None) -> str:
+    if limit is None:
+        return f"no bandwidth from {bandwidth_text(SLOWEST)} up makes it faster"
+    if limit == math.inf:
+        return f"it is faster at any bandwidth up to {bandwidth_text(FASTEST)}"
+    return f"break-even {bandwidth_text(limit)}"
+
+
+def _on_other_fabric(request: Request, methods: Sequence[Method], best: Method, pays: bool) -> str:
+    """Returns the verdict on the other kind of network, where nobody has named it and it differs."""
+    if not request.fabric_is_assumed or request.gpus <= request.gpus_per_node:
+        return ""
+    there = other_fabric(request)
+    found, base, gains = _best(there, methods)
+    factor = gains[found]
+    if (factor >= WORTH) == pays and (not pays or found == best):
+        return ""
+    what = f"{factor:.2g}x faster than {base.name} with {_label(found)}" if factor >= WORTH else "leave it off"
+    return (
+        f". This takes the network for {request.fabric.name}; if it is {there.fabric.name}, {what} "
+        f"(--fabric {there.fabric.name})"
+    )
+
+
+def _hint(request: Request, methods: Sequence[Method]) -> str:
+    """Returns the advice to exchange less often, where no exchange in every step keeps the GPUs busy."""
+    alone = request.times.step
+    busy = max(alone / simulated(request, method, draws=1).seconds for method in methods if method.period == 1)
+    if request.gpus == 1 or busy >= HOPELESS:
+        return ""
+    rare = simulated(request, method_named(f"averager-{HINTED_PERIOD}"), draws=1).seconds
+    return (
+        f". Even so GPUs compute for {busy:.0%} of the time: averaging weights every {HINTED_PERIOD} steps would make "
+        f"it {alone / rare:.0%} (--methods averager-{HINTED_PERIOD}, qcomm.CompressedModelAverager); what it costs in "
+        "accuracy is not predicted"
+    )

@@ -14,6 +14,9 @@ __all__ = ["ComputeTimes", "compute_times"]
 # ResNet-50's forward of 161 tensors takes 10.4 ms on a V100 with 1 image and with 4 (NVIDIA DeepLearningExamples,
 # resnet50v1.5).
 LAUNCH_SECONDS = 65e-6
+# Seconds of backward that the exchange of one tensor takes from a GPU, however fast the links are: its hook, copies to
+# a bucket and back, a division, and the launches of their kernels.
+TENSOR_SECONDS = 75e-6
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,16 @@ class ComputeTimes:
     def step(self) -> float:
         """Returns the seconds of forward and backward; the rates behind both include the optimizer."""
         return self.forward + self.backward
+
+    def together(self, tensor_factor: float = 1.0, factor: float = 1.0) -> "ComputeTimes":
+        """Returns the times where gradients are exchanged, which takes ``TENSOR_SECONDS`` of backward for each.
+
+        Args:
+            tensor_factor: of TENSOR_SECONDS.
+            factor: of all times.
+        """
+        ready = [factor * (at + tensor_factor * TENSOR_SECONDS * i) for i, at in enumerate(self.ready, 1)]
+        return ComputeTimes(factor * self.forward, tuple(ready))
 
 
 def compute_times(

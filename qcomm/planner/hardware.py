@@ -34,7 +34,9 @@ __all__ = [
     "default_fabric",
     "gpu_named",
     "inside_link",
+    "is_infiniband",
     "parse_bandwidth",
+    "pcie_among",
 ]
 
 PRECISIONS = ("fp32", "amp")
@@ -51,6 +53,7 @@ class Gpu:
         memory_gb_per_s: memory bandwidth, 10^9 bytes a second.
         inside: key of ``INSIDE`` for its usual link in a node.
         uncertainty: uncertainty of the rates, as a fraction.
+        memory_gb: of its largest version, 10^9 bytes.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Gpu:
     memory_gb_per_s: float
     inside: str
     uncertainty: float
+    memory_gb: float
 
     def flops_per_second(self, family: str, precision: str) -> float:
         """Returns the operations a second of a training step.
@@ -98,19 +102,19 @@ GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
         # 219 images/s; BERT by the ratio of fp32 peaks to the V100.
-        Gpu("p100", _rates((5.37,), (5.7,), (VGG_FP32,)), 732.0, "pcie", 0.15),
+        Gpu("p100", _rates((5.37,), (5.7,), (VGG_FP32,)), 732.0, "pcie", 0.15, 17.0),
         # 367 and 1200 images/s; 121.9 and 462 sequences/s.
-        Gpu("v100", _rates((9.01, 29.4), (8.5, 32.3), (VGG_FP32, VGG_TENSOR)), 900.0, "nvlink2", 0.1),
+        Gpu("v100", _rates((9.01, 29.4), (8.5, 32.3), (VGG_FP32, VGG_TENSOR)), 900.0, "nvlink2", 0.1, 34.0),
         # 428 of 1261 and 1198 of 3382 images/s of inference.
-        Gpu("t4", _rates((3.06, 10.4), (2.9, 11.4), (VGG_FP32, VGG_TENSOR)), 320.0, "pcie", 0.3),
-        Gpu("a100", _rates(*_A100, (VGG_TENSOR, VGG_TENSOR)), 2039.0, "nvlink3", 0.1),
-        Gpu("h100", _as_a100(3350 / 2039, 989 / 312), 3350.0, "nvlink4", 0.3),
-        Gpu("h200", _as_a100(4800 / 2039, 989 / 312), 4800.0, "nvlink4", 0.3),
+        Gpu("t4", _rates((3.06, 10.4), (2.9, 11.4), (VGG_FP32, VGG_TENSOR)), 320.0, "pcie", 0.3, 16.0),
+        Gpu("a100", _rates(*_A100, (VGG_TENSOR, VGG_TENSOR)), 2039.0, "nvlink3", 0.1, 85.0),
+        Gpu("h100", _as_a100(3350 / 2039, 989 / 312), 3350.0, "nvlink4", 0.3, 85.0),
+        Gpu("h200", _as_a100(4800 / 2039, 989 / 312), 4800.0, "nvlink4", 0.3, 151.0),
     )
 }
 
 # Between the GPUs of a node: GB/s that nccl-tests calls bus bandwidth, of all GPUs at once, typical of DGX-1V, DGX A100
-# and DGX H100, and of PCIe 3.0 x16 through a switch; latency of a hop from NCCL's own model (src/graph/tuning.cc, ring,
+# and DGX H100, and of two GPUs behind one PCIe 3.0 x16 switch; latency of a hop from NCCL's own model (src/graph/tuning.cc, ring,
 # protocol Simple).
 INSIDE: Mapping[str, LinkProfile] = {
     "pcie": LinkProfile(10.0, 5.7),
@@ -118,6 +122,21 @@ INSIDE: Mapping[str, LinkProfile] = {
     "nvlink3": LinkProfile(230.0, 3.4),
     "nvlink4": LinkProfile(360.0, 3.4),
 }
+# Without NVLink the GPUs of a node share bridges: a ring's copies pass an uplink once for each pair of GPUs, and with
+# more than four there are two sockets, whose connection carries less. An assumption; --inside takes a measured rate.
+PCIE_SHARING, PCIE_A_SOCKET, ACROSS_SOCKETS = 2, 4, 0.7
+
+
+def pcie_among(gpus: int) -> LinkProfile:
+    """Returns the link of each of a node's GPUs that only PCIe connects.
+
+    Example:
+        >>> [pcie_among(gpus).gb_per_s for gpus in (2, 4, 8)]
+        [10.0, 5.0, 1.75]
+    """
+    pcie = INSIDE["pcie"]
+    rate = pcie.gb_per_s * min(1.0, PCIE_SHARING / gpus) * (ACROSS_SOCKETS if gpus > PCIE_A_SOCKET else 1.0)
+    return LinkProfile(rate, pcie.latency_us)
 
 
 @dataclass(frozen=True)
@@ -129,8 +148,8 @@ class Fabric:
         efficiency: share of the nominal rate that carries gradients.
         most_gb_per_s: maximum rate that hosts can drive, regardless of the nominal rate.
         latency_us: latency of one hop.
-        congestion: fraction of the time added per doubling of the nodes, for flows that share a link between switches
-            and for more distant switches.
+        congestion: fraction of the time added per doubling of the nodes beyond ``ONE_SWITCH``, for flows that share a
+            link between switches and for more distant switches.
 
     Raises:
         PlanError: a number is out of its range.
@@ -151,20 +170,23 @@ class Fabric:
     def link(self, gb_per_s: float, nodes: int, efficiency: float | None = None) -> LinkProfile:
         """Returns the link of one node while all ``nodes`` send."""
         share = self.efficiency if efficiency is None else efficiency
-        doublings = max(0, nodes - 1).bit_length()
+        doublings = max(0.0, math.log2(nodes / ONE_SWITCH))
         return LinkProfile(
             min(gb_per_s * share, self.most_gb_per_s) / (1 + self.congestion * doublings), self.latency_us
         )
 
 
+# Nodes that one switch connects, in which no flows share a link.
+ONE_SWITCH = 8
+
 FABRICS: Mapping[str, Fabric] = {
     fabric.name: fabric
     for fabric in (
-        # 1448 bytes of values in the 1538 that a full Ethernet frame takes, and acknowledgements the other way. Zhang
-        # et al., "Is network the bottleneck of distributed training?" (NetAI 2020): sockets carry at most 32 Gb/s.
-        Fabric("tcp", 0.92, 4.0, 50.0, 0.02),
+        # 1448 bytes of values in the 1538 that a full Ethernet frame takes. Zhang et al., "Is network the bottleneck of
+        # distributed training?" (NetAI 2020): sockets carry at most 32 Gb/s.
+        Fabric("tcp", 0.94, 4.0, 50.0, 0.04),
         # InfiniBand or RoCE with GPUDirect; NCCL's model has 14 us for a hop.
-        Fabric("rdma", 0.9, 1e6, 14.0, 0.02),
+        Fabric("rdma", 0.9, 1e6, 14.0, 0.04),
         # One switch without congestion, and the rate is all for values: for effective bandwidths.
         Fabric("exact", 1.0, 1e6, 50.0, 0.0),
     )
@@ -172,8 +194,20 @@ FABRICS: Mapping[str, Fabric] = {
 
 
 def default_fabric(gb_per_s: float) -> str:
-    """Returns "tcp" below 40 Gb/s, where most networks are Ethernet with TCP, and "rdma" otherwise."""
+    """Returns "tcp" below 40 Gb/s, where most networks are Ethernet with TCP, and "rdma" otherwise: a guess."""
     return "tcp" if gb_per_s < 5.0 else "rdma"
+
+
+# Of four lanes, in Gb/s. Whoever names a generation of InfiniBand has RDMA.
+INFINIBAND: Mapping[str, float] = {
+    "qdr": 32,
+    "fdr": 54.5,
+    "edr": 100,
+    "hdr": 200,
+    "hdr100": 100,
+    "ndr": 400,
+    "xdr": 800,
+}
 
 
 def gpu_named(name: str) -> Gpu:
@@ -197,13 +231,22 @@ _PREFIXES = {"k": 1e-6, "m": 1e-3, "g": 1.0, "t": 1e3}
 def parse_bandwidth(text: str, name: str = "network") -> float:
     """Parses a rate into GB/s: a small b is bits, a large B is bytes.
 
+    A network may also be called by its Ethernet, such as 10GbE or 25G, or by its InfiniBand, such as HDR.
+
     Raises:
         PlanError: the text is not a positive rate; the message shows a valid one.
 
     Example:
         >>> parse_bandwidth("100Gbps"), parse_bandwidth("1gbit"), parse_bandwidth("12.5 GB/s")
         (12.5, 0.125, 12.5)
+        >>> parse_bandwidth("10GbE"), parse_bandwidth("25G"), parse_bandwidth("HDR")
+        (1.25, 3.125, 25.0)
     """
+    if name == "network":
+        if is_infiniband(text):
+            return INFINIBAND[text.strip().lower()] / 8
+        ethernet = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(?:G|GE|GbE|Gig|GigE)\s*", text, re.IGNORECASE)
+        text = f"{ethernet[1]}Gbps" if ethernet else text
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([kKmMgGtT])\s*([a-zA-Z/]+)\s*", text)
     unit = None if found is None else _BYTES.get(found[3], _UNITS.get(found[3].lower() if found[3][0] != "B" else ""))
     if found is None or unit is None or not math.isfinite(float(found[1])):
@@ -214,6 +257,11 @@ def parse_bandwidth(text: str, name: str = "network") -> float:
             f"{name} is {text!r}; it must be above zero, such as 100Gbps: without a link nothing is exchanged"
         )
     return value
+
+
+def is_infiniband(text: str) -> bool:
+    """Returns whether a network is called by its generation of InfiniBand."""
+    return text.strip().lower() in INFINIBAND
 
 
 def inside_link(text: str) -> LinkProfile:

@@ -3,16 +3,27 @@
 A bucket's work is a list of chains, one per slice; a chain is a sequence of steps. ``fp32`` and ``bf16`` (or fp16, at
 the same cost) are NCCL's all-reduce. PowerSGD is torch's hook: two all-reduces of factors between products with the
 gradient matrices. qcomm compresses between nodes, after an uncompressed reduce-scatter inside each (``hierarchical``),
-or between all GPUs (``two_phase``); the cost model picks the faster. As in the library with a ``strategy`` other than
-``auto``, it compresses even at a loss, except on a single node.
+or between all GPUs (``two_phase``), also those of a single node; the cost model picks the faster. As in the library
+with a ``strategy`` other than ``auto``, it compresses even at a loss. An averager exchanges weights every H steps, after
+the last one's backward, by qcomm's exchange with k=1.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from qcomm.collectives import CodecProfile, LinkProfile, Profile, TwoPhase, Workload, bytes_sent, two_phase_times
+from qcomm.collectives import (
+    CodecProfile,
+    LinkProfile,
+    Profile,
+    TwoPhase,
+    Workload,
+    bytes_sent,
+    hierarchical_latencies,
+    two_phase_times,
+)
 from qcomm.collectives import seconds as collective_seconds
+from qcomm.communicator import CHANNELS
 from qcomm.planner.collectives import Cluster, all_reduce
 from qcomm.planner.errors import PlanError
 from qcomm.planner.profiles import ParameterTensor
@@ -23,6 +34,8 @@ __all__ = ["RATIOS", "Chain", "Codec", "Method", "Setting", "Work", "method_name
 # bench/results/train_digits.json, 0.55 and 0.40 in bench/results/accuracy_low_rate.json.
 RATIOS = {1.0: 32 / 2.14, 2.0: 32 / 1.70, 3.2: 32 / 0.55, 3.4: 32 / 0.40}
 VALUE_BYTES = 4
+# A collective of one value takes about so much of a processor: bench/check_planner_wan.py measures it.
+COLLECTIVE_SECONDS = 1e-3
 
 # PowerSGD's kernels for one matrix: copies, two products and their back, the error, and for each rank the steps of an
 # orthogonalisation; each waits for the one before it.
@@ -30,6 +43,7 @@ POWERSGD_KERNELS, POWERSGD_KERNELS_PER_RANK = 25, 12
 KERNEL_SECONDS = 10e-6
 POWERSGD_PASSES = 8  # over the gradient: reading it thrice, error feedback, writing the result
 MOST_RANK = 128
+MOST_PERIOD = 100_000
 POWERSGD_LEAST_RATIO = 2  # torch's min_compression_rate: other tensors are not compressed
 
 
@@ -53,6 +67,7 @@ class Codec:
         on_gpu: whether the codec takes its time from backward: its kernels are assumed to fill the GPU.
         assumed: whether the rates are unmeasured.
         ratio: ratio measured with a step of one standard deviation; that of ``RATIOS`` by default.
+        collective_seconds: processor time of a bucket whatever its size: handing it over, headers, messages.
     """
 
     encode_gb_per_s: float
@@ -60,6 +75,7 @@ class Codec:
     on_gpu: bool
     assumed: bool
     ratio: float = RATIOS[1.0]
+    collective_seconds: float = COLLECTIVE_SECONDS
 
     def profile(self, step: float) -> CodecProfile:
         """Returns the cost model's profile for a grid whose step is ``step`` standard deviations."""
@@ -84,11 +100,20 @@ class Method:
         name: name in ``--methods``.
         compresses: whether it is qcomm or another lossy codec, the subject of a verdict.
         chains: makes the chains of a bucket in a setting.
+        channels: buckets that are exchanged at once, 0 where a bucket need not wait for others.
+        period: steps from one exchange to the next.
     """
 
     name: str
     compresses: bool
     chains: Callable[[Sequence[ParameterTensor], Setting], list[Chain]]
+    channels: int = 0
+    period: int = 1
+
+    @property
+    def is_qcomm(self) -> bool:
+        """Returns whether the codec is qcomm's."""
+        return self.channels > 0
 
 
 def _elements(bucket: Sequence[ParameterTensor]) -> int:
@@ -135,10 +160,17 @@ def _powersgd(rank: int) -> Callable[[Sequence[ParameterTensor], Setting], list[
 
 def _qcomm(step: float) -> Callable[[Sequence[ParameterTensor], Setting], list[Chain]]:
     def chains(bucket: Sequence[ParameterTensor], setting: Setting) -> list[Chain]:
+        first, *others = exchange(bucket, setting)
+        # The host's processors do this, not the GPU: backward goes on.
+        kind = "wait" if setting.codec.on_gpu else "codec"
+        return [(Work(kind, setting.codec.collective_seconds, "begin"), *first), *others]
+
+    def exchange(bucket: Sequence[ParameterTensor], setting: Setting) -> list[Chain]:
         cluster = setting.cluster
-        if cluster.nodes == 1:  # nothing crosses a network
-            return _fp32(bucket, setting)
         elements = _elements(bucket)
+        if cluster.nodes == 1:
+            profile = Profile(cluster.inside, setting.codec.profile(step))
+            return _slices(two_phase_times(Workload(elements, cluster.gpus, VALUE_BYTES), profile))
         # A node's GPUs all send at once.
         link = LinkProfile(cluster.between.gb_per_s / cluster.local, cluster.between.latency_us)
         profile = Profile(link, setting.codec.profile(step), cluster.inside)
@@ -152,7 +184,7 @@ def _qcomm(step: float) -> Callable[[Sequence[ParameterTensor], Setting], list[C
 
 
 def _slices(steps: TwoPhase) -> list[Chain]:
-    chain = (
+    first = (
         Work("codec", steps.encode, "encode"),
         Work("link", steps.exchange, "packets"),
         Work("wait", steps.latency, "latency"),
@@ -161,7 +193,8 @@ def _slices(steps: TwoPhase) -> list[Chain]:
         Work("wait", steps.latency, "latency"),
         Work("codec", steps.decode, "decode"),
     )
-    return [chain] * steps.slices
+    later = (first[0], Work("wait", steps.handshake, "headers"), *first[1:])
+    return [first, *[later] * (steps.slices - 1)]
 
 
 def _hierarchical(workload: Workload, profile: Profile) -> Chain:
@@ -170,16 +203,21 @@ def _hierarchical(workload: Workload, profile: Profile) -> Chain:
     between, inside = bytes_sent("hierarchical", workload, profile.codec.ratio)
     encode, decode = 1e-9 / profile.codec.encode_gb_per_s, 1e-9 / profile.codec.decode_gb_per_s
     near, share = profile.inside or profile.link, workload.value_bytes / inner
-    steps = TwoPhase(
-        slices=1,
-        latency=1e-6 * profile.link.latency_us * (world // inner),
-        encode=encode * share,
-        exchange=between / 2 / (1e9 * profile.link.gb_per_s),
-        reduce=decode * share + encode * workload.value_bytes / world,
-        decode=decode * share,
+    scatter, values, means, gather = hierarchical_latencies(workload, profile)
+    carried, step = between / 2 / (1e9 * profile.link.gb_per_s), inside / 2 / (1e9 * near.gb_per_s)
+    return (
+        Work("link", step, "reduce-scatter"),
+        Work("wait", scatter, "latency"),
+        Work("codec", encode * share, "encode"),
+        Work("link", carried, "packets"),
+        Work("wait", values, "latency"),
+        Work("codec", decode * share + encode * workload.value_bytes / world, "reduce"),
+        Work("link", carried, "means"),
+        Work("wait", means, "latency"),
+        Work("codec", decode * share, "decode"),
+        Work("link", step, "all-gather"),
+        Work("wait", gather, "latency"),
     )
-    step = inside / 2 / (1e9 * near.gb_per_s) + 1e-6 * near.latency_us * inner
-    return (Work("link", step, "reduce-scatter"), *_slices(steps)[0], Work("link", step, "all-gather"))
 
 
 def method_named(name: str) -> Method:
@@ -187,7 +225,7 @@ def method_named(name: str) -> Method:
 
     Args:
         name: "fp32", "fp16", "bf16", "powersgd-R" with a rank R, "qcomm-K" with a step of K = 1, 2, 3.2 or 3.4
-            deviations.
+            deviations, "averager-H" for an exchange every H steps.
 
     Raises:
         PlanError: there is no such method.
@@ -204,8 +242,10 @@ def method_named(name: str) -> Method:
     if kind == "powersgd" and number.isdecimal() and 1 <= int(number) <= MOST_RANK:
         return Method(name, True, _powersgd(int(number)))
     if kind == "qcomm" and number in {f"{step:g}" for step in RATIOS}:
-        return Method(name, True, _qcomm(float(number)))
+        return Method(name, True, _qcomm(float(number)), CHANNELS)
+    if kind == "averager" and number.isdecimal() and 2 <= int(number) <= MOST_PERIOD:
+        return Method(name, True, _qcomm(1.0), channels=1, period=int(number))
     raise PlanError(
         f"method is {name!r}; it must be fp32, fp16, bf16, powersgd-1 to powersgd-{MOST_RANK}, "
-        "qcomm-1, qcomm-2, qcomm-3.2 or qcomm-3.4"
+        f"qcomm-1, qcomm-2, qcomm-3.2, qcomm-3.4, or averager-2 to averager-{MOST_PERIOD}"
     )

@@ -8,7 +8,7 @@ from qcomm.collectives import LinkProfile
 from qcomm.planner.collectives import Cluster
 from qcomm.planner.compute import ComputeTimes, compute_times
 from qcomm.planner.errors import PlanError
-from qcomm.planner.hardware import FABRICS, INSIDE, Fabric, Gpu
+from qcomm.planner.hardware import FABRICS, INSIDE, Fabric, Gpu, pcie_among
 from qcomm.planner.methods import Codec, Method, Setting
 from qcomm.planner.profiles import ModelProfile
 from qcomm.planner.schedulers import Ddp, Scheduler
@@ -21,6 +21,8 @@ __all__ = [
     "Prediction",
     "Request",
     "Speedup",
+    "anchored",
+    "other_fabric",
     "predict",
     "simulated",
     "speedup",
@@ -31,12 +33,16 @@ __all__ = [
 MOST_GPUS = 65_536
 # dietGPU codes at 250 GB/s and more on an A100, entropy coding alone. A tenth of that is assumed until it is measured.
 ASSUMED_CODEC = Codec(25.0, 25.0, on_gpu=True, assumed=True)
-JITTER = 0.01
+JITTER = 0.02
 
 # Uncertainties of the inputs, as factors.
 NETWORK_FACTOR, LATENCY_FACTOR, JITTER_FACTOR = 1.1, 2.0, 2.0
 MEASURED_FACTOR = 1.03  # of a step that was measured on the planned machine
 CODEC_FACTOR, ASSUMED_CODEC_FACTOR = 1.2, 4.0
+# Uncertainties of the model itself. Frameworks take more or less than TENSOR_SECONDS for a tensor, feed several GPUs
+# less well than one, and reach a part of what nccl-tests measures.
+TENSOR_FACTOR, TOGETHER_FACTOR, INSIDE_FACTOR, ALGORITHM_FACTOR = 3.0, 1.06, 2.0, 1.3
+ANCHOR_STEPS = 40  # of a bisection: far below any error
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,9 @@ class Request:
         codec: qcomm's codec.
         jitter: standard deviation of a rank's computing time, as a fraction.
         samples_per_second: measured rate of one GPU that trains alone, if known.
+        fabric_is_assumed: whether nobody has named the kind of network.
+        node_is_measured: whether the rate comes from a node that was measured, see :func:`anchored`.
+        tensor_factor, together_factor: errors of the model, which :func:`variations` changes.
 
     Raises:
         PlanError: a field is out of its range; the message names it and a valid value.
@@ -84,6 +93,10 @@ class Request:
     codec: Codec = ASSUMED_CODEC
     jitter: float = JITTER
     samples_per_second: float | None = None
+    fabric_is_assumed: bool = False
+    node_is_measured: bool = False
+    tensor_factor: float = 1.0
+    together_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if not 1 <= self.gpus <= MOST_GPUS:
@@ -99,14 +112,23 @@ class Request:
     def cluster(self) -> Cluster:
         """Returns the GPUs with their effective links."""
         inside = self.inside or INSIDE["pcie" if self.gpu is None else self.gpu.inside]
+        if inside == INSIDE["pcie"]:
+            inside = pcie_among(max(1, min(self.gpus, self.gpus_per_node)))
         nodes = max(1, self.gpus // max(1, self.gpus_per_node))
         between = self.fabric.link(self.network_gb_per_s, nodes, self.efficiency)
         return Cluster(self.gpus, self.gpus_per_node, between, inside)
 
     @property
     def times(self) -> ComputeTimes:
-        """Returns the computing times of one GPU."""
+        """Returns the computing times of one GPU that trains alone."""
         return compute_times(self.model, self.batch, self.gpu, self.precision, self.samples_per_second)
+
+    @property
+    def times_together(self) -> ComputeTimes:
+        """Returns the computing times of each GPU in the cluster."""
+        if self.gpus == 1:
+            return self.times
+        return self.times.together(self.tensor_factor, self.together_factor)
 
 
 @dataclass(frozen=True)
@@ -151,11 +173,17 @@ class Speedup:
 def jobs(request: Request, method: Method) -> list[Job]:
     """Returns the buckets of a step and their work."""
     memory = 900.0 if request.gpu is None else request.gpu.memory_gb_per_s  # a V100's
-    setting = Setting(request.cluster, request.codec, memory)
+    cluster = request.cluster
+    setting = Setting(cluster, request.codec, memory)
+    scheduler = request.scheduler if method.period == 1 else Ddp(overlap=False)
+    buckets = scheduler.buckets(
+        request.model, request.times_together, request.gpus, cluster.nodes, cluster.between.latency_us
+    )
     found = []
-    for bucket in request.scheduler.buckets(request.model, request.times, request.gpus):
+    for number, bucket in enumerate(buckets):
         chains = method.chains(bucket.tensors, setting) if request.gpus > 1 else []
-        found.append(Job(bucket.ready, bucket.delay if request.gpus > 1 else 0.0, chains))
+        channel = number % method.channels if method.channels else None
+        found.append(Job(bucket.ready, bucket.delay if request.gpus > 1 else 0.0, chains, channel))
     return found
 
 
@@ -163,18 +191,73 @@ def simulated(request: Request, method: Method, draws: int = DRAWS) -> Step:
     """Returns the mean step over ``draws`` quantiles of the slowest rank's jitter."""
     work, share = jobs(request, method), _codec_share(request, method)
     factors = slowest_factors(request.gpus, request.jitter, draws)
-    return mean_step([simulate(request.times, work, factor=factor, codec_share=share) for factor in factors])
+    steps = [simulate(request.times_together, work, factor=factor, codec_share=share) for factor in factors]
+    if method.period > 1:
+        # Ranks wait for each other in the last step of a period alone, and their jitter has averaged out by then.
+        alone = request.times.step
+        spread = 1 / math.sqrt(method.period)
+        waits = [1 + (factor - 1) * spread for factor in factors]
+        ended = [simulate(request.times_together, work, factor=wait, codec_share=share) for wait in waits]
+        steps = [_every(step, alone * wait, method.period) for step, wait in zip(ended, waits, strict=True)]
+    return mean_step(steps)
+
+
+def _every(last: Step, alone: float, period: int) -> Step:
+    """Returns the mean step of a period, whose last step exchanges and whose others take ``alone``."""
+    return Step(
+        seconds=(last.seconds + (period - 1) * alone) / period,
+        exposed=last.exposed / period,
+        link=last.link / period,
+        link_after=last.link_after / period,
+        codec=last.codec / period,
+    )
+
+
+def anchored(request: Request, node_samples_per_second: float, method: Method) -> Request:
+    """Returns the request with the computing rate at which a full node of it reaches a measured rate.
+
+    Args:
+        request: whose ``samples_per_second`` is replaced.
+        node_samples_per_second: of all GPUs of one node together, that train without another node.
+        method: by which they exchanged their gradients.
+
+    Raises:
+        PlanError: the rate is not positive, or no computing is fast enough for it on these links.
+    """
+    if not (math.isfinite(node_samples_per_second) and node_samples_per_second > 0):
+        raise PlanError(f"node_samples_per_second is {node_samples_per_second}; it must be positive and finite")
+    gpus = min(request.gpus, request.gpus_per_node)
+    wanted = request.batch * gpus / node_samples_per_second
+    slowest, fastest = node_samples_per_second / gpus, 1000 * node_samples_per_second / gpus
+
+    def at(rate: float) -> Request:
+        return replace(request, samples_per_second=rate, node_is_measured=True)
+
+    if simulated(replace(at(fastest), gpus=gpus), method, draws=1).seconds > wanted:
+        raise PlanError(
+            f"node_samples_per_second is {node_samples_per_second:g}: exchanging gradients alone takes longer on "
+            f"{gpus} GPUs with {request.cluster.inside.gb_per_s:g} GB/s; give --inside as measured"
+        )
+    for _ in range(ANCHOR_STEPS):
+        middle = math.sqrt(slowest * fastest)
+        if simulated(replace(at(middle), gpus=gpus), method, draws=1).seconds > wanted:
+            slowest = middle
+        else:
+            fastest = middle
+    return at(fastest)
 
 
 def trace_step(request: Request, method: Method) -> Step:
     """Returns one step with its spans, at the median jitter of the slowest rank."""
     factor = slowest_factors(request.gpus, request.jitter, draws=1)[0]
-    return simulate(request.times, jobs(request, method), factor=factor, codec_share=_codec_share(request, method))
+    return simulate(
+        request.times_together, jobs(request, method), factor=factor, codec_share=_codec_share(request, method)
+    )
 
 
 def _codec_share(request: Request, method: Method) -> float:
     """Returns the share of the GPU that a busy codec takes. PowerSGD and casts always run on the GPU."""
-    return 0.0 if method.name.startswith("qcomm") and not request.codec.on_gpu else 1.0
+    return 0.0 if method.is_qcomm and not request.codec.on_gpu else 1.0
 
 
 def _scaled_network(request: Request, rate: float, latency: float) -> Request:
@@ -184,6 +267,16 @@ def _scaled_network(request: Request, rate: float, latency: float) -> Request:
         latency_us=request.fabric.latency_us * latency,
     )
     return replace(request, network_gb_per_s=request.network_gb_per_s * rate, fabric=fabric)
+
+
+def other_fabric(request: Request) -> Request:
+    """Returns the request on the other kind of network, TCP or RDMA."""
+    return replace(request, fabric=FABRICS["rdma" if request.fabric.name == "tcp" else "tcp"])
+
+
+def _scaled_inside(request: Request, factor: float) -> Request:
+    inside = request.cluster.inside
+    return replace(request, inside=replace(inside, gb_per_s=inside.gb_per_s * factor))
 
 
 def _scaled_compute(request: Request, factor: float) -> Request:
@@ -205,16 +298,25 @@ def variations(request: Request) -> Iterator[tuple[str, Request]]:
     measured = request.samples_per_second is not None or request.model.measured_batch > 0
     compute = MEASURED_FACTOR if measured or request.gpu is None else 1 + request.gpu.uncertainty
     codec = ASSUMED_CODEC_FACTOR if request.codec.assumed else CODEC_FACTOR
-    changes: tuple[tuple[str, float, Callable[[Request, float], Request]], ...] = (
+    network = NETWORK_FACTOR * (1.0 if request.fabric.name == "exact" else ALGORITHM_FACTOR)
+    changes: list[tuple[str, float, Callable[[Request, float], Request]]] = [
         ("compute", compute, _scaled_compute),
-        ("network", NETWORK_FACTOR, lambda r, f: _scaled_network(r, f, 1.0)),
+        ("network", network, lambda r, f: _scaled_network(r, f, 1.0)),
         ("latency", LATENCY_FACTOR, lambda r, f: _scaled_network(r, 1.0, f)),
         ("straggler", JITTER_FACTOR, lambda r, f: replace(r, jitter=min(0.5, r.jitter * f))),
         ("codec", codec, _scaled_codec),
-    )
+    ]
+    if not request.node_is_measured:
+        changes += [
+            ("tensors", TENSOR_FACTOR, lambda r, f: replace(r, tensor_factor=r.tensor_factor * f)),
+            ("together", TOGETHER_FACTOR, lambda r, f: replace(r, together_factor=r.together_factor * f)),
+            ("inside", INSIDE_FACTOR, _scaled_inside),
+        ]
     for name, factor, change in changes:
         yield name, change(request, factor)
         yield name, change(request, 1 / factor)
+    if request.fabric_is_assumed:
+        yield "fabric", other_fabric(request)
 
 
 def _bounds(value: float, others: Sequence[float]) -> tuple[float, float]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from rich import box
@@ -12,9 +13,9 @@ from rich.table import Table
 
 from qcomm.planner.advice import Verdict, bandwidth_text
 from qcomm.planner.estimate import Estimate
-from qcomm.planner.plan import Prediction, Request
+from qcomm.planner.plan import Prediction, Request, other_fabric
 
-__all__ = ["assumptions", "document", "print_estimate", "print_table"]
+__all__ = ["assumptions", "document", "memory_at_least", "print_estimate", "print_table"]
 
 GB = 1e9
 Rows = Sequence[tuple[str, Sequence[Prediction]]]
@@ -34,12 +35,44 @@ def assumptions(request: Request) -> list[str]:
         )
     elif not codec.on_gpu:
         found.append("The codec is the profile's, on the CPU; copies between GPU and CPU are not counted.")
+    if request.fabric_is_assumed and request.gpus > request.gpus_per_node:
+        other = other_fabric(request)
+        found.append(
+            f"ASSUMED from the rate: the network is {request.fabric.name}, with "
+            f"{_gigabits(request)} Gb/s for gradients; {other.fabric.name} would have {_gigabits(other)}. Say --fabric."
+        )
     if request.gpu is not None and request.samples_per_second is None and not request.model.measured_batch:
         found.append(
             f"Computing is that of a preset, {request.gpu.name} to {request.gpu.uncertainty:.0%}; "
-            "--samples-per-second of one GPU of yours would be better."
+            "--samples-per-second of one GPU of yours would be better, --node-samples-per-second best."
+        )
+    least, room = memory_at_least(request), None if request.gpu is None else request.gpu.memory_gb
+    if room is not None and least > room:
+        found.append(
+            f"It does NOT FIT: weights, gradients, an optimizer's moment and the outputs of layers take at least "
+            f"{least:.3g} GB, and {request.gpu.name if request.gpu else ''} has {room:g} GB at most."
         )
     return found
+
+
+def _gigabits(request: Request) -> str:
+    return f"{8 * request.cluster.between.gb_per_s:.3g}"
+
+
+def memory_at_least(request: Request) -> float:
+    """Returns a lower bound of the GB that training takes on a GPU; 0 for a measured profile, which has fitted."""
+    model = request.model
+    if model.measured_batch:
+        return 0.0
+    # Weights, gradients and one moment in float32.
+    kept = 12.0 * model.parameters
+    # A matrix's output has as many values as its operations over twice its rows' length. Before a normalization, and
+    # behind it, a convolution's output is kept twice.
+    outputs = sum(
+        tensor.forward_flops / (2 * prod(tensor.shape[1:])) for tensor in model.tensors if len(tensor.shape) > 1
+    )
+    copies = 2 if model.family == "resnet" else 1
+    return 1e-9 * (kept + request.batch * outputs * copies * (4 if request.precision == "fp32" else 2))
 
 
 def _table(title: str) -> Table:
@@ -51,7 +84,8 @@ def print_table(console: Console, request: Request, rows: Rows) -> None:
     model, cluster = request.model, request.cluster
     place = f"{request.gpus} GPUs on {cluster.nodes} nodes, {bandwidth_text(request.network_gb_per_s)} a node"
     title = f"{model.name}, {model.parameters / 1e6:.1f} M parameters, batch {request.batch} a GPU, {place}"
-    table = _table(f"{title} ({request.fabric.name})")
+    guessed = ", assumed" if request.fabric_is_assumed else ""
+    table = _table(f"{title} ({request.fabric.name}{guessed})")
     several = len(rows) > 1
     if several:
         table.add_column("point", no_wrap=True)

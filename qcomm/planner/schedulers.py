@@ -51,9 +51,11 @@ class Ddp:
             if not getattr(self, name) > 0:
                 raise PlanError(f"{name} is {getattr(self, name)}; it must be positive, such as 25")
 
-    def buckets(self, model: ModelProfile, times: ComputeTimes, ranks: int) -> list[Bucket]:
-        """Returns the buckets of a step; ``ranks`` has no effect here."""
-        del ranks
+    def buckets(
+        self, model: ModelProfile, times: ComputeTimes, ranks: int, nodes: int = 1, network_us: float = 0.0
+    ) -> list[Bucket]:
+        """Returns the buckets of a step; only ``model`` and ``times`` have an effect here."""
+        del ranks, nodes, network_us
         found: list[Bucket] = []
         waiting: list[ParameterTensor] = []
         limit, size = self.first_mib * MIB, 0
@@ -79,7 +81,7 @@ class Horovod:
     Args:
         cycle_ms: HOROVOD_CYCLE_TIME.
         fusion_mib: HOROVOD_FUSION_THRESHOLD: maximum size of a fused exchange.
-        latency_us: latency of a control message.
+        latency_us: latency of a control message, at least; the network's where that is longer.
         rank_us: time that rank 0 spends on one rank's message.
 
     Raises:
@@ -96,15 +98,20 @@ class Horovod:
             if not getattr(self, name) > 0:
                 raise PlanError(f"{name} is {getattr(self, name)}; it must be positive")
 
-    def negotiation(self, ranks: int) -> float:
-        """Returns the seconds of one negotiation."""
+    def negotiation(self, ranks: int, nodes: int = 1, network_us: float = 0.0) -> float:
+        """Returns the seconds of one negotiation of ``ranks`` ranks on ``nodes`` nodes."""
         if ranks == 1:
             return 0.0
-        return 1e-6 * (2 * math.ceil(math.log2(ranks)) * self.latency_us + (ranks - 1) * self.rank_us)
+        away = math.ceil(math.log2(nodes))
+        near = math.ceil(math.log2(ranks)) - away
+        hops = near * self.latency_us + away * max(self.latency_us, network_us)
+        return 1e-6 * (2 * hops + (ranks - 1) * self.rank_us)
 
-    def buckets(self, model: ModelProfile, times: ComputeTimes, ranks: int) -> list[Bucket]:
-        """Returns the buckets of a step of ``ranks`` ranks."""
-        cycle, agree = 1e-3 * self.cycle_ms, self.negotiation(ranks)
+    def buckets(
+        self, model: ModelProfile, times: ComputeTimes, ranks: int, nodes: int = 1, network_us: float = 0.0
+    ) -> list[Bucket]:
+        """Returns the buckets of a step of ``ranks`` ranks on ``nodes`` nodes, whose network has that latency."""
+        cycle, agree = 1e-3 * self.cycle_ms, self.negotiation(ranks, nodes, network_us)
         found: list[Bucket] = []
         index, now = 0, 0.0
         while index < len(model.tensors):

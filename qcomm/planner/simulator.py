@@ -1,7 +1,8 @@
 """One training step as a discrete-event simulation.
 
 Backward, the codec, and the link run concurrently. Backward makes gradients; a full bucket's chains of work queue for
-codec and link. Each of these serves one step at a time, first come, first served::
+codec and link. Each of these serves one step at a time, first come, first served. Where buckets have channels, one of a
+channel begins when the one before it on the channel has ended::
 
     backward  ████████████████░░████████████░░██████████        slower while others use the GPU
     codec             ▒▒      ▒▒  ▒▒      ▒▒         ▒▒
@@ -35,11 +36,27 @@ DRAWS = 5
 
 
 class Job(NamedTuple):
-    """A bucket's work: its chains may begin after ``ready`` seconds of backward and ``delay`` more."""
+    """A bucket's work: its chains may begin after ``ready`` seconds of backward and ``delay`` more.
+
+    With a ``channel``, they also wait for the end of the earlier jobs of that channel.
+    """
 
     ready: float
     delay: float
     chains: Sequence[Chain]
+    channel: int | None = None
+
+
+class _Place(NamedTuple):
+    """A step of a chain, and the channel of its job."""
+
+    chain: Chain
+    at: int
+    channel: int | None
+
+    @property
+    def work(self) -> Work:
+        return self.chain[self.at]
 
 
 class Span(NamedTuple):
@@ -101,7 +118,7 @@ def simulate(
         5.0
     """
     run = _Run(times.forward * factor, times.backward * factor, codec_share, link_share)
-    return run.all([Job(job.ready * factor, job.delay, job.chains) for job in jobs])
+    return run.all([job._replace(ready=job.ready * factor) for job in jobs])
 
 
 class _Run:
@@ -111,10 +128,12 @@ class _Run:
         self.forward, self.backward = forward, backward
         self.shares = {"codec": codec_share, "link": link_share}
         self.now, self.progress, self.backward_end = forward, 0.0, math.inf
-        self.queues: dict[str, deque[tuple[Chain, int]]] = {"codec": deque(), "link": deque()}
+        self.queues: dict[str, deque[_Place]] = {"codec": deque(), "link": deque()}
         self.working = {"codec": False, "link": False}
         self.busy = {"codec": 0.0, "link": 0.0}
-        self.events: list[tuple[float, int, Chain, int]] = []
+        self.events: list[tuple[float, int, _Place]] = []
+        self.waiting: dict[int, deque[Job]] = {}  # by channel; the first job is under way
+        self.under_way: dict[int, int] = {}  # chains of that job
         self.order = itertools.count()
         self.spans = [Span("backward", "forward", 0.0, forward)]
 
@@ -136,17 +155,14 @@ class _Run:
                 if self.progress >= self.backward and self.backward_end == math.inf:
                     self.backward_end = self.now
                 if coming and self.progress >= min(coming[0].ready, self.backward):
-                    job = coming.popleft()
-                    for chain in job.chains:
-                        delay = (Work("wait", job.delay, "agree"), *chain) if job.delay > 0 else chain
-                        self.begin(delay, 0)
+                    self.arrive(coming.popleft())
             else:
                 self.progress += rate * (event - self.now)
-                self.now, _, chain, at = heapq.heappop(self.events)
-                if chain[at].resource in self.working:
-                    self.working[chain[at].resource] = False
-                    self.serve(chain[at].resource)
-                self.begin(chain, at + 1)
+                self.now, _, place = heapq.heappop(self.events)
+                if place.work.resource in self.working:
+                    self.working[place.work.resource] = False
+                    self.serve(place.work.resource)
+                self.begin(place._replace(at=place.at + 1))
         self.spans.append(Span("backward", "backward", self.forward, self.backward_end))
         end, waited = max(self.now, self.backward_end), self.backward_end
         after = sum(
@@ -154,26 +170,52 @@ class _Run:
         )
         return Step(end, end - waited, self.busy["link"], after, self.busy["codec"], tuple(self.spans))
 
-    def begin(self, chain: Chain, at: int) -> None:
-        """Queues a step of a chain, if there is one."""
-        if at == len(chain):
+    def arrive(self, job: Job) -> None:
+        """Starts a job, unless an earlier one has its channel."""
+        if job.channel is None or not job.chains:
+            self.start(job)
             return
-        if chain[at].resource == "wait":
-            heapq.heappush(self.events, (self.now + chain[at].seconds, next(self.order), chain, at))
+        queue = self.waiting.setdefault(job.channel, deque())
+        queue.append(job)
+        if len(queue) == 1:
+            self.start(job)
+
+    def start(self, job: Job) -> None:
+        if job.channel is not None:
+            self.under_way[job.channel] = len(job.chains)
+        for chain in job.chains:
+            delayed = (Work("wait", job.delay, "agree"), *chain) if job.delay > 0 else chain
+            self.begin(_Place(delayed, 0, job.channel))
+
+    def begin(self, place: _Place) -> None:
+        """Queues a step of a chain; after its last one, the channel's next job may start."""
+        if place.at == len(place.chain):
+            self.end(place.channel)
+        elif place.work.resource == "wait":
+            heapq.heappush(self.events, (self.now + place.work.seconds, next(self.order), place))
+        else:
+            self.queues[place.work.resource].append(place)
+            self.serve(place.work.resource)
+
+    def end(self, channel: int | None) -> None:
+        if channel is None:
             return
-        self.queues[chain[at].resource].append((chain, at))
-        self.serve(chain[at].resource)
+        self.under_way[channel] -= 1
+        if self.under_way[channel] == 0:
+            self.waiting[channel].popleft()
+            if self.waiting[channel]:
+                self.start(self.waiting[channel][0])
 
     def serve(self, resource: str) -> None:
         """Starts the next step in a queue, if the resource is idle."""
         if self.working[resource] or not self.queues[resource]:
             return
-        chain, at = self.queues[resource].popleft()
+        place = self.queues[resource].popleft()
         self.working[resource] = True
-        self.busy[resource] += chain[at].seconds
-        end = self.now + chain[at].seconds
-        self.spans.append(Span(resource, chain[at].label, self.now, end))
-        heapq.heappush(self.events, (end, next(self.order), chain, at))
+        self.busy[resource] += place.work.seconds
+        end = self.now + place.work.seconds
+        self.spans.append(Span(resource, place.work.label, self.now, end))
+        heapq.heappush(self.events, (end, next(self.order), place))
 
 
 def slowest_factors(ranks: int, jitter: float, draws: int = DRAWS) -> list[float]:

@@ -9,10 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcomm
-from qcomm.collectives.cost_model import CodecProfile, LinkProfile, Profile, Workload, bytes_sent, candidates, seconds
+from qcomm.collectives.cost_model import (
+    MESSAGE_SECONDS,
+    CodecProfile,
+    LinkProfile,
+    Profile,
+    Workload,
+    bytes_sent,
+    candidates,
+    hierarchical_latencies,
+    seconds,
+)
 from qcomm.collectives.strategies import AUTOMATIC, MEAN_BY_STRATEGY
 from qcomm.collectives.two_phase_schedule import MOST_SLICES
 from qcomm.collectives.uncompressed_values import UNCOMPRESSED
+from qcomm.transport import MESSAGE_BYTES
 
 LINK, CODEC = LinkProfile(gb_per_s=0.125, latency_us=50.0), CodecProfile(2.0, 4.0, ratio=15.0)
 NAMES = ("none", "bf16", "all_gather", "two_phase", "exact_sum", "hierarchical")
@@ -43,18 +54,18 @@ def test_bytes_are_those_that_are_sent(rank, world_size, ranks_per_node, dtype):
 
 def test_seconds():
     workload = Workload(6_553_600, 2)
-    # 25 MiB each way at 125 MB/s, and three messages.
+    # 25 MiB each way at 125 MB/s, a header and two steps of a ring.
     assert seconds("none", workload, Profile(LINK, CODEC)) == pytest.approx(0.2097 + 150e-6, rel=1e-3)
-    # A fifteenth of it, one encode, two decodes, two messages.
+    # A fifteenth of it, one encode, two decodes, one exchange.
     assert seconds("all_gather", workload, Profile(LINK, CODEC)) == pytest.approx(
-        0.2097 / 15 + 0.02621 / 2 + 2 * 0.02621 / 4 + 100e-6, rel=1e-3
+        0.2097 / 15 + 0.02621 / 2 + 2 * 0.02621 / 4 + 50e-6, rel=2e-3
     )
     # Alone, only the codec takes time.
     assert seconds("none", Workload(1000, 1), Profile(LINK, CODEC)) == 0.0
     assert seconds("two_phase", Workload(1000, 1), Profile(LINK, CODEC)) == pytest.approx(4000 * (1 / 2 + 1 / 4) * 1e-9)
     # Slices on a slow link: all bytes, the first slice's encoding, the last one's reducing and decoding.
     slow = Profile(LinkProfile(0.0125, 50.0), CODEC)
-    wire = 0.02621 / 15 / 0.0125 + 2 * 2 * 50e-6
+    wire = 0.02621 / 15 / 0.0125 + 2 * 50e-6
     assert seconds("two_phase", workload, slow) == pytest.approx(
         wire + 0.02621 / MOST_SLICES * (0.5 / 2 + 1 / 4), rel=1e-3
     )
@@ -68,6 +79,42 @@ def test_seconds():
     assert seconds("hierarchical", nodes, Profile(LINK, CODEC)) > seconds("two_phase", nodes, Profile(LINK, CODEC))
     with pytest.raises(ValueError, match="strategy must be a named algorithm of the mean, got 'auto'"):
         seconds("auto", workload, Profile(LINK, CODEC))
+
+
+@pytest.mark.parametrize("world_size", [2, 8, 64])
+def test_messages_to_all_ranks_are_under_way_at_once(world_size):
+    """On a link with nothing but latency: trips by strategy, however many ranks there are."""
+    far = Profile(LinkProfile(1e6, 1e6), CodecProfile(1e6, 1e6, 15.0))
+    small = Workload(1000, world_size)
+
+    def trips(strategy, workload=small):
+        return seconds(strategy, workload, far)
+
+    assert trips("all_gather") == pytest.approx(1, rel=0.01)
+    assert trips("two_phase") == pytest.approx(2, rel=0.01)
+    assert trips("exact_sum") == pytest.approx(3, rel=0.01)
+    assert trips("none") == pytest.approx(1 + 2 * (world_size - 1), rel=0.01)
+    assert trips("hierarchical") == pytest.approx(4, rel=0.01)
+    # The values of a second slice wait for the headers.
+    assert trips("two_phase", Workload(2 * world_size << 17, world_size)) == pytest.approx(3, rel=0.01)
+
+
+def test_packets_that_do_not_fit_in_a_message_take_two_trips_more():
+    far = Profile(LinkProfile(1e6, 1e6), CodecProfile(1e6, 1e6, 15.0))
+    fits = MESSAGE_BYTES * 15 // 4
+    assert seconds("all_gather", Workload(fits, 2), far) == pytest.approx(1, rel=0.01)
+    assert seconds("all_gather", Workload(fits + 15, 2), far) == pytest.approx(3, rel=0.01)
+    # Of eight ranks and two slices each packet is a sixteenth.
+    assert seconds("two_phase", Workload(16 * fits, 8), far) == pytest.approx(3, rel=0.01)
+    assert seconds("two_phase", Workload(16 * fits + 240, 8), far) == pytest.approx(7, rel=0.01)
+
+
+def test_headers_cross_the_slow_link_also_for_what_stays_inside_a_node():
+    nodes = Workload(1000, 8, ranks_per_node=4)
+    profile = Profile(LinkProfile(1e6, 1000.0), CodecProfile(1e6, 1e6, 15.0), LinkProfile(1e6, 1.0))
+    assert sum(hierarchical_latencies(nodes, profile)) == pytest.approx(4 * (1000e-6 + 7 * MESSAGE_SECONDS))
+    alone = Workload(1000, 4, ranks_per_node=4)
+    assert sum(hierarchical_latencies(alone, profile)) == pytest.approx(4 * (1e-6 + 3 * MESSAGE_SECONDS))
 
 
 POSITIVE = st.floats(1e-3, 1e6)

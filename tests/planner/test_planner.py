@@ -12,12 +12,13 @@ from typer.testing import CliRunner
 from qcomm.cli.main import app
 from qcomm.collectives.cost_model import CodecProfile, LinkProfile, Profile
 from qcomm.planner import PlanError, Request, built_in, method_named, predict, profile, speedup
-from qcomm.planner.advice import break_even, verdict
+from qcomm.planner.advice import break_even, no_verdict, verdict
 from qcomm.planner.estimate import estimate
 from qcomm.planner.hardware import FABRICS, GPUS, inside_link
 from qcomm.planner.methods import Codec
-from qcomm.planner.plan import ASSUMED_CODEC, MOST_GPUS
-from qcomm.planner.published import PUBLISHED
+from qcomm.planner.plan import ASSUMED_CODEC, MOST_GPUS, anchored
+from qcomm.planner.published import CALIBRATION, CHECK, PUBLISHED
+from qcomm.planner.report import assumptions
 from qcomm.planner.schedulers import Ddp, Horovod
 from qcomm.planner.sweeps import BANDWIDTHS, SWEEPS, gpu_counts, heat_map, sweep
 
@@ -31,6 +32,20 @@ def test_published_measurements(point):
     assert getattr(found, point.measure) == pytest.approx(point.published, rel=point.tolerance)
     # What a prediction says it may be off by is no excuse for being far off, but should hold where it can.
     assert found.low < found.seconds < found.high
+
+
+@pytest.mark.parametrize(("points", "within", "likely"), [(CALIBRATION, 0.85, 0.75), (CHECK, 0.7, 0.75)])
+def test_half_of_the_tables_was_not_used_to_calibrate(points, within, likely):
+    found = [(point.published, predict(point.request, FP32), point.request) for point in points]
+    near = sum(abs(one.samples_per_second / published - 1) <= 0.15 for published, one, _ in found)
+    inside = sum(one.low <= request.batch * request.gpus / published <= one.high for published, one, request in found)
+    assert near >= within * len(points) and inside >= likely * len(points)
+
+
+def test_a_source_is_in_one_half_alone():
+    halves = [{point.source for point in points} for points in (CALIBRATION, CHECK)]
+    assert not halves[0] & halves[1] and min(map(len, halves)) >= 5
+    assert min(len(CALIBRATION), len(CHECK)) >= 50
 
 
 def test_horovod_falls_behind_near_a_thousand_gpus():
@@ -71,13 +86,90 @@ def test_a_slow_codec_is_left_off():
     assert limits == sorted(limits) and limits[0] == found.break_even_gb_per_s
 
 
-def test_without_a_network_there_is_nothing_to_decide():
+def test_without_a_network_the_links_inside_decide():
+    slow = replace(RESNET, gpus=4, inside=LinkProfile(0.3, 5.0))
+    assert verdict(slow, [BF16, QCOMM]).pays
     one = verdict(replace(RESNET, gpus=4), [BF16, QCOMM])
-    assert not one.pays and "no network is used" in one.text
-    assert verdict(RESNET, [QCOMM]) is None
-    assert verdict(RESNET, [FP32, BF16]) is None
+    assert not one.pays and "on 4 GPUs of one node, 120 GB/s inside: leave it off" in one.text
+    for methods, missing in ([QCOMM], "without compression"), ([FP32, method_named("averager-9")], "in every step"):
+        assert verdict(RESNET, methods) is None and missing in no_verdict(methods)
+    assert no_verdict([FP32, QCOMM]) == ""
     alone = predict(replace(RESNET, gpus=1), QCOMM)
     assert alone.efficiency == pytest.approx(1.0) and alone.exposed == alone.link == 0.0
+
+
+def test_the_verdict_looks_at_every_method():
+    powersgd = method_named("powersgd-2")
+    few = replace(RESNET, model=built_in("vgg16"), network_gb_per_s=0.125)
+    found = verdict(few, [FP32, QCOMM, powersgd])
+    assert found.method == "powersgd-2" and "with powersgd-2" in found.text and "x with qcomm" in found.text
+    assert verdict(few, [FP32, powersgd]).method == "powersgd-2"
+
+
+def test_a_guessed_fabric_is_said_where_the_other_one_turns_the_verdict():
+    guessed = replace(
+        RESNET, model=built_in("vgg16"), network_gb_per_s=12.5, fabric=FABRICS["rdma"], fabric_is_assumed=True
+    )
+    found = verdict(guessed, [FP32, BF16, QCOMM])
+    there = verdict(replace(guessed, fabric=FABRICS["tcp"], fabric_is_assumed=False), [FP32, BF16, QCOMM])
+    assert not found.pays and there.pays
+    assert "if it is tcp, " in found.text and "x faster than bf16" in found.text and "(--fabric tcp)" in found.text
+    named = replace(guessed, fabric_is_assumed=False)
+    assert "--fabric" not in verdict(named, [FP32, BF16, QCOMM]).text
+    assert any("the network is rdma" in text for text in assumptions(guessed))
+    assert not any("the network is" in text for text in assumptions(named))
+    # The bars of what is guessed reach to the other one.
+    assert predict(guessed, FP32).high > predict(named, FP32).high
+
+
+def test_where_each_step_is_hopeless_averaging_is_named():
+    far = replace(RESNET.fabric, latency_us=50_000.0)
+    request = replace(RESNET, gpus=4, gpus_per_node=1, network_gb_per_s=0.0125, fabric=far)
+    found = verdict(request, [FP32, BF16, QCOMM])
+    assert found.pays and "--methods averager-100" in found.text
+    assert "averager" not in verdict(RESNET, [FP32, BF16, QCOMM]).text
+    each, rare = predict(request, QCOMM), predict(request, method_named("averager-100"))
+    alone = request.times.step
+    assert alone < rare.seconds < alone + 0.02 * each.exposed + 0.1 * alone
+    rarer = predict(request, method_named("averager-1000"))
+    assert alone < rarer.seconds < rare.seconds
+
+
+@pytest.mark.parametrize("rate", [1200.0, 2500.0])
+def test_a_measured_node_is_reached(rate):
+    request = anchored(replace(RESNET, gpus=64, gpus_per_node=8), rate, FP32)
+    node = predict(replace(request, gpus=8, jitter=request.jitter), FP32)
+    assert node.samples_per_second == pytest.approx(rate, rel=0.01)
+    assert predict(request, FP32).samples_per_second < 8 * rate
+    with pytest.raises(PlanError, match="node_samples_per_second is 0.0; it must be positive"):
+        anchored(RESNET, 0.0, FP32)
+    with pytest.raises(PlanError, match="exchanging gradients alone takes longer on 4 GPUs with 0.01 GB/s"):
+        anchored(replace(RESNET, inside=LinkProfile(0.01, 5.0)), rate, FP32)
+
+
+@pytest.mark.parametrize(
+    ("model", "gpu", "batch", "precision", "fits"),
+    [
+        ("resnet50", "v100", 128, "fp32", True),  # as was published
+        ("resnet50", "v100", 256, "amp", True),
+        ("resnet50", "t4", 512, "fp32", False),
+        ("gpt2-xl", "t4", 1, "amp", False),
+        ("bert-base", "v100", 160, "amp", True),
+    ],
+)
+def test_memory_that_cannot_be_enough_is_said(model, gpu, batch, precision, fits):
+    request = replace(RESNET, model=built_in(model), gpu=GPUS[gpu], batch=batch, precision=precision)
+    assert any("NOT FIT" in text for text in assumptions(request)) != fits
+
+
+def test_latency_is_felt_by_every_method():
+    far = replace(RESNET, gpus=8, gpus_per_node=1, fabric=replace(RESNET.fabric, latency_us=20_000.0))
+    fp32, qcomm = predict(far, FP32), predict(far, QCOMM)
+    # Rings of eight hosts take 14 latencies a bucket, one after another; qcomm's buckets at least two, all at once.
+    assert fp32.link > 5 * 14 * 0.02 and 0.04 < qcomm.exposed < 0.3
+    horovod = replace(far, scheduler=Horovod())
+    near = replace(horovod, fabric=RESNET.fabric)
+    assert predict(horovod, FP32).seconds > predict(near, FP32).seconds + 2 * 3 * 0.02
 
 
 @settings(max_examples=15, deadline=None)
@@ -103,7 +195,8 @@ def test_a_faster_network_is_never_slower(gpus, rate, batch, model, method, sche
 
 def test_not_overlapping_costs_the_whole_exchange():
     late = predict(replace(RESNET, scheduler=Ddp(overlap=False), jitter=0.0), FP32)
-    assert late.seconds == pytest.approx(RESNET.times.step + late.link)
+    assert late.seconds == pytest.approx(RESNET.times_together.step + late.link)
+    assert RESNET.times_together.step > RESNET.times.step  # as tensors are exchanged
     assert (late.overlap, late.exposed) == (0.0, pytest.approx(late.link))
     assert predict(replace(RESNET, jitter=0.0), FP32).seconds < late.seconds
 
@@ -204,6 +297,20 @@ def test_the_command_line_writes_everything(tmp_path):
     assert {"forward", "backward", "encode", "packets", "decode"} <= {event["name"] for event in events}
 
 
+def test_the_command_line_says_why_there_is_no_verdict():
+    assert "No verdict: no method that compresses in every step" in " ".join(invoke("--methods", "bf16").output.split())
+
+
+def test_the_command_line_takes_a_node(tmp_path):
+    out = tmp_path / "out"
+    where = ["--network", "HDR", "--nodes", "2", "--node-samples-per-second", "2600", "--methods", "fp32,qcomm-1"]
+    result = invoke(*where, "--out", str(out))
+    assert result.exit_code == 0, result.output
+    assert "assumed)" not in result.output and "Computing is that of a preset" not in result.output
+    found = json.loads((out / "plan.json").read_text())
+    assert found["network_gb_per_s"] == 25.0 and found["samples_per_second_of_one_gpu"] > 2600 / 8
+
+
 @pytest.mark.parametrize("axis", SWEEPS)
 def test_the_command_line_sweeps(axis):
     result = invoke("--model", "resnet18", "--batch", "8", "--sweep", axis, "--methods", "bf16,qcomm-2")
@@ -220,7 +327,15 @@ def test_a_measured_profile_replaces_the_assumption(tmp_path):
     assert "936 Mb/s a node (exact)" in text and "ASSUMED" not in text and "on the CPU" in text
     # What is said beside it wins.
     over = " ".join(invoke("--profile", str(path), "--network", "10Gbps", "--codec-gbps", "50").output.split())
-    assert "10 Gb/s a node (tcp)" in over and "qcomm codes 50 GB/s" in over
+    assert "10 Gb/s a node (tcp)" in over and "profile's latency" not in text and "qcomm codes 50 GB/s" in over
+
+
+def test_a_profile_of_busy_hosts_is_doubted(tmp_path):
+    path = tmp_path / "profile.json"
+    Profile(LinkProfile(1.0, 10_000.0), CodecProfile(3.0, 9.0, 14.0)).save(path)
+    where = ["--profile", str(path), "--nodes", "2", "--gpus-per-node", "1"]
+    assert "The profile's latency is 10 ms" in " ".join(invoke(*where).output.split())
+    assert "The profile's latency" not in invoke(*where, "--latency-us", "10000").output
 
 
 @pytest.mark.parametrize(
@@ -246,6 +361,8 @@ def test_a_measured_profile_replaces_the_assumption(tmp_path):
         (["--congestion", "-1"], "congestion is -1.0; it must be at least 0"),
         (["--efficiency", "0"], "efficiency is 0.0"),
         (["--samples", "0"], "samples is 0"),
+        (["--samples-per-second", "9", "--node-samples-per-second", "9"], "not both"),
+        (["--node-samples-per-second", "-1"], "node_samples_per_second is -1.0; it must be positive"),
         (["--sweep", "nodes"], "sweep is 'nodes'"),
         (["--profile", "missing.json"], "missing.json"),
         (["--sequence", "5"], "takes images; leave it out"),
