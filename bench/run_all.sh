@@ -16,6 +16,7 @@
 #   sealed    5    what sealed messages cost: without a limit, 1 Gb/s and 100 Mb/s, 2 ranks
 #   wan_check 12   whether links with delay and loss have what was asked for
 #   wan       3    a step of five buckets between 4 hosts, 100 Mb/s and 50 ms
+#   planner_wan 30 what qcomm plan predicts of steps between distant hosts: 32 scenes
 #   plots     0    PNGs, and the tables of README and docs/measurements.md
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,7 +26,7 @@ python=${PYTHON:-.venv/bin/python}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 results=bench/results
 steps=("${@:-all}")
-[ "${steps[*]}" != all ] || steps=(allreduce feedback planner slices sizes pairs step scaling bitrate accuracy verify sealed wan_check wan plots)
+[ "${steps[*]}" != all ] || steps=(allreduce feedback planner slices sizes pairs step scaling bitrate accuracy verify sealed wan_check wan planner_wan plots)
 
 run() {
     echo "run_all: bench/$*"
@@ -53,9 +54,10 @@ step() {
         sealed) run bench_sealed.py --json $results/sealed.json ;;
         wan_check) run check_wan.py --json $results/wan_check.json ;;
         wan) run bench_wan.py --json $results/wan.json ;;
+        planner_wan) run check_planner_wan.py --json $results/planner_wan.json || true ;;  # as planner
         accuracy) run bench_time_to_accuracy.py --json $results/time_to_accuracy.json ;;
         plots) run plots.py && "$python" tools/make_tables.py ;;
-        *) sed -n '2,20p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,21p' "$0" >&2; exit 2 ;;
     esac
 }
 

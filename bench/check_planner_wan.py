@@ -1,0 +1,211 @@
+"""The planner's error on distant hosts: its predictions against steps that bench_wan.py measures. Linux, as root.
+
+    python bench/check_planner_wan.py --json bench/results/planner_wan.json       # 32 scenes, half an hour
+    python bench/check_planner_wan.py --quick                                      # 4 scenes
+    python bench/check_planner_wan.py --hosts 2 --rates 1gbit --delays 0 50 --models 5x520
+
+A scene is a model of equal linear layers, each a bucket, on hosts with one rate and one delay between any two. The
+exposed time of a step, of torch's fp32 all-reduce and of qcomm k=1 with two_phase, is compared with `qcomm.planner`'s
+prediction. Its inputs are the rate that tc or the hub lets through, 1448 bytes of values in a frame of 1514, the
+delay and the planner's own latency of TCP, and the codec, timed here alone and shared out over the hosts' cores.
+Nothing is fitted to the measured times. Layers are small, so that processors matter little beside the links.
+
+Exits with 1 if fewer than 80 % of the points are within 15 %, or inside the bars that the planner calls likely.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from netlab import NetlabError
+from ranks import RanksError, about, explain, is_rank, run_ranks, start_rank, write
+from wan import Wan, bits_per_second
+
+import qcomm
+from qcomm.collectives import measure_codec
+from qcomm.planner import FABRICS, Codec, Ddp, Fabric, ModelProfile, ParameterTensor, Request, method_named, predict
+
+BENCH_WAN = Path(__file__).with_name("bench_wan.py")
+METHODS = {"fp32": "fp32", "qcomm k=1": "qcomm-1"}  # here, and in the planner
+TOLERANCE, NEEDED = 0.15, 0.8
+FRAME, VALUES = 1514, 1448
+CODEC_ELEMENTS, CODEC_REPEATS, COLLECTIVE_REPEATS = 1 << 20, 9, 100
+FASTER_THAN_LINKS = 1e9  # samples a second: next to nothing is computed
+QUICK = 4
+
+
+class Scene(NamedTuple):
+    """Hosts, their links, and the layers of a model, of width x width values each."""
+
+    hosts: int
+    rate: str
+    delay_ms: float
+    layers: int
+    width: int
+
+
+def layers_of(text: str) -> tuple[int, int]:
+    """Layers and their width, as in 5x520.
+
+    Example:
+        >>> layers_of("5x520")
+        (5, 520)
+    """
+    layers, _, width = text.partition("x")
+    if not (layers.isdecimal() and width.isdecimal() and int(layers) > 0):
+        raise argparse.ArgumentTypeError(f"must be layers x width, such as 5x520, got {text!r}")
+    return int(layers), int(width)
+
+
+def request_of(scene: Scene, codec: Codec) -> Request:
+    """The scene as a question to the planner."""
+    tensors = [ParameterTensor(f"layer{i}", (scene.width, scene.width), 1.0) for i in range(scene.layers)]
+    model = ModelProfile("layers", "resnet", tuple(tensors), "samples", scene.width, 4 * scene.width)
+    tcp = FABRICS["tcp"]
+    fabric = Fabric("tcp", VALUES / FRAME, tcp.most_gb_per_s, tcp.latency_us + 1e3 * scene.delay_ms, 0.0)
+    tiny = 2.0**-20  # MiB: every layer is a bucket
+    return Request(
+        model,
+        1,
+        scene.hosts,
+        1,
+        bits_per_second(scene.rate) / 8e9,
+        fabric=fabric,
+        scheduler=Ddp(first_mib=tiny, bucket_mib=tiny),
+        codec=codec,
+        samples_per_second=FASTER_THAN_LINKS,
+    )
+
+
+def collective_seconds() -> float:
+    """Processor seconds of a collective of one value, on a rank."""
+    value, taken = torch.ones(1), []
+    for _ in range(COLLECTIVE_REPEATS):
+        begin = time.process_time()
+        qcomm.all_reduce(value, strategy="two_phase")
+        taken.append(time.process_time() - begin)
+    return statistics.median(taken)
+
+
+def run_rank() -> None:
+    """On both ranks; rank 0 prints one line of JSON."""
+    rank, _ = start_rank()
+    found = collective_seconds()
+    if rank == 0:
+        print(json.dumps(found), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def codec_here() -> Codec:
+    """The codec of one core of this machine, and its processor time for a collective."""
+    values = torch.randn(CODEC_ELEMENTS, generator=torch.Generator().manual_seed(0))
+    found = measure_codec(values, qcomm.SigmaGrid(step=1.0), repeats=CODEC_REPEATS)
+    return Codec(
+        found.encode_gb_per_s,
+        found.decode_gb_per_s,
+        on_gpu=False,
+        assumed=False,
+        ratio=found.ratio,
+        collective_seconds=run_ranks(__file__, [], 2),
+    )
+
+
+def shared(codec: Codec, hosts: int) -> Codec:
+    """The codec where the hosts share this machine's cores."""
+    sharing = max(1.0, hosts / (os.cpu_count() or 1))
+    return replace(
+        codec,
+        encode_gb_per_s=codec.encode_gb_per_s / sharing,
+        decode_gb_per_s=codec.decode_gb_per_s / sharing,
+        collective_seconds=codec.collective_seconds * sharing,
+    )
+
+
+def point(scene: Scene, row: dict[str, Any], codec: Codec) -> dict[str, Any]:
+    """A measured row of bench_wan beside its prediction."""
+    found = predict(request_of(scene, shared(codec, scene.hosts)), method_named(METHODS[row["method"]]))
+    measured = row["exposed_seconds"]
+    kept = {name: row[name] for name in ("method", "p10", "p90")}
+    return {
+        **scene._asdict(),
+        **kept,
+        "seconds": measured,
+        "predicted": found.seconds,
+        "low": found.low,
+        "high": found.high,
+        "error": found.seconds / measured - 1,
+        "likely": found.low <= measured <= found.high,
+    }
+
+
+def measure(scene: Scene, steps: int) -> list[dict[str, Any]]:
+    """Rows of bench_wan."""
+    options = [f"--buckets={scene.layers}", f"--width={scene.width}", f"--steps={steps}"]
+    options += ["--methods", *METHODS, "--delay-ms", str(scene.delay_ms)]
+    wan = Wan(delay_ms=scene.delay_ms) if scene.delay_ms else None
+    rows: list[dict[str, Any]] = run_ranks(BENCH_WAN, options, scene.hosts, scene.rate, wan=wan)
+    return rows
+
+
+def shares(points: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """How many points are within the tolerance, and inside the bars."""
+    return {
+        "within_15_percent": sum(abs(one["error"]) <= TOLERANCE for one in points) / len(points),
+        "likely_holds": sum(one["likely"] for one in points) / len(points),
+    }
+
+
+def show(one: dict[str, Any]) -> None:
+    place = f"{one['hosts']} hosts {one['rate']:>8} {one['delay_ms']:>4g} ms {one['layers']} x {one['width']:<5}"
+    bars = f"({1e3 * one['low']:.0f} .. {1e3 * one['high']:.0f})"
+    print(f"{place}{one['method']:<10}{1e3 * one['seconds']:>8.0f} ms, predicted {1e3 * one['predicted']:>6.0f} "
+          f"{bars:<16}{one['error']:>+7.1%}", file=sys.stderr, flush=True)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hosts", nargs="+", type=int, default=[2, 4])
+    parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"], help="as tc writes them")
+    parser.add_argument("--delays", nargs="+", type=float, default=[0.0, 5.0, 20.0, 50.0], help="ms one way")
+    parser.add_argument("--models", nargs="+", type=layers_of, default=[(5, 520), (3, 1150)], help="layers x width")
+    parser.add_argument("--steps", type=int, default=9, help="that are counted, of each method")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK} of the scenes")
+    parser.add_argument("--json", type=Path, help="where the figures go")
+    arguments = parser.parse_args()
+    if is_rank():
+        run_rank()
+        return 0
+    axes = itertools.product(arguments.hosts, arguments.rates, arguments.delays, arguments.models)
+    scenes = [Scene(hosts, rate, delay, *model) for hosts, rate, delay, model in axes]
+    if arguments.quick:
+        scenes = scenes[:: max(1, len(scenes) // QUICK + 1)]
+    header, codec, points = about(steps=arguments.steps), codec_here(), []
+    for scene in scenes:
+        try:
+            rows = measure(scene, arguments.steps)
+        except (NetlabError, RanksError) as error:
+            return explain(error, "check_planner_wan", "it needs the rights of root")
+        for row in rows:
+            points.append(point(scene, row, codec))
+            show(points[-1])
+    found = shares(points)
+    print(f"{found['within_15_percent']:.0%} of {len(points)} points within 15 %, "
+          f"{found['likely_holds']:.0%} inside the bars", file=sys.stderr)  # fmt: skip
+    document = {**header, "load_after": about()["load"], "codec": codec.__dict__, **found, "points": points}
+    write(arguments.json, document)
+    return 0 if min(found.values()) >= NEEDED else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
