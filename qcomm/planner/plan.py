@@ -74,7 +74,7 @@ class Request:
         >>> from qcomm.planner.hardware import GPUS
         >>> from qcomm.planner.methods import method_named
         >>> from qcomm.planner.models import built_in
-        >>> request = Request(built_in("resnet50"), 32, 64, 4, network_gb_per_s=1.25, gpu=GPUS["v100"])
+        >>> request = Request(built_in("resnet50"), 32, 64, 4, network_gb_per_s=0.5, gpu=GPUS["v100"])
         >>> speedup(request, method_named("qcomm-1"), method_named("bf16")).factor > 1.2
         True
     """
