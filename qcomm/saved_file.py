@@ -17,6 +17,7 @@ __all__ = ["read_saved"]
 # Of the archive's directory, of the unpickler, and of torch where it rebuilds tensors.
 DAMAGE = (
     ArithmeticError,
+    AssertionError,
     AttributeError,
     EOFError,
     LookupError,

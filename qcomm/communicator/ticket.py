@@ -11,6 +11,8 @@ __all__ = ["Ticket", "completed", "device_future", "failed"]
 
 T = TypeVar("T")
 
+SIGNAL_SECONDS = 0.5  # most that a signal waits for its handler
+
 
 class Ticket(Generic[T]):
     """The outcome of a job. Any thread but the one that runs the job may wait for it, any number of times.
@@ -65,7 +67,7 @@ class Ticket(Generic[T]):
                 "on another thread"
             )
         seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-        if not self._done.wait(seconds):
+        if not self._has_ended(seconds):
             raise TimeoutError(f"the collective is still running after {seconds:g} s")
         if self._error is not None:
             raise self._error
@@ -73,10 +75,19 @@ class Ticket(Generic[T]):
 
     def join(self, seconds: float | None = None) -> bool:
         """Waits for the end of the job, well or not; returns False if it still runs after ``seconds``."""
-        ended = self._done.wait(seconds)
+        ended = self._has_ended(seconds)
         if ended and self._error is None:
             self._follow()
         return ended
+
+    def _has_ended(self, seconds: float | None) -> bool:
+        """Waits for the end of the job, at most for ``seconds``; returns whether it has ended."""
+        if seconds is not None:
+            return self._done.wait(seconds)
+        # A signal interrupts a wait, but not one that begins just after it came.
+        while not self._done.wait(SIGNAL_SECONDS):
+            pass
+        return True
 
     def _follow(self) -> None:
         """Makes the caller's current stream wait for a result on a device."""

@@ -36,6 +36,21 @@ def read_or_refused(path):
         return None
 
 
+class _WithOddMetadata:
+    """Pickled as a tensor whose metadata are a number, at which torch's loader asserts."""
+
+    def __reduce__(self):
+        tensor = torch.ones(2)
+        return torch._utils._rebuild_tensor_v2, (tensor._typed_storage(), 0, (2,), (1,), False, {}, 82)
+
+
+def test_an_assertion_of_torchs_loader_is_a_value_error(tmp_path):
+    path = tmp_path / "odd.pt"
+    torch.save({"residual": _WithOddMetadata()}, path)
+    with pytest.raises(ValueError, match="odd.pt is damaged, or of another kind: AssertionError: expected dict"):
+        read_saved(path)
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:TypedStorage is deprecated")
 def test_damage_is_refused_or_changes_nothing(tmp_path):
     path, whole, dice, refused = tmp_path / "saved.pt", saved(), random.Random(4), 0
