@@ -306,8 +306,8 @@ def _doubts(options: PlanOptions, request: Request) -> list[str]:
     if options.profile is None or options.network is not None or options.latency_us is not None or latency < DISTANT_US:
         return []
     return [
-        f"The profile's latency is {latency / 1e3:.3g} ms, as between cities. If the hosts are near each other, they were "
-        "busy when it was taken: take it again, or set --latency-us."
+        f"The profile's latency is {latency / 1e3:.3g} ms, as between cities. If the hosts are near each other, they "
+        "were busy when it was taken: take it again, or set --latency-us."
     ]
 
 

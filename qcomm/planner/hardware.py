@@ -114,8 +114,8 @@ GPUS: Mapping[str, Gpu] = {
 }
 
 # Between the GPUs of a node: GB/s that nccl-tests calls bus bandwidth, of all GPUs at once, typical of DGX-1V, DGX A100
-# and DGX H100, and of two GPUs behind one PCIe 3.0 x16 switch; latency of a hop from NCCL's own model (src/graph/tuning.cc, ring,
-# protocol Simple).
+# and DGX H100, and of two GPUs behind one PCIe 3.0 x16 switch; latency of a hop from NCCL's own model
+# (src/graph/tuning.cc, ring, protocol Simple).
 INSIDE: Mapping[str, LinkProfile] = {
     "pcie": LinkProfile(10.0, 5.7),
     "nvlink2": LinkProfile(120.0, 3.4),

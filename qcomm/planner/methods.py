@@ -4,8 +4,8 @@ A bucket's work is a list of chains, one per slice; a chain is a sequence of ste
 the same cost) are NCCL's all-reduce. PowerSGD is torch's hook: two all-reduces of factors between products with the
 gradient matrices. qcomm compresses between nodes, after an uncompressed reduce-scatter inside each (``hierarchical``),
 or between all GPUs (``two_phase``), also those of a single node; the cost model picks the faster. As in the library
-with a ``strategy`` other than ``auto``, it compresses even at a loss. An averager exchanges weights every H steps, after
-the last one's backward, by qcomm's exchange with k=1.
+with a ``strategy`` other than ``auto``, it compresses even at a loss. An averager exchanges weights every H steps,
+after the last one's backward, by qcomm's exchange with k=1.
 """
 
 from collections.abc import Callable, Sequence

@@ -141,9 +141,9 @@ def test_a_measured_node_is_reached(rate):
     node = predict(replace(request, gpus=8, jitter=request.jitter), FP32)
     assert node.samples_per_second == pytest.approx(rate, rel=0.01)
     assert predict(request, FP32).samples_per_second < 8 * rate
-    with pytest.raises(PlanError, match="node_samples_per_second is 0.0; it must be positive"):
+    with pytest.raises(PlanError, match=r"node_samples_per_second is 0\.0; it must be positive"):
         anchored(RESNET, 0.0, FP32)
-    with pytest.raises(PlanError, match="exchanging gradients alone takes longer on 4 GPUs with 0.01 GB/s"):
+    with pytest.raises(PlanError, match=r"exchanging gradients alone takes longer on 4 GPUs with 0\.01 GB/s"):
         anchored(replace(RESNET, inside=LinkProfile(0.01, 5.0)), rate, FP32)
 
 

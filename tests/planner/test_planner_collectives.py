@@ -136,7 +136,8 @@ def test_part_of_a_node_is_one_node():
     [
         ("100Gbps", 12.5), ("100 gbps", 12.5), ("1gbit", 0.125), ("100mbit", 0.0125), ("25 Gb/s", 3.125),
         ("10GbE", 1.25), ("100gbe", 12.5), ("25G", 3.125), ("2.5 GigE", 0.3125), ("HDR", 25.0), ("edr", 12.5),
-        ("HDR100", 12.5), ("4.1Gbps", 0.5125), ("12.5GB/s", 12.5), ("1Tbps", 125.0), ("40GBps", 40.0), ("500kbit", 62.5e-6),
+        ("HDR100", 12.5), ("4.1Gbps", 0.5125), ("12.5GB/s", 12.5), ("1Tbps", 125.0), ("40GBps", 40.0),
+        ("500kbit", 62.5e-6),
     ],
 )  # fmt: skip
 def test_bandwidths_are_read_as_written(text, expected):

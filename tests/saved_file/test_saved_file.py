@@ -47,7 +47,7 @@ class _WithOddMetadata:
 def test_an_assertion_of_torchs_loader_is_a_value_error(tmp_path):
     path = tmp_path / "odd.pt"
     torch.save({"residual": _WithOddMetadata()}, path)
-    with pytest.raises(ValueError, match="odd.pt is damaged, or of another kind: AssertionError: expected dict"):
+    with pytest.raises(ValueError, match=r"odd\.pt is damaged, or of another kind: AssertionError: expected dict"):
         read_saved(path)
 
 
