@@ -16,6 +16,7 @@ from qcomm.collectives import load_rank_states
 from qcomm.ddp import CompressionState, GradientNoise, NoiseEstimate, attach, compression_hook
 from qcomm.errors import CollectiveError, ConfigMismatchError, DivergenceError, PacketError
 from qcomm.local_sgd import CompressedModelAverager, DiLoCo, HierarchicalCompressedModelAverager, broadcast_parameters
+from qcomm.partitions import KFilter, LocalStage, LossFilter, PartitionPipeline, SequentialPartitions
 from qcomm.state_dicts import load, save
 from qcomm.transport import MpiGroup, init_from_environment
 
@@ -30,12 +31,17 @@ __all__ = [
     "DivergenceError",
     "GradientNoise",
     "HierarchicalCompressedModelAverager",
+    "KFilter",
+    "LocalStage",
+    "LossFilter",
     "MpiGroup",
     "NoiseEstimate",
     "PacketError",
     "PacketInfo",
+    "PartitionPipeline",
     "RangeGrid",
     "SegmentInfo",
+    "SequentialPartitions",
     "SigmaGrid",
     "all_reduce",
     "attach",

@@ -140,8 +140,12 @@ class Transport(ABC):
         """Closes the connections; peers that wait for this rank get an error at once and not after the timeout."""
 
     @abstractmethod
-    def fail(self) -> None:
-        """Closes the connections as a rank that failed where no message can say so: the others name it at once."""
+    def fail(self, reason: str = "") -> None:
+        """Closes the connections as a rank that failed where no message can say so: the others name it at once.
+
+        Args:
+            reason: that their errors give, where the transport can tell it.
+        """
 
     @abstractmethod
     def _wait(self, transfers: Sequence[Transfer]) -> list[tuple[int, RuntimeError]]:
@@ -257,15 +261,20 @@ class Transport(ABC):
         """
         failures = [*broken, *self._wait(transfers)]
         if failures:
-            names = ", ".join(str(self.ranks[rank]) for rank in sorted(self._blame({rank for rank, _ in failures})))
+            blamed = sorted(self._blame({rank for rank, _ in failures}))
+            names = ", ".join(str(self.ranks[rank]) for rank in blamed)
             raise TransportError(
                 f"rank {self.ranks[self.rank]}, {what}: no answer from rank(s) {names} (died, closed the connection, "
-                f"or silent for {self.timeout.total_seconds():g} s): {failures[0][1]}"
+                f"or silent for {self.timeout.total_seconds():g} s): {failures[0][1]}{self._explained(blamed)}"
             ) from failures[0][1]
 
     def _blame(self, lost: Collection[int]) -> Collection[int]:
         """Returns the ranks to name where the messages of ``lost`` are missing; none where it cannot know."""
         return lost
+
+    def _explained(self, blamed: Sequence[int]) -> str:
+        """Returns what these ranks said of their failures, to follow an error's text; "" where they said nothing."""
+        return ""
 
     def _closed(self) -> TransportError:
         return TransportError(f"rank {self.ranks[self.rank]}: the connections to ranks {list(self.ranks)} are closed")

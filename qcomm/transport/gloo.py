@@ -175,9 +175,16 @@ class GlooTransport(Transport):
         """Closes the connections, see :meth:`Transport.close`."""
         self._gloo = None
 
-    def fail(self) -> None:
+    def _explained(self, blamed: Sequence[int]) -> str:
+        """Returns what these ranks wrote to the store when they failed."""
+        told = {} if self._lost is None else self._lost.reasons(blamed)
+        return "".join(f"; rank {self.ranks[rank]} said: {reason}" for rank, reason in told.items())
+
+    def fail(self, reason: str = "") -> None:
         """Blames this rank on the store and breaks the connections, which transfers under way would keep open."""
         if self._lost is not None and not self._has_abandoned:
+            if reason:
+                self._lost.give_reason(reason)
             self._lost.note({self.rank})
         self.abandon([])
         self.close()

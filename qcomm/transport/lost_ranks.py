@@ -20,6 +20,7 @@ __all__ = ["LostRanks", "last_in_chains"]
 T = TypeVar("T")
 
 ANSWER_SECONDS = 2.0
+REASON_CHARACTERS = 500
 
 
 class LostRanks:
@@ -46,6 +47,30 @@ class LostRanks:
         they are all that any rank has lost.
         """
         return _answer(lambda: self._note(set(lost))) or set(lost)
+
+    def give_reason(self, reason: str) -> None:
+        """Writes why this rank failed, at most REASON_CHARACTERS of it."""
+        _answer(lambda: self._store.set(self._reason_key(self._rank), reason[:REASON_CHARACTERS]))
+
+    def reasons(self, ranks: Collection[int]) -> dict[int, str]:
+        """Returns why ranks failed, of those that have said so.
+
+        Example:
+            >>> store = dist.HashStore()
+            >>> first, second = LostRanks(store, 0, 2), LostRanks(store, 1, 2)
+            >>> second.give_reason("no memory")
+            >>> first.reasons([0, 1])
+            {1: 'no memory'}
+        """
+        return _answer(lambda: self._reasons(ranks)) or {}
+
+    def _reasons(self, ranks: Collection[int]) -> dict[int, str]:
+        told = [rank for rank in ranks if self._store.check([self._reason_key(rank)])]
+        return {rank: self._store.get(self._reason_key(rank)).decode(errors="replace") for rank in told}
+
+    @staticmethod
+    def _reason_key(rank: int) -> str:
+        return f"reason of {rank}"
 
     def _note(self, lost: set[int]) -> set[int]:
         ranks = [rank for rank in range(self._world_size) if rank != self._rank]

@@ -224,8 +224,8 @@ class MpiTransport(Transport):
         """Returns False where MPI has ended, and in a forked child, which must not use its parent's."""
         return not self._mpi.Is_finalized() and os.getpid() == self._process
 
-    def fail(self) -> None:
-        """Leaves the group with a farewell that blames this rank."""
+    def fail(self, reason: str = "") -> None:
+        """Leaves the group with a farewell that blames this rank; it has no room for the reason."""
         self._failed = True
         self._blamed = {self.rank}
         self.close()

@@ -188,8 +188,11 @@ class SealedTransport(Transport):
         """Closes the connections, see :meth:`Transport.close`."""
         self._inner.close()
 
-    def fail(self) -> None:
-        """Closes the connections and blames this rank, see :meth:`Transport.fail`."""
+    def fail(self, reason: str = "") -> None:
+        """Closes the connections and blames this rank, see :meth:`Transport.fail`.
+
+        Its reason is not told: it would travel openly.
+        """
         self._inner.fail()
 
     def _wait(self, transfers: Sequence[Transfer]) -> list[tuple[int, RuntimeError]]:
