@@ -387,7 +387,7 @@ def study(name: str) -> str:
     return markdown([f"{document['settings']['dataset']}, {seeds} seeds", "source", "here", "verdict"], rows)
 
 
-STUDIES = ("noise-scale", "bit-rule")
+STUDIES = ("noise-scale", "bit-rule", "partitions")
 PAPER = ("quantization-levels", "gradient-rms", "entropy", "bit-allocation", "bit-rate", "lossless", "ablation")
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,

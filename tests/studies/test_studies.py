@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 import qcomm
 from qcomm.cli.main import app
 from qcomm.recipes import RecipeError, Split
-from qcomm.studies import noise_scale
+from qcomm.studies import noise_scale, partitions
 from qcomm.studies.networks import NETWORKS
 from qcomm.studies.records import Records
 from qcomm.studies.settings import RunKey, StudySettings
@@ -58,6 +58,26 @@ def test_bits_by_both_rules(tmp_path):
     assert levels["exact"] == [] and [levels[f"rms, c={c}"] for c in (2, 3, 4)] == [[2], [3], [4]]
     assert all(levels[f"entropy, c={c}"][0] > c for c in (0, 1, 2)) and len(document["claims"]) == 6
     assert (tmp_path / "bit-rule.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_partitions_against_backprop(tmp_path):
+    pytest.importorskip("sklearn", reason="scikit-learn, which has the digits, is not installed")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    done = CliRunner().invoke(
+        app, ["study", "partitions", *TINY, "--runs", "1", "--steps", "20", "--out", str(tmp_path)]
+    )
+    assert done.exit_code == 0, done.output
+    document = json.loads((tmp_path / "partitions.json").read_text())
+    assert [run["arm"] for run in document["runs"][: len(partitions.ARMS)]] == list(partitions.ARMS)
+    found = {(run["arm"], run["seed"]): run for run in document["runs"]}
+    # 20 batches: 3 epochs of 7 batches, the last one smaller and not whole. Layer 2 has 16 channels of 16x16.
+    samples = 2 * 100 + 6 * 16
+    assert found["p=2, raw", 0]["uncompressed_bytes"] == samples * (4 * 16 * 16 * 16 + 8)
+    assert found["backprop", 0]["sent_bytes"] == 0 and 0 <= found["backprop", 0]["accuracy"] <= 100
+    sent = [found[f"p=2, {bits}", 0]["sent_bytes"] for bits in ("raw", "8 bits", "6 bits", "4 bits")]
+    assert sent == sorted(sent, reverse=True) and sent[0] > 4 * sent[1]
+    assert found["p=2, 6 bits, loss filter", 0]["forwarded"] < 1 == found["p=2, 6 bits", 0]["forwarded"]
+    assert len(document["claims"]) == 12 and (tmp_path / "partitions.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
