@@ -16,6 +16,7 @@
 #   sealed    5    what sealed messages cost: without a limit, 1 Gb/s and 100 Mb/s, 2 ranks
 #   wan_check 12   whether links with delay and loss have what was asked for
 #   wan       3    a step of five buckets between 4 hosts, 100 Mb/s and 50 ms
+#   wan_lossy 9    1 to 16 connections over 100 Mb/s, 80 ms there and back and 0.1 % loss, with cubic
 #   planner_wan 30 what qcomm plan predicts of steps between distant hosts: 32 scenes
 #   plots     0    PNGs, and the tables of README and docs/measurements.md
 set -euo pipefail
@@ -26,7 +27,7 @@ python=${PYTHON:-.venv/bin/python}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 results=bench/results
 steps=("${@:-all}")
-[ "${steps[*]}" != all ] || steps=(allreduce feedback planner slices sizes pairs step scaling bitrate accuracy verify sealed wan_check wan planner_wan plots)
+[ "${steps[*]}" != all ] || steps=(allreduce feedback planner slices sizes pairs step scaling bitrate accuracy verify sealed wan_check wan wan_lossy planner_wan plots)
 
 run() {
     echo "run_all: bench/$*"
@@ -54,6 +55,11 @@ step() {
         sealed) run bench_sealed.py --json $results/sealed.json ;;
         wan_check) run check_wan.py --json $results/wan_check.json ;;
         wan) run bench_wan.py --json $results/wan.json ;;
+        wan_lossy)
+            lossy=(--hosts 2 --delay-ms 40 --loss 0.1% --control cubic)
+            run bench_wan.py "${lossy[@]}" --methods "qcomm k=0.5" --connections 1 4 8 16 --buckets 8 --width 2500 \
+                --json $results/wan_lossy.json
+            run bench_wan.py "${lossy[@]}" --methods fp32 --buckets 1 --json $results/wan_lossy_fp32.json ;;
         planner_wan) run check_planner_wan.py --json $results/planner_wan.json || true ;;  # as planner
         accuracy) run bench_time_to_accuracy.py --json $results/time_to_accuracy.json ;;
         plots) run plots.py && "$python" tools/make_tables.py ;;

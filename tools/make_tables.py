@@ -171,6 +171,20 @@ def wan() -> str:
     return markdown(["method", "s exposed", "p10 … p90", "MB sent a rank"], rows) + measured_on(document)
 
 
+def wan_lossy() -> str:
+    """``bench/bench_wan.py --loss``: what an exchange carries over a long path, for numbers of connections."""
+    rows = []
+    for document in (read("wan_lossy.json"), read("wan_lossy_fp32.json")):
+        for row in document["rows"]:
+            carried = 8 * row["bytes_sent"] / row["exposed_seconds"] / 1e6
+            spread = f"{row['p10']:.1f} … {row['p90']:.1f}"
+            sent = f"{row['bytes_sent'] / 1e6:.1f}"
+            connections = str(row["connections"]) if row["strategy"] else ""
+            rows.append([row["method"], connections, sent, f"{row['exposed_seconds']:.1f}", spread, f"{carried:.0f}"])
+    headings = ["method", "connections", "MB sent a rank", "s exposed", "p10 … p90", "Mb/s"]
+    return markdown(headings, rows) + measured_on(document)
+
+
 def wan_check() -> str:
     """``bench/check_wan.py``: what links with delay and loss carry, in relation to what was asked for."""
     document, rows = read("wan_check.json"), []
@@ -401,6 +415,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "allreduce_low_rate_4": partial(allreduce, "allreduce_low_rate_4.json", LOW_RATE_METHODS),
     "wan": wan,
     "wan_check": wan_check,
+    "wan_lossy": wan_lossy,
     "averaging": averaging,
     "diloco": diloco,
     "planner_check": planner_check,
