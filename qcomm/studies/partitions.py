@@ -120,7 +120,7 @@ def _epochs(
     """Yields epochs of shuffled batches until ``steps`` batches have been given."""
     left = steps
     while left > 0:
-        order = torch.randperm(len(split), generator=generator)
+        order = torch.randperm(len(split), generator=generator, dtype=torch.int64, device="cpu")
         chosen = order.split(batch_size)[:left]
         left -= len(chosen)
         yield [(split.images[places], split.labels[places]) for places in chosen]

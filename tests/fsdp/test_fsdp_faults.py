@@ -217,6 +217,7 @@ def test_a_rank_that_is_killed(rank, world_size):
 @world(2, alone=True)
 def test_ctrl_c_while_a_rank_waits(rank, world_size):
     """The rank leaves at once, and the other one gets an error. All of the exchanges are qcomm's."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in background jobs
     model, _ = start(weights=qcomm.RangeGrid())
     backward(model, rank)
     if rank == 0:  # the other one does not begin before this one has left
