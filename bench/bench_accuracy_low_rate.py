@@ -18,9 +18,7 @@ Every run is one line of ``--runs``. Runs that it holds already are skipped, so 
 import argparse
 import json
 import platform
-import shlex
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +28,7 @@ import torch
 from blob_data import load_blobs
 from simulated_exchange import build_exchange
 from simulated_training import SCHEDULES, Setting, simulate
-from study_runs import append, commit, in_turn, is_done, paired, read
+from study_runs import append, commit, in_turn, not_done, paired, parse_study, read
 
 from qcomm.recipes.datasets import Dataset, load_dataset
 
@@ -181,7 +179,7 @@ def print_table(rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def run_missing(missing: Sequence[Run], arguments: argparse.Namespace, command: str) -> None:
+def run_missing(missing: Sequence[Run], arguments: argparse.Namespace) -> None:
     """Runs what is missing; the line of a run and the summary are written when it ends."""
     for run in in_turn(missing, Run.title):
         setting = run.setting
@@ -200,7 +198,7 @@ def run_missing(missing: Sequence[Run], arguments: argparse.Namespace, command: 
             "seconds": result.seconds,
         }
         append(arguments.runs, record)
-        write(arguments.json, read(arguments.runs), command)
+        write(arguments.json, read(arguments.runs), arguments.command)
         print(f"  accuracy {100 * result.test_accuracy:.2f} %, {result.seconds:.0f} s", flush=True)
 
 
@@ -208,7 +206,6 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds 0 to SEEDS - 1 (default %(default)s)")
     parser.add_argument("--methods", nargs="+", default=[*FIRST, *REST], help="also any qcomm k=K and powersgd r=R")
     parser.add_argument("--world", type=int, nargs="+", default=[4, 2], help="numbers of ranks (default 4 2)")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -217,28 +214,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=5, help="(default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch; results depend on it (default %(default)s)")
     parser.add_argument("--data-dir", type=Path, default=None, help="of Fashion-MNIST, where it is not installed")
-    parser.add_argument("--runs", type=Path, default=None, help="lines of the runs (default: --json with .jsonl)")
-    parser.add_argument("--json", type=Path, default=RESULTS / "accuracy_low_rate.json", help="the summary")
-    parser.add_argument("--summary", action="store_true", help="summarise the runs that there are")
-    parser.add_argument("--quick", action="store_true", help="fp32 and k = 3.2 once, 512 blobs, one epoch")
-    arguments = parser.parse_args()
-    if arguments.seeds < 1:
-        parser.error(f"--seeds is {arguments.seeds}; it must be at least 1")
+    summary = RESULTS / "accuracy_low_rate.json"
+    arguments = parse_study(
+        parser, SEEDS, summary, "fp32 and k = 3.2 once, 512 blobs, one epoch", lambda method: build_exchange(method, 2)
+    )
     if arguments.images < 64 * max(arguments.world):
         parser.error(f"--images is {arguments.images}; it must fill one step, {64 * max(arguments.world)}")
-    for method in arguments.methods:
-        try:
-            build_exchange(method, 2)
-        except ValueError as error:
-            parser.error(f"--methods: {error}")
-    arguments.runs = arguments.runs or arguments.json.with_suffix(".jsonl")
     return arguments
 
 
 def main() -> None:
     arguments = parse()
-    options = [argument for argument in sys.argv[1:] if argument != "--summary"]
-    command = shlex.join(["python", "bench/bench_accuracy_low_rate.py", *options])
     torch.set_num_threads(arguments.threads)
     base = Setting(images=arguments.images, epochs=arguments.epochs)
     scenes = [
@@ -250,15 +236,11 @@ def main() -> None:
     if arguments.quick:
         quick = Setting(ranks=2, images=512, epochs=1)
         runs = [Run("blobs", quick, method) for method in ("fp32", "qcomm k=3.2")]
-    records = read(arguments.runs)
-    missing = [run for run in runs if not is_done(run.key(arguments.threads), records)]
-    print(
-        f"# torch {torch.__version__}, {len(runs)} runs, {len(missing)} missing; lines in {arguments.runs}", flush=True
-    )
+    missing = not_done(runs, lambda run: run.key(arguments.threads), arguments.runs)
     if missing and not arguments.summary:
-        run_missing(missing, arguments, command)
+        run_missing(missing, arguments)
     records = read(arguments.runs)
-    write(arguments.json, records, command)
+    write(arguments.json, records, arguments.command)
     print_table(summarise(records))
 
 

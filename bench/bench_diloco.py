@@ -18,9 +18,7 @@ headers, by the parameters and steps. Runs are lines of ``--runs``; those that i
 import argparse
 import json
 import platform
-import shlex
 import statistics
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from study_runs import append, commit, in_turn, is_done, paired, read
+from study_runs import append, commit, in_turn, not_done, paired, parse_study, read
 from torch import nn
 from transformer_training import (
     CLIP,
@@ -243,37 +241,27 @@ def print_table(records: Sequence[dict[str, Any]]) -> None:
         )
 
 
+def _check_method(method: str) -> None:
+    if method != "ddp":
+        options_of(method)
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds 0 to SEEDS - 1 (default %(default)s)")
     parser.add_argument("--periods", type=int, nargs="+", default=list(PERIODS), help="steps between exchanges")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="also any k=K, and with streamed")
     parser.add_argument("--steps", type=int, default=SMALL.steps, help="(default %(default)s)")
     parser.add_argument("--width", type=int, default=SMALL.width, help="of the model (default %(default)s)")
     parser.add_argument("--depth", type=int, default=SMALL.depth, help="of the model (default %(default)s)")
     parser.add_argument("--rate", type=float, default=SMALL.rate, help="largest learning rate (default %(default)s)")
-    parser.add_argument("--runs", type=Path, default=None, help="lines of the runs (default: --json with .jsonl)")
-    parser.add_argument("--json", type=Path, default=RESULTS / "diloco.json", help="the summary")
-    parser.add_argument("--summary", action="store_true", help="summarise the runs that there are")
-    parser.add_argument("--quick", action="store_true", help="ddp, fp32 and k = 1, 20 steps of a tiny model")
-    arguments = parser.parse_args()
-    for name in ("seeds", "steps"):
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name} is {getattr(arguments, name)}; it must be at least 1")
-    for method in set(arguments.methods) - {"ddp"}:
-        try:
-            options_of(method)
-        except ValueError as error:
-            parser.error(f"--methods: {error}")
-    arguments.runs = arguments.runs or arguments.json.with_suffix(".jsonl")
-    return arguments
+    summary = RESULTS / "diloco.json"
+    return parse_study(parser, SEEDS, summary, "ddp, fp32 and k = 1, 20 steps of a tiny model", _check_method)
 
 
 def main() -> None:
     arguments = parse()
-    command = shlex.join(["python", "bench/bench_diloco.py", *[a for a in sys.argv[1:] if a != "--summary"]])
     files = 3 if arguments.quick else 120
     runs = []
     for seed in range(arguments.seeds):
@@ -284,16 +272,12 @@ def main() -> None:
                 runs.append(Run(method, period, setting))
     if arguments.quick:
         runs = [Run("ddp", 0, TINY), Run(REFERENCE, 5, TINY), Run("k=1", 5, TINY), Run("k=1 streamed", 12, TINY)]
-    records = read(arguments.runs)
     text = standard_library(files)
-    missing = [run for run in runs if not is_done(run.key(text), records)]
-    print(
-        f"# torch {torch.__version__}, {len(runs)} runs, {len(missing)} missing; lines in {arguments.runs}", flush=True
-    )
+    missing = not_done(runs, lambda run: run.key(text), arguments.runs)
     if missing and not arguments.summary:
-        launch(run_missing, SMALL.ranks, 1, missing, arguments.runs, files, command)
+        launch(run_missing, SMALL.ranks, 1, missing, arguments.runs, files, arguments.command)
     records = read(arguments.runs)
-    write(arguments.json, records, command)
+    write(arguments.json, records, arguments.command)
     print_table(records)
 
 

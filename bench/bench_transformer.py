@@ -17,9 +17,7 @@ the same weights and sequences. Every run is one line of ``--runs``; runs that i
 import argparse
 import json
 import platform
-import shlex
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +25,7 @@ from typing import Any
 
 import torch
 from simulated_exchange import build_exchange
-from study_runs import append, commit, in_turn, is_done, paired, read
+from study_runs import append, commit, in_turn, not_done, paired, parse_study, read
 from transformer_training import OPTIMIZERS, Setting, Text, simulate, standard_library
 
 RESULTS = Path(__file__).parent / "results"
@@ -155,15 +153,13 @@ def print_table(records: Sequence[dict[str, Any]]) -> None:
         print("{parameters} parameters, {steps} steps, {method}: {verdict}".format(**found))
 
 
-def run_missing(
-    missing: Sequence[tuple[str, Setting]], text: Text, arguments: argparse.Namespace, command: str
-) -> None:
+def run_missing(missing: Sequence[tuple[str, Setting]], text: Text, arguments: argparse.Namespace) -> None:
     """Runs what is missing; the line of a run and the summary are written when it ends."""
     for method, setting in in_turn(missing, lambda run: f"{run[0]}, rate {run[1].rate:g}, seed {run[1].seed}"):
         exchange, optimizer = split(method)
         result = simulate(setting, text, build_exchange(exchange, setting.ranks), optimizer)
         append(arguments.runs, key_of(method, setting, text) | {"commit": commit(), **asdict(result)})
-        write(arguments.json, read(arguments.runs), command)
+        write(arguments.json, read(arguments.runs), arguments.command)
         print(f"  {result.held_out_loss:.4f} nats, {result.seconds:.0f} s", flush=True)
 
 
@@ -171,34 +167,18 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=SEEDS, help="seeds 0 to SEEDS - 1 (default %(default)s)")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="largest learning rates")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="also any qcomm k=K, with adamw or abs")
     parser.add_argument("--steps", type=int, default=Setting.steps, help="(default %(default)s)")
     parser.add_argument("--width", type=int, default=Setting.width, help="of the model (default %(default)s)")
     parser.add_argument("--depth", type=int, default=Setting.depth, help="of the model (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="of torch (default %(default)s)")
-    parser.add_argument("--runs", type=Path, default=None, help="lines of the runs (default: --json with .jsonl)")
-    parser.add_argument("--json", type=Path, default=RESULTS / "transformer.json", help="the summary")
-    parser.add_argument("--summary", action="store_true", help="summarise the runs that there are")
-    parser.add_argument("--quick", action="store_true", help="fp32 and k = 1, 20 steps of a tiny model")
-    arguments = parser.parse_args()
-    if arguments.seeds < 1:
-        parser.error(f"--seeds is {arguments.seeds}; it must be at least 1")
-    if arguments.steps < 1:
-        parser.error(f"--steps is {arguments.steps}; it must be at least 1")
-    for method in arguments.methods:
-        try:
-            split(method)
-        except ValueError as error:
-            parser.error(f"--methods: {error}")
-    arguments.runs = arguments.runs or arguments.json.with_suffix(".jsonl")
-    return arguments
+    summary = RESULTS / "transformer.json"
+    return parse_study(parser, SEEDS, summary, "fp32 and k = 1, 20 steps of a tiny model", split)
 
 
 def main() -> None:
     arguments = parse()
-    command = shlex.join(["python", "bench/bench_transformer.py", *[a for a in sys.argv[1:] if a != "--summary"]])
     torch.set_num_threads(arguments.threads)
     text = standard_library(3 if arguments.quick else 120)
     # Comparisons at one rate first, and seed by seed.
@@ -211,15 +191,11 @@ def main() -> None:
     if arguments.quick:
         tiny = Setting(ranks=2, steps=20, batch=2, context=16, width=32, depth=1, heads=2)
         runs = [(method, tiny) for method in (REFERENCE, "qcomm k=1 abs")]
-    records = read(arguments.runs)
-    missing = [(method, setting) for method, setting in runs if not is_done(key_of(method, setting, text), records)]
-    print(
-        f"# torch {torch.__version__}, {len(runs)} runs, {len(missing)} missing; lines in {arguments.runs}", flush=True
-    )
+    missing = not_done(runs, lambda run: key_of(*run, text), arguments.runs)
     if missing and not arguments.summary:
-        run_missing(missing, text, arguments, command)
+        run_missing(missing, text, arguments)
     records = read(arguments.runs)
-    write(arguments.json, records, command)
+    write(arguments.json, records, arguments.command)
     print_table(records)
 
 

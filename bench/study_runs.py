@@ -1,17 +1,61 @@
-"""Runs of a long study, one JSON line each, so that an interrupted study goes on where it stopped."""
+"""Runs of a long study, one JSON line each, so that an interrupted study goes on where it stopped; its command line."""
 
+import argparse
 import json
 import math
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from scipy import stats
 
 Run = TypeVar("Run")
+
+
+def parse_study(
+    parser: argparse.ArgumentParser, seeds: int, summary: Path, quick: str, check_method: Callable[[str], object]
+) -> argparse.Namespace:
+    """Adds the options that all studies have, and parses; ``command`` of the result is the command line.
+
+    Args:
+        parser: with the study's own options, ``--methods`` among them.
+        seeds: default of ``--seeds``.
+        summary: default of ``--json``.
+        quick: what ``--quick`` runs.
+        check_method: raises ValueError for a method that is none.
+    """
+    parser.add_argument("--seeds", type=int, default=seeds, help="seeds 0 to SEEDS - 1 (default %(default)s)")
+    parser.add_argument("--runs", type=Path, default=None, help="lines of the runs (default: --json with .jsonl)")
+    parser.add_argument("--json", type=Path, default=summary, help="the summary")
+    parser.add_argument("--summary", action="store_true", help="summarise the runs that there are")
+    parser.add_argument("--quick", action="store_true", help=quick)
+    arguments = parser.parse_args()
+    for name in ("seeds", "steps"):
+        if getattr(arguments, name, 1) < 1:
+            parser.error(f"--{name} is {getattr(arguments, name)}; it must be at least 1")
+    for method in arguments.methods:
+        try:
+            check_method(method)
+        except ValueError as error:
+            parser.error(f"--methods: {error}")
+    arguments.runs = arguments.runs or arguments.json.with_suffix(".jsonl")
+    options = [argument for argument in sys.argv[1:] if argument != "--summary"]
+    arguments.command = shlex.join(["python", f"bench/{parser.prog}", *options])
+    return arguments
+
+
+def not_done(runs: Sequence[Run], key: Callable[[Run], Mapping[str, Any]], path: Path) -> list[Run]:
+    """Returns the runs that are not among the finished ones, and prints how many there are."""
+    records = read(path)
+    missing = [run for run in runs if not is_done(key(run), records)]
+    print(f"# torch {torch.__version__}, {len(runs)} runs, {len(missing)} missing; lines in {path}", flush=True)
+    return missing
 
 
 def read(path: Path) -> list[dict[str, Any]]:
