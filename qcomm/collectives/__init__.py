@@ -30,6 +30,8 @@ from qcomm.collectives.options import STRATEGIES, ReduceKeywords, ReduceOptions,
 from qcomm.collectives.packing import no_bytes
 from qcomm.collectives.rank_state import (
     RankState,
+    check_saved_count,
+    check_saved_world_size,
     keys_to_resume,
     load_rank_states,
     parts_of,
@@ -75,6 +77,8 @@ __all__ = [
     "bytes_sent",
     "check_grad_scale",
     "check_hook_options",
+    "check_saved_count",
+    "check_saved_world_size",
     "check_scale",
     "checked_parts",
     "count_rings",

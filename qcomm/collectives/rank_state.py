@@ -21,6 +21,8 @@ import torch.distributed as dist
 
 __all__ = [
     "RankState",
+    "check_saved_count",
+    "check_saved_world_size",
     "keys_for_rank",
     "keys_to_resume",
     "load_rank_states",
@@ -76,6 +78,19 @@ class RankState(dict[str, Any]):
         other = RankState.__new__(RankState)
         other.update(content)
         return other
+
+
+def check_saved_count(name: str, value: object) -> None:
+    """Raises ValueError unless an entry of a saved state is an int of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"state_dict is damaged: {name} must be an int >= 0, got {value!r}")
+
+
+def check_saved_world_size(value: object) -> None:
+    """Raises ValueError unless an entry of a saved state is a number of ranks, or None where it has no residuals."""
+    positive = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if value is not None and not positive:
+        raise ValueError(f"state_dict is damaged: world_size must be a positive number of ranks, got {value!r}")
 
 
 def parts_of(state_dict: object) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qcomm.collectives.error_feedback import ErrorFeedback
-from qcomm.collectives.rank_state import parts_of
+from qcomm.collectives.rank_state import check_saved_count, check_saved_world_size, parts_of
 
 __all__ = ["checked_parts", "origin_of", "residuals_of", "run_entries"]
 
@@ -80,13 +80,9 @@ def _check(part: Mapping[str, Any]) -> None:
     missing = ENTRIES.difference(part)
     if missing:
         raise ValueError(f"state_dict is damaged: it has no {sorted(missing)}")
-    steps, world_size = part["steps"], part["world_size"]
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 0:
-        raise ValueError(f"state_dict is damaged: steps must be an int >= 0, got {steps!r}")
+    check_saved_count("steps", part["steps"])
     if not isinstance(part["run"], str):
         raise ValueError(f"state_dict is damaged: run must be a string, got {part['run']!r}")
     if not isinstance(part["has_names"], bool):
         raise ValueError(f"state_dict is damaged: has_names must be a bool, got {part['has_names']!r}")
-    positive = isinstance(world_size, int) and not isinstance(world_size, bool) and world_size > 0
-    if world_size is not None and not positive:
-        raise ValueError(f"state_dict is damaged: world_size must be a positive number of ranks, got {world_size!r}")
+    check_saved_world_size(part["world_size"])

@@ -13,8 +13,8 @@ from qcomm.fsdp.units import Unit
 __all__ = ["GradientScatter", "ReplicaMean", "WeightGather", "factor_of"]
 
 
-class _Comm:
-    """The part of torch's interface that all collectives share.
+class _OfUnit:
+    """Something that torch calls for one unit.
 
     Args:
         unit: whose buffers come here.
@@ -23,6 +23,10 @@ class _Comm:
 
     def __init__(self, unit: Unit, exchanges: Exchanges) -> None:
         self._unit, self._exchanges = unit, exchanges
+
+
+class _Comm(_OfUnit):
+    """The part of torch's interface that its collectives share."""
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Returns memory for a buffer, as torch's own collectives do."""
@@ -72,16 +76,8 @@ class WeightGather(_Comm):
         return _Ended() if async_op else None
 
 
-class ReplicaMean:
-    """The mean over replicas, for ``set_all_reduce_hook``.
-
-    Args:
-        unit: whose gradients come here.
-        exchanges: of the model.
-    """
-
-    def __init__(self, unit: Unit, exchanges: Exchanges) -> None:
-        self._unit, self._exchanges = unit, exchanges
+class ReplicaMean(_OfUnit):
+    """The mean over replicas, for ``set_all_reduce_hook``."""
 
     def __call__(self, reduce_output: torch.Tensor) -> None:
         """Replaces this rank's row by the mean; with a divide factor of the user's own by the sum, as torch does."""

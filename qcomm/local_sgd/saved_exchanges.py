@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from qcomm.codec import DTYPE_NUMBERS, check_memory
-from qcomm.collectives import parts_of
+from qcomm.collectives import check_saved_count, check_saved_world_size, parts_of
 
 __all__ = ["NO_ANCHOR", "check_exchange", "check_states", "check_tensors"]
 
@@ -34,9 +34,8 @@ def check_states(
                 f"state_dict must be of format {number}, as state_dict() of {kind} returns it, got "
                 f"{part.get('format')!r}"
             )
-        step, found = part.get("step"), part.get("exchanges")
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"state_dict is damaged: step must be an int >= 0, got {step!r}")
+        check_saved_count("step", part.get("step"))
+        found = part.get("exchanges")
         if not isinstance(found, list) or len(found) != exchanges:
             raise ValueError(f"state_dict must hold {exchanges} exchanges, as {kind} of these arguments has")
     steps = {part["step"] for part in saved}
@@ -53,16 +52,14 @@ def check_exchange(state: Mapping[str, Any]) -> None:
     """
     if not isinstance(state, Mapping) or not {"identity", "anchor", "world_size", "error_feedback"} <= set(state):
         raise ValueError("state_dict is damaged: an exchange needs identity, anchor, world_size and error_feedback")
-    anchor, world_size = state["anchor"], state["world_size"]
+    anchor = state["anchor"]
     check_tensors("anchor", anchor)
     if not isinstance(state["identity"], str) or (state["identity"] == NO_ANCHOR) != (not anchor):
         raise ValueError(
             f"state_dict is damaged: the anchor's identity {state['identity']!r} does not fit an anchor of "
             f"{len(anchor)} tensors"
         )
-    positive = isinstance(world_size, int) and not isinstance(world_size, bool) and world_size > 0
-    if world_size is not None and not positive:
-        raise ValueError(f"state_dict is damaged: world_size must be a positive number of ranks, got {world_size!r}")
+    check_saved_world_size(state["world_size"])
 
 
 def check_tensors(entry: str, tensors: object) -> None:

@@ -9,7 +9,18 @@ from unittest import mock
 import pytest
 import torch
 from distributed import die, gathered, world
-from sharded_model import attach, backward, exact_means, gradients, half_a_step, inputs, local_gradients, net, shard
+from sharded_model import (
+    attach,
+    backward,
+    exact_means,
+    failing,
+    gradients,
+    half_a_step,
+    inputs,
+    local_gradients,
+    net,
+    shard,
+)
 from torch.distributed.fsdp import FSDPModule
 
 import qcomm
@@ -48,13 +59,9 @@ def assert_goes_on(model, rank, step=7):
 def test_a_rank_that_cannot_encode(rank, world_size):
     model, _ = start(error_feedback=False)
     backward(model, rank)
-    failing = mock.patch.object(MeanSteps, "encode", side_effect=MemoryError("none left"))
-    if rank == 1:
-        failing.start()
-    with pytest.raises(qcomm.CollectiveError, match=r"rank 1 failed while compressing its values: .*none left"):
+    told = pytest.raises(qcomm.CollectiveError, match=r"rank 1 failed while compressing its values: .*none left")
+    with failing(1, MeanSteps, "encode"), told:
         backward(model, rank, 1)
-    if rank == 1:
-        failing.stop()
     assert_goes_on(model, rank)
 
 
@@ -87,13 +94,9 @@ def test_a_rank_that_fails_after_its_last_message(rank, world_size, failing_call
 def test_a_rank_that_cannot_decode_weights(rank, world_size):
     model, _ = start(weights=qcomm.RangeGrid())
     backward(model, rank)
-    failing = mock.patch.object(GATHER, "unpack", side_effect=MemoryError("none left"))
-    if rank == 0:
-        failing.start()
-    with pytest.raises(qcomm.CollectiveError, match=r"rank 0 failed while decoding the result: .*none left"):
+    told = pytest.raises(qcomm.CollectiveError, match=r"rank 0 failed while decoding the result: .*none left")
+    with failing(0, GATHER, "unpack"), told:
         model(inputs(rank))
-    if rank == 0:
-        failing.stop()
     model.reset_iter_state()
     backward(model, rank)
 
@@ -122,7 +125,7 @@ def test_every_step_may_fail_in_every_unit(rank, world_size):
         for call in range(3):
             step, calls = getattr(owner, name), []
 
-            def failing(*arguments, step=step, calls=calls, call=call, victim=victim):
+            def fails(*arguments, step=step, calls=calls, call=call, victim=victim):
                 calls.append(0)
                 if rank == victim and len(calls) == call + 1:
                     raise MemoryError("none left")
@@ -130,7 +133,7 @@ def test_every_step_may_fail_in_every_unit(rank, world_size):
 
             model.zero_grad()
             with (
-                mock.patch.object(owner, name, failing),
+                mock.patch.object(owner, name, fails),
                 pytest.raises(qcomm.CollectiveError, match=rf"rank {victim} failed .*none left"),
             ):
                 backward(model, rank)

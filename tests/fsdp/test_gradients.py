@@ -32,6 +32,12 @@ def each(model, setter, *arguments):
             getattr(module, setter)(*arguments)
 
 
+def assert_sums_of_two_steps(model, world_size):
+    first, second = (exact_means(world_size, step) for step in range(2))
+    for name, found in gradients(model).items():
+        assert torch.allclose(found, first[name] + second[name], rtol=1e-5, atol=1e-6)
+
+
 @world(2, 4)
 def test_gradients_are_within_half_a_step_of_their_mean(rank, world_size):
     model = shard(net())
@@ -180,9 +186,7 @@ def test_gradients_that_are_accumulated_without_an_exchange(rank, world_size):
     backward(model, rank, step=1)
     sent = state.stats()
     assert sent["bytes_sent"] > 0 and sent["steps"] == 1
-    exact = [exact_means(world_size, step) for step in range(2)]
-    for name, found in gradients(model).items():
-        assert torch.allclose(found, exact[0][name] + exact[1][name], rtol=1e-5, atol=1e-6)
+    assert_sums_of_two_steps(model, world_size)
 
 
 @world(2)
@@ -191,9 +195,7 @@ def test_gradients_that_are_accumulated_over_exchanges(rank, world_size):
     attach(model, min_elements=RAW)
     for step in range(2):
         backward(model, rank, step)
-    exact = [exact_means(world_size, step) for step in range(2)]
-    for name, found in gradients(model).items():
-        assert torch.allclose(found, exact[0][name] + exact[1][name], rtol=1e-5, atol=1e-6)
+    assert_sums_of_two_steps(model, world_size)
 
 
 @world(2)

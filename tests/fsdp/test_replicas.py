@@ -1,12 +1,10 @@
 """Hybrid sharding: gradients are compressed across replicas, and torch's own collectives serve the shards."""
 
-from unittest import mock
-
 import pytest
 import torch
 import torch.distributed as dist
 from distributed import gathered, world
-from sharded_model import attach, backward, exact_means, gradients, net, shard
+from sharded_model import attach, backward, exact_means, failing, gradients, net, shard
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
@@ -98,32 +96,18 @@ def test_a_divide_factor_of_the_users_own(rank, world_size):
 
 
 @world(4, alone=True)
-def test_a_failure_among_some_replicas_is_raised_by_backward_on_all_ranks(rank, world_size):
+@pytest.mark.parametrize(
+    ("victim", "step", "phase"),
+    [(3, "encode", "compressing its values"), (1, "decode", "decoding the result")],
+    ids=["among some replicas", "after the last message"],
+)
+def test_a_failure_is_raised_by_the_same_backward_on_all_ranks(rank, world_size, victim, step, phase):
+    owner = {"encode": two_phase_steps, "decode": two_phase_steps.MeanSteps}[step]
     model, _ = hybrid()
     backward(model, rank)
-    failing = mock.patch.object(two_phase_steps, "encode", side_effect=MemoryError("none left"))
-    if rank == 3:
-        failing.start()
-    with pytest.raises(qcomm.CollectiveError, match=r"rank 3 failed while compressing its values: .*none left"):
+    told = pytest.raises(qcomm.CollectiveError, match=rf"rank {victim} failed while {phase}: .*none left")
+    with failing(victim, owner, step), told:
         backward(model, rank, 1)
-    if rank == 3:
-        failing.stop()
-    model.zero_grad()
-    backward(model, rank, 2)
-    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
-
-
-@world(4, alone=True)
-def test_a_failure_after_the_last_message_is_raised_by_the_same_backward(rank, world_size):
-    model, _ = hybrid()
-    backward(model, rank)
-    failing = mock.patch.object(two_phase_steps.MeanSteps, "decode", side_effect=MemoryError("none left"))
-    if rank == 1:
-        failing.start()
-    with pytest.raises(qcomm.CollectiveError, match=r"rank 1 failed while decoding the result: .*none left"):
-        backward(model, rank, 1)
-    if rank == 1:
-        failing.stop()
     model.zero_grad()
     backward(model, rank, 2)
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())

@@ -1,5 +1,8 @@
 """Small models that are sharded over a world, and the gradients that they have to have."""
 
+from contextlib import contextmanager, nullcontext
+from unittest import mock
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -31,6 +34,14 @@ def attach(model, **options):
 
 def inputs(rank, step=0, dtype=torch.float32):
     return torch.randn(8, 48, generator=torch.Generator().manual_seed(100 * step + rank)).to(dtype)
+
+
+@contextmanager
+def failing(victim, owner, step):
+    """Lets one rank run out of memory in a step of an exchange."""
+    patched = mock.patch.object(owner, step, side_effect=MemoryError("none left"))
+    with patched if dist.get_rank() == victim else nullcontext():
+        yield
 
 
 def backward(model, rank, step=0, scale=1.0, dtype=torch.float32):
