@@ -26,7 +26,7 @@ from qcomm.communicator import (
     Phase,
     Ticket,
     attempt,
-    check_links,
+    check_connections,
     completed,
     device_future,
     failed,
@@ -161,7 +161,7 @@ def _task(tensor: torch.Tensor, grid: Grid, group: Group, telemetry: Telemetry, 
     """Checks the arguments; returns the task that they make."""
     _check_tensor(tensor)
     options = ReduceOptions(grid, **keywords)
-    check_links(group, options.links)
+    check_connections(group, options.connection_options)
     on_device = options.device_codec and is_on_device(tensor)
     if on_device:
         check_device_options(options)
@@ -188,7 +188,9 @@ def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceW
     """Averages on the tensor's current stream. The host waits for packet sizes, so nothing is left to wait for."""
     if task.options.strategy == "auto":  # finding the fastest takes many collectives of one object
         task = replace(task, options=replace(task.options, strategy="two_phase", profile=None))
-    choice = DeviceChoice(group, get_communicator(group, task.options.links), task.telemetry, tensor.device)
+    choice = DeviceChoice(
+        group, get_communicator(group, task.options.connection_options), task.telemetry, tensor.device
+    )
     with torch.no_grad(), torch.cuda.device_of(tensor):
         try:
             fault = choice.average(DevicePart.of(task))
@@ -202,7 +204,7 @@ def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceW
 
 
 def _submit(group: Group, task: MeanTask, tensor: torch.Tensor) -> Ticket[torch.Tensor]:
-    communicator = get_communicator(group, task.options.links)
+    communicator = get_communicator(group, task.options.connection_options)
     if not tensor.is_cpu:
         return _submit_staged(communicator, task, tensor)
 

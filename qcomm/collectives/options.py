@@ -11,7 +11,7 @@ from qcomm.codec import Grid, RangeGrid, SigmaGrid, check_num_threads
 from qcomm.collectives.cost_model import Profile
 from qcomm.collectives.error_feedback import check_equilibrium
 from qcomm.collectives.layout import TensorSpec, merge_small
-from qcomm.transport import MOST_CONNECTIONS, KeyFile, Links
+from qcomm.transport import MOST_CONNECTIONS, ConnectionOptions, KeyFile
 
 __all__ = ["STRATEGIES", "VERIFY", "ReduceKeywords", "ReduceOptions", "with_step"]
 
@@ -153,9 +153,9 @@ class ReduceOptions:
         return KeyFile.of(self.secret)
 
     @cached_property
-    def links(self) -> Links:
-        """Returns the links of the group whose ranks compute the mean."""
-        return Links(self.key_file, self.connections)
+    def connection_options(self) -> ConnectionOptions:
+        """Returns how the ranks that compute the mean are connected."""
+        return ConnectionOptions(self.key_file, self.connections)
 
     @property
     def node_size(self) -> int:

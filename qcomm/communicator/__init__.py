@@ -4,7 +4,7 @@ from qcomm.communicator.faults import Fault, LateFaultError, Phase, attempt
 from qcomm.communicator.groups import (
     CHANNELS,
     Group,
-    check_links,
+    check_connections,
     communicator_to_tell,
     connect,
     find_communicator,
@@ -33,7 +33,7 @@ __all__ = [
     "Ticket",
     "Took",
     "attempt",
-    "check_links",
+    "check_connections",
     "communicator_to_tell",
     "completed",
     "connect",

@@ -13,12 +13,12 @@ import torch.distributed as dist
 
 from qcomm.communicator.worker import Communicator
 from qcomm.errors import CollectiveError, ConfigMismatchError
-from qcomm.transport import MOST_CONNECTIONS, PLAIN, GlooTransport, KeyFile, Links, MpiGroup, secure
+from qcomm.transport import MOST_CONNECTIONS, PLAIN, ConnectionOptions, GlooTransport, KeyFile, MpiGroup, secure
 
 __all__ = [
     "CHANNELS",
     "Group",
-    "check_links",
+    "check_connections",
     "communicator_to_tell",
     "connect",
     "find_communicator",
@@ -42,7 +42,7 @@ class _Place:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.communicators: list[Communicator] = []
-        self.links = PLAIN
+        self.options = PLAIN
 
 
 _places: "weakref.WeakKeyDictionary[Group, _Place]" = weakref.WeakKeyDictionary()
@@ -83,7 +83,9 @@ def get_ranks(group: Group) -> list[int]:
     return list(group.transport.ranks) if isinstance(group, MpiGroup) else dist.get_process_group_ranks(group)
 
 
-def get_communicator(group: Group, links: Links = PLAIN, channel: int = 0, channels: int = 1) -> Communicator:
+def get_communicator(
+    group: Group, options: ConnectionOptions = PLAIN, channel: int = 0, channels: int = 1
+) -> Communicator:
     """Returns the communicator of a group's channel, which the first call makes.
 
     Making it is a collective, which all ranks of the group reach in the same order. The communicator ends with its
@@ -91,7 +93,7 @@ def get_communicator(group: Group, links: Links = PLAIN, channel: int = 0, chann
 
     Args:
         group: of this process.
-        links: of the group, with the secret that seals all its messages.
+        options: of the group, with the secret that seals all its messages.
         channel: less than ``channels``. A group of MPI has the first one only.
         channels: that are connected at once: a rank may die while another connects, and there is no connection yet that
             would tell.
@@ -111,13 +113,13 @@ def get_communicator(group: Group, links: Links = PLAIN, channel: int = 0, chann
     if isinstance(group, MpiGroup):
         channel, channels = 0, 1
     with place.lock:
-        check_links(group, links)
+        check_connections(group, options)
         while len(place.communicators) < channels:
             first = place.communicators[0] if place.communicators else None
             transport = group.transport if isinstance(group, MpiGroup) else GlooTransport(group)
-            communicator = Communicator(secure(transport, links if first is None else place.links), first)
+            communicator = Communicator(secure(transport, options if first is None else place.options), first)
             if first is None:
-                place.links = links
+                place.options = options
             place.communicators.append(communicator)
             weakref.finalize(group, communicator.close)
             if isinstance(group, MpiGroup):
@@ -126,9 +128,9 @@ def get_communicator(group: Group, links: Links = PLAIN, channel: int = 0, chann
 
 
 def find_communicator(group: Group) -> Communicator | None:
-    """Returns the first communicator of a group if it has been made, with whatever links.
+    """Returns the first communicator of a group if it has been made, with whatever options.
 
-    A rank whose call fails :func:`check_links` can tell the others, who wait for it.
+    A rank whose call fails :func:`check_connections` can tell the others, who wait for it.
     """
     with _places_lock:
         place = _places.get(group)
@@ -154,38 +156,38 @@ def communicator_to_tell(group: Group, secret: object, connections: object) -> C
     with suppress(TypeError, ValueError, OSError, RuntimeError):  # without it, this rank greets as one that has none
         key_file = KeyFile.of(secret)
     try:
-        return get_communicator(group, Links(key_file, count))
+        return get_communicator(group, ConnectionOptions(key_file, count))
     except (CollectiveError, ConfigMismatchError):
         return None
 
 
-def check_links(group: Group, links: Links) -> None:
+def check_connections(group: Group, options: ConnectionOptions) -> None:
     """Raises ValueError if a group's ranks are connected with another secret or number of connections, or cannot be."""
-    if isinstance(group, MpiGroup) and links.connections not in (None, 1):
-        raise ValueError(f"connections must be 1 with a qcomm.MpiGroup, got {links.connections}")
+    if isinstance(group, MpiGroup) and options.connections not in (None, 1):
+        raise ValueError(f"connections must be 1 with a qcomm.MpiGroup, got {options.connections}")
     with _places_lock:
         place = _places.get(group)
     if place is None or not place.communicators:
         return
-    there = place.links
-    if there.secret != links.secret:
+    there = place.options
+    if there.secret != options.secret:
         sealed = "without one" if there.secret is None else f"with {there.secret.path}"
-        asked = "none" if links.secret is None else links.secret.path
+        asked = "none" if options.secret is None else options.secret.path
         raise ValueError(
             f"secret must be the same for all uses of a group, got {asked}: its ranks are connected {sealed}"
         )
-    if links.connections not in (None, there.connections or 1):
+    if options.connections not in (None, there.connections or 1):
         raise ValueError(
-            f"connections must be the same for all uses of a group, got {links.connections}: its ranks have "
+            f"connections must be the same for all uses of a group, got {options.connections}: its ranks have "
             f"{there.connections or 1}"
         )
 
 
 def connect(
-    group: Group, alone: bool, links: Links = PLAIN, channel: int = 0, channels: int = 1
+    group: Group, alone: bool, options: ConnectionOptions = PLAIN, channel: int = 0, channels: int = 1
 ) -> Communicator | None:
     """Returns the communicator of a group's channel; None for a group of one rank if ``alone`` is set."""
-    return None if alone and get_world_size(group) == 1 else get_communicator(group, links, channel, channels)
+    return None if alone and get_world_size(group) == 1 else get_communicator(group, options, channel, channels)
 
 
 def _is_registered(group: Group) -> bool:

@@ -117,7 +117,7 @@ def attach(
     state.bind(ddp_model.module, group)
     if get_world_size(group) > 1 or state.options.strategy != "auto":
         deals = state.options.compresses and all(parameter.is_cpu for parameter in ddp_model.module.parameters())
-        get_communicator(group, state.options.links, channels=CHANNELS if deals else 1)
+        get_communicator(group, state.options.connection_options, channels=CHANNELS if deals else 1)
     state.grad_scale = options.get("grad_scale", state.grad_scale)
     state.reducer.steps.finds_unused = ddp_model.find_unused_parameters and not ddp_model.static_graph
     state.reducer.steps.skips_buckets = getattr(ddp_model, "skip_all_reduce_unused_params", False)

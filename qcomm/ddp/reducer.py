@@ -310,7 +310,7 @@ class Reducer:
                 return self._pass_by(lane, bucket)
             channels = self._channels(bucket, lane)
             alone, channel = self._options.strategy == "auto", bucket.index() % channels
-            communicator = connect(group, alone, self._options.links, channel, channels)
+            communicator = connect(group, alone, self._options.connection_options, channel, channels)
         except (RuntimeError, ValueError, OSError) as error:
             return self._failed(error, bucket.index())
         world_size = 1

@@ -90,9 +90,9 @@ def attach(
         if gradient_options is not None:
             gradient_options.for_world(get_world_size(replica_group))  # checks ranks_per_node
     exchanges = Exchanges(gradient_options, weight_options, error_feedback, exclude, grad_scale)
-    links = next(o.links for o in (gradient_options, weight_options) if o is not None)
-    shards = connect(shard_group, True, links)
-    across = None if replica_group is None else connect(replica_group, True, links)
+    connection_options = next(o.connection_options for o in (gradient_options, weight_options) if o is not None)
+    shards = connect(shard_group, True, connection_options)
+    across = None if replica_group is None else connect(replica_group, True, connection_options)
     exchanges.connect(units, shards, across)
     for unit in units:
         _install(unit, exchanges, gradients is not None, weights is not None, replicas is not None)

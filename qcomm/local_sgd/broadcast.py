@@ -16,7 +16,7 @@ from qcomm.communicator import (
     Fields,
     Phase,
     attempt,
-    check_links,
+    check_connections,
     find_communicator,
     get_communicator,
     get_ranks,
@@ -25,7 +25,7 @@ from qcomm.communicator import (
 from qcomm.errors import PacketError
 from qcomm.local_sgd.parameters import BUFFER, Params, check_writable, described, named_tensors
 from qcomm.state_dicts import pack_state, packed_size_limit, unpack_state
-from qcomm.transport import KeyFile, Links
+from qcomm.transport import ConnectionOptions, KeyFile
 
 __all__ = ["broadcast_parameters"]
 
@@ -85,11 +85,11 @@ def broadcast_parameters(
         return
     if unread is not None:
         refuse_early(unread, group, secret)
-    communicator = find_communicator(group) or get_communicator(group, Links(key_file))
+    communicator = find_communicator(group) or get_communicator(group, ConnectionOptions(key_file))
     tensors: Tensors = []
     packed, fields, fault = no_bytes(), Fields({}), None
     try:
-        check_links(group, Links(key_file))
+        check_connections(group, ConnectionOptions(key_file))
         ReduceOptions(grid, min_elements=min_elements, num_threads=num_threads)  # checks them
         if not _is(lossless, bool):
             raise TypeError(f"lossless must be a bool, got {type(lossless).__name__}")

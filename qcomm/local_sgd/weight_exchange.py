@@ -40,7 +40,7 @@ from qcomm.communicator import (
     Phase,
     Ticket,
     attempt,
-    check_links,
+    check_connections,
     completed,
     failed,
     find_communicator,
@@ -258,7 +258,7 @@ class WeightExchange:
         return found
 
     def _communicator(self, group: Group) -> Communicator:
-        return find_communicator(group) or get_communicator(group, self._options.reduce.links)
+        return find_communicator(group) or get_communicator(group, self._options.reduce.connection_options)
 
     def _entries(self, params: Params) -> list[Entry]:
         """Returns the tensors to average, checked, with their places in the flat buffer."""
@@ -292,7 +292,7 @@ class WeightExchange:
     def _prepare(
         self, group: Group, params: Params, step: int, fields: Mapping[str, str]
     ) -> tuple[list[Entry], MeanTask]:
-        check_links(group, self._options.reduce.links)
+        check_connections(group, self._options.reduce.connection_options)
         entries = self._entries(params)
         return entries, self._task(entries, step, get_world_size(group), fields)
 

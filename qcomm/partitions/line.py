@@ -23,7 +23,7 @@ from qcomm.partitions.filters import SampleFilter
 from qcomm.partitions.links import Inbox, Outbox, Wire
 from qcomm.partitions.messages import MAGIC, batch_bytes, encoded
 from qcomm.partitions.stage import Batch, EpochReport, LocalStage, Loss, StageTrainer, cross_entropy_of_samples
-from qcomm.transport import GlooTransport, KeyFile, Links, MpiGroup, TransportError, secure
+from qcomm.transport import ConnectionOptions, GlooTransport, KeyFile, MpiGroup, TransportError, secure
 
 __all__ = ["PartitionPipeline"]
 
@@ -93,7 +93,7 @@ class PartitionPipeline:
         _check_options(stage, grid, queue_batches, max_batch_bytes)
         replicas = _replicas(partitions, dist.get_world_size(group))
         key_file = KeyFile.of(secret)
-        self._transport = secure(GlooTransport(group), Links(key_file))
+        self._transport = secure(GlooTransport(group), ConnectionOptions(key_file))
         rank = self._transport.rank
         self.partition = rank // replicas
         self.is_first, self.is_last = self.partition == 0, self.partition == partitions - 1

@@ -5,16 +5,16 @@ from qcomm.transport.gloo import GlooTransport, break_connections
 from qcomm.transport.key_file import KeyFile
 from qcomm.transport.launchers import find_place, init_from_environment
 from qcomm.transport.mpi_group import MpiGroup
-from qcomm.transport.secure import MOST_CONNECTIONS, PLAIN, Links, secure
+from qcomm.transport.secure import MOST_CONNECTIONS, PLAIN, ConnectionOptions, secure
 
 __all__ = [
     "MESSAGE_BYTES",
     "MOST_CONNECTIONS",
     "PLAIN",
+    "ConnectionOptions",
     "Exchange",
     "GlooTransport",
     "KeyFile",
-    "Links",
     "Mail",
     "MpiGroup",
     "Traffic",

@@ -1,4 +1,4 @@
-"""Agreement on links: all ranks say how they want to be connected, and those who have a secret prove it.
+"""Agreement on connections: all ranks say how they want to be connected, and those who have a secret prove it.
 
 Every rank sends every other a *greeting*, whether it has a secret or not, so that no rank waits where only some have
 one, or where they want different numbers of connections. It holds a public key of X25519 that is made for these
@@ -30,7 +30,7 @@ from qcomm.transport.base import Transport, TransportError
 from qcomm.transport.key_file import KeyFile
 from qcomm.transport.sealed import KEY_BYTES, Direction, SealedTransport
 
-__all__ = ["MOST_CONNECTIONS", "PLAIN", "Links", "secure"]
+__all__ = ["MOST_CONNECTIONS", "PLAIN", "ConnectionOptions", "secure"]
 
 # "qcomm", a letter of its own, and the version of this protocol.
 MAGIC = 0x71636F6D6D73_03
@@ -45,8 +45,8 @@ NO_KEY = bytes(32)
 MOST_CONNECTIONS = 64
 
 
-class Links(NamedTuple):
-    """The links between the ranks of a group, alike for all its uses and, but for the path of the secret, on all ranks.
+class ConnectionOptions(NamedTuple):
+    """How the ranks of a group are connected: alike for all its uses and, but for the path of the secret, on all ranks.
 
     Attributes:
         secret: with which all messages are sealed; None if they are not.
@@ -57,15 +57,15 @@ class Links(NamedTuple):
     connections: int | None = None
 
 
-PLAIN = Links()
+PLAIN = ConnectionOptions()
 
 
-def secure(transport: Transport, links: Links) -> Transport:
+def secure(transport: Transport, options: ConnectionOptions) -> Transport:
     """Returns the transport with which a group goes on: one that seals messages if there is a secret. A collective.
 
     Args:
         transport: new, without a message; it gets its further connections here, and is closed after an error.
-        links: with a secret on all ranks or on none.
+        options: with a secret on all ranks or on none.
 
     Raises:
         ConfigMismatchError: only some ranks have a secret, or they differ in their number of connections.
@@ -85,21 +85,21 @@ def secure(transport: Transport, links: Links) -> Transport:
         return transport
     with ExitStack() as stack:
         stack.callback(transport.close)
-        if links.secret is None:
-            _exchange(transport, links, NO_KEY)
+        if options.secret is None:
+            _exchange(transport, options, NO_KEY)
             secured = transport
         else:
-            secured = _seal(transport, links.secret, links)
+            secured = _seal(transport, options.secret, options)
         stack.pop_all()
         return secured
 
 
-def _seal(transport: Transport, secret: KeyFile, links: Links) -> Transport:
+def _seal(transport: Transport, secret: KeyFile, options: ConnectionOptions) -> Transport:
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
     secret.read()  # before the others wait for a proof
     private = X25519PrivateKey.generate()
-    public_keys = _exchange(transport, links, private.public_key().public_bytes_raw())
+    public_keys = _exchange(transport, options, private.public_key().public_bytes_raw())
     directions = _agree(transport, private, public_keys, secret)
     strangers = [peer for peer in transport.peers if peer not in directions]
     if not strangers:
@@ -116,9 +116,9 @@ def _seal(transport: Transport, secret: KeyFile, links: Links) -> Transport:
     )
 
 
-def _exchange(transport: Transport, links: Links, public_key: bytes) -> list[bytes]:
+def _exchange(transport: Transport, options: ConnectionOptions, public_key: bytes) -> list[bytes]:
     """Greets all ranks and makes the further connections; returns each rank's public key."""
-    has_secret, connections = links.secret is not None, links.connections or 1
+    has_secret, connections = options.secret is not None, options.connections or 1
     words = GREETING.pack(MAGIC, has_secret, public_key, connections)
     message = torch.frombuffer(bytearray(words + CHECKSUM.pack(zlib.crc32(words))), dtype=torch.uint8)
     received = transport.exchange_small([message] * transport.world_size, "waiting for the greetings")

@@ -110,7 +110,7 @@ def test_the_hook_has_the_bits_that_it_has_without(rank, world_size, key, strate
     models = [wrap(process_group=group) for group in groups]
     state = qcomm.attach(models[0], secret=str(key), verify="step", **options)
     qcomm.attach(models[1], **options)
-    assert isinstance(get_communicator(groups[0], state.options.links)._transport, SealedTransport)
+    assert isinstance(get_communicator(groups[0], state.options.connection_options)._transport, SealedTransport)
     for step in range(4):
         mine, theirs = (backward(model, rank, step) for model in models)
         assert all(torch.equal(one, other) for one, other in zip(mine, theirs, strict=True)), step
@@ -143,7 +143,7 @@ def test_a_hook_that_is_registered_by_hand_connects_at_the_first_bucket(rank, wo
     state = qcomm.CompressionState(group, strategy="two_phase", secret=key)
     model.register_comm_hook(state, qcomm.compression_hook)
     backward(model, rank)
-    assert isinstance(get_communicator(group, state.options.links)._transport, SealedTransport)
+    assert isinstance(get_communicator(group, state.options.connection_options)._transport, SealedTransport)
     dist.destroy_process_group(group)
 
 

@@ -11,7 +11,7 @@ from wires import Wires, on_all_ranks
 
 import qcomm
 from qcomm.communicator.handshake import header_checksum
-from qcomm.transport import KeyFile, Links, TransportError, secure
+from qcomm.transport import ConnectionOptions, KeyFile, TransportError, secure
 from qcomm.transport.sealed import SealedTransport
 from qcomm.transport.secure import CHECKSUM, GREETING
 
@@ -38,7 +38,7 @@ def agree(secrets_of_ranks, meddle=None, world_size=None):
     wires = Wires()
     wires.meddle = meddle
     world_size = len(secrets_of_ranks) if world_size is None else world_size
-    return on_all_ranks(world_size, lambda t: secure(t, Links(secrets_of_ranks[t.rank])), wires), wires
+    return on_all_ranks(world_size, lambda t: secure(t, ConnectionOptions(secrets_of_ranks[t.rank])), wires), wires
 
 
 def greet_again(public_key, has=1, magic=None):
@@ -67,7 +67,7 @@ def between(change, source=0, target=1):
 @pytest.mark.parametrize("world_size", [2, 3, 5])
 def test_ranks_with_one_secret_talk(keys, world_size):
     def talk(transport):
-        sealed = secure(transport, Links(keys[0]))
+        sealed = secure(transport, ConnectionOptions(keys[0]))
         assert isinstance(sealed, SealedTransport)
         outgoing = [torch.tensor([100 * transport.rank + peer]) for peer in range(world_size)]
         return torch.cat(sealed.exchange_small(outgoing, "testing")).tolist()
@@ -79,7 +79,7 @@ def test_ranks_with_one_secret_talk(keys, world_size):
 def test_without_a_secret_the_transport_stays():
     found, _ = agree([None] * 3)
     assert not any(isinstance(transport, (SealedTransport, Exception)) for transport in found)
-    [alone] = on_all_ranks(1, lambda transport: secure(transport, Links()) is transport)
+    [alone] = on_all_ranks(1, lambda transport: secure(transport, ConnectionOptions()) is transport)
     assert alone is True
 
 
@@ -118,7 +118,7 @@ def test_no_error_has_the_secret_in_its_variables(keys):
 
 def test_a_secret_that_is_gone_is_that_ranks_error(keys):
     keys[0].path.unlink()
-    [error] = on_all_ranks(2, lambda t: secure(t, Links(keys[0])))[:1]
+    [error] = on_all_ranks(2, lambda t: secure(t, ConnectionOptions(keys[0])))[:1]
     assert isinstance(error, FileNotFoundError)
 
 
@@ -176,7 +176,7 @@ def test_an_attacker_that_sends_everything_back_gets_nowhere(keys):
         return []
 
     wires.meddle = reflect
-    errors = on_all_ranks(2, lambda t: secure(t, Links(keys[0])), wires)
+    errors = on_all_ranks(2, lambda t: secure(t, ConnectionOptions(keys[0])), wires)
     assert all(isinstance(error, TransportError) for error in errors)  # the slower one hears that the other has left
     assert UNPROVEN.format(11) in str(errors[0]) or UNPROVEN.format(10) in str(errors[1])
 
