@@ -241,6 +241,7 @@ def draw(document: Document) -> "Figure":
             right.bar(place + 0.18 * stage, statistics.fmean(values), 0.16, color=COLOURS[stage])
     right.set_xticks(range(3), labels=["p=2", "p=2, cut early", "p=4"])
     right.set_ylabel("work of a partition, % of the slowest one's")
+    right.set_xlabel("partitions of a model, the first one on the left")
     drawn.legend(fontsize=7, loc="outside right center")
     return drawn
 
