@@ -66,7 +66,8 @@ class LostRanks:
 
     def _reasons(self, ranks: Collection[int]) -> dict[int, str]:
         told = [rank for rank in ranks if self._store.check([self._reason_key(rank)])]
-        return {rank: self._store.get(self._reason_key(rank)).decode(errors="replace") for rank in told}
+        texts = {rank: self._store.get(self._reason_key(rank)).decode(errors="replace") for rank in told}
+        return {rank: text[:REASON_CHARACTERS] for rank, text in texts.items()}  # whoever wrote it
 
     @staticmethod
     def _reason_key(rank: int) -> str:

@@ -40,6 +40,15 @@ def test_a_rank_that_failed_by_itself_says_so():
     assert of[3].note({2}) == {1}
 
 
+def test_a_reason_is_cut_by_whoever_reads_it():
+    store = dist.HashStore()
+    first, second = ranks(2, store)
+    second.give_reason("x" * 10_000)
+    assert first.reasons([1]) == {1: "x" * lost_ranks.REASON_CHARACTERS}
+    store.set(LostRanks._reason_key(1), b"\xff" * 10_000)
+    assert len(first.reasons([0, 1])[1]) == lost_ranks.REASON_CHARACTERS
+
+
 def test_a_rank_is_not_told_of_itself():
     of = ranks(3)
     of[0].note({1})  # rank 1 was late, and lives
