@@ -7,6 +7,7 @@ that fails by raising.
 
 import atexit
 import functools
+import gc
 import importlib
 import inspect
 import multiprocessing
@@ -62,13 +63,30 @@ def _serve(rank, world_size, folder, timeout, device, connection):
     while (message := connection.recv()) is not None:
         case, args = pickle.loads(message)
         torch.manual_seed(rank)
+        before = set(dist.distributed_c10d._world.pg_map)
         try:
             result = case(rank, world_size, *args)
         except BaseException:  # noqa: BLE001 - an assertion of pytest's, or whatever: it belongs to the parent
             connection.send((False, traceback.format_exc()))
         else:
+            if device is None:  # late_device keeps a group for all cases
+                _end_groups_since(before)
             connection.send((True, result))
     dist.destroy_process_group()
+
+
+def _end_groups_since(before):
+    """Destroys the groups that a case has made and left: each has a thread of gloo's that wakes 100 times a second."""
+    if dist.group.WORLD not in before:  # the case has ended torch.distributed, and perhaps begun it anew
+        return
+    groups = dist.distributed_c10d._world.pg_map
+    # torch keeps the groups of a device mesh for the next mesh that equals it.
+    left = [group for group in groups if group not in before and not group.group_desc.startswith("mesh")]
+    for group in left:
+        dist.destroy_process_group(group)
+    if left:
+        del group, left
+        gc.collect()
 
 
 class World:
@@ -148,7 +166,10 @@ class World:
         shutil.rmtree(self.folder)
 
 
-_worlds = {}
+# Of all worlds of a process, which is what those of 2, 3 and 4 ranks have. Idle ones cost time, too: each of gloo's
+# threads wakes 100 times a second.
+MOST_RANKS = 9
+_worlds = {}  # the one that was used last comes last
 
 
 def run(world_size, case, *args, on_device=False, **options):
@@ -158,7 +179,10 @@ def run(world_size, case, *args, on_device=False, **options):
         _worlds.pop(key).close(kill=True)
         raise AssertionError(f"after the last case, processes of the world ended with exit codes {ended}")
     if key not in _worlds:
+        while _worlds and sum(size for size, _ in _worlds) + world_size > MOST_RANKS:
+            _worlds.pop(next(iter(_worlds))).close()
         _worlds[key] = World(world_size, on_device=on_device)
+    _worlds[key] = _worlds.pop(key)
     try:
         return _worlds[key].run(case, *args, **options)
     except AssertionError:
