@@ -15,13 +15,16 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CORE = "qcomm._C"
 
 
 class CMakeBuild(build_ext):
     """One build directory for each Python, which stays, so that a second build compiles only what changed."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Configures and builds, with the module landing where setuptools wants it."""
+        """Configures and builds, with the modules landing where setuptools wants them."""
+        if ext.name != CORE:  # CMake has built all of them
+            return
         output_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         own = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
         build_dir = Path(os.environ.get("QCOMM_BUILD_DIR") or own)
@@ -45,4 +48,7 @@ class CMakeBuild(build_ext):
                 raise SystemExit(f"building qcomm._C failed: {error}") from error
 
 
-setup(ext_modules=[Extension("qcomm._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# An editable install keeps the modules that are listed; there is no _cuda without nvcc.
+MODULES = [Extension(CORE, sources=[]), Extension("qcomm._cuda", sources=[], optional=True)]
+
+setup(ext_modules=MODULES, cmdclass={"build_ext": CMakeBuild})

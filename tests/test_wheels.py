@@ -1,9 +1,12 @@
 """The check of a wheel's content, which `make wheels` runs: a complete one passes, and each kind of fault is named."""
 
+import re
+import runpy
 import struct
 import sys
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -15,6 +18,17 @@ from check_wheel import MACHINES, main, package_files, wheel_faults  # noqa: E40
 CORE = "qcomm/_C.cpython-311-aarch64-linux-gnu.so"
 WHEEL = "qcomm-0.1.0-cp311-cp311-manylinux2014_aarch64.manylinux_2_17_aarch64.whl"
 INFO = "qcomm-0.1.0.dist-info/"
+
+
+def test_an_editable_install_keeps_every_module_that_cmake_builds() -> None:
+    """setuptools copies the modules that it knows; a build with nvcc would lose its kernels otherwise."""
+    built = re.findall(r"^\s*pybind11_add_module\((\w+) ", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
+    setuptools = pytest.importorskip("setuptools", reason="setuptools is not installed")
+    with mock.patch.object(setuptools, "setup") as setup:
+        runpy.run_path(str(ROOT / "setup.py"))
+    known = setup.call_args.kwargs["ext_modules"]
+    assert sorted(f"qcomm.{name}" for name in built) == sorted(extension.name for extension in known)
+    assert [extension.name for extension in known if not extension.optional] == ["qcomm._C"]
 
 
 def elf(machine: str, content: bytes = b"") -> bytes:
