@@ -34,6 +34,7 @@ from qcomm.recipes.datasets import Dataset, load_dataset
 
 RESULTS = Path(__file__).parent / "results"
 TASKS = ("fashion-mnist", "blobs")
+FEW_BLOBS, QUICK_IMAGES = "few blobs", 256
 # The comparisons that decide come first, of all seeds and scenes.
 FIRST = ("fp32", "qcomm k=3.2", "qcomm k=3.4", "qcomm k=2", "powersgd r=2")
 REST = ("qcomm k=1", "powersgd r=1", "powersgd r=4", "top-k 1%", "sign")
@@ -94,6 +95,8 @@ def ordered(scenes: Sequence[tuple[str, int, str]], methods: Sequence[str], seed
 
 
 def load(task: str, data_dir: Path | None) -> Dataset:
+    if task == FEW_BLOBS:
+        return load_blobs(QUICK_IMAGES, QUICK_IMAGES)
     return load_blobs() if task == "blobs" else load_dataset(task, data_dir)
 
 
@@ -216,7 +219,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, default=None, help="of Fashion-MNIST, where it is not installed")
     summary = RESULTS / "accuracy_low_rate.json"
     arguments = parse_study(
-        parser, SEEDS, summary, "fp32 and k = 3.2 once, 512 blobs, one epoch", lambda method: build_exchange(method, 2)
+        parser,
+        SEEDS,
+        summary,
+        f"fp32 and k = 3.2 once, {QUICK_IMAGES} blobs, one epoch",
+        lambda method: build_exchange(method, 2),
     )
     if arguments.images < 64 * max(arguments.world):
         parser.error(f"--images is {arguments.images}; it must fill one step, {64 * max(arguments.world)}")
@@ -234,8 +241,8 @@ def main() -> None:
     ]
     runs = ordered(scenes, arguments.methods, arguments.seeds, base)
     if arguments.quick:
-        quick = Setting(ranks=2, images=512, epochs=1)
-        runs = [Run("blobs", quick, method) for method in ("fp32", "qcomm k=3.2")]
+        quick = Setting(ranks=2, images=QUICK_IMAGES, epochs=1)
+        runs = [Run(FEW_BLOBS, quick, method) for method in ("fp32", "qcomm k=3.2")]
     missing = not_done(runs, lambda run: run.key(arguments.threads), arguments.runs)
     if missing and not arguments.summary:
         run_missing(missing, arguments)

@@ -60,11 +60,11 @@ def _split(count: int, colours: torch.Tensor, generator: torch.Generator) -> Spl
 
 
 @lru_cache(maxsize=1)
-def load_blobs() -> Dataset:
-    """Makes 20,000 training and 10,000 test images, always the same."""
+def load_blobs(train_images: int = TRAIN_IMAGES, test_images: int = TEST_IMAGES) -> Dataset:
+    """Makes training and test images; always the same ones of equal numbers."""
     generator = torch.Generator().manual_seed(0)
     colours = CLASS_COLOUR * torch.randn(CLASSES, 3, generator=generator)
-    train, test = _split(TRAIN_IMAGES, colours, generator), _split(TEST_IMAGES, colours, generator)
+    train, test = _split(train_images, colours, generator), _split(test_images, colours, generator)
     values = train.images.float()
     mean, std = values.mean((0, 2, 3)).view(1, 3, 1, 1), values.std((0, 2, 3)).view(1, 3, 1, 1)
     return Dataset("blobs", train, test, mean, std, crop_padding=0, flip=False)

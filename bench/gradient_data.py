@@ -1,5 +1,6 @@
 """Buckets of real gradients: ResNet-18 after some steps on digits, every rank's from its own images."""
 
+import hashlib
 import itertools
 import math
 import tempfile
@@ -14,6 +15,7 @@ from qcomm.collectives.layout import TensorSpec
 from qcomm.recipes.datasets import load_dataset
 from qcomm.recipes.models import build_model
 
+BUILD = Path(__file__).resolve().parents[1] / "build"
 MIN_ELEMENTS = 1024  # as of the hook: smaller tensors travel uncompressed
 STEPS, BATCH = 20, 16
 
@@ -28,6 +30,8 @@ class Bucket(NamedTuple):
 
 def gradients(ranks: Sequence[int]) -> list[list[torch.Tensor]]:
     """For each rank ResNet-18's gradients, last layer first. Weights are the same on all ranks, images are not."""
+    if not ranks:
+        return []
     torch.manual_seed(0)
     data = load_dataset("digits")
     model = build_model("resnet18", in_channels=1, num_classes=10)
@@ -50,17 +54,28 @@ def gradients(ranks: Sequence[int]) -> list[list[torch.Tensor]]:
 
 
 def save(folder: Path, world_size: int) -> None:
-    """Makes the gradients of all ranks once, for :func:`load`."""
-    for rank, parts in enumerate(gradients(range(world_size))):
-        torch.save(parts, folder / f"{rank}.pt")
+    """Makes the gradients of all ranks that ``folder`` lacks, for :func:`load`."""
+    missing = [rank for rank in range(world_size) if not (folder / f"{rank}.pt").exists()]
+    for rank, parts in zip(missing, gradients(missing), strict=True):
+        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
+            torch.save(parts, file)
+        Path(file.name).rename(folder / f"{rank}.pt")  # at once: others may look for it
 
 
 def worlds(rates: Sequence[str], sizes: Sequence[int]) -> Iterator[tuple[Path, str, int]]:
-    """(folder for :func:`load`, rate, number of ranks) of each world; the gradients are made once."""
-    with tempfile.TemporaryDirectory(prefix="qcomm-bench-") as folder:
-        save(Path(folder), max(sizes))
+    """(folder for :func:`load`, rate, number of ranks) of each world.
+
+    The gradients are made once, and kept where the tree has a build folder: they follow from torch and this file.
+    """
+    with tempfile.TemporaryDirectory(prefix="qcomm-bench-") as given:
+        folder = Path(given)
+        if BUILD.is_dir():
+            key = hashlib.sha256(torch.__version__.encode() + Path(__file__).read_bytes()).hexdigest()[:16]
+            folder = BUILD / "bench-gradients" / key
+            folder.mkdir(parents=True, exist_ok=True)
+        save(folder, max(sizes))
         for rate, world_size in itertools.product(rates, sizes):
-            yield Path(folder), rate, world_size
+            yield folder, rate, world_size
 
 
 def load(folder: Path | None, rank: int) -> list[torch.Tensor]:

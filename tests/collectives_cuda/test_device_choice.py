@@ -196,7 +196,7 @@ def case_faults(rank, world_size, path, failing, known):
 
 
 @pytest.mark.parametrize("known", [False, True])
-@pytest.mark.parametrize("failing", [0, 1, 2, 3, 5, 40])
+@pytest.mark.parametrize("failing", [0, 1, 5, 40])
 def test_a_rank_that_fails_stays_in_step(emulated_path, failing, known):
     mine, theirs = run(2, case_faults, str(emulated_path), failing, known)[::-1]
     assert [step for step, _ in mine] == [failing] and "boom" in mine[0][1]
@@ -299,7 +299,7 @@ def test_a_rank_that_cannot_prepare_takes_part_and_goes_on(rank, world_size, emu
         for _ in range(3):
             backward(model, rank)
         with mock.patch.object(place, name, fail_once):
-            errors = [error_of(model, rank) for _ in range(2 * PERIODS)]
+            errors = [error_of(model, rank) for _ in range(PERIODS + 10)]
         if rank == 1:
             assert any("no room" in str(error) for error in errors)
         assert not any("ended half way" in str(error) for error in errors)
