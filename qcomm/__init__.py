@@ -12,7 +12,7 @@ from qcomm.codec import (
     estimate_entropy,
     inspect,
 )
-from qcomm.collectives import load_rank_states
+from qcomm.collectives import load_rank_states, measure_link_rates
 from qcomm.ddp import CompressionState, GradientNoise, NoiseEstimate, attach, compression_hook
 from qcomm.errors import CollectiveError, ConfigMismatchError, DivergenceError, PacketError
 from qcomm.local_sgd import CompressedModelAverager, DiLoCo, HierarchicalCompressedModelAverager, broadcast_parameters
@@ -55,5 +55,6 @@ __all__ = [
     "inspect",
     "load",
     "load_rank_states",
+    "measure_link_rates",
     "save",
 ]

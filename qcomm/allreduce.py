@@ -110,10 +110,11 @@ def all_reduce(
             connections, with the group's timeout. A :class:`qcomm.MpiGroup` sends it over MPI. ``device_codec`` needs
             NCCL.
         async_op: return at once; the tensor must not be used until ``wait()`` of the handle has returned.
-        **options: ``mean_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads``, ``profile``,
-            ``verify``, ``secret``, ``connections`` and ``device_codec`` of :class:`qcomm.collectives.ReduceOptions`. A
-            profile or a key file is read at each call. With ``device_codec`` a call with CUDA tensors waits for the
-            device, ``async_op`` leaves nothing to wait for, and ``"auto"`` is ``"two_phase"``.
+        **options: ``mean_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``link_rates``, ``num_threads``,
+            ``profile``, ``verify``, ``secret``, ``connections`` and ``device_codec`` of
+            :class:`qcomm.collectives.ReduceOptions`. A profile or a key file is read at each call. With
+            ``device_codec`` a call with CUDA tensors waits for the device, ``async_op`` leaves nothing to wait for, and
+            ``"auto"`` is ``"two_phase"``.
 
     Returns:
         None, or with ``async_op`` a handle.
@@ -181,7 +182,8 @@ def _task(tensor: torch.Tensor, grid: Grid, group: Group, telemetry: Telemetry, 
         "dtype": str(tensor.dtype),
         "device of the codec": tensor.device.type if on_device else "cpu",
     }
-    return MeanTask(buffer, BucketLayout(specs, world_size), options, Fields(fields), telemetry)
+    layout = BucketLayout(specs, world_size, shares=options.owner_shares)
+    return MeanTask(buffer, layout, options, Fields(fields), telemetry)
 
 
 def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceWork:

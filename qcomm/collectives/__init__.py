@@ -24,6 +24,7 @@ from qcomm.collectives.hook_options import (
     is_excluded,
 )
 from qcomm.collectives.layout import BucketLayout, Chunk, TensorSpec
+from qcomm.collectives.link_rates import measure_link_rates
 from qcomm.collectives.machine import measure_codec, measure_link, slowest
 from qcomm.collectives.optimizers import watch_optimizers
 from qcomm.collectives.options import STRATEGIES, ReduceKeywords, ReduceOptions, with_step
@@ -91,6 +92,7 @@ __all__ = [
     "load_rank_states",
     "measure_codec",
     "measure_link",
+    "measure_link_rates",
     "no_bytes",
     "origin_of",
     "parts_of",

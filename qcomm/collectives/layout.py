@@ -8,7 +8,8 @@
     chunk r     = r-th part of the compressed values, then r-th part of the raw ones
 
 Tensors that are compressed are laid end to end, and so are the others, and each of the two rows is cut evenly. Every
-rank owns as many bytes as the next one, in any order of the tensors. One packet carries one chunk.
+rank owns as many bytes as the next one, in any order of the tensors, unless links differ
+(:mod:`qcomm.collectives.owner_shares`). One packet carries one chunk.
 
 Small tensors may be merged (:func:`merge_small`): they are then one tensor of the layout, with one grid and one segment
 of a packet, and lie in several runs of the buffer. Here these are bn.weight, bn.bias and fc.bias; fc2.bias is excluded.
@@ -18,6 +19,7 @@ import hashlib
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, TypeVar
 
 __all__ = ["BucketLayout", "Chunk", "Piece", "TensorSpec", "cut_points", "merge_small"]
@@ -165,15 +167,21 @@ def merge_small(tensors: Sequence[TensorSpec], is_small: Callable[[TensorSpec], 
     return [*(tensor for tensor in tensors if not is_small(tensor)), merged]
 
 
-def cut_points(count: int, parts: int) -> list[int]:
-    """Returns ``parts + 1`` ascending positions from 0 to ``count``, inner ones multiples of 32, parts nearly equal.
+def cut_points(count: int, parts: int, shares: Sequence[float] | None = None) -> list[int]:
+    """Returns ``parts + 1`` ascending positions from 0 to ``count``, inner ones multiples of 32.
+
+    Parts are nearly equal, or nearly ``shares`` of ``count``.
 
     Example:
-        >>> cut_points(100, 3), cut_points(5, 3)
-        ([0, 32, 64, 100], [0, 0, 0, 5])
+        >>> cut_points(100, 3), cut_points(5, 3), cut_points(1000, 3, [0.6, 0.4, 0.0])
+        ([0, 32, 64, 100], [0, 0, 0, 5], [0, 608, 1000, 1000])
     """
     units = -(-count // CUT_ALIGNMENT)
-    return [min(count, CUT_ALIGNMENT * (units * part // parts)) for part in range(parts + 1)]
+    if shares is None:
+        return [min(count, CUT_ALIGNMENT * (units * part // parts)) for part in range(parts + 1)]
+    ends = [min(count, CUT_ALIGNMENT * round(units * total)) for total in accumulate(shares)]
+    # Sums of shares are not exact; those who own nothing after the last owner still own nothing.
+    return [0, *(count if sum(shares[part + 1 :]) == 0 else end for part, end in enumerate(ends))]
 
 
 def _between(items: Sequence[T], lengths: Sequence[int], begin: int, end: int) -> list[tuple[T, int, int]]:
@@ -216,6 +224,7 @@ class BucketLayout:
         tensors: in any order, not overlapping.
         world_size: number of chunks.
         chunks: where others have cut the tensors; by default they are cut evenly.
+        shares: what each chunk has of all elements, in place of equal parts; their sum is 1.
 
     Attributes:
         elements, compressed_elements: number of all elements, and of those that are compressed.
@@ -230,7 +239,13 @@ class BucketLayout:
         [(64, ()), (36, ((100, 10),))]
     """
 
-    def __init__(self, tensors: Sequence[TensorSpec], world_size: int, chunks: Sequence[Chunk] | None = None) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[TensorSpec],
+        world_size: int,
+        chunks: Sequence[Chunk] | None = None,
+        shares: Sequence[float] | None = None,
+    ) -> None:
         self.tensors = tuple(tensors)
         self.parameters = tuple(parameter for tensor in self.tensors for parameter in tensor.parameters)
         self.world_size = world_size
@@ -246,8 +261,8 @@ class BucketLayout:
         if chunks is not None:
             self.chunks = tuple(chunks)
             return
-        compressed_cuts = cut_points(self.compressed_elements, world_size)
-        raw_cuts = cut_points(self.elements - self.compressed_elements, world_size)
+        compressed_cuts = cut_points(self.compressed_elements, world_size, shares)
+        raw_cuts = cut_points(self.elements - self.compressed_elements, world_size, shares)
         self.chunks = tuple(
             Chunk(
                 tuple(self._pieces(compressed, *compressed_cuts[part : part + 2])),

@@ -11,6 +11,7 @@ from qcomm.codec import Grid, RangeGrid, SigmaGrid, check_num_threads
 from qcomm.collectives.cost_model import Profile
 from qcomm.collectives.error_feedback import check_equilibrium
 from qcomm.collectives.layout import TensorSpec, merge_small
+from qcomm.collectives.owner_shares import checked_link_rates, owner_shares
 from qcomm.transport import MOST_CONNECTIONS, ConnectionOptions, KeyFile
 
 __all__ = ["STRATEGIES", "VERIFY", "ReduceKeywords", "ReduceOptions", "with_step"]
@@ -31,6 +32,7 @@ class ReduceKeywords(TypedDict, total=False):
     min_elements: int
     strategy: str
     ranks_per_node: int | None
+    link_rates: Sequence[float] | None
     num_threads: int
     profile: Profile | Path | str | None
     verify: str
@@ -66,6 +68,10 @@ class ReduceOptions:
         ranks_per_node: for ``"hierarchical"``: ranks 0 to ``ranks_per_node - 1`` of the group are one node, and so on;
             any divisor of the number of ranks. By default the environment variable LOCAL_WORLD_SIZE, which launchers
             set.
+        link_rates: what the link of each rank carries, in any unit, where links differ: a number for each rank of the
+            group, as :func:`qcomm.measure_link_rates` measures them. Of three ranks and more, those with slow links
+            then own less of each buffer in ``"two_phase"`` and ``"exact_sum"``, and send and receive less. Links that
+            differ by less than a quarter are taken for equal. Not with ``"hierarchical"`` or ``device_codec``.
         num_threads: maximum number of threads that encode and decode on this rank. Results do not depend on it.
         profile: for ``"auto"``: the machine as ``qcomm bench --save-profile`` measured it, or the path of that file.
             Only the strategies that may be fast there are tried, and the uncompressed ones.
@@ -108,6 +114,7 @@ class ReduceOptions:
     min_elements: int = 1024
     strategy: str = "auto"
     ranks_per_node: int | None = None
+    link_rates: Sequence[float] | None = None
     num_threads: int = 1
     profile: Profile | Path | str | None = None
     verify: str = "interval"
@@ -128,6 +135,13 @@ class ReduceOptions:
                 raise TypeError(f"ranks_per_node must be an int or None, got {type(self.ranks_per_node).__name__}")
             if self.ranks_per_node < 1:
                 raise ValueError(f"ranks_per_node must be at least 1, got {self.ranks_per_node}")
+        object.__setattr__(self, "link_rates", checked_link_rates(self.link_rates))
+        for reason, excludes in (
+            ("strategy 'hierarchical'", self.strategy == "hierarchical"),
+            ("device_codec", self.device_codec),
+        ):
+            if excludes and self.link_rates is not None:
+                raise ValueError(f"link_rates must be None with {reason}, got {self.link_rates}")
         if self.verify not in VERIFY:
             raise ValueError(f"verify must be one of {VERIFY}, got {self.verify!r}")
         if not isinstance(self.device_codec, bool):
@@ -161,6 +175,11 @@ class ReduceOptions:
     def node_size(self) -> int:
         """Returns the number of ranks that form a node, of options for a world; 1 where nodes do not count."""
         return self.ranks_per_node or 1
+
+    @cached_property
+    def owner_shares(self) -> tuple[float, ...] | None:
+        """Returns how much of a buffer each rank owns, of options for a world; None for equal parts."""
+        return None if self.link_rates is None else owner_shares(self.link_rates)
 
     @cached_property
     def mean_grid(self) -> Grid:
@@ -254,15 +273,18 @@ class ReduceOptions:
         return merge_small(tensors, lambda tensor: not tensor.compressed and tensor.may_round and tensor.numel > 0)
 
     def for_world(self, world_size: int) -> "ReduceOptions":
-        """Returns these options for a number of ranks: ``ranks_per_node`` is resolved and checked.
+        """Returns these options for a number of ranks: ``ranks_per_node`` is resolved, and it and others are checked.
 
         Raises:
-            ValueError: ``ranks_per_node`` does not divide the number of ranks, or the launcher has not set it.
+            ValueError: ``ranks_per_node`` does not divide the number of ranks, or the launcher has not set it;
+                ``link_rates`` are of another number of ranks.
 
         Example:
             >>> ReduceOptions(strategy="hierarchical", ranks_per_node=2).for_world(6).node_size
             2
         """
+        if self.link_rates is not None and len(self.link_rates) != world_size:
+            raise ValueError(f"link_rates must be of {world_size} ranks, got {len(self.link_rates)}")
         return replace(self, ranks_per_node=_resolve_ranks_per_node(self.ranks_per_node, world_size, self.strategy))
 
     def describe(self) -> dict[str, str]:
@@ -274,6 +296,7 @@ class ReduceOptions:
             "min_elements": str(self.min_elements),
             "strategy": self.strategy,
             "ranks_per_node": str(self.ranks_per_node),
+            "link_rates": str(self.link_rates),
             "profile": "None" if self.machine is None else self.machine.describe(),
             "verify": self.verify,
             "device_codec": str(self.device_codec),

@@ -142,10 +142,11 @@ def automatic_strategies(layout: BucketLayout, dtype: torch.dtype, options: Redu
     """Returns the strategies that ``"auto"`` tries for a buffer: a pure function, equal on all ranks.
 
     These are always the uncompressed all-reduce, and that in bfloat16 where it is finer than the grid.
-    ``"hierarchical"`` is tried only where there are several nodes of several ranks. A strategy that the cost model
-    finds slow is left out: slow on the machine of the profile, or without a profile on every machine.
+    ``"hierarchical"`` is tried only where there are several nodes of several ranks with equal links. A strategy
+    that the cost model finds slow is left out: slow on the machine of the profile, or without a profile on every
+    machine.
     """
-    several = 1 < options.node_size < layout.world_size
+    several = 1 < options.node_size < layout.world_size and options.link_rates is None
     always = uncompressed_strategies(layout, dtype, options.grid)
     names = tuple(name for name in AUTOMATIC if name not in UNCOMPRESSED and (several or name != "hierarchical"))
     raw, exact = layout.elements - layout.compressed_elements, layout.exact_elements

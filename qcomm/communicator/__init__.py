@@ -3,6 +3,7 @@
 from qcomm.communicator.faults import Fault, LateFaultError, Phase, attempt
 from qcomm.communicator.groups import (
     CHANNELS,
+    UNEQUAL_CHANNELS,
     Group,
     check_connections,
     communicator_to_tell,
@@ -20,6 +21,7 @@ from qcomm.communicator.worker import Communicator, is_agreed
 
 __all__ = [
     "CHANNELS",
+    "UNEQUAL_CHANNELS",
     "UNTIMED",
     "Agreed",
     "Communicator",

@@ -17,6 +17,7 @@ from qcomm.transport import MOST_CONNECTIONS, PLAIN, ConnectionOptions, GlooTran
 
 __all__ = [
     "CHANNELS",
+    "UNEQUAL_CHANNELS",
     "Group",
     "check_connections",
     "communicator_to_tell",
@@ -31,6 +32,8 @@ __all__ = [
 Group = dist.ProcessGroup | MpiGroup
 # Enough to hide a latency as long as a bucket's messages. Each one costs four threads and a connection to each rank.
 CHANNELS = 4
+# Where ranks own unequal parts: one that owns little sends its values and then waits, while others could use its link.
+UNEQUAL_CHANNELS = 8
 
 
 class _Place:

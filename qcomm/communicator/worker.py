@@ -115,6 +115,12 @@ class Communicator:
         """Exchanges packets with every rank, of the sizes that all have agreed on."""
         return self._transport.exchange_pairwise(outgoing, incoming, f"exchanging packets after {phase}")
 
+    def swap(self, partner: int, outgoing: torch.Tensor, incoming: torch.Tensor) -> None:
+        """Exchanges a message with one rank, which calls this as well, in both directions at once."""
+        ranks = self.world_size
+        messages = [incoming] * ranks, [outgoing] * ranks
+        self._transport.transfer(*messages, [partner], [partner], "exchanging a message with one rank")
+
     def pipeline(self, fault: Fault | None, agree: Callable[[], None]) -> Pipeline:
         """Returns the messages of this job, which are under way while it computes; arguments as of the pipeline."""
         return Pipeline(self._transport, self._mail, self._sequence, fault, agree)

@@ -148,7 +148,7 @@ class BucketTable:
                 offset += numel
             if self._error_feedback:
                 specs = options.merge_small(specs)
-            layout = BucketLayout(specs, world_size)
+            layout = BucketLayout(specs, world_size, shares=options.owner_shares)
             on_device = options.device_codec and is_on_device(buffer)
             fields = {
                 "operation": "gradient bucket",

@@ -38,6 +38,7 @@ from qcomm.collectives import (
 from qcomm.collectives_cuda import DevicePart, check_device_options
 from qcomm.communicator import (
     CHANNELS,
+    UNEQUAL_CHANNELS,
     Communicator,
     Fault,
     Group,
@@ -336,7 +337,9 @@ class Reducer:
         if self.steps.serial <= self.steps.first_serial:
             return 1
         # Buffers in host memory for tensors on a device are few, and one worker at a time takes them.
-        return CHANNELS if is_compressed and bucket.buffer().is_cpu else 1
+        if not is_compressed or not bucket.buffer().is_cpu:
+            return 1
+        return UNEQUAL_CHANNELS if self._options.owner_shares else CHANNELS
 
     def _prepare(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
         """Returns the result of a step before the collective; its error is owed to the other ranks, who wait."""

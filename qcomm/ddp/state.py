@@ -53,8 +53,8 @@ class CompressionState:
             kept without the factor, so that a residual stays right when the scale changes.
         noise: a :class:`qcomm.GradientNoise` that measures the noise of the gradients, for ``stats()["noise"]``. Each
             rank may have one or not.
-        **options: ``mean_step``, ``small_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``num_threads``,
-            ``profile``, ``verify``, ``secret``, ``connections`` and ``device_codec`` of
+        **options: ``mean_step``, ``small_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``link_rates``,
+            ``num_threads``, ``profile``, ``verify``, ``secret``, ``connections`` and ``device_codec`` of
             :class:`qcomm.collectives.ReduceOptions`.
             ``stats()["strategies"]`` has the strategy that ``"auto"`` took for each bucket. A named strategy also runs
             in a world of one rank, where ``"auto"`` does nothing.

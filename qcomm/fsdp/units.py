@@ -165,7 +165,7 @@ class Unit:
                     compressed = may_round and options.is_compressed(numel)
                     specs.append(TensorSpec(parameter.key, offset, numel, compressed, may_round))
                 offset += parameter.padded
-            self._layouts[key] = BucketLayout(specs, replicas)
+            self._layouts[key] = BucketLayout(specs, replicas, shares=options.owner_shares)
         return self._layouts[key]
 
     def _make_room(self) -> None:

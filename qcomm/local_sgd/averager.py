@@ -141,9 +141,8 @@ class CompressedModelAverager(_CompressedAverager):
             ``min_elements``: smaller parameters travel uncompressed; 1024 by default.
             ``buffers_of``: a module whose floating-point buffers, such as BatchNorm's statistics, are averaged with the
             parameters, uncompressed and in fp32. By default buffers are not modified, as in torch's averagers.
-            ``mean_step``, ``strategy``, ``ranks_per_node``, ``num_threads``, ``profile``, ``verify``, ``secret``,
-            ``connections``:
-            as in :func:`qcomm.all_reduce`.
+            ``mean_step``, ``strategy``, ``ranks_per_node``, ``link_rates``, ``num_threads``, ``profile``,
+            ``verify``, ``secret``, ``connections``: as in :func:`qcomm.all_reduce`.
 
     Raises:
         TypeError, ValueError: naming the argument.

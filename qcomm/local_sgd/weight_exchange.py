@@ -300,7 +300,7 @@ class WeightExchange:
         options, reduce = self._options, self._options.reduce.for_world(world_size)
         specs = [entry.spec for entry in entries]
         merged = reduce.merge_small(specs) if self._merges_small and options.uses_feedback else specs
-        layout = BucketLayout(merged, world_size)
+        layout = BucketLayout(merged, world_size, shares=reduce.owner_shares)
         compared = {
             **fields,
             "exchange": options.exchange,
