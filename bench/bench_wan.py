@@ -3,6 +3,7 @@
     python bench/bench_wan.py --json bench/results/wan.json       # 4 hosts, 100 Mb/s, 50 ms one way: three minutes
     python bench/bench_wan.py --rate 1gbit --delay-ms 20 --loss 0.1% --methods "qcomm k=1" bf16 --steps 21
     python bench/bench_wan.py --width 520 --json bench/results/wan_small.json
+    python bench/bench_wan.py --host-rates 100mbit 100mbit 100mbit 20mbit --delay-ms 0 --shares equal measured
     python bench/bench_wan.py --hosts 2 --buckets 3 --strategies two_phase none --methods "qcomm k=1"
 
 The model is a chain of linear layers, each of whose gradients, 5.3 MB, is a bucket of DDP. It has next to nothing to
@@ -15,6 +16,7 @@ qcomm those handed to the transport, of torch's all-reduces those of a ring.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -42,6 +44,7 @@ TORCH_HOOKS = {
     "bf16": default_hooks.bf16_compress_hook,
 }
 QCOMM = ("qcomm k=0.5", "qcomm k=1", "qcomm k=2", "qcomm k=3.2", "qcomm k=3.4")
+SHARES = ("equal", "measured")  # of the buffer: alike for all ranks, or by what their links are measured to carry
 WIDTH = 1150  # of a layer: 5.3 MB of gradients
 SMALLEST_WIDTH = 513  # DDP's first bucket holds at least 1 MiB
 BATCH = 8
@@ -54,14 +57,21 @@ class Scene:
 
     Args:
         method: of TORCH_HOOKS or QCOMM.
-        strategy, connections: of qcomm.
+        strategy, connections, shares: of qcomm; shares are one of SHARES.
         buckets: of DDP.
         width: of a layer.
         group: of all ranks, that nothing else uses.
     """
 
     def __init__(
-        self, method: str, strategy: str, connections: int, buckets: int, width: int, group: dist.ProcessGroup
+        self,
+        method: str,
+        strategy: str,
+        connections: int,
+        shares: str,
+        buckets: int,
+        width: int,
+        group: dist.ProcessGroup,
     ) -> None:
         torch.manual_seed(0)
         layers = [torch.nn.Linear(width, width, bias=False) for _ in range(buckets)]
@@ -76,13 +86,21 @@ class Scene:
         )
         self.timeline: list[Event] = []
         self.state: qcomm.CompressionState | None = None
+        self.link_rates: tuple[float, ...] | None = None
         self._ring_bytes = 0
         if method in TORCH_HOOKS:
             self.ddp.register_comm_hook(None, RecordedHook(TORCH_HOOKS[method], self.timeline).hook)
             gradients = torch.empty(buckets * width * width, dtype=DTYPES[method], device="meta")
             self._ring_bytes = ring_bytes(gradients.nbytes)
         else:
-            self.state = qcomm.attach(self.ddp, grid=grid_of(method), strategy=strategy, connections=connections)
+            self.link_rates = None if shares == "equal" else qcomm.measure_link_rates(group, connections=connections)
+            self.state = qcomm.attach(
+                self.ddp,
+                grid=grid_of(method),
+                strategy=strategy,
+                connections=connections,
+                link_rates=self.link_rates,
+            )
             self.state.telemetry.timeline = self.timeline
         torch.manual_seed(1 + dist.get_rank())
         self.inputs = torch.randn(BATCH, width)
@@ -110,10 +128,10 @@ def wait_for_all(margin: float) -> None:
     time.sleep(max(0.0, float(begin) - time.perf_counter()))
 
 
-def measure(method: str, strategy: str, connections: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(method: str, strategy: str, connections: int, shares: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """On every rank: a row of the results."""
     group = dist.new_group()  # a group's connections are alike for all its uses
-    scene = Scene(method, strategy, connections, arguments.buckets, arguments.width, group)
+    scene = Scene(method, strategy, connections, shares, arguments.buckets, arguments.width, group)
     # The agreement on a begin takes a tree's or a ring's messages, one after another.
     margin = BEGIN_SECONDS + 2 * dist.get_world_size() * arguments.delay_ms / 1e3
     for _ in range(WARM_UP):
@@ -133,6 +151,8 @@ def measure(method: str, strategy: str, connections: int, arguments: argparse.Na
         "method": method,
         "strategy": strategy,
         "connections": connections,
+        "shares": shares,
+        "link_rates": scene.link_rates,
         "exposed_seconds": statistics.median(exposed),
         "p10": cuts[0],
         "p90": cuts[-1],
@@ -147,11 +167,11 @@ def run_rank(arguments: argparse.Namespace) -> None:
     rank, _ = start_rank()
     rows = []
     for method in arguments.methods:
-        for strategy in arguments.strategies if method in QCOMM else [""]:
-            for connections in arguments.connections if method in QCOMM else [1]:
-                rows.append(measure(method, strategy, connections, arguments))
-                if rank == 0:
-                    show(rows[-1])
+        of_qcomm = arguments.strategies, arguments.connections, arguments.shares
+        for choice in itertools.product(*of_qcomm) if method in QCOMM else [("", 1, "equal")]:
+            rows.append(measure(method, *choice, arguments))
+            if rank == 0:
+                show(rows[-1])
     if rank == 0:
         print(json.dumps(rows), flush=True)
     dist.barrier()
@@ -159,20 +179,23 @@ def run_rank(arguments: argparse.Namespace) -> None:
 
 
 def show(row: dict[str, Any]) -> None:
-    print(f"{row['method']:<12}{row['strategy']:<12}{row['connections']:>3} exposed {row['exposed_seconds']:.3f} s "
-          f"({row['p10']:.3f} .. {row['p90']:.3f}), backward {row['backward_seconds']:.3f} s, "
-          f"{row['bytes_sent'] / 1e6:.3f} MB a step", file=sys.stderr, flush=True)  # fmt: skip
+    print(f"{row['method']:<12}{row['strategy']:<12}{row['connections']:>3} {row['shares']:<9}"
+          f"exposed {row['exposed_seconds']:.3f} s ({row['p10']:.3f} .. {row['p90']:.3f}), "
+          f"backward {row['backward_seconds']:.3f} s, {row['bytes_sent'] / 1e6:.3f} MB a step",
+          file=sys.stderr, flush=True)  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=4)
     parser.add_argument("--rate", default="100mbit", help="of every host's link, as tc writes it")
+    parser.add_argument("--host-rates", nargs="+", default=[], help="of each host's link, in their place")
     parser.add_argument("--buckets", type=int, default=5, help="that DDP exchanges in a step")
     parser.add_argument("--width", type=int, default=WIDTH, help="of a layer, whose gradients are a bucket")
     parser.add_argument("--methods", nargs="+", choices=(*TORCH_HOOKS, *QCOMM), default=["qcomm k=1", "fp32"])
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=["two_phase"], help="of qcomm")
     parser.add_argument("--connections", nargs="+", type=int, default=[1], help="of qcomm to each host and channel")
+    parser.add_argument("--shares", nargs="+", choices=SHARES, default=["equal"], help="of qcomm's owners")
     parser.add_argument("--steps", type=int, default=9, help="that are counted, of each method")
     add_wan_options(parser)
     parser.set_defaults(delay_ms=50.0)
@@ -184,14 +207,16 @@ def main() -> int:
     if is_rank():
         run_rank(arguments)
         return 0
+    hosts = len(arguments.host_rates) or arguments.hosts
     wan = wan_from(arguments)
-    header = about(wan, **{name: getattr(arguments, name) for name in ("hosts", "rate", "buckets", "width", "steps")})
+    names = ("rate", "host_rates", "buckets", "width", "steps")
+    header = about(wan, hosts=hosts, **{name: getattr(arguments, name) for name in names})
     options = [f"--{name}={getattr(arguments, name)}" for name in ("buckets", "width", "steps")]
     options += ["--methods", *arguments.methods]
     options += ["--strategies", *arguments.strategies, "--delay-ms", str(arguments.delay_ms)]
-    options += ["--connections", *map(str, arguments.connections)]
+    options += ["--connections", *map(str, arguments.connections), "--shares", *arguments.shares]
     try:
-        rows = run_ranks(__file__, options, arguments.hosts, arguments.rate, wan=wan)
+        rows = run_ranks(__file__, options, hosts, arguments.rate, wan=wan)
     except (NetlabError, RanksError) as error:
         return explain(error, "bench_wan", "--rate none --delay-ms 0 needs no rights")
     write(arguments.json, {**header, "load_after": about()["load"], "rows": rows})

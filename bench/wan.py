@@ -239,8 +239,17 @@ def add_wan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def wan_from(arguments: argparse.Namespace) -> Wan | None:
-    """The links that :func:`add_wan_options` asked for; None if tc does without the hub."""
+    """The links that :func:`add_wan_options` asked for; None if tc does without the hub.
+
+    A bench may have ``host_rates``, a rate for each host in both directions.
+    """
+    rates = tuple(getattr(arguments, "host_rates", ()))
     wan = Wan(
-        delay_ms=arguments.delay_ms, jitter_ms=arguments.jitter_ms, loss=arguments.loss, control=arguments.control
+        delay_ms=arguments.delay_ms,
+        jitter_ms=arguments.jitter_ms,
+        loss=arguments.loss,
+        control=arguments.control,
+        up=rates,
+        down=rates,
     )
     return None if wan == Wan() else wan
