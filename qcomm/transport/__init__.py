@@ -1,7 +1,7 @@
 """Transport: one interface that carries messages between ranks, over gloo and MPI."""
 
 from qcomm.transport.base import MESSAGE_BYTES, Exchange, Mail, Traffic, Transfer, Transport, TransportError
-from qcomm.transport.gloo import GlooTransport, break_connections
+from qcomm.transport.gloo import GlooTransport, Meeting, break_connections
 from qcomm.transport.key_file import KeyFile
 from qcomm.transport.launchers import find_place, init_from_environment
 from qcomm.transport.mpi_group import MpiGroup
@@ -16,6 +16,7 @@ __all__ = [
     "GlooTransport",
     "KeyFile",
     "Mail",
+    "Meeting",
     "MpiGroup",
     "Traffic",
     "Transfer",

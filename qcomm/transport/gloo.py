@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,34 +24,48 @@ from qcomm.transport.base import Transfer, Transport, TransportError
 from qcomm.transport.gloo_connections import GlooConnections
 from qcomm.transport.lost_ranks import LostRanks
 
-__all__ = ["GlooTransport", "break_connections"]
+__all__ = ["GlooTransport", "Meeting", "break_connections"]
 
 # The tag of a message that is never sent.
 ABANDON_TAG = 1 << 30
 ABANDON_TIMEOUT = timedelta(milliseconds=1)
 
 
+class Meeting(NamedTuple):
+    """Ranks that meet at a store. Those of a process group do, and those that torch.distributed has no group of.
+
+    Attributes:
+        store: of these ranks.
+        ranks, rank, timeout: as of a :class:`Transport`.
+    """
+
+    store: dist.Store
+    ranks: Sequence[int]
+    rank: int
+    timeout: timedelta
+
+
 class GlooTransport(Transport):
     """The transport of a process group over gloo, which aborts the process if a message is larger than its buffer.
 
     Args:
-        group: any process group this process belongs to, whatever its backend.
+        group: any process group this process belongs to, whatever its backend, or the meeting of ranks without one.
 
     Raises:
         TransportError: a rank did not take part within the timeout.
     """
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        super().__init__(dist.get_process_group_ranks(group), dist.get_rank(group), _group_timeout(group))
+    def __init__(self, group: dist.ProcessGroup | Meeting) -> None:
+        meeting = group if isinstance(group, Meeting) else _meeting_of(group)
+        super().__init__(meeting.ranks, meeting.rank, meeting.timeout)
         self._lost: LostRanks | None = None
         self._has_abandoned = False
         self._gloo: Any = None  # a ProcessGroupGloo; torch's stubs do not know its send and recv
         self._store: Any = None  # of these connections alone; torch's stubs do not know clone
         if self.world_size > 1:
-            self._gloo = self._connect(group)
+            self._gloo = self._connect(meeting.store)
 
-    def _connect(self, group: dist.ProcessGroup) -> ProcessGroupGloo:
-        store = _group_store(group)
+    def _connect(self, store: dist.Store) -> ProcessGroupGloo:
         # The name must be new to this store, or a rank might find the addresses of closed connections. Each rank counts
         # its own communicators in the store, which outlives a group that is made anew on it. All ranks make them in the
         # same order.
@@ -201,6 +215,11 @@ def break_connections(gloo: Any, peers: Sequence[int]) -> None:
             gloo.recv([torch.empty(1, dtype=torch.float32, device="cpu")], peer, ABANDON_TAG).wait(ABANDON_TIMEOUT)
         except RuntimeError:  # the timeout, or the connection to this peer is broken already
             continue
+
+
+def _meeting_of(group: dist.ProcessGroup) -> Meeting:
+    ranks = dist.get_process_group_ranks(group)
+    return Meeting(_group_store(group), ranks, dist.get_rank(group), _group_timeout(group))
 
 
 def _group_timeout(group: dist.ProcessGroup) -> timedelta:
