@@ -43,8 +43,8 @@ train: $(BUILT)  ## train a ResNet with two processes, compressed and not (under
 test: $(BUILT)  ## run the tests and the docstrings' examples
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
 
-test-frameworks: $(BUILT)  ## install Lightning, Accelerate and transformers, and test training in them
-	$(PIP) install --quiet --no-build-isolation --editable '.[train,test,lint,lightning,accelerate,transformers]'
+test-frameworks: $(BUILT)  ## install Lightning, Accelerate, transformers and torchft, and test training in them
+	$(PIP) install --quiet --no-build-isolation --editable '.[train,test,lint,lightning,accelerate,transformers,torchft]'
 	$(BIN)/python -m pytest tests/integrations qcomm/integrations $(TEST_ARGS)
 
 lint: $(BUILT)  ## check style and types (tools/lint.sh --fix repairs what can be repaired)

@@ -2,5 +2,5 @@
 
 import importlib.util
 
-FRAMEWORKS = ("accelerate", "lightning", "transformers")
+FRAMEWORKS = ("accelerate", "lightning", "torchft", "transformers")
 collect_ignore = [f"qcomm/integrations/{name}.py" for name in FRAMEWORKS if importlib.util.find_spec(name) is None]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 # Programs, which doctests would import: launchers start them. The first fails where mpi4py is installed and no MPI is.
-PROGRAMS = ("mpi_cases", "soak_ranks", "soak_minutes", "framework_script")
+PROGRAMS = ("mpi_cases", "soak_ranks", "soak_minutes", "framework_script", "torchft_replicas")
 collect_ignore = ["soak.py", *(f"support/{name}.py" for name in PROGRAMS)]
 
 

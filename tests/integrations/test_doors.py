@@ -11,7 +11,8 @@ import torch
 import qcomm
 from qcomm.integrations.ddp_models import find_ddp
 
-FRAMEWORKS = ("accelerate", "lightning", "pytorch_lightning", "transformers")
+MODULES = ("accelerate", "lightning", "torchft", "transformers")
+FRAMEWORKS = (*MODULES, "pytorch_lightning")
 
 
 def python(program):
@@ -32,13 +33,13 @@ def test_a_missing_framework_is_an_error_with_the_command_that_installs_it():
     program = f"""
 import importlib, sys
 sys.modules.update(dict.fromkeys({FRAMEWORKS}))
-for name in ("accelerate", "lightning", "transformers"):
+for name in {MODULES}:
     try:
         importlib.import_module("qcomm.integrations." + name)
     except ImportError as error:
         print(error)
 """
-    for line, name in zip(python(program).splitlines(), ("accelerate", "lightning", "transformers"), strict=True):
+    for line, name in zip(python(program).splitlines(), MODULES, strict=True):
         assert line.startswith(f"qcomm.integrations.{name} needs {name}: pip install 'qcomm[{name}]' ("), line
 
 
