@@ -2,8 +2,11 @@
 
 from datetime import timedelta
 
+import late_device
 import pytest
 import torch
+from distributed import world
+from late_device import ORDERS
 from quorums import connected, exchanged, flat_total, residuals_of, total, two_phase
 
 import qcomm
@@ -54,6 +57,22 @@ def test_bytes_are_a_few_bits_a_value_and_a_mean_is_divided():
     assert float((means[0] - sum(values) / 2).abs().max()) < 1.1  # half a step of the values, and of the means
     for replica in quorum:
         replica.close()
+
+
+@world(1, on_device=True)
+def test_tensors_on_a_device_get_the_bits_of_the_cpu(rank, world_size):
+    for seed in ORDERS[:2]:
+        with late_device.order(seed):
+            outcomes = []
+            for device in ("cpu", "late"):
+                quorum, residuals = connected(2, two_phase()), residuals_of(2)
+                for step in range(2):
+                    values = [(value.to(device) * 2).div_(2) for value in gradients(step, 2, 5000)]
+                    results = exchanged(quorum, residuals, values)
+                outcomes.append([(result * 1).cpu() for result in results])
+                for replica in quorum:
+                    assert replica.close()
+            assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
 
 
 def test_a_replica_that_is_alone_sends_nothing_and_keeps_its_residuals():
