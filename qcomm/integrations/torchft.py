@@ -274,6 +274,8 @@ def _checked(options: ReduceOptions, error_feedback: bool) -> ReduceOptions:
         raise ValueError(f"strategy must be one of {STRATEGIES} under torchft, got {options.strategy!r}")
     if options.device_codec:
         raise ValueError("device_codec must be False under torchft, got True: its groups come and go without NCCL's")
+    if options.link_rates is not None:
+        raise ValueError(f"link_rates must be None under torchft, whose replicas change, got {options.link_rates}")
     if error_feedback:
         options.check_feedback()
     return options

@@ -153,3 +153,5 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="step must be at most"):
         group(grid=qcomm.SigmaGrid(step=5.0))
     assert group(grid=qcomm.SigmaGrid(step=5.0), error_feedback=False).state_dict()["residuals"] == {}
+    with pytest.raises(ValueError, match="link_rates must be None"):
+        group(link_rates=[1, 2])
