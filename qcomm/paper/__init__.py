@@ -5,7 +5,7 @@ A. Oland and B. Raj, "Reducing communication overhead in distributed learning by
 """
 
 from qcomm.paper import ablation, bit_allocation, bit_rate, entropy, gradient_rms, lossless, quantization_levels
-from qcomm.paper.evaluation import deviation, plus_minus, spread
+from qcomm.paper.evaluation import deviation, paired, plus_minus, spread, with_interval
 from qcomm.paper.experiment import Experiment, perform
 from qcomm.paper.plots import COLOURS, check_available, figure, save
 from qcomm.paper.results import to_text, write_atomically
@@ -26,10 +26,12 @@ __all__ = [
     "check_available",
     "deviation",
     "figure",
+    "paired",
     "perform",
     "plus_minus",
     "save",
     "spread",
     "to_text",
+    "with_interval",
     "write_atomically",
 ]

@@ -3,11 +3,13 @@
 ``qcomm study`` is the command-line interface of this package; docs/studies.md has the results.
 """
 
-from qcomm.studies import bit_rule, noise_scale, partitions
+from qcomm.studies import batch_size, bit_rule, noise_scale, partitions
 from qcomm.studies.settings import DATASETS, StudySettings
 from qcomm.studies.study import Study, perform
 
 # By their names in `qcomm study`.
-STUDIES: dict[str, Study] = {module.STUDY.name: module.STUDY for module in (noise_scale, bit_rule, partitions)}
+STUDIES: dict[str, Study] = {
+    module.STUDY.name: module.STUDY for module in (noise_scale, batch_size, bit_rule, partitions)
+}
 
 __all__ = ["DATASETS", "STUDIES", "Study", "StudySettings", "perform"]
