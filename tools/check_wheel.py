@@ -21,7 +21,11 @@ MACHINE_PATH = re.compile(rb"/(?:home|root|Users|tmp|work|build)/[\w.-]+")
 
 def package_files(root: Path) -> "set[str]":
     """The files of the package that belong into a wheel, relative to ``root``."""
-    files = (path for path in (root / "qcomm").rglob("*") if path.suffix in {".py", ".pyi"} or path.name == "py.typed")
+    files = (
+        path
+        for path in (root / "qcomm").rglob("*")
+        if path.suffix in {".py", ".pyi", ".html"} or path.name == "py.typed"
+    )
     return {path.relative_to(root).as_posix() for path in files}
 
 

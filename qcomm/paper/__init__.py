@@ -7,7 +7,7 @@ A. Oland and B. Raj, "Reducing communication overhead in distributed learning by
 from qcomm.paper import ablation, bit_allocation, bit_rate, entropy, gradient_rms, lossless, quantization_levels
 from qcomm.paper.evaluation import deviation, paired, plus_minus, spread, with_interval
 from qcomm.paper.experiment import Experiment, perform
-from qcomm.paper.plots import COLOURS, check_available, figure, save
+from qcomm.paper.plots import COLOURS, check_available, figure, points, save
 from qcomm.paper.results import to_text, write_atomically
 from qcomm.paper.settings import DATASETS, Settings
 
@@ -29,6 +29,7 @@ __all__ = [
     "paired",
     "perform",
     "plus_minus",
+    "points",
     "save",
     "spread",
     "to_text",

@@ -1,10 +1,11 @@
 """Definition and execution of a study."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 
 Document = dict[str, Any]
 Claim = dict[str, str]
+Settings = TypeVar("Settings", bound=StudySettings)
 
 
 @dataclass(frozen=True)
-class Study:
-    """One study.
+class Study(Generic[Settings]):
+    """One study, of settings that may have fields of their own.
 
     Attributes:
         name: of the command and of the files.
@@ -36,16 +38,16 @@ class Study:
     name: str
     help: str
     arms: tuple[str, ...]
-    measure: Callable[[StudySettings, RunKey], Run]
+    measure: Callable[[Settings, RunKey], Run]
     claim: Callable[[Sequence[Run]], list[Claim]]
     draw: Callable[[Document], "Figure"]
 
-    def wanted(self, settings: StudySettings) -> list[RunKey]:
+    def wanted(self, settings: Settings) -> list[RunKey]:
         """Returns all runs; those of one seed follow each other, so that an unfinished study has whole seeds."""
         return [RunKey(arm, seed) for seed in settings.seeds for arm in self.arms]
 
 
-def perform(study: Study, settings: StudySettings, out: Path, command: list[str]) -> Document:
+def perform(study: Study[Settings], settings: Settings, out: Path, command: list[str]) -> Document:
     """Makes the runs that are not stored yet, and writes ``<out>/<study>.json`` and ``.png``.
 
     Args:
@@ -69,7 +71,9 @@ def perform(study: Study, settings: StudySettings, out: Path, command: list[str]
     for number, key in enumerate(missing):
         left = "" if not number else f", {(time.perf_counter() - begin) / number * (len(missing) - number):.0f} s left"
         print(f"{number + 1}/{len(missing)} {key.arm}, seed {key.seed}{left}", flush=True)
-        records.append(key, _measure_on_one_thread(study, settings, key))
+        with one_thread():
+            result = study.measure(settings, key)
+        records.append(key, result)
     stored = records.read()
     runs = [stored[key] for key in wanted]
     document = {
@@ -85,11 +89,12 @@ def perform(study: Study, settings: StudySettings, out: Path, command: list[str]
     return document
 
 
-def _measure_on_one_thread(study: Study, settings: StudySettings, key: RunKey) -> Run:
-    """Makes one run. The number of threads would change its last bits."""
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Keeps torch to one thread. Their number would change the last bits of a run."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return study.measure(settings, key)
+        yield
     finally:
         torch.set_num_threads(threads)
