@@ -22,7 +22,7 @@ app = typer.Typer(
 _DATA, _FILTER, _RUNS = "Data and training", "Filter", "Runs"
 _EXAMPLES = (
     "\n\nExamples:\n\n"
-    "qcomm study {name}  (a few minutes on one core; continues where it was interrupted)\n\n"
+    "qcomm study {name}  ({time}; continues where it was interrupted)\n\n"
     "qcomm study {name} --dataset digits --train-images 1000 --runs 1 --steps 40 --out runs/quick"
 )
 
@@ -128,9 +128,11 @@ def _command(study: Study[Any], options_of: type[StudyOptions]) -> Callable[...,
 
 
 _OPTIONS: dict[str, type[StudyOptions]] = {"data-filter": FilterOptions}
+_TIMES = {"data-filter": "half an hour of a shared core"}
 _MORE_EXAMPLES = {
     "data-filter": "\n\nqcomm study data-filter --noise 0.2 --out runs/noise-20 --html runs/noise-20/map.html",
 }
 for _study in STUDIES.values():
-    _help = _study.help + _EXAMPLES.format(name=_study.name) + _MORE_EXAMPLES.get(_study.name, "")
+    _examples = _EXAMPLES.format(name=_study.name, time=_TIMES.get(_study.name, "a few minutes on one core"))
+    _help = _study.help + _examples + _MORE_EXAMPLES.get(_study.name, "")
     app.command(_study.name, help=_help)(_command(_study, _OPTIONS.get(_study.name, StudyOptions)))
