@@ -5,7 +5,7 @@
 
 from qcomm.recipes.compare import comparison_configs, run_all
 from qcomm.recipes.config import AMP_MODES, GRIDS, METHODS, TrainConfig
-from qcomm.recipes.datasets import DATASET_NAMES, NUM_CLASSES, Split, augmentation_generator, load_dataset
+from qcomm.recipes.datasets import DATASET_NAMES, NUM_CLASSES, Dataset, Split, augmentation_generator, load_dataset
 from qcomm.recipes.errors import RecipeError
 from qcomm.recipes.launch import USER_ERROR, launch, launched_world_size
 from qcomm.recipes.models import MODEL_NAMES
@@ -19,6 +19,7 @@ __all__ = [
     "MODEL_NAMES",
     "NUM_CLASSES",
     "USER_ERROR",
+    "Dataset",
     "RecipeError",
     "Split",
     "TrainConfig",

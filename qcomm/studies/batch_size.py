@@ -18,7 +18,7 @@ from torch import nn
 import qcomm
 from qcomm.codec import CPU
 from qcomm.paper import COLOURS, figure, paired, plus_minus, spread, with_interval
-from qcomm.recipes import RecipeError, Split, load_dataset
+from qcomm.recipes import Split
 from qcomm.studies.networks import NETWORKS
 from qcomm.studies.records import Run
 from qcomm.studies.settings import RunKey, StudySettings
@@ -67,11 +67,8 @@ ARMS = {
 
 def measure(settings: StudySettings, key: RunKey) -> Run:
     """Trains one arm with one seed; a loss that is not finite ends the run."""
-    data, arm = load_dataset(settings.dataset, settings.data_dir), ARMS[key.arm]
-    if settings.train_images > len(data.train):
-        raise RecipeError(f"--train-images is {settings.train_images}; {settings.dataset} has {len(data.train)}")
-    first, test = data.train.first(settings.train_images), data.test.first(TEST_IMAGES)
-    split = Split(data.normalise(first.images), first.labels)
+    (data, first), arm = settings.load(), ARMS[key.arm]
+    split, test = Split(data.normalise(first.images), first.labels), data.test.first(TEST_IMAGES)
     seen = settings.steps * settings.batch_size * settings.workers
     steps, share = max(1, seen // arm.batch), max(1, arm.batch // settings.workers)
     torch.manual_seed(key.seed)

@@ -13,7 +13,7 @@ import torch
 import qcomm
 from qcomm.codec import RangeGrid
 from qcomm.paper import COLOURS, figure, plus_minus, spread
-from qcomm.recipes import Split, load_dataset
+from qcomm.recipes import Split
 from qcomm.studies.networks import mlp
 from qcomm.studies.records import Run
 from qcomm.studies.settings import RunKey, StudySettings
@@ -38,9 +38,8 @@ BITS_EVERY = 20  # steps
 
 def measure(settings: StudySettings, key: RunKey) -> Run:
     """Trains one arm with one seed."""
-    data, grid = load_dataset(settings.dataset, settings.data_dir), ARMS[key.arm]
-    first, test = data.train.first(settings.train_images), data.test.first(TEST_IMAGES)
-    split = Split(data.normalise(first.images), first.labels)
+    (data, first), grid = settings.load(), ARMS[key.arm]
+    split, test = Split(data.normalise(first.images), first.labels), data.test.first(TEST_IMAGES)
     torch.manual_seed(key.seed)
     model, generator = mlp(data.channels), torch.Generator().manual_seed(1000 + key.seed)
     exchange = Exchange(grid, settings.workers)

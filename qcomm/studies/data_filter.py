@@ -110,13 +110,6 @@ class Map(NamedTuple):
         return keep(self.places, self.labels, settings.min_samples, factor=factor)
 
 
-def _training_images(settings: FilterSettings) -> Split:
-    data = load_dataset(settings.dataset, settings.data_dir)
-    if settings.train_images > len(data.train):
-        raise RecipeError(f"--train-images is {settings.train_images}; {settings.dataset} has {len(data.train)}")
-    return data.train.first(settings.train_images)
-
-
 @lru_cache(maxsize=2)  # for the arms of one seed and one labelling
 def image_map(settings: FilterSettings, labelling: str, seed: int) -> Map:
     """Trains the network for features on all images, and maps these to the plane.
@@ -126,7 +119,7 @@ def image_map(settings: FilterSettings, labelling: str, seed: int) -> Map:
         labelling: ``"clean"`` or ``"planted"``.
         seed: of the planted labels, of the network and of t-SNE.
     """
-    data, first = load_dataset(settings.dataset, settings.data_dir), _training_images(settings)
+    data, first = settings.load()
     labels, planted = plant(first.labels, settings.noise if labelling == PLANTED else 0.0, seed)
     images, batch = data.normalise(first.images), settings.workers * settings.batch_size
     model = train(Split(images, labels), settings.feature_steps, batch, settings.learning_rate, 500 + seed)

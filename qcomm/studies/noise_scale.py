@@ -19,7 +19,7 @@ import qcomm
 from qcomm.codec import CPU
 from qcomm.ddp import tail_index
 from qcomm.paper import COLOURS, deviation, figure, plus_minus, spread
-from qcomm.recipes import RecipeError, Split, load_dataset
+from qcomm.recipes import Split
 from qcomm.studies.networks import NETWORKS
 from qcomm.studies.records import Run
 from qcomm.studies.settings import RunKey, StudySettings
@@ -58,10 +58,7 @@ def windows(steps: int) -> list[int]:
 
 def measure(settings: StudySettings, key: RunKey) -> Run:
     """Trains one arm with one seed, and measures its noise in windows; then with frozen weights."""
-    data = load_dataset(settings.dataset, settings.data_dir)
-    if settings.train_images > len(data.train):
-        raise RecipeError(f"--train-images is {settings.train_images}; {settings.dataset} has {len(data.train)}")
-    first = data.train.first(settings.train_images)
+    data, first = settings.load()
     split = Split(data.normalise(first.images), first.labels)
     name, grid_step = ARMS[key.arm]
     torch.manual_seed(key.seed)

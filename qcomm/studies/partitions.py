@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from qcomm.codec import RangeGrid
 from qcomm.paper import COLOURS, deviation, figure, plus_minus, spread
 from qcomm.partitions import KFilter, LocalStage, LossFilter, SampleFilter, SequentialPartitions
-from qcomm.recipes import NUM_CLASSES, RecipeError, Split, load_dataset
+from qcomm.recipes import NUM_CLASSES, Split
 from qcomm.studies.records import Run
 from qcomm.studies.settings import RunKey, StudySettings
 from qcomm.studies.study import Claim, Document, Study
@@ -90,11 +90,8 @@ def stages(channels: int, cuts: Sequence[int]) -> list[LocalStage]:
 
 def measure(settings: StudySettings, key: RunKey) -> Run:
     """Trains one arm with one seed."""
-    data, arm = load_dataset(settings.dataset, settings.data_dir), ARMS[key.arm]
-    if settings.train_images > len(data.train):
-        raise RecipeError(f"--train-images is {settings.train_images}; {settings.dataset} has {len(data.train)}")
-    first, test = data.train.first(settings.train_images), data.test.first(TEST_IMAGES)
-    split = Split(data.normalise(first.images), first.labels)
+    (data, first), arm = settings.load(), ARMS[key.arm]
+    split, test = Split(data.normalise(first.images), first.labels), data.test.first(TEST_IMAGES)
     torch.manual_seed(key.seed)
     parts = stages(data.channels, arm.cuts)
     optimizers = [torch.optim.SGD(part.parameters(), lr=settings.learning_rate, momentum=0.9) for part in parts]

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qcomm.recipes import DATASET_NAMES, RecipeError
+from qcomm.recipes import DATASET_NAMES, Dataset, RecipeError, Split, load_dataset
 
 DATASETS = DATASET_NAMES
 
@@ -61,6 +61,17 @@ class StudySettings:
     def seeds(self) -> range:
         """The seeds of each arm."""
         return range(self.seed, self.seed + self.runs)
+
+    def load(self) -> tuple[Dataset, Split]:
+        """Returns the data set, and its first ``train_images`` training images.
+
+        Raises:
+            RecipeError: the data set is not there, or has fewer images.
+        """
+        data = load_dataset(self.dataset, self.data_dir)
+        if self.train_images > len(data.train):
+            raise RecipeError(f"--train-images is {self.train_images}; {self.dataset} has {len(data.train)}")
+        return data, data.train.first(self.train_images)
 
     def of_a_run(self) -> dict[str, Any]:
         """Returns the fields that one run depends on, as JSON types."""
