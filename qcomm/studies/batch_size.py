@@ -156,7 +156,7 @@ def fit_critical_batch(points: Sequence[tuple[int, int]]) -> float | None:
 
     Example:
         >>> round(fit_critical_batch([(16, 700), (64, 250), (256, 138), (1024, 109)]))
-        95
+        96
     """
     if len(points) < 3:
         return None
