@@ -39,34 +39,34 @@ def build(folder: Path, sanitizer: str, plant: str | None = None) -> Path:
         "-fno-sanitize-recover=all",
     ]
     mine = sorted((ROOT / "csrc/cuda").glob("*.cu")) + sorted((ROOT / "tests/cuda_emulation").glob("*.cpp"))
-    jobs = _cpu_jobs(folder)
+    jobs = cpu_jobs(folder)
     for path in mine:
         planted = plant is not None and plant in _with_headers(path)
         variant = f"{sanitizer}-{plant}" if planted else sanitizer
         jobs.append((path, folder / variant / f"{path.name}.o", [*flags, *([f"-D{plant}"] if planted else [])]))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_compile, jobs))
+        list(pool.map(compile_source, jobs))
     program = folder / f"emulated_kernels-{sanitizer}{'-' + plant if plant else ''}"
-    _run([*flags, "-o", str(program), *(str(target) for _, target, _ in jobs), "-pthread"])
+    run_compiler([*flags, "-o", str(program), *(str(target) for _, target, _ in jobs), "-pthread"])
     return program
 
 
 def build_module(folder: Path, includes: Sequence[str]) -> Path:
     """``qcomm._cuda`` over the emulation, whose device memory is the host's; ``includes``: of Python and pybind11."""
-    jobs = _cpu_jobs(folder)
+    jobs = cpu_jobs(folder)
     for path in sorted((ROOT / "csrc/cuda").glob("*.cu")):
         jobs.append((path, folder / "module" / f"{path.name}.o", MODULE_FLAGS))
     # Only what a caller hands over goes through the bindings, so they need not be fast.
     flags = [*MODULE_FLAGS, "-O0", *(f"-I{path}" for path in includes)]
     jobs.append((ROOT / "csrc/cuda/bindings.cpp", folder / "module" / "bindings.cpp.o", flags))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(_compile, jobs))
+        list(pool.map(compile_source, jobs))
     module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    _run(["-shared", "-o", str(module), *(str(target) for _, target, _ in jobs), "-pthread"])
+    run_compiler(["-shared", "-o", str(module), *(str(target) for _, target, _ in jobs), "-pthread"])
     return module
 
 
-def _cpu_jobs(folder: Path) -> list[tuple[Path, Path, list[str]]]:
+def cpu_jobs(folder: Path) -> list[tuple[Path, Path, list[str]]]:
     """The CPU codec, of which the programs and the module have the same objects."""
     sources = [
         path for path in sorted((ROOT / "csrc/cpu").glob("*.cpp")) if "avx" not in path.name and "neon" not in path.name
@@ -88,18 +88,32 @@ def _with_headers(source: Path) -> str:
     return "".join(texts.values())
 
 
-def _compile(job: tuple[Path, Path, list[str]]) -> None:
-    source, target, flags = job
+def is_current(source: Path, target: Path, more_folders: Sequence[Path] = ()) -> bool:
+    """Whether an object is newer than its source and the headers of its folder, the codec and ``more_folders``."""
     folders = (source.parent, ROOT / "csrc/include/qcomm", ROOT / "csrc/cuda", ROOT / "tests/cuda_emulation")
-    headers = [path for folder in folders for path in folder.iterdir() if path.suffix in {".h", ".cuh", ".inl"}]
+    headers = [
+        path
+        for folder in (*folders, *more_folders)
+        for path in folder.iterdir()
+        if path.suffix in {".h", ".cuh", ".inl"}
+    ]
     newest = max(path.stat().st_mtime for path in [source, Path(__file__), *headers])
-    if target.exists() and target.stat().st_mtime > newest:
+    return target.exists() and target.stat().st_mtime > newest
+
+
+def compile_source(job: tuple[Path, Path, list[str]]) -> None:
+    """Compiles a source to an object with flags. Folders that these include go before those of the emulation."""
+    source, target, flags = job
+    if is_current(source, target, [Path(flag[2:]) for flag in flags if flag.startswith("-I")]):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    _run([*FLAGS, *flags, *INCLUDES, "-x", "c++", "-c", str(source), "-o", str(target)])
+    # Two processes of tests may build the same object.
+    made = target.with_suffix(f".{os.getpid()}")
+    run_compiler([*FLAGS, *flags, *INCLUDES, "-x", "c++", "-c", str(source), "-o", str(made)])
+    made.replace(target)
 
 
-def _run(arguments: Sequence[str]) -> None:
+def run_compiler(arguments: Sequence[str]) -> None:
     done = subprocess.run([compiler() or "c++", *arguments], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(arguments)}\n{done.stderr}")

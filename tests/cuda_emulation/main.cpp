@@ -5,7 +5,7 @@
 #include <cstring>
 
 #include "cases.h"
-#include "cuda_emulation.h"
+#include "launch.h"
 #include "qcomm/sigma_code.h"
 #include "suite.h"
 

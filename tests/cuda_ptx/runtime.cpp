@@ -1,0 +1,168 @@
+// The CUDA runtime's entry points that objects of nvcc call, in the place of libcudart: launches run in the
+// interpreter, device memory is the host's, and a stream does its work at once.
+//
+// The environment, as the program's arguments are those of the emulation:
+//   CUDA_PTX_FILES   folder of the kernels' PTX
+//   CUDA_PTX_RACES   1: look for races
+//   CUDA_PTX_COUNTS  file that gets what the kernels did, as JSON: counts.h
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+
+#include "cuda_emulation.h"
+#include "machine.h"
+#include "parser.h"
+#include "runtime.h"
+
+namespace ptx {
+namespace {
+
+using Kernels = std::map<std::string, Kernel>;  // by plain_name()
+
+struct Dimensions {
+    unsigned x, y, z;
+};
+struct Configuration {
+    Dimensions grid, block;
+    std::size_t shared_bytes;
+    void* stream;
+};
+
+std::string variable(const char* name) {
+    const char* const value = std::getenv(name);
+    return value == nullptr ? "" : value;
+}
+
+void write_counts(const std::string& path, const Kernels& kernels) {
+    std::ofstream out(path);
+    const char* separator = "{\n";
+    for (const auto& [name, kernel] : kernels) {
+        if (kernel.counts.launches == 0) continue;
+        out << separator << "\"" << name << "\": ";
+        kernel.counts.write_json(out);
+        separator = ",\n";
+    }
+    out << "\n}\n";
+}
+
+class Runtime {
+public:
+    Runtime() : races_(variable("CUDA_PTX_RACES") == "1"), counts_(variable("CUDA_PTX_COUNTS")) {
+        const std::string folder = variable("CUDA_PTX_FILES");
+        if (folder.empty()) return;
+        for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+            if (entry.path().extension() != ".ptx") continue;
+            std::stringstream text;
+            text << std::ifstream(entry.path()).rdbuf();
+            find_kernels(text.str(), entry.path().string(), texts_);
+        }
+    }
+    ~Runtime() {
+        if (!counts_.empty()) write_counts(counts_, kernels_);
+    }
+
+    void add(const std::string& text) {
+        kernels_.clear();
+        find_kernels(text, "text", texts_);
+    }
+
+    Kernel& kernel(const std::string& mangled) {
+        const std::string name = plain_name(mangled);
+        const auto known = kernels_.find(name);
+        if (known != kernels_.end()) return known->second;
+        const auto text = texts_.find(name);
+        if (text == texts_.end()) stop("CUDA_PTX_FILES has no kernel " + mangled);
+        return kernels_[name] = read_kernel(text->second);
+    }
+
+    void launch(Kernel& kernel, const Dimensions& grid, const Dimensions& block, void** arguments,
+                std::size_t shared_bytes) const {
+        if (grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1) stop("a launch in more than one dimension");
+        std::vector<std::uint8_t> parameters(kernel.parameter_bytes);
+        for (std::size_t n = 0; n < kernel.parameters.size(); ++n)
+            std::memcpy(&parameters[kernel.parameters[n].offset], arguments[n], kernel.parameters[n].bytes);
+        const Options options = {emulation::seed, races_, !counts_.empty()};
+        Machine(kernel, options, grid.x, block.x, shared_bytes, std::move(parameters)).run();
+    }
+
+private:
+    const bool races_;
+    const std::string counts_;
+    KernelTexts texts_;
+    Kernels kernels_;  // that have been launched
+};
+
+Runtime& runtime() {
+    static Runtime runtime;
+    return runtime;
+}
+
+// nvcc's objects register their kernels before main begins.
+std::unordered_map<const void*, std::string>& registered() {
+    static std::unordered_map<const void*, std::string> names;
+    return names;
+}
+
+Configuration pending;
+
+}  // namespace
+
+void launch(const std::string& text, const std::string& name, unsigned blocks, unsigned threads,
+            std::size_t shared_bytes, std::vector<void*> arguments) {
+    runtime().add(text);
+    runtime().launch(runtime().kernel(name), {blocks, 1, 1}, {threads, 1, 1}, arguments.data(), shared_bytes);
+}
+
+}  // namespace ptx
+
+using ptx::Dimensions;
+
+extern "C" {
+
+void** __cudaRegisterFatBinary(void*) {
+    static void* handle = nullptr;
+    return &handle;
+}
+void __cudaRegisterFatBinaryEnd(void**) {}
+void __cudaUnregisterFatBinary(void**) {}
+void __cudaRegisterFunction(void**, const char* host, char*, const char* device, int, void*, void*, void*, void*,
+                            int*) {
+    ptx::registered()[host] = device;
+}
+unsigned __cudaPushCallConfiguration(Dimensions grid, Dimensions block, std::size_t shared_bytes, void* stream) {
+    ptx::pending = {grid, block, shared_bytes, stream};
+    return 0;
+}
+int __cudaPopCallConfiguration(Dimensions* grid, Dimensions* block, std::size_t* shared_bytes, void* stream) {
+    *grid = ptx::pending.grid;
+    *block = ptx::pending.block;
+    *shared_bytes = ptx::pending.shared_bytes;
+    *static_cast<void**>(stream) = ptx::pending.stream;
+    return 0;
+}
+int __cudaGetKernel(const void** kernel, const void* function) {
+    *kernel = function;
+    return 0;
+}
+int cudaLaunchKernel(const void* function, Dimensions grid, Dimensions block, void** arguments,
+                     std::size_t shared_bytes, void*) {
+    const auto found = ptx::registered().find(function);
+    if (found == ptx::registered().end()) ptx::stop("a launch of a function that is not registered");
+    ptx::runtime().launch(ptx::runtime().kernel(found->second), grid, block, arguments, shared_bytes);
+    return 0;
+}
+int __cudaLaunchKernel(const void* function, Dimensions grid, Dimensions block, void** arguments,
+                       std::size_t shared_bytes, void* stream) {
+    return cudaLaunchKernel(function, grid, block, arguments, shared_bytes, stream);
+}
+int cudaMemsetAsync(void* memory, int byte, std::size_t bytes, void*) {
+    std::memset(memory, byte, bytes);
+    return 0;
+}
+int cudaGetLastError() { return 0; }
+const char* cudaGetErrorString(int) { return "no error"; }
+
+}  // extern "C"
