@@ -73,7 +73,6 @@ def run(built: tuple[Path, Path], *arguments: str, races: bool = False, counts: 
         "CUDA_PTX_FILES": str(texts),
         "CUDA_PTX_RACES": "1" if races else "0",
         "CUDA_PTX_COUNTS": str(counts or ""),
-        "ASAN_OPTIONS": "detect_leaks=0",
     }
     return subprocess.run(
         [program, *arguments], capture_output=True, text=True, timeout=600, env=environment, check=False

@@ -67,8 +67,9 @@ struct Warp {
 
 class Machine {
 public:
-    Machine(Kernel& kernel, const Options& options, std::uint32_t blocks, std::uint32_t threads,
-            std::size_t shared_bytes, std::vector<std::uint8_t> parameters);
+    // `warps` are those of the kernel's last launch, or none: their memory is taken over.
+    Machine(Kernel& kernel, std::vector<Warp>& warps, const Options& options, std::uint32_t blocks,
+            std::uint32_t threads, std::size_t shared_bytes, std::vector<std::uint8_t> parameters);
     void run();
 
 private:
@@ -122,7 +123,7 @@ private:
     const std::uint32_t blocks_, threads_;
     const std::vector<std::uint8_t> parameters_;
     std::vector<std::uint8_t> shared_, shared_defined_;
-    std::vector<Warp> warps_;
+    std::vector<Warp>& warps_;
     std::uint32_t block_ = 0;
     std::uint32_t epoch_ = 0;  // of the block, increases at each barrier
     std::unique_ptr<Races> races_;

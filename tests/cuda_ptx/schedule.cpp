@@ -14,8 +14,8 @@ constexpr std::uint8_t kGarbage = 0xA5;
 
 }  // namespace
 
-Machine::Machine(Kernel& kernel, const Options& options, std::uint32_t blocks, std::uint32_t threads,
-                 std::size_t shared_bytes, std::vector<std::uint8_t> parameters)
+Machine::Machine(Kernel& kernel, std::vector<Warp>& warps, const Options& options, std::uint32_t blocks,
+                 std::uint32_t threads, std::size_t shared_bytes, std::vector<std::uint8_t> parameters)
     : kernel_(kernel),
       options_(options),
       blocks_(blocks),
@@ -23,10 +23,11 @@ Machine::Machine(Kernel& kernel, const Options& options, std::uint32_t blocks, s
       parameters_(std::move(parameters)),
       shared_(shared_bytes),
       shared_defined_(shared_bytes),
-      warps_((threads + kWarp - 1) / kWarp),
+      warps_(warps),
       random_state_(88172645463325252u ^ options.seed * 0x9E3779B97F4A7C15u) {
     if (options.races) races_ = std::make_unique<Races>(blocks, shared_bytes);
     const auto registers = static_cast<std::size_t>(kernel.registers);
+    warps_.resize((threads + kWarp - 1) / kWarp);
     for (std::size_t n = 0; n < warps_.size(); ++n) {
         warps_[n].number = static_cast<int>(n);
         warps_[n].registers.resize(registers);
