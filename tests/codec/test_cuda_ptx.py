@@ -48,6 +48,7 @@ LONG_GROUPS = {
     "histogram": [FORWARD, REVERSE, RANDOM],
     "emulator": [FORWARD, REVERSE, RANDOM],
 }
+WARP_BARRIER, FENCE = r"bar\.warp\.sync[^;]*;", r"(?:membar|fence)\.[^;]*;"
 GROUPS = LONG_GROUPS if ALL else SHORT_GROUPS
 Answer = subprocess.CompletedProcess[str]
 
@@ -158,19 +159,26 @@ def shifted(text: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("file", "change", "message"),
+    ("file", "change", "group", "message"),
     [
-        ("payload.ptx", without(r"bar\.warp\.sync[^;]*;"), "race (write after read)"),
-        ("zero_runs_encode.ptx", without(r"bar\.warp\.sync[^;]*;"), "race (read after write)"),
-        ("statistics.ptx", without(r"(?:bar|barrier)\.sync[^;]*;"), "race (read after write)"),
-        ("decode.ptx", shifted, "an access outside shared memory"),
-        ("sum.ptx", without(r"st\.shared\.f32[^;]*;"), "a value that is stored to global memory is undefined"),
+        ("payload.ptx", without(WARP_BARRIER), "race", "race (write after read)"),
+        ("zero_runs_encode.ptx", without(WARP_BARRIER), "race", "race (read after write)"),
+        pytest.param(
+            *("encode.ptx", without(WARP_BARRIER), "own", "race (write after write)"),
+            marks=pytest.mark.skipif(not ALL, reason="a race that takes half a minute to find: make cuda-ptx"),
+        ),
+        ("decode.ptx", without(WARP_BARRIER), "codec", "race (read after write)"),
+        ("statistics.ptx", without(r"(?:bar|barrier)\.sync[^;]*;"), "race", "race (read after write)"),
+        ("statistics.ptx", without(FENCE), "race", "race (read after write)"),
+        ("payload.ptx", without(FENCE), "race", "race (read after write)"),
+        ("decode.ptx", shifted, "race", "an access outside shared memory"),
+        ("sum.ptx", without(r"st\.shared\.f32[^;]*;"), "race", "a value that is stored to global memory is undefined"),
     ],
 )
 def test_a_planted_fault_shows(
-    built: tuple[Path, Path], tmp_path: Path, file: str, change: Callable[[str], str], message: str
+    built: tuple[Path, Path], tmp_path: Path, file: str, change: Callable[[str], str], group: str, message: str
 ) -> None:
-    done = run(planted(built, tmp_path, file, change), "race", RANDOM, races=True)
+    done = run(planted(built, tmp_path, file, change), group, RANDOM, races=True)
     assert done.returncode == 3
     assert message in done.stderr, done.stderr
     assert f"{file}:" in done.stderr
