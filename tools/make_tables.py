@@ -401,7 +401,7 @@ def study(name: str) -> str:
     return markdown([f"{document['settings']['dataset']}, {seeds} seeds", "source", "here", "verdict"], rows)
 
 
-STUDIES = ("noise-scale", "bit-rule", "partitions", "data-filter")
+STUDIES = ("noise-scale", "batch-size", "bit-rule", "partitions", "data-filter")
 PAPER = ("quantization-levels", "gradient-rms", "entropy", "bit-allocation", "bit-rate", "lossless", "ablation")
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,

@@ -38,6 +38,7 @@ WARM_UP = 0.1  # of the steps
 TEST_IMAGES = 2000
 LOOKS = 64  # at the training loss
 LOOKED_AT = 1000  # images
+NEAR = 3  # the factor between two batch sizes up to which one is of the other's order
 MEASURED = "exact", 64, 2.0  # the run whose noise scale predicts the critical batch size
 
 
@@ -249,7 +250,8 @@ def _critical(network: str, method: str, every: Sequence[Found]) -> Claim:
     predicted = plus_minus(spread(scales), 0) if scales else "not found"
     if critical and scales:
         ratio = statistics.fmean(critical) / statistics.fmean(scales)
-        verdict = f"{ratio:.2g} times: {'confirmed' if 1 / 3 <= ratio <= 3 else 'refuted'} as an order of magnitude"
+        place = ("confirmed", "within") if 1 / NEAR <= ratio <= NEAR else ("refuted", "beyond")
+        verdict = f"{place[0]}: {ratio:.2g} times, {place[1]} a factor of {NEAR}"
     else:
         verdict = "open: no fit"
     return _claim(
@@ -292,9 +294,9 @@ def draw(document: Document) -> "Figure":
             _curve(below, best, method, number)
         above.set_title(f"{network}, exact gradients, by rate", fontsize=9)
         below.set_title(f"{network}, best rate of each method", fontsize=9)
-    for row in panels:
+    for row, place in zip(panels, ("upper right", "lower left"), strict=True):
         row[0].set_ylabel("test accuracy, %")
-        row[-1].legend(fontsize=7, loc="lower left")
+        row[-1].legend(fontsize=7, loc=place)
     for panel in panels[-1]:
         panel.set_xlabel("batch of all workers")
     return drawn_figure
