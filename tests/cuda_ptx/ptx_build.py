@@ -27,6 +27,7 @@ ARITHMETIC = "-fmad=false"
 INTERPRETER_FLAGS = ["-O3", "-ffp-contract=off", f"-I{HERE}"]
 TEST_FLAGS = ["-O1", f"-I{HERE}"]
 LINK_FLAGS = ["-fsanitize=address", "-pthread"]  # the runtime alone: memory.cpp asks it
+Job = tuple[Path, Path, list[str]]
 
 
 def reason_to_skip() -> str | None:
@@ -43,14 +44,32 @@ def build(folder: Path, architecture: str) -> tuple[Path, Path]:
         folder: for objects and programs of all architectures; the CPU codec's lie in ``cuda_emulation`` beside it.
         architecture: one of ``ARCHITECTURES``, of whose virtual processor the PTX is.
     """
+    jobs = [
+        (path, folder / "tests" / f"{path.name}.o", TEST_FLAGS)
+        for path in sorted((ROOT / "tests/cuda_emulation").glob("*.cpp"))
+        if path.name != "test_emulation.cpp"  # test_interpreter.cpp takes its place
+    ]
+    return _build(folder, architecture, "ptx_kernels", [*jobs, *_interpreter_jobs(folder, with_tests=True)])
+
+
+def build_counter(folder: Path, architecture: str) -> tuple[Path, Path]:
+    """``count_work``, which runs one operation for its counts, and its folder of PTX; arguments as of ``build``."""
+    job = (HERE / "counter/count_work.cpp", folder / "counter/count_work.cpp.o", TEST_FLAGS)
+    return _build(folder, architecture, "count_work", [job, *_interpreter_jobs(folder, with_tests=False)])
+
+
+def _interpreter_jobs(folder: Path, *, with_tests: bool) -> list[Job]:
+    return [
+        (path, folder / "interpreter" / f"{path.name}.o", INTERPRETER_FLAGS)
+        for path in sorted(HERE.glob("*.cpp"))
+        if with_tests or not path.name.startswith("test_")
+    ]
+
+
+def _build(folder: Path, architecture: str, name: str, jobs: Sequence[Job]) -> tuple[Path, Path]:
     mine = folder / f"compute_{architecture}"
     kernels = [(path, mine / path.stem) for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
-    jobs = emulation.cpu_jobs(folder.parent / "cuda_emulation")
-    for path in sorted((ROOT / "tests/cuda_emulation").glob("*.cpp")):
-        if path.name != "test_emulation.cpp":  # test_interpreter.cpp takes its place
-            jobs.append((path, folder / "tests" / f"{path.name}.o", TEST_FLAGS))
-    for path in sorted(HERE.glob("*.cpp")):
-        jobs.append((path, folder / "interpreter" / f"{path.name}.o", INTERPRETER_FLAGS))
+    jobs = [*emulation.cpu_jobs(folder.parent / "cuda_emulation"), *jobs]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = [pool.submit(_compile_kernels, source, target, architecture) for source, target in kernels]
         list(pool.map(emulation.compile_source, jobs))
@@ -59,7 +78,7 @@ def build(folder: Path, architecture: str) -> tuple[Path, Path]:
     texts.mkdir(exist_ok=True)
     for source, target in kernels:
         shutil.copyfile(target / f"{source.stem}.ptx", texts / f"{source.stem}.ptx")
-    program = mine / "ptx_kernels"
+    program = mine / name
     emulation.run_compiler(
         ["-o", str(program), *(str(target) for _, target, _ in jobs), *map(str, objects), *LINK_FLAGS]
     )

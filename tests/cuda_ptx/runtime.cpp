@@ -70,6 +70,10 @@ public:
         find_kernels(text, "text", texts_);
     }
 
+    void forget_counts() {
+        for (auto& [name, kernel] : kernels_) kernel.counts = {};
+    }
+
     Kernel& kernel(const std::string& mangled) {
         const std::string name = plain_name(mangled);
         const auto known = kernels_.find(name);
@@ -117,6 +121,8 @@ void launch(const std::string& text, const std::string& name, unsigned blocks, u
     runtime().add(text);
     runtime().launch(runtime().kernel(name), {blocks, 1, 1}, {threads, 1, 1}, arguments.data(), shared_bytes);
 }
+
+void forget_counts() { runtime().forget_counts(); }
 
 }  // namespace ptx
 
