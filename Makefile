@@ -29,7 +29,7 @@ BUILT := $(VENV)/.built-stamp
 SOURCES := setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help build train test test-frameworks lint fuzz wheels cuda-check cuda-ptx bench-ci results clean distclean
+.PHONY: help build train test test-frameworks lint fuzz wheels cuda-check cuda-ptx cuda-model bench-ci results clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,9 @@ cuda-check:  ## compile the CUDA kernels (needs nvcc, but no GPU): registers, sp
 
 cuda-ptx: $(BUILT)  ## run all compiled CUDA kernels on the host (needs nvcc, but no GPU): bytes, memory, races
 	QCOMM_PTX=all $(BIN)/python -m pytest tests/codec/test_cuda_ptx.py $(TEST_ARGS)
+
+cuda-model:  ## estimate the kernels' times on GPUs (needs nvcc and nvdisasm, but no GPU; some minutes): a model
+	$(PYTHON) tools/cuda_model.py --json bench/results/cuda_model.json
 
 bench-ci: $(BUILT)  ## run the microbenchmarks, results in build/bench-ci.json (about a minute)
 	@mkdir -p build

@@ -18,7 +18,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = (ROOT / "README.md", ROOT / "csrc/cuda/README.md", *sorted((ROOT / "docs").glob("*.md")))
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -403,6 +403,25 @@ def study(name: str) -> str:
 
 STUDIES = ("noise-scale", "batch-size", "bit-rule", "partitions", "data-filter")
 PAPER = ("quantization-levels", "gradient-rms", "entropy", "bit-allocation", "bit-rate", "lossless", "ablation")
+
+
+def cuda_model() -> str:
+    """``make cuda-model``: microseconds by the model, and those that memory alone takes."""
+    rows = read("cuda_model.json")["rows"]
+    gpus, sizes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("gpu", "mebibytes"))
+    cells = {
+        (row["operation"], row["gpu"], row["mebibytes"]): f"{row['microseconds']:.0f} ({row['memory_floor']:.0f})"
+        for row in rows
+    }
+    return markdown(
+        ["operation", *(f"{gpu}, {size} MiB" for gpu in gpus for size in sizes)],
+        [
+            [name, *(cells[name, gpu, size] for gpu in gpus for size in sizes)]
+            for name in dict.fromkeys(row["operation"] for row in rows)
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "summary": summary,
     "train": train,
@@ -426,6 +445,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "time_to_accuracy": time_to_accuracy,
     "noise_overhead": noise_overhead,
+    "cuda_model": cuda_model,
     **{f"study_{name.replace('-', '_')}": partial(study, name) for name in STUDIES},
     **{f"paper_{name.replace('-', '_')}": partial(paper, name) for name in PAPER},
 }
