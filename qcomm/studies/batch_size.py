@@ -294,9 +294,10 @@ def draw(document: Document) -> "Figure":
             _curve(below, best, method, number)
         above.set_title(f"{network}, exact gradients, by rate", fontsize=9)
         below.set_title(f"{network}, best rate of each method", fontsize=9)
-    for row, place in zip(panels, ("upper right", "lower left"), strict=True):
+    for row in panels:
         row[0].set_ylabel("test accuracy, %")
-        row[-1].legend(fontsize=7, loc=place)
+    panels[0][-1].legend(fontsize=7, loc="upper right")
+    panels[1][-1].legend(fontsize=7, loc="lower left")
     for panel in panels[-1]:
         panel.set_xlabel("batch of all workers")
     return drawn_figure
