@@ -401,6 +401,24 @@ def study(name: str) -> str:
     return markdown([f"{document['settings']['dataset']}, {seeds} seeds", "source", "here", "verdict"], rows)
 
 
+def partitions() -> str:
+    """bench_partitions.py: samples a second of each method, by rate of the link."""
+    document = read("partitions.json")
+    rows = [
+        [
+            row["rate"].replace("mbit", " Mb/s").replace("1gbit", "1 Gb/s"),
+            row["method"],
+            f"{row['samples_per_second']:,.0f} ({row['p10']:,.0f} … {row['p90']:,.0f})",
+            f"{100 * row['busy']:.0f} %",
+            f"{row['bytes_sent'] / 1e6:.1f}",
+        ]
+        for row in document["rows"]
+        if row["method"] != "one process"
+    ]
+    headings = ["link", "method", "samples a second", "busy", "MB sent an epoch by the first host"]
+    return markdown(headings, rows) + measured_on(document)
+
+
 STUDIES = ("noise-scale", "batch-size", "bit-rule", "partitions", "data-filter")
 PAPER = ("quantization-levels", "gradient-rms", "entropy", "bit-allocation", "bit-rate", "lossless", "ablation")
 
@@ -423,6 +441,7 @@ def cuda_model() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "partitions": partitions,
     "summary": summary,
     "train": train,
     "accuracy": accuracy,
