@@ -46,6 +46,7 @@ ARMS: dict[str, Arm] = {
     "p=2, 6 bits": Arm(HALVES, 6),
     "p=2, 4 bits": Arm(HALVES, 4),
     "p=4, raw": Arm(QUARTERS),
+    "p=4, 8 bits": Arm(QUARTERS, 8),
     "p=4, 6 bits": Arm(QUARTERS, 6),
     "p=2, 6 bits, loss filter": Arm(HALVES, 6, LossFilter(0.25, FROM_EPOCH)),
     "p=2, 6 bits, k-filter": Arm(HALVES, 6, KFilter(10, 0.6, FROM_EPOCH)),
@@ -162,7 +163,9 @@ def claim(runs: Sequence[Run]) -> list[Claim]:
     for arm, source in (("p=2, raw", "+0.03 points (ImageNet)"), ("p=4, raw", "-0.27 points (CINIC10+, bottom-up)")):
         points = _differences(runs, arm, "backprop")
         claims.append(_claim(f"{arm}: accuracy minus backprop", source, _points(points), _compared(points)))
-    for arm, other in [(f"p=2, {bits} bits", "p=2, raw") for bits in (8, 6, 4)] + [("p=4, 6 bits", "p=4, raw")]:
+    for arm, other in [(f"p=2, {bits} bits", "p=2, raw") for bits in (8, 6, 4)] + [
+        (f"p=4, {bits} bits", "p=4, raw") for bits in (8, 6)
+    ]:
         points, ratios = _differences(runs, arm, other), [_ratio(run) for run in _of(runs, arm)]
         well = statistics.fmean(points) >= -LARGEST_LOSS, statistics.fmean(ratios) >= SMALLEST_RATIO
         verdict = f"rule of success {'met' if all(well) else 'not met'}; {_compared(points)}"

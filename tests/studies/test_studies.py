@@ -77,7 +77,7 @@ def test_partitions_against_backprop(tmp_path):
     sent = [found[f"p=2, {bits}", 0]["sent_bytes"] for bits in ("raw", "8 bits", "6 bits", "4 bits")]
     assert sent == sorted(sent, reverse=True) and sent[0] > 4 * sent[1]
     assert found["p=2, 6 bits, loss filter", 0]["forwarded"] < 1 == found["p=2, 6 bits", 0]["forwarded"]
-    assert len(document["claims"]) == 12 and (tmp_path / "partitions.png").read_bytes().startswith(b"\x89PNG")
+    assert len(document["claims"]) == 13 and (tmp_path / "partitions.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
