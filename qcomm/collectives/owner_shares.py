@@ -7,6 +7,7 @@ link carries B instead of ``2 B (W - 1) / W``: with four ranks a third less, wit
 """
 
 import math
+import sys
 from collections.abc import Sequence
 
 __all__ = ["checked_link_rates", "owner_shares"]
@@ -32,18 +33,19 @@ def owner_shares(link_rates: Sequence[float]) -> tuple[float, ...] | None:
         >>> owner_shares([100, 100, 100, 90])
     """
     ranks = len(link_rates)
-    if ranks < 3 or max(link_rates) <= DIFFERENCE * min(link_rates):
+    if ranks < 3 or max(link_rates) / DIFFERENCE <= min(link_rates):
         return None
     shares = [0.0] * ranks
-    owners = sorted(range(ranks), key=lambda rank: link_rates[rank])
+    rates = [rate / max(link_rates) for rate in link_rates]  # whose sum is finite
+    owners = sorted(range(ranks), key=lambda rank: rates[rank])
     # All owners' links take (1 + (W - 2) w) / rate = seconds. One for which the share would be negative owns nothing.
     while True:
-        seconds = (ranks - 2 + len(owners)) / math.fsum(link_rates[rank] for rank in owners)
-        if seconds * link_rates[owners[0]] >= 1:
+        seconds = (ranks - 2 + len(owners)) / math.fsum(rates[rank] for rank in owners)
+        if seconds * rates[owners[0]] >= 1:
             break
         owners.pop(0)
     for rank in owners:
-        shares[rank] = (seconds * link_rates[rank] - 1) / (ranks - 2)
+        shares[rank] = (seconds * rates[rank] - 1) / (ranks - 2)
     return tuple(shares)
 
 
@@ -66,6 +68,6 @@ def checked_link_rates(link_rates: object) -> tuple[float, ...] | None:
     for rank, rate in enumerate(link_rates):
         if isinstance(rate, bool) or not isinstance(rate, (int, float)):
             raise TypeError(f"link_rates must be numbers, got {type(rate).__name__} for rank {rank}")
-        if not 0 < rate < math.inf:
+        if not 0 < rate <= sys.float_info.max:
             raise ValueError(f"link_rates must be positive and finite, got {rate!r} for rank {rank}")
     return tuple(float(rate) for rate in link_rates)

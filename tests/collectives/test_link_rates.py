@@ -39,6 +39,11 @@ def test_shares_reach_the_least_time_that_there_is(rates):
     assert max(seconds(rates, shares)) <= bound * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("rates", [[1e308, 1e308, 1e308, 2e307], [5e-324, 1.0, 1.0], [5e-324, 1e308, 1e308]], ids=str)
+def test_shares_of_extreme_rates(rates):
+    assert owner_shares(rates) == pytest.approx([*[1 / 3] * 3, 0] if len(rates) == 4 else [0, 0.5, 0.5])
+
+
 @given(RATES, st.permutations(range(3)))
 def test_a_rank_s_share_does_not_depend_on_its_number(rates, order):
     rates = rates[:3]
@@ -77,6 +82,7 @@ def test_every_element_has_one_owner(sizes, rates):
         ({"link_rates": [0.0, 1]}, ValueError, "positive and finite, got 0.0 for rank 0"),
         ({"link_rates": [1, math.nan]}, ValueError, "positive and finite, got nan for rank 1"),
         ({"link_rates": [1, math.inf]}, ValueError, "positive and finite, got inf for rank 1"),
+        ({"link_rates": [1, 10**400]}, ValueError, "positive and finite, got 1000"),
         ({"link_rates": [1, 2], "strategy": "hierarchical"}, ValueError, "None with strategy 'hierarchical'"),
         ({"link_rates": [1, 2], "device_codec": True}, ValueError, "None with device_codec"),
     ],
