@@ -22,7 +22,7 @@ from qcomm.recipes import Split
 from qcomm.studies.networks import NETWORKS
 from qcomm.studies.records import Run
 from qcomm.studies.settings import RunKey, StudySettings
-from qcomm.studies.study import Claim, Document, Study
+from qcomm.studies.study import Claim, Document, Study, claim_row
 from qcomm.studies.workers import Exchange, Gradients, drawn, gradient, step
 
 if TYPE_CHECKING:
@@ -181,7 +181,7 @@ def claim(runs: Sequence[Run]) -> list[Claim]:
         claims += [_compressed(network, method, every) for method in EXCHANGES if EXCHANGES[method] is not None]
         claims += [_critical(network, method, every) for method in EXCHANGES]
     claims.append(
-        _claim(
+        claim_row(
             "deeper ResNets fall suddenly, ResNet-18 and 34 gradually",
             "accuracy of ResNet-18 to 152 over batches of 16 to 20,480, 50 epochs",
             "not measured here",
@@ -191,17 +191,13 @@ def claim(runs: Sequence[Run]) -> list[Claim]:
     return claims
 
 
-def _claim(quantity: str, source: str, here: str, verdict: str) -> Claim:
-    return {"quantity": quantity, "source": source, "here": here, "verdict": verdict}
-
-
 def _optimum(network: str, every: Sequence[Found]) -> Claim:
     optima = {rate: [found.optimum(network, "exact", rate) for found in every] for rate in RATES}
     inside = sum(BATCHES[0] < batch < BATCHES[-1] for found in optima.values() for batch in found)
     total = len(RATES) * len(every)
     shown = "; ".join(f"{rate:g}: {', '.join(map(str, optima[rate]))}" for rate in RATES)
     verdict = f"an optimum inside the range in {inside} of {total}"
-    return _claim(
+    return claim_row(
         f"{network}: batch size with the best accuracy, by rate (units of the study's)",
         "accuracy rises with the batch to an optimum, then falls",
         shown,
@@ -213,7 +209,7 @@ def _scaled(network: str, every: Sequence[Found]) -> Claim:
     path = list(zip(BATCHES, RATES, strict=False))  # both grow by 4
     means = [statistics.fmean(found.accuracy(network, "exact", *point) for found in every) for point in path]
     held = [batch for (batch, _), mean in zip(path, means, strict=True) if mean >= means[0] - 1]
-    return _claim(
+    return claim_row(
         f"{network}: accuracy with rates in proportion to the batch, {', '.join(str(batch) for batch, _ in path)}",
         "linear scaling with warm-up keeps accuracy up to a limit",
         ", ".join(f"{mean:.1f}" for mean in means),
@@ -224,7 +220,7 @@ def _scaled(network: str, every: Sequence[Found]) -> Claim:
 def _by_lars(network: str, every: Sequence[Found]) -> Claim:
     batch = BATCHES[-1]
     difference = _less_exact(network, LARS, batch, every)
-    return _claim(
+    return claim_row(
         f"{network}: LARS minus SGD at batch {batch}, best rates; points",
         "LARS trains with larger batches than SGD",
         with_interval(difference),
@@ -235,7 +231,7 @@ def _by_lars(network: str, every: Sequence[Found]) -> Claim:
 def _compressed(network: str, method: str, every: Sequence[Found]) -> Claim:
     differences = {batch: _less_exact(network, method, batch, every) for batch in BATCHES}
     lost = [batch for batch, found in differences.items() if _sign(found) == "less"]
-    return _claim(
+    return claim_row(
         f"{network}, {method}: accuracy minus exact at best rates, {', '.join(map(str, BATCHES))}; points",
         "no claim",
         "; ".join(with_interval(found, 1) for found in differences.values()),
@@ -254,7 +250,7 @@ def _critical(network: str, method: str, every: Sequence[Found]) -> Claim:
         verdict = f"{place[0]}: {ratio:.2g} times, {place[1]} a factor of {NEAR}"
     else:
         verdict = "open: no fit"
-    return _claim(
+    return claim_row(
         f"{network}, {method}: measured critical batch size; noise scale of exact gradients",
         "of the order of the noise scale",
         f"{measured}; {predicted}",

@@ -17,7 +17,7 @@ from qcomm.recipes import Split
 from qcomm.studies.networks import mlp
 from qcomm.studies.records import Run
 from qcomm.studies.settings import RunKey, StudySettings
-from qcomm.studies.study import Claim, Document, Study
+from qcomm.studies.study import Claim, Document, Study, runs_of
 from qcomm.studies.workers import MIN_ELEMENTS, Exchange, drawn, gradient, step
 
 if TYPE_CHECKING:
@@ -61,22 +61,18 @@ def measure(settings: StudySettings, key: RunKey) -> Run:
     return {"loss": loss, "accuracy": accuracy, "levels": sorted(levels), "bits": bits or [32.0]}
 
 
-def _of(runs: Sequence[Run], arm: str) -> list[Run]:
-    return [run for run in runs if run["arm"] == arm]
-
-
 def _bits(run: Run) -> float:
     return statistics.fmean(run["bits"])
 
 
 def claim(runs: Sequence[Run]) -> list[Claim]:
     """Compares each arm with exact gradients; means and standard deviations over seeds."""
-    exact = {run["seed"]: run for run in _of(runs, "exact")}
+    exact = {run["seed"]: run for run in runs_of(runs, "exact")}
     claims = []
     for arm in ARMS:
         if arm == "exact":
             continue
-        chosen = _of(runs, arm)
+        chosen = runs_of(runs, arm)
         levels = sorted({number for run in chosen for number in run["levels"]})
         losses = [run["loss"] - exact[run["seed"]]["loss"] for run in chosen]
         points = [run["accuracy"] - exact[run["seed"]]["accuracy"] for run in chosen]
@@ -101,11 +97,11 @@ def _verdict(arm: str, levels: Sequence[int]) -> str:
 
 def draw(document: Document) -> "Figure":
     """Draws the training loss, less that with exact gradients of the same seed, against the bits of a packet."""
-    exact = {run["seed"]: run["loss"] for run in _of(document["runs"], "exact")}
+    exact = {run["seed"]: run["loss"] for run in runs_of(document["runs"], "exact")}
     drawn_figure, panels = figure(1, 1, f"Bits by RMS or entropy ({document['settings']['dataset']})", 5.2, 3.8)
     panel = panels[0][0]
     for number, arm in enumerate(arm for arm in ARMS if arm != "exact"):
-        chosen = _of(document["runs"], arm)
+        chosen = runs_of(document["runs"], arm)
         marker = "o" if arm.startswith("rms") else "s"
         points = [_bits(run) for run in chosen], [run["loss"] - exact[run["seed"]] for run in chosen]
         panel.plot(*points, marker, color=COLOURS[number], label=arm, markersize=5)

@@ -26,7 +26,7 @@ from qcomm.studies.class_filter import LIBRARY_EPS, LIBRARY_MIN_SAMPLES, drop_at
 from qcomm.studies.features import accuracy, check_sklearn, embed, features, train
 from qcomm.studies.records import Run
 from qcomm.studies.settings import RunKey, StudySettings
-from qcomm.studies.study import Claim, Document, Study
+from qcomm.studies.study import Claim, Document, Study, claim_row, runs_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,22 +163,14 @@ def measure(settings: FilterSettings, key: RunKey) -> Run:
     }
 
 
-def _of(runs: Sequence[Run], arm: str) -> list[Run]:
-    return [run for run in runs if run["arm"] == arm]
-
-
-def _claim(quantity: str, source: str, here: str, verdict: str) -> Claim:
-    return {"quantity": quantity, "source": source, "here": here, "verdict": verdict}
-
-
 def _percent(runs: Sequence[Run], part: str, field: str) -> str:
     return f"{plus_minus(spread([100 * run[part][field] for run in runs]), 1)} %"
 
 
 def differences(runs: Sequence[Run], arm: str, other: str) -> list[float]:
     """Returns points of accuracy of an arm above another one, by seed."""
-    found = {run["seed"]: run["accuracy"] for run in _of(runs, other)}
-    return [run["accuracy"] - found[run["seed"]] for run in _of(runs, arm)]
+    found = {run["seed"]: run["accuracy"] for run in runs_of(runs, other)}
+    return [run["accuracy"] - found[run["seed"]] for run in runs_of(runs, arm)]
 
 
 def compared(values: Sequence[float], least: float | None) -> str:
@@ -211,11 +203,11 @@ def _claims_of_table() -> Claim:
             if f"{printed:.2f}" != f"{right:.2f}":
                 wrong.append(f"{name} {right:.2f} (printed {printed:.2f})")
     verdict = f"refuted for {len(wrong)} of {total} figures, confirmed for the others"
-    return _claim("percentages of the source's Table I from its counts", "printed", "; ".join(wrong), verdict)
+    return claim_row("percentages of the source's Table I from its counts", "printed", "; ".join(wrong), verdict)
 
 
 def _claims_of_kept(runs: Sequence[Run]) -> list[Claim]:
-    filtered, noisy = _of(runs, f"{CLEAN}, {FILTERED}"), _of(runs, f"{PLANTED}, {FILTERED}")
+    filtered, noisy = runs_of(runs, f"{CLEAN}, {FILTERED}"), runs_of(runs, f"{PLANTED}, {FILTERED}")
     shares = [share for _, share, _ in TABLE_1.values()]
     known = f"{min(shares)} to {max(shares)} % by network"
     library = 100 * statistics.fmean(run["library"]["kept"] for run in filtered)
@@ -231,26 +223,26 @@ def _claims_of_kept(runs: Sequence[Run]) -> list[Claim]:
     found = ", ".join(_percent(noisy, "filter", field) for field in ("precision", "recall"))
     chance = ", ".join(_percent(noisy, "filter", field) for field in ("chance_precision", "chance_recall"))
     return [
-        _claim(
+        claim_row(
             "clean: share kept, eps by the rule",
             known,
             _percent(filtered, "filter", "kept"),
             f"{'within' if inside else 'outside'} the source's range, by another rule for eps",
         ),
-        _claim(
+        claim_row(
             f"clean: share kept by the library's eps of {LIBRARY_EPS}; extent of the map",
             f"{known}; 5,000 images a class",
             f"{_percent(filtered, 'library', 'kept')}; {extent} units",
             scale,
         ),
-        _claim("planted: share kept, eps by the rule", "not given", _percent(noisy, "filter", "kept"), "measured"),
-        _claim(
+        claim_row("planted: share kept, eps by the rule", "not given", _percent(noisy, "filter", "kept"), "measured"),
+        claim_row(
             "planted: precision, recall; of a random drop of the same number",
             "drops noise; not measured",
             f"{found}; {chance}",
             f"{'confirmed' if better == len(noisy) else 'open'}: above chance in {better} of {len(noisy)} seeds",
         ),
-        _claim(
+        claim_row(
             f"planted: precision, recall with features of {noisy[0]['longer']['steps']} steps",
             "not given",
             ", ".join(_percent(noisy, "longer", field) for field in ("precision", "recall")),
@@ -271,12 +263,12 @@ def claim(runs: Sequence[Run]) -> list[Claim]:
     ):
         values = differences(runs, f"{labels}, {choice}", f"{labels}, {other}")
         here = f"{plus_minus(spread(values))} points"
-        claims.append(_claim(f"{labels}: accuracy, {choice} minus {other}", source, here, compared(values, least)))
+        claims.append(claim_row(f"{labels}: accuracy, {choice} minus {other}", source, here, compared(values, least)))
     for quantity, source, why in (
         ("filtered minus full with batches of 6,272 and more", "+2.3 points", "open: it needs 50,000 images"),
         ("share kept by deeper networks' features", "98.76 % of ResNet-152", "open: one small network"),
     ):
-        claims.append(_claim(quantity, source, "not measured here", why))
+        claims.append(claim_row(quantity, source, "not measured here", why))
     return claims
 
 
@@ -287,13 +279,13 @@ def draw(document: Document) -> "Figure":
     drawn, (panels,) = figure(1, 3, title, 4.2, 3.8)
     for place, arm in enumerate(ARMS):
         colour = COLOURS[(FULL, FILTERED, RANDOM, PERFECT).index(ARMS[arm][1])]
-        points(panels[0], place, [run["accuracy"] for run in _of(runs, arm)], colour)
+        points(panels[0], place, [run["accuracy"] for run in runs_of(runs, arm)], colour)
     panels[0].set_xticks(range(len(ARMS)), labels=list(ARMS), rotation=30, ha="right", fontsize=7)
     panels[0].set_ylabel("test accuracy, %")
     for number, labels in enumerate((CLEAN, PLANTED)):
-        _sweep(panels[1], _of(runs, f"{labels}, {FILTERED}"), "kept", labels, COLOURS[number])
+        _sweep(panels[1], runs_of(runs, f"{labels}, {FILTERED}"), "kept", labels, COLOURS[number])
     panels[1].set_ylabel("share kept, %")
-    noisy = _of(runs, f"{PLANTED}, {FILTERED}")
+    noisy = runs_of(runs, f"{PLANTED}, {FILTERED}")
     for number, field in enumerate(("precision", "recall")):
         _sweep(panels[2], noisy, field, field, COLOURS[number])
         _sweep(panels[2], noisy, f"chance_{field}", f"{field} by chance", COLOURS[number], "--")

@@ -23,7 +23,7 @@ from qcomm.recipes import Split
 from qcomm.studies.networks import NETWORKS
 from qcomm.studies.records import Run
 from qcomm.studies.settings import RunKey, StudySettings
-from qcomm.studies.study import Claim, Document, Study
+from qcomm.studies.study import Claim, Document, Study, claim_row, runs_of
 from qcomm.studies.workers import Exchange, Gradients, drawn, gradient, step
 
 if TYPE_CHECKING:
@@ -142,10 +142,6 @@ def _chunks(split: Split) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     yield from zip(split.images.split(PER_SAMPLE_CHUNK), split.labels.split(PER_SAMPLE_CHUNK), strict=True)
 
 
-def _of(runs: Sequence[Run], arm: str) -> list[Run]:
-    return [run for run in runs if run["arm"] == arm]
-
-
 def _values(runs: Sequence[Run], read: Callable[[Run], float | None]) -> list[float]:
     return [value for run in runs if (value := read(run)) is not None]
 
@@ -164,14 +160,14 @@ def claim(runs: Sequence[Run]) -> list[Claim]:
     """Compares each claim of the sources with the runs; means and standard deviations over seeds."""
     claims = []
     for arm in EXACT:
-        chosen = _of(runs, arm)
+        chosen = runs_of(runs, arm)
         claims += _claims_of_scale(arm, chosen) + _claims_of_tails(arm, chosen)
     for arm in ("mlp, step 1", "mlp, step 3.2"):
-        chosen, exact = _of(runs, arm), _of(runs, "mlp, exact")
+        chosen, exact = runs_of(runs, arm), runs_of(runs, "mlp, exact")
         scale = [_last_scale(run) for run in chosen], [_last_scale(run) for run in exact]
         ratios = [a / b for a, b in zip(*scale, strict=True) if a is not None and b is not None]
         claims.append(
-            _claim(
+            claim_row(
                 f"error by quantization in a step, in units of the noise of the mean; {arm}",
                 "adds to the noise",
                 _shown(_values(chosen, lambda run: _added(run["history"][-1], run["samples"]))),
@@ -179,10 +175,10 @@ def claim(runs: Sequence[Run]) -> list[Claim]:
             )
         )
         claims.append(
-            _claim(f"noise scale, last window: {arm} to exact", "not given", _shown(ratios), "measured; no claim")
+            claim_row(f"noise scale, last window: {arm} to exact", "not given", _shown(ratios), "measured; no claim")
         )
     claims.append(
-        _claim(
+        claim_row(
             "measured critical batch size",
             "of the order of the noise scale",
             "not measured here",
@@ -190,10 +186,6 @@ def claim(runs: Sequence[Run]) -> list[Claim]:
         )
     )
     return claims
-
-
-def _claim(quantity: str, source: str, here: str, verdict: str) -> Claim:
-    return {"quantity": quantity, "source": source, "here": here, "verdict": verdict}
 
 
 def _last_scale(run: Run) -> float | None:
@@ -213,26 +205,26 @@ def _claims_of_scale(arm: str, runs: Sequence[Run]) -> list[Claim]:
     }
     flat = all(abs(statistics.fmean(values) - 1) < 0.1 for values in by_batch.values())
     return [
-        _claim(
+        claim_row(
             f"noise scale, first -> last window; {arm}",
             "grows while the loss falls",
             f"{_shown([a for a, _ in pairs], 0)} -> {_shown([b for _, b in pairs], 0)}",
             f"{'confirmed' if grows == len(runs) else 'refuted' if not grows else 'open'}: "
             f"it grows in {grows} of {len(runs)} seeds",
         ),
-        _claim(
+        claim_row(
             f"tr Σ from two workers, to that from every sample's gradient; {arm}",
             "equal in the mean",
             _shown(ratios),
             "confirmed" if abs(statistics.fmean(ratios) - 1) < 0.1 else "refuted",
         ),
-        _claim(
+        claim_row(
             f"noise scale at fixed weights, from two workers of {LARGE}; from every sample's gradient; {arm}",
             "equal in the mean",
             f"{_shown(_values(runs, _frozen_scale), 0)}; {_shown([run['direct']['noise_scale'] for run in runs], 0)}",
             f"{sum(map(_is_near, runs))} of {len(runs)} seeds within 2 standard errors of each",
         ),
-        _claim(
+        claim_row(
             f"tr Σ with {', '.join(map(str, FROZEN_BATCHES))} images a worker, to that of every sample; {arm}",
             "noise is C / S for S samples",
             ", ".join(_shown(values) for values in by_batch.values()),
@@ -268,13 +260,13 @@ def _claims_of_tails(arm: str, runs: Sequence[Run]) -> list[Claim]:
     totals = {batch: [run["frozen"][str(batch)]["total"] for run in runs] for batch in FROZEN_BATCHES}
     steps = {batch: _values(of, lambda total: total["tail_index_over_steps"]) for batch, of in totals.items()}
     return [
-        _claim(
+        claim_row(
             f"tail index over elements; of Gaussian noise of the same widths; {arm}",
             "below 2: heavy tails",
             f"{_shown(elements)}; {_shown(control)}",
             "below 2, but no evidence: Gaussian elements of these widths are below 2 as well",
         ),
-        _claim(
+        claim_row(
             f"tail index of each element over steps, {', '.join(map(str, FROZEN_BATCHES))} images a worker; {arm}",
             "below 2: heavy tails, eps not Gaussian",
             ", ".join(_shown(values) for values in steps.values()),
@@ -312,7 +304,7 @@ def draw(document: Document) -> "Figure":
     title = f"Gradient noise ({settings['dataset']}, {settings['workers']} workers of {settings['batch_size']})"
     drawn_figure, panels = figure(2, 2, title, 4.8, 3.4)
     for number, arm in enumerate(ARMS):
-        chosen, colour = _of(runs, arm), COLOURS[number]
+        chosen, colour = runs_of(runs, arm), COLOURS[number]
         _curve(panels[0][0], chosen, lambda window: window["total"]["noise_scale"], arm, colour)
         if arm in EXACT:
             _curve(panels[1][0], chosen, lambda window: window["total"]["tail_index"], f"{arm}, over elements", colour)
@@ -323,7 +315,7 @@ def draw(document: Document) -> "Figure":
     layers = [name for name in runs[0]["history"][0]["tensors"] if name.endswith("weight")]
     for number, name in enumerate(layers):
         read = _layer_scale(name)
-        _curve(panels[1][1], _of(runs, "mlp, exact"), read, f"mlp, {name}", COLOURS[number])
+        _curve(panels[1][1], runs_of(runs, "mlp, exact"), read, f"mlp, {name}", COLOURS[number])
     for row, column, label in (
         (0, 0, "noise scale, samples"),
         (0, 1, "error by quantization / noise of the mean"),

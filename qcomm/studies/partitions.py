@@ -23,7 +23,7 @@ from qcomm.partitions import KFilter, LocalStage, LossFilter, SampleFilter, Sequ
 from qcomm.recipes import NUM_CLASSES, Split
 from qcomm.studies.records import Run
 from qcomm.studies.settings import RunKey, StudySettings
-from qcomm.studies.study import Claim, Document, Study
+from qcomm.studies.study import Claim, Document, Study, claim_row, runs_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -136,14 +136,10 @@ def _accuracy(parts: Sequence[LocalStage], images: Tensor, labels: Tensor) -> fl
     return 100 * right / len(labels)
 
 
-def _of(runs: Sequence[Run], arm: str) -> list[Run]:
-    return [run for run in runs if run["arm"] == arm]
-
-
 def _differences(runs: Sequence[Run], arm: str, other: str) -> list[float]:
     """Returns points of accuracy of an arm above another one, by seed."""
-    found = {run["seed"]: run["accuracy"] for run in _of(runs, other)}
-    return [run["accuracy"] - found[run["seed"]] for run in _of(runs, arm)]
+    found = {run["seed"]: run["accuracy"] for run in runs_of(runs, other)}
+    return [run["accuracy"] - found[run["seed"]] for run in runs_of(runs, arm)]
 
 
 def _ratio(run: Run) -> float:
@@ -158,32 +154,34 @@ def _balance(run: Run) -> float:
 
 def claim(runs: Sequence[Run]) -> list[Claim]:
     """Compares each claim of the source with the runs; means and standard deviations over seeds."""
-    whole = [run["accuracy"] for run in _of(runs, "backprop")]
-    claims = [_claim("backprop: accuracy", "90.97 % (CINIC10+)", f"{plus_minus(spread(whole))} %", "the baseline")]
+    whole = [run["accuracy"] for run in runs_of(runs, "backprop")]
+    claims = [claim_row("backprop: accuracy", "90.97 % (CINIC10+)", f"{plus_minus(spread(whole))} %", "the baseline")]
     for arm, source in (("p=2, raw", "+0.03 points (ImageNet)"), ("p=4, raw", "-0.27 points (CINIC10+, bottom-up)")):
         points = _differences(runs, arm, "backprop")
-        claims.append(_claim(f"{arm}: accuracy minus backprop", source, _points(points), _compared(points)))
+        claims.append(claim_row(f"{arm}: accuracy minus backprop", source, _points(points), _compared(points)))
     for arm, other in [(f"p=2, {bits} bits", "p=2, raw") for bits in (8, 6, 4)] + [
         (f"p=4, {bits} bits", "p=4, raw") for bits in (8, 6)
     ]:
-        points, ratios = _differences(runs, arm, other), [_ratio(run) for run in _of(runs, arm)]
+        points, ratios = _differences(runs, arm, other), [_ratio(run) for run in runs_of(runs, arm)]
         well = statistics.fmean(points) >= -LARGEST_LOSS, statistics.fmean(ratios) >= SMALLEST_RATIO
         verdict = f"rule of success {'met' if all(well) else 'not met'}; {_compared(points)}"
         here = f"{_points(points)}; {plus_minus(spread(ratios))} times"
-        claims.append(_claim(f"{arm}: accuracy minus raw; fewer bytes", "not given", here, verdict))
+        claims.append(claim_row(f"{arm}: accuracy minus raw; fewer bytes", "not given", here, verdict))
     for arm, source in (
         ("p=2, 6 bits, loss filter", "-0.19 points to backprop, 75 % from epoch 31"),
         ("p=2, 6 bits, k-filter", "-0.04 points to backprop, about 50 % at the end"),
     ):
-        points, kept = _differences(runs, arm, "p=2, 6 bits"), [100 * run["forwarded"] for run in _of(runs, arm)]
+        points, kept = _differences(runs, arm, "p=2, 6 bits"), [100 * run["forwarded"] for run in runs_of(runs, arm)]
         here = f"{_points(points)}; {plus_minus(spread(kept), 1)} %"
         quantity = f"{arm}: accuracy minus unfiltered; samples that go on"
-        claims.append(_claim(quantity, source, here, _compared(points)))
+        claims.append(claim_row(quantity, source, here, _compared(points)))
     for arm in ("p=2, 6 bits", "p=2, 6 bits, cut early", "p=4, 6 bits"):
-        shares = [_balance(run) for run in _of(runs, arm)]
+        shares = [_balance(run) for run in runs_of(runs, arm)]
         here = f"{plus_minus(spread(shares), 0)} %"
         claims.append(
-            _claim(f"{arm}: utilisation by balance", "throughput of the slowest partition", here, "measured; no claim")
+            claim_row(
+                f"{arm}: utilisation by balance", "throughput of the slowest partition", here, "measured; no claim"
+            )
         )
     return claims
 
@@ -207,19 +205,15 @@ def _points(points: Sequence[float]) -> str:
     return f"{plus_minus(spread(points))} points"
 
 
-def _claim(quantity: str, source: str, here: str, verdict: str) -> Claim:
-    return {"quantity": quantity, "source": source, "here": here, "verdict": verdict}
-
-
 def draw(document: Document) -> "Figure":
     """Draws accuracy against the bytes that all partitions send, and the balance of the cuts."""
     runs, title = document["runs"], f"Partition-wise training ({document['settings']['dataset']})"
     drawn, panels = figure(1, 2, title, 5.0, 3.8)
     left, right = panels[0]
-    whole = [run["accuracy"] for run in _of(runs, "backprop")]
+    whole = [run["accuracy"] for run in runs_of(runs, "backprop")]
     left.axhline(statistics.fmean(whole), color="#777777", linestyle="--", linewidth=1.2, label="backprop")
     for number, arm in enumerate(arm for arm in ARMS if arm != "backprop"):
-        chosen = _of(runs, arm)
+        chosen = runs_of(runs, arm)
         accuracies = [run["accuracy"] for run in chosen]
         left.errorbar(
             statistics.fmean(run["sent_bytes"] for run in chosen) / 1e6,
@@ -235,7 +229,7 @@ def draw(document: Document) -> "Figure":
     left.set_xlabel("megabytes sent in all")
     left.set_ylabel("test accuracy, %")
     for place, arm in enumerate(("p=2, 6 bits", "p=2, 6 bits, cut early", "p=4, 6 bits")):
-        seconds = [run["stage_seconds"] for run in _of(runs, arm)]
+        seconds = [run["stage_seconds"] for run in runs_of(runs, arm)]
         shares = [[100 * value / max(each) for value in each] for each in seconds]
         for stage, values in enumerate(zip(*shares, strict=True)):
             right.bar(place + 0.18 * stage, statistics.fmean(values), 0.16, color=COLOURS[stage])

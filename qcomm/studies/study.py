@@ -22,6 +22,16 @@ Claim = dict[str, str]
 Settings = TypeVar("Settings", bound=StudySettings)
 
 
+def claim_row(quantity: str, source: str, here: str, verdict: str) -> Claim:
+    """Returns a row of a study's table: what a source says of a quantity, what was found, and the verdict."""
+    return {"quantity": quantity, "source": source, "here": here, "verdict": verdict}
+
+
+def runs_of(runs: Sequence[Run], arm: str) -> list[Run]:
+    """Returns the runs of an arm, by seed."""
+    return [run for run in runs if run["arm"] == arm]
+
+
 @dataclass(frozen=True)
 class Study(Generic[Settings]):
     """One study, of settings that may have fields of their own.
