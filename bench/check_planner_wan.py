@@ -3,12 +3,14 @@
     python bench/check_planner_wan.py --json bench/results/planner_wan.json       # 32 scenes, half an hour
     python bench/check_planner_wan.py --quick                                      # 4 scenes
     python bench/check_planner_wan.py --hosts 2 --rates 1gbit --delays 0 50 --models 5x520
+    python bench/check_planner_wan.py --measured bench/results/planner_wan.json    # its steps, predicted anew
 
 A scene is a model of equal linear layers, each a bucket, on hosts with one rate and one delay between any two. The
 exposed time of a step, of torch's fp32 all-reduce and of qcomm k=1 with two_phase, is compared with `qcomm.planner`'s
 prediction. Its inputs are the rate that tc or the hub lets through, 1448 bytes of values in a frame of 1514, the
-delay and the planner's own latency of TCP, and the codec, timed here alone and shared out over the hosts' cores.
-Nothing is fitted to the measured times. Layers are small, so that processors matter little beside the links.
+delay and the planner's own latency of TCP, and the processors' part, from steps of the same models by as many
+processes without links: the hosts share this machine's cores. Nothing is fitted to times with links. TCP's congestion
+control is cubic, Linux's default: BBR spreads a message over a part of the round trip, which the planner does not know.
 
 Exits with 1 if fewer than 80 % of the points are within 15 %, or inside the bars that the planner calls likely.
 """
@@ -16,32 +18,34 @@ Exits with 1 if fewer than 80 % of the points are within 15 %, or inside the bar
 import argparse
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from netlab import NetlabError
-from ranks import RanksError, about, explain, is_rank, run_ranks, start_rank, write
+from ranks import LOOPBACK, RanksError, about, explain, is_rank, run_ranks, start_rank, write
 from wan import Wan, bits_per_second
 
 import qcomm
 from qcomm.collectives import measure_codec
-from qcomm.planner import FABRICS, Codec, Ddp, Fabric, ModelProfile, ParameterTensor, Request, method_named, predict
+from qcomm.planner import FABRICS, Codec, Ddp, ModelProfile, ParameterTensor, Request, method_named, predict
 
 BENCH_WAN = Path(__file__).with_name("bench_wan.py")
 METHODS = {"fp32": "fp32", "qcomm k=1": "qcomm-1"}  # here, and in the planner
 TOLERANCE, NEEDED = 0.15, 0.8
 FRAME, VALUES = 1514, 1448
 CODEC_ELEMENTS, CODEC_REPEATS, COLLECTIVE_REPEATS = 1 << 20, 9, 100
+UNLIMITED_GB_PER_S = 100.0  # as fast as sockets are
 FASTER_THAN_LINKS = 1e9  # samples a second: next to nothing is computed
 QUICK = 4
+FIT_ROUNDS = 30
+CONTROL = "cubic"
 
 
 class Scene(NamedTuple):
@@ -71,15 +75,16 @@ def request_of(scene: Scene, codec: Codec) -> Request:
     """The scene as a question to the planner."""
     tensors = [ParameterTensor(f"layer{i}", (scene.width, scene.width), 1.0) for i in range(scene.layers)]
     model = ModelProfile("layers", "resnet", tuple(tensors), "samples", scene.width, 4 * scene.width)
-    tcp = FABRICS["tcp"]
-    fabric = Fabric("tcp", VALUES / FRAME, tcp.most_gb_per_s, tcp.latency_us + 1e3 * scene.delay_ms, 0.0)
+    gloo = FABRICS["gloo"]
+    latency = gloo.latency_us + 1e3 * scene.delay_ms
+    fabric = replace(gloo, efficiency=VALUES / FRAME, latency_us=latency, congestion=0.0)
     tiny = 2.0**-20  # MiB: every layer is a bucket
     return Request(
         model,
         1,
         scene.hosts,
         1,
-        bits_per_second(scene.rate) / 8e9,
+        UNLIMITED_GB_PER_S if scene.rate == LOOPBACK else bits_per_second(scene.rate) / 8e9,
         fabric=fabric,
         scheduler=Ddp(first_mib=tiny, bucket_mib=tiny),
         codec=codec,
@@ -87,54 +92,71 @@ def request_of(scene: Scene, codec: Codec) -> Request:
     )
 
 
-def collective_seconds() -> float:
-    """Processor seconds of a collective of one value, on a rank."""
-    value, taken = torch.ones(1), []
+def time_codec() -> Codec:
+    """The codec of this rank and its processor time of a collective, while all ranks use theirs. A collective."""
+    values = torch.randn(CODEC_ELEMENTS, generator=torch.Generator().manual_seed(0))
+    dist.barrier()
+    found = measure_codec(values, qcomm.SigmaGrid(step=1.0), repeats=CODEC_REPEATS)
+    one, taken = torch.ones(1), []
     for _ in range(COLLECTIVE_REPEATS):
         begin = time.process_time()
-        qcomm.all_reduce(value, strategy="two_phase")
+        qcomm.all_reduce(one, strategy="two_phase")
         taken.append(time.process_time() - begin)
-    return statistics.median(taken)
-
-
-def run_rank() -> None:
-    """On both ranks; rank 0 prints one line of JSON."""
-    rank, _ = start_rank()
-    found = collective_seconds()
-    if rank == 0:
-        print(json.dumps(found), flush=True)
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def codec_here() -> Codec:
-    """The codec of one core of this machine, and its processor time for a collective."""
-    values = torch.randn(CODEC_ELEMENTS, generator=torch.Generator().manual_seed(0))
-    found = measure_codec(values, qcomm.SigmaGrid(step=1.0), repeats=CODEC_REPEATS)
     return Codec(
         found.encode_gb_per_s,
         found.decode_gb_per_s,
         on_gpu=False,
         assumed=False,
         ratio=found.ratio,
-        collective_seconds=run_ranks(__file__, [], 2),
+        collective_seconds=statistics.median(taken),
     )
 
 
-def shared(codec: Codec, hosts: int) -> Codec:
-    """The codec where the hosts share this machine's cores."""
-    sharing = max(1.0, hosts / (os.cpu_count() or 1))
-    return replace(
-        codec,
-        encode_gb_per_s=codec.encode_gb_per_s / sharing,
-        decode_gb_per_s=codec.decode_gb_per_s / sharing,
-        collective_seconds=codec.collective_seconds * sharing,
-    )
+def run_rank() -> None:
+    """On all ranks; rank 0 prints one line of JSON, of the slowest ones."""
+    rank, world_size = start_rank()
+    found: list[Any] = [None] * world_size
+    dist.all_gather_object(found, asdict(time_codec()))
+    if rank == 0:
+        slowest = {name: min(one[name] for one in found) for name in ("encode_gb_per_s", "decode_gb_per_s")}
+        taken = max(one["collective_seconds"] for one in found)
+        print(json.dumps({**found[0], **slowest, "collective_seconds": taken}), flush=True)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def codec_among(hosts: int, models: Sequence[tuple[int, int]], steps: int) -> Codec:
+    """The codec of a host while all hosts use this machine's cores: from steps of the models without links."""
+    scenes = [Scene(hosts, LOOPBACK, 0.0, *model) for model in models]
+    taken = {scene: measure(scene, steps, ["qcomm k=1"])[0]["exposed_seconds"] for scene in scenes}
+    return fitted(Codec(**run_ranks(__file__, [], hosts)), taken)
+
+
+def fitted(codec: Codec, taken: Mapping[Scene, float]) -> Codec:
+    """The codec with which steps without links take as long as measured.
+
+    The largest model's step sets the rates, whose ratio is kept, and the smallest one's, where it is another, the time
+    of a collective.
+    """
+    smallest, *_, largest = sorted([*taken, *taken], key=lambda scene: scene.layers * scene.width**2)
+    for _ in range(FIT_ROUNDS):
+        factor = taken[largest] / _seconds(largest, codec)
+        codec = replace(
+            codec, encode_gb_per_s=codec.encode_gb_per_s / factor, decode_gb_per_s=codec.decode_gb_per_s / factor
+        )
+        if smallest != largest:
+            factor = taken[smallest] / _seconds(smallest, codec)
+            codec = replace(codec, collective_seconds=codec.collective_seconds * min(2.0, max(0.5, factor)))
+    return codec
+
+
+def _seconds(scene: Scene, codec: Codec) -> float:
+    return predict(request_of(scene, codec), method_named(METHODS["qcomm k=1"])).seconds
 
 
 def point(scene: Scene, row: dict[str, Any], codec: Codec) -> dict[str, Any]:
     """A measured row of bench_wan beside its prediction."""
-    found = predict(request_of(scene, shared(codec, scene.hosts)), method_named(METHODS[row["method"]]))
+    found = predict(request_of(scene, codec), method_named(METHODS[row["method"]]))
     measured = row["exposed_seconds"]
     kept = {name: row[name] for name in ("method", "p10", "p90")}
     return {
@@ -149,13 +171,23 @@ def point(scene: Scene, row: dict[str, Any], codec: Codec) -> dict[str, Any]:
     }
 
 
-def measure(scene: Scene, steps: int) -> list[dict[str, Any]]:
+def measure(scene: Scene, steps: int, methods: Sequence[str] = tuple(METHODS)) -> list[dict[str, Any]]:
     """Rows of bench_wan."""
     options = [f"--buckets={scene.layers}", f"--width={scene.width}", f"--steps={steps}"]
-    options += ["--methods", *METHODS, "--delay-ms", str(scene.delay_ms)]
-    wan = Wan(delay_ms=scene.delay_ms) if scene.delay_ms else None
+    options += ["--methods", *methods, "--delay-ms", str(scene.delay_ms)]
+    wan = Wan(delay_ms=scene.delay_ms, control=CONTROL) if scene.delay_ms else None
     rows: list[dict[str, Any]] = run_ranks(BENCH_WAN, options, scene.hosts, scene.rate, wan=wan)
     return rows
+
+
+def measured_rows(path: Path) -> dict[Scene, list[dict[str, Any]]]:
+    """The rows of an earlier run, by scene."""
+    found: dict[Scene, list[dict[str, Any]]] = {}
+    for one in json.loads(path.read_text())["points"]:
+        scene = Scene(**{name: one[name] for name in Scene._fields})
+        row = {"exposed_seconds": one["seconds"], **{name: one[name] for name in ("method", "p10", "p90")}}
+        found.setdefault(scene, []).append(row)
+    return found
 
 
 def shares(points: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -181,6 +213,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", type=layers_of, default=[(5, 520), (3, 1150)], help="layers x width")
     parser.add_argument("--steps", type=int, default=9, help="that are counted, of each method")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} of the scenes")
+    parser.add_argument("--measured", type=Path, help="earlier figures, whose steps are not measured again")
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     if is_rank():
@@ -188,21 +221,28 @@ def main() -> int:
         return 0
     axes = itertools.product(arguments.hosts, arguments.rates, arguments.delays, arguments.models)
     scenes = [Scene(hosts, rate, delay, *model) for hosts, rate, delay, model in axes]
+    known = measured_rows(arguments.measured) if arguments.measured else {}
+    scenes = list(known) or scenes
     if arguments.quick:
         scenes = scenes[:: max(1, len(scenes) // QUICK + 1)]
-    header, codec, points = about(steps=arguments.steps), codec_here(), []
+    header, points = about(steps=arguments.steps, control=CONTROL), []
+    models = sorted({(scene.layers, scene.width) for scene in scenes})
+    codecs: dict[int, Codec] = {}
     for scene in scenes:
         try:
-            rows = measure(scene, arguments.steps)
+            if scene.hosts not in codecs:
+                codecs[scene.hosts] = codec_among(scene.hosts, models, arguments.steps)
+            rows = known.get(scene) or measure(scene, arguments.steps)
         except (NetlabError, RanksError) as error:
             return explain(error, "check_planner_wan", "it needs the rights of root")
         for row in rows:
-            points.append(point(scene, row, codec))
+            points.append(point(scene, row, codecs[scene.hosts]))
             show(points[-1])
     found = shares(points)
     print(f"{found['within_15_percent']:.0%} of {len(points)} points within 15 %, "
           f"{found['likely_holds']:.0%} inside the bars", file=sys.stderr)  # fmt: skip
-    document = {**header, "load_after": about()["load"], "codec": codec.__dict__, **found, "points": points}
+    document = {**header, "load_after": about()["load"], **found}
+    document |= {"codecs": {hosts: asdict(codec) for hosts, codec in codecs.items()}, "points": points}
     write(arguments.json, document)
     return 0 if min(found.values()) >= NEEDED else 1
 

@@ -8,6 +8,7 @@ node. All of a node's GPUs share its link::
     hierarchical  2 (g - 1) (S / (g b) + a) + all-reduce of S / g among nodes, by all g GPUs at once
     torus         hierarchical with rings both ways on a grid of x times N / x GPUs
     all_gather    (N - 1) S / min(B, b) + (N - n) a + n alpha                   ring
+    gloo          a ring in segments, of which two are under way: gloo_ring
 
 NCCL takes of ring and tree what would be the faster one with the latencies of its own model, whatever those of the
 links are. Y. Ueno and R. Yokota, "Exhaustive study of hierarchical allreduce patterns",
@@ -22,10 +23,13 @@ from dataclasses import dataclass, replace
 from qcomm.collectives import LinkProfile
 from qcomm.planner.errors import PlanError
 
-__all__ = ["Cluster", "all_gather", "all_reduce", "hierarchical", "ring", "torus", "tree"]
+__all__ = ["GLOO_AT_ONCE", "Cluster", "all_gather", "all_reduce", "gloo_ring", "hierarchical", "ring", "torus", "tree"]
 
 # Latencies of a hop in NCCL's model (src/graph/tuning.cc, protocol Simple).
 NCCL_NETWORK_US, NCCL_INSIDE_US = 14.0, 3.4
+# gloo's ring cuts a buffer into segments of at most so many bytes, at least so many a rank, and has as many under way.
+GLOO_SEGMENT_BYTES, GLOO_SEGMENTS = 1 << 20, 2
+GLOO_AT_ONCE = 2  # collectives of a group of torch's gloo, which has two threads for them
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Cluster:
         gpus_per_node: GPUs of a full node. With fewer GPUs than that there is one node; otherwise nodes are full.
         between: link of a whole node, shared by its GPUs.
         inside: link of each GPU to the others of its node.
+        is_gloo: whether torch's gloo moves uncompressed gradients, rather than NCCL.
 
     Raises:
         PlanError: the numbers do not describe a cluster.
@@ -51,6 +56,7 @@ class Cluster:
     gpus_per_node: int
     between: LinkProfile
     inside: LinkProfile
+    is_gloo: bool = False
 
     def __post_init__(self) -> None:
         for name in ("gpus", "gpus_per_node"):
@@ -95,6 +101,32 @@ def ring(cluster: Cluster, size: float) -> float:
         return 0.0
     share = (cluster.gpus - 1) / cluster.gpus
     return 2 * share * size / _slowest(cluster) + 2 * share * _hops(cluster)
+
+
+def gloo_ring(cluster: Cluster, size: float) -> list[tuple[str, float]]:
+    """Returns what gloo's all-reduce of ``size`` bytes does one after another: seconds of "wait" and of "link".
+
+    A segment travels when its receiver has told that it waits for it, two latencies after both have begun. Two segments
+    are under way, so that a pair takes two latencies and a segment's time, or two segments' time where that is longer.
+
+    Example:
+        >>> far = LinkProfile(1.0, 50_000.0)
+        >>> steps = gloo_ring(Cluster(2, 1, far, far), 25 * 2**20)
+        >>> round(sum(seconds for _, seconds in steps), 2)  # 0.03 of them for the bytes
+        1.41
+    """
+    if cluster.gpus == 1 or size == 0:
+        return []
+    ranks = cluster.gpus
+    segments = max(GLOO_SEGMENTS, math.ceil(size / GLOO_SEGMENT_BYTES / ranks))  # of each rank's part
+    one = size / (ranks * segments) / _slowest(cluster)
+    trips = 2 * _hops(cluster) / ranks
+    most = (ranks - 1) * segments
+    phase = [("wait", min(trips, one))]
+    for begin in range(0, most, GLOO_SEGMENTS):
+        together = min(GLOO_SEGMENTS, most - begin)
+        phase += [("wait", max(0.0, trips - one)), ("link", together * one)]
+    return 2 * phase
 
 
 def tree(cluster: Cluster, size: float) -> float:
@@ -159,7 +191,9 @@ def all_gather(cluster: Cluster, size: float) -> float:
 
 
 def all_reduce(cluster: Cluster, size: float) -> float:
-    """Returns the seconds of NCCL's all-reduce of ``size`` bytes."""
+    """Returns the seconds of NCCL's all-reduce of ``size`` bytes, or of gloo's."""
+    if cluster.is_gloo:
+        return sum(seconds for _, seconds in gloo_ring(cluster, size))
     believed = replace(
         cluster,
         between=LinkProfile(cluster.between.gb_per_s, NCCL_NETWORK_US),

@@ -150,6 +150,7 @@ class Fabric:
         latency_us: latency of one hop.
         congestion: fraction of the time added per doubling of the nodes beyond ``ONE_SWITCH``, for flows that share a
             link between switches and for more distant switches.
+        is_gloo: whether torch's gloo moves uncompressed gradients, rather than NCCL.
 
     Raises:
         PlanError: a number is out of its range.
@@ -160,6 +161,7 @@ class Fabric:
     most_gb_per_s: float
     latency_us: float
     congestion: float
+    is_gloo: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.latency_us < 1e6:
@@ -185,6 +187,8 @@ FABRICS: Mapping[str, Fabric] = {
         # 1448 bytes of values in the 1538 that a full Ethernet frame takes. Zhang et al., "Is network the bottleneck of
         # distributed training?" (NetAI 2020): sockets carry at most 32 Gb/s.
         Fabric("tcp", 0.94, 4.0, 50.0, 0.04),
+        # TCP, but with gloo's rings in place of NCCL's: groups of CPUs.
+        Fabric("gloo", 0.94, 4.0, 50.0, 0.04, is_gloo=True),
         # InfiniBand or RoCE with GPUDirect; NCCL's model has 14 us for a hop.
         Fabric("rdma", 0.9, 1e6, 14.0, 0.04),
         # One switch without congestion, and the rate is all for values: for effective bandwidths.

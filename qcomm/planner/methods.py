@@ -1,11 +1,11 @@
 """Work of each exchange method: the time that a bucket takes on codec and link.
 
 A bucket's work is a list of chains, one per slice; a chain is a sequence of steps. ``fp32`` and ``bf16`` (or fp16, at
-the same cost) are NCCL's all-reduce. PowerSGD is torch's hook: two all-reduces of factors between products with the
-gradient matrices. qcomm compresses between nodes, after an uncompressed reduce-scatter inside each (``hierarchical``),
-or between all GPUs (``two_phase``), also those of a single node; the cost model picks the faster. As in the library
-with a ``strategy`` other than ``auto``, it compresses even at a loss. An averager exchanges weights every H steps,
-after the last one's backward, by qcomm's exchange with k=1.
+the same cost) are NCCL's all-reduce, or gloo's. PowerSGD is torch's hook: two all-reduces of factors between products
+with the gradient matrices. qcomm compresses between nodes, after an uncompressed reduce-scatter inside each
+(``hierarchical``), or between all GPUs (``two_phase``), also those of a single node; the cost model picks the faster.
+As in the library with a ``strategy`` other than ``auto``, it compresses even at a loss. An averager exchanges weights
+every H steps, after the last one's backward, by qcomm's exchange with k=1.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from qcomm.collectives import (
 )
 from qcomm.collectives import seconds as collective_seconds
 from qcomm.communicator import CHANNELS
-from qcomm.planner.collectives import Cluster, all_reduce
+from qcomm.planner.collectives import Cluster, all_reduce, gloo_ring
 from qcomm.planner.errors import PlanError
 from qcomm.planner.profiles import ParameterTensor
 
@@ -120,15 +120,22 @@ def _elements(bucket: Sequence[ParameterTensor]) -> int:
     return sum(tensor.elements for tensor in bucket)
 
 
+def _sum(cluster: Cluster, size: float) -> Chain:
+    """Returns the library's own all-reduce."""
+    if not cluster.is_gloo:
+        return (Work("link", all_reduce(cluster, size), "all-reduce"),)
+    return tuple(Work(kind, seconds, "all-reduce") for kind, seconds in gloo_ring(cluster, size))
+
+
 def _fp32(bucket: Sequence[ParameterTensor], setting: Setting) -> list[Chain]:
-    return [(Work("link", all_reduce(setting.cluster, VALUE_BYTES * _elements(bucket)), "all-reduce"),)]
+    return [_sum(setting.cluster, VALUE_BYTES * _elements(bucket))]
 
 
 def _half(bucket: Sequence[ParameterTensor], setting: Setting) -> list[Chain]:
     elements = _elements(bucket)
     cast = elements * (VALUE_BYTES + 2) / (1e9 * setting.memory_gb_per_s)
-    send = Work("link", all_reduce(setting.cluster, 2 * elements), "all-reduce")
-    return [(Work("codec", cast, "cast"), send, Work("codec", cast, "cast back"))]
+    send = _sum(setting.cluster, 2 * elements)
+    return [(Work("codec", cast, "cast"), *send, Work("codec", cast, "cast back"))]
 
 
 def _powersgd(rank: int) -> Callable[[Sequence[ParameterTensor], Setting], list[Chain]]:

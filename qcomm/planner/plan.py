@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from qcomm.collectives import LinkProfile
-from qcomm.planner.collectives import Cluster
+from qcomm.planner.collectives import GLOO_AT_ONCE, Cluster
 from qcomm.planner.compute import ComputeTimes, compute_times
 from qcomm.planner.errors import PlanError
 from qcomm.planner.hardware import FABRICS, INSIDE, Fabric, Gpu, pcie_among
@@ -116,7 +116,7 @@ class Request:
             inside = pcie_among(max(1, min(self.gpus, self.gpus_per_node)))
         nodes = max(1, self.gpus // max(1, self.gpus_per_node))
         between = self.fabric.link(self.network_gb_per_s, nodes, self.efficiency)
-        return Cluster(self.gpus, self.gpus_per_node, between, inside)
+        return Cluster(self.gpus, self.gpus_per_node, between, inside, self.fabric.is_gloo)
 
     @property
     def times(self) -> ComputeTimes:
@@ -179,10 +179,11 @@ def jobs(request: Request, method: Method) -> list[Job]:
     buckets = scheduler.buckets(
         request.model, request.times_together, request.gpus, cluster.nodes, cluster.between.latency_us
     )
+    channels = method.channels or (GLOO_AT_ONCE if cluster.is_gloo else 0)
     found = []
     for number, bucket in enumerate(buckets):
         chains = method.chains(bucket.tensors, setting) if request.gpus > 1 else []
-        channel = number % method.channels if method.channels else None
+        channel = number % channels if channels else None
         found.append(Job(bucket.ready, bucket.delay if request.gpus > 1 else 0.0, chains, channel))
     return found
 

@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -18,14 +20,14 @@ from qcomm.collectives.cost_model import (
 )
 from qcomm.collectives.two_phase_schedule import MOST_SLICES
 from qcomm.planner import PlanError
-from qcomm.planner.collectives import Cluster, all_gather, all_reduce, hierarchical, ring, torus, tree
+from qcomm.planner.collectives import Cluster, all_gather, all_reduce, gloo_ring, hierarchical, ring, torus, tree
 from qcomm.planner.compute import ComputeTimes
 from qcomm.planner.hardware import FABRICS, GPUS, inside_link, parse_bandwidth
 from qcomm.planner.methods import Codec, Setting, Work, method_named
 from qcomm.planner.models import built_in
-from qcomm.planner.plan import Request
-from qcomm.planner.profiles import ParameterTensor
-from qcomm.planner.schedulers import Horovod
+from qcomm.planner.plan import Request, predict
+from qcomm.planner.profiles import ModelProfile, ParameterTensor
+from qcomm.planner.schedulers import Ddp, Horovod
 from qcomm.planner.simulator import Job, chrome_trace, simulate, slowest_factors
 
 SLOW, FAST = LinkProfile(10.0, 20.0), LinkProfile(100.0, 5.0)
@@ -51,6 +53,45 @@ def test_closed_forms():
     alone = Profile(SLOW, Codec(1.0, 1.0, on_gpu=False, assumed=False).profile(1.0))
     assert ring(cluster(8, 1), GB) + 20e-6 + 21 * MESSAGE_SECONDS == pytest.approx(seconds("none", flat, alone))
     assert 1e-10 * bytes_sent("none", flat, 1.0)[0] == pytest.approx(ring(cluster(8, 1, LinkProfile(10.0, 1e-9)), GB))
+
+
+def gloo_by_events(ranks, size, rate, latency):
+    """Seconds of gloo's ring by its own rules, one segment after another; all ranks do the same at once."""
+    segments = max(2, math.ceil(size / 2**20 / ranks))
+    one = size / ranks / segments / rate
+    now = 0.0
+    for _ in ("reduce-scatter", "all-gather"):
+        arrived, link_free = [], now
+        for number in range((ranks - 1) * segments):
+            began = now if number < 2 else arrived[number - 2]
+            link_free = max(link_free, began + 2 * latency) + one
+            arrived.append(link_free)
+        now = arrived[-1]
+    return now
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+@pytest.mark.parametrize("size", [1000, 5.3e6, 25 * 2**20])
+@pytest.mark.parametrize("latency_us", [50.0, 2_000.0, 50_000.0])
+def test_gloo_waits_for_its_receivers_with_two_segments_under_way(ranks, size, latency_us):
+    link = LinkProfile(0.1, latency_us)
+    taken = sum(seconds for _, seconds in gloo_ring(cluster(ranks, 1, link, link), size))
+    assert taken == pytest.approx(gloo_by_events(ranks, size, 1e8, 1e-6 * latency_us), rel=1e-9)
+    assert taken == pytest.approx(all_reduce(Cluster(ranks, 1, link, link, is_gloo=True), size))
+
+
+def test_gloos_fabric_has_two_collectives_under_way():
+    far = replace(FABRICS["gloo"], latency_us=50_000.0)
+    layers = ModelProfile(
+        "layers", "resnet", tuple(ParameterTensor(f"{i}", (520, 520), 1.0) for i in range(5)), "s", 1, 1
+    )
+    request = Request(
+        layers, 1, 2, 1, 0.12, fabric=far, scheduler=Ddp(first_mib=2**-20, bucket_mib=2**-20), samples_per_second=1e9
+    )
+    for method in ("fp32", "bf16"):
+        # Two phases of two latencies each, for three turns of two buckets.
+        assert 3 * 4 * 0.05 < predict(request, method_named(method)).seconds < 3 * 4 * 0.05 + 0.06
+    assert predict(replace(request, fabric=replace(far, is_gloo=False)), method_named("fp32")).seconds > 5 * 2 * 0.05
 
 
 def test_nccl_does_not_see_a_long_latency():
