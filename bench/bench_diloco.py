@@ -4,8 +4,9 @@
 
 Four processes train :class:`transformer_training.Transformer` with AdamW on the source of Python's standard library.
 ``ddp`` averages gradients in fp32 in every step. All others are ``qcomm.DiLoCo`` with its default outer optimizer:
-``fp32`` uncompressed, ``k=K`` on SigmaGrid(K) with error feedback in both directions. A method may end with
-``streamed``: three fragments, merged three steps after their exchange began, alpha 0.5. The end is rank 0's anchor.
+``fp32`` uncompressed, ``k=K`` on SigmaGrid(K) with error feedback in both directions, ``k=K/M`` with ``mean_step=M``.
+A method may end with ``streamed``: three fragments, merged three steps after their exchange began, alpha 0.5.
+``sparse=R`` is the rival of sparse_outer.py with an outer rate of R. The end is rank 0's anchor.
 
 **The rule of "no loss"** was written down before the first run. Over at least three seeds the held-out loss is on
 average at most 0.01 nats above that of fp32 DiLoCo of the same period, and the 95 % interval of the paired differences
@@ -27,6 +28,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from sparse_outer import SparseOuter
 from study_runs import append, commit, in_turn, not_done, paired, parse_study, read
 from torch import nn
 from transformer_training import (
@@ -47,6 +49,7 @@ from qcomm.recipes.launch import launch
 
 RESULTS = Path(__file__).parent / "results"
 REFERENCE = "fp32"
+SPARSE = "sparse="
 METHODS = (REFERENCE, "k=1", "k=2", "k=3.2", "ddp")
 PERIODS = (30, 100)
 SEEDS, ENOUGH_SEEDS = 5, 3
@@ -82,11 +85,25 @@ def options_of(method: str) -> dict[str, Any]:
     """Returns the options of DiLoCo; raises ValueError if there is no such method."""
     grid, _, mode = method.partition(" ")
     if mode not in ("", "streamed") or not (grid == REFERENCE or grid.startswith("k=")):
-        raise ValueError(f"method is {method!r}; it must be ddp, fp32 or k=K, the last two perhaps with streamed")
+        raise ValueError(
+            f"method is {method!r}; it must be ddp, sparse=R, fp32, k=K or k=K/M, the last three perhaps with streamed"
+        )
     options: dict[str, Any] = dict(STREAMED) if mode else {}
     if grid == REFERENCE:
         return {**options, "strategy": "none"}
-    return {**options, "strategy": "two_phase", "grid": qcomm.SigmaGrid(float(grid.removeprefix("k=")))}
+    step, _, mean_step = grid.removeprefix("k=").partition("/")
+    if mean_step:
+        options["mean_step"] = float(mean_step)
+    return {**options, "strategy": "two_phase", "grid": qcomm.SigmaGrid(float(step))}
+
+
+def make_outer(run: "Run", model: nn.Module) -> "qcomm.DiLoCo | SparseOuter | None":
+    """Returns what averages the ranks' movements: None for ``ddp``, which averages gradients."""
+    if run.method == "ddp":
+        return None
+    if run.method.startswith(SPARSE):
+        return SparseOuter(model, run.period, float(run.method.removeprefix(SPARSE)))
+    return qcomm.DiLoCo(model, period=run.period, **options_of(run.method))
 
 
 def average_gradients(model: nn.Module) -> None:
@@ -105,9 +122,7 @@ def train(run: Run, text: Text) -> dict[str, Any]:
     torch.manual_seed(setting.seed)
     model = Transformer(setting, text.vocabulary)
     inner = make_optimizer("adamw", model, setting.rate)
-    diloco = None
-    if run.method != "ddp":
-        diloco = qcomm.DiLoCo(model, period=run.period, **options_of(run.method))
+    diloco = make_outer(run, model)
     sequences, losses = torch.Generator().manual_seed(setting.seed + 7), []
     for step in range(setting.steps):
         for group in inner.param_groups:
@@ -242,7 +257,9 @@ def print_table(records: Sequence[dict[str, Any]]) -> None:
 
 
 def _check_method(method: str) -> None:
-    if method != "ddp":
+    if method.startswith(SPARSE):
+        float(method.removeprefix(SPARSE))
+    elif method != "ddp":
         options_of(method)
 
 
@@ -251,7 +268,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--periods", type=int, nargs="+", default=list(PERIODS), help="steps between exchanges")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="also any k=K, and with streamed")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="also k=K, k=K/M, sparse=R, with streamed")
     parser.add_argument("--steps", type=int, default=SMALL.steps, help="(default %(default)s)")
     parser.add_argument("--width", type=int, default=SMALL.width, help="of the model (default %(default)s)")
     parser.add_argument("--depth", type=int, default=SMALL.depth, help="of the model (default %(default)s)")
@@ -271,7 +288,13 @@ def main() -> None:
             for period in [0] if method == "ddp" else arguments.periods:
                 runs.append(Run(method, period, setting))
     if arguments.quick:
-        runs = [Run("ddp", 0, TINY), Run(REFERENCE, 5, TINY), Run("k=1", 5, TINY), Run("k=1 streamed", 12, TINY)]
+        runs = [
+            Run("ddp", 0, TINY),
+            Run(REFERENCE, 5, TINY),
+            Run("k=1", 5, TINY),
+            Run("k=1 streamed", 12, TINY),
+            Run("sparse=1", 5, TINY),
+        ]
     text = standard_library(files)
     missing = not_done(runs, lambda run: run.key(text), arguments.runs)
     if missing and not arguments.summary:
