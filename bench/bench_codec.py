@@ -50,7 +50,7 @@ from rich.console import Console
 from rich.progress import track
 
 import qcomm
-from qcomm.codec import _native
+from qcomm.codec import _native, quantizers
 from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, decode_into, encode
 from qcomm.codec.quantize import dequantize, plan, quantize
@@ -92,7 +92,7 @@ def qcomm_functions(
     }
     what = f"{grid.describe()} {version}"
     symbols, quantizer = quantize(values, grid)
-    inside = symbols != 2**quantizer.num_bits - 1 if quantizer.grid == _native.GridKind.SIGMA else symbols >= 0
+    inside = symbols != 2**quantizer.num_bits - 1 if quantizer.grid == quantizers.GridKind.SIGMA else symbols >= 0
     functions["decode"]()
     functions["accumulate"]()
     check(bool((out == dequantize(symbols, quantizer))[inside].all()) and out[~inside].equal(values[~inside]), what)

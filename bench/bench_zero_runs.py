@@ -29,7 +29,8 @@ from codec_timing import Key, Spread, gb_per_s, in_turns, quotient
 
 import qcomm
 from qcomm.codec import GridKind, Quantizer, decode_into, encode, forecast_quantizer, measure, plan
-from qcomm.codec._native import Coding, Segment, cpu_features, using_cpu_feature
+from qcomm.codec._native import cpu_features, using_cpu_feature
+from qcomm.codec.quantizers import Coding, Segment
 from qcomm.reference import equilibrium_step
 
 STEPS = (3.0, 3.2, 3.3, 3.4)

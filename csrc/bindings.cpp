@@ -1,4 +1,4 @@
-// The only file of the CPU's core that knows Python. Tensors arrive as addresses, checked by qcomm/codec/_native.py;
+// The only file of the CPU's core that knows Python. Tensors arrive as addresses, checked by qcomm/codec/checks.py;
 // the GIL is released around every operation that walks over data.
 //
 // Each function turns numbers into a struct of the core, calls one operation, and turns its status into an exception

@@ -5,23 +5,13 @@ docs/format.md describes the bytes.
 
 from qcomm.codec._native import (
     CHECKSUM_BYTES,
-    CPU,
     DIMENSION_BYTES,
-    DTYPE_NUMBERS,
     MAX_CODED_BITS,
     NO_TABLE,
     PACKET_HEADER_BYTES,
     QUANTIZER_BYTES,
     SAMPLE_NUMBERS,
     TOTAL_BYTES_AT,
-    WIRE_TABLE,
-    Coding,
-    GridKind,
-    Quantizer,
-    Statistics,
-    check_floats,
-    check_memory,
-    check_num_threads,
     count_symbols,
     cpu_features,
     divide_to_bfloat,
@@ -32,6 +22,7 @@ from qcomm.codec._native import (
     sample_indices,
 )
 from qcomm.codec._native_cuda import FAULTS, CodedRange, DecodeTask, PacketSlot, Run, core, is_on_device
+from qcomm.codec.checks import CPU, DTYPE_NUMBERS, check_floats, check_memory, check_num_threads
 from qcomm.codec.entropy import estimate_entropy
 from qcomm.codec.grids import RECONSTRUCTIONS, Grid, RangeGrid, SigmaGrid
 from qcomm.codec.huffman import code_lengths
@@ -59,6 +50,7 @@ from qcomm.codec.plans_cuda import (
     read_quantizers,
 )
 from qcomm.codec.quantize import Code, forecast_quantizer, plan, plan_step
+from qcomm.codec.quantizers import WIRE_TABLE, Coding, GridKind, Quantizer, Statistics
 
 __all__ = [
     "ACCOUNT",

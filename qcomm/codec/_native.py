@@ -3,18 +3,27 @@
 No other module imports the core. The functions take and return tensors, so that callers never handle addresses.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import IntEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from qcomm.codec.refusals import core_refusal, dtype_refusal, memory_refusal
+from qcomm.codec.checks import (
+    CPU,
+    DTYPE_NUMBERS,
+    DTYPES,
+    check_floats,
+    check_memory,
+    check_num_threads,
+    floats_address,
+    memory_address,
+    negated,
+)
+from qcomm.codec.quantizers import Coding, GridKind, Quantizer, Segment, Statistics
+from qcomm.codec.refusals import core_refusal, dtype_refusal
 from qcomm.errors import PacketError
 
 if find_spec("qcomm._C") is None:
@@ -23,12 +32,6 @@ from qcomm import _C
 
 _C.set_packet_error(PacketError)
 
-DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # the index is the dtype's number in a packet
-DTYPE_NUMBERS = {dtype: number for number, dtype in enumerate(DTYPES)}
-CPU = torch.device("cpu")  # allocations say so, since the default device may be another
-PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
-WIRE_TABLE = 0
-MAX_THREADS = 1024
 NO_TABLE = 255
 # Sizes that the core defines in csrc/include/qcomm/format.h. QUANTIZER_BYTES is the size of one measured tensor's
 # quantizer in a plan's workspace.
@@ -42,215 +45,13 @@ RUNS_BITS = _C.RUNS_BITS  # of a quantizer that codes runs of zeros
 QUANTIZER_BYTES = _C.QUANTIZER_BYTES
 
 
-class GridKind(IntEnum):
-    """Kinds of grid, the values of ``SegmentRecord.grid`` in a packet."""
-
-    NONE = 0
-    RANGE_CENTER = 1
-    RANGE_ENDPOINT = 2
-    SIGMA = 3
-
-
-class Coding(IntEnum):
-    """Codings of a segment, the values of ``SegmentRecord.coding`` in a packet."""
-
-    RAW = 0
-    CONSTANT = 1
-    FIXED = 2
-    SINGLE = 3
-    PAIR = 4
-    RUNS = 5
-
-
-class Quantizer(NamedTuple):
-    """A measured tensor's grid and code, as in a segment record.
-
-    Encoding needs nothing else besides the values.
-    """
-
-    grid: GridKind
-    num_bits: int
-    coding: Coding
-    table: int
-    p0: float
-    p1: float
-
-    @classmethod
-    def raw(cls) -> "Quantizer":
-        """Returns the quantizer of values that travel uncompressed."""
-        return cls(GridKind.NONE, 0, Coding.RAW, WIRE_TABLE, 0.0, 0.0)
-
-    @classmethod
-    def constant(cls, value: float) -> "Quantizer":
-        """Returns a quantizer whose values all decode to ``value``, which may be NaN."""
-        return cls(GridKind.NONE, 0, Coding.CONSTANT, WIRE_TABLE, value, 0.0)
-
-    @property
-    def step(self) -> float:
-        """Returns the distance of neighbouring levels; 0 where nothing is lost."""
-        if self.grid == GridKind.SIGMA:
-            return self.p1
-        if self.grid == GridKind.NONE:
-            return 0.0
-        levels = 1 << self.num_bits
-        return (self.p1 - self.p0) / (levels - (self.grid == GridKind.RANGE_ENDPOINT))
-
-
-class Segment(NamedTuple):
-    """One tensor, or a part of one, that becomes a segment of a packet.
-
-    ``values`` are contiguous and of any shape. They are float32 or float64 if there is a residual. ``residual`` is
-    contiguous float32 with the same number of elements. It is added before quantization and then replaced by the
-    quantization error. ``sample`` is float64 of ``SAMPLE_NUMBERS`` elements, and filled where runs of zeros are coded:
-    sums of squares of some scaled values and of their new residuals, their number, and the number of blocks that are
-    not finite.
-    """
-
-    values: torch.Tensor
-    quantizer: Quantizer
-    residual: torch.Tensor | None = None
-    sample: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Extremes and sum of squares of ``count`` values, and whether all of them are finite.
-
-    The squares are added in float64, in an order that is part of the packet format. The other figures are meaningless
-    if ``finite`` is False.
-    """
-
-    count: int
-    minimum: float
-    maximum: float
-    sum_squares: float
-    finite: bool
-
-    @property
-    def rms(self) -> float:
-        """Returns the root mean square; 0 for no values."""
-        return math.sqrt(self.sum_squares / self.count) if self.count else 0.0
-
-
-def check_num_threads(num_threads: object) -> int:
-    """Returns ``num_threads``, at most ``MAX_THREADS``, if it is an int of at least 1."""
-    if isinstance(num_threads, bool) or not isinstance(num_threads, int):
-        raise TypeError(f"num_threads must be an int, got {type(num_threads).__name__}")
-    if num_threads < 1:
-        raise ValueError(f"num_threads must be at least 1, got {num_threads}")
-    return min(num_threads, MAX_THREADS)
-
-
-def memory_address(name: str, tensor: torch.Tensor) -> int:
-    """Returns the address of a tensor's first element, if all of its elements lie in memory.
-
-    Every tensor that the core reads or writes comes through here. It is judged by what it has, and not by its type: a
-    layout, an address, and a storage that reaches from the first element to the last.
-
-    Raises:
-        TypeError: the core would touch memory that is not the tensor's; the message names it and what to pass instead.
-    """
-    try:
-        storage = tensor.untyped_storage()
-        # A fake tensor claims another device than its storage's, and warns where it is asked for an address.
-        there = type(tensor) in PLAIN_TYPES or storage.device.type == tensor.device.type
-        if there and tensor.layout == torch.strided and not tensor.is_nested:
-            address, count = tensor.data_ptr(), tensor.numel()
-            last = count - 1
-            if count and not tensor.is_contiguous():
-                last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-            end = (tensor.storage_offset() + last + 1) * tensor.element_size()
-            if not count or (address and end <= storage.nbytes()):
-                return address
-    except (RuntimeError, ValueError):  # transforms, tracers and lazy parameters have no address to ask for
-        raise memory_refusal(name, tensor) from None
-    raise memory_refusal(name, tensor)
-
-
-def check_memory(name: str, tensor: object) -> torch.Tensor:
-    """Returns ``tensor`` if it is a tensor whose elements all lie in dense memory; raises TypeError otherwise."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    memory_address(name, tensor)
-    return tensor
-
-
-def _check_device(name: str, tensor: torch.Tensor, devices: tuple[str, ...]) -> None:
-    if tensor.is_cpu or tensor.device.type in devices:
-        return
-    if devices == ("cpu",):
-        raise ValueError(
-            f"{name} must be on the CPU, got device {tensor.device}; only compress, decompress, inspect, "
-            "estimate_entropy, all_reduce and the hook take more"
-        )
-    raise ValueError(f"{name} must be on one of {devices}, got device {tensor.device}")
-
-
-def check_floats(
-    name: str, tensor: object, devices: tuple[str, ...] = ("cpu",), may_be_negated: bool = False
-) -> torch.Tensor:
-    """Returns ``tensor`` if it is dense, real and floating-point on one of ``devices``; raises an error otherwise.
-
-    ``devices`` begins with the CPU. A lazily negated view, whose memory holds other values, needs ``may_be_negated``.
-    """
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-    _floats_address(name, tensor, devices)
-    if tensor.is_neg() and not may_be_negated:
-        raise _negated(name)
-    return tensor
-
-
-def _floats_address(name: str, tensor: torch.Tensor, devices: tuple[str, ...]) -> int:
-    if tensor.dtype not in DTYPE_NUMBERS:
-        raise dtype_refusal(name, tensor.dtype)
-    _check_device(name, tensor, devices)
-    return memory_address(name, tensor)
-
-
-def _negated(name: str) -> ValueError:
-    return ValueError(f"{name} is a lazily negated view, whose memory holds other values; call .resolve_neg() first")
-
-
-def check_packet(packet: object, devices: tuple[str, ...] = ("cpu",)) -> torch.Tensor:
-    """Returns ``packet`` as a contiguous 1-D uint8 tensor on one of ``devices``; raises an error otherwise."""
-    if not isinstance(packet, torch.Tensor):
-        raise TypeError(
-            f"packet must be a 1-D uint8 tensor, got {type(packet).__name__}; torch.frombuffer makes one from bytes"
-        )
-    if packet.dtype != torch.uint8 or packet.dim() != 1:
-        raise TypeError(f"packet must be a 1-D uint8 tensor, got {packet.dim()}-D {packet.dtype}")
-    _check_device("packet", packet, devices)
-    memory_address("packet", packet)
-    return packet.contiguous()
-
-
-def check_claim(shape: Sequence[int], dtype: torch.dtype, max_bytes: object) -> None:
-    """Raises ``PacketError`` if a tensor that a packet claims to hold takes more than ``max_bytes``; None is no limit.
-
-    Example:
-        >>> check_claim((2, 3), torch.float32, 24)
-    """
-    if max_bytes is None:
-        return
-    if isinstance(max_bytes, bool) or not isinstance(max_bytes, int):
-        raise TypeError(f"max_bytes must be an int or None, got {type(max_bytes).__name__}")
-    if max_bytes < 0:
-        raise ValueError(f"max_bytes must be >= 0, got {max_bytes}")
-    claimed = math.prod(shape) * dtype.itemsize
-    if claimed > max_bytes:
-        raise PacketError(
-            f"the packet claims a tensor of shape {tuple(shape)}, {claimed} bytes, more than max_bytes={max_bytes}"
-        )
-
-
 def _source(values: torch.Tensor, residual: torch.Tensor | None) -> tuple[int, int, int, int]:
     """Checks ``values`` and ``residual`` and returns (address, dtype, count, residual address)."""
-    address = _floats_address("values", values, ("cpu",))
+    address = floats_address("values", values, ("cpu",))
     if not values.is_contiguous():
         raise ValueError("values must be contiguous")
     if values.is_neg():
-        raise _negated("values")
+        raise negated("values")
     if residual is None:
         return address, DTYPE_NUMBERS[values.dtype], values.numel(), 0
     if (

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from qcomm.codec._native import WIRE_TABLE, Coding, GridKind
+from qcomm.codec.quantizers import WIRE_TABLE, Coding, GridKind
 
 __all__ = [
     "FAULTS",

@@ -3,8 +3,9 @@
 import torch
 
 from qcomm.codec import _native, packet_cuda
-from qcomm.codec._native import CPU, measure
+from qcomm.codec._native import measure
 from qcomm.codec._native_cuda import is_on_device
+from qcomm.codec.checks import CPU, check_floats
 from qcomm.codec.grids import RangeGrid
 
 __all__ = ["estimate_entropy"]
@@ -34,7 +35,7 @@ def estimate_entropy(tensor: torch.Tensor, num_bits: int = 4, sample_fraction: f
         4.0
     """
     RangeGrid(entropy_bits=num_bits, sample_fraction=sample_fraction, seed=seed)  # checks the arguments
-    values = _native.check_floats("tensor", tensor, devices=("cpu", "cuda")).detach().contiguous()
+    values = check_floats("tensor", tensor, devices=("cpu", "cuda")).detach().contiguous()
     if is_on_device(values):
         lo, hi, finite = packet_cuda.extremes(values)
         if finite and lo < hi:

@@ -3,6 +3,7 @@
 import torch
 
 from qcomm.codec import _native
+from qcomm.codec.checks import check_memory
 
 __all__ = ["MAX_CODE_LENGTH", "canonical_codes", "code_lengths"]
 
@@ -36,7 +37,7 @@ def code_lengths(counts: torch.Tensor, limit: int = MAX_CODE_LENGTH) -> torch.Te
         or counts.dim() != 1
     ):
         raise TypeError("counts must be a 1-D integer tensor")
-    _native.check_memory("counts", counts)
+    check_memory("counts", counts)
     if not 1 <= limit <= MAX_CODE_LENGTH:
         raise ValueError(f"limit must be in 1..{MAX_CODE_LENGTH}, got {limit}")
     if not 1 <= counts.numel() <= 4096:
@@ -64,7 +65,7 @@ def canonical_codes(lengths: torch.Tensor) -> torch.Tensor:
     """
     if not isinstance(lengths, torch.Tensor) or lengths.dtype.is_floating_point or lengths.dim() != 1:
         raise TypeError("lengths must be a 1-D integer tensor")
-    _native.check_memory("lengths", lengths)
+    check_memory("lengths", lengths)
     if not 1 <= lengths.numel() <= 4096 or int(lengths.min()) < 0 or int(lengths.max()) > MAX_CODE_LENGTH:
         raise ValueError(f"lengths must be 1..4096 values of 0..{MAX_CODE_LENGTH}")
     kraft = int((2 ** (MAX_CODE_LENGTH - lengths[lengths > 0].long())).sum())

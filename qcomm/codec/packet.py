@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from qcomm.codec import _native, packet_cuda
-from qcomm.codec._native import CPU, NO_TABLE, WIRE_TABLE, Coding, GridKind, Quantizer, Segment, measure
+from qcomm.codec._native import NO_TABLE, measure
+from qcomm.codec.checks import CPU, check_claim, check_floats, check_num_threads, check_packet
 from qcomm.codec.grids import Grid, SigmaGrid
 from qcomm.codec.quantize import plan
+from qcomm.codec.quantizers import WIRE_TABLE, Coding, GridKind, Quantizer, Segment
 from qcomm.errors import PacketError
 
 __all__ = ["PacketInfo", "Segment", "SegmentInfo", "compress", "decode_into", "decompress", "encode", "inspect"]
@@ -74,10 +76,10 @@ def compress(
         >>> packet.numel() < 4 * 100_000 / 12, restored.shape
         (True, torch.Size([100000]))
     """
-    values = _native.check_floats("tensor", tensor, devices=("cpu", "cuda"), may_be_negated=True)
+    values = check_floats("tensor", tensor, devices=("cpu", "cuda"), may_be_negated=True)
     values = values.detach().resolve_neg().contiguous()
     if values.is_cuda:
-        _native.check_num_threads(num_threads)
+        check_num_threads(num_threads)
         return packet_cuda.compress(values, grid, checksum, check_block_steps(block_steps, values.numel()))
     quantizer = plan(measure(values, num_threads=num_threads), grid, values, num_threads=num_threads)
     packet = encode(
@@ -110,12 +112,12 @@ def decompress(packet: torch.Tensor, *, max_bytes: int | None = None, num_thread
         tensor([[7., 7., 7.],
                 [7., 7., 7.]])
     """
-    packet = _native.check_packet(packet, devices=("cpu", "cuda"))
+    packet = check_packet(packet, devices=("cpu", "cuda"))
     if packet.is_cuda:
-        _native.check_num_threads(num_threads)
+        check_num_threads(num_threads)
         return packet_cuda.decompress(packet, max_bytes)
     parsed = _native.parse(packet)
-    _native.check_claim(parsed.shape, parsed.dtype, max_bytes)
+    check_claim(parsed.shape, parsed.dtype, max_bytes)
     try:
         out = torch.empty(parsed.shape, dtype=parsed.dtype, device=CPU)
     except RuntimeError as error:  # a constant packet of 80 bytes may claim terabytes
@@ -201,8 +203,8 @@ def decode_into(
         >>> total
         tensor([5., 3., 5.])
     """
-    packet = _native.check_packet(packet)
-    _native.check_floats("out", out)
+    packet = check_packet(packet)
+    check_floats("out", out)
     if not out.is_contiguous():
         raise ValueError("out must be contiguous")
     if places is None:
@@ -274,7 +276,7 @@ def inspect(packet: torch.Tensor) -> PacketInfo:
         >>> info.grid, info.num_bits, info.total_bytes == info.header_bytes + info.payload_bytes
         ('sigma', 4, True)
     """
-    packet = _native.check_packet(packet, devices=("cpu", "cuda")).cpu()
+    packet = check_packet(packet, devices=("cpu", "cuda")).cpu()
     parsed = _native.parse(packet)
     segments = tuple(_describe(packet, i, *record, dtype=parsed.dtype) for i, record in enumerate(parsed.records))
     total, count = packet.numel(), math.prod(parsed.shape)

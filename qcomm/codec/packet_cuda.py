@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from qcomm.codec import _native
-from qcomm.codec._native import DTYPE_NUMBERS, PACKET_HEADER_BYTES, WIRE_TABLE, Coding, PacketFront
+from qcomm.codec._native import PACKET_HEADER_BYTES, PacketFront
 from qcomm.codec._native_cuda import (
     FAULTS,
     CodedRange,
@@ -20,8 +20,10 @@ from qcomm.codec._native_cuda import (
     static_codes,
     stream,
 )
+from qcomm.codec.checks import DTYPE_NUMBERS, check_claim
 from qcomm.codec.grids import Grid
 from qcomm.codec.plans_cuda import kernel_grid
+from qcomm.codec.quantizers import WIRE_TABLE, Coding
 from qcomm.errors import PacketError
 
 __all__ = ["compress", "decompress", "extremes", "sample"]
@@ -101,7 +103,7 @@ def decompress(packet: torch.Tensor, max_bytes: int | None = None) -> torch.Tens
         packet = packet.clone()
     with torch.cuda.device_of(packet):
         front = _read_front(packet)
-        _native.check_claim(front.shape, front.dtype, max_bytes)
+        check_claim(front.shape, front.dtype, max_bytes)
         try:
             out = torch.empty(front.shape, dtype=front.dtype, device=device)
         except RuntimeError as error:  # a constant packet of 80 bytes may claim terabytes

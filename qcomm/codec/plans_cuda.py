@@ -10,19 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from qcomm.codec import _native, _native_cuda
-from qcomm.codec._native import (
-    DTYPE_NUMBERS,
-    MAX_CODED_BITS,
-    NO_TABLE,
-    QUANTIZER_BYTES,
-    RUNS_BITS,
-    WIRE_TABLE,
-    Coding,
-    GridKind,
-    Quantizer,
-)
+from qcomm.codec._native import MAX_CODED_BITS, NO_TABLE, QUANTIZER_BYTES, RUNS_BITS
 from qcomm.codec._native_cuda import CodedRange, DecodeTask, KernelTensor, PacketSlot, QuantizerHead, Run, SampleRule
+from qcomm.codec.checks import DTYPE_NUMBERS, memory_address
 from qcomm.codec.grids import Grid, RangeGrid, SigmaGrid
+from qcomm.codec.quantizers import WIRE_TABLE, Coding, GridKind, Quantizer
 
 __all__ = [
     "Decoder",
@@ -128,7 +120,7 @@ def address(tensor: torch.Tensor | None, element: int = 0) -> int:
         >>> address(None)
         0
     """
-    return 0 if tensor is None else _native.memory_address("tensor", tensor) + element * tensor.element_size()
+    return 0 if tensor is None else memory_address("tensor", tensor) + element * tensor.element_size()
 
 
 def own_code_bits(grid: Grid, has_residual: bool = False) -> int:

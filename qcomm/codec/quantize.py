@@ -5,19 +5,10 @@ import math
 import torch
 
 from qcomm.codec import _native
-from qcomm.codec._native import (
-    CPU,
-    MAX_CODED_BITS,
-    NO_TABLE,
-    RUNS_BITS,
-    WIRE_TABLE,
-    Coding,
-    GridKind,
-    Quantizer,
-    Statistics,
-    measure,
-)
+from qcomm.codec._native import MAX_CODED_BITS, NO_TABLE, RUNS_BITS, measure
+from qcomm.codec.checks import CPU, DTYPE_NUMBERS, check_floats, check_memory
 from qcomm.codec.grids import MIN_SIGMA_STEP, PAIR_BITS, Grid, RangeGrid, SigmaGrid, sigma_num_bits
+from qcomm.codec.quantizers import WIRE_TABLE, Coding, GridKind, Quantizer, Statistics
 
 __all__ = ["Code", "Quantizer", "dequantize", "forecast_quantizer", "plan", "plan_step", "quantize"]
 
@@ -191,7 +182,7 @@ def quantize(tensor: torch.Tensor, grid: Grid) -> tuple[torch.Tensor, Quantizer]
         >>> symbols.tolist(), quantizer.num_bits
         ([0, 1, 1], 1)
     """
-    values = _native.check_floats("tensor", tensor).detach().contiguous()
+    values = check_floats("tensor", tensor).detach().contiguous()
     quantizer = plan(measure(values), grid, values)
     if quantizer.grid == GridKind.NONE:
         raise ValueError(
@@ -218,9 +209,9 @@ def dequantize(symbols: torch.Tensor, quantizer: Quantizer, dtype: torch.dtype =
         >>> dequantize(symbols, quantizer)
         tensor([0.0000, 0.3333, 1.0000])
     """
-    if _native.check_memory("symbols", symbols).dtype != torch.int32:
+    if check_memory("symbols", symbols).dtype != torch.int32:
         raise TypeError(f"symbols must be int32, got {symbols.dtype}")
-    if dtype not in _native.DTYPE_NUMBERS:
+    if dtype not in DTYPE_NUMBERS:
         raise TypeError(f"dtype must be float32, float16, bfloat16 or float64, got {dtype}")
     if quantizer.grid == GridKind.NONE:
         raise ValueError("quantizer must belong to a grid; raw and constant tensors have no symbols")

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 import qcomm
 from qcomm import _C
 from qcomm.codec import _native
-from qcomm.codec._native import Coding, GridKind, Quantizer, measure
+from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, decode_into, encode
 from qcomm.codec.quantize import plan
+from qcomm.codec.quantizers import Coding, GridKind, Quantizer
 
 VERSIONS = qcomm.cpu_features()
 MARGIN = 64

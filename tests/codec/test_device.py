@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import qcomm
 from qcomm import RangeGrid, SigmaGrid
 from qcomm.codec import _native_cuda, packet_cuda
-from qcomm.codec._native import QUANTIZER_BYTES, Coding, measure
+from qcomm.codec._native import QUANTIZER_BYTES, measure
 from qcomm.codec._native_cuda import CodedRange, DecodeTask, PacketSlot
 from qcomm.codec.packet import Segment, encode
 from qcomm.codec.plans_cuda import (
@@ -34,6 +34,7 @@ from qcomm.codec.plans_cuda import (
     read_quantizers,
 )
 from qcomm.codec.quantize import Quantizer, plan
+from qcomm.codec.quantizers import Coding
 
 GRIDS = [
     SigmaGrid(1.0),

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import qcomm
-from qcomm.codec import _native
+from qcomm.codec import _native, quantizers
 from qcomm.codec.huffman import canonical_codes, code_lengths
 from qcomm.codec.quantize import quantize
 
@@ -95,7 +95,7 @@ def test_static_tables_are_complete_and_symmetric_in_number() -> None:
     tables = _native.static_tables()
     assert [t[0] for t in tables] == [*range(1, 23), *range(64, 74)]
     for number, coding, num_bits, lengths in tables:
-        assert len(lengths) == (256 if coding == _native.Coding.PAIR else 2**num_bits), number
+        assert len(lengths) == (256 if coding == quantizers.Coding.PAIR else 2**num_bits), number
         assert min(lengths) >= 1 and max(lengths) <= 12, number
         assert sum(2.0**-n for n in lengths) == 1.0, number
 

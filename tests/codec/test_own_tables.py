@@ -6,18 +6,10 @@ from data import as_tensor, gaussian, laplace
 
 import qcomm
 from qcomm import reference
-from qcomm.codec._native import (
-    WIRE_TABLE,
-    Coding,
-    GridKind,
-    Quantizer,
-    code_lengths,
-    measure,
-    quantize,
-    using_cpu_feature,
-)
+from qcomm.codec._native import code_lengths, measure, quantize, using_cpu_feature
 from qcomm.codec.packet import Segment, encode
 from qcomm.codec.quantize import plan
+from qcomm.codec.quantizers import WIRE_TABLE, Coding, GridKind, Quantizer
 from qcomm.reference.grids import sample_indices
 
 SAMPLED_FROM = 2**15 + 2  # values; shorter segments are counted whole

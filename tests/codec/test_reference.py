@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import qcomm
 from qcomm import reference
-from qcomm.codec import _native
+from qcomm.codec import _native, quantizers
 from qcomm.codec._native import measure
 from qcomm.codec.huffman import canonical_codes, code_lengths
 from qcomm.codec.packet import Segment, encode
@@ -192,13 +192,13 @@ def test_every_kind_of_code_is_chosen() -> None:
 @settings(max_examples=100, deadline=None)
 @given(k=st.floats(2.0**-12, 16) | st.integers(-26, 16).map(lambda j: 2.0 ** (j / 8)), pair=st.booleans())
 def test_nearest_tables_agree(k: float, pair: bool) -> None:
-    coding, num_bits = (_native.Coding.PAIR, 4) if pair else (_native.Coding.SINGLE, reference.sigma_num_bits(k))
+    coding, num_bits = (quantizers.Coding.PAIR, 4) if pair else (quantizers.Coding.SINGLE, reference.sigma_num_bits(k))
     assert _native.nearest_static_table(coding, num_bits, k) == reference.nearest_table(int(coding), num_bits, k)
 
 
 def test_static_tables_agree_and_follow_from_their_model() -> None:
     native = {
-        number: (num_bits, coding == _native.Coding.PAIR, "".join(f"{n:x}" for n in lengths))
+        number: (num_bits, coding == quantizers.Coding.PAIR, "".join(f"{n:x}" for n in lengths))
         for number, coding, num_bits, lengths in _native.static_tables()
     }
     assert native == STATIC_TABLES

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.testing._internal.two_tensor import TwoTensor
 
 import qcomm
-from qcomm.codec import _native, encode, measure, plan
+from qcomm.codec import _native, checks, encode, measure, plan
 from qcomm.codec.huffman import code_lengths
 from qcomm.codec.packet import Segment, decode_into
 from qcomm.codec.quantize import Quantizer, dequantize, quantize
@@ -154,9 +154,10 @@ def test_memory_counts_and_not_the_type(tensor: torch.Tensor) -> None:
 
 
 def test_no_address_reaches_the_core_past_the_gate() -> None:
-    tree = ast.parse(Path(_native.__file__).read_text())
+    trees = [ast.parse(Path(module.__file__).read_text()) for module in (_native, checks)]
     callers = {
         function.name
+        for tree in trees
         for function in ast.walk(tree)
         if isinstance(function, ast.FunctionDef)
         for node in ast.walk(function)

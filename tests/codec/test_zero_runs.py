@@ -14,8 +14,9 @@ from native_build import build, skip_unless_built
 import qcomm
 from qcomm import reference
 from qcomm.codec import _native, quantize
-from qcomm.codec._native import Coding, GridKind, Quantizer, using_cpu_feature
+from qcomm.codec._native import using_cpu_feature
 from qcomm.codec.packet import Segment, decode_into, encode
+from qcomm.codec.quantizers import Coding, GridKind, Quantizer
 from qcomm.reference import zero_runs
 from qcomm.reference.packet import RUNS
 

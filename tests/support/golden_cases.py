@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 
 import qcomm
-from qcomm.codec._native import Coding, GridKind, measure
+from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, encode
 from qcomm.codec.quantize import Quantizer, plan
+from qcomm.codec.quantizers import Coding, GridKind
 
 FOLDER = Path(__file__).parents[1] / "golden"
 UNPROTECTED = ("no_checksums", "runs_no_checksums")

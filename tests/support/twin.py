@@ -4,9 +4,10 @@ import math
 
 import torch
 
-from qcomm.codec._native import GridKind, measure
+from qcomm.codec._native import measure
 from qcomm.codec.packet import Segment, decompress, encode
 from qcomm.codec.quantize import Quantizer, plan
+from qcomm.codec.quantizers import GridKind
 from qcomm.collectives import ReduceOptions
 
 

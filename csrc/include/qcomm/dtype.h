@@ -20,7 +20,7 @@
 
 namespace qcomm {
 
-// The numbers are those of a packet's header, and of DTYPES in qcomm/codec/_native.py. A header is copied before it is
+// The numbers are those of a packet's header, and of DTYPES in qcomm/codec/checks.py. A header is copied before it is
 // checked, so a variable of this type may hold any byte until is_valid() has been asked.
 enum class DType : std::uint8_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kFloat64 = 3 };
 
