@@ -164,7 +164,7 @@ def main() -> int:
             rows.append(measure(Case(2, "100mbit", 40, 1e-3, "reno"), 10 * arguments.seconds, arguments.packet_seconds))
             show(rows[-1])
     except (NetlabError, RanksError) as error:
-        return explain(error, "check_wan", "replay of wan_hub.cpp needs no rights")
+        return explain(error, "check_wan", "replay of the hub needs no rights")
     write(arguments.json, {**header, "load_after": about()["load"], "rows": rows})
     return 1 if any(faults(row) for row in rows) else 0
 

@@ -1,7 +1,7 @@
 """Links with delay, jitter, loss, and rates of their own in each direction, for the hosts of netlab.py.
 
 This is what tc offers where the kernel has netem, and works without it: the hosts have TUN devices, and a hub in user
-space (wan_hub.cpp, compiled on first use) carries their packets. docs/measurements.md says what it models, and how
+space (wan_hub/, compiled on first use) carries their packets. docs/measurements.md says what it models, and how
 exactly.
 """
 
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-SOURCE = Path(__file__).resolve().with_name("wan_hub.cpp")
-BUILD = SOURCE.parent.parent / "build" / "wan-hub"
+SOURCES = Path(__file__).resolve().with_name("wan_hub")
+BUILD = SOURCES.parent.parent / "build" / "wan-hub"
 FLAGS = ("-std=c++17", "-O2", "-Wall", "-Wextra")
 UNITS = {"bit": 1.0, "kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 MTU = 1500
@@ -156,13 +156,14 @@ def build_hub() -> Path:
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
     if compiler is None:
         raise HubError("links with delay need a C++ compiler, as the build does: g++, c++ or clang++")
-    version = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *FLAGS)).encode()).hexdigest()[:16]
+    sources = b"".join(file.read_bytes() for file in sorted(SOURCES.iterdir()))
+    version = hashlib.sha256(sources + " ".join((compiler, *FLAGS)).encode()).hexdigest()[:16]
     program = BUILD / f"wan_hub-{version}"
     if not program.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=BUILD) as folder:
             made = Path(folder) / "wan_hub"
-            command = [*compiler.split(), *FLAGS, "-o", str(made), str(SOURCE)]
+            command = [*compiler.split(), *FLAGS, "-o", str(made), str(SOURCES / "hub.cpp")]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
                 raise HubError(f"`{' '.join(command)}` failed:\n{done.stderr}")
