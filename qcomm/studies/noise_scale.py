@@ -177,14 +177,6 @@ def claim(runs: Sequence[Run]) -> list[Claim]:
         claims.append(
             claim_row(f"noise scale, last window: {arm} to exact", "not given", _shown(ratios), "measured; no claim")
         )
-    claims.append(
-        claim_row(
-            "measured critical batch size",
-            "of the order of the noise scale",
-            "not measured here",
-            "open: it needs runs with many batch sizes",
-        )
-    )
     return claims
 
 
