@@ -28,9 +28,9 @@ from qcomm.communicator import (
     attempt,
     check_connections,
     completed,
+    deal,
     device_future,
     failed,
-    get_communicator,
     get_world_size,
     resolve_group,
 )
@@ -109,7 +109,9 @@ def all_reduce(
         group: by default the default process group. Its backend does not matter: the traffic has its own gloo
             connections, with the group's timeout. A :class:`qcomm.MpiGroup` sends it over MPI. ``device_codec`` needs
             NCCL.
-        async_op: return at once; the tensor must not be used until ``wait()`` of the handle has returned.
+        async_op: return at once; the tensor must not be used until ``wait()`` of the handle has returned. Several are
+            then under way, on channels of their own, unless ``strategy`` is ``"auto"`` or tensors are on a device. The
+            second call of a group connects the other channels, for which it waits for all ranks.
         **options: ``mean_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``link_rates``, ``num_threads``,
             ``profile``, ``verify``, ``secret``, ``connections`` and ``device_codec`` of
             :class:`qcomm.collectives.ReduceOptions`. A profile or a key file is read at each call. With
@@ -190,9 +192,7 @@ def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceW
     """Averages on the tensor's current stream. The host waits for packet sizes, so nothing is left to wait for."""
     if task.options.strategy == "auto":  # finding the fastest takes many collectives of one object
         task = replace(task, options=replace(task.options, strategy="two_phase", profile=None))
-    choice = DeviceChoice(
-        group, get_communicator(group, task.options.connection_options), task.telemetry, tensor.device
-    )
+    choice = DeviceChoice(group, deal(group, task.options.connection_options), task.telemetry, tensor.device)
     with torch.no_grad(), torch.cuda.device_of(tensor):
         try:
             fault = choice.average(DevicePart.of(task))
@@ -206,7 +206,7 @@ def _on_device(group: Group, task: MeanTask, tensor: torch.Tensor) -> AllReduceW
 
 
 def _submit(group: Group, task: MeanTask, tensor: torch.Tensor) -> Ticket[torch.Tensor]:
-    communicator = get_communicator(group, task.options.connection_options)
+    communicator = deal(group, task.options.connection_options)
     if not tensor.is_cpu:
         return _submit_staged(communicator, task, tensor)
 
@@ -215,11 +215,12 @@ def _submit(group: Group, task: MeanTask, tensor: torch.Tensor) -> Ticket[torch.
         _copy_back(task, tensor)
         return tensor
 
-    return communicator.submit(job)
+    return communicator.submit(job, alone=task.options.strategy == "auto")
 
 
 def _submit_staged(communicator: Communicator, task: MeanTask, tensor: torch.Tensor) -> Ticket[torch.Tensor]:
-    staged, fault = attempt(Phase.PREPARE, stage, tensor, communicator)
+    # Buffers in host memory are few, and one worker at a time takes them.
+    staged, fault = attempt(Phase.PREPARE, stage, tensor, communicator.first)
 
     def job() -> torch.Tensor:
         if staged is None:
@@ -227,7 +228,7 @@ def _submit_staged(communicator: Communicator, task: MeanTask, tensor: torch.Ten
         average(replace(task, staged=staged), communicator)
         return tensor
 
-    return communicator.submit(job, device=tensor.device)
+    return communicator.submit(job, device=tensor.device, alone=True)
 
 
 def _copy_back(task: MeanTask, tensor: torch.Tensor) -> None:

@@ -40,7 +40,7 @@ from qcomm.collectives.rank_state import (
     without_residuals,
 )
 from qcomm.collectives.reduce_scatter import reduce_scatter
-from qcomm.collectives.rounds import Rounds, announce_late, end_well, refuse, refuse_early
+from qcomm.collectives.rounds import Rounds, agree_on_smallest, announce_late, end_well, refuse, refuse_early
 from qcomm.collectives.run_state import checked_parts, origin_of, residuals_of, run_entries
 from qcomm.collectives.shards import ShardedTensor, shard_layout, shard_lengths
 from qcomm.collectives.strategies import average, settled, uncompressed_strategies
@@ -73,6 +73,7 @@ __all__ = [
     "TwoPhase",
     "UncompressedValues",
     "Workload",
+    "agree_on_smallest",
     "announce_late",
     "average",
     "bytes_sent",

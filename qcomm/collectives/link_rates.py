@@ -7,7 +7,16 @@ import torch
 
 from qcomm.codec import CPU
 from qcomm.collectives.options import ReduceOptions
-from qcomm.communicator import Communicator, Fields, Group, Phase, get_communicator, get_world_size, resolve_group
+from qcomm.communicator import (
+    Communicator,
+    Fields,
+    Group,
+    Phase,
+    check_connections,
+    deal,
+    get_world_size,
+    resolve_group,
+)
 from qcomm.transport import KeyFile
 
 __all__ = ["measure_link_rates"]
@@ -54,8 +63,9 @@ def measure_link_rates(
     options = ReduceOptions(secret=secret, connections=connections).connection_options
     if get_world_size(group) == 1:
         return (1.0,)
-    communicator = get_communicator(group, options)
-    return communicator.submit(lambda: _measure(communicator)).result()
+    check_connections(group, options)
+    communicator = deal(group, options)
+    return communicator.submit(lambda: _measure(communicator), alone=True).result()
 
 
 def _measure(communicator: Communicator) -> tuple[float, ...]:

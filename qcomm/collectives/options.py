@@ -77,8 +77,8 @@ class ReduceOptions:
             Only the strategies that may be fast there are tried, and the uncompressed ones.
         verify: how soon ranks notice that their means differ, for instance because a bit was flipped beyond TCP's
             checksum: a DivergenceError then names bucket, step and ranks. With ``"interval"`` means of strategies that
-            add values on the way are compared at the next handshake: in the next collective, or within 31 steps where
-            the hook runs uncompressed. Compressed packets have checksums. ``"step"`` compares all means before they are
+            add values on the way are compared at the next handshake: within four collectives, or 31 steps where the
+            hook runs uncompressed. Compressed packets have checksums. ``"step"`` compares all means before they are
             used, which takes another exchange of headers, and checks the sums of ``"none"`` and ``"bf16"`` against
             those of all ranks' values. ``"off"`` compares none. CUDA tensors with ``device_codec`` are not compared.
         secret: the path of a key file. Every message of this library is then encrypted and authenticated, and only

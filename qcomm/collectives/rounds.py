@@ -37,11 +37,11 @@ from qcomm.communicator import (
     Pipeline,
     Took,
     attempt,
-    communicator_to_tell,
+    deal_to_tell,
 )
 from qcomm.transport import Traffic
 
-__all__ = ["Rounds", "announce_late", "end_well", "refuse", "refuse_early"]
+__all__ = ["Rounds", "agree_on_smallest", "announce_late", "end_well", "refuse", "refuse_early"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -88,17 +88,38 @@ def end_well(fault: Fault | None, communicator: Communicator, fields: Fields) ->
     return communicator.handshake(Phase.ENCODE, fields, nothing, nothing, pending or fault).finish().traffic
 
 
+def agree_on_smallest(nanoseconds: int, communicator: Communicator, operation: str) -> Agreed:
+    """Agrees on the smallest time of all ranks, by a handshake alone; ``last_time`` of the result is 1 more.
+
+    What this rank has still to tell is left for the next collective.
+
+    Args:
+        nanoseconds: of this rank; 0 if it has none, and then ``last_time`` is 0.
+        communicator: of the group.
+        operation: by which ranks tell that they all agree on the same.
+
+    Raises:
+        CollectiveError: naming the rank that failed.
+        ConfigMismatchError: some rank is elsewhere.
+    """
+    nothing, pending = [0] * communicator.world_size, communicator.begin()
+    if pending is not None:
+        communicator.announce_later(pending)
+    took, fields = Took(1, nanoseconds) if nanoseconds else UNTIMED, Fields({"operation": operation})
+    return communicator.handshake(Phase.ENCODE, fields, nothing, nothing, None, took).finish()
+
+
 def refuse_early(fault: Fault, group: Group, secret: object, connections: object = None) -> NoReturn:
-    """Tells the other ranks of a fault in the arguments of a call, if they can be told, and raises it here.
+    """Tells the other ranks of a fault in the arguments of a dealt call, if they can be told, and raises it here.
 
     Args:
         fault: of this rank.
         group: of the call.
         secret, connections: that the caller passed, perhaps the fault.
     """
-    communicator = communicator_to_tell(group, secret, connections)
+    communicator = deal_to_tell(group, secret, connections)
     if communicator is not None:
-        communicator.submit(lambda: refuse(fault, communicator))
+        communicator.submit(lambda: refuse(fault, communicator), alone=False)
     raise fault.error
 
 
@@ -178,7 +199,7 @@ class Rounds:
     def note_mean(self) -> None:
         """Keeps the fingerprint of the result, which the next handshake compares."""
         task = self.task
-        name = f"bucket {task.index}, step {task.step}" if task.step else f"collective {self._communicator.collectives}"
+        name = f"bucket {task.index}, step {task.step}" if task.step else f"collective {self._communicator.number}"
         found = self.compute(Phase.DECODE, fingerprint, [task.buffer])
         if found is not None:
             self._communicator.means.note(name, found)

@@ -125,8 +125,8 @@ def settled(task: MeanTask, communicator: Communicator, bypassing: Bypassing | N
 
 
 def _tuner(communicator: Communicator) -> Tuner:
-    """Returns the tuner of a group's ranks, which is the same object as long as the communicator lives."""
-    return _tuners.setdefault(communicator, Tuner())
+    """Returns the tuner of a group's ranks, which is the same one for all channels as long as the communicators live."""
+    return _tuners.setdefault(communicator.first, Tuner())
 
 
 def _kind(task: MeanTask, bypassing: Bypassing | None) -> Hashable:

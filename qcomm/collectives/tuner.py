@@ -288,7 +288,7 @@ class Tuner:
 
     def __init__(self) -> None:
         self._kinds: dict[Hashable, _Kind] = {}
-        self._new: tuple[Hashable, _Kind] | None = None
+        self._new: dict[Hashable, _Kind] = {}
 
     def next(self, key: Hashable, candidates: Sequence[str]) -> str:
         """Returns the strategy for the next collective of kind ``key``; ``candidates``, the most exact first."""
@@ -296,7 +296,9 @@ class Tuner:
         if kind is None:
             # It is remembered once all ranks have agreed to run the collective.
             kind = _Kind(_Times(tuple(candidates)), _FirstTrials(_in_turns(candidates, ROUNDS)))
-            self._new = key, kind
+            self._new[key] = kind
+            if len(self._new) > MAX_KINDS:
+                del self._new[next(iter(self._new))]
         # Trials end here and not in finished: the choice is not settled before a collective of it begins.
         if isinstance(kind.state, _Queue):
             kind.state = _after(kind.state, kind.times)
@@ -314,6 +316,13 @@ class Tuner:
         """Returns the strategy that further collectives of this kind will have, or "" before that is settled."""
         return self._kinds[key].state.strategy if self.stage(key) is Stage.SETTLED else ""
 
+    def uncompressed(self, key: Hashable) -> tuple[str, int]:
+        """Returns the best strategy that does not compress, and its nanoseconds; 0 if they are unknown."""
+        times = self._kinds[key].times
+        candidates = [name for name in times.candidates if name in UNCOMPRESSED]
+        best = min([name for name in candidates if name in times.recent] or candidates[:1], key=times.cost)
+        return best, int(times.cost(best))
+
     def finished(self, key: Hashable, agreed_time: int, own_time: Took, count: int = 1) -> None:
         """Takes note of a collective that all ranks agreed to run.
 
@@ -324,11 +333,11 @@ class Tuner:
             count: number of collectives since the last call: this one and those without an agreement.
         """
         if key not in self._kinds:
-            if self._new is None or self._new[0] != key:
+            if key not in self._new:
                 raise KeyError(f"next was not called for {key!r}")
             if len(self._kinds) == MAX_KINDS:  # the caller averages tensors of ever new sizes
                 del self._kinds[next(iter(self._kinds))]
-            self._kinds[key] = self._new[1]
+            self._kinds[key] = self._new.pop(key)
         kind = self._kinds[key]
         kind.times.note(agreed_time)
         kind.times.awaited, kind.own_time = kind.state.strategy, own_time

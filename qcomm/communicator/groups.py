@@ -20,8 +20,9 @@ __all__ = [
     "UNEQUAL_CHANNELS",
     "Group",
     "check_connections",
-    "communicator_to_tell",
     "connect",
+    "deal",
+    "deal_to_tell",
     "find_communicator",
     "get_communicator",
     "get_ranks",
@@ -46,6 +47,7 @@ class _Place:
         self.lock = threading.Lock()
         self.communicators: list[Communicator] = []
         self.options = PLAIN
+        self.dealt = 0  # number of jobs
 
 
 _places: "weakref.WeakKeyDictionary[Group, _Place]" = weakref.WeakKeyDictionary()
@@ -107,26 +109,58 @@ def get_communicator(
         ConfigMismatchError, CollectiveError: some rank has no secret or another one, or another number of connections,
             or does not answer.
     """
+    place = _place_of(group)
+    with place.lock:
+        check_connections(group, options)
+        return _made(group, place, options, channel, channels)
+
+
+def deal(group: Group, options: ConnectionOptions = PLAIN) -> Communicator:
+    """Returns the channel for this rank's next dealt job of a group; pass ``alone`` when it is submitted there.
+
+    The n-th dealt job of a group runs on channel n mod CHANNELS on every rank, whatever each rank does in it. So ranks
+    that call different functions, or with different arguments, meet on one channel and tell each other. The first job
+    connects one channel and the second one the others, which is a collective, too.
+
+    Args:
+        group: of this process.
+        options: of the connections, if there are none yet; they are not compared with those that there are.
+
+    Raises:
+        ConfigMismatchError, CollectiveError: as of :func:`get_communicator`.
+    """
+    place = _place_of(group)
+    with place.lock:
+        number, place.dealt = place.dealt, place.dealt + 1
+        channels = CHANNELS if number and get_world_size(group) > 1 else 1
+        return _made(group, place, options, number % channels, channels)
+
+
+def _place_of(group: Group) -> _Place:
+    """Returns the place of a group, after closing the communicators of groups that have ended."""
     with _places_lock:
         ended = [_places.pop(known) for known in list(_places) if not _is_registered(known)]
         place = _places.setdefault(group, _Place())
     for other in ended:
         for communicator in other.communicators:
             communicator.close()
+    return place
+
+
+def _made(group: Group, place: _Place, options: ConnectionOptions, channel: int, channels: int) -> Communicator:
+    """Returns the communicator of a channel, after making those that are missing; the place is locked."""
     if isinstance(group, MpiGroup):
         channel, channels = 0, 1
-    with place.lock:
-        check_connections(group, options)
-        while len(place.communicators) < channels:
-            first = place.communicators[0] if place.communicators else None
-            transport = group.transport if isinstance(group, MpiGroup) else GlooTransport(group)
-            communicator = Communicator(secure(transport, options if first is None else place.options), first)
-            if first is None:
-                place.options = options
-            place.communicators.append(communicator)
-            weakref.finalize(group, communicator.close)
-            if isinstance(group, MpiGroup):
-                group.before_close(communicator.close)
+    while len(place.communicators) < channels:
+        first = place.communicators[0] if place.communicators else None
+        transport = group.transport if isinstance(group, MpiGroup) else GlooTransport(group)
+        communicator = Communicator(secure(transport, options if first is None else place.options), first)
+        if first is None:
+            place.options = options
+        place.communicators.append(communicator)
+        weakref.finalize(group, communicator.close)
+        if isinstance(group, MpiGroup):
+            group.before_close(communicator.close)
     return place.communicators[channel]
 
 
@@ -140,8 +174,8 @@ def find_communicator(group: Group) -> Communicator | None:
     return place.communicators[0] if place is not None and place.communicators else None
 
 
-def communicator_to_tell(group: Group, secret: object, connections: object) -> Communicator | None:
-    """Returns the communicator with which a rank that cannot take part tells the others so.
+def deal_to_tell(group: Group, secret: object, connections: object) -> Communicator | None:
+    """Returns the channel of a dealt job with which a rank that cannot take part tells the others so.
 
     Args:
         group: of this process.
@@ -150,16 +184,13 @@ def communicator_to_tell(group: Group, secret: object, connections: object) -> C
     Returns:
         None where the others have an error already: they have met a rank without their secret.
     """
-    found = find_communicator(group)
-    if found is not None:
-        return found
     key_file, count = None, None
     if isinstance(connections, int) and 1 <= connections <= MOST_CONNECTIONS:
         count = connections
     with suppress(TypeError, ValueError, OSError, RuntimeError):  # without it, this rank greets as one that has none
         key_file = KeyFile.of(secret)
     try:
-        return get_communicator(group, ConnectionOptions(key_file, count))
+        return deal(group, ConnectionOptions(key_file, count))
     except (CollectiveError, ConfigMismatchError):
         return None
 

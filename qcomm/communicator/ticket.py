@@ -1,7 +1,7 @@
 """Tickets: the result or the error of a job, for which other threads can wait."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import timedelta
 from typing import Generic, TypeVar, cast
 
@@ -15,10 +15,10 @@ SIGNAL_SECONDS = 0.5  # most that a signal waits for its handler
 
 
 class Ticket(Generic[T]):
-    """The outcome of a job. Any thread but the one that runs the job may wait for it, any number of times.
+    """The outcome of a job. Any thread but those that run jobs may wait for it, any number of times.
 
     Args:
-        worker: the thread that runs the job.
+        workers: the threads that run the jobs of the group.
         told: returns the error that ``future`` raises for the job's; by default that error itself.
         device: of a result that a stream of this device may still compute when the job ends; it is the worker thread's
             current stream then. Whoever waits makes the own current stream wait for it.
@@ -29,11 +29,11 @@ class Ticket(Generic[T]):
 
     def __init__(
         self,
-        worker: threading.Thread | None = None,
+        workers: Collection[threading.Thread] = (),
         told: Callable[[Exception], Exception] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        self._worker, self._told = worker, told
+        self._workers, self._told = workers, told
         self._done = threading.Event()
         self._result: T | None = None
         self._error: Exception | None = None
@@ -59,9 +59,9 @@ class Ticket(Generic[T]):
 
         Raises:
             TimeoutError: the job still runs after ``timeout`` (seconds or a timedelta).
-            RuntimeError: called on the worker thread, as by a Future's callback, for a job that is still in the queue.
+            RuntimeError: called on a worker thread, as by a Future's callback, for a job that has not ended.
         """
-        if threading.current_thread() is self._worker and not self._done.is_set():
+        if not self._done.is_set() and threading.current_thread() in self._workers:
             raise RuntimeError(
                 "a callback waits for a collective that can only run after the callback; pass async_op=True and wait "
                 "on another thread"

@@ -9,13 +9,14 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import TypeVar, cast
+from contextlib import nullcontext, suppress
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 
 from qcomm.communicator.faults import Fault, Phase
 from qcomm.communicator.handshake import UNTIMED, Fields, Handshake, Means, Took
+from qcomm.communicator.order import Order
 from qcomm.communicator.pipeline import Pipeline
 from qcomm.communicator.ticket import Ticket, failed
 from qcomm.errors import CollectiveError, ConfigMismatchError
@@ -25,6 +26,15 @@ __all__ = ["Communicator", "is_agreed"]
 
 T = TypeVar("T")
 CLOSE_SECONDS = 5.0
+
+
+class _Entry(NamedTuple):
+    """A job in the queue: dealt ones have a number in the group's order, and may run alone."""
+
+    job: Callable[[], object]
+    ticket: Ticket[object]
+    number: int | None = None
+    alone: bool = False
 
 
 class Communicator:
@@ -40,6 +50,8 @@ class Communicator:
         name: number of this process in the whole job, for error messages.
         run: names the connections of the first channel, see :class:`~qcomm.transport.base.Transport`.
         turn: is held while a job computes, so that the jobs of a group's channels do so one after another.
+        order: of the jobs that are dealt to the group's channels.
+        number: of the dealt job under way among all of the group, from 1; 0 where there is none.
         means: that this rank got since the last handshake, for the next one to compare. Only jobs use them.
     """
 
@@ -47,24 +59,34 @@ class Communicator:
         self.rank, self.world_size = transport.rank, transport.world_size
         self.run: str = transport.run if first is None else first.run
         self.turn: threading.Lock = threading.Lock() if first is None else first.turn
+        self.order: Order = Order() if first is None else first.order
+        self._first = first
+        self._workers: list[threading.Thread] = [] if first is None else first._workers
         self.name = transport.ranks[transport.rank]
         self._transport = transport
         self._mail = Mail(transport)
-        self._sequence = 0
+        self._sequence = self.number = 0
         # Of all channels, so that the next collective of the group tells it, whichever channel has that.
         self._pending_faults: deque[Fault] = deque(maxlen=1) if first is None else first._pending_faults
         self.means = Means()
         # Not the error itself, whose frames would keep the group, and with it threads and connections, for ever.
         self._broken: str | None = None
+        self._lost = ""  # of the first channel: why one of the group's has no connections any more
         self._closed = False
         self._closing = threading.Lock()
-        self._jobs: queue.SimpleQueue[tuple[Callable[[], object], Ticket[object]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"qcomm rank {self._transport.rank}", daemon=True)
+        self._workers.append(self._thread)
         self._thread.start()
 
     @property
+    def first(self) -> "Communicator":
+        """Returns the communicator of the group's first channel, which lives as long as the group."""
+        return self if self._first is None else self._first
+
+    @property
     def collectives(self) -> int:
-        """Returns the number of collectives that have begun, the same on all ranks."""
+        """Returns the number of this channel's collectives that have begun, the same on all ranks."""
         return self._sequence
 
     def submit(
@@ -72,17 +94,24 @@ class Communicator:
         job: Callable[[], T],
         told: Callable[[Exception], Exception] | None = None,
         device: torch.device | None = None,
+        alone: bool | None = None,
     ) -> Ticket[T]:
         """Queues ``job``. All ranks submit the same jobs in the same order; jobs that do not match are refused.
 
         Args:
             job: runs on the background thread.
             told, device: of the :class:`Ticket`.
+            alone: of a job that was dealt to this channel, whether no other dealt job may run beside it; None for any
+                other job, which waits for this channel's earlier jobs alone.
         """
-        ticket: Ticket[T] = Ticket(self._thread, told, device)
+        ticket: Ticket[T] = Ticket(self._workers, told, device)
+        entry = _Entry(job, cast(Ticket[object], ticket))
         with self._closing:
             if not self._closed:
-                self._jobs.put(cast(tuple[Callable[[], object], Ticket[object]], (job, ticket)))
+                if alone is None:
+                    self._jobs.put(entry)
+                else:
+                    self.order.enqueue(lambda number: self._jobs.put(entry._replace(number=number, alone=alone)))
                 return ticket
         return failed(CollectiveError("the communicator is closed: its group was destroyed"))
 
@@ -152,11 +181,18 @@ class Communicator:
     def _run(self) -> None:
         with torch.no_grad():
             while (entry := self._jobs.get()) is not None:
-                self._run_job(*entry)
+                self.number = 0 if entry.number is None else entry.number + 1
+                with nullcontext() if entry.number is None else self.order.turn(entry.number, entry.alone):
+                    self._run_job(entry.job, entry.ticket, is_dealt=entry.number is not None)
                 del entry  # otherwise the buffers of the last job live until the next one
         self._mail.close()
 
-    def _run_job(self, job: Callable[[], object], ticket: Ticket[object]) -> None:
+    def _run_job(self, job: Callable[[], object], ticket: Ticket[object], is_dealt: bool) -> None:
+        if is_dealt and self._broken is None and self.first._lost:
+            # Dealt jobs all fail from then on, and not every fourth. The others may be waiting for this rank already.
+            self._broken = self.first._lost
+            self._transport.fail(f"an earlier collective left this group without connections: {self._broken}")
+            self._mail.abandon()
         if self._broken is not None:
             ticket.complete(
                 None, TransportError(f"an earlier collective left this group without connections: {self._broken}")
@@ -166,16 +202,7 @@ class Communicator:
             result = job()
         except BaseException as error:  # noqa: BLE001 - any: it belongs to the thread that waits for the ticket
             if not is_agreed(error):
-                # The peers may be waiting for this rank. Closed connections give them an error now and not after the
-                # timeout.
-                self._broken = f"{type(error).__name__}: {error}"
-                if isinstance(error, TransportError):
-                    # Transfers in the error's traceback would keep connections open, and ranks that wait for this one.
-                    self._mail.abandon()
-                    self._transport.close()
-                else:
-                    self._transport.fail()
-                    self._mail.abandon()
+                self._break(error)
             told = error
             if not isinstance(told, Exception):  # SystemExit and the like are meant for the main thread
                 told = CollectiveError(f"the collective was ended by {type(error).__name__}: {error}")
@@ -183,6 +210,20 @@ class Communicator:
             ticket.complete(None, told)
         else:
             ticket.complete(result, None)
+
+    def _break(self, error: BaseException) -> None:
+        """Closes the connections after an error that the other ranks do not know of.
+
+        The peers may be waiting for this rank. Closed connections give them an error now and not after the timeout.
+        """
+        self._broken = self.first._lost = f"{type(error).__name__}: {error}"
+        if isinstance(error, TransportError):
+            # Transfers in the error's traceback would keep connections open, and ranks that wait for this one.
+            self._mail.abandon()
+            self._transport.close()
+        else:
+            self._transport.fail()
+            self._mail.abandon()
 
 
 def is_agreed(error: BaseException) -> bool:

@@ -17,8 +17,7 @@ from qcomm.communicator import (
     Phase,
     attempt,
     check_connections,
-    find_communicator,
-    get_communicator,
+    deal,
     get_ranks,
     resolve_group,
 )
@@ -85,7 +84,7 @@ def broadcast_parameters(
         return
     if unread is not None:
         refuse_early(unread, group, secret)
-    communicator = find_communicator(group) or get_communicator(group, ConnectionOptions(key_file))
+    communicator = deal(group, ConnectionOptions(key_file))
     tensors: Tensors = []
     packed, fields, fault = no_bytes(), Fields({}), None
     try:
@@ -108,7 +107,7 @@ def broadcast_parameters(
             announce_late(failure or Fault(Phase.DECODE, PacketError("nothing was received")), communicator)
         return restored
 
-    restored = communicator.submit(job).result()
+    restored = communicator.submit(job, alone=False).result()
     with torch.no_grad():
         for name, tensor in tensors:
             tensor.copy_(restored[name])

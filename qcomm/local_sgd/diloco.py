@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from qcomm.collectives import RankState, Telemetry
 from qcomm.communicator import resolve_group
+from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.local_sgd.fragments import cut_model, due_fragment, trained
 from qcomm.local_sgd.options import ExchangeOptions, checked_int, is_member
 from qcomm.local_sgd.outer import MakeOuter, Outer, nesterov
@@ -141,33 +142,41 @@ class DiLoCo:
             return
         if not self._is_compared:
             self._is_compared = True
-            for number, exchange in enumerate(self._exchanges):
-                exchange.compare(self._tensors(number), self._step, self._fields())
+            self._compare()
         fragment = due_fragment(self._step, self._period, len(self._fragments))
         if self._pending is not None and (self._pending.due <= self._step or fragment is not None):
-            self._merge(self._alpha)
+            self._merge_pending()
         if fragment is not None:
-            self._exchange(fragment)
+            self._pending = self._exchange(fragment)
             if self._delay == 0:
-                self._merge(self._alpha)
+                self._merge_pending()
 
     def finish(self) -> None:
         """Ends training: exchanges what has moved since the last exchanges, and gives all ranks the anchor's weights.
 
         A collective. An exchange under way is merged first. The outer optimizer takes a step on each fragment that has
-        moved.
+        moved. Their exchanges are under way at once.
 
         Raises:
-            CollectiveError, ConfigMismatchError: see :meth:`step`.
+            CollectiveError, ConfigMismatchError: see :meth:`step`; the first of them, when the others have been merged.
         """
         if not self._is_member:
             return
-        if self._pending is not None:
-            self._merge(self._alpha)
-        for fragment, began in enumerate(self._began):
-            if began < self._step:
-                self._exchange(fragment)
-                self._merge(0.0)
+        self._merge_pending()
+        moved = [fragment for fragment, began in enumerate(self._began) if began < self._step]
+        begun = [self._exchange(fragment) for fragment in moved]
+        errors: list[CollectiveError | ConfigMismatchError] = []
+        try:
+            for pending in begun:
+                try:
+                    self._merge(pending, 0.0)
+                except (CollectiveError, ConfigMismatchError) as error:
+                    errors.append(error)
+        finally:
+            for pending in begun:
+                pending.join()
+        if errors:
+            raise errors[0]
         anchor = self._outer.anchor
         with torch.no_grad():
             for name, parameter in trained(self._model):
@@ -266,17 +275,35 @@ class DiLoCo:
         self._check_names(parameters, self._fragments[pending.fragment])
         return pending
 
-    def _exchange(self, fragment: int) -> None:
+    def _compare(self) -> None:
+        """Compares options and weights of all ranks, and raises the first error.
+
+        The fragments are compared at once but for the first one, which tells whether ranks have equally many.
+        """
+        self._exchanges[0].start_comparing(self._tensors(0), self._step, self._fields()).wait()
+        tickets = [
+            exchange.start_comparing(self._tensors(number), self._step, self._fields())
+            for number, exchange in enumerate(self._exchanges[1:], start=1)
+        ]
+        for ticket in tickets:
+            ticket.join()
+        for ticket in tickets:
+            ticket.wait()
+
+    def _exchange(self, fragment: int) -> Pending:
         """Begins the exchange of a fragment."""
         started = self._exchanges[fragment].start(self._tensors(fragment), self._step, self._fields())
-        self._pending = Pending(fragment, self._step + self._delay, started)
         self._began[fragment] = self._step
+        return Pending(fragment, self._step + self._delay, started)
 
-    def _merge(self, alpha: float) -> None:
-        """Takes the outer step of the pending exchange, and mixes the anchor into the weights."""
+    def _merge_pending(self) -> None:
+        """Merges the exchange under way, if there is one."""
         pending, self._pending = self._pending, None
-        if pending is None:
-            return
+        if pending is not None:
+            self._merge(pending, self._alpha)
+
+    def _merge(self, pending: Pending, alpha: float) -> None:
+        """Takes the outer step of an exchange, and mixes the anchor into the weights."""
         exchange, names = self._exchanges[pending.fragment], self._fragments[pending.fragment]
         arrived = pending.wait(exchange)
         means = {name: arrived.means[name] for name in names}

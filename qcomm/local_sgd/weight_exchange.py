@@ -42,9 +42,8 @@ from qcomm.communicator import (
     attempt,
     check_connections,
     completed,
+    deal,
     failed,
-    find_communicator,
-    get_communicator,
     get_world_size,
     resolve_group,
 )
@@ -146,16 +145,17 @@ class WeightExchange:
             CollectiveError, ConfigMismatchError: the ranks of the group cannot be connected.
         """
         group = resolve_group(self._group)
-        communicator = None if self.is_alone else self._communicator(group)
+        communicator = None if self.is_alone else self._deal(group)
         prepared, fault = attempt(Phase.PREPARE, self._prepare, group, params, step, fields)
         if prepared is not None:
             entries, task = prepared
             if communicator is None:
                 return Started(entries, task, completed(task.buffer))
-            return Started(entries, task, communicator.submit(lambda: self._run(task, communicator)))
+            is_timed = task.options.strategy == "auto"
+            return Started(entries, task, communicator.submit(lambda: self._run(task, communicator), alone=is_timed))
         if communicator is None:
             return Started([], None, failed(RuntimeError("nothing was prepared") if fault is None else fault.error))
-        return Started([], None, communicator.submit(lambda: refuse(fault, communicator)))
+        return Started([], None, communicator.submit(lambda: refuse(fault, communicator), alone=False))
 
     def finish(self, started: Started) -> torch.Tensor:
         """Waits for an exchange; returns the flat buffer of its entries with their means.
@@ -174,21 +174,22 @@ class WeightExchange:
         self._telemetry.add(bytes_uncompressed=sum(entry.tensor.nbytes for entry in started.entries))
         return flat
 
-    def compare(self, params: Params, step: int, fields: Mapping[str, str]) -> None:
-        """Compares options, parameters and anchors of all ranks, and exchanges no values; arguments of :meth:`start`.
+    def start_comparing(self, params: Params, step: int, fields: Mapping[str, str]) -> Ticket[None]:
+        """Begins to compare options, parameters and anchors of all ranks; exchanges no values.
 
-        Raises:
-            CollectiveError, ConfigMismatchError: as :meth:`finish`.
+        Arguments are those of :meth:`start`.
+
+        Returns:
+            A ticket, which raises errors as :meth:`finish` does.
         """
         if self.is_alone:
-            return
+            return completed(None)
         group = resolve_group(self._group)
-        communicator = self._communicator(group)
+        communicator = self._deal(group)
         prepared, fault = attempt(Phase.PREPARE, self._prepare, group, params, step, fields)
         if prepared is None:
-            communicator.submit(lambda: refuse(fault, communicator)).wait()
-        else:
-            communicator.submit(lambda: self._agree(prepared[1], communicator)).wait()
+            return communicator.submit(lambda: refuse(fault, communicator), alone=False)
+        return communicator.submit(lambda: self._agree(prepared[1], communicator), alone=False)
 
     def begin(self, anchor: Mapping[str, torch.Tensor]) -> None:
         """Adopts weights that are the same on all ranks, as the next exchange compares, without one before it."""
@@ -257,8 +258,8 @@ class WeightExchange:
         found._anchor = {name: tensor.detach().clone() for name, tensor in states[0]["anchor"].items()}
         return found
 
-    def _communicator(self, group: Group) -> Communicator:
-        return find_communicator(group) or get_communicator(group, self._options.reduce.connection_options)
+    def _deal(self, group: Group) -> Communicator:
+        return deal(group, self._options.reduce.connection_options)
 
     def _entries(self, params: Params) -> list[Entry]:
         """Returns the tensors to average, checked, with their places in the flat buffer."""

@@ -15,7 +15,7 @@ from distributed import all_reduce, world
 import qcomm
 from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.uncompressed_values import UncompressedValues, fingerprint
-from qcomm.communicator.groups import get_communicator
+from qcomm.communicator.groups import CHANNELS, get_communicator
 from qcomm.ddp import bypass
 
 pytestmark = pytest.mark.world
@@ -84,14 +84,15 @@ def test_a_bypassed_mean_that_differs_is_named_at_the_next_agreement(rank, world
 
 @world(4)
 @pytest.mark.parametrize("strategy", ["exact_sum", "hierarchical", "none"])
-def test_a_mean_that_was_added_on_the_way_is_compared_in_the_next_collective(rank, world_size, strategy):
+def test_a_mean_that_was_added_on_the_way_is_compared_in_the_next_collective_of_its_channel(rank, world_size, strategy):
     options = {"strategy": strategy} | ({"ranks_per_node": 2} if strategy == "hierarchical" else {})
     tensor = torch.randn(5000)
     with damaged(1) if rank == 3 else nullcontext():
         all_reduce(tensor, **options)
-    error = attempt(**options)
-    assert isinstance(error, qcomm.DivergenceError), error
-    assert "different means of collective" in str(error) and "on rank 3 (" in str(error)
+    errors = [attempt(**options) for _ in range(CHANNELS)]  # the last of them is on the same channel
+    assert errors[:-1] == [None] * (CHANNELS - 1)
+    assert isinstance(errors[-1], qcomm.DivergenceError), errors
+    assert "different means of collective" in str(errors[-1]) and "on rank 3 (" in str(errors[-1])
     check_works(rank, world_size)
 
 
@@ -130,7 +131,7 @@ def test_more_means_than_a_message_holds_are_cut_alike(rank, world_size):
     communicator = get_communicator(dist.group.WORLD)
     for number in range(1000):
         communicator.means.note(f"bucket {number}, step 123456789", number if number != 999 else rank)
-    assert "different means of bucket 999, step 123456789" in str(attempt())
+    assert any("different means of bucket 999, step 123456789" in str(attempt()) for _ in range(CHANNELS))
     check_works(rank, world_size)
 
 
