@@ -43,7 +43,7 @@ from qcomm.collectives.reduce_scatter import reduce_scatter
 from qcomm.collectives.rounds import Rounds, agree_on_smallest, announce_late, end_well, refuse, refuse_early
 from qcomm.collectives.run_state import checked_parts, origin_of, residuals_of, run_entries
 from qcomm.collectives.shards import ShardedTensor, shard_layout, shard_lengths
-from qcomm.collectives.strategies import average, settled, uncompressed_strategies
+from qcomm.collectives.strategies import Settled, average, settled, uncompressed_strategies
 from qcomm.collectives.task import MeanTask, Scale
 from qcomm.collectives.telemetry import Telemetry
 from qcomm.collectives.tuner import Tuner
@@ -66,6 +66,7 @@ __all__ = [
     "ReduceOptions",
     "Rounds",
     "Scale",
+    "Settled",
     "ShardedTensor",
     "Telemetry",
     "TensorSpec",

@@ -4,6 +4,7 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -22,7 +23,7 @@ from qcomm.collectives.uncompressed import bf16_mean, uncompressed_mean
 from qcomm.collectives.uncompressed_values import UNCOMPRESSED, Bypassing, is_rounded
 from qcomm.communicator import UNTIMED, Communicator, Phase, Took, attempt
 
-__all__ = ["average", "settled", "uncompressed_strategies"]
+__all__ = ["Settled", "average", "settled", "uncompressed_strategies"]
 
 MEAN_BY_STRATEGY: Mapping[str, Callable[[Rounds], None]] = {
     "none": uncompressed_mean,
@@ -36,10 +37,36 @@ MEAN_BY_STRATEGY: Mapping[str, Callable[[Rounds], None]] = {
 # exact_sum is never the fastest; it is for users who need its exact sums.
 AUTOMATIC = (*UNCOMPRESSED, "all_gather", "hierarchical", "two_phase")
 
+
+class Settled(NamedTuple):
+    """The strategies that further tensors of a kind will have, the same on all ranks.
+
+    Attributes:
+        strategy: the one that is worth it by the time of the exchange; "" while several are tried.
+        uncompressed: the best of those that do not compress.
+        uncompressed_nanoseconds: of its exchange; 0 if they are unknown.
+    """
+
+    strategy: str
+    uncompressed: str = ""
+    uncompressed_nanoseconds: int = 0
+
+    def of(self, uncompressed: bool) -> str:
+        """Returns the strategy of a caller who does or does not want it to be uncompressed; "" while several are tried.
+
+        Example:
+            >>> Settled("two_phase", "none", 7).of(uncompressed=True), Settled("").of(uncompressed=True)
+            ('none', '')
+        """
+        return self.uncompressed if uncompressed and self.strategy and self.uncompressed else self.strategy
+
+
 _tuners: "weakref.WeakKeyDictionary[Communicator, Tuner]" = weakref.WeakKeyDictionary()
 
 
-def average(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None = None) -> None:
+def average(
+    task: MeanTask, communicator: Communicator, bypassing: Bypassing | None = None, uncompressed: bool = False
+) -> None:
     """Replaces ``task.buffer`` by its mean over all ranks. Runs on the communicator's thread.
 
     With ``"auto"`` each strategy that may be the fastest is tried a few times for every kind of buffer. Then the
@@ -50,6 +77,7 @@ def average(task: MeanTask, communicator: Communicator, bypassing: Bypassing | N
         task: of the collective.
         communicator: of the group.
         bypassing: collectives of this kind that the caller runs without an agreement; None where it runs none.
+        uncompressed: whether ``"auto"``, where it has settled, takes the best strategy that does not compress.
 
     Raises:
         CollectiveError: on all ranks, naming the rank that failed. The values are lost, with the residuals that were
@@ -59,7 +87,7 @@ def average(task: MeanTask, communicator: Communicator, bypassing: Bypassing | N
     """
     begin = time.perf_counter_ns()
     if task.staged is None:
-        _average(task, communicator, bypassing, begin)
+        _average(task, communicator, bypassing, begin, uncompressed)
         return
     try:
         host, fault = attempt(Phase.PREPARE, task.staged.fetch)
@@ -68,7 +96,8 @@ def average(task: MeanTask, communicator: Communicator, bypassing: Bypassing | N
         copying = task.staged.copy_nanoseconds
         task.telemetry.add(copy_seconds=copying / 1e9)
         # The wait for the tensor's values is no cost of a strategy, and that for their copy is.
-        _average(replace(task, buffer=host), communicator, bypassing, time.perf_counter_ns() - copying)
+        begin = time.perf_counter_ns() - copying
+        _average(replace(task, buffer=host), communicator, bypassing, begin, uncompressed)
         _, fault = attempt(Phase.DECODE, task.staged.restore)
         if fault is not None:
             announce_late(fault, communicator)
@@ -76,14 +105,22 @@ def average(task: MeanTask, communicator: Communicator, bypassing: Bypassing | N
         task.staged.release()
 
 
-def _average(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None, begin: int) -> None:
+def _average(
+    task: MeanTask, communicator: Communicator, bypassing: Bypassing | None, begin: int, uncompressed: bool
+) -> None:
     """Averages a buffer in host memory; ``begin``: of the work for it, in nanoseconds of ``time.perf_counter_ns``."""
-    if task.options.strategy == "auto":
+    strategy = task.options.strategy
+    if strategy == "auto" and uncompressed:
+        strategy = settled(task, communicator, bypassing).of(uncompressed) or "auto"
+    if strategy == "auto":
         _average_by_tuner(task, communicator, bypassing, begin)
-    else:
-        task.telemetry.note_strategy(task.index, task.options.strategy)
-        with Rounds(task, communicator, bypassing=bypassing) as rounds:
-            _run(task.options.strategy, rounds)
+        return
+    task.telemetry.note_strategy(task.index, strategy)
+    rounds = Rounds(task, communicator, bypassing=bypassing)
+    if strategy != task.options.strategy:
+        rounds.require_equal("strategy chosen", strategy)
+    with rounds:
+        _run(strategy, rounds)
 
 
 def _average_by_tuner(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None, begin: int) -> None:
@@ -114,18 +151,17 @@ def _run(strategy: str, rounds: Rounds) -> None:
         rounds.agree()
 
 
-def settled(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None = None) -> str:
-    """Returns the strategy of further tensors like that of ``task``, "" while several are tried.
-
-    All ranks agree on it.
-    """
+def settled(task: MeanTask, communicator: Communicator, bypassing: Bypassing | None = None) -> Settled:
+    """Returns the strategies of further tensors like that of ``task``, on which all ranks agree."""
     if task.options.strategy != "auto":
-        return task.options.strategy
-    return _tuner(communicator).settled(_kind(task, bypassing))
+        return Settled(task.options.strategy)
+    tuner, kind = _tuner(communicator), _kind(task, bypassing)
+    strategy = tuner.settled(kind)
+    return Settled(strategy, *tuner.uncompressed(kind)) if strategy else Settled("")
 
 
 def _tuner(communicator: Communicator) -> Tuner:
-    """Returns the tuner of a group's ranks, which is the same one for all channels as long as the communicators live."""
+    """Returns the tuner of a group's ranks, the same one for all channels as long as the communicators live."""
     return _tuners.setdefault(communicator.first, Tuner())
 
 

@@ -30,6 +30,7 @@ from qcomm.collectives import (
     ReduceOptions,
     Scale,
     Telemetry,
+    agree_on_smallest,
     average,
     check_scale,
     refuse,
@@ -44,9 +45,11 @@ from qcomm.communicator import (
     Group,
     LateFaultError,
     Phase,
+    Ticket,
     connect,
     device_future,
     failed,
+    get_communicator,
     is_agreed,
     resolve_group,
 )
@@ -56,6 +59,7 @@ from qcomm.ddp.cuda import DeviceHook
 from qcomm.ddp.failures import GROUP_IS_BROKEN, NOTHING_BEGAN, StepError, StepFailures, of_bucket
 from qcomm.ddp.gradient_noise import GradientNoise
 from qcomm.ddp.regroup import Regrouping, may_regroup
+from qcomm.ddp.step_choice import StepChoice
 from qcomm.ddp.warm_up import WarmUp
 from qcomm.errors import CollectiveError, ConfigMismatchError
 from qcomm.staging import stage
@@ -163,14 +167,18 @@ class StepEnd:
 
     def __init__(self) -> None:
         self._exchanges: list[tuple[Exchange, Callable[[], None]]] = []
+        self._began = 0
+        self._took = 0
 
     def __reduce__(self) -> tuple[type["StepEnd"], tuple[()]]:
         """Makes copies without exchanges."""
         return StepEnd, ()
 
-    def begin(self) -> None:
-        """Begins a step."""
+    def begin(self) -> int:
+        """Begins a step; returns the nanoseconds of the one before it, 0 if backward has not waited for it."""
         self._exchanges = []
+        took, self._took, self._began = self._took, 0, time.perf_counter_ns()
+        return took
 
     def add(self, exchange: Exchange, give_up: Callable[[], None]) -> None:
         """Adds an exchange, and the function that ends it early where it waits for other ranks."""
@@ -191,6 +199,7 @@ class StepEnd:
             for exchange, _ in exchanges:  # also after an error: others may still write to their gradients
                 exchange.join()
             interrupted = False
+            self._took = time.perf_counter_ns() - self._began
         finally:
             if interrupted:
                 _leave(exchanges)
@@ -213,6 +222,7 @@ class Reducer:
         grad_scale: may be replaced between steps.
         steps: counts steps, and keeps their errors.
         bypass: lanes of the buckets that need no agreement.
+        choice: between compressing and not, by the time of steps.
     """
 
     def __init__(
@@ -229,11 +239,13 @@ class Reducer:
         self.grad_scale = grad_scale
         self.steps = Steps()
         self.bypass = Bypass(telemetry)
+        self.choice = StepChoice()
         self._options, self._warm_up = options, warm_up
         self._table, self._feedback, self._telemetry = table, feedback, telemetry
         self._device_hook: DeviceHook | None = None
         self._regrouping: Regrouping | None = None
         self._step_end = StepEnd()
+        self._last_took: int | None = None  # of the step before, until the present one has used it
         self._noise = noise
 
     def __getstate__(self) -> dict[str, Any]:
@@ -250,12 +262,13 @@ class Reducer:
         """
         if replace(options, num_threads=1) != replace(self._options, num_threads=1):
             self.bypass.forget()
+            self.choice = StepChoice()
         self._options = options
 
     def forget_agreements(self) -> None:
         """Forgets agreements and owed faults, which concerned the earlier model or options."""
         self.bypass.flush()
-        self.bypass = Bypass(self._telemetry)
+        self.bypass, self.choice = Bypass(self._telemetry), StepChoice()
         self.steps.take_owed()
 
     def flush(self) -> None:
@@ -306,6 +319,8 @@ class Reducer:
         self._prepare(self._begin, bucket.index())
         try:
             group = resolve_group(self.group)
+            if self._last_took is not None:
+                self._choose_by_step(group)
             lane = self.bypass.enter(bucket, group) if self._may_bypass else None
             if lane is not None and lane.strategy in UNCOMPRESSED:
                 return self._pass_by(lane, bucket)
@@ -366,9 +381,27 @@ class Reducer:
         first = self.steps.begin(index)
         self._telemetry.mark(index, "ready")
         if first:
-            self._step_end.begin()
+            took = self._step_end.begin()
+            self._last_took = took if self._options.strategy == "auto" and self._stage is None else None
             self._telemetry.add(steps=1)
             self.steps.set_scale(self.grad_scale, self._options.device_codec)
+
+    def _choose_by_step(self, group: Group) -> None:
+        """Begins a step of the choice between compressing and not; all buckets agree anew where it changes."""
+        took, self._last_took = self._last_took or 0, None
+
+        def agree(nanoseconds: int) -> Ticket[int]:
+            communicator = get_communicator(group, self._options.connection_options)
+
+            def job() -> int:
+                agreed = agree_on_smallest(nanoseconds, communicator, "time of a step")
+                self._telemetry.add_traffic("overhead", agreed.traffic)
+                return max(0, agreed.last_time - 1)
+
+            return communicator.submit(job)
+
+        if self.choice.begin(took, agree):
+            self.bypass.forget()
 
     def _task(
         self,
@@ -439,6 +472,8 @@ class Reducer:
         index, buffer, serial = bucket.index(), bucket.buffer(), self.steps.serial
         ready = time.perf_counter() if bucket.is_last() else None
         lane, bypassing = None, None
+        choice, uncompressed, is_last = self.choice, self.choice.uncompressed, bucket.is_last()
+        is_auto = task is not None and task.options.strategy == "auto"
         if self._may_bypass and agrees:
             started, means = self.bypass.bypassing(index)
             lane = self.bypass.begin(bucket, None if task is None else task.layout, group)
@@ -446,6 +481,14 @@ class Reducer:
         elif self._stage is not None:
             # Perhaps again, after a checkpoint was loaded: an agreement would be of another time.
             self.bypass.leave(index)
+        settles = lane is not None or is_auto
+
+        def settle(task: MeanTask) -> None:
+            found = settled(task, communicator, bypassing)
+            if lane is not None:
+                lane.settle(found.of(uncompressed))
+            if is_auto:
+                choice.note(index, is_last, found)
 
         def job() -> torch.Tensor:
             if serial == self.steps.failures.failed_serial:
@@ -453,14 +496,14 @@ class Reducer:
             try:
                 if task is None:
                     refuse(fault, communicator)
-                average(task, communicator, bypassing)
+                average(task, communicator, bypassing, uncompressed)
             except Exception as error:  # kept for exception(), and passed on
                 self._note(error, index, serial)
-                if lane is not None and task is not None and isinstance(error, LateFaultError):  # the others went on
-                    lane.settle(settled(task, communicator, bypassing))
+                if task is not None and settles and isinstance(error, LateFaultError):  # the others went on
+                    settle(task)
                 raise
-            if lane is not None:
-                lane.settle(settled(task, communicator, bypassing))
+            if settles:
+                settle(task)
             self._count(task)
             if ready is not None:
                 self._telemetry.add(wait_seconds=time.perf_counter() - ready)

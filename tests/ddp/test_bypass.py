@@ -122,13 +122,13 @@ def test_buckets_of_both_kinds(rank, world_size):
     def strategy_of(task):
         return "none" if task.index == 0 else "two_phase"
 
-    def by_size(task, communicator, bypassing):
+    def by_size(task, communicator, *arguments):
         options = replace(task.options, strategy=strategy_of(task))
-        original(replace(task, options=options), communicator, bypassing)
+        original(replace(task, options=options), communicator, *arguments)
 
     with (
         mock.patch("qcomm.ddp.reducer.average", by_size),
-        mock.patch("qcomm.ddp.reducer.settled", lambda task, *_: strategy_of(task)),
+        mock.patch("qcomm.ddp.reducer.settled", lambda task, *_: strategies.Settled(strategy_of(task))),
     ):
         for step in range(bypass.BYPASSED + 10):
             failing = rank == 1 and step in (7, 20)
