@@ -53,23 +53,29 @@ inline std::uint32_t saved_registers() {
 
 constexpr bool has_bits(std::uint32_t word, std::uint32_t bits) { return (word & bits) == bits; }
 
-}  // namespace x86
-
 // Bits by Intel's manual (volume 2A, CPUID; volume 1, 13.3, for XCR0).
-inline X86Features x86_features() {
+inline X86Features ask() {
     constexpr std::uint32_t kFma = 1u << 12, kXsaveUsed = 1u << 27;                               // leaf 1, c
     constexpr std::uint32_t kAvx2 = 1u << 5, kBmi2 = 1u << 8;                                     // leaf 7, b
     constexpr std::uint32_t kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;                  // F, DQ, BW, VL
     constexpr std::uint32_t kVbmi = 1u << 1, kVbmi2 = 1u << 6, kGfni = 1u << 8;                   // leaf 7, c
     constexpr std::uint32_t kYmm = 1u << 1 | 1u << 2, kZmm = kYmm | 1u << 5 | 1u << 6 | 1u << 7;  // XCR0
     X86Features found;
-    const std::uint32_t first = x86::cpuid(1).c;
-    if (!x86::has_bits(first, kFma | kXsaveUsed)) return found;
-    const std::uint32_t saved = x86::saved_registers();
-    const x86::Registers more = x86::cpuid(7);
-    found.avx2 = x86::has_bits(more.b, kAvx2 | kBmi2) && x86::has_bits(saved, kYmm);
-    found.avx512 = found.avx2 && x86::has_bits(more.b, kAvx512) && x86::has_bits(more.c, kVbmi | kVbmi2 | kGfni) &&
-                   x86::has_bits(saved, kZmm);
+    const std::uint32_t first = cpuid(1).c;
+    if (!has_bits(first, kFma | kXsaveUsed)) return found;
+    const std::uint32_t saved = saved_registers();
+    const Registers more = cpuid(7);
+    found.avx2 = has_bits(more.b, kAvx2 | kBmi2) && has_bits(saved, kYmm);
+    found.avx512 =
+        found.avx2 && has_bits(more.b, kAvx512) && has_bits(more.c, kVbmi | kVbmi2 | kGfni) && has_bits(saved, kZmm);
+    return found;
+}
+
+}  // namespace x86
+
+// Asked once: a virtual machine leaves to its host for each question, which takes as long as decoding a small packet.
+inline X86Features x86_features() {
+    static const X86Features found = x86::ask();
     return found;
 }
 

@@ -9,6 +9,7 @@
 #include <limits>
 #include <vector>
 
+#include "fuzz.h"
 #include "qcomm/huffman.h"
 #include "qcomm/packet.h"
 #include "qcomm/parallel.h"
@@ -20,7 +21,12 @@ namespace qcomm::fuzz {
 // not change the meaning of the other. Zeros where it is used up.
 class Input {
 public:
-    Input(const std::uint8_t* data, std::size_t size) : at_(data), end_(data + size) {}
+    Input(const std::uint8_t* data, std::size_t size) : at_(data), end_(data + size), choice_(hash(data, size)) {}
+
+    // Decides about what costs time. A mutation of an input has another one.
+    std::uint64_t choice() const { return choice_; }
+    // The most values of a segment that is not short.
+    int most_values() const { return choice_ % 8 == 0 ? 9000 : 900; }
 
     // A number from the front, and one from the back.
     template <class T>
@@ -36,12 +42,10 @@ public:
 
     // Roughly normal, of standard deviation 1: many values from few bytes.
     double bell() {
-        double sum = -3.0;
-        for (int i = 0; i < 6; ++i) {
-            state_ = state_ * 1664525u + 1013904223u;
-            sum += static_cast<double>(state_) * 0x1p-32;
-        }
-        return sum * std::sqrt(2.0);
+        state_ = state_ * 6364136223846793005u + 1442695040888963407u;
+        const std::uint64_t bits = state_ ^ state_ >> 29;
+        const std::uint64_t sum = (bits >> 48) + (bits >> 32 & 0xFFFF) + (bits >> 16 & 0xFFFF) + (bits & 0xFFFF);
+        return (static_cast<double>(sum) * 0x1p-16 - 2.0) * std::sqrt(3.0);
     }
     // Starts bell() anew, so that one segment's values do not depend on how many the one before had.
     void seed() { state_ = take<std::uint16_t>(); }
@@ -55,7 +59,7 @@ private:
     }
 
     const std::uint8_t *at_, *end_;
-    std::uint32_t state_ = 0;
+    std::uint64_t choice_, state_ = 0;
 };
 
 // A segment, with its values and residuals.
@@ -163,7 +167,7 @@ inline Quantizer choose_quantizer(Input* in, const Values& values, const Statist
 template <class Tr>
 Part<Tr> make_part(Input* in, DType dtype, double inv_scale, bool with_residual) {
     Part<Tr> part;
-    const int count = in->below(16) ? in->below(300) : in->below(9000);
+    const int count = in->below(16) ? in->below(300) : in->below(in->most_values());
     part.values = make_values<Tr>(in, count);
     if (with_residual) part.residual = make_values<Traits<DType::kFloat32>>(in, count);
     const Values values{part.values.data(), dtype, count, with_residual ? part.residual.data() : nullptr, inv_scale};
@@ -194,7 +198,7 @@ std::vector<typename Tr::Storage> make_run_values(Input* in, int count, double s
 template <class Tr>
 Part<Tr> make_run_part(Input* in, DType dtype, double inv_scale, int least) {
     Part<Tr> part;
-    const int bounds[] = {3, 300, 300, 9000};
+    const int bounds[] = {3, 300, 300, in->most_values()};
     const int count = least + in->below(bounds[in->below(4)]);
     double step =
         std::ldexp(1.0 + in->below(256) / 256.0, in->take<std::int8_t>() * (dtype == DType::kFloat64 ? 8 : 1));
@@ -227,8 +231,10 @@ Request<Tr> make_request(Input* in, DType dtype, bool runs) {
     const bool adjusted = item_bytes(dtype) >= 4 && in->below(2);
     if (adjusted) request.inv_scale = in->below(2) ? std::ldexp(1.0, in->below(64) - 32) : 1.0 / (1 + in->below(1000));
     std::int64_t total = 0;
-    // Seldom one is long enough for a second thread.
-    const int longest = runs && in->below(1000) == 999 ? in->below(parts) : -1;
+    // Seldom one is long enough for a second thread. An input that always had one would slow down all that grow from
+    // it.
+    const int picked = runs ? in->below(1000) % parts : 0;
+    const int longest = runs && in->choice() % 4096 == 0 ? picked : -1;
     for (int i = 0; i < parts; ++i) {
         const int least = i == longest ? 2 * static_cast<int>(kValuesPerThread) : 0;
         if (runs && in->below(4) > 0)

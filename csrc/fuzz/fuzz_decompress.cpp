@@ -3,6 +3,7 @@
 // inner loops gives the same answer. Zero runs that are accepted have the form of docs/format.md.
 #include <cmath>
 #include <memory>
+#include <numeric>
 #include <utility>
 
 #include "fuzz.h"
@@ -18,66 +19,66 @@ extern "C" std::size_t LLVMFuzzerMutate(std::uint8_t* data, std::size_t size, st
 
 namespace {
 
-constexpr std::uint64_t kMaxElements = 1 << 16;  // two of the largest blocks; more only costs time
+// Blocks of up to 32 K elements are for one input in 16, others are small: elements are what costs time.
+constexpr std::uint64_t kMaxElements = 1 << 16, kMostlyElements = 1 << 12;
 
 // All that can be observed of a packet.
 struct Answer {
     std::vector<Status> statuses;
-    std::vector<std::uint8_t> values, sums;
-    std::vector<std::pair<std::size_t, std::uint64_t>> counts;  // of the symbols that occur
+    std::unique_ptr<Guarded> values, sums, counts;  // counts: of each symbol; null where there are none
 
     bool operator==(const Answer& other) const {
         return std::equal(statuses.begin(), statuses.end(), other.statuses.begin(), other.statuses.end(),
                           same_status) &&
-               values == other.values && sums == other.sums && counts == other.counts;
+               same(values, other.values) && same(sums, other.sums) && same(counts, other.counts);
+    }
+
+private:
+    static bool same(const std::unique_ptr<Guarded>& a, const std::unique_ptr<Guarded>& b) {
+        if (a == nullptr || b == nullptr) return a == b;
+        return a->size() == b->size() && same_bytes(a->data(), b->data(), static_cast<std::size_t>(a->size()));
     }
 };
 
-// Decodes, or adds; only the packet may be at fault, and nothing beside the destination is touched.
-Status decode(const PacketView& view, bool accumulate, Guarded* out, std::vector<std::uint8_t>* decoded) {
-    const Status status = decode_packet(view, out->data(), accumulate);
-    require(out->intact(), "decoding writes inside the destination only");
+// Decodes, or adds; only the packet may be at fault, and nothing beside the destination is touched. What is left in
+// the destination of a packet that is refused is no part of an answer.
+Status decode(const PacketView& view, bool accumulate, std::unique_ptr<Guarded>* out) {
+    const Status status = decode_packet(view, (*out)->data(), accumulate);
+    require((*out)->intact(), "decoding writes inside the destination only");
     require(status.ok() || status.code == (accumulate && item_bytes(view.header.dtype) < 4 ? StatusCode::kBadArgument
                                                                                            : StatusCode::kBadPacket),
             "decoding fails because of the packet only");
-    if (status.ok()) decoded->assign(out->data(), out->data() + out->size());
+    if (!status.ok()) out->reset();
     return status;
 }
 
 // Decodes to three places, the last part first: the values are those of decoding to one.
-void check_places(const PacketView& view, const Status& status, const std::vector<std::uint8_t>& values) {
+void check_places(const PacketView& view, const Status& status, const Guarded* values) {
     const auto count = static_cast<std::int64_t>(view.header.element_count);
     const std::int64_t item = item_bytes(view.header.dtype), first = count / 3, second = count / 2;
-    const std::vector<Place> places{{count - first, first}, {0, second - first}, {second - first, count - second}};
+    static std::vector<Place> places(3);
+    places[0] = {count - first, first};
+    places[1] = {0, second - first};
+    places[2] = {second - first, count - second};
     Guarded out(count * item);
     const Status found = decode_packet_to(view, places, out.data(), count);
     require(out.intact() && same_status(found, status), "decoding to places answers as decoding does");
     std::int64_t at = 0;
     for (const Place& place : places) {
-        require(!found.ok() || same_bytes(out.data() + place.offset * item, values.data() + at * item,
+        require(!found.ok() || same_bytes(out.data() + place.offset * item, values->data() + at * item,
                                           static_cast<std::size_t>(place.count * item)),
                 "places get the values in order");
         at += place.count;
     }
 }
 
-// Adding to `base` gives it plus what decoding gives, rounded once.
-template <class T>
-void check_sums(const Answer& answer, T base) {
-    for (std::size_t at = 0; at < answer.values.size(); at += sizeof(T)) {
-        T value, sum;
-        std::memcpy(&value, answer.values.data() + at, sizeof(T));
-        std::memcpy(&sum, answer.sums.data() + at, sizeof(T));
-        require(sum == base + value || (sum != sum && value != value), "accumulate adds what decoding stores");
-    }
-}
-
 // Checks each run block against its first word. A run of zeros can be written in one way only, so the values tell the
 // number of tokens; more of them could only be skips behind the last level.
 template <class T>
-void check_run_blocks(const PacketView& view, const Answer& answer) {
-    const auto* stored = answer.values.data();
-    std::vector<T> values;
+void check_run_blocks(const PacketView& view, const Guarded& decoded) {
+    const std::uint8_t* stored = decoded.data();
+    static std::vector<T> values;
+    values.clear();
     std::int64_t at = 0, block = 0;  // where the run blocks begin, and the number of the first
     const auto end_of = [&](std::int64_t number) {
         std::uint32_t end;
@@ -119,85 +120,95 @@ void check_run_blocks(const PacketView& view, const Answer& answer) {
     }
 }
 
-// Adds the packet to zeros, which looks like storing, and then to ones.
+// Adds the packet to ones and zeros by turns, beginning with either; adding to zero looks like storing.
 template <class T>
-Status accumulate(const PacketView& view, Answer* answer) {
-    Status status;
-    for (const T base : {T(0), T(1)}) {
-        Guarded sums(static_cast<std::int64_t>(view.header.element_count * sizeof(T)));
-        std::fill_n(reinterpret_cast<T*>(sums.data()), view.header.element_count, base);
-        status = decode(view, true, &sums, &answer->sums);
-        require(same_status(status, answer->statuses.back()), "accumulate fails where decoding fails");
-        if (status.ok()) check_sums<T>(*answer, base);
-    }
-    if (status.ok()) check_run_blocks<T>(view, *answer);
+Status accumulate(const PacketView& view, bool begins_with_one, Answer* answer) {
+    const std::size_t count = view.header.element_count;
+    const auto base = [&](std::size_t i) { return static_cast<T>((i & 1) != begins_with_one); };
+    answer->sums = std::make_unique<Guarded>(static_cast<std::int64_t>(count * sizeof(T)));
+    auto* const sums = reinterpret_cast<T*>(answer->sums->data());
+    for (std::size_t i = 0; i < count; ++i) sums[i] = base(i);
+    const Status status = decode(view, true, &answer->sums);
+    require(same_status(status, answer->statuses.back()), "accumulate fails where decoding fails");
+    if (!status.ok()) return status;
+    const auto* const values = reinterpret_cast<const T*>(answer->values->data());
+    bool added = true;
+    for (std::size_t i = 0; i < count; ++i)
+        added &= sums[i] == base(i) + values[i] || (sums[i] != sums[i] && values[i] != values[i]);
+    require(added, "accumulate adds what decoding stores, rounded once");
     return status;
 }
 
 // Counts the symbols of all segments: where decoding succeeds, of their alphabets, and no more than there are elements.
-void count(const PacketView& view, Answer* answer) {
-    static std::vector<std::uint64_t> counts(65536), zeros(65536);  // static: page faults would take longest of all
-    const bool decodes = answer->statuses[1].ok();
-    bool counted = true;
-    std::size_t alphabet = 1;
-    for (std::size_t i = 0; i < view.records.size(); ++i) {
+// Behind the alphabet memory ends.
+void count(const PacketView& view, bool decodes, Answer* answer) {
+    std::int64_t alphabet = 1;
+    for (const SegmentRecord& r : view.records) {
         // Raw and constant records may hold any number of bits, since it means nothing there.
-        if (view.records[i].num_bits <= 16) alphabet = std::max(alphabet, std::size_t{1} << view.records[i].num_bits);
-        answer->statuses.push_back(count_symbols(view, i, counts.data()));
+        if (r.coding == Coding::kRaw || r.coding == Coding::kConstant) continue;
+        alphabet = std::max(alphabet, std::int64_t{1} << r.num_bits);
+    }
+    answer->counts = std::make_unique<Guarded>(alphabet * static_cast<std::int64_t>(sizeof(std::uint64_t)), 0);
+    auto* const counts = reinterpret_cast<std::uint64_t*>(answer->counts->data());
+    bool counted = true;
+    for (std::size_t i = 0; i < view.records.size(); ++i) {
+        answer->statuses.push_back(count_symbols(view, i, counts));
         counted &= answer->statuses.back().ok();
     }
+    require(answer->counts->intact(), "symbols are of their alphabet");
     require(counted == decodes, "symbols can be counted where they can be decoded");
-    require(same_bytes(counts.data() + alphabet, zeros.data(), (counts.size() - alphabet) * sizeof(counts[0])),
-            "symbols are of their alphabet");
-    std::uint64_t total = 0;
-    for (std::size_t symbol = 0; symbol < alphabet; ++symbol) {
-        if (counts[symbol] == 0) continue;
-        answer->counts.emplace_back(symbol, counts[symbol]);
-        total += counts[symbol];
-        // For the next packet, as the vector is kept.
-        counts[symbol] = 0;
-    }
+    const std::uint64_t total = std::accumulate(counts, counts + alphabet, std::uint64_t{0});
     require(!decodes || total <= view.header.element_count, "there are no more symbols than elements");
 }
 
-// `fill` differs between calls: an element that is not written shows as a difference.
-Answer ask(const std::uint8_t* packet, std::int64_t bytes, std::uint8_t fill) {
+// `version` fills the destination: an element that is not written shows as a difference. `choice` is the input's hash.
+Answer ask(const std::uint8_t* packet, std::int64_t bytes, int version, std::uint64_t choice) {
     Answer answer;
-    PacketView view;
+    static PacketView view, shorter;  // static: their memory is used again
     answer.statuses.push_back(parse_packet(packet, bytes, &view));
     if (!answer.statuses[0].ok()) {
         require(answer.statuses[0].code == StatusCode::kBadPacket, "parsing fails because of the packet only");
         return answer;
     }
     // A packet says how long it is, so no prefix of one is another.
-    PacketView shorter;
     require(!parse_packet(packet, bytes - 1, &shorter).ok(), "a packet without its last byte is refused");
     // A constant segment of a few bytes may claim 2^42 values.
-    if (view.header.element_count > kMaxElements) return answer;
+    if (view.header.element_count > (choice % 16 == 0 ? kMaxElements : kMostlyElements)) return answer;
     const std::int64_t item = item_bytes(view.header.dtype);
-    Guarded out(static_cast<std::int64_t>(view.header.element_count) * item, fill);
-    answer.statuses.push_back(decode(view, false, &out, &answer.values));
-    check_places(view, answer.statuses.back(), answer.values);
+    const std::int64_t size = static_cast<std::int64_t>(view.header.element_count) * item;
+    const auto fill = static_cast<std::uint8_t>(version);
+    answer.values = std::make_unique<Guarded>(size, fill);
+    const Status status = decode(view, false, &answer.values);
+    answer.statuses.push_back(status);
+    check_places(view, status, answer.values.get());
     if (item == 2) {
-        Guarded unused(out.size(), fill);
-        require(!decode(view, true, &unused, &answer.sums).ok() && unused.holds_only(fill),
+        Guarded unused(size, fill);
+        require(decode_packet(view, unused.data(), true).code == StatusCode::kBadArgument && unused.intact() &&
+                    unused.holds_only(fill),
                 "16-bit packets are not accumulated");
     } else {
-        answer.statuses.push_back(item == 4 ? accumulate<float>(view, &answer) : accumulate<double>(view, &answer));
+        const bool one = choice / 16 % 2 == 0;
+        answer.statuses.push_back(item == 4 ? accumulate<float>(view, one, &answer)
+                                            : accumulate<double>(view, one, &answer));
+        // All versions have the same values.
+        if (status.ok() && version == 0)
+            item == 4 ? check_run_blocks<float>(view, *answer.values) : check_run_blocks<double>(view, *answer.values);
     }
-    count(view, &answer);
+    count(view, status.ok(), &answer);
     return answer;
 }
 
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
-    // At an odd address, because packets need no alignment, and up to the end of an allocation.
-    const std::unique_ptr<std::uint8_t[]> copy(new std::uint8_t[size + 1]);
-    if (size > 0) std::memcpy(copy.get() + 1, data, size);
+    const std::uint64_t choice = hash(data, size);
+    // Up to the end of memory or, at an odd address because packets need no alignment, from its beginning.
+    Guarded copy(static_cast<std::int64_t>(size));
+    std::uint8_t* const packet = choice / 32 % 4 == 0 ? copy.begin() + 1 : copy.data();
+    if (size > 0) std::memcpy(packet, data, size);
     Answer scalar;
-    on_every_version([&](int version) {
-        Answer answer = ask(copy.get() + 1, static_cast<std::int64_t>(size), static_cast<std::uint8_t>(version));
+    on_two_versions(choice / 128, [&](int version) {
+        Answer answer = ask(packet, static_cast<std::int64_t>(size), version, choice);
         if (version == 0)
             scalar = std::move(answer);
         else
