@@ -35,24 +35,27 @@ from soak_worlds import Links, Template, World, WorldError, available_transports
 from qcomm.communicator import CHANNELS  # noqa: E402
 
 LARGEST = 4  # world
+MOST_RANKS = 9  # alive at a time: gloo's threads of those that wait for a fault take a processor's time, too
+WINDOW = 100  # faults that are run in an order which lets worlds be used again
 # More than after a world's first fault. Connections that have just ended may still be there, those of all channels.
 MOST_DESCRIPTORS, MOST_THREADS = 16 * CHANNELS, 8 * CHANNELS
 
 
 class Pool:
-    """Worlds that wait for the next fault of their kind. One lane of the soak has one pool."""
+    """Worlds that wait for the next fault of their kind. One lane of the soak has one pool of up to ``ranks`` ranks."""
 
-    def __init__(self, template, lab):
-        self._template, self._lab = template, lab
-        self._worlds = {}
+    def __init__(self, template, lab, ranks=MOST_RANKS):
+        self._template, self._lab, self._ranks = template, lab, max(ranks, LARGEST)
+        self._worlds = {}  # the last one was used last
 
     def run(self, case):
-        """(what was seen, the world's log, growth): of a case in a world of its kind."""
+        """(what was seen, the world's log, growth, trouble with worlds that ended for it): of a case."""
         key = case.transport, case.world_size
+        ended = "" if key in self._worlds else self._make_room(case.world_size)
         if key not in self._worlds:
             lab = self._lab if case.transport == "link" else None
             self._worlds[key] = World(case.transport, case.world_size, self._template, lab)
-        world = self._worlds[key]
+        world = self._worlds[key] = self._worlds.pop(key)
         seen = world.run(case)
         grown = _growth(world, seen)
         log = world.log()
@@ -60,7 +63,14 @@ class Pool:
             del self._worlds[key]
             if trouble := world.close():
                 seen.trouble = seen.trouble or trouble
-        return seen, log, grown
+        return seen, log, grown, ended
+
+    def _make_room(self, ranks):
+        """Ends the worlds that were used least recently; what went wrong with it."""
+        troubles = []
+        while self._worlds and sum(world.size for world in self._worlds.values()) + ranks > self._ranks:
+            troubles.append(self._worlds.pop(next(iter(self._worlds))).close())
+        return " ".join(filter(None, troubles))
 
     def close(self):
         return [trouble for world in self._worlds.values() if (trouble := world.close())]
@@ -96,8 +106,21 @@ class Soak:
         self._lock = threading.Lock()
         self._numbers = queue.SimpleQueue()
         self._begin = time.monotonic()
-        for number in [arguments.only] if arguments.only is not None else range(arguments.faults):
+        for number in self._in_order([arguments.only] if arguments.only is not None else range(arguments.faults)):
             self._numbers.put(number)
+
+    def _in_order(self, numbers):
+        """Those of a kind of world one after the other, but in a limited time, which should see all kinds."""
+        window = WINDOW if self.arguments.seconds is None else 1
+        for begin in range(0, len(numbers), window):
+            yield from sorted(numbers[begin : begin + window], key=self._world_of)
+
+    def _world_of(self, number):
+        case = self._draw(number)
+        return case.transport, case.world_size
+
+    def _draw(self, number):
+        return draw(self.arguments.seed, number, self.arguments.timeout, self.transports)
 
     def end_soon(self, *_):
         """Begins no further fault; worlds and namespaces are removed as at any end."""
@@ -117,9 +140,9 @@ class Soak:
 
     def _lane(self, template):
         if "link" not in self.transports:
-            return self._run_lane(Pool(template, None))
+            return self._run_lane(Pool(template, None, MOST_RANKS // self.arguments.jobs))
         with Links(LARGEST) as lab:
-            return self._run_lane(Pool(template, lab))
+            return self._run_lane(Pool(template, lab, MOST_RANKS // self.arguments.jobs))
 
     def _run_lane(self, pool):
         try:
@@ -135,13 +158,15 @@ class Soak:
 
     def _run_case(self, pool, number):
         arguments = self.arguments
-        case = draw(arguments.seed, number, arguments.timeout, self.transports)
+        case = self._draw(number)
         begin = time.monotonic()
         try:
-            seen, log, grown = pool.run(case)
+            seen, log, grown, ended = pool.run(case)
         except WorldError as error:
             self._violated(f"fault {number} ({case.kind})", f"no world: {error}")
             return
+        if ended:
+            self._violated("the end of a world", ended)
         fired = any(report is not None and report.fired for report in seen.reports) or None in seen.reports
         outcome, wrong = judge(case, seen) if fired else ("not reached", [])
         if grown is not None and (grown["descriptors"] > MOST_DESCRIPTORS or grown["threads"] > MOST_THREADS):

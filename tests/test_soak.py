@@ -40,7 +40,7 @@ class Idle:
         pass
 
     def run(self, case):
-        return Observed([report(("a", None)) for _ in range(case.world_size)]), "", None
+        return Observed([report(("a", None)) for _ in range(case.world_size)]), "", None, ""
 
     def close(self):
         return []
@@ -66,7 +66,7 @@ def idle_soak(monkeypatch):
 
 
 def test_an_error_of_the_soak_itself_is_a_violation(idle_soak, monkeypatch, capsys):
-    monkeypatch.setattr(soak, "draw", lambda *_: 1 // 0)
+    monkeypatch.setattr(Idle, "run", lambda *_: 1 // 0)
     assert soak.faults(idle_soak) == 1
     output = capsys.readouterr().out
     assert "VIOLATION, the end of a lane" in output and "ZeroDivisionError" in output
