@@ -317,10 +317,10 @@ class Tuner:
         return self._kinds[key].state.strategy if self.stage(key) is Stage.SETTLED else ""
 
     def uncompressed(self, key: Hashable) -> tuple[str, int]:
-        """Returns the best strategy that does not compress, and its nanoseconds; 0 if they are unknown."""
+        """Returns the best strategy that does not compress, and its nanoseconds; "" and 0 if none has a time."""
         times = self._kinds[key].times
-        candidates = [name for name in times.candidates if name in UNCOMPRESSED]
-        best = min([name for name in candidates if name in times.recent] or candidates[:1], key=times.cost)
+        known = [name for name in times.known() if name in UNCOMPRESSED]
+        best = min(known, key=times.cost, default="")
         return best, int(times.cost(best))
 
     def finished(self, key: Hashable, agreed_time: int, own_time: Took, count: int = 1) -> None:

@@ -110,6 +110,9 @@ def fingerprint(tensors: Sequence[torch.Tensor]) -> int:
     """
     total = 0
     for tensor in tensors:
+        if _is_whole_words(tensor):  # as nearly all means are; the other way takes many more calls of torch
+            total += int(tensor.view(torch.int64).sum())
+            continue
         data = tensor.reshape(-1).view(torch.uint8)
         whole = data.numel() // 8 * 8
         # A view of words needs their alignment, in memory and in its storage.
@@ -117,6 +120,13 @@ def fingerprint(tensors: Sequence[torch.Tensor]) -> int:
         words = data[:whole] if aligned else data[:whole].clone()
         total += int(words.view(torch.int64).sum()) + int.from_bytes(bytes(data[whole:].tolist()), "little")
     return total & (2**64 - 1)
+
+
+def _is_whole_words(tensor: torch.Tensor) -> bool:
+    """Returns whether a contiguous tensor may be viewed as words of 64 bits."""
+    if tensor.dim() != 1 or tensor.nbytes % 8 or tensor.data_ptr() % 8 or not tensor.numel():
+        return False
+    return tensor.storage_offset() * tensor.element_size() % 8 == 0
 
 
 def count_rings(telemetry: Telemetry, strategy: str, layout: BucketLayout, dtype: torch.dtype, times: int = 1) -> None:

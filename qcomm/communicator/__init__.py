@@ -13,6 +13,7 @@ from qcomm.communicator.groups import (
     get_communicator,
     get_ranks,
     get_world_size,
+    give_up,
     resolve_group,
 )
 from qcomm.communicator.handshake import UNTIMED, Agreed, Fields, Handshake, Took
@@ -47,6 +48,7 @@ __all__ = [
     "get_communicator",
     "get_ranks",
     "get_world_size",
+    "give_up",
     "is_agreed",
     "resolve_group",
 ]

@@ -27,6 +27,7 @@ __all__ = [
     "get_communicator",
     "get_ranks",
     "get_world_size",
+    "give_up",
     "resolve_group",
 ]
 
@@ -193,6 +194,14 @@ def deal_to_tell(group: Group, secret: object, connections: object) -> Communica
         return deal(group, ConnectionOptions(key_file, count))
     except (CollectiveError, ConfigMismatchError):
         return None
+
+
+def give_up(group: Group, reason: str) -> None:
+    """Closes all connections of a group, if there are any: others may wait where no header of this rank arrives."""
+    with _places_lock:
+        place = _places.get(group)
+    for communicator in () if place is None else place.communicators:
+        communicator.give_up(reason)
 
 
 def check_connections(group: Group, options: ConnectionOptions) -> None:

@@ -71,7 +71,7 @@ class Communicator:
         self.means = Means()
         # Not the error itself, whose frames would keep the group, and with it threads and connections, for ever.
         self._broken: str | None = None
-        self._lost = ""  # of the first channel: why one of the group's has no connections any more
+        self.lost = ""  # of the first channel: why one of the group's has no connections any more
         self._closed = False
         self._closing = threading.Lock()
         self._jobs: queue.SimpleQueue[_Entry | None] = queue.SimpleQueue()
@@ -166,6 +166,11 @@ class Communicator:
         """Closes the connections under a job that waits for other ranks: it fails, and so do all after it."""
         self._transport.abandon([])
 
+    def give_up(self, reason: str) -> None:
+        """Closes the connections for good; dealt jobs of the group fail from now on."""
+        self.first.lost = reason
+        self.interrupt()
+
     def close(self) -> None:
         """Ends the thread after the jobs in the queue and closes the connections.
 
@@ -188,9 +193,9 @@ class Communicator:
         self._mail.close()
 
     def _run_job(self, job: Callable[[], object], ticket: Ticket[object], is_dealt: bool) -> None:
-        if is_dealt and self._broken is None and self.first._lost:
+        if is_dealt and self._broken is None and self.first.lost:
             # Dealt jobs all fail from then on, and not every fourth. The others may be waiting for this rank already.
-            self._broken = self.first._lost
+            self._broken = self.first.lost
             self._transport.fail(f"an earlier collective left this group without connections: {self._broken}")
             self._mail.abandon()
         if self._broken is not None:
@@ -216,7 +221,7 @@ class Communicator:
 
         The peers may be waiting for this rank. Closed connections give them an error now and not after the timeout.
         """
-        self._broken = self.first._lost = f"{type(error).__name__}: {error}"
+        self._broken = self.first.lost = f"{type(error).__name__}: {error}"
         if isinstance(error, TransportError):
             # Transfers in the error's traceback would keep connections open, and ranks that wait for this one.
             self._mail.abandon()

@@ -16,11 +16,10 @@ import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import ProcessGroupGloo
 
 from qcomm.collectives import (
     UNCOMPRESSED,
@@ -34,7 +33,7 @@ from qcomm.communicator import Fault, Group, LateFaultError, Phase, Ticket, fail
 from qcomm.ddp.failures import GROUP_IS_BROKEN, TOLD_LATER, LastError
 from qcomm.ddp.gloo_exit import CallbackToken
 from qcomm.errors import CollectiveError
-from qcomm.transport import MpiGroup, break_connections
+from qcomm.transport import MpiGroup, break_connections, can_bypass
 
 __all__ = ["BYPASSED", "Bypass", "Lane", "can_bypass"]
 
@@ -42,20 +41,6 @@ __all__ = ["BYPASSED", "Bypass", "Lane", "can_bypass"]
 # is not noticed before. With the agreement they are a prime number of steps: a model that alternates between kinds of
 # steps is not always agreed on at the same kind.
 BYPASSED = 30
-
-
-def can_bypass(group: Group) -> bool:
-    """Returns True if the group has an all-reduce for the CPU that gives all ranks the same bits: gloo's, unwrapped.
-
-    MPI's may add in another order on each rank, and belongs to one thread; NCCL has none for the CPU.
-    """
-    if isinstance(group, MpiGroup):
-        return False
-    try:
-        backend = group._get_backend(torch.device("cpu"))
-    except RuntimeError:  # it has none
-        return False
-    return isinstance(backend, ProcessGroupGloo)
 
 
 class Passed:
@@ -242,12 +227,13 @@ class Bypass:
         # gloo's thread calls this function and frees it. If that released the last reference to the group, the thread
         # would wait for itself, and the process would end. So this function holds no group, and no observer that might
         # have one.
-        def finish(future: torch.futures.Future[list[torch.futures.Future[list[torch.Tensor]]]]) -> torch.Tensor:
+        def finish(future: torch.futures.Future[Any]) -> torch.Tensor:
             _ = token  # held, and so counted, until this function is freed
             failure: CollectiveError | None = None
             try:
                 try:
-                    for summed in future.value():
+                    found = future.value()
+                    for summed in found if several else ():
                         summed.value()
                 except RuntimeError as error:
                     text = f"bucket {index} was not averaged: {error}. {GROUP_IS_BROKEN}."
@@ -291,7 +277,9 @@ class Bypass:
             last_error.note(error)
             return failed(error).future
         token, lane.outcome = CallbackToken(), outcome
-        lane.under_way = cast(torch.futures.Future[torch.Tensor], torch.futures.collect_all(sums).then(finish))
+        several = len(sums) > 1
+        ended = torch.futures.collect_all(sums) if several else sums[0]
+        lane.under_way = cast(torch.futures.Future[torch.Tensor], ended.then(finish))
         return lane.under_way
 
     def forget(self) -> None:

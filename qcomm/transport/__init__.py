@@ -1,10 +1,11 @@
 """Transport: one interface that carries messages between ranks, over gloo and MPI."""
 
 from qcomm.transport.base import MESSAGE_BYTES, Exchange, Mail, Traffic, Transfer, Transport, TransportError
-from qcomm.transport.gloo import GlooTransport, Meeting, break_connections
+from qcomm.transport.gloo import GlooTransport, Meeting, break_connections, can_bypass
 from qcomm.transport.key_file import KeyFile
 from qcomm.transport.launchers import find_place, init_from_environment
 from qcomm.transport.mpi_group import MpiGroup
+from qcomm.transport.polling import poll_until
 from qcomm.transport.secure import MOST_CONNECTIONS, PLAIN, ConnectionOptions, secure
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "Transport",
     "TransportError",
     "break_connections",
+    "can_bypass",
     "find_place",
     "init_from_environment",
+    "poll_until",
     "secure",
 ]

@@ -24,7 +24,7 @@ from qcomm.transport.base import Transfer, Transport, TransportError
 from qcomm.transport.gloo_connections import GlooConnections
 from qcomm.transport.lost_ranks import LostRanks
 
-__all__ = ["GlooTransport", "Meeting", "break_connections"]
+__all__ = ["GlooTransport", "Meeting", "break_connections", "can_bypass"]
 
 # The tag of a message that is never sent.
 ABANDON_TAG = 1 << 30
@@ -215,6 +215,20 @@ def break_connections(gloo: Any, peers: Sequence[int]) -> None:
             gloo.recv([torch.empty(1, dtype=torch.float32, device="cpu")], peer, ABANDON_TAG).wait(ABANDON_TIMEOUT)
         except RuntimeError:  # the timeout, or the connection to this peer is broken already
             continue
+
+
+def can_bypass(group: object) -> bool:
+    """Returns True if the group has an all-reduce for the CPU that gives all ranks the same bits: gloo's, unwrapped.
+
+    MPI's may add in another order on each rank, and belongs to one thread; NCCL has none for the CPU.
+    """
+    if not isinstance(group, dist.ProcessGroup):
+        return False
+    try:
+        backend = group._get_backend(torch.device("cpu"))
+    except RuntimeError:  # it has none
+        return False
+    return isinstance(backend, ProcessGroupGloo)
 
 
 def _meeting_of(group: dist.ProcessGroup) -> Meeting:

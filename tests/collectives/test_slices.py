@@ -203,7 +203,7 @@ def test_ranks_that_cut_differently_are_told(rank, world_size):
 @world(2)
 def test_the_timeline_shows_every_slice(rank, world_size):
     timeline = []
-    with in_slices(500), mock.patch("qcomm.allreduce.Telemetry", return_value=Telemetry(timeline)):
+    with in_slices(500), mock.patch("qcomm.allreduce.call.Telemetry", return_value=Telemetry(timeline)):
         all_reduce(data(rank, 3 * world_size * 500))
     assert [event for _, event, _ in timeline] == [
         *["encode", "encode", "encode", "exchange_1", "reduce", "exchange_1", "reduce"],

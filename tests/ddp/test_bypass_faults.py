@@ -169,9 +169,9 @@ def test_backward_does_not_leave_sums_behind(rank, world_size):
     def strategy_of(task):
         return "none" if task.index else "two_phase"
 
-    def by_size(task, communicator, bypassing):
+    def by_size(task, communicator, *arguments):
         options = replace(task.options, strategy=strategy_of(task))
-        original(replace(task, options=options), communicator, bypassing)
+        original(replace(task, options=options), communicator, *arguments)
 
     def slow(*arguments):
         deadline = time.perf_counter() + 0.3
@@ -186,7 +186,7 @@ def test_backward_does_not_leave_sums_behind(rank, world_size):
     reduce, drain = state.reducer.bypass.reduce, state.reducer.bypass.drain
     with (
         mock.patch("qcomm.ddp.reducer.average", by_size),
-        mock.patch("qcomm.ddp.reducer.settled", lambda task, *_: strategy_of(task)),
+        mock.patch("qcomm.ddp.reducer.settled", lambda task, *_: strategies.Settled(strategy_of(task))),
         mock.patch.object(state.reducer.bypass, "reduce", slow),
         mock.patch.object(state.reducer.bypass, "drain", drained),
     ):
