@@ -1,5 +1,6 @@
 """The ranks that an error names: those that are gone, and not the survivors that closed their connections first."""
 
+import threading
 import time
 from datetime import timedelta
 
@@ -67,6 +68,18 @@ def test_where_no_rank_is_known_those_that_others_lost_are_named():
     assert of[0].note(()) == set()
     assert of[1].note({3}) == {3}
     assert of[2].note(()) == {3}
+
+
+def test_a_thread_that_waits_at_the_store_keeps_nobody_from_asking():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    if not hasattr(store, "clone"):
+        pytest.skip("this torch has one connection to the store for a process")
+    of, waits, key = ranks(3, store), threading.Event(), "never before the answer"
+    waiting = threading.Thread(target=lambda: (waits.set(), store.get(key)))
+    waiting.start()
+    assert waits.wait(60) and of[0].note({1}) == {1} and of[2].note({0}) == {1}
+    store.clone().set(key, "")
+    waiting.join()
 
 
 def test_without_the_store_the_ranks_themselves_are_named(monkeypatch):
