@@ -1,5 +1,6 @@
 """Faults and lost connections of one rank: an error on all ranks, soon, that names it and does not last."""
 
+import atexit
 import threading
 from contextlib import nullcontext
 from datetime import timedelta
@@ -228,6 +229,22 @@ def test_a_killed_rank_is_an_error_on_the_others(rank, world_size, step, number)
     assert "1" in str(error).split("rank(s) ")[1].split(" (")[0]
     error = attempt()
     assert "an earlier collective left this group without connections" in str(error)
+
+
+@world(3, alone=True, dying=(1,), seconds=TIMEOUT.total_seconds() / 2)
+def test_a_program_that_ends_with_an_error_tells_the_others_first(rank, world_size):
+    """The others come only after the error: the end of the process waits for them."""
+    check_works(rank, world_size)
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 1:
+        with pytest.raises(TypeError, match="must be float32"):
+            all_reduce(torch.ones(5000, dtype=torch.int64))
+        store.set("failed", "")
+        atexit._run_exitfuncs()
+        die()
+    store.wait(["failed"])
+    error = str(attempt())
+    assert "rank 1 failed while preparing" in error and "got torch.int64" in error, error
 
 
 @world(3)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import zlib
 from collections import OrderedDict
 
@@ -248,6 +249,18 @@ def test_a_file_that_cannot_be_replaced_leaves_nothing_behind(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "taken"]
 
 
+def test_a_file_that_has_no_room_leaves_the_old_one(tmp_path):
+    path, (soft, hard) = tmp_path / "state", resource.getrlimit(resource.RLIMIT_FSIZE)
+    qcomm.save({"a": torch.ones(3)}, path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            qcomm.save({"a": torch.arange(5000)}, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == [path] and torch.equal(qcomm.load(path)["a"], torch.ones(3))
+
+
 SAMPLE = {"w": torch.linspace(-1, 1, 1500), "n": torch.arange(3), "list": [1, 2.5, None, ("x", math.inf)]}
 
 
@@ -334,6 +347,12 @@ HOSTILE = {
     "one key twice": ({"state": {"dict": [["a", 1], ["a", 2]]}, "tensors": []}, b"", "no pair of a new key"),
     "list as key": ({"state": {"dict": [[[], 1]]}, "tensors": []}, b"", "no pair of a new key"),
     "triple": ({"state": {"dict": [["a", 1, 2]]}, "tensors": []}, b"", "no pair of a new key"),
+    "empty of 2^124": ({"state": 1, "tensors": [record(shape=[2**62, 2**62, 0], bytes=0)]}, b"", "tensor 0"),
+    "boolean as a number": ({"state": {"tensor": True}, "tensors": [record()] * 2}, b"a" * 12, "stands for nothing"),
+    "bytes that are no integer": ({"state": 1, "tensors": [record(bytes=4.0)]}, b"abcd", "tensor 0"),
+    "no UTF-8": (b'{"state": {"dict": [["\xff", 1]]}, "tensors": []}', b"", "not JSON"),
+    "a key of the header twice": (b'{"state": 1, "tensors": [], "tensors": [7]}', b"", "tensor 0"),
+    "a number without end": (b'{"state": 1e999, "tensors": []}', b"", "stands for nothing"),
 }
 
 
