@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the fuzz targets of csrc/fuzz and runs them, all at once. Usage: tools/fuzz.sh [SECONDS [TARGET...]] | --check
 # SECONDS: how long each target runs, 60 by default. --check: only say whether there is a compiler for them.
-# TARGET: decompress, round_trip (with sanitizers), decompress_plain, round_trip_plain (many times as fast without).
+# TARGET: decompress, round_trip (libFuzzer, sanitizers), decompress_plain, round_trip_plain (csrc/fuzz/driver.cpp).
 # Corpora grow from run to run in build/fuzz/corpus. Exits 1 on a finding, whose input is then in build/fuzz/findings.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -34,36 +34,35 @@ clang=$(find_clang)
 
 build=build/fuzz
 mkdir -p "$build/findings"
-make_targets() {  # folder, sanitizers, further flags
-    # RelWithDebInfo: optimised like a release, since that is what must survive, and findings have line numbers.
-    cmake -S . -B "$1" -DCMAKE_CXX_COMPILER="$clang" -DCMAKE_BUILD_TYPE=RelWithDebInfo -DQCOMM_FUZZ=ON -DQCOMM_CUDA=OFF \
-        -DQCOMM_SANITIZE="$2" -DCMAKE_CXX_FLAGS="${3:-}" >/dev/null
+make_targets() {  # folder, options...
+    cmake -S . -B "$1" -DQCOMM_FUZZ=ON -DQCOMM_CUDA=OFF "${@:2}" >/dev/null
     cmake --build "$1" --parallel "$(nproc)" >"$1/build.log" 2>&1 || { cat "$1/build.log"; exit 1; }
 }
-make_targets "$build" fuzzer-no-link,address,undefined
-# Comparisons are traced with sanitizers; without, executions are what counts.
-make_targets "$build/plain" fuzzer-no-link -fno-sanitize-coverage=trace-cmp
+# RelWithDebInfo: optimised like a release, since that is what must survive, and findings have line numbers.
+make_targets "$build" -DCMAKE_CXX_COMPILER="$clang" -DCMAKE_BUILD_TYPE=RelWithDebInfo
+make_targets "$build/plain" -DCMAKE_BUILD_TYPE=Release -DQCOMM_FUZZ_DRIVER=ON
 
 trap 'kill $(jobs -p) 2>/dev/null || true' EXIT
-declare -A running binary
-start() {  # name, folder, target, longest input, seeds...
-    local name=$1 corpus=$build/corpus/$3 max_len=$4 entropic=1
-    binary[$name]=$2/$3
-    # Counting how rare each feature is would take a third of the time of an execution.
-    [[ $name == *_plain ]] && entropic=0
-    shift 4
+declare -A running
+start() {  # name, seeds...
+    local name=$1 target=fuzz_${1%_plain} max_len=4096
+    local corpus=$build/corpus/$target
+    [[ " $wanted " == *" $name "* ]] || return 0
+    shift
     mkdir -p "$corpus"
-    "${binary[$name]}" -max_total_time="$seconds" -max_len="$max_len" -timeout=20 -entropic="$entropic" -print_final_stats=1 \
-        -artifact_prefix="$build/findings/$name-" "$corpus" "$@" >"$build/$name.log" 2>&1 &
+    if [[ $name == *_plain ]]; then
+        exec "$build/plain/$target" "$seconds" 1000000000000 "$RANDOM" "$build/findings/$name" "$corpus" "$@"
+    else
+        [ "$name" = round_trip ] && max_len=1024
+        exec "$build/$target" -max_total_time="$seconds" -max_len="$max_len" -timeout=20 -print_final_stats=1 \
+            -artifact_prefix="$build/findings/$name-" "$corpus" "$@"
+    fi >"$build/$name.log" 2>&1 &
     running[$name]=$!
 }
-start_if_wanted() {  # the same
-    [[ " $wanted " == *" $1 "* ]] && start "$@" || true
-}
-start_if_wanted decompress "$build" fuzz_decompress 4096 tests/golden tests/corpus/decompress
-start_if_wanted decompress_plain "$build/plain" fuzz_decompress 4096 tests/golden tests/corpus/decompress
-start_if_wanted round_trip "$build" fuzz_round_trip 1024 tests/corpus/round_trip
-start_if_wanted round_trip_plain "$build/plain" fuzz_round_trip 1024 tests/corpus/round_trip
+start decompress tests/golden tests/corpus/decompress
+start decompress_plain tests/golden tests/corpus/decompress
+start round_trip tests/corpus/round_trip
+start round_trip_plain tests/corpus/round_trip
 
 findings=0
 for target in "${!running[@]}"; do
@@ -72,7 +71,7 @@ for target in "${!running[@]}"; do
     else
         # From the message on; what precedes it are libFuzzer's lines of progress.
         sed -n '/violated\|runtime error\|ERROR:/,$p' "$build/$target.log" | head -n 40 || true
-        echo "fuzz: $target: FOUND something; to see it again: ${binary[$target]} $build/findings/$target-..."
+        echo "fuzz: $target: FOUND something; its input is in $build/findings"
         findings=1
     fi
 done
