@@ -3,7 +3,8 @@
 //
 //     fuzz_decompress SECONDS RUNS SEED FINDING FOLDER...
 //
-// Ends after SECONDS or RUNS executions, whichever comes first. An input that ends the process is in the file FINDING.
+// Begins with the corpus as it is. Ends after SECONDS or RUNS executions, whichever comes first. An input that ends the
+// process is in the file FINDING.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -166,15 +167,22 @@ int main(int count, char** arguments) {
     const auto elapsed = [&] {
         return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
     };
+    const auto take = [](const Bytes& base) {
+        input_bytes = base.size();
+        std::copy(base.begin(), base.end(), input);
+    };
     std::uint64_t runs = 0;
+    for (const Bytes& base : corpus) {
+        take(base);
+        LLVMFuzzerTestOneInput(input, input_bytes);
+        ++runs;
+    }
     for (; runs < most; ++runs) {
         if (runs % 4096 == 0) {
             if (elapsed() >= seconds) break;
             alarm(kHangSeconds);
         }
-        const Bytes& base = corpus[dice.below(corpus.size())];
-        input_bytes = base.size();
-        std::copy(base.begin(), base.end(), input);
+        take(corpus[dice.below(corpus.size())]);
         for (std::size_t left = 1 + dice.below(5); left > 0; --left) {
             const auto seed = static_cast<unsigned>(dice.next() >> 32);
             input_bytes = LLVMFuzzerCustomMutator != nullptr
