@@ -4,6 +4,7 @@
     python tests/soak.py --seed 7 --only 123           # that one fault again
     python tests/soak.py --seconds 60                  # as many as fit, of a seed that is printed
     python tests/soak.py --transports sealed           # over this transport alone
+    python tests/soak.py --seed 7 --kinds kill stop    # of those 1000, the faults of these kinds
     python tests/soak.py --minutes 30 --seed 7         # training runs under faults and restarts
 
 Every fault has a rule for its outcome (tests/support/soak_cases.py). What breaks a rule is printed with the command
@@ -29,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "support"), str(HERE.parents[0] / "bench"), str(HERE.parents[0])]
 
 from ranks import about, write  # noqa: E402
-from soak_cases import TRANSPORTS, draw, judge  # noqa: E402
+from soak_cases import RULES, TRANSPORTS, draw, judge  # noqa: E402
 from soak_worlds import Links, Template, World, WorldError, available_transports  # noqa: E402
 
 from qcomm.communicator import CHANNELS  # noqa: E402
@@ -111,6 +112,8 @@ class Soak:
 
     def _in_order(self, numbers):
         """Those of a kind of world one after the other, but in a limited time, which should see all kinds."""
+        if self.arguments.kinds is not None:
+            numbers = [number for number in numbers if self._draw(number).kind in self.arguments.kinds]
         window = WINDOW if self.arguments.seconds is None else 1
         for begin in range(0, len(numbers), window):
             yield from sorted(numbers[begin : begin + window], key=self._world_of)
@@ -253,6 +256,7 @@ def main():
     parser.add_argument("--seconds", type=float, help="begin no further fault after this time")
     parser.add_argument("--minutes", type=float, help="train under faults and restarts, instead of single faults")
     parser.add_argument("--transports", nargs="+", choices=TRANSPORTS, help="those that are drawn (default: all)")
+    parser.add_argument("--kinds", nargs="+", choices=sorted(RULES), help="leave out faults of others (default: none)")
     parser.add_argument("--timeout", type=float, default=4.0, help="of the groups, in seconds (default: 4)")
     parser.add_argument("--jobs", type=int, default=1, help="faults at the same time (default: 1)")
     parser.add_argument("--json", type=Path, help="write the outcomes there")

@@ -61,6 +61,7 @@ def idle_soak(monkeypatch):
         "jobs": 2,
         "json": None,
         "transports": None,
+        "kinds": None,
     }
     return Namespace(**options, verbose=False)
 
@@ -78,6 +79,13 @@ def test_a_soak_whose_faults_are_not_reached_shows_nothing(idle_soak, capsys):
     output = capsys.readouterr().out
     assert "3 faults, 0 of them reached, " in output and "; 0 violations; " in output
     assert "no fault was reached" in output
+
+
+def test_kinds_leave_out_faults_of_others(idle_soak, capsys):
+    idle_soak.kinds, idle_soak.faults = ["kill"], 40
+    kills = [number for number in range(40) if draw(1, number, 4.0, ["gloo"]).kind == "kill"]
+    soak.faults(idle_soak)
+    assert f"{len(kills)} faults, 0 of them reached, " in capsys.readouterr().out and 0 < len(kills) < 40
 
 
 def test_a_case_follows_from_its_seed_and_number():
