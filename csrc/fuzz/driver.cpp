@@ -1,11 +1,15 @@
 // Runs a fuzz target without libFuzzer, at the speed of the processor and with any compiler: mutates the inputs of a
 // corpus, as libFuzzer does, without looking at what they reach. libFuzzer finds new ground; this covers it densely.
+// Counters of coverage, and the comparison of what an input reached with what others did, take two thirds of the time
+// of an execution there. They also need clang, and change the code that is tested.
 //
 //     fuzz_decompress SECONDS RUNS SEED FINDING FOLDER...
 //
-// Begins with the corpus as it is. Ends after SECONDS or RUNS executions, whichever comes first. An input that ends the
-// process is in the file FINDING.
+// Begins with the corpus as it is. It does not grow, so that an execution does not depend on earlier ones: the same
+// seed and the same files give the same inputs. Ends after SECONDS or RUNS executions, whichever comes first. An input
+// that ends the process is in the file FINDING.
 #include <fcntl.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -29,7 +33,8 @@ extern "C" __attribute__((weak)) std::size_t LLVMFuzzerCustomMutator(std::uint8_
 namespace {
 
 constexpr std::size_t kMaxBytes = 4096;
-constexpr unsigned kHangSeconds = 20;
+constexpr int kHangSeconds = 20;  // of the processor, for kBatch inputs
+constexpr std::uint64_t kBatch = 1 << 12, kReport = 1 << 22;
 
 using Bytes = std::vector<std::uint8_t>;
 
@@ -56,14 +61,18 @@ std::uint8_t input[kMaxBytes];
 std::size_t input_bytes = 0;
 const char* finding = "";
 
+// A handler of signals, which may only call what POSIX lists for them: no streams, and no memory. libFuzzer's exit
+// codes.
 extern "C" void keep_input(int number) {
     const int file = open(finding, O_WRONLY | O_CREAT | O_TRUNC, 0644);
     const bool kept = file >= 0 && write(file, input, input_bytes) == static_cast<ssize_t>(input_bytes);
-    const char* const text = kept ? "ERROR: the input that did this is kept\n" : "ERROR: the input cannot be kept\n";
-    if (write(STDERR_FILENO, text, std::strlen(text)) < 0) _exit(1);
-    _exit(number == SIGALRM ? 70 : 77);
+    const auto say = [](const char* text) { return write(STDERR_FILENO, text, std::strlen(text)) > 0; };
+    if (!say(number == SIGPROF ? "ERROR: a hang" : "ERROR: a crash")) _exit(1);
+    if (!say(kept ? "; its input is kept\n" : "; its input cannot be kept\n")) _exit(1);
+    _exit(number == SIGPROF ? 70 : 77);
 }
 
+// Longer inputs are left out, as libFuzzer's -max_len would cut them.
 void load(const std::filesystem::path& folder) {
     for (const auto& entry : std::filesystem::directory_iterator(folder)) {
         if (!entry.is_regular_file() || entry.file_size() > kMaxBytes) continue;
@@ -76,6 +85,7 @@ void load(const std::filesystem::path& folder) {
 void change_number(std::uint8_t* data, std::size_t size) {
     std::size_t bytes = std::size_t{1} << dice.below(4);
     while (bytes > size) bytes /= 2;
+    // Not only at multiples of its size: fields of a packet have no alignment.
     std::uint8_t* const at = data + dice.below(size - bytes + 1);
     std::uint64_t value = 0;
     std::memcpy(&value, at, bytes);
@@ -103,7 +113,8 @@ std::size_t erase(std::uint8_t* data, std::size_t size, std::size_t at, std::siz
     return size - bytes;
 }
 
-// One mutation of at least one byte.
+// One mutation of an input that has a byte or more. Most of them keep its size, since whatever moves in a packet moves
+// everything behind it; numbers have the largest share, because counts and ends of blocks decide about memory.
 std::size_t mutate_once(std::uint8_t* data, std::size_t size, std::size_t max_size) {
     const std::size_t at = dice.below(size), rest = size - at, room = max_size - size;
     switch (dice.below(9)) {
@@ -162,7 +173,7 @@ int main(int count, char** arguments) {
         std::fprintf(stderr, "%s: no inputs of up to %zu bytes there\n", arguments[0], kMaxBytes);
         return 2;
     }
-    for (const int number : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGALRM}) std::signal(number, keep_input);
+    for (const int number : {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGABRT, SIGPROF}) std::signal(number, keep_input);
     const auto begin = std::chrono::steady_clock::now();
     const auto elapsed = [&] {
         return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
@@ -178,11 +189,18 @@ int main(int count, char** arguments) {
         ++runs;
     }
     for (; runs < most; ++runs) {
-        if (runs % 4096 == 0) {
+        if (runs % kBatch == 0) {
             if (elapsed() >= seconds) break;
-            alarm(kHangSeconds);
+            // Time of the process alone: a machine that has none left for it is no hang.
+            const itimerval limit = {{0, 0}, {kHangSeconds, 0}};
+            setitimer(ITIMER_PROF, &limit, nullptr);
+        }
+        if (runs % kReport == 0) {
+            std::printf("%llu runs, %.0f seconds\n", static_cast<unsigned long long>(runs), elapsed());
+            std::fflush(stdout);
         }
         take(corpus[dice.below(corpus.size())]);
+        // Up to five, as libFuzzer does by default: several fields of an input have to fit each other.
         for (std::size_t left = 1 + dice.below(5); left > 0; --left) {
             const auto seed = static_cast<unsigned>(dice.next() >> 32);
             input_bytes = LLVMFuzzerCustomMutator != nullptr

@@ -61,6 +61,7 @@ private:
 // what a vector instruction with a mask writes, and a single far store may jump over its red zones.
 class Guarded {
 public:
+    // A size that is a multiple of an item's gives an address that is one, since pages are.
     explicit Guarded(std::int64_t size = 0, std::uint8_t fill = kCanary)
         : size_(size), arena_(Arena::take(static_cast<std::size_t>(size) + kMargin)) {
         std::memset(data() - kMargin, kCanary, kMargin);
@@ -83,7 +84,8 @@ public:
 private:
     static constexpr int kMargin = 256;
 
-    // All bytes equal the first one where each equals the next.
+    // All bytes equal the first one where each equals the next. memcmp() compares many of them at once, where a loop
+    // with an exit would be one of the slowest parts of a fuzz target.
     static bool holds(const std::uint8_t* bytes, std::int64_t n, std::uint8_t fill) {
         return n == 0 || (bytes[0] == fill && std::memcmp(bytes, bytes + 1, static_cast<std::size_t>(n - 1)) == 0);
     }
