@@ -4,6 +4,7 @@ A pair is one call of each, one after the other, the first of them in turn; its 
 auto's, so that 1 means equally fast. What the machine does meanwhile meets both. Pairs begin after auto has settled.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from allreduce_methods import DTYPES, GRIDS, Compressed, Method, plain, timed
 from gradient_data import Bucket
 from scipy import stats
 
+import qcomm
 from qcomm.collectives.strategies import AUTOMATIC
 from qcomm.collectives.tuner import DUEL_ROUNDS, ROUNDS, WARM_UP
 
@@ -31,6 +33,7 @@ class Pairs:
     """How many times as fast as a plain all-reduce auto is; above 1 it is faster.
 
     Attributes:
+        way: "hook", as DDP calls it, or "all_reduce".
         chosen: what auto settled on, after the last pair.
         geometric_mean, lower, upper: of the pairs' ratios, with the two-sided 95 % interval of a t test of their
             logarithms.
@@ -40,6 +43,7 @@ class Pairs:
         wrong: pairs whose results differ between ranks; always checked on the first.
     """
 
+    way: str
     base: str
     mib: float
     pairs: int
@@ -65,14 +69,36 @@ def summarise(ratios: Sequence[float]) -> tuple[float, float, float, float, floa
     return math.exp(centre), math.exp(centre - half), math.exp(centre + half), statistics.median(ratios), median_lower
 
 
+class AllReduce:
+    """``qcomm.all_reduce`` with "auto", which has no error feedback."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._num_threads = num_threads
+        self.chosen = ""  # the strategy of the last call
+
+    def __call__(self, buffer: torch.Tensor) -> int:
+        """The mean, and the bytes that this rank sent."""
+        work = qcomm.all_reduce(buffer, GRIDS[GRID], num_threads=self._num_threads, async_op=True)
+        assert work is not None
+        work.wait()
+        figures: dict[str, Any] = work.stats()
+        self.chosen = str(figures["strategies"][0])
+        return int(figures["bytes_sent"])
+
+    def average(self, buffer: torch.Tensor) -> None:
+        """The mean alone."""
+        qcomm.all_reduce(buffer, GRIDS[GRID], num_threads=self._num_threads)
+
+
 def run_pairs(bucket: Bucket, mib: float, count: int, error_feedback: bool, num_threads: int) -> list[Pairs]:
-    """On every rank: ``count`` pairs with each plain all-reduce."""
-    auto = Compressed(GRIDS[GRID], bucket, "auto", error_feedback, num_threads)
-    for _ in range(SETTLING):
-        timed(auto, bucket.values)
+    """On every rank: ``count`` pairs of each way with each plain all-reduce."""
+    ways = Compressed(GRIDS[GRID], bucket, "auto", error_feedback, num_threads), AllReduce(num_threads)
+    for auto in ways:
+        for _ in range(SETTLING):
+            timed(auto, bucket.values)
     found = []
-    for base in BASES:
-        other = plain(DTYPES[base])
+    for auto, base in itertools.product(ways, BASES):
+        other, way = plain(DTYPES[base]), "hook" if isinstance(auto, Compressed) else "all_reduce"
         wrong = sum(_differences(method, bucket.values) for method in (auto, other))
         times: list[tuple[float, float]] = []
         for number in range(count):
@@ -81,9 +107,11 @@ def run_pairs(bucket: Bucket, mib: float, count: int, error_feedback: bool, num_
             else:
                 theirs, mine = timed(other, bucket.values), timed(auto, bucket.values)
             times.append((mine, theirs))
+        if isinstance(auto, AllReduce):
+            auto(bucket.values.clone())  # which asks for its strategy
         summary = summarise([theirs / mine for mine, theirs in times])
         medians = (statistics.median(column) for column in zip(*times, strict=True))
-        found.append(Pairs(base, mib, count, auto.chosen, *summary, *medians, wrong))
+        found.append(Pairs(way, base, mib, count, auto.chosen, *summary, *medians, wrong))
     return found
 
 
@@ -99,10 +127,10 @@ def _differences(method: Method, values: torch.Tensor) -> int:
 
 
 def show_pairs(rows: Sequence[dict[str, Any]]) -> None:
-    print(f"{'rate':>8}{'ranks':>6}{'MiB':>8}  {'auto against':<14}{'pairs':>6}{'geo mean':>10}{'95 %':>16}"
+    print(f"{'rate':>8}{'ranks':>6}{'MiB':>8}  {'auto in':<11}{'against':<8}{'pairs':>6}{'geo mean':>10}{'95 %':>16}"
           f"{'median':>8}{'its bound':>11}{'ms':>8}{'chosen':>14}{'#wrong':>8}")  # fmt: skip
     for row in rows:
         interval = f"{row['lower']:.3f}..{row['upper']:.3f}"
-        print(f"{row['rate']:>8}{row['world_size']:>6}{row['mib']:>8g}  {row['base']:<14}{row['pairs']:>6}"
-              f"{row['geometric_mean']:>10.3f}{interval:>16}{row['median']:>8.3f}{row['median_lower']:>11.3f}"
+        print(f"{row['rate']:>8}{row['world_size']:>6}{row['mib']:>8g}  {row['way']:<11}{row['base']:<8}"
+              f"{row['pairs']:>6}{row['geometric_mean']:>10.3f}{interval:>16}{row['median']:>8.3f}{row['median_lower']:>11.3f}"
               f"{1e3 * row['seconds']:>8.1f}{row['chosen']:>14}{row['wrong']:>8}", flush=True)  # fmt: skip

@@ -335,6 +335,7 @@ def pairs() -> str:
     for row in document["rows"]:
         interval = f"{row['lower']:.2f} … {row['upper']:.2f}"
         place = f"{row['world_size']} ranks, {row['mib']:g} MiB"
+        place += ", all_reduce" if row.get("way") == "all_reduce" else ""
         times = f"{1e3 * row['seconds']:.1f}", f"{1e3 * row['seconds_base']:.1f}"
         rows.append([place, row["base"], row["chosen"], *times, f"{row['geometric_mean']:.2f}", interval])
     headings = ["loopback", "against", "auto chose", "ms", "ms against", "times as fast", "95 % interval"]

@@ -86,7 +86,10 @@ def test_pairs(rank, world_size):
     import allreduce_pairs
 
     rows = allreduce_pairs.run_pairs(bucket, bucket.values.nbytes / 2**20, 6, True, 1)
-    assert [row.base for row in rows] == ["fp32", "bf16"] and all(row.wrong == 0 for row in rows)
+    assert [(row.way, row.base) for row in rows] == [
+        (way, base) for way in ("hook", "all_reduce") for base in ("fp32", "bf16")
+    ]
+    assert all(row.wrong == 0 for row in rows)
     assert gathered([row.geometric_mean for row in rows]) == [[row.geometric_mean for row in rows]] * world_size
     for row in rows:
         assert row.chosen in {"none", "bf16", "all_gather", "two_phase"}
