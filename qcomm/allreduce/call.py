@@ -103,8 +103,7 @@ def all_reduce(
             NCCL.
         async_op: return at once; the tensor must not be used until ``wait()`` of the handle has returned. Several are
             then under way, on channels of their own, unless tensors are on a device or ``"auto"`` tries strategies.
-            Two calls wait for other ranks all the same: the second one of a group, which connects the other channels,
-            and with ``"auto"`` one behind an agreement on its kind of tensor that is still under way.
+            With ``"auto"`` a call waits for an agreement on its kind of tensor that is still under way.
         **options: ``mean_step``, ``min_elements``, ``strategy``, ``ranks_per_node``, ``link_rates``, ``num_threads``,
             ``profile``, ``verify``, ``secret``, ``connections`` and ``device_codec`` of
             :class:`qcomm.collectives.ReduceOptions`. Where ``"auto"`` has settled on no compression, 30 of 31 calls are

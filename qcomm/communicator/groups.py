@@ -121,7 +121,7 @@ def deal(group: Group, options: ConnectionOptions = PLAIN) -> Communicator:
 
     The n-th dealt job of a group runs on channel n mod CHANNELS on every rank, whatever each rank does in it. So ranks
     that call different functions, or with different arguments, meet on one channel and tell each other. The first job
-    connects one channel and the second one the others, which is a collective, too.
+    connects all channels: later there might be a dead rank, of which no new connection tells.
 
     Args:
         group: of this process.
@@ -133,7 +133,7 @@ def deal(group: Group, options: ConnectionOptions = PLAIN) -> Communicator:
     place = _place_of(group)
     with place.lock:
         number, place.dealt = place.dealt, place.dealt + 1
-        channels = CHANNELS if number and get_world_size(group) > 1 else 1
+        channels = CHANNELS if get_world_size(group) > 1 else 1
         return _made(group, place, options, number % channels, channels)
 
 
