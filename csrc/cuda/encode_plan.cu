@@ -120,8 +120,8 @@ Status EncodePlan::build(const std::vector<Tensor>& tensors, const std::vector<S
     // Checked last, since add_packet() takes the segments one after another.
     if (tasks.segments.size() != segments.size()) return bad_argument("there are segments that no packet holds");
     // A grid of blocks has one dimension of 2^31.
-    if (std::max({tiles_, sample_tiles_, histogram_tiles_, encode_tiles_, run_tiles_, units_ / kEncodeWarps}) >
-        kMaxLaunch)
+    if (std::max({tiles_, sample_tiles_, histogram_tiles_, encode_tiles_, kEncodeWarps * run_tiles_,
+                  units_ / kEncodeWarps}) > kMaxLaunch)
         return bad_argument("too many values for one launch");
     write_blob(tasks);
     Workspace measured;

@@ -7,14 +7,14 @@
 //   slot   | 32 start windows | words <-- | tokens -->      <--: written backwards
 //          (a block that is fixed instead has its packed levels at the front of the words' area)
 //
-// Thread: one value a row of 32, then one lane, a window of bits in registers. Warp: one run block of the packet, which
-// may hold values of several segments. Thread block: 4 blocks of one packet. Shared memory: 868 bytes a warp, the
-// table of its block.
+// Thread: one value a row of 32, then one lane, a window of bits in registers. Thread block: one run block of the
+// packet, which may hold values of several segments. Its warps find the tokens of a part each; the first one codes
+// them. Shared memory: 868 bytes for the table of the block, 32 for each part.
 // Passes: one over the values, which leaves the tokens in the slot and writes the residual, since no block of zero runs
 // is raw; one over the tokens, from the last to the first. Of a packet from which blocks may be dropped, and of float64
 // values, zero_runs_payload.cu writes the residual.
 // Limits: 512 steps; float32 and float64, since a residual is needed.
-// Determinism: a warp owns its block; tokens are placed by ballots.
+// Determinism: a thread block owns its run block; tokens are placed by ballots.
 // Bytes moved per value: 8 and a write of 4; 2 twice for each level that is not 0, and the code's.
 #include "kernels.cuh"
 #include "lane_writer.cuh"
@@ -25,46 +25,74 @@
 namespace qcomm::cuda {
 namespace {
 
-constexpr int kThreads = kEncodeWarps * kWarpLanes;
+constexpr int kRunWarps = 8;  // of a run block
+constexpr int kThreads = kRunWarps * kWarpLanes;
 constexpr int kValueRows = 8;  // rows of values that are loaded together, while those before are quantized
-constexpr int kRows = 4;       // steps whose tokens are
+constexpr int kGroup = kValueRows * kWarpLanes;
+constexpr int kRows = 4;  // steps whose tokens are
 
-struct Shared {
-    std::uint32_t codes[kEncodeWarps][kRunTokens];
+// A warp's part of the values, and where its tokens are in the slot.
+struct Part {
+    int at, end, skips;  // the first token that has a level, behind the last one, and skips among these
+    int first, next;     // positions: of the first level, and behind the last one
+};
+// The tokens of all parts are one row. Those of a part begin there with number `first`, and at first + shift in the
+// slot.
+struct Place {
+    int first, shift;
 };
 
-// Finds the tokens of a block, front to back. All lanes agree in how many there are and where the last level is.
+struct Shared {
+    std::uint32_t codes[kRunTokens];
+    Part parts[kRunWarps];
+    Place places[kRunWarps];
+};
+
+// Finds the tokens of a part, front to back. All lanes agree in how many there are and where the last level is. Zeros
+// in front of the first level may go on in the part before, so its token gets its run later.
 template <class Tr>
 class Tokenizer {
 public:
     using T = typename Tr::Arithmetic;
     using Values = Source<Tr, true>;
 
-    __device__ explicit Tokenizer(std::uint16_t* tokens) : tokens_(tokens) { QCOMM_KEEP(below_); }
+    // The part begins at position `begin`, and so do its tokens, of which there are no more than values.
+    __device__ Tokenizer(std::uint16_t* tokens, int begin)
+        : tokens_(tokens), part_{begin, begin, 0, kNoLevel, kNoLevel} {
+        QCOMM_KEEP(below_);
+        QCOMM_KEEP(here_);
+    }
 
     // Adds the first n values of `u`, of which the first is at position `at`, and writes their residual if wanted.
     __device__ void add(const Values& u, int n, int at, const RunQuantizer<T>& grid, float* residual_out) {
         int begin = 0;
-        if (n >= kGroup) {
-            Rows raw = load<true>(u, 0, n);
-            for (; begin + kGroup <= n; begin += kGroup) {
-                // The next group is loaded before anything is stored: a load behind a store that may be to the same
-                // place waits for it. Sum and product are left to the turn that needs them, by which the loads are
-                // back. The last turn loads its own again, in vain.
-                const Rows next = load<true>(u, begin + 2 * kGroup <= n ? begin + kGroup : begin, n);
-                put_group<true>(u, raw, begin, n, at, grid, residual_out);
-                raw = next;
+        // The next group is loaded before anything is stored: a load behind a store that may be to the same place waits
+        // for it. Sum and product are left to the turn that needs them, by which the loads are back. The last turn
+        // loads its own again, in vain.
+        const auto turn = [&](const Rows& raw, Rows& next) {
+            if (begin + kGroup > n || is_far(at + begin)) return false;
+            next = load<true>(u, begin + 2 * kGroup <= n ? begin + kGroup : begin, n);
+            put_group<true, false>(u, raw, begin, n, at, grid, residual_out);
+            begin += kGroup;
+            return true;
+        };
+        while (begin + kGroup <= n) {
+            Rows one = load<true>(u, begin, n), other;
+            while (turn(one, other) && turn(other, one)) {
             }
+            if (begin + kGroup > n) break;
+            put_group<true, true>(u, load<true>(u, begin, n), begin, n, at, grid, residual_out);
+            begin += kGroup;
         }
-        if (begin < n) put_group<false>(u, load<false>(u, begin, n), begin, n, at, grid, residual_out);
+        if (begin < n) put_group<false, true>(u, load<false>(u, begin, n), begin, n, at, grid, residual_out);
     }
 
-    __device__ int tokens() const { return count_; }
-    __device__ int nonzeros() const { return count_ - skips_; }
-    __device__ bool finite() const { return __all_sync(kAllLanes, finite_); }
+    __device__ Part part() const { return part_; }
+    __device__ bool finite() const { return finite_; }
 
 private:
-    static constexpr int kGroup = kValueRows * kWarpLanes;
+    // Far enough in front of all positions that the first level is met in the rare branch.
+    static constexpr int kNoLevel = -2 * kMaxRunBlockValues;
 
     // Rows as they are in memory.
     struct Rows {
@@ -82,18 +110,27 @@ private:
         return rows;
     }
 
-    template <bool kWhole>
-    __device__ __forceinline__ void put_group(const Values& u, const Rows& rows, int begin, int n, int at,
+    // Whether the last level is so far from the group at `at` that skips may be needed, as in front of the first one.
+    __device__ __forceinline__ bool is_far(int at) const { return at + kGroup - part_.next > kSkipZeros; }
+
+    template <bool kWhole, bool kFar>
+    __device__ __forceinline__ void put_group(const Values& u, const Rows& raw, int begin, int n, int at,
                                               const RunQuantizer<T>& grid, float* residual_out) {
         float lost[kValueRows];
+        std::uint32_t levels[kValueRows];  // in the 16 lowest bits
+        unsigned rows[kValueRows];         // the lanes that have one
 #pragma unroll
         for (int r = 0; r < kValueRows; ++r) {
-            const T x = u.of(rows.values[r]);
-            const int level = grid(x);
-            lost[r] = grid.lost(x, level);
+            const T x = u.of(raw.values[r]), rounded = grid.rounded(x), level = grid.level(rounded);
+            lost[r] = grid.lost_in(x, level);
+            levels[r] = lowest_bits(rounded);
+            rows[r] = __ballot_sync(kAllLanes, level != T(0));
             if constexpr (kResidualMayOverflow<Tr>) finite_ = finite_ && __builtin_isfinite(lost[r]);
-            put_row(level, at + begin + r * kWarpLanes);
         }
+        at += begin;
+        if constexpr (kFar) meet_first(rows, at);
+#pragma unroll
+        for (int r = 0; r < kValueRows; ++r) put_row(levels[r], rows[r], at + r * kWarpLanes);
         if (residual_out == nullptr) return;
 #pragma unroll
         for (int r = 0; r < kValueRows; ++r) {
@@ -102,38 +139,114 @@ private:
         }
     }
 
-    // Adds the tokens of a row of levels, a lane each, of which the first is at position `at`.
-    __device__ __forceinline__ void put_row(int level, int at) {
-        const unsigned row = __ballot_sync(kAllLanes, level != 0), below = row & below_;
-        if (row == 0) return;
-        if (at + kWarpLanes - next_ > kSkipZeros) put_skips(at + __ffs(static_cast<int>(row)) - 1 - next_);
-        if (level != 0) {
-            // Zeros since the last level of the row, or of the rows before: of these, skips have taken whole 512.
-            const int before = below == 0 ? at - next_ : 0;
-            const int run = (lane_ - kWarpLanes + __clz(static_cast<int>(below)) + before) & (kSkipZeros - 1);
-            std::uint16_t* const tokens = tokens_;
-            QCOMM_ASSUME_GLOBAL(tokens);
-            tokens[count_ + __popc(below)] = static_cast<std::uint16_t>(run << kTokenRunAt | (level + kMaxLevel));
+    // Of float32 the sum has 2^22 at bit 22 and of float64 nothing below bit 32: neither reaches the token's bits.
+    __device__ __forceinline__ static std::uint32_t lowest_bits(T rounded) {
+        if constexpr (sizeof(T) == sizeof(float)) {
+            return bit_cast<std::uint32_t>(rounded);
+        } else {
+            return static_cast<std::uint32_t>(bit_cast<std::uint64_t>(rounded));
         }
-        count_ += __popc(row);
-        next_ = at + kWarpLanes - __clz(static_cast<int>(row));
     }
-    // Adds the skips among so many zeros.
-    __device__ void put_skips(int zeros) {
-        const int skips = zeros / kSkipZeros;
+
+    // Takes whole 512 from the zeros in front of a group's first level: all others of the group have fewer. Of the
+    // part's first level it only notes the place, and leaves room for the skips that its zeros in the part will need.
+    __device__ void meet_first(const unsigned (&rows)[kValueRows], int at) {
+        int first = -1;
+#pragma unroll
+        for (int r = kValueRows - 1; r >= 0; --r)
+            if (rows[r] != 0) first = at + r * kWarpLanes + __ffs(static_cast<int>(rows[r])) - 1;
+        if (first < 0) return;
+        if (part_.first < 0) {
+            part_.at += (first - part_.at) / kSkipZeros;
+            part_.end = part_.at;
+            part_.first = part_.next = first;
+            return;
+        }
+        const int skips = (first - part_.next) / kSkipZeros;
 #pragma unroll 1
-        for (int i = lane_; i < skips; i += kWarpLanes) tokens_[count_ + i] = static_cast<std::uint16_t>(kSkip);
-        count_ += skips;
-        skips_ += skips;
+        for (int i = lane_; i < skips; i += kWarpLanes) tokens_[part_.end + i] = static_cast<std::uint16_t>(kSkip);
+        part_.end += skips;
+        part_.skips += skips;
+        part_.next += skips * kSkipZeros;
+    }
+
+    // Adds the tokens of a row of levels, a lane each, of which the first is at position `at`. Without a branch, so
+    // that rows need not wait for each other.
+    __device__ __forceinline__ void put_row(std::uint32_t level, unsigned row, int at) {
+        const unsigned below = row & below_;
+        // Zeros since the last level of the row, or of the rows before.
+        const int run = lane_ - kWarpLanes + __clz(static_cast<int>(below)) + (below == 0 ? at - part_.next : 0);
+        std::uint32_t token = (static_cast<std::uint32_t>(run) << kTokenRunAt) + level + std::uint32_t{kMaxLevel};
+        std::uint16_t* place = tokens_ + part_.end + __popc(below);
+        QCOMM_KEEP(token);
+        QCOMM_KEEP_POINTER(place);
+        QCOMM_ASSUME_GLOBAL(place);
+        if ((row & here_) != 0) *place = static_cast<std::uint16_t>(token);
+        part_.end += __popc(row);
+        part_.next = row != 0 ? at + kWarpLanes - __clz(static_cast<int>(row)) : part_.next;
     }
 
     std::uint16_t* tokens_;
-    int count_ = 0, skips_ = 0;  // tokens, and those of them without a level
-    int next_ = 0;               // the position behind the last level
-    bool finite_ = true;         // this lane's residuals
+    Part part_;
+    bool finite_ = true;  // this lane's residuals
     int lane_ = lane_number();
-    unsigned below_ = lanes_below(lane_number());
+    unsigned below_ = lanes_below(lane_number()), here_ = 1u << lane_number();
 };
+
+// The tokens of all parts, as one row that each lane reads from the last to the first.
+class TokenRow {
+public:
+    __device__ TokenRow(const std::uint16_t* tokens, const Place* places)
+        : tokens_(tokens), places_(places), place_(places[kRunWarps - 1]) {
+        QCOMM_ASSUME_GLOBAL(tokens_);
+    }
+    // Token t, or the first one where t is negative. A lane's t must not ascend.
+    __device__ __forceinline__ std::uint32_t operator[](int t) {
+        t = t > 0 ? t : 0;
+        while (t < place_.first) place_ = places_[--part_];
+        const std::uint16_t* const tokens = tokens_;
+        QCOMM_ASSUME_GLOBAL(tokens);
+        return tokens[t + place_.shift];
+    }
+    // The place in the slot of any token.
+    __device__ static int find(const Place* places, int t) {
+        int part = kRunWarps - 1;
+        while (t < places[part].first) --part;
+        return t + places[part].shift;
+    }
+
+private:
+    const std::uint16_t* tokens_;
+    const Place* places_;
+    Place place_;
+    int part_ = kRunWarps - 1;
+};
+
+struct Totals {
+    int tokens, levels;  // of a run block; levels are tokens that have one
+};
+
+// Joins the parts of a block, by all warps alike, each of which completes its own: the run of its first token, and the
+// skips in front of it. These have room, as the zeros have none.
+__device__ Totals join_parts(const Part* parts, Place* places, std::uint16_t* tokens) {
+    const int lane = lane_number();
+    Totals all{0, 0};
+    for (int w = 0, next = 0; w < kRunWarps; ++w) {
+        const Part part = parts[w];
+        const bool empty = part.end == part.at;
+        const int zeros = empty ? 0 : part.first - next, skips = zeros / kSkipZeros;
+        if (w == warp_number()) {
+            for (int i = lane; i < skips; i += kWarpLanes) tokens[part.at - 1 - i] = static_cast<std::uint16_t>(kSkip);
+            if (!empty && lane == 0)
+                tokens[part.at] = static_cast<std::uint16_t>(tokens[part.at] + (zeros % kSkipZeros << kTokenRunAt));
+            if (lane == 0) places[w] = {all.tokens, part.at - skips - all.tokens};
+        }
+        all.tokens += skips + part.end - part.at;
+        all.levels += part.end - part.at - part.skips;
+        next = empty ? next : part.next;
+    }
+    return all;
+}
 
 // Returns what a lane pushes for a token: its codeword with the extra bits behind. Classes of octave o begin at
 // multiples of 2^o and have o extra bits (run_class() of zero_runs.h), so both follow from the run by shifts; and 512,
@@ -150,9 +263,7 @@ __device__ __forceinline__ std::uint32_t token_entry(std::uint32_t token, const 
 }
 
 // Codes tokens from the last step to the first. It gives up with more words than `limit`.
-__device__ void push_tokens(LaneWriter& lanes, const std::uint16_t* tokens, int count, int limit,
-                            const std::uint32_t* codes) {
-    QCOMM_ASSUME_GLOBAL(tokens);
+__device__ void push_tokens(LaneWriter& lanes, TokenRow tokens, int count, int limit, const std::uint32_t* codes) {
     const int lane = lane_number(), whole = count / kWarpLanes;
     int step = (count - 1) / kWarpLanes;
     for (; step >= 0 && (step >= whole || !lanes.started() || (step + 1) % kRows != 0); --step) {
@@ -165,10 +276,9 @@ __device__ void push_tokens(LaneWriter& lanes, const std::uint16_t* tokens, int 
 #pragma unroll
     for (int r = 0; r < kRows; ++r) now[r] = tokens[(step - r) * kWarpLanes + lane];
     for (; step >= 0 && lanes.words() <= limit; step -= kRows) {
-        // The last turn loads its own again, in vain.
-        const int ahead = step < kRows ? step : step - kRows;
+        // The last turn loads the first token, in vain.
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) next[r] = tokens[(ahead - r) * kWarpLanes + lane];
+        for (int r = 0; r < kRows; ++r) next[r] = tokens[(step - kRows - r) * kWarpLanes + lane];
         std::uint32_t entries[kRows];
 #pragma unroll
         for (int r = 0; r < kRows; ++r) entries[r] = token_entry(now[r], codes);
@@ -192,14 +302,14 @@ __device__ __forceinline__ void flip_bits(std::uint32_t (&words)[kRunsBits], int
 
 // Packs the levels of n values by their tokens: 32 values are three words, which the lanes put together. Blocks are
 // seldom fixed, as that takes one level in four.
-__device__ void pack_levels(const std::uint16_t* tokens, int count, int n, std::uint32_t* packed) {
+__device__ void pack_levels(const std::uint16_t* tokens, const Place* places, int count, int n, std::uint32_t* packed) {
     const int lane = lane_number();
     int next = 0, done = 0;  // tokens that have been put, and the position behind the last of them
     for (int row = 0; row < n; row += kWarpLanes) {
         std::uint32_t words[kRunsBits] = {};
         if (row + lane < n) flip_bits(words, kRunsBits * lane, kMaxLevel);  // the level 0
         const bool present = next + lane < count;
-        const std::uint32_t token = present ? tokens[next + lane] : kSkip;
+        const std::uint32_t token = present ? tokens[TokenRow::find(places, next + lane)] : kSkip;
         const bool skips = token == kSkip;
         const auto advance = static_cast<int>(token >> kTokenRunAt) + (skips ? 0 : 1);
         const int end = done + warp_inclusive_sum(advance);
@@ -216,58 +326,65 @@ __device__ void pack_levels(const std::uint16_t* tokens, int count, int n, std::
     }
 }
 
-// Encodes values [begin, end) of a packet's zero runs into a slot.
+// Encodes values [begin, end) of a packet's zero runs into a slot, by a thread block. The first warp has the result.
 template <class Tr>
 __device__ BlockResult encode_run_block(const EncodeTables& e, const PacketTask& packet, std::int64_t begin,
-                                        std::int64_t end, std::uint8_t* slot, std::uint32_t* codes) {
+                                        std::int64_t end, std::uint8_t* slot, Shared* shared) {
     const RunSlotShape shape(e.steps);
     auto* const tokens = reinterpret_cast<std::uint16_t*>(slot + shape.tokens_at);
-    Tokenizer<Tr> tokenizer(tokens);
+    const int n = static_cast<int>(end - begin), lane = lane_number();
+    // Parts are whole groups, but for the last one.
+    const int whole = (n + kThreads * kValueRows - 1) / (kThreads * kValueRows) * kGroup;
+    const int first = warp_number() * whole < n ? warp_number() * whole : n,
+              last = first + whole < n ? first + whole : n;
+    Tokenizer<Tr> tokenizer(tokens, first);
     const bool keeps = !packet.may_drop && !kResidualMayOverflow<Tr>;
-    for_run_parts(e.run_places + packet.first_segment, packet.segments, begin, end,
-                  [&](int s, std::int64_t offset, int n, int at) {
+    for_run_parts(e.run_places + packet.first_segment, packet.segments, begin + first, begin + last,
+                  [&](int s, std::int64_t offset, int count, int at) {
                       const SegmentTask& segment = e.segments[packet.first_segment + s];
                       const Source<Tr, true> u(e.tensors[segment.tensor], segment.offset + offset);
                       const RunQuantizer<typename Tr::Arithmetic> grid(e.quantizers[segment.tensor].p1);
-                      tokenizer.add(u, n, at, grid, keeps ? segment.residual_out + offset : nullptr);
+                      tokenizer.add(u, count, first + at, grid, keeps ? segment.residual_out + offset : nullptr);
                   });
-    const int n = static_cast<int>(end - begin), lane = lane_number();
-    const int count = tokenizer.tokens(), nonzeros = tokenizer.nonzeros();
-    if (!tokenizer.finite()) return {RunInfo{RunMode::kNotFinite, 0, 0}.pack(), 0, 1};
-    if (nonzeros == 0) return {RunInfo{RunMode::kZeros, 0, 0}.pack(), 0, 1};
-    const int table = run_table(nonzeros, n, e.codes->run_bounds);
-    for (int i = lane; i < kRunTokens; i += kWarpLanes) codes[i] = e.codes->run_encode[table][i];
-    __syncwarp();  // codes and tokens are other lanes'
+    if (lane == 0) shared->parts[warp_number()] = tokenizer.part();
+    if (__syncthreads_or(!tokenizer.finite())) return {RunInfo{RunMode::kNotFinite, 0, 0}.pack(), 0, 1};
+    const Totals all = join_parts(shared->parts, shared->places, tokens);
+    if (all.levels == 0) return {RunInfo{RunMode::kZeros, 0, 0}.pack(), 0, 1};
+    const int table = run_table(all.levels, n, e.codes->run_bounds);
+    for (int i = static_cast<int>(threadIdx.x); i < kRunTokens; i += kThreads)
+        shared->codes[i] = e.codes->run_encode[table][i];
+    __syncthreads();  // codes, places and tokens are other threads'
+    if (warp_number() != 0) return {0, 0, 0};
     LaneWriter lanes(tokens);
-    push_tokens(lanes, tokens, count, run_block_bytes(RunMode::kFixed, n, 0) / 2, codes);
+    push_tokens(lanes, TokenRow(tokens, shared->places), all.tokens, run_block_bytes(RunMode::kFixed, n, 0) / 2,
+                shared->codes);
     reinterpret_cast<std::uint32_t*>(slot)[lane] = lanes.window();
-    const RunMode mode = choose_run_mode(n, nonzeros, lanes.words());
+    const RunMode mode = choose_run_mode(n, all.levels, lanes.words());
     const auto units = static_cast<std::uint32_t>(run_block_bytes(mode, n, lanes.words()) / 4);
     if (mode == RunMode::kCoded)
-        return {RunInfo{mode, table, count}.pack(), static_cast<std::uint32_t>(lanes.words()), units};
+        return {RunInfo{mode, table, all.tokens}.pack(), static_cast<std::uint32_t>(lanes.words()), units};
     __syncwarp();  // other lanes have put words there
-    pack_levels(tokens, count, n, reinterpret_cast<std::uint32_t*>(slot + shape.words_at));
+    pack_levels(tokens, shared->places, all.tokens, n, reinterpret_cast<std::uint32_t*>(slot + shape.words_at));
     return {RunInfo{mode, 0, 0}.pack(), 0, units};
 }
 
-// A run block a warp. Of those that the plan has made room for the last ones may be empty.
+// A run block a thread block, kEncodeWarps a tile. Of those that the plan has made room for the last ones may be empty.
 template <class Tr>
 __global__ void __launch_bounds__(kThreads, 1) encode_run_blocks(EncodeTables e) {
     DYNAMIC_SHARED(Shared, shared);
-    const int p = find_task(e.packets, e.packet_count, blockIdx.x, &PacketTask::first_run_tile);
+    const auto tile = static_cast<std::int64_t>(blockIdx.x / kEncodeWarps);
+    const int p = find_task(e.packets, e.packet_count, tile, &PacketTask::first_run_tile);
     const PacketTask packet = e.packets[p];
-    const std::int64_t block =
-        (static_cast<std::int64_t>(blockIdx.x) - packet.first_run_tile) * kEncodeWarps + warp_number();
+    const std::int64_t block = (tile - packet.first_run_tile) * kEncodeWarps + blockIdx.x % kEncodeWarps;
     if (block >= packet.run_blocks) return;
     const RunTotal total = e.run_totals[p];
     BlockResult result{0, 0, 0};
     if (block < total.blocks) {
         result = encode_run_block<Tr>(e, packet, run_block_begin(total.values, total.blocks, block),
                                       run_block_begin(total.values, total.blocks, block + 1),
-                                      e.slots + packet.run_slots + block * RunSlotShape(e.steps).bytes,
-                                      shared->codes[warp_number()]);
+                                      e.slots + packet.run_slots + block * RunSlotShape(e.steps).bytes, shared);
     }
-    if (lane_number() == 0) e.blocks[packet.first_block + packet.blocks - packet.run_blocks + block] = result;
+    if (threadIdx.x == 0) e.blocks[packet.first_block + packet.blocks - packet.run_blocks + block] = result;
 }
 
 }  // namespace
@@ -275,8 +392,8 @@ __global__ void __launch_bounds__(kThreads, 1) encode_run_blocks(EncodeTables e)
 #ifndef __CUDACC_RTC__
 void launch_encode_run_blocks(const EncodeTables& e, std::int64_t tiles, void* stream) {
     with_residual_source(e.dtype, [&](auto traits) {
-        launch_kernel(encode_run_blocks<decltype(traits)>, static_cast<unsigned>(tiles), kThreads, sizeof(Shared),
-                      stream, e);
+        launch_kernel(encode_run_blocks<decltype(traits)>, static_cast<unsigned>(kEncodeWarps * tiles), kThreads,
+                      sizeof(Shared), stream, e);
     });
 }
 #endif

@@ -124,16 +124,21 @@ class RunQuantizer {
 public:
     QCOMM_INLINE explicit RunQuantizer(double step) : step_(static_cast<T>(step)), inv_(T(1) / step_) {}
 
-    QCOMM_INLINE int operator()(T x) const {
+    QCOMM_INLINE int operator()(T x) const { return static_cast<int>(level(rounded(x))); }
+    // The same in two steps, for a processor whose conversions to integers are slow: a number that has the level in its
+    // lowest bits, and the level in T.
+    QCOMM_INLINE T rounded(T x) const {
         const T q = x * inv_, top = T(kMaxLevel);
         const T above = q > -top ? q : -top;  // also of NaN
         const T inside = above < top ? above : top;
         // To nearest even, as SigmaQuantizer rounds: the sum of this constant and a small number has no fraction.
-        return static_cast<int>((inside + kMagic) - kMagic);
+        return inside + kMagic;
     }
+    QCOMM_INLINE static T level(T rounded) { return rounded - kMagic; }
     QCOMM_INLINE T decode(int level) const { return static_cast<T>(level) * step_; }
     // Returns u - decoded(u), as the format keeps it.
     QCOMM_INLINE float lost(T x, int level) const { return static_cast<float>(x - decode(level)); }
+    QCOMM_INLINE float lost_in(T x, T level) const { return static_cast<float>(x - level * step_); }
     QCOMM_INLINE T step() const { return step_; }
     QCOMM_INLINE T inverse() const { return inv_; }
 
