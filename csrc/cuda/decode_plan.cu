@@ -100,11 +100,9 @@ DecodeTables DecodePlan::tables(const void* blob, const StaticTables* codes, voi
     return d;
 }
 
-// Everything that precedes the values, for both operations. Faults and counters are zeroed by each call, and a packet
-// with a fault is left alone by the launches behind the one that found it.
+// Everything that precedes the values, for both operations. A packet with a fault is left alone by the launches behind
+// the one that found it.
 void DecodePlan::prepare(const DecodeTables& d, void* stream) const {
-    launch_clear(d.counters, 4 * std::int64_t{packet_count_}, stream);
-    launch_clear(d.faults, 4 * std::int64_t{packet_count_}, stream);
     launch_read_packets(d, piece_tiles_, stream);
     if (own_code_bits_ > 0) launch_decode_tables(d, stream);
 }

@@ -324,7 +324,7 @@ std::int64_t* EncodePlan::dropped_values(void* workspace) const { return placed(
 std::uint8_t* EncodePlan::absent(void* workspace) const { return placed(workspace).tables.absent; }
 
 // Counters are zeroed by each call, since the kernels before may have left them anywhere: two for each tensor here, one
-// for each packet in encode().
+// for each packet by layout_packets.
 Status EncodePlan::measure(const void* blob, const StaticTables* codes, void* workspace, void* stream) const {
     QCOMM_RETURN_IF_ERROR(status_);
     const Arrays a = arrays(blob, codes, workspace);
@@ -344,7 +344,6 @@ Status EncodePlan::encode(const void* blob, const StaticTables* codes, void* wor
                           void* stream) const {
     QCOMM_RETURN_IF_ERROR(status_);
     const EncodeTables e = arrays(blob, codes, workspace).tables;
-    launch_clear(e.counters + 2 * tensor_count_, 4 * std::int64_t{packet_count_}, stream);
     if (own_count_ > 0) {
         launch_clear(e.counts, 8 * codewords_, stream);
         launch_histogram(e, adjusted_, histogram_tiles_, stream);

@@ -238,6 +238,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const std::int64_t total = state.payload + sizes.payload;
     if (threadIdx.x == 0) {
         e.packet_states[blockIdx.x] = state;
+        e.counters[2 * e.tensor_count + static_cast<int>(blockIdx.x)] = 0;  // of write_payload
         e.dropped[blockIdx.x] = dropped;
         total_bytes[blockIdx.x] = state.fits ? total : -total;
     }

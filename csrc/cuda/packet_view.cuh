@@ -46,8 +46,8 @@ struct DecodeTables {
     SegmentView* segments;      // [packet][max_segments]
     std::uint32_t* piece_sums;  // [packet][max_pieces]
     std::int64_t max_pieces;
-    unsigned* counters;  // [packet], zeroed
-    unsigned* faults;    // [packet], zeroed
+    unsigned* counters;  // [packet], zeroed by read_packets
+    unsigned* faults;    // [packet], set by read_packets
 
     // Of codes that segments have of their own: [packet][max_segments][max_alphabet], and [2^code_bits].
     int max_alphabet, code_bits;  // 0: none are expected
