@@ -164,7 +164,7 @@ def schedules(nvcc: str, nvdisasm: str, folder: Path) -> tuple[dict[str, float],
     """Of float32's hot loops: instructions a symbol, and cycles of a turn by ptxas's schedule with 1 and 4 warps.
 
     A turn of `encode_blocks` and `decode_packets` has four steps; `pair` ones treat two symbols a lane and step. A turn
-    of the second pass writes 8 rows of residuals.
+    of the second pass writes 16 rows of residuals.
     """
     instructions: dict[str, float] = {}
     turns: dict[str, dict[str, int]] = {}
@@ -202,7 +202,7 @@ def hot_loop(loop: Loop, file: str, adjusted: bool) -> str:
     """Which loop of a file it is; "" for others."""
     votes, loads, looked_up = loop.count("VOTE"), loop.count("LDG"), loop.count("LDS")
     if file == "encode" and loop.count("DADD", "DMUL", "DFMA") == 0:
-        if adjusted and votes == 0 and loads == 16 and loop.count("ST") == 8:
+        if adjusted and votes == 0 and loads == 32 and loop.count("ST") == 16:
             return "residual"
         if votes == STEPS + 1 and looked_up == STEPS:
             return "pair" if loads >= STEPS * (3 if adjusted else 2) else "single"

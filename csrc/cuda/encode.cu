@@ -11,13 +11,13 @@
 // step to the first, which is why words are written downwards. Thread block: 4 blocks of one segment, which share its
 // code in shared memory: 4 bytes a symbol, 1 KiB for a static code, up to 16 KiB for one of the segment's own.
 // Passes: one over the values, plus one over those of blocks that turn out to be fixed, or that have a residual:
-// whether a block is raw, which clears it, is known only at the end. That pass loads eight rows before it stores one: a
-// load behind a store that may be to the same place waits for it, and no other warp hides that time. Raw blocks are
-// left to payload.cu, which must see the residual as it was; and so are the residuals of range grids, whose segments
-// may still become fixed, and of packets from which blocks may be dropped. Limits: 512 steps; alphabets of 256 symbols
-// in a static code, 4096 in a code of the segment's own. Determinism: a warp owns its block; nothing depends on other
-// warps. Bytes moved per value: its size, and the code's (words 0.3 or so); with a residual 8 and a write of 4 more.
-// The lanes: F. Giesen, "Interleaved entropy coders", arXiv:1402.3392, 2014.
+// whether a block is raw, which clears it, is known only at the end. That pass loads 16 rows while it stores those
+// before: a load behind a store that may be to the same place waits for it, and no other warp hides that time. Raw
+// blocks are left to payload.cu, which must see the residual as it was; and so are the residuals of range grids, whose
+// segments may still become fixed, and of packets from which blocks may be dropped. Limits: 512 steps; alphabets of 256
+// symbols in a static code, 4096 in a code of the segment's own. Determinism: a warp owns its block; nothing depends on
+// other warps. Bytes moved per value: its size, and the code's (words 0.3 or so); with a residual 8 and a write of 4
+// more. The lanes: F. Giesen, "Interleaved entropy coders", arXiv:1402.3392, 2014.
 #include "coder.cuh"
 #include "kernels.cuh"
 #include "lane_writer.cuh"
@@ -28,8 +28,8 @@ namespace qcomm::cuda {
 namespace {
 
 constexpr int kThreads = kEncodeWarps * kWarpLanes;
-constexpr int kRows = 4;          // steps whose values are loaded together, while those before are coded
-constexpr int kResidualRows = 8;  // rows of 32 values whose residuals are computed together
+constexpr int kRows = 4;           // steps whose values are loaded together, while those before are coded
+constexpr int kResidualRows = 16;  // rows of 32 values that are loaded while the residuals of those before are written
 
 //   entry   | codeword, 16 bits | 0 | escape flag at 8 | 0 | length, 5 bits |
 //
@@ -224,21 +224,37 @@ private:
     int escapes_ = 0;
 };
 
+// Loads kResidualRows rows of the n values, from `begin` on. Behind the last value there are zeros.
+template <bool kWhole, class Values>
+__device__ __forceinline__ void load_residual_rows(const Values& u, int begin, int n,
+                                                   typename Values::Raw (&x)[kResidualRows]) {
+#pragma unroll
+    for (int r = 0; r < kResidualRows; ++r) {
+        const int i = begin + r * kWarpLanes;
+        x[r] = kWhole || i < n ? u.raw(i) : typename Values::Raw{};
+    }
+}
+
 // Writes the residual of a block's n values, a warp.
 template <class Tr, class Levels, class Values>
 __device__ void write_residual(const Values& u, int n, const Levels& grid, int escape, float* residual_out) {
     constexpr int kGroup = kResidualRows * kWarpLanes;
-    int i = lane_number();
-    for (int whole = n / kGroup; whole > 0; --whole, i += kGroup) {
-        typename Values::Raw x[kResidualRows];
-#pragma unroll
-        for (int r = 0; r < kResidualRows; ++r) x[r] = u.raw(i + r * kWarpLanes);
+    typename Values::Raw x[kResidualRows], next[kResidualRows];
+    int i = lane_number(), left = n / kGroup;
+    if (left > 0) load_residual_rows<true>(u, i, n, x);
+    for (; left > 0; --left, i += kGroup) {
+        load_residual_rows<true>(u, left > 1 ? i + kGroup : i, n, next);  // the last turn's own again, in vain
 #pragma unroll
         for (int r = 0; r < kResidualRows; ++r)
             residual_out[i + r * kWarpLanes] = residual_of<Tr>(u.of(x[r]), grid, escape);
+#pragma unroll
+        for (int r = 0; r < kResidualRows; ++r) x[r] = next[r];
     }
-#pragma unroll 1
-    for (; i < n; i += kWarpLanes) residual_out[i] = residual_of<Tr>(u[i], grid, escape);
+    if (n % kGroup == 0) return;
+    load_residual_rows<false>(u, i, n, x);
+#pragma unroll
+    for (int r = 0; r < kResidualRows; ++r)
+        if (i + r * kWarpLanes < n) residual_out[i + r * kWarpLanes] = residual_of<Tr>(u.of(x[r]), grid, escape);
 }
 
 // Encodes the first n values of `u` into a slot, and writes their new residual to `residual_out` if it is not null.
