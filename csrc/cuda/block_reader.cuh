@@ -116,6 +116,20 @@ __device__ inline DecodeCode find_decode_code(const DecodeTables& d, int packet,
     return index < 0 ? DecodeCode{nullptr, 0} : DecodeCode{d.codes->decode[index], d.codes->decode_mask[index]};
 }
 
+// Copies the entries of a code as lookups give them, two at a time, by `threads` threads that call with their numbers.
+// A barrier must follow.
+__device__ inline void copy_entries(const DecodeCode& code, std::uint32_t* to, int thread, int threads) {
+    if (code.mask == 0) return;
+    const auto* const pairs = reinterpret_cast<const std::uint32_t*>(code.entries);
+    QCOMM_ASSUME_GLOBAL(pairs);
+#pragma unroll 8
+    for (int i = thread; i < static_cast<int>(code.mask + 1) / 2; i += threads) {
+        const std::uint32_t pair = pairs[i];
+        to[2 * i] = lookup_entry(static_cast<std::uint16_t>(pair));
+        to[2 * i + 1] = lookup_entry(static_cast<std::uint16_t>(pair >> 16));
+    }
+}
+
 // A code's entries, turned round by each lookup or beforehand: as they are in device memory, and as lookups give them
 // in shared memory.
 struct FarEntries {
@@ -129,7 +143,11 @@ struct NearEntries {
     const std::uint32_t* entries;
     std::uint32_t mask;
     __device__ __forceinline__ bool empty() const { return mask == 0; }
-    __device__ __forceinline__ std::uint32_t operator()(std::uint32_t bits) const { return entries[bits & mask]; }
+    __device__ __forceinline__ std::uint32_t operator()(std::uint32_t bits) const {
+        const std::uint32_t* const table = entries;
+        QCOMM_ASSUME_SHARED(table);
+        return table[bits & mask];
+    }
 };
 
 // Reads a block front to back, possibly in several parts; all 32 lanes call together. Nothing of the block is trusted:
@@ -205,18 +223,31 @@ private:
         }
     }
 
-    // Steps of 32 codewords, four at a time as long as nothing can run out, then one at a time with all that must be
-    // asked.
+    // Steps of 32 codewords, four at a time as long as nothing can run out, and then single ones; the last ones with
+    // all that must be asked.
     template <bool kPairs, class ValueOf, class Sink>
     __device__ __forceinline__ void read_coded(int begin, int end, const ValueOf& value_of, const Sink& sink) {
         constexpr int kRow = kWarpLanes * (kPairs ? 2 : 1), kRows = 4;
         int at = begin;
-        if (lanes_.all_filled()) {
-            for (; at + kRows * kRow <= end && lanes_.can_take(kRows); at += kRows * kRow) {
+        if (at + kRow <= end && lanes_.can_take(1) && lanes_.all_filled()) {
+            // Values are put while the next codeword is looked up, so that no lookup stands behind their way.
+            std::uint32_t entry = lanes_.next(entries_);
+            for (; at + (kRows + 1) * kRow <= end && lanes_.can_take(kRows); at += kRows * kRow) {
 #pragma unroll
-                for (int r = 0; r < kRows; ++r)
-                    put_codeword<kPairs>(lanes_.next(entries_), at + r * kRow, kRow, value_of, sink);
+                for (int r = 0; r < kRows; ++r) {
+                    const std::uint32_t following = lanes_.next(entries_);
+                    put_codeword<kPairs>(entry, at + r * kRow, kRow, value_of, sink);
+                    entry = following;
+                }
             }
+#pragma unroll 1
+            for (; at + 2 * kRow <= end && lanes_.can_take(1); at += kRow) {
+                const std::uint32_t following = lanes_.next(entries_);
+                put_codeword<kPairs>(entry, at, kRow, value_of, sink);
+                entry = following;
+            }
+            put_codeword<kPairs>(entry, at, kRow, value_of, sink);
+            at += kRow;
             lanes_.leave();
         }
 #pragma unroll 1
@@ -234,8 +265,10 @@ private:
         if constexpr (kPairs) {
             const std::uint32_t symbol = entry >> kSymbolAt;
             const int i = 2 * lane_number();
-            if (i < row) sink.put(at + i, value_of(symbol & 15u));
-            if (i + 1 < row) sink.put(at + i + 1, value_of(symbol >> kPairBits));
+            // Both are looked up before one is stored, which the other lookup would wait for.
+            const Storage first = value_of(symbol & 15u), second = value_of(symbol >> kPairBits);
+            if (i < row) sink.put(at + i, first);
+            if (i + 1 < row) sink.put(at + i + 1, second);
         } else {
             if (lane_number() < row) sink.put(at + lane_number(), value_of.of_entry(entry));
         }

@@ -67,8 +67,7 @@ __global__ void __launch_bounds__(kThreads, 1) decode_packets(DecodeTables d, in
     const int s = find_task(segments, d.packets[number].segments, tile, &SegmentView::first_tile);
     const DecodeCode code = find_decode_code(d, number, s);
     const bool near = code.mask < StaticTables::kMaxEntries;
-    for (std::uint32_t i = threadIdx.x; near && code.mask != 0 && i <= code.mask; i += kThreads)
-        shared->entries[i] = lookup_entry(code.entries[i]);
+    if (near) copy_entries(code, shared->entries, static_cast<int>(threadIdx.x), kThreads);
     fill_values<Tr>(shared->values, segments[s].quantizer, static_cast<int>(threadIdx.x), kThreads);
     __syncthreads();
     const SegmentView& segment = segments[s];

@@ -30,12 +30,14 @@ void launch_kernel(void (*kernel)(P...), unsigned blocks, unsigned threads, std:
 #endif
 #endif
 
-// A pointer that was read from memory, known to be one to global memory: its accesses then need no check which memory
-// it is in.
+// A pointer that was read from memory, known to be one to global memory, or to shared memory: its accesses then need no
+// check which memory it is in.
 #ifdef __CUDA_ARCH__
 #define QCOMM_ASSUME_GLOBAL(pointer) __builtin_assume(__isGlobal(pointer))
+#define QCOMM_ASSUME_SHARED(pointer) __builtin_assume(__isShared(pointer))
 #else
 #define QCOMM_ASSUME_GLOBAL(pointer) static_cast<void>(pointer)
+#define QCOMM_ASSUME_SHARED(pointer) static_cast<void>(pointer)
 #endif
 
 // A number or pointer that the compiler shall keep in a register. It would otherwise compute it again at each use, from

@@ -6,13 +6,13 @@
 //   chunk  | packet 0: values | packet 1 ... |   of a tile, by a warp each
 //
 // Warp: a packet. Block: 64 * steps values of a segment; the warps decode a chunk each into shared memory (1 or 2 KiB),
-// then all threads add them and store once. Codes are read through the first-level cache, as packets may differ in
-// them. 8 packets a launch; more are added to the sum that the launch before has stored. Passes: one, and one over the
-// code's bytes before it for the checksum, which is compared before a value is used. Zero runs are decoded from the
-// begin of a run block on by each tile that has values of it. Limits: codes of at most 15 bits. Safety: every read is
-// inside the block, whose place read_packets has checked; every loop is over values of the block. Determinism: a warp
-// owns its unit; additions are in the packets' order. Bytes moved per value: the codes' from memory, one store for all
-// packets.
+// then all threads add them and store once. If all packets have one code, as is usual, it is in shared memory (16 KiB),
+// otherwise codes are read through the first-level cache. 8 packets a launch; more are added to the sum that the launch
+// before has stored. Passes: one, and one over the code's bytes before it for the checksum, which is compared before a
+// value is used. Zero runs are decoded from the begin of a run block on by each tile that has values of it. Limits:
+// codes of at most 15 bits. Safety: every read is inside the block, whose place read_packets has checked; every loop is
+// over values of the block. Determinism: a warp owns its unit; additions are in the packets' order. Bytes moved per
+// value: the codes' from memory, one store for all packets.
 #include <type_traits>
 
 #include "decode_units.cuh"
@@ -22,13 +22,29 @@
 namespace qcomm::cuda {
 namespace {
 
-constexpr int kChunkBytes = 2048;  // of a packet's values
+// Bytes of a packet's values: as many as leave room for a code beside 8 packets.
+template <class Storage>
+constexpr int kChunkBytes = sizeof(Storage) == 8 ? 1024 : 2048;
+
+// Values [0, ...) of a chunk, in shared memory.
+template <class Storage>
+struct ChunkSink {
+    Storage* out;
+    __device__ __forceinline__ void put(int i, Storage value) const {
+        Storage* const place = out + i;
+        QCOMM_ASSUME_SHARED(place);
+        *place = value;
+    }
+    __device__ __forceinline__ Storage get(int i) const { return out[i]; }
+};
 
 template <class Tr>
 struct SumShared {
-    static constexpr int kChunk = kChunkBytes / static_cast<int>(sizeof(typename Tr::Storage));
+    static constexpr int kChunk = kChunkBytes<typename Tr::Storage> / static_cast<int>(sizeof(typename Tr::Storage));
     typename Tr::Storage chunk[kMaxSumPackets][kChunk];
     typename Tr::Storage values[kMaxSumPackets][kMaxValueTable];
+    std::uint32_t entries[StaticTables::kMaxEntries];  // lookup_entry() of each
+    DecodeCode code;                                   // of the launch's first packet
 };
 static_assert(sizeof(SumShared<Traits<DType::kFloat64>>) <= 48 << 10, "more would have to be asked for");
 
@@ -36,44 +52,34 @@ static_assert(sizeof(SumShared<Traits<DType::kFloat64>>) <= 48 << 10, "more woul
 // ways, so one has blocks of single symbols where another has blocks of pairs; a tile is the size of the larger. Run
 // blocks begin anywhere in it, and the first one is read from its begin, though the values in front of the tile are
 // other tiles'.
-template <class Tr, bool kRuns>
+template <class Tr, bool kRuns, class Entries>
 class SumSource {
     using Storage = typename Tr::Storage;
 
 public:
     // `zero` is the value of a level 0 of zero runs: they add nothing, and x + -0.0 is x for every x.
-    __device__ SumSource(const DecodeTables& d, int number, std::int64_t tile, Storage zero, Storage* values)
+    __device__ SumSource(const DecodeTables& d, int number, const SegmentView& segment, std::int64_t tile,
+                         const Entries& entries, Storage zero, const Storage* values)
         : packet_(d.tasks[number].packet),
           view_(d.packets[number]),
           codes_(d.codes),
           steps_(d.steps),
           zero_(zero),
-          values_(values) {
-        const SegmentView* const segments = d.segments_of(number);
-        const int s = find_task(segments, view_.segments, tile, &SegmentView::first_sum_tile);
-        segment_ = &segments[s];
-        tile_ = tile - segment_->first_sum_tile;
-        begin_ = tile_ * sum_tile_values(steps_);
-        entries_ = FarEntries{find_decode_code(d, number, s)};
-        fill_values<Tr>(values, segment_->quantizer, lane_number(), kWarpLanes);
-        __syncwarp();
-    }
-
-    // Whether a packet's tile covers the same values as another's.
-    __device__ bool matches(const SegmentView& other) const {
-        return segment_->count == other.count && segment_->first_value == other.first_value &&
-               segment_->first_sum_tile == other.first_sum_tile;
-    }
+          values_(values),
+          segment_(segment),
+          tile_(tile - segment.first_sum_tile),
+          begin_(tile_ * sum_tile_values(steps_)),
+          entries_(entries) {}
 
     // Values [at, at + n) of the tile to sink.put(0 ... n - 1); false where a block is malformed.
     template <class S>
     __device__ bool read(int at, int n, const S& sink) {
-        const Quantizer& q = segment_->quantizer;
+        const Quantizer& q = segment_.quantizer;
         if constexpr (kRuns) {
             if (q.coding == Coding::kRuns) return read_runs(at, n, sink);
         }
         if (!is_block_coded(q.coding)) {
-            read_plain<Tr>(*segment_, packet_ + view_.payload, begin_ + at, n, sink);
+            read_plain<Tr>(segment_, packet_ + view_.payload, begin_ + at, n, sink);
             return true;
         }
         const auto size = static_cast<int>(values_per_block(q.coding, steps_));
@@ -92,18 +98,18 @@ private:
     // The block that begins at value `at` of the tile.
     __device__ bool open_next(int at, int size) {
         const std::int64_t block = tile_ * (static_cast<int>(sum_tile_values(steps_)) / size) + at / size;
-        const std::int64_t rest = segment_->count - block * size;
+        const std::int64_t rest = segment_.count - block * size;
         block_values_ = static_cast<int>(rest < size ? rest : size);
-        return open_block<Tr>(packet_, view_, *segment_, block, block_values_, entries_, values_, &reader_);
+        return open_block<Tr>(packet_, view_, segment_, block, block_values_, entries_, values_, &reader_);
     }
 
     template <class S>
     __device__ bool read_runs(int at, int n, const S& sink) {
         for (int i = lane_number(); i < n; i += kWarpLanes) sink.put(i, zero_);
         __syncwarp();  // a level's lane is another than its zero's
-        const RunQuantizer<typename Tr::Arithmetic> grid(segment_->quantizer.p1);
+        const RunQuantizer<typename Tr::Arithmetic> grid(segment_.quantizer.p1);
         for (int done = 0; done < n;) {
-            const std::int64_t value = segment_->first_run + begin_ + at + done;
+            const std::int64_t value = segment_.first_run + begin_ + at + done;
             if ((at + done == 0 || value == runs_.end) && !open_runs(value)) return false;
             const std::int64_t rest = runs_.end - value;
             const int m = rest < n - done ? static_cast<int>(rest) : n - done;
@@ -134,40 +140,30 @@ private:
     PacketView view_;
     const StaticTables* codes_;
     int steps_;
-    Storage zero_, *values_;
-    const SegmentView* segment_;
+    Storage zero_;
+    const Storage* values_;
+    const SegmentView& segment_;
     std::int64_t tile_, begin_;  // in the segment
-    FarEntries entries_;
-    BlockReader<Tr, FarEntries> reader_;
+    Entries entries_;
+    BlockReader<Tr, Entries> reader_;
     std::conditional_t<kRuns, Runs, Nothing> runs_;
     int block_values_;
 };
 
-// Packets first, first + 1, ..., one a warp: their sum over a tile, with `add` added to `out`.
-template <class Tr, bool kRuns>
-__global__ void __launch_bounds__(kMaxSumPackets* kWarpLanes, 1) sum_packets(DecodeTables d, int first, bool add) {
-    DYNAMIC_SHARED(SumShared<Tr>, shared);
+// Whether the tile covers the same values in both packets.
+__device__ bool match(const SegmentView& one, const SegmentView& other) {
+    return one.count == other.count && one.first_value == other.first_value &&
+           one.first_sum_tile == other.first_sum_tile;
+}
+
+// Adds n values of a tile: warps decode a chunk each, then every thread adds one value of all of them, in the packets'
+// order.
+template <class Tr, class Source>
+__device__ void add_tile(const DecodeTables& d, int number, Source source, SumShared<Tr>* shared,
+                         typename Tr::Storage* out, int n, bool add) {
     constexpr int kChunk = SumShared<Tr>::kChunk;
-    const int packets = static_cast<int>(blockDim.x) / kWarpLanes, number = first + warp_number();
-    const auto tile = static_cast<std::int64_t>(blockIdx.x);
-    bool stop = false;
-    for (int p = static_cast<int>(threadIdx.x); p < d.packet_count; p += static_cast<int>(blockDim.x))
-        stop |= atomicOr(&d.faults[p], 0u) != 0;
-    if (__syncthreads_or(stop) || tile >= d.packets[0].sum_tiles) return;
-
-    const SegmentView& model =
-        d.segments_of(0)[find_task(d.segments_of(0), d.packets[0].segments, tile, &SegmentView::first_sum_tile)];
-    const std::int64_t begin = (tile - model.first_sum_tile) * sum_tile_values(d.steps), rest = model.count - begin;
-    const auto n = static_cast<int>(rest < sum_tile_values(d.steps) ? rest : sum_tile_values(d.steps));
-    const auto zero = static_cast<typename Tr::Storage>(number > 0 || add ? -0.0 : 0.0);
-    SumSource<Tr, kRuns> source(d, number, tile, zero, shared->values[warp_number()]);
-    const bool alike = source.matches(model);
-    if (!alike && lane_number() == 0) report(&d.faults[number], Fault::kMismatch);
-    if (__syncthreads_or(!alike)) return;
-
-    // Warps decode a chunk each; then every thread adds one value of all of them, in the packets' order.
-    auto* const out = static_cast<typename Tr::Storage*>(d.tasks[0].out) + model.first_value + begin;
-    const Sink<typename Tr::Storage> sink{shared->chunk[warp_number()]};
+    const int packets = static_cast<int>(blockDim.x) / kWarpLanes;
+    const ChunkSink<typename Tr::Storage> sink{shared->chunk[warp_number()]};
     for (int at = 0; at < n; at += kChunk) {
         const int m = n - at < kChunk ? n - at : kChunk;
         const bool good = source.read(at, m, sink);
@@ -181,6 +177,48 @@ __global__ void __launch_bounds__(kMaxSumPackets* kWarpLanes, 1) sum_packets(Dec
         }
         __syncthreads();  // the chunks are free again
     }
+}
+
+// Packets first, first + 1, ..., one a warp: their sum over a tile, with `add` added to `out`.
+template <class Tr, bool kRuns>
+__global__ void __launch_bounds__(kMaxSumPackets* kWarpLanes, 1) sum_packets(DecodeTables d, int first, bool add) {
+    DYNAMIC_SHARED(SumShared<Tr>, shared);
+    const int number = first + warp_number();
+    const auto tile = static_cast<std::int64_t>(blockIdx.x);
+    bool stop = false;
+    for (int p = static_cast<int>(threadIdx.x); p < d.packet_count; p += static_cast<int>(blockDim.x))
+        stop |= atomicOr(&d.faults[p], 0u) != 0;
+    if (__syncthreads_or(stop) || tile >= d.packets[0].sum_tiles) return;
+
+    const auto segment_of = [&](int packet) {
+        return find_task(d.segments_of(packet), d.packets[packet].segments, tile, &SegmentView::first_sum_tile);
+    };
+    const SegmentView& model = d.segments_of(0)[segment_of(0)];
+    const int s = segment_of(number);
+    const SegmentView& segment = d.segments_of(number)[s];
+    const DecodeCode code = find_decode_code(d, number, s);
+    if (threadIdx.x == 0) shared->code = code;
+    fill_values<Tr>(shared->values[warp_number()], segment.quantizer, lane_number(), kWarpLanes);
+    const bool alike = match(segment, model);
+    if (!alike && lane_number() == 0) report(&d.faults[number], Fault::kMismatch);
+    if (__syncthreads_or(!alike)) return;
+    const bool far = code.entries != shared->code.entries || code.mask != shared->code.mask ||
+                     code.mask >= StaticTables::kMaxEntries;
+    const bool near = __syncthreads_or(far) == 0;
+    if (near) copy_entries(code, shared->entries, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x));
+    __syncthreads();
+
+    const std::int64_t begin = (tile - model.first_sum_tile) * sum_tile_values(d.steps), rest = model.count - begin;
+    const auto n = static_cast<int>(rest < sum_tile_values(d.steps) ? rest : sum_tile_values(d.steps));
+    const auto zero = static_cast<typename Tr::Storage>(number > 0 || add ? -0.0 : 0.0);
+    auto* const out = static_cast<typename Tr::Storage*>(d.tasks[0].out) + model.first_value + begin;
+    const auto add_with = [&](const auto& entries) {
+        using Entries = std::decay_t<decltype(entries)>;
+        const SumSource<Tr, kRuns, Entries> source(d, number, segment, tile, entries, zero,
+                                                   shared->values[warp_number()]);
+        add_tile(d, number, source, shared, out, n, add);
+    };
+    near ? add_with(NearEntries{shared->entries, code.mask}) : add_with(FarEntries{code});
 }
 
 }  // namespace
