@@ -54,7 +54,7 @@ DecodePlan::DecodePlan(DType dtype, int steps, int max_segments, const std::vect
     // Whole tiles follow from the elements; besides, each segment may have one short tile, and one short piece.
     tiles_ = ceil_div(elements, kDecodeWarps * unit_values(steps)) + max_segments;
     sum_tiles_ = ceil_div(elements, sum_tile_values(steps)) + max_segments;
-    run_tiles_ = takes_runs ? ceil_div(run_blocks(elements, steps), kDecodeWarps) : 0;
+    run_tiles_ = takes_runs ? run_blocks(elements, steps) : 0;
     // Pieces are of plain segments, which have no more bytes than the packet, nor than the values themselves.
     const std::int64_t pieces = std::min(bytes, elements * item_bytes(dtype)) / kChecksumPiece + max_segments;
     piece_tiles_ = ceil_div(pieces, kPieceWarps);

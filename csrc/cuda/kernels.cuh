@@ -77,7 +77,7 @@ struct DecodeTables;
 void launch_read_packets(const DecodeTables& d, std::int64_t piece_tiles, void* stream);
 void launch_decode_tables(const DecodeTables& d, void* stream);
 void launch_decode(const DecodeTables& d, std::int64_t tile_count, void* stream);
-void launch_decode_runs(const DecodeTables& d, std::int64_t tile_count, void* stream);  // zero_runs_decode.cu
+void launch_decode_runs(const DecodeTables& d, std::int64_t block_count, void* stream);  // zero_runs_decode.cu
 void launch_sum(const DecodeTables& d, std::int64_t tile_count, bool add, void* stream);
 
 // Calls f(Traits<dtype>{}, bool_constant<adjusted>{}). 16-bit packets cannot carry adjusted values.
