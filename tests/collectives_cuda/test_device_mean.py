@@ -18,6 +18,7 @@ from qcomm import RangeGrid, SigmaGrid
 from qcomm.collectives import packing
 from qcomm.collectives.strategies import average
 from qcomm.collectives_cuda import two_phase as device_mean
+from qcomm.collectives_cuda import two_phase_steps
 from qcomm.collectives_cuda.handshake import DevicePart
 from qcomm.collectives_cuda.slots import Slots
 from qcomm.collectives_cuda.two_phase import DeviceMean
@@ -84,7 +85,11 @@ def test_means_and_residuals_are_those_of_the_cpu(rank, world_size, emulated_pat
     layout = make_layout(name, world_size)
     communicator = get_communicator(dist.group.WORLD)
     cpu, device = Side(error_feedback), Side(error_feedback)
-    with emulated_device(emulated_path), mock.patch.object(packing, "forecast_quantizer", never_forecast):
+    with (
+        emulated_device(emulated_path),
+        mock.patch.object(packing, "forecast_quantizer", never_forecast),
+        mock.patch.object(two_phase_steps, "BLOCK_SPLIT", 1),  # so that packets are as large as the CPU's
+    ):
         mean = DeviceMean(dist.group.WORLD, communicator, device.telemetry)
         place = torch.empty(layout.elements, dtype=dtype)  # as of DDP's buckets, whose memory stays
         for step in range(steps):
