@@ -10,6 +10,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import cuda_model as model
+from cuda_schedule import Instruction
 
 GPU = model.Gpu(80, processors=10, gigahertz=1.0, memory_gb_per_s=100, l2_bytes=1e6, l2_cycles=200, memory_cycles=400)
 RESULT = json.loads((model.ROOT / "bench/results/cuda_model.json").read_text())
@@ -51,7 +52,8 @@ def test_the_longest_of_three_bounds_counts():
 
 
 def test_an_operation_is_the_sum_of_its_kernels_and_the_gaps_between_them():
-    kernels = {"decode_packets<float32>": counts(), "read_packets<float32>": counts(longest=250, launches=2)}
+    kernels = {"decode_packets<float32>": counts(), "read_packets<float32>": counts(longest=250, launches=2),
+               model.CLEAR: counts(0, 0, 0, 0, launches=2)}  # fmt: skip
     row = model.model_row("decode", 100_000, 20_000, kernels, GPU, {200: four_cycles, 400: None})
     # 3 launches and 2 clears; the first kernel waits for 420,000 bytes, the second has the mean warp's instructions.
     assert row["between_kernels"] == 7.5 and row["memory_floor"] == 4.2
@@ -69,9 +71,32 @@ def test_large_tensors_wait_for_memory_instead_of_the_l2_cache():
     assert (near, far) == (1000.0, 2000.0)
 
 
+def test_the_longest_warp_does_alone_what_others_have_not():
+    # Two warps share a scheduler, at 6 cycles an instruction, until the mean warp has ended.
+    row = counts(blocks=20, warps=80, instructions=80_000, longest=1500)
+    assert model.warp_microseconds("k", row, GPU, four_cycles) == pytest.approx(6.0 + 0.5 * 4.0)
+
+
+LOOP = model.Signature(votes=1, loads=0, stores=0)
+
+
+def rate_with(loops, instructions=1000.0, kernel="k"):
+    # Ten instructions that wait 3 cycles each.
+    body = [Instruction("IADD3", 3, 7, 7, 0)] * 10
+    warp = {"k": model.LongestWarp(instructions, loops)}
+    return model.rate_of({kernel: {"loop": model.Turn(body, 1, LOOP)}}, warp, 200)("k", 1)
+
+
+def test_turns_take_the_cycles_of_what_ptxas_made_of_them():
+    # 50 turns are 1000 instructions in PTX and 500 in SASS, of 3 cycles.
+    assert rate_with({LOOP: (50, 1000)}) == pytest.approx(1.5)
+    # What is outside the loop has no fewer in SASS.
+    assert rate_with({LOOP: (50, 750)}) == pytest.approx(1.5 + 250 * 3 / 1000)
+
+
 def test_kernels_without_a_hot_loop_have_an_assumed_rate():
-    rate = model.rate_of({}, 200)
-    assert rate("layout_packets", 1) == model.OTHER_CYCLES
+    assert rate_with({}) == model.OTHER_CYCLES
+    assert rate_with({LOOP: (50, 1000)}, kernel="another") == model.OTHER_CYCLES
 
 
 def test_the_committed_figures_name_what_they_assume():

@@ -5,9 +5,9 @@ and no GPU. ``make cuda-model`` calls it.
 
 - The interpreter of tests/cuda_ptx runs each operation on Gaussian values and counts instructions of warps, bytes and
   sectors. Counts of two sizes give those of larger tensors.
-- ptxas's schedule, replayed by tools/cuda_schedule.py, gives the cycles of an instruction in a kernel's hot loop. They
-  are taken for all its instructions, and PTX for as many instructions as SASS. Kernels that have no loop of that kind
-  get OTHER_CYCLES.
+- ptxas's schedule, replayed by tools/cuda_schedule.py, gives the cycles of a turn of a kernel's hot loops. The
+  interpreter counts the turns of the longest warp. Instructions outside these loops, in PTX, get as many cycles as
+  those inside, in SASS. Kernels that have no loop of that kind get OTHER_CYCLES.
 - A kernel takes the longest of: the instructions of one warp, with those of its scheduler; the sectors that it touches,
   through the first-level cache; the bytes that it must move, through memory. Kernels follow each other.
 - Latencies, clocks and bandwidths are data sheets' and guesses. +-30 % is a guess, too.
@@ -53,11 +53,12 @@ class Gpu(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """Arguments of count_work, and the bytes of a value that each kernel must move besides packets."""
+    """Arguments of count_work, the last below and from LARGE_VALUES on, and bytes of a value that kernels must move."""
 
     operation: str
     coding: str
     packets: int
+    steps: tuple[int, int]
     bytes_a_value: dict[str, float]
 
     @property
@@ -66,11 +67,27 @@ class Operation(NamedTuple):
         return max(self.bytes_a_value.values())
 
 
+class Signature(NamedTuple):
+    """What a turn of a loop has in PTX and in SASS alike: votes, and loads and stores of global memory."""
+
+    votes: int
+    loads: int
+    stores: int
+
+
 class Turn(NamedTuple):
-    """A hot loop's instructions, and the values of a lane in a turn."""
+    """A hot loop's instructions, the values of a lane in a turn, and how the loop is found in PTX."""
 
     body: list[Instruction]
     values: int
+    signature: Signature
+
+
+class LongestWarp(NamedTuple):
+    """PTX instructions of a kernel's longest warp, and of them turns and instructions in loops."""
+
+    instructions: float
+    loops: dict[Signature, tuple[float, float]]
 
 
 GPUS = {
@@ -78,7 +95,6 @@ GPUS = {
     "H100": Gpu(90, 132, 1.755, 3350, 50e6, 270, 600),
 }
 LAUNCH_MICROSECONDS = 1.5  # from the end of a kernel to the begin of the next; clears, too
-CLEARS = 2  # of an operation
 OTHER_CYCLES = 6.0  # of an instruction, in kernels without a hot loop
 L1_CYCLES = 40  # of a load that the first-level cache answers
 # A checksum is verified before a block is decoded, so its bytes are in the first-level cache then, as are its codes.
@@ -87,33 +103,35 @@ L1_BYTES = 64  # a cycle, of a processor
 ASSUMED = {
     "gpus": {name: gpu._asdict() for name, gpu in GPUS.items()},
     "launch_microseconds": LAUNCH_MICROSECONDS,
-    "clears_of_an_operation": CLEARS,
     "cycles_of_other_instructions": OTHER_CYCLES,
     "l1_cycles_in_decoding": L1_CYCLES,
     "l1_bytes_a_cycle": L1_BYTES,
 }
 TOLERANCE = 0.3
+LARGE_VALUES = 1 << 24  # LARGE_ELEMENTS of qcomm/codec/packet.py
+PAIR_STEPS, RUN_STEPS = (128, 256), (256, 512)  # below it and from it on: _block_steps of the hook
 OPERATIONS = {
-    "encode": Operation("encode", "pair", 1, {"measure_tensors": 4, "encode_blocks": 4}),
-    "encode, residual": Operation("encode_ef", "pair", 1, {"measure_tensors": 8, "encode_blocks": 12}),
-    "decode": Operation("decode", "pair", 1, {"decode_packets": 4}),
-    "sum of 8 packets": Operation("sum", "pair", 8, {"sum_packets": 4 / 8}),
-    "encode, zero runs, residual": Operation("encode_ef", "runs", 1, {"measure_tensors": 8, "encode_run_blocks": 12}),
-    "decode, zero runs": Operation("decode", "runs", 1, {"decode_run_blocks": 4}),
+    "encode": Operation("encode", "pair", 1, PAIR_STEPS, {"measure_tensors": 4, "encode_blocks": 4}),
+    "encode, residual": Operation("encode_ef", "pair", 1, PAIR_STEPS, {"measure_tensors": 8, "encode_blocks": 12}),
+    "decode": Operation("decode", "pair", 1, PAIR_STEPS, {"decode_packets": 4}),
+    "sum of 8 packets": Operation("sum", "pair", 8, PAIR_STEPS, {"sum_packets": 4 / 8}),
+    "encode, zero runs, residual": Operation("encode_ef", "runs", 1, RUN_STEPS, {"measure_tensors": 8, "encode_run_blocks": 12}),
+    "decode, zero runs": Operation("decode", "runs", 1, RUN_STEPS, {"decode_run_blocks": 4}),
 }
 MEBIBYTES = (1, 25, 100)
 COUNTED_VALUES = (1 << 18, 1 << 20)
-LARGE_VALUES, STEPS, LARGE_STEPS = 1 << 24, 256, 512  # default_block_steps of qcomm/codec/packet.py
 COUNT_ARCHITECTURE = "80"
 SCHEDULERS = 4  # of a processor
 REPLAYED_WARPS = 4  # of a scheduler; more are taken to share it without loss
 FILES = ("statistics", "encode", "decode", "sum", "zero_runs_encode", "zero_runs_decode")
+CLEAR = "cudaMemsetAsync"  # counted beside the kernels
 Counts = dict[str, dict[str, float]]
-Rate = Callable[[str, int], float]  # cycles of an instruction, by kernel and warps of the scheduler
+Longest = dict[str, LongestWarp]
+Rate = Callable[[str, int], float]  # cycles of a PTX instruction, by kernel and warps of the scheduler
 
 
-def count(program: Path, texts: Path, operation: Operation, values: int, steps: int) -> tuple[int, Counts]:
-    """Bytes of the packets, and the counts by kernel."""
+def count(program: Path, texts: Path, operation: Operation, values: int, steps: int) -> tuple[int, Counts, Longest]:
+    """Bytes of the packets, and counts and longest warp by kernel."""
     with tempfile.TemporaryDirectory() as name:
         file = Path(name) / "counts.json"
         environment = {**os.environ, "CUDA_PTX_FILES": str(texts), "CUDA_PTX_COUNTS": str(file)}
@@ -121,8 +139,16 @@ def count(program: Path, texts: Path, operation: Operation, values: int, steps: 
         done = subprocess.run([program, *words], env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             sys.exit(f"{program} {' '.join(words)}\n{done.stderr}")
-        found: dict[str, dict[str, float]] = json.loads(file.read_text())
-    return int(done.stdout), {kernel_name(name): row for name, row in found.items()}
+        found = {kernel_name(name): row for name, row in json.loads(file.read_text()).items()}
+    longest: Longest = {}
+    for name, row in found.items():
+        loops: dict[Signature, tuple[float, float]] = {}
+        for loop in row.pop("loops"):
+            key = Signature(loop["votes"], loop["loads"], loop["stores"])
+            turns, instructions = loops.get(key, (0, 0))
+            loops[key] = turns + loop["turns"], instructions + loop["instructions"]
+        longest[name] = LongestWarp(row["longest_warp"], loops)
+    return int(done.stdout), found, longest
 
 
 def at_size(small: Counts, large: Counts, sizes: tuple[int, int], values: float) -> Counts:
@@ -144,14 +170,16 @@ def hot_turn(loop: Loop, kernel: str, file: str) -> tuple[str, int]:
     adjusted = "adjusted" in kernel
     if file in {"encode", "decode"}:
         known = hot_loop(loop, file, adjusted)
-        return (known, 8) if known in {"pair", "residual"} else ("", 0)
+        return (known, {"pair": 8, "residual": 16}[known]) if known in {"pair", "residual"} else ("", 0)
     if file == "statistics" and loads == (16 if adjusted else 8) and votes + stores + looked_up == 0:
         return "values", 8
-    if file == "sum" and votes == 4 and loads == 4 and looked_up == stores == 8 and not adjusted:
+    if file == "sum" and votes == loads == 4 and looked_up == 12 and stores == 8 and not adjusted:
         return "pair", 8
-    if file == "zero_runs_encode" and votes == 8 and loads == stores == 16:
-        return "values", 8
-    if file == "zero_runs_decode" and votes >= 8 and loads == 12 and loop.count("SHFL") == 12:
+    if file == "zero_runs_encode" and votes == 16 and loads == stores == 32:
+        return "values", 16
+    if file == "zero_runs_encode" and votes == loads == stores == 4 and looked_up == 8:
+        return "tokens", 4
+    if file == "zero_runs_decode" and votes == 5 and loads == 8:
         return "tokens", 4
     return "", 0
 
@@ -165,7 +193,8 @@ def hot_turns(listing: str, file: str) -> dict[str, dict[str, Turn]]:
         if name:
             # Generic loads are of codes, which the first-level cache has: they take as long as shared memory.
             body = [step._replace(name="LDS") if step.name.startswith("LD.") else step for step in loop.body]
-            found.setdefault(kernel, {}).setdefault(name, Turn(body, values))
+            signature = Signature(loop.count("VOTE"), loop.count("LDG"), loop.count("STG"))
+            found.setdefault(kernel, {}).setdefault(name, Turn(body, values, signature))
     return found
 
 
@@ -184,32 +213,40 @@ def compiled_turns(nvcc: str, nvdisasm: str, architecture: int, files: tuple[str
     return turns
 
 
-def rate_of(turns: dict[str, dict[str, Turn]], load_cycles: int) -> Rate:
-    """Cycles of an instruction of one warp, where a load takes ``load_cycles``."""
+def rate_of(turns: dict[str, dict[str, Turn]], longest: Longest, load_cycles: int) -> Rate:
+    """Cycles of a PTX instruction of one warp, where a load takes ``load_cycles``."""
     known: dict[tuple[str, int], float] = {}
 
     def rate(kernel: str, warps: int) -> float:
-        bodies = [turn.body for turn in turns.get(kernel, {}).values()]
-        if not bodies:
+        loops = list(turns.get(kernel, {}).values())
+        warp = longest[kernel]
+        counted = [warp.loops.get(loop.signature, (0.0, 0.0)) for loop in loops]
+        sass = sum(n * len(loop.body) for loop, (n, _) in zip(loops, counted, strict=True))
+        if sass == 0:  # it has no hot loop, or nothing to do for it
             return max(OTHER_CYCLES, float(warps))
         if (kernel, warps) not in known:
             load = L1_CYCLES if kernel.split("<", maxsplit=1)[0] in READ_FROM_L1 else load_cycles
-            taken = sum(cycles(body, warps, load) for body in bodies)
-            known[kernel, warps] = taken / sum(len(body) for body in bodies)
+            in_loops = sum(n * cycles(loop.body, warps, load) for loop, (n, _) in zip(loops, counted, strict=True))
+            others = warp.instructions - sum(instructions for _, instructions in counted)
+            known[kernel, warps] = in_loops * (1 + others / sass) / warp.instructions
         return known[kernel, warps]
 
     return rate
 
 
 def warp_microseconds(kernel: str, row: dict[str, float], gpu: Gpu, rate: Rate) -> float:
-    """Time of the longest warp beside others of its scheduler, and of one wave of them after the other."""
+    """Time of the longest warp beside others of its scheduler, and of one wave of them after the other.
+
+    Where it has more to do than the mean warp, it does the rest alone.
+    """
     of_block = row["warps"] / row["blocks"]
     warps = max(1, math.ceil(math.ceil(row["blocks"] / gpu.processors) * of_block / SCHEDULERS))
     together = min(warps, REPLAYED_WARPS)
-    instructions = max(row["longest_warp"], row["instructions"] / row["warps"] * warps / together)
+    shared = row["instructions"] / row["warps"] * warps / together
+    alone = max(0.0, row["longest_warp"] - shared)
     low, high = rate(kernel, 1), rate(kernel, REPLAYED_WARPS) if together > 1 else 0.0
     each = low if together == 1 else low + (high - low) * (together - 1) / (REPLAYED_WARPS - 1)
-    return instructions * each / gpu.gigahertz / 1e3
+    return (shared * each + alone * low) / gpu.gigahertz / 1e3
 
 
 def kernel_microseconds(kernel: str, row: dict[str, float], moved: float, gpu: Gpu, rate: Rate) -> float:
@@ -230,13 +267,15 @@ def model_row(
     rate = rates[gpu.l2_cycles if floor_bytes < gpu.l2_bytes else gpu.memory_cycles]
     times = {}
     for kernel, row in counts.items():
+        if kernel == CLEAR:
+            continue
         plain = kernel.split("<")[0]
         codes = {"measure_tensors": 0, "write_payload": 2, "write_run_blocks": 2}.get(plain, 1)
         moved = values * operation.bytes_a_value.get(plain, 0)
         if plain in {*operation.bytes_a_value, "write_payload", "write_run_blocks"}:
             moved += codes * packets
         times[kernel] = kernel_microseconds(kernel, row, moved, gpu, rate)
-    between = (sum(row["launches"] for row in counts.values()) + CLEARS) * LAUNCH_MICROSECONDS
+    between = sum(row["launches"] for row in counts.values()) * LAUNCH_MICROSECONDS
     return {
         "microseconds": round(sum(times.values()) + between, 1),
         "memory_floor": round(floor_bytes / gpu.memory_gb_per_s / 1e3, 1),
@@ -256,20 +295,20 @@ def find_nvdisasm() -> str | None:
 
 def report(program: Path, texts: Path, turns: dict[str, dict[str, dict[str, Turn]]]) -> dict[str, object]:
     """Everything that the JSON holds. ``turns``: by GPU."""
-    rates = {
-        name: {load: rate_of(turns[name], load) for load in (gpu.l2_cycles, gpu.memory_cycles)}
-        for name, gpu in GPUS.items()
-    }
     rows, per_value = [], {}
     for name, operation in OPERATIONS.items():
-        for steps in (STEPS, LARGE_STEPS):
+        for is_large, steps in enumerate(operation.steps):
             sizes = [mebibytes << 18 for mebibytes in MEBIBYTES]
-            (few, small), (many, large) = (count(program, texts, operation, n, steps) for n in COUNTED_VALUES)
-            if steps == STEPS:
+            (few, small, _), (many, large, longest) = (count(program, texts, operation, n, steps) for n in COUNTED_VALUES)
+            rates = {
+                gpu_name: {load: rate_of(turns[gpu_name], longest, load) for load in (gpu.l2_cycles, gpu.memory_cycles)}
+                for gpu_name, gpu in GPUS.items()
+            }
+            if not is_large:
                 per_value[name] = {
                     k: round(32 * row["instructions"] / COUNTED_VALUES[1], 2) for k, row in large.items()
                 }
-            for values in [n for n in sizes if (n >= LARGE_VALUES) == (steps == LARGE_STEPS)]:
+            for values in [n for n in sizes if (n >= LARGE_VALUES) == is_large]:
                 counts = at_size(small, large, COUNTED_VALUES, values)
                 packets = few + (many - few) * (values - COUNTED_VALUES[0]) / (COUNTED_VALUES[1] - COUNTED_VALUES[0])
                 for gpu_name, gpu in GPUS.items():

@@ -100,7 +100,17 @@ void Counts::write_json(std::ostream& out) const {
         out << separator << "\"" << name << "\": " << number;
         separator = ", ";
     }
-    out << "}";
+}
+
+void write_loops(const std::vector<LoopCounts>& loops, std::ostream& out) {
+    out << ", \"loops\": [";
+    const char* separator = "";
+    for (const LoopCounts& loop : loops) {
+        out << separator << "{\"turns\": " << loop.turns << ", \"instructions\": " << loop.instructions
+            << ", \"votes\": " << loop.votes << ", \"loads\": " << loop.loads << ", \"stores\": " << loop.stores << "}";
+        separator = ", ";
+    }
+    out << "]}";
 }
 
 }  // namespace ptx

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <ostream>
+#include <vector>
 
 namespace ptx {
 
@@ -32,7 +33,17 @@ struct Counts {
     // Atomics on one address follow each other.
     void shared_atomic(const std::uint64_t* addresses, std::uint32_t mask);
 
+    // All but the closing brace.
     void write_json(std::ostream& out) const;
 };
+
+// A loop of a kernel, without those inside it, as the warp with the most instructions ran it: turns and instructions,
+// and what a turn has of votes and of loads and stores of global memory, by which ptxas's version is found.
+struct LoopCounts {
+    std::uint64_t turns = 0, instructions = 0;
+    int votes = 0, loads = 0, stores = 0;
+};
+// Ends what Counts::write_json() has begun.
+void write_loops(const std::vector<LoopCounts>& loops, std::ostream& out);
 
 }  // namespace ptx

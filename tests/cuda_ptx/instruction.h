@@ -131,7 +131,7 @@ struct Kernel {
     SpecialRegisters special;
     std::vector<bool> written;  // by register: whether any instruction does so
     Counts counts;
-    std::vector<std::uint64_t> executions, active_lanes;  // by instruction
+    std::vector<std::uint32_t> longest;  // of the warp that had the most, how often by instruction
 };
 
 int bytes_of(Type type);

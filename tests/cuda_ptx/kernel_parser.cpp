@@ -193,8 +193,6 @@ void KernelParser::finish() {
         for (int part : i.parts) writes(part);
     }
     find_joins(kernel_);
-    kernel_.executions.assign(code.size(), 0);
-    kernel_.active_lanes.assign(code.size(), 0);
 }
 
 void KernelParser::statement(const std::string& text, int line) {

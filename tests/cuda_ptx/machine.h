@@ -50,6 +50,7 @@ struct Warp {
     std::vector<std::uint8_t> local, local_defined;
     std::uint32_t epoch = 0;  // increases where its lanes see each other's writes
     std::uint64_t executed = 0;
+    std::vector<std::uint32_t> executions;  // by instruction, if they are counted
     bool at_barrier = false;
     int barrier = kNone;  // the instruction
     Lanes barrier_input = 0;

@@ -5,6 +5,7 @@
 //   CUDA_PTX_FILES   folder of the kernels' PTX
 //   CUDA_PTX_RACES   1: look for races
 //   CUDA_PTX_COUNTS  file that gets what the kernels did, as JSON: counts.h
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -36,6 +37,35 @@ std::string variable(const char* name) {
     return value == nullptr ? "" : value;
 }
 
+// A loop is what lies between a branch and its target in front of it.
+std::vector<LoopCounts> loops_of(const Kernel& kernel) {
+    std::vector<std::pair<int, int>> ranges;
+    for (int at = 0; at < static_cast<int>(kernel.code.size()); ++at) {
+        const Instruction& i = kernel.code[static_cast<std::size_t>(at)];
+        if (i.op == Op::kBranch && i.target <= at) ranges.push_back({i.target, at});
+    }
+    std::vector<LoopCounts> loops;
+    for (const auto& [begin, end] : ranges) {
+        LoopCounts loop;
+        loop.turns = kernel.longest[static_cast<std::size_t>(end)];
+        for (int at = begin; at <= end; ++at) {
+            const bool inner = std::any_of(ranges.begin(), ranges.end(), [&, b = begin, e = end](const auto& other) {
+                const bool inside = other != std::pair(b, e) && other.first >= b && other.second <= e;
+                return inside && other.first <= at && at <= other.second;
+            });
+            if (inner) continue;
+            const Instruction& i = kernel.code[static_cast<std::size_t>(at)];
+            const bool global = i.space == Space::kGlobal;
+            loop.instructions += kernel.longest[static_cast<std::size_t>(at)];
+            loop.votes += i.op == Op::kVote;
+            loop.loads += i.op == Op::kLoad && global;
+            loop.stores += i.op == Op::kStore && global;
+        }
+        if (loop.turns > 0) loops.push_back(loop);
+    }
+    return loops;
+}
+
 void write_counts(const std::string& path, const Kernels& kernels) {
     std::ofstream out(path);
     const char* separator = "{\n";
@@ -43,6 +73,7 @@ void write_counts(const std::string& path, const Kernels& kernels) {
         if (kernel.counts.launches == 0) continue;
         out << separator << "\"" << name << "\": ";
         kernel.counts.write_json(out);
+        write_loops(kernel.longest.empty() ? std::vector<LoopCounts>{} : loops_of(kernel), out);
         separator = ",\n";
     }
     out << "\n}\n";
@@ -71,8 +102,13 @@ public:
     }
 
     void forget_counts() {
-        for (auto& [name, kernel] : kernels_) kernel.counts = {};
+        for (auto& [name, kernel] : kernels_) {
+            kernel.counts = {};
+            kernel.longest.clear();
+        }
     }
+
+    void note_clear() { ++kernels_["cudaMemsetAsync"].counts.launches; }
 
     Kernel& kernel(const std::string& mangled) {
         const std::string name = plain_name(mangled);
@@ -173,6 +209,7 @@ int __cudaLaunchKernel(const void* function, Dimensions grid, Dimensions block, 
 }
 int cudaMemsetAsync(void* memory, int byte, std::size_t bytes, void*) {
     std::memset(memory, byte, bytes);
+    ptx::runtime().note_clear();
     return 0;
 }
 int cudaGetLastError() { return 0; }

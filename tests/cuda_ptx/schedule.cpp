@@ -63,7 +63,9 @@ void Machine::run_block(std::uint32_t block) {
     }
     for (const Warp& warp : warps_) {
         kernel_.counts.instructions += warp.executed;
-        kernel_.counts.longest_warp = std::max(kernel_.counts.longest_warp, warp.executed);
+        if (warp.executed <= kernel_.counts.longest_warp) continue;
+        kernel_.counts.longest_warp = warp.executed;
+        kernel_.longest = warp.executions;
     }
 }
 
@@ -83,6 +85,7 @@ void Machine::begin_warp(Warp& warp) {
     warp.at_barrier = false;
     warp.epoch = 0;
     warp.executed = 0;
+    warp.executions.assign(options_.counts ? kernel_.code.size() : 0, 0);
     std::fill(warp.defined.begin(), warp.defined.end(), 0u);
     std::fill(warp.local_defined.begin(), warp.local_defined.end(), std::uint8_t{0});
     const auto set = [&](int number, Bits first_lane, Bits next) {
@@ -144,8 +147,7 @@ bool Machine::step(Warp& warp) {
     ++warp.executed;
     if (options_.counts) {
         kernel_.counts.lanes += static_cast<std::uint64_t>(__builtin_popcount(path.lanes));
-        ++kernel_.executions[at];
-        kernel_.active_lanes[at] += static_cast<std::uint64_t>(__builtin_popcount(lanes));
+        ++warp.executions[at];
     }
     if (i.op == Op::kBranch) {
         branch(warp, i, lanes);
