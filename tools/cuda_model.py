@@ -115,7 +115,9 @@ OPERATIONS = {
     "encode, residual": Operation("encode_ef", "pair", 1, PAIR_STEPS, {"measure_tensors": 8, "encode_blocks": 12}),
     "decode": Operation("decode", "pair", 1, PAIR_STEPS, {"decode_packets": 4}),
     "sum of 8 packets": Operation("sum", "pair", 8, PAIR_STEPS, {"sum_packets": 4 / 8}),
-    "encode, zero runs, residual": Operation("encode_ef", "runs", 1, RUN_STEPS, {"measure_tensors": 8, "encode_run_blocks": 12}),
+    "encode, zero runs, residual": Operation(
+        "encode_ef", "runs", 1, RUN_STEPS, {"measure_tensors": 8, "encode_run_blocks": 12}
+    ),
     "decode, zero runs": Operation("decode", "runs", 1, RUN_STEPS, {"decode_run_blocks": 4}),
 }
 MEBIBYTES = (1, 25, 100)
@@ -299,7 +301,9 @@ def report(program: Path, texts: Path, turns: dict[str, dict[str, dict[str, Turn
     for name, operation in OPERATIONS.items():
         for is_large, steps in enumerate(operation.steps):
             sizes = [mebibytes << 18 for mebibytes in MEBIBYTES]
-            (few, small, _), (many, large, longest) = (count(program, texts, operation, n, steps) for n in COUNTED_VALUES)
+            (few, small, _), (many, large, longest) = (
+                count(program, texts, operation, n, steps) for n in COUNTED_VALUES
+            )
             rates = {
                 gpu_name: {load: rate_of(turns[gpu_name], longest, load) for load in (gpu.l2_cycles, gpu.memory_cycles)}
                 for gpu_name, gpu in GPUS.items()

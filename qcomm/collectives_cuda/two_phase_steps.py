@@ -54,7 +54,9 @@ def packet_bounds(layout: BucketLayout, options: ReduceOptions, dtype: torch.dty
                 segments.append(CodedRange(len(tensors), 0, chunk.raw_count))
                 tensors.append(DeviceTensor(0, chunk.raw_count, measured=False))
             packets.append(PacketSlot(_segment_count(chunk)))
-        sizes.append(Encoder(dtype, _block_steps(layout, options), tensors, segments, packets, Workspace(device)).bound())
+        sizes.append(
+            Encoder(dtype, _block_steps(layout, options), tensors, segments, packets, Workspace(device)).bound()
+        )
     return Slots(-(-sizes[0] // 16) * 16, -(-sizes[1] // 16) * 16)
 
 
