@@ -317,7 +317,8 @@ __global__ void __launch_bounds__(kThreads, 1) read_packets(DecodeTables d) {
     const int number = static_cast<int>(blockIdx.x);
     const Fault fault = read_packet<Tr>(d, d.tasks[number], number, shared);
     if (threadIdx.x != 0) return;
-    // Both begin here: a launch to clear them would take longer.
+    // Both begin here: a launch to clear them would take longer. No other block of this launch looks at them, and the
+    // launches behind it see what it has written.
     d.faults[number] = static_cast<unsigned>(fault);
     d.counters[number] = 0;
 }

@@ -202,6 +202,7 @@ __global__ void __launch_bounds__(kMaxSumPackets* kWarpLanes, 1) sum_packets(Dec
     const bool alike = match(segment, model);
     if (!alike && lane_number() == 0) report(&d.faults[number], Fault::kMismatch);
     if (__syncthreads_or(!alike)) return;
+    // Codes that segments have of their own are others in each packet, and those of more than 12 bits have no room.
     const bool far = code.entries != shared->code.entries || code.mask != shared->code.mask ||
                      code.mask >= StaticTables::kMaxEntries;
     const bool near = __syncthreads_or(far) == 0;
@@ -212,6 +213,7 @@ __global__ void __launch_bounds__(kMaxSumPackets* kWarpLanes, 1) sum_packets(Dec
     const auto n = static_cast<int>(rest < sum_tile_values(d.steps) ? rest : sum_tile_values(d.steps));
     const auto zero = static_cast<typename Tr::Storage>(number > 0 || add ? -0.0 : 0.0);
     auto* const out = static_cast<typename Tr::Storage*>(d.tasks[0].out) + model.first_value + begin;
+    // The reader is compiled for either place of the code, as loads of shared memory have instructions of their own.
     const auto add_with = [&](const auto& entries) {
         using Entries = std::decay_t<decltype(entries)>;
         const SumSource<Tr, kRuns, Entries> source(d, number, segment, tile, entries, zero,

@@ -19,6 +19,7 @@
 namespace qcomm::cuda {
 namespace {
 
+// A put warp has about as much to do for four rows as the first warp has to look up twelve.
 constexpr int kPutWarps = 3;
 constexpr int kThreads = (1 + kPutWarps) * kWarpLanes;
 constexpr int kRows = RunTokens::kRows;
@@ -46,6 +47,7 @@ __device__ __forceinline__ void hand_over(const std::uint32_t (&found)[kRows], c
     }
 }
 
+// By a whole warp; every lane gets the sum.
 __device__ __forceinline__ int sum_of_lanes(int value) {
     for (int d = kWarpLanes / 2; d > 0; d /= 2) value += __shfl_xor_sync(kAllLanes, value, d);
     return value;
@@ -54,6 +56,7 @@ __device__ __forceinline__ int sum_of_lanes(int value) {
 // Looks up the tokens of all put warps, as far as there are any. *values counts those of this lane's tokens.
 __device__ void take_tokens(RunTokens* tokens, Shared* shared, int half, int* values) {
     int w = 0;
+    // A loop of its own, so that the careful way is not between its turns.
 #pragma unroll 1
     for (; w < kPutWarps && tokens->has_whole(); ++w) {
         std::uint32_t found[kRows], bits[kRows];
@@ -141,6 +144,7 @@ __device__ bool decode_run_block(const DecodeTables& d, int number, std::int64_t
         });
     }
     if (!coded) return __all_sync(kAllLanes, good);
+    // In a turn the first warp fills one half of the buffer while the others empty the half of the turn before.
     constexpr int kTurn = kPutWarps * kRows * kWarpLanes;
     int values = 0;
     for (int turn = 0; turn <= (parts.tokens + kTurn - 1) / kTurn; ++turn) {
