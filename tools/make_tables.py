@@ -420,6 +420,26 @@ def partitions() -> str:
     return markdown(headings, rows) + measured_on(document)
 
 
+def cuda_cures() -> str:
+    """The slowest kernels of an operation by the model, on an H100 for 25 MiB: formerly, and now."""
+    before, now = (
+        {
+            row["operation"]: row
+            for row in read(f"{name}.json")["rows"]
+            if (row["gpu"], row["mebibytes"]) == ("H100", 25)
+        }
+        for name in ("cuda_model_before", "cuda_model")
+    )
+    lines = []
+    for name, row in now.items():
+        slowest = max(before[name]["by_kernel"].items(), key=lambda item: item[1])[0]
+        pairs = [(before[name]["by_kernel"][slowest], row["by_kernel"][slowest])]
+        pairs += [(before[name][key], row[key]) for key in ("between_kernels", "microseconds", "memory_floor")]
+        cells = [f"{old:.0f}, {new:.0f}" for old, new in pairs[:3]]
+        lines.append([name, f"`{slowest.split('<')[0]}`", *cells, f"{pairs[3][1]:.0f}"])
+    return markdown(["operation", "slowest kernel", "of it", "between kernels", "together", "memory alone"], lines)
+
+
 STUDIES = ("noise-scale", "batch-size", "bit-rule", "partitions", "data-filter")
 PAPER = ("quantization-levels", "gradient-rms", "entropy", "bit-allocation", "bit-rate", "lossless", "ablation")
 
@@ -465,6 +485,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step": step,
     "time_to_accuracy": time_to_accuracy,
     "noise_overhead": noise_overhead,
+    "cuda_cures": cuda_cures,
     "cuda_model": cuda_model,
     **{f"study_{name.replace('-', '_')}": partial(study, name) for name in STUDIES},
     **{f"paper_{name.replace('-', '_')}": partial(paper, name) for name in PAPER},
