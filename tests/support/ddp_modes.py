@@ -100,9 +100,9 @@ class Spy:
     def __init__(self):
         self.seen = {}
 
-    def __call__(self, task, communicator, bypassing):
+    def __call__(self, task, communicator, bypassing, uncompressed):
         self.seen[task.index] = task.buffer.clone(), task.layout
-        average(task, communicator, bypassing)
+        average(task, communicator, bypassing, uncompressed)
 
     @property
     def tasks(self):
