@@ -176,4 +176,5 @@ def test_groups_whose_connections_broke_leave_no_threads_behind(rank, world_size
     before = number_of_threads()
     for _ in range(5):
         break_one()
-    assert number_of_threads() < before + 3, "each group has at least three"
+    # A thread of gloo's may end a moment after its group.
+    assert min(number_of_threads() for _ in range(3)) < before + 3, "each group has at least three"
