@@ -1,4 +1,4 @@
-"""What encoding needs to know of a tensor besides its values: grids and codings by the packet's numbers, statistics."""
+"""Grids and codings by the packet's numbers, segments and statistics: all that encoding needs beside the values."""
 
 import math
 from dataclasses import dataclass
