@@ -21,7 +21,7 @@ from mpirun import environment, find_mpirun
 
 import qcomm
 from qcomm.collectives.two_phase_steps import MeanSteps
-from qcomm.communicator import get_communicator
+from qcomm.communicator import CHANNELS, get_communicator
 from qcomm.ddp import bypass
 from qcomm.transport import GlooTransport
 from qcomm.transport.sealed import Direction, SealedTransport
@@ -93,8 +93,8 @@ def test_nothing_travels_open(rank, world_size, key):
     ):
         for strategy in STRATEGIES:
             qcomm.all_reduce(tensor, group=group, strategy=strategy, secret=key, **nodes(strategy, world_size))
-    greeting, *sealed = sent
-    assert len(greeting) == 80 and len(sealed) > 10
+    greetings, sealed = sent[:CHANNELS], sent[CHANNELS:]  # one of each channel
+    assert [len(greeting) for greeting in greetings] == [80] * CHANNELS and len(sealed) > len(STRATEGIES)
     for message in sealed:
         for pattern in (torch.tensor([1.25, 1.25, 1.25]), torch.tensor([0.625, 0.625, 0.625])):
             assert bytes(pattern.view(torch.uint8).tolist()) not in message
