@@ -330,7 +330,8 @@ def test_connections_made_again_have_new_keys(rank, world_size, key):
             qcomm.all_reduce(values(rank, 2000), group=group, strategy="two_phase", secret=key)
         dist.destroy_process_group(group)
     sealed = [message for message in proofs if len(message) == 25]
-    assert len(sealed) == 3 and len({*gathered(tuple(sealed))[0], *gathered(tuple(sealed))[1]}) == 6
+    everywhere = [proof for of_rank in gathered(tuple(sealed)) for proof in of_rank]
+    assert len(everywhere) == len(set(everywhere)) == 2 * 3 * CHANNELS
 
 
 @world(3, alone=True, timeout=TIMEOUT, seconds=30)
