@@ -140,17 +140,18 @@ def fitted(codec: Codec, taken: Mapping[Scene, float]) -> Codec:
     """
     smallest, *_, largest = sorted([*taken, *taken], key=lambda scene: scene.layers * scene.width**2)
     for _ in range(FIT_ROUNDS):
-        factor = taken[largest] / _seconds(largest, codec)
+        factor = taken[largest] / step_seconds(largest, codec)
         codec = replace(
             codec, encode_gb_per_s=codec.encode_gb_per_s / factor, decode_gb_per_s=codec.decode_gb_per_s / factor
         )
         if smallest != largest:
-            factor = taken[smallest] / _seconds(smallest, codec)
+            factor = taken[smallest] / step_seconds(smallest, codec)
             codec = replace(codec, collective_seconds=codec.collective_seconds * min(2.0, max(0.5, factor)))
     return codec
 
 
-def _seconds(scene: Scene, codec: Codec) -> float:
+def step_seconds(scene: Scene, codec: Codec) -> float:
+    """What the planner says of qcomm k=1."""
     return predict(request_of(scene, codec), method_named(METHODS["qcomm k=1"])).seconds
 
 

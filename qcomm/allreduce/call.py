@@ -7,10 +7,11 @@ import torch
 import torch.distributed as dist
 from typing_extensions import Unpack
 
-from qcomm.allreduce.lanes import BYPASSED, Lane, Lanes, lanes_of
+from qcomm.allreduce.lanes import Lane, Lanes, lanes_of
 from qcomm.allreduce.work import AllReduceWork, Outcome
 from qcomm.codec import Grid, SigmaGrid, check_floats, core, is_on_device
 from qcomm.collectives import (
+    BYPASSED,
     UNCOMPRESSED,
     BucketLayout,
     MeanTask,
@@ -257,15 +258,17 @@ def _submit(group: Group, task: MeanTask, tensor: torch.Tensor, lane: Lane | Non
         return _submit_staged(communicator, task, tensor)
     bypassing = None if lane is None else lane.agree()
 
+    def settle() -> None:
+        if lane is not None:
+            lane.strategy = settled(task, communicator, bypassing).strategy
+
     def job() -> torch.Tensor:
         try:
             average(task, communicator, bypassing)
         except LateFaultError:  # the others went on
-            if lane is not None:
-                lane.strategy = settled(task, communicator, bypassing).strategy
+            settle()
             raise
-        if lane is not None:
-            lane.strategy = settled(task, communicator, bypassing).strategy
+        settle()
         _copy_back(task, tensor)
         return tensor
 

@@ -20,14 +20,13 @@ import torch
 import torch.distributed as dist
 
 from qcomm.allreduce.work import DirectSum
-from qcomm.collectives import UNCOMPRESSED, BucketLayout, Bypassing, UncompressedValues
+from qcomm.collectives import BYPASSED, UNCOMPRESSED, BucketLayout, Bypassing, UncompressedValues
 from qcomm.communicator import Fault, Group, LateFaultError, Phase, Ticket, find_communicator, give_up
 from qcomm.errors import CollectiveError
-from qcomm.transport import break_connections
+from qcomm.transport import break_group
 
-__all__ = ["BYPASSED", "Lane", "Lanes", "lanes_of"]
+__all__ = ["Lane", "Lanes", "lanes_of"]
 
-BYPASSED = 30  # calls of a kind between two agreements
 MOST_LANES = 256
 GROUP_IS_BROKEN = "This process group cannot be used further: end all ranks"
 
@@ -93,7 +92,7 @@ class Lanes:
             return
         if any(lane.strategy in UNCOMPRESSED and lane.started < BYPASSED for lane in self._lanes.values()):
             self._broken = "a call of this rank could not take part"
-            _break(group)
+            break_group(group)
             give_up(group, self._broken)
 
     def sum(
@@ -153,7 +152,7 @@ class Lanes:
         finally:
             if not entered:  # the others wait in their sum for this rank, and no other of its sums may meet that one
                 self._broken = "this rank could not begin its sum"
-                _break(group)
+                break_group(group)
         return DirectSum(tensor, works, store, lost)
 
 
@@ -168,8 +167,3 @@ def lanes_of(group: Group) -> Lanes:
         with _lock:
             found = _lanes.setdefault(group, Lanes())
     return found
-
-
-def _break(group: dist.ProcessGroup) -> None:
-    peers = [rank for rank in range(group.size()) if rank != group.rank()]
-    break_connections(group._get_backend(torch.device("cpu")), peers)

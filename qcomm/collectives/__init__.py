@@ -47,9 +47,17 @@ from qcomm.collectives.strategies import Settled, average, settled, uncompressed
 from qcomm.collectives.task import MeanTask, Scale
 from qcomm.collectives.telemetry import Telemetry
 from qcomm.collectives.tuner import Tuner
-from qcomm.collectives.uncompressed_values import UNCOMPRESSED, Bypassing, UncompressedValues, count_rings, fingerprint
+from qcomm.collectives.uncompressed_values import (
+    BYPASSED,
+    UNCOMPRESSED,
+    Bypassing,
+    UncompressedValues,
+    count_rings,
+    fingerprint,
+)
 
 __all__ = [
+    "BYPASSED",
     "STRATEGIES",
     "UNCOMPRESSED",
     "BucketLayout",

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from qcomm.collectives import (
+    BYPASSED,
     UNCOMPRESSED,
     BucketLayout,
     ReduceOptions,
@@ -33,14 +34,9 @@ from qcomm.communicator import Fault, Group, LateFaultError, Phase, Ticket, fail
 from qcomm.ddp.failures import GROUP_IS_BROKEN, TOLD_LATER, LastError
 from qcomm.ddp.gloo_exit import CallbackToken
 from qcomm.errors import CollectiveError
-from qcomm.transport import MpiGroup, break_connections, can_bypass
+from qcomm.transport import MpiGroup, can_bypass
 
-__all__ = ["BYPASSED", "Bypass", "Lane", "can_bypass"]
-
-# Collectives of a bucket between two agreements, which cost up to a tenth of an all-reduce. A difference between ranks
-# is not noticed before. With the agreement they are a prime number of steps: a model that alternates between kinds of
-# steps is not always agreed on at the same kind.
-BYPASSED = 30
+__all__ = ["Bypass", "Lane"]
 
 
 class Passed:
@@ -121,11 +117,6 @@ class Lane:
         if self._named is None or self._named[0] is not options:
             self._named = options, replace(options, strategy=self.strategy, profile=None)
         return self._named[1]
-
-    def break_off(self) -> None:
-        """Closes the connections of the group under its sums, which fail on all ranks."""
-        peers = [rank for rank in range(self.group.size()) if rank != self.group.rank()]
-        break_connections(self.group._get_backend(torch.device("cpu")), peers)
 
     def settle(self, strategy: str) -> None:
         """Notes the strategy on which all ranks have settled, or "" while strategies are being tried."""

@@ -7,7 +7,7 @@ from qcomm.collectives import ErrorFeedback, RankState, checked_parts, origin_of
 from qcomm.ddp.buckets import BucketTable
 from qcomm.ddp.gradient_noise import GradientNoise
 from qcomm.ddp.noise_sums import NoiseSums
-from qcomm.ddp.reducer import Steps
+from qcomm.ddp.steps import Steps
 
 __all__ = ["StateDict", "check", "note_origin", "restore", "save"]
 

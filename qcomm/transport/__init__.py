@@ -1,7 +1,7 @@
 """Transport: one interface that carries messages between ranks, over gloo and MPI."""
 
 from qcomm.transport.base import MESSAGE_BYTES, Exchange, Mail, Traffic, Transfer, Transport, TransportError
-from qcomm.transport.gloo import GlooTransport, Meeting, break_connections, can_bypass
+from qcomm.transport.gloo import GlooTransport, Meeting, break_group, can_bypass
 from qcomm.transport.key_file import KeyFile
 from qcomm.transport.launchers import find_place, init_from_environment
 from qcomm.transport.mpi_group import MpiGroup
@@ -23,7 +23,7 @@ __all__ = [
     "Transfer",
     "Transport",
     "TransportError",
-    "break_connections",
+    "break_group",
     "can_bypass",
     "find_place",
     "init_from_environment",

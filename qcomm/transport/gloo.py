@@ -24,7 +24,7 @@ from qcomm.transport.base import Transfer, Transport, TransportError
 from qcomm.transport.gloo_connections import GlooConnections
 from qcomm.transport.lost_ranks import LostRanks
 
-__all__ = ["GlooTransport", "Meeting", "break_connections", "can_bypass"]
+__all__ = ["GlooTransport", "Meeting", "break_group", "can_bypass"]
 
 # The tag of a message that is never sent.
 ABANDON_TAG = 1 << 30
@@ -215,6 +215,13 @@ def break_connections(gloo: Any, peers: Sequence[int]) -> None:
             gloo.recv([torch.empty(1, dtype=torch.float32, device="cpu")], peer, ABANDON_TAG).wait(ABANDON_TIMEOUT)
         except RuntimeError:  # the timeout, or the connection to this peer is broken already
             continue
+
+
+def break_group(group: dist.ProcessGroup) -> None:
+    """Closes the connections of the program's own gloo group: its sums fail on all ranks, those to come as well."""
+    break_connections(
+        group._get_backend(torch.device("cpu")), [rank for rank in range(group.size()) if rank != group.rank()]
+    )
 
 
 def can_bypass(group: object) -> bool:

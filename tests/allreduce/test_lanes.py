@@ -10,8 +10,8 @@ from all_reduce_checks import check_works
 from distributed import TIMEOUT, assert_same_on_all_ranks, gathered, world
 
 import qcomm
-from qcomm.allreduce.lanes import BYPASSED, Lanes
-from qcomm.collectives import UncompressedValues
+from qcomm.allreduce.lanes import Lanes
+from qcomm.collectives import BYPASSED, UncompressedValues
 from qcomm.communicator import groups
 
 pytestmark = pytest.mark.world
@@ -126,6 +126,17 @@ def test_who_has_no_lane(rank, world_size):
     check_works(rank, world_size, group)
 
 
+def errors_until_agreed(rank, group, kind):
+    """The texts of the errors of this kind that calls raise until ranks have agreed again."""
+    errors = []
+    for number in range(BYPASSED + 1):
+        try:
+            qcomm.all_reduce(values(rank, number), group=group)
+        except kind as error:
+            errors.append(str(error))
+    return errors
+
+
 @world(2)
 def test_a_mean_that_differs_is_named_at_the_next_agreement(rank, world_size):
     group, store = dist.new_group(), UncompressedValues.fingerprint
@@ -138,12 +149,7 @@ def test_a_mean_that_differs_is_named_at_the_next_agreement(rank, world_size):
         settle(rank, group)
         with mock.patch.object(UncompressedValues, "fingerprint", damaged) if rank == 1 else nullcontext():
             qcomm.all_reduce(values(rank), group=group)
-        errors = []
-        for number in range(BYPASSED + 1):
-            try:
-                qcomm.all_reduce(values(rank, number), group=group)
-            except qcomm.DivergenceError as error:
-                errors.append(str(error))
+        errors = errors_until_agreed(rank, group, qcomm.DivergenceError)
         assert len(errors) == 1 and "different means of call" in errors[0] and "of (3000,)" in errors[0], errors
     check_works(rank, world_size, group)
 
@@ -161,12 +167,7 @@ def test_a_fault_after_a_sum_is_told_at_the_next_agreement(rank, world_size):
             except qcomm.CollectiveError as error:
                 caught.append(str(error))
         assert len(caught) == (rank == 1) and all("averaged, but not stored on this rank" in text for text in caught)
-        errors = []
-        for number in range(BYPASSED + 1):
-            try:
-                qcomm.all_reduce(values(rank, number), group=group)
-            except qcomm.CollectiveError as error:
-                errors.append(str(error))
+        errors = errors_until_agreed(rank, group, qcomm.CollectiveError)
         assert len(errors) == 1 and "rank 1 failed while decoding the result: ZeroDivisionError: boom" in errors[0]
     check_works(rank, world_size, group)
 

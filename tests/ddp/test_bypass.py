@@ -16,9 +16,9 @@ from slow_strategies import all_slow_but
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook, bf16_compress_hook
 
 import qcomm
-from qcomm.collectives import strategies, tuner
+from qcomm.collectives import BYPASSED, strategies, tuner
 from qcomm.communicator.groups import get_communicator
-from qcomm.ddp import bypass
+from qcomm.transport import can_bypass
 
 pytestmark = pytest.mark.world
 
@@ -44,7 +44,7 @@ def test_gradients_are_those_of_torchs_own_hooks(rank, world_size, strategy):
     state = qcomm.attach(model, strategy=strategy, min_elements=0)
     inputs = torch.randn(8, 48)
     counts, buckets, sent = [], 0, []
-    for _ in range(2 * bypass.BYPASSED + 5):
+    for _ in range(2 * BYPASSED + 5):
         before = agreements()
         for each in (model, other):
             each.zero_grad()
@@ -57,7 +57,7 @@ def test_gradients_are_those_of_torchs_own_hooks(rank, world_size, strategy):
         counts.append((agreements() - before) / (stats["buckets"] - buckets))
         sent.append(stats["bytes_sent"] - stats["bytes_sent_overhead"])
         buckets = stats["buckets"]
-    period = [0] * bypass.BYPASSED
+    period = [0] * BYPASSED
     assert counts[AGREED - 1 :] == ([1, *period] * 3)[: len(counts) - AGREED + 1] and counts[0] == 1
     assert stats["steps"] == len(counts) and stats["elements"] == len(counts) * sum(
         p.numel() for p in mlp().parameters()
@@ -99,7 +99,7 @@ def test_auto_bypasses_when_it_has_settled(rank, world_size):
         for _ in range(trials + 2):
             backward(model, rank)
         before = get_communicator(group).collectives
-        for _ in range(bypass.BYPASSED // 2):
+        for _ in range(BYPASSED // 2):
             backward(model, rank)
     assert get_communicator(group).collectives == before and set(state.stats()["strategies"].values()) == {"none"}
     # What error feedback kept during the trials has been sent, and nothing was kept since.
@@ -130,7 +130,7 @@ def test_buckets_of_both_kinds(rank, world_size):
         mock.patch("qcomm.ddp.reducer.average", by_size),
         mock.patch("qcomm.ddp.reducer.settled", lambda task, *_: strategies.Settled(strategy_of(task))),
     ):
-        for step in range(bypass.BYPASSED + 10):
+        for step in range(BYPASSED + 10):
             failing = rank == 1 and step in (7, 20)
             target = "qcomm.collectives.two_phase_steps.encode"
             if failing:
@@ -239,11 +239,11 @@ def test_buckets_that_are_rebuilt_are_agreed_on_again(rank, world_size):
 
 @world(1)
 def test_only_gloo_is_bypassed_to(rank, world_size):
-    assert bypass.can_bypass(dist.group.WORLD)
+    assert can_bypass(dist.group.WORLD)
     with mock.patch.object(dist.ProcessGroup, "_get_backend", side_effect=RuntimeError("no backend for cpu")):
-        assert not bypass.can_bypass(dist.group.WORLD)
+        assert not can_bypass(dist.group.WORLD)
     with mock.patch.object(dist.ProcessGroup, "_get_backend", return_value=object()):
-        assert not bypass.can_bypass(dist.group.WORLD)
+        assert not can_bypass(dist.group.WORLD)
 
 
 MODES = {
@@ -278,7 +278,7 @@ def test_the_number_of_threads_changes_on_one_rank_alone(rank, world_size):
     """Ranks that differ in it still agree, or bypass, at the same steps."""
     model = wrap()
     state = qcomm.attach(model, strategy="none")
-    for step in range(bypass.BYPASSED + AGREED + 3):
+    for step in range(BYPASSED + AGREED + 3):
         if rank == 0 and step == AGREED + 1:
             state.reconfigure(num_threads=2)
         backward(model, rank, step)

@@ -17,7 +17,7 @@ from ddp_model import AGREED, backward, error_of, wrap
 from distributed import TIMEOUT, assert_same_on_all_ranks, die, gathered, run, world
 
 import qcomm
-from qcomm.collectives import strategies
+from qcomm.collectives import BYPASSED, strategies
 from qcomm.ddp import bypass
 from qcomm.ddp import gloo_exit as callbacks
 
@@ -32,12 +32,12 @@ def test_a_fault_of_a_bypassed_step_is_told_later(rank, world_size):
     scales = iter([1.0, 1.0, 1.0, -1.0 if rank == 1 else 1.0])
     state = qcomm.attach(model, strategy="none", grad_scale=lambda: next(scales, 1.0))
     # A sum does not need the scale; all ranks hear of the wrong one when they next agree.
-    for _ in range(AGREED + bypass.BYPASSED):
+    for _ in range(AGREED + BYPASSED):
         assert error_of(model, rank) is None
     error = error_of(model, rank)
     assert "rank 1 failed while preparing the exchange: ValueError: grad_scale must be positive" in str(error)
     assert isinstance(state.exception(), qcomm.CollectiveError)
-    for _ in range(bypass.BYPASSED + 5):
+    for _ in range(BYPASSED + 5):
         assert error_of(model, rank) is None
     assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters()])
 
@@ -57,10 +57,10 @@ def test_a_rank_that_fails_after_a_bypassed_sum_says_so_later(rank, world_size, 
     if rank == 1:
         assert f"not stored on this rank: {type(boom).__name__}: boom" in str(error), error
         assert "was averaged" in str(state.exception())
-    errors = [str(error) for _ in range(bypass.BYPASSED + 1) if (error := error_of(model, rank)) is not None]
+    errors = [str(error) for _ in range(BYPASSED + 1) if (error := error_of(model, rank)) is not None]
     told = f"rank 1 failed while decoding the result: {type(boom).__name__}: boom"
     assert len(errors) == 1 and told in errors[0], errors
-    for _ in range(bypass.BYPASSED + 5):
+    for _ in range(BYPASSED + 5):
         assert error_of(model, rank) is None
     assert_same_on_all_ranks(*[parameter.grad for parameter in model.parameters()])
 
@@ -219,5 +219,5 @@ def test_a_rank_without_memory(rank, world_size):
     store.set(f"failed on {rank}", "")
     store.wait([f"failed on {other}" for other in range(world_size)], TIMEOUT)  # rank 0 after the group's timeout
     # The group is gone, and when ranks next agree, over connections of qcomm's own, all hear why.
-    errors = [str(error_of(model, rank)) for _ in range(bypass.BYPASSED)]
+    errors = [str(error_of(model, rank)) for _ in range(BYPASSED)]
     assert "rank 1 failed while compressing its values: RuntimeError: can't allocate memory" in errors[-1], errors[-1]

@@ -15,8 +15,8 @@ from late_device import ORDERS
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from qcomm.collectives import BYPASSED
 from qcomm.communicator.groups import get_communicator
-from qcomm.ddp import bypass
 from qcomm.staging import copies
 from qcomm.staging.buffers import LIMIT
 
@@ -185,7 +185,7 @@ def test_a_checkpoint_moves_between_cpu_and_device(rank, world_size):
 def test_uncompressed_steps_are_not_bypassed(rank, world_size, strategy):
     """They need the host, and gloo's sum would make backward wait for the device."""
     (cpu, _), (device, state) = on_both("plain", strategy=strategy)
-    for step in range(bypass.BYPASSED + 5):
+    for step in range(BYPASSED + 5):
         before = get_communicator(device_group()).collectives
         found, buckets = step_of(device, "plain", step, rank), state.stats()["buckets"]
         if strategy != "auto":

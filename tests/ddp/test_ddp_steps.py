@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import qcomm
-from qcomm.ddp.reducer import Steps
+from qcomm.ddp.steps import Steps
 
 skips = pytest.mark.skipif(
     "skip_all_reduce_unused_params" not in inspect.signature(DistributedDataParallel).parameters,

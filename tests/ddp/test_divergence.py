@@ -13,10 +13,10 @@ from ddp_model import AGREED, backward, wrap
 from distributed import all_reduce, world
 
 import qcomm
+from qcomm.collectives import BYPASSED
 from qcomm.collectives.rounds import Rounds
 from qcomm.collectives.uncompressed_values import UncompressedValues, fingerprint
 from qcomm.communicator.groups import CHANNELS, get_communicator
-from qcomm.ddp import bypass
 
 pytestmark = pytest.mark.world
 
@@ -71,14 +71,14 @@ def test_a_bypassed_mean_that_differs_is_named_at_the_next_agreement(rank, world
     first = AGREED + since
     for step in range(first):
         backward(model, rank, step)
-    step, error = train_until_error(model, state, rank, first, bypass.BYPASSED + 2, wrong_rank=1)
+    step, error = train_until_error(model, state, rank, first, BYPASSED + 2, wrong_rank=1)
     assert isinstance(error, qcomm.DivergenceError), error
-    assert step <= first + bypass.BYPASSED + 1
+    assert step <= first + BYPASSED + 1
     assert re.search(rf"different means of bucket \d, step {first + 1}:", str(error)), error
     others = "rank 0" if world_size == 2 else "ranks 0 2"
     assert f"on {others}" in str(error) and "on rank 1 (" in str(error)
     # All ranks have left the collective at the same point, and a user who has mended the weights goes on.
-    for again in range(step + 1, step + 2 * bypass.BYPASSED + 2):
+    for again in range(step + 1, step + 2 * BYPASSED + 2):
         backward(model, rank, again)
 
 
@@ -112,7 +112,7 @@ def test_verify_says_what_is_compared(rank, world_size, verify, strategy, notice
     state = qcomm.attach(model, strategy=strategy, verify=verify, min_elements=0)
     for step in range(AGREED):
         backward(model, rank, step)
-    step, error = train_until_error(model, state, rank, AGREED, 2 * bypass.BYPASSED, wrong_rank=0)
+    step, error = train_until_error(model, state, rank, AGREED, 2 * BYPASSED, wrong_rank=0)
     assert (error is not None) == noticed
     if noticed:
         assert isinstance(error, qcomm.DivergenceError) and step == AGREED, (step, error)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from ddp_model import backward, wrap
 import qcomm
-from qcomm.ddp import reducer
+from qcomm.ddp import steps
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has jobs in the background ignore it
 rank, store, strategy = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -41,8 +41,8 @@ class Told:
             print("waiting", flush=True)
         return self.exchange.join(seconds)
 
-add = reducer.StepEnd.add
-reducer.StepEnd.add = lambda self, exchange, give_up: add(self, Told(exchange), give_up)
+add = steps.StepEnd.add
+steps.StepEnd.add = lambda self, exchange, give_up: add(self, Told(exchange), give_up)
 if rank == 1:
     print("ready", flush=True)
     sys.stdin.readline()

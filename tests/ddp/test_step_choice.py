@@ -12,8 +12,8 @@ import qcomm
 from qcomm.collectives import Settled
 from qcomm.communicator import completed, failed
 from qcomm.ddp import step_choice
-from qcomm.ddp.reducer import StepEnd
 from qcomm.ddp.step_choice import COUNTED, REST, TURNS, StepChoice
+from qcomm.ddp.steps import StepEnd
 from qcomm.errors import CollectiveError
 
 TURN = COUNTED + 2

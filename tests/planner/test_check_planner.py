@@ -37,16 +37,16 @@ def test_points_are_predicted_from_what_the_ranks_measure(tmp_path, monkeypatch,
 
 def test_processors_are_those_of_steps_without_links(monkeypatch):
     monkeypatch.syspath_prepend(BENCH)
-    from check_planner_wan import Scene, _seconds, fitted
+    from check_planner_wan import Scene, fitted, step_seconds
 
     from qcomm.planner import Codec
 
     here = Codec(0.8, 1.3, on_gpu=False, assumed=False, ratio=14.0, collective_seconds=4e-3)
     scenes = [Scene(4, "none", 0.0, 5, 520), Scene(4, "none", 0.0, 3, 1150)]
-    taken = {scene: _seconds(scene, here) for scene in scenes}
+    taken = {scene: step_seconds(scene, here) for scene in scenes}
     found = fitted(Codec(2.0, 3.25, on_gpu=False, assumed=False, ratio=14.0), taken)
-    assert {scene: _seconds(scene, found) for scene in scenes} == pytest.approx(taken, rel=0.02)
+    assert {scene: step_seconds(scene, found) for scene in scenes} == pytest.approx(taken, rel=0.02)
     assert found.encode_gb_per_s == pytest.approx(0.8, rel=0.1)
     alone = fitted(here, {scenes[0]: 2 * taken[scenes[0]]})
-    assert _seconds(scenes[0], alone) == pytest.approx(2 * taken[scenes[0]], rel=0.02)
+    assert step_seconds(scenes[0], alone) == pytest.approx(2 * taken[scenes[0]], rel=0.02)
     assert alone.collective_seconds == here.collective_seconds
