@@ -181,14 +181,14 @@ def measure(scene: Scene, steps: int, methods: Sequence[str] = tuple(METHODS)) -
     return rows
 
 
-def measured_rows(path: Path) -> dict[Scene, list[dict[str, Any]]]:
-    """The rows of an earlier run, by scene."""
+def measured_rows(document: dict[str, Any]) -> tuple[dict[Scene, list[dict[str, Any]]], dict[int, Codec]]:
+    """The rows of an earlier run by scene, and the codecs by number of hosts."""
     found: dict[Scene, list[dict[str, Any]]] = {}
-    for one in json.loads(path.read_text())["points"]:
+    for one in document["points"]:
         scene = Scene(**{name: one[name] for name in Scene._fields})
         row = {"exposed_seconds": one["seconds"], **{name: one[name] for name in ("method", "p10", "p90")}}
         found.setdefault(scene, []).append(row)
-    return found
+    return found, {int(hosts): Codec(**codec) for hosts, codec in document["codecs"].items()}
 
 
 def shares(points: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -214,7 +214,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", type=layers_of, default=[(5, 520), (3, 1150)], help="layers x width")
     parser.add_argument("--steps", type=int, default=9, help="that are counted, of each method")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK} of the scenes")
-    parser.add_argument("--measured", type=Path, help="earlier figures, whose steps are not measured again")
+    parser.add_argument("--measured", type=Path, help="figures of an earlier run, for which there are new predictions")
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()
     if is_rank():
@@ -222,13 +222,13 @@ def main() -> int:
         return 0
     axes = itertools.product(arguments.hosts, arguments.rates, arguments.delays, arguments.models)
     scenes = [Scene(hosts, rate, delay, *model) for hosts, rate, delay, model in axes]
-    known = measured_rows(arguments.measured) if arguments.measured else {}
+    earlier = json.loads(arguments.measured.read_text()) if arguments.measured else {}
+    known, codecs = measured_rows(earlier) if earlier else ({}, {})
     scenes = list(known) or scenes
     if arguments.quick:
         scenes = scenes[:: max(1, len(scenes) // QUICK + 1)]
     header, points = about(steps=arguments.steps, control=CONTROL), []
     models = sorted({(scene.layers, scene.width) for scene in scenes})
-    codecs: dict[int, Codec] = {}
     for scene in scenes:
         try:
             if scene.hosts not in codecs:
@@ -242,7 +242,8 @@ def main() -> int:
     found = shares(points)
     print(f"{found['within_15_percent']:.0%} of {len(points)} points within 15 %, "
           f"{found['likely_holds']:.0%} inside the bars", file=sys.stderr)  # fmt: skip
-    document = {**header, "load_after": about()["load"], **found}
+    document = {**header, "load_after": about()["load"], **earlier, **found}
+    document |= {"predicted_by": header["commit"]}
     document |= {"codecs": {hosts: asdict(codec) for hosts, codec in codecs.items()}, "points": points}
     write(arguments.json, document)
     return 0 if min(found.values()) >= NEEDED else 1

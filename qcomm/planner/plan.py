@@ -190,16 +190,18 @@ def jobs(request: Request, method: Method) -> list[Job]:
 
 def simulated(request: Request, method: Method, draws: int = DRAWS) -> Step:
     """Returns the mean step over ``draws`` quantiles of the slowest rank's jitter."""
-    work, share = jobs(request, method), _codec_share(request, method)
+    def step(factor: float) -> Step:
+        return _simulate(request, method, work, factor)
+
+    work = jobs(request, method)
     factors = slowest_factors(request.gpus, request.jitter, draws)
-    steps = [simulate(request.times_together, work, factor=factor, codec_share=share) for factor in factors]
+    steps = [step(factor) for factor in factors]
     if method.period > 1:
         # Ranks wait for each other in the last step of a period alone, and their jitter has averaged out by then.
         alone = request.times.step
         spread = 1 / math.sqrt(method.period)
         waits = [1 + (factor - 1) * spread for factor in factors]
-        ended = [simulate(request.times_together, work, factor=wait, codec_share=share) for wait in waits]
-        steps = [_every(step, alone * wait, method.period) for step, wait in zip(ended, waits, strict=True)]
+        steps = [_every(step(wait), alone * wait, method.period) for wait in waits]
     return mean_step(steps)
 
 
@@ -251,14 +253,16 @@ def anchored(request: Request, node_samples_per_second: float, method: Method) -
 def trace_step(request: Request, method: Method) -> Step:
     """Returns one step with its spans, at the median jitter of the slowest rank."""
     factor = slowest_factors(request.gpus, request.jitter, draws=1)[0]
-    return simulate(
-        request.times_together, jobs(request, method), factor=factor, codec_share=_codec_share(request, method)
-    )
+    return _simulate(request, method, jobs(request, method), factor)
 
 
-def _codec_share(request: Request, method: Method) -> float:
-    """Returns the share of the GPU that a busy codec takes. PowerSGD and casts always run on the GPU."""
-    return 0.0 if method.is_qcomm and not request.codec.on_gpu else 1.0
+def _simulate(request: Request, method: Method, work: Sequence[Job], factor: float) -> Step:
+    # PowerSGD and casts always run on the GPU, and take all of it.
+    codec_share = 0.0 if method.is_qcomm and not request.codec.on_gpu else 1.0
+    # NCCL's collectives of a group wait for each other, those of gloo share the link as TCP's streams do. qcomm's
+    # channels do, too, but what was measured between distant hosts is nearer to one after another.
+    shares_link = request.cluster.is_gloo and not method.is_qcomm
+    return simulate(request.times_together, work, factor=factor, codec_share=codec_share, shares_link=shares_link)
 
 
 def _scaled_network(request: Request, rate: float, latency: float) -> Request:

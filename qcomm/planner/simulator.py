@@ -1,8 +1,8 @@
 """One training step as a discrete-event simulation.
 
 Backward, the codec, and the link run concurrently. Backward makes gradients; a full bucket's chains of work queue for
-codec and link. Each of these serves one step at a time, first come, first served. Where buckets have channels, one of a
-channel begins when the one before it on the channel has ended::
+codec and link. Each of these serves one step at a time, first come, first served; a link that is shared serves all that
+wait in turns. Where buckets have channels, one of a channel begins when the one before it on the channel has ended::
 
     backward  ████████████████░░████████████░░██████████        slower while others use the GPU
     codec             ▒▒      ▒▒  ▒▒      ▒▒         ▒▒
@@ -31,6 +31,8 @@ __all__ = ["DRAWS", "Job", "Span", "Step", "chrome_trace", "mean_step", "simulat
 
 # NCCL's kernels hold about a tenth of the GPU's processors while they run.
 LINK_SHARE = 0.1
+# Turns in which a step's work on a shared link is served, if it is of one chain.
+TURNS = 256
 # Number of simulated quantiles of the slowest rank's jitter.
 DRAWS = 5
 
@@ -48,15 +50,20 @@ class Job(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """A step of a chain, and the channel of its job."""
+    """A step of a chain, the channel of its job, and the seconds of the step that have been served."""
 
     chain: Chain
     at: int
     channel: int | None
+    served: float = 0.0
 
     @property
     def work(self) -> Work:
         return self.chain[self.at]
+
+    @property
+    def left(self) -> float:
+        return self.work.seconds - self.served
 
 
 class Span(NamedTuple):
@@ -101,6 +108,7 @@ def simulate(
     factor: float = 1.0,
     codec_share: float = 1.0,
     link_share: float = LINK_SHARE,
+    shares_link: bool = False,
 ) -> Step:
     """Simulates one step of a rank whose computing takes ``factor`` times as long.
 
@@ -110,6 +118,7 @@ def simulate(
         factor: slowdown of the slowest rank.
         codec_share: share of the GPU that a busy codec takes from backward; 0 for a codec that runs elsewhere.
         link_share: share of the GPU that a busy link takes from backward.
+        shares_link: whether chains share the link, as TCP's streams do.
 
     Example:
         >>> times = ComputeTimes(forward=1.0, ready=(1.0, 2.0))
@@ -117,15 +126,20 @@ def simulate(
         >>> simulate(times, [Job(1.0, 0.0, [send]), Job(2.0, 0.0, [send])], link_share=0.0).seconds
         5.0
     """
-    run = _Run(times.forward * factor, times.backward * factor, codec_share, link_share)
+    turn = math.inf
+    if shares_link:
+        works = [work for job in jobs for chain in job.chains for work in chain]
+        turn = sum(work.seconds for work in works if work.resource == "link") / TURNS
+    run = _Run(times.forward * factor, times.backward * factor, codec_share, link_share, turn)
     return run.all([job._replace(ready=job.ready * factor) for job in jobs])
 
 
 class _Run:
     """The state of a simulated step."""
 
-    def __init__(self, forward: float, backward: float, codec_share: float, link_share: float) -> None:
+    def __init__(self, forward: float, backward: float, codec_share: float, link_share: float, turn: float) -> None:
         self.forward, self.backward = forward, backward
+        self.turns = {"codec": math.inf, "link": turn}
         self.shares = {"codec": codec_share, "link": link_share}
         self.now, self.progress, self.backward_end = forward, 0.0, math.inf
         self.queues: dict[str, deque[_Place]] = {"codec": deque(), "link": deque()}
@@ -160,9 +174,9 @@ class _Run:
                 self.progress += rate * (event - self.now)
                 self.now, _, place = heapq.heappop(self.events)
                 if place.work.resource in self.working:
-                    self.working[place.work.resource] = False
-                    self.serve(place.work.resource)
-                self.begin(place._replace(at=place.at + 1))
+                    self.leave(place)
+                else:
+                    self.begin(place._replace(at=place.at + 1))
         self.spans.append(Span("backward", "backward", self.forward, self.backward_end))
         end, waited = max(self.now, self.backward_end), self.backward_end
         after = sum(
@@ -207,15 +221,27 @@ class _Run:
                 self.start(self.waiting[channel][0])
 
     def serve(self, resource: str) -> None:
-        """Starts the next step in a queue, if the resource is idle."""
+        """Starts the next step in a queue, or its next turn, if the resource is idle."""
         if self.working[resource] or not self.queues[resource]:
             return
         place = self.queues[resource].popleft()
         self.working[resource] = True
-        self.busy[resource] += place.work.seconds
-        end = self.now + place.work.seconds
+        seconds = place.left if place.left <= 1.5 * self.turns[resource] else self.turns[resource]
+        end = self.now + seconds
+        self.busy[resource] += seconds
         self.spans.append(Span(resource, place.work.label, self.now, end))
-        heapq.heappush(self.events, (end, next(self.order), place))
+        heapq.heappush(self.events, (end, next(self.order), place._replace(served=place.served + seconds)))
+
+    def leave(self, place: _Place) -> None:
+        """Ends a step's turn. If something is left of it, it waits behind all others for its next one."""
+        resource = place.work.resource
+        self.working[resource] = False
+        if place.left > self.turns[resource] / 2:  # not what rounding left
+            self.queues[resource].append(place)
+            self.serve(resource)
+        else:
+            self.serve(resource)
+            self.begin(place._replace(at=place.at + 1, served=0.0))
 
 
 def slowest_factors(ranks: int, jitter: float, draws: int = DRAWS) -> list[float]:

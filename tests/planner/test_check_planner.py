@@ -50,3 +50,21 @@ def test_processors_are_those_of_steps_without_links(monkeypatch):
     alone = fitted(here, {scenes[0]: 2 * taken[scenes[0]]})
     assert step_seconds(scenes[0], alone) == pytest.approx(2 * taken[scenes[0]], rel=0.02)
     assert alone.collective_seconds == here.collective_seconds
+
+
+def test_figures_of_an_earlier_run_are_predicted_anew(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import check_planner_wan
+
+    codec = {"encode_gb_per_s": 0.8, "decode_gb_per_s": 1.3, "on_gpu": False, "assumed": False}
+    scene = {"hosts": 2, "rate": "1gbit", "delay_ms": 50.0, "layers": 2, "width": 300}
+    point = {**scene, "method": "fp32", "seconds": 0.2, "p10": 0.1, "p90": 0.3, "predicted": 9.0, "error": 44.0}
+    earlier = {"commit": "of the run", "load": [0.5, 0.5, 0.5], "codecs": {"2": codec}, "points": [point]}
+    source, result = tmp_path / "earlier.json", tmp_path / "anew.json"
+    source.write_text(json.dumps(earlier))
+    monkeypatch.setattr("sys.argv", ["check_planner_wan.py", "--measured", str(source), "--json", str(result)])
+    check_planner_wan.main()
+    found = json.loads(result.read_text())
+    assert {name: found[name] for name in ("commit", "load")} == {name: earlier[name] for name in ("commit", "load")}
+    # Two rings one beside the other, each of two phases with two latencies.
+    assert found["points"][0]["predicted"] == pytest.approx(0.2, rel=0.1) and found["points"][0]["seconds"] == 0.2

@@ -224,6 +224,18 @@ def test_the_link_carries_one_bucket_after_the_other():
     assert (slow.seconds, slow.exposed) == (7.5, 1.5)
 
 
+def test_a_shared_link_serves_all_that_wait_in_turns():
+    times = ComputeTimes(0.0, (0.0,))
+    long, short = (Work("link", 1.0, "long"),), (Work("wait", 0.3, ""), Work("link", 0.2, "short"))
+    jobs = [Job(0.0, 0.0, [long]), Job(0.0, 0.0, [short])]
+    alone, shared = (simulate(times, jobs, link_share=0.0, shares_link=shares) for shares in (False, True))
+    assert [alone.seconds, shared.seconds, alone.link, shared.link] == pytest.approx([1.2] * 4)
+    # Side by side from 0.3 on, the short one takes twice its time, and does not wait for the long one's end.
+    ends = [max(span.end for span in step.spans if span.label == "short") for step in (alone, shared)]
+    assert ends == pytest.approx([1.2, 0.3 + 2 * 0.2], abs=0.02)
+    assert sum(span.end - span.begin for span in shared.spans if span.label == "long") == pytest.approx(1.0)
+
+
 def test_the_link_slows_backward_down():
     # From second 2 on the link takes a tenth of the GPU: in 1.5 seconds 1.35 of backward, and 8.65 are left.
     step = simulate(ComputeTimes(1.0, (1.0, 11.0)), [Job(1.0, 0.0, [SEND])], link_share=0.1)
