@@ -1,4 +1,4 @@
-"""Fixtures that several files of tests share."""
+"""Fixtures that several files of tests share, and which examples hypothesis tries."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,6 +6,13 @@ from pathlib import Path
 import emulated_core
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples each time, so that a failure comes from the change at hand; others with
+# --hypothesis-profile=explore. A loaded machine makes single examples slow.
+settings.register_profile("steady", derandomize=True, database=None, deadline=None)
+settings.register_profile("explore", deadline=None, print_blob=True)
+settings.load_profile("steady")
 
 # Programs, which doctests would import: launchers start them. The first fails where mpi4py is installed and no MPI is.
 PROGRAMS = ("mpi_cases", "soak_ranks", "soak_minutes", "framework_script", "torchft_replicas")

