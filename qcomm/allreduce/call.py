@@ -133,7 +133,7 @@ def all_reduce(
         >>> dist.destroy_process_group()
     """
     group = resolve_group(group)
-    telemetry, lanes = Telemetry(), lanes_of(group)
+    lanes = lanes_of(group)
     prepared, fault = attempt(Phase.PREPARE, _prepare, tensor, grid, group, lanes, options)
     if prepared is None:
         # The caller gets the error itself, the other ranks a CollectiveError.
@@ -142,16 +142,17 @@ def all_reduce(
             refuse_early(fault, group, options.get("secret"), options.get("connections"))
         raise RuntimeError("nothing was prepared") if fault is None else fault.error
     kind, buffer = prepared
-    outcome = _start(group, kind, tensor, buffer, telemetry, counts=async_op)
     if not async_op:  # and then nobody sees its counters
-        outcome.wait()
+        _start(group, kind, tensor, buffer, None).wait()
         return None
+    telemetry = Telemetry()
+    outcome = _start(group, kind, tensor, buffer, telemetry)
     telemetry.count_bucket(kind.layout, tensor.element_size())
     return AllReduceWork(outcome, telemetry)
 
 
 def _start(
-    group: Group, kind: Kind, tensor: torch.Tensor, buffer: torch.Tensor, telemetry: Telemetry, counts: bool
+    group: Group, kind: Kind, tensor: torch.Tensor, buffer: torch.Tensor, telemetry: Telemetry | None
 ) -> Outcome:
     """Begins the mean of a tensor with the values of ``buffer``."""
     options, lane = kind.options, kind.lane
@@ -159,10 +160,11 @@ def _start(
         return completed(tensor)
     strategy = "" if lane is None else lane.enter()
     if lane is not None and strategy in UNCOMPRESSED and isinstance(group, dist.ProcessGroup):
-        if counts:
+        if telemetry is not None:
             telemetry.note_strategy(0, strategy)
             count_rings(telemetry, strategy, kind.layout, buffer.dtype)
         return lanes_of(group).sum(lane, group, tensor, buffer, kind.layout, options.verify != "off")
+    telemetry = telemetry or Telemetry()
     task = MeanTask(buffer, kind.layout, options, kind.fields, telemetry)
     if options.device_codec and is_on_device(tensor):
         return _on_device(group, task, tensor)

@@ -110,7 +110,7 @@ class Lanes:
             lane: that the call has entered.
             group: of torch.
             tensor: that holds the mean in the end.
-            buffer: its values, flat; perhaps its own memory.
+            buffer: its values, flat and detached; perhaps its own memory.
             layout: of the buffer.
             verified: whether the mean is compared at the next agreement.
         """
@@ -122,12 +122,11 @@ class Lanes:
 
         def store() -> None:
             try:
-                with torch.no_grad():
-                    if verified:
-                        means[name] = values.fingerprint(buffer)
-                    values.store(buffer)
-                    if buffer.data_ptr() != tensor.data_ptr():
-                        tensor.detach().copy_(buffer.view(tensor.shape))
+                if verified:
+                    means[name] = values.fingerprint(buffer)
+                values.store(buffer)
+                if buffer.data_ptr() != tensor.data_ptr():
+                    tensor.detach().copy_(buffer.view(tensor.shape))
             except Exception as error:
                 communicator = find_communicator(group)
                 if communicator is not None:
@@ -146,8 +145,7 @@ class Lanes:
         entered = False
         try:
             values = lane.free.pop() if lane.free else UncompressedValues(strategy, layout, buffer.dtype)
-            with torch.no_grad():
-                works = [group.allreduce([part]) for part in values.load(buffer)]
+            works = [group.allreduce([part]) for part in values.load(buffer)]
             entered = True
         finally:
             if not entered:  # the others wait in their sum for this rank, and no other of its sums may meet that one
