@@ -190,6 +190,7 @@ def jobs(request: Request, method: Method) -> list[Job]:
 
 def simulated(request: Request, method: Method, draws: int = DRAWS) -> Step:
     """Returns the mean step over ``draws`` quantiles of the slowest rank's jitter."""
+
     def step(factor: float) -> Step:
         return _simulate(request, method, work, factor)
 
