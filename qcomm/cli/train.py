@@ -138,7 +138,7 @@ class TrainOptions:
     )
     min_elements: int = field(
         default=TrainConfig.min_elements,
-        metadata=option("Smaller tensors are quantized together, at a step of 0.5.", _EXCHANGE),
+        metadata=option("Smaller tensors are quantized together, on a finer grid.", _EXCHANGE),
     )
     compression_warmup_steps: int = field(
         default=TrainConfig.compression_warmup_steps,
@@ -147,6 +147,9 @@ class TrainOptions:
     compression_warmup_step: float | None = field(
         default=None,
         metadata=option("The first of these steps has this step instead.", _EXCHANGE, shown="uncompressed"),
+    )
+    secret: Path | None = field(
+        default=None, metadata=option("Key file, with which weights and gradients are sealed.", _EXCHANGE)
     )
     ranks: int | None = field(
         default=None, metadata=option("Processes to start here.", _RUN, shown="2, or the launcher's")
@@ -181,6 +184,8 @@ class TrainOptions:
         of_qcomm = not self.error_feedback or self.compression_warmup_steps
         if of_qcomm and self.method not in (None, "qcomm"):
             raise RecipeError("--no-error-feedback and --compression-warmup-steps belong to --method qcomm")
+        if self.secret is not None and self.method != "qcomm" and not self._has_grid:
+            raise RecipeError("--secret needs --method qcomm: what torch exchanges itself is not sealed")
         if self.compression_warmup_step is not None and not self.compression_warmup_steps:
             raise RecipeError("--compression-warmup-step needs --compression-warmup-steps")
 

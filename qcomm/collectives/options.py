@@ -56,8 +56,8 @@ class ReduceOptions:
             By default it is at most 1 for a grid with ``step`` up to 2, and for a coarser grid equal to its ``step``.
             A RangeGrid takes None and serves both.
         small_step: ``step`` of the SigmaGrid for tensors with fewer than ``min_elements`` elements, at most a quarter
-            of the ``step`` of ``grid``. The hook and DiLoCo with error feedback quantize all small tensors of a bucket or
-            fragment as one; their means, too. With None they travel uncompressed, as they do with a RangeGrid and
+            of the ``step`` of ``grid``. The hook and DiLoCo with error feedback quantize all small tensors of a bucket
+            or fragment as one; their means, too. With None they travel uncompressed, as they do with a RangeGrid and
             everywhere else.
         min_elements: tensors with fewer elements are small: they take ``small_step`` or travel uncompressed, in the
             same packets; ``"bf16"`` rounds them, too.

@@ -16,7 +16,7 @@ GRIDS = ("sigma", "range")
 AMP_MODES = ("none", "bf16", "fp16")
 
 # These may differ between a run and the one that resumes it: they have no part in the arithmetic.
-_FREE_ON_RESUME = frozenset({"out", "resume", "checkpoint_every", "data_dir"})
+_FREE_ON_RESUME = frozenset({"out", "resume", "checkpoint_every", "data_dir", "secret"})
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ class TrainConfig:
         min_elements: of qcomm; smaller tensors are quantized together, or travel uncompressed without error feedback.
         compression_warmup_steps: of qcomm; number of initial steps whose gradients travel uncompressed.
         compression_warmup_step: of qcomm; the grid's step with which they begin instead; None for uncompressed.
+        secret: of qcomm; the path of a key file, with which gradients, weights and buffers are sealed. What ranks tell
+            each other besides, such as losses, is not.
         threads: of torch, per rank.
         out: directory for the log and the checkpoints; None writes nothing.
         checkpoint_every: epochs between checkpoints; 0 for none.
@@ -94,6 +96,7 @@ class TrainConfig:
     min_elements: int = 1024
     compression_warmup_steps: int = 0
     compression_warmup_step: float | None = None
+    secret: Path | None = None
     threads: int = 1
     out: Path | None = None
     checkpoint_every: int = 0
@@ -145,6 +148,8 @@ class TrainConfig:
             raise RecipeError(f"--stem-stride is {self.stem_stride}; it must be 1 or 2")
         if self.checkpoint_every and self.out is None:
             raise RecipeError("--checkpoint-every needs --out, the directory to write to")
+        if self.secret is not None and self.method != "qcomm":
+            raise RecipeError(f"--secret belongs to --method qcomm; {self.method} is torch's own and not sealed")
         if self.method == "qcomm":
             self._check_grids()
 

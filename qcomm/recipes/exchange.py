@@ -126,6 +126,7 @@ def attach(ddp_model: DistributedDataParallel, config: TrainConfig, scaler: torc
             strategy=config.strategy,
             ranks_per_node=config.ranks_per_node,
             min_elements=config.min_elements,
+            secret=config.secret,
             warmup_steps=config.compression_warmup_steps,
             warmup_step=config.compression_warmup_step,
             grad_scale=scaler.get_scale if scaler is not None else None,

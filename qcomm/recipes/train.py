@@ -20,13 +20,16 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DistributedSampler
 
+from qcomm.allreduce import all_reduce
 from qcomm.collectives import ReduceOptions
+from qcomm.local_sgd import broadcast_parameters
 from qcomm.recipes import checkpoint, exchange
 from qcomm.recipes.config import TrainConfig, learning_rate
 from qcomm.recipes.datasets import Dataset, Split, augment, augmentation_generator, load_dataset
 from qcomm.recipes.errors import RecipeError
 from qcomm.recipes.models import build_model
 from qcomm.recipes.progress import Reporter
+from qcomm.transport import KeyFile
 
 _AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _EVALUATION_BATCH = 256
@@ -94,8 +97,8 @@ def check(config: TrainConfig, ranks: int) -> None:
     """Checks, before any process starts, the conditions of :func:`train`.
 
     Raises:
-        RecipeError: no ranks, or none that form nodes as the strategy needs; a data set or a checkpoint that is not
-            usable, or fewer images than one batch.
+        RecipeError: no ranks, or none that form nodes as the strategy needs; a key file, a data set or a checkpoint
+            that is not usable, or fewer images than one batch.
     """
     if ranks < 1:
         raise RecipeError(f"--ranks is {ranks}; it must be at least 1")
@@ -104,6 +107,10 @@ def check(config: TrainConfig, ranks: int) -> None:
             ReduceOptions(strategy=config.strategy, ranks_per_node=config.ranks_per_node).for_world(ranks)
         except ValueError as error:
             raise RecipeError(f"--strategy is {config.strategy}: {error}") from error
+        try:
+            KeyFile.of(config.secret)
+        except (ValueError, OSError, RuntimeError) as error:
+            raise RecipeError(f"--secret is {config.secret}: {error}") from error
     _steps_per_epoch(config, load_dataset(config.dataset, config.data_dir), ranks)
     path = checkpoint.newest(config)
     if path is not None:
@@ -180,8 +187,11 @@ class _Run:
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # torch's stub lacks this form
         # Batch statistics stay local while training; they are averaged before they are used (average_buffers).
-        local_buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
-        self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **local_buffers)
+        options: dict[str, Any] = {_SYNC_BUFFERS: False}
+        if config.secret is not None:  # DDP would send the initial weights openly
+            broadcast_parameters(self.model, lossless=True, secret=config.secret)
+            options["init_sync"] = False
+        self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True, **options)
         self.scaler = torch.amp.GradScaler("cpu") if config.amp == "fp16" else None
         self.optimizer = torch.optim.SGD(
             _parameter_groups(self.model, config),
@@ -270,7 +280,7 @@ class _Run:
 
     def evaluate(self) -> tuple[float, float]:
         """Computes the mean loss and accuracy over the test images, each seen by one rank. Collective."""
-        average_buffers(self.model)
+        average_buffers(self.model, self.config.secret)
         self.model.eval()
         own = Split(
             self.dataset.test.images[self.rank :: self.ranks], self.dataset.test.labels[self.rank :: self.ranks]
@@ -332,14 +342,20 @@ def _parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-def average_buffers(model: nn.Module) -> None:
-    """Averages the floating-point buffers (running statistics of batch normalisation) over the ranks. Collective."""
+def average_buffers(model: nn.Module, secret: Path | None = None) -> None:
+    """Averages the floating-point buffers (running statistics of batch normalisation) over the ranks. Collective.
+
+    With the path of a key file they are sealed.
+    """
     buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
     if not buffers:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
+    if secret is None:
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+    else:
+        all_reduce(flat, strategy="none", secret=secret)
     for buffer, mean in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
         buffer.copy_(mean.view_as(buffer))
 

@@ -2,20 +2,27 @@
 
 import json
 import math
+import secrets
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from distributed import run, run_alone
+from torch.nn.parallel import distributed
 
+from qcomm.communicator.groups import get_communicator
 from qcomm.recipes import checkpoint, datasets
 from qcomm.recipes.compare import comparison_configs, print_table, run_all, verdict
 from qcomm.recipes.config import TrainConfig, learning_rate
 from qcomm.recipes.errors import RecipeError
 from qcomm.recipes.launch import launch
 from qcomm.recipes.train import _LOGGED_STATS, TrainResult, _Run, train
+from qcomm.transport import ConnectionOptions, KeyFile
 
 TINY = TrainConfig(epochs=2, train_images=128, stem_stride=2, batch_size=32)
 # As many steps with fewer images, since processors take 30 times as long for float16.
@@ -250,3 +257,22 @@ def test_damaged_checkpoint_is_named(tmp_path):
     (folder / "shared.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(RecipeError, match=r"shared\.pt cannot be read"):
         checkpoint.load(checkpoint.find(tmp_path), TINY, 0, 1)
+
+
+def one_epoch(rank: int, world_size: int, secret: Path | None) -> tuple[dict[str, Any], bool]:
+    """The first record of a short run, and whether DDP has sent weights or buffers itself. The group has the secret."""
+    config = replace(TINY, epochs=1, train_images=64, method="qcomm", secret=secret)
+    with mock.patch.object(distributed, "_sync_module_states", wraps=distributed._sync_module_states) as synced:
+        record = train(config).history[0]
+    get_communicator(dist.group.WORLD, ConnectionOptions(KeyFile.of(secret)))  # is refused for another secret
+    return record, synced.called
+
+
+@pytest.mark.world
+def test_a_sealed_run_trains_as_an_open_one(tmp_path):
+    key = tmp_path / "key"
+    key.write_text(secrets.token_hex(32))
+    key.chmod(0o400)
+    (opened, ddp_sent), (sealed, ddp_sends) = run(2, one_epoch, None)[1], run_alone(2, one_epoch, key)[1]
+    assert (ddp_sent, ddp_sends) == (True, False)
+    assert [sealed[name] for name in ("train_loss", "test_loss")] == [opened["train_loss"], opened["test_loss"]]
