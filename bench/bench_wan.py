@@ -5,6 +5,7 @@
     python bench/bench_wan.py --width 520 --json bench/results/wan_small.json
     python bench/bench_wan.py --host-rates 100mbit 100mbit 100mbit 20mbit --delay-ms 0 --shares equal measured
     python bench/bench_wan.py --hosts 2 --buckets 3 --strategies two_phase none --methods "qcomm k=1"
+    python bench/bench_wan.py --hosts 2 --delay-ms 40 --loss 0.1% --control cubic --connections 1 8 auto
 
 The model is a chain of linear layers, each of whose gradients, 5.3 MB, is a bucket of DDP. It has next to nothing to
 compute, so that a step is its exchange. With `--width 520`, 1.1 MB a bucket, processors and rates matter less still,
@@ -37,6 +38,8 @@ from wan import add_wan_options, wan_from
 import qcomm
 from qcomm.collectives.options import STRATEGIES
 from qcomm.collectives.telemetry import Event
+from qcomm.communicator import find_communicator
+from qcomm.transport import AUTO
 
 TORCH_HOOKS = {
     "fp32": default_hooks.allreduce_hook,
@@ -67,7 +70,7 @@ class Scene:
         self,
         method: str,
         strategy: str,
-        connections: int,
+        connections: int | str,
         shares: str,
         buckets: int,
         width: int,
@@ -128,7 +131,9 @@ def wait_for_all(margin: float) -> None:
     time.sleep(max(0.0, float(begin) - time.perf_counter()))
 
 
-def measure(method: str, strategy: str, connections: int, shares: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    method: str, strategy: str, connections: int | str, shares: str, arguments: argparse.Namespace
+) -> dict[str, Any]:
     """On every rank: a row of the results."""
     group = dist.new_group()  # a group's connections are alike for all its uses
     scene = Scene(method, strategy, connections, shares, arguments.buckets, arguments.width, group)
@@ -147,10 +152,12 @@ def measure(method: str, strategy: str, connections: int, shares: str, arguments
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     backward, exposed = slowest.T.tolist()
     cuts = statistics.quantiles(exposed, n=10, method="inclusive")
+    communicator = find_communicator(group)  # None for torch's all-reduces
     return {
         "method": method,
         "strategy": strategy,
         "connections": connections,
+        "connections_made": 1 if communicator is None else communicator.connections,
         "shares": shares,
         "link_rates": scene.link_rates,
         "exposed_seconds": statistics.median(exposed),
@@ -178,8 +185,13 @@ def run_rank(arguments: argparse.Namespace) -> None:
     dist.destroy_process_group()
 
 
+def number_or_auto(text: str) -> int | str:
+    return text if text == AUTO else int(text)
+
+
 def show(row: dict[str, Any]) -> None:
-    print(f"{row['method']:<12}{row['strategy']:<12}{row['connections']:>3} {row['shares']:<9}"
+    print(f"{row['method']:<12}{row['strategy']:<12}"
+          f"{row['connections']:>4} ({row['connections_made']}) {row['shares']:<9}"
           f"exposed {row['exposed_seconds']:.3f} s ({row['p10']:.3f} .. {row['p90']:.3f}), "
           f"backward {row['backward_seconds']:.3f} s, {row['bytes_sent'] / 1e6:.3f} MB a step",
           file=sys.stderr, flush=True)  # fmt: skip
@@ -194,7 +206,9 @@ def main() -> int:
     parser.add_argument("--width", type=int, default=WIDTH, help="of a layer, whose gradients are a bucket")
     parser.add_argument("--methods", nargs="+", choices=(*TORCH_HOOKS, *QCOMM), default=["qcomm k=1", "fp32"])
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=["two_phase"], help="of qcomm")
-    parser.add_argument("--connections", nargs="+", type=int, default=[1], help="of qcomm to each host and channel")
+    parser.add_argument(
+        "--connections", nargs="+", type=number_or_auto, default=[1], help="of qcomm to each host and channel, or auto"
+    )
     parser.add_argument("--shares", nargs="+", choices=SHARES, default=["equal"], help="of qcomm's owners")
     parser.add_argument("--steps", type=int, default=9, help="that are counted, of each method")
     add_wan_options(parser)

@@ -30,7 +30,7 @@ def measure_link_rates(
     process_group: Group | None = None,
     *,
     secret: KeyFile | Path | str | None = None,
-    connections: int | None = None,
+    connections: int | str | None = None,
 ) -> tuple[float, ...]:
     """Measures what the link of each rank carries, by messages between all pairs; for the option ``link_rates``.
 

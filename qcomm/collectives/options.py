@@ -12,7 +12,7 @@ from qcomm.collectives.cost_model import Profile
 from qcomm.collectives.error_feedback import check_equilibrium
 from qcomm.collectives.layout import TensorSpec, merge_small
 from qcomm.collectives.owner_shares import checked_link_rates, owner_shares
-from qcomm.transport import MOST_CONNECTIONS, ConnectionOptions, KeyFile
+from qcomm.transport import AUTO, MOST_CONNECTIONS, ConnectionOptions, KeyFile
 
 __all__ = ["STRATEGIES", "VERIFY", "ReduceKeywords", "ReduceOptions", "with_step"]
 
@@ -40,7 +40,7 @@ class ReduceKeywords(TypedDict, total=False):
     profile: Profile | Path | str | None
     verify: str
     secret: KeyFile | Path | str | None
-    connections: int | None
+    connections: int | str | None
     device_codec: bool
 
 
@@ -90,8 +90,10 @@ class ReduceOptions:
             needs the extra ``qcomm[secure]``.
         connections: TCP connections to each other rank, of each channel, at most 64; every message is cut
             into a part for each. More than one carry more over a long path that loses packets, where a single one is
-            slow however fast the link is. A property of the group's connections, as ``secret`` is. By default those
-            that the group has, otherwise one. Sums of uncompressed values take one.
+            slow however fast the link is. With ``"auto"`` the ranks measure a round trip when they connect, and take
+            more than one where it is 20 ms or longer and TCP's congestion control is not BBR, see docs/collective.md.
+            A property of the group's connections, as ``secret`` is. By default those that the group has, otherwise
+            one. Sums of uncompressed values take one.
         device_codec: compress CUDA tensors on the device and exchange them over NCCL, which needs a build with the
             kernels and a group with NCCL. By default tensors on a device are copied to host memory, averaged there like
             those of the CPU, and copied back.
@@ -122,7 +124,7 @@ class ReduceOptions:
     profile: Profile | Path | str | None = None
     verify: str = "interval"
     secret: KeyFile | Path | str | None = None
-    connections: int | None = None
+    connections: int | str | None = None
     device_codec: bool = False
 
     def __post_init__(self) -> None:
@@ -149,10 +151,7 @@ class ReduceOptions:
             raise ValueError(f"verify must be one of {VERIFY}, got {self.verify!r}")
         if not isinstance(self.device_codec, bool):
             raise TypeError(f"device_codec must be a bool, got {type(self.device_codec).__name__}")
-        if self.connections is not None:
-            _check_int("connections", self.connections, 1)
-            if self.connections > MOST_CONNECTIONS:
-                raise ValueError(f"connections must be at most {MOST_CONNECTIONS}, got {self.connections}")
+        _check_connections(self.connections)
         check_num_threads(self.num_threads)
         object.__setattr__(self, "profile", _read_profile(self.profile, self.strategy))
         object.__setattr__(self, "secret", KeyFile.of(self.secret))
@@ -346,6 +345,16 @@ def _check_int(name: str, value: object, least: int) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
+
+
+def _check_connections(connections: object) -> None:
+    if connections is None or connections == AUTO:
+        return
+    allowed = f"'{AUTO}' or an int from 1 to {MOST_CONNECTIONS}"
+    if isinstance(connections, bool) or not isinstance(connections, (int, str)):
+        raise TypeError(f"connections must be {allowed}, got {type(connections).__name__}")
+    if isinstance(connections, str) or not 1 <= connections <= MOST_CONNECTIONS:
+        raise ValueError(f"connections must be {allowed}, got {connections!r}")
 
 
 def _read_profile(profile: object, strategy: str) -> Profile | None:

@@ -13,7 +13,16 @@ import torch.distributed as dist
 
 from qcomm.communicator.worker import Communicator
 from qcomm.errors import CollectiveError, ConfigMismatchError
-from qcomm.transport import MOST_CONNECTIONS, PLAIN, ConnectionOptions, GlooTransport, KeyFile, MpiGroup, secure
+from qcomm.transport import (
+    AUTO,
+    MOST_CONNECTIONS,
+    PLAIN,
+    ConnectionOptions,
+    GlooTransport,
+    KeyFile,
+    MpiGroup,
+    secure,
+)
 
 __all__ = [
     "CHANNELS",
@@ -47,7 +56,8 @@ class _Place:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.communicators: list[Communicator] = []
-        self.options = PLAIN
+        self.options = PLAIN  # with which the first communicator was asked for
+        self.agreed = PLAIN  # the same for the others: "auto" has become a number
         self.dealt = 0  # number of jobs
 
 
@@ -151,13 +161,13 @@ def _place_of(group: Group) -> _Place:
 def _made(group: Group, place: _Place, options: ConnectionOptions, channel: int, channels: int) -> Communicator:
     """Returns the communicator of a channel, after making those that are missing; the place is locked."""
     if isinstance(group, MpiGroup):
-        channel, channels = 0, 1
+        channel, channels, options = 0, 1, options._replace(connections=1)
     while len(place.communicators) < channels:
         first = place.communicators[0] if place.communicators else None
         transport = group.transport if isinstance(group, MpiGroup) else GlooTransport(group)
-        communicator = Communicator(secure(transport, options if first is None else place.options), first)
+        communicator = Communicator(secure(transport, options if first is None else place.agreed), first)
         if first is None:
-            place.options = options
+            place.options, place.agreed = options, options._replace(connections=communicator.connections)
         place.communicators.append(communicator)
         weakref.finalize(group, communicator.close)
         if isinstance(group, MpiGroup):
@@ -185,8 +195,9 @@ def deal_to_tell(group: Group, secret: object, connections: object) -> Communica
     Returns:
         None where the others have an error already: they have met a rank without their secret.
     """
-    key_file, count = None, None
-    if isinstance(connections, int) and 1 <= connections <= MOST_CONNECTIONS:
+    key_file: KeyFile | None = None
+    count: int | str | None = None
+    if connections == AUTO or (isinstance(connections, int) and 1 <= connections <= MOST_CONNECTIONS):
         count = connections
     with suppress(TypeError, ValueError, OSError, RuntimeError):  # without it, this rank greets as one that has none
         key_file = KeyFile.of(secret)
@@ -206,8 +217,10 @@ def give_up(group: Group, reason: str) -> None:
 
 def check_connections(group: Group, options: ConnectionOptions) -> None:
     """Raises ValueError if a group's ranks are connected with another secret or number of connections, or cannot be."""
-    if isinstance(group, MpiGroup) and options.connections not in (None, 1):
-        raise ValueError(f"connections must be 1 with a qcomm.MpiGroup, got {options.connections}")
+    if isinstance(group, MpiGroup):
+        if options.connections not in (None, 1, AUTO):
+            raise ValueError(f"connections must be 1 or 'auto' with a qcomm.MpiGroup, got {options.connections}")
+        options = options._replace(connections=1)  # messages are MPI's own
     with _places_lock:
         place = _places.get(group)
     if place is None or not place.communicators:

@@ -85,6 +85,11 @@ class Communicator:
         return self if self._first is None else self._first
 
     @property
+    def connections(self) -> int:
+        """Returns the number of connections to each rank."""
+        return self._transport.connections
+
+    @property
     def collectives(self) -> int:
         """Returns the number of this channel's collectives that have begun, the same on all ranks."""
         return self._sequence

@@ -72,6 +72,7 @@ class Transport(ABC):
             receiver.
         sources: the other ranks in the order in which they send here.
         run: names these connections, the same on all ranks and another one each time; "" where nothing names them.
+        connections: to each rank.
     """
 
     def __init__(self, ranks: Sequence[int], rank: int, timeout: timedelta) -> None:
@@ -80,6 +81,7 @@ class Transport(ABC):
         self.world_size = len(self.ranks)
         self.timeout = timeout
         self.run = ""
+        self.connections = 1
         distances = range(1, self.world_size)
         self.peers = [other for other in range(self.world_size) if other != rank]
         self.targets = [(rank + distance) % self.world_size for distance in distances]

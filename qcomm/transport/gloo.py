@@ -103,6 +103,7 @@ class GlooTransport(Transport):
                 f"{list(self.ranks)}: {error}"
             ) from error
         self._gloo = GlooConnections([self._gloo, *more])
+        self.connections = connections
 
     @property
     def is_closed(self) -> bool:

@@ -118,7 +118,7 @@ class SealedTransport(Transport):
 
     def __init__(self, inner: Transport, sending: dict[int, Direction], receiving: dict[int, Direction]) -> None:
         super().__init__(inner.ranks, inner.rank, inner.timeout)
-        self.run = inner.run
+        self.run, self.connections = inner.run, inner.connections
         self._inner = inner
         self._sending, self._receiving = sending, receiving
 
@@ -126,6 +126,11 @@ class SealedTransport(Transport):
     def is_closed(self) -> bool:
         """Returns True if the connections are closed."""
         return self._inner.is_closed
+
+    def widen(self, connections: int) -> None:
+        """Makes more connections to each rank, see :meth:`Transport.widen`."""
+        self._inner.widen(connections)
+        self.connections = self._inner.connections
 
     def start_send(self, target: int, message: torch.Tensor, tag: int) -> Transfer:
         """Seals and sends a message, see :meth:`Transport.start_send`."""

@@ -2,8 +2,7 @@
 
 Every rank sends every other a *greeting*, whether it has a secret or not, so that no rank waits where only some have
 one, or where they want different numbers of connections. It holds a public key of X25519 that is made for these
-connections and then forgotten. Each pair of ranks mixes the
-result of that exchange with the secret::
+connections and then forgotten. Each pair of ranks mixes the result of that exchange with the secret::
 
     HKDF-SHA256(X25519(own private, other's public) | secret, info: label | ranks | both public keys)
 
@@ -26,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qcomm.errors import ConfigMismatchError
+from qcomm.transport.auto_connections import AUTO, agree_on_connections
 from qcomm.transport.base import Transport, TransportError
 from qcomm.transport.key_file import KeyFile
 from qcomm.transport.sealed import KEY_BYTES, Direction, SealedTransport
@@ -41,8 +41,8 @@ CHECKSUM = struct.Struct("<q")
 RANKS = struct.Struct("<QQQ")
 NO_KEY = bytes(32)
 
-
 MOST_CONNECTIONS = 64
+AUTOMATIC = 0  # in a greeting, the number of connections of a rank whose option is AUTO
 
 
 class ConnectionOptions(NamedTuple):
@@ -50,11 +50,12 @@ class ConnectionOptions(NamedTuple):
 
     Attributes:
         secret: with which all messages are sealed; None if they are not.
-        connections: to each rank, of each channel; None for those that there are, otherwise one.
+        connections: to each rank, of each channel; AUTO for as many as the ranks agree on when they connect, None for
+            those that there are, otherwise one.
     """
 
     secret: KeyFile | None = None
-    connections: int | None = None
+    connections: int | str | None = None
 
 
 PLAIN = ConnectionOptions()
@@ -90,6 +91,8 @@ def secure(transport: Transport, options: ConnectionOptions) -> Transport:
             secured = transport
         else:
             secured = _seal(transport, options.secret, options)
+        if options.connections == AUTO:
+            secured.widen(agree_on_connections(secured))
         stack.pop_all()
         return secured
 
@@ -117,8 +120,9 @@ def _seal(transport: Transport, secret: KeyFile, options: ConnectionOptions) -> 
 
 
 def _exchange(transport: Transport, options: ConnectionOptions, public_key: bytes) -> list[bytes]:
-    """Greets all ranks and makes the further connections; returns each rank's public key."""
-    has_secret, connections = options.secret is not None, options.connections or 1
+    """Greets all ranks and makes a named number of connections; returns each rank's public key."""
+    has_secret = options.secret is not None
+    connections = AUTOMATIC if options.connections == AUTO else int(options.connections or 1)
     words = GREETING.pack(MAGIC, has_secret, public_key, connections)
     message = torch.frombuffer(bytearray(words + CHECKSUM.pack(zlib.crc32(words))), dtype=torch.uint8)
     received = transport.exchange_small([message] * transport.world_size, "waiting for the greetings")
@@ -135,7 +139,8 @@ def _exchange(transport: Transport, options: ConnectionOptions, public_key: byte
         found.append((bool(has), count, key))
     _check_alike(transport, [has for has, _, _ in found], has_secret)
     _check_connections(transport, [count for _, count, _ in found])
-    transport.widen(connections)
+    if connections != AUTOMATIC:
+        transport.widen(connections)
     return [key for _, _, key in found]
 
 
@@ -154,8 +159,8 @@ def _check_connections(transport: Transport, found: Sequence[int]) -> None:
     for rank, count in zip(transport.ranks, found, strict=True):
         if count != mine:
             raise ConfigMismatchError(
-                f"ranks are configured differently in connections: rank {transport.ranks[transport.rank]} has {mine}, "
-                f"rank {rank} has {count}"
+                f"ranks are configured differently in connections: rank {transport.ranks[transport.rank]} has "
+                f"{mine or AUTO}, rank {rank} has {count or AUTO}"
             )
 
 

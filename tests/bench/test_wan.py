@@ -220,6 +220,18 @@ def test_a_stream_survives_losses_whole(wan, netlab, tmp_path, rate):
     assert figures["no_room"] == 0
 
 
+def test_connections_are_chosen_by_what_a_path_is_like(wan, netlab, tmp_path):
+    """The rule is that of tests/transport/test_auto_connections.py; these are the times and names that it is given."""
+    program = "import torch, qcomm, torch.distributed as dist\nfrom qcomm.communicator import find_communicator\n"
+    program += "qcomm.init_from_environment()\nqcomm.all_reduce(torch.ones(5000), connections='auto')\n"
+    program += "print(find_communicator(dist.group.WORLD).connections, flush=True)\n"
+    out = tmp_path / "out"
+    with out.open("w") as output, netlab.Netlab(2, "100mbit", wan.Wan(delay_ms=20, control="cubic")) as lab:
+        assert lab.run([sys.executable, "-c", program], timeout=120, stdout=output) == 0
+    first, other = map(int, out.read_text().split())
+    assert first == other and 4 <= first <= 8  # a busy machine delays messages further
+
+
 def test_a_hub_that_dies_is_an_error(wan, netlab):
     with netlab.Netlab(2, "100mbit", wan.Wan(delay_ms=1)) as lab:
         killer = f"kill -9 {lab._hub.process.pid}; exec tail -f /dev/null"

@@ -90,6 +90,11 @@ def same_as_gloo():
             qcomm.all_reduce(over_mpi, group=pieces, strategy=strategy)
             qcomm.all_reduce(over_gloo, strategy=strategy)
             assert torch.equal(over_mpi, over_gloo), strategy
+    # Messages are MPI's own, so there is nothing to measure.
+    over_mpi, over_gloo = values(4097), values(4097)
+    qcomm.all_reduce(over_mpi, group=group, strategy="two_phase", connections="auto")
+    qcomm.all_reduce(over_gloo, strategy="two_phase")
+    assert torch.equal(over_mpi, over_gloo)
     train_same(dist, group)
     group.close()
     dist.destroy_process_group()

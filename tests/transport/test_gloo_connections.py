@@ -145,7 +145,7 @@ def test_ranks_that_differ_are_told_and_so_is_a_later_use(rank, world_size):
 
 @world(2)
 def test_a_rank_with_a_number_that_is_refused_tells_the_others(rank, world_size):
-    for wrong, kind in ((0, ValueError), (MOST_CONNECTIONS + 1, ValueError), ("2", TypeError), (True, TypeError)):
+    for wrong, kind in ((0, ValueError), (MOST_CONNECTIONS + 1, ValueError), ("2", ValueError), (True, TypeError)):
         group = new_group()
         expected = kind if rank == 1 else qcomm.CollectiveError
         with pytest.raises(expected, match="connections must be"):
@@ -156,10 +156,11 @@ def test_a_rank_with_a_number_that_is_refused_tells_the_others(rank, world_size)
 @pytest.mark.parametrize(
     ("wrong", "kind", "text"),
     [
-        (0, ValueError, "connections must be >= 1, got 0"),
-        (65, ValueError, "connections must be at most 64, got 65"),
-        (2.0, TypeError, "connections must be an int, got float"),
-        (True, TypeError, "connections must be an int, got bool"),
+        (0, ValueError, "connections must be 'auto' or an int from 1 to 64, got 0"),
+        (65, ValueError, "connections must be 'auto' or an int from 1 to 64, got 65"),
+        (2.0, TypeError, "connections must be 'auto' or an int from 1 to 64, got float"),
+        (True, TypeError, "connections must be 'auto' or an int from 1 to 64, got bool"),
+        ("many", ValueError, "connections must be 'auto' or an int from 1 to 64, got 'many'"),
     ],
 )
 def test_numbers_that_are_refused(wrong, kind, text):
