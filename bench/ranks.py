@@ -23,6 +23,7 @@ from netlab import UNAVAILABLE, Netlab, NetlabError, end_cleanly
 from wan import Wan
 
 import qcomm
+from qcomm.transport.auto_connections import congestion_control
 from qcomm.transport.launchers import LAUNCHERS, find_place
 
 LOOPBACK = "none"  # the rate of links that nothing limits
@@ -48,6 +49,7 @@ def about(wan: Wan | None = None, **settings: object) -> dict[str, Any]:
         "torch": torch.__version__,
         "cores": os.cpu_count(),
         "load": os.getloadavg(),
+        "congestion_control": (wan.control if wan is not None else "") or congestion_control(),
         **settings,
         **({} if wan is None else {"wan": asdict(wan)}),
     }
