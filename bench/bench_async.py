@@ -150,7 +150,7 @@ def main() -> int:
     parser.add_argument("--delays-ms", nargs="+", type=float, default=[0.0, 50.0], help="one way, between two hosts")
     parser.add_argument("--tensors", type=int, default=8)
     parser.add_argument("--mib", type=float, default=4.0, help="of each tensor")
-    parser.add_argument("--turns", type=int, default=11, help="that are counted")
+    parser.add_argument("--turns", type=int, default=9, help="that are counted")
     parser.add_argument("--margin", type=float, default=BEGIN_SECONDS, help="seconds until all ranks begin")
     parser.add_argument("--json", type=Path, help="where the figures go")
     arguments = parser.parse_args()

@@ -17,6 +17,8 @@
 #   wan_check 12   whether links with delay and loss have what was asked for
 #   wan       3    a step of five buckets between 4 hosts, 100 Mb/s and 50 ms
 #   wan_lossy 9    1 to 16 connections over 100 Mb/s, 80 ms there and back and 0.1 % loss, with cubic
+#   wan_auto 9     connections="auto" against fixed numbers on four kinds of links
+#   async     6    all-reduces under way against one after another: 100 Mb/s and 1 Gb/s, without delay and with 50 ms
 #   planner_wan 30 what qcomm plan predicts of steps between distant hosts: 32 scenes
 #   plots     0    PNGs, and the tables of README and docs/measurements.md
 set -euo pipefail
@@ -27,7 +29,7 @@ python=${PYTHON:-.venv/bin/python}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 results=bench/results
 steps=("${@:-all}")
-[ "${steps[*]}" != all ] || steps=(allreduce feedback planner slices sizes pairs step scaling bitrate accuracy verify sealed wan_check wan wan_lossy planner_wan plots)
+[ "${steps[*]}" != all ] || steps=(allreduce feedback planner slices sizes pairs step scaling bitrate accuracy verify sealed wan_check wan wan_lossy wan_auto async planner_wan plots)
 
 run() {
     echo "run_all: bench/$*"
@@ -60,10 +62,21 @@ step() {
             run bench_wan.py "${lossy[@]}" --methods "qcomm k=0.5" --connections 1 4 8 16 --buckets 8 --width 2500 \
                 --json $results/wan_lossy.json
             run bench_wan.py "${lossy[@]}" --methods fp32 --buckets 1 --json $results/wan_lossy_fp32.json ;;
+        wan_auto)
+            auto=(--hosts 2 --methods "qcomm k=0.5" --buckets 8 --width 2500)
+            run bench_wan.py "${auto[@]}" --delay-ms 40 --loss 0.1% --control cubic --connections 1 8 auto \
+                --json $results/wan_auto.json
+            run bench_wan.py "${auto[@]}" --delay-ms 40 --control cubic --connections 1 auto 1 auto \
+                --json $results/wan_auto_clean.json
+            run bench_wan.py "${auto[@]}" --delay-ms 0.5 --control cubic --connections 1 auto 8 \
+                --json $results/wan_auto_short.json
+            run bench_wan.py "${auto[@]}" --delay-ms 40 --loss 0.1% --control bbr --connections 1 auto 8 \
+                --json $results/wan_auto_bbr.json ;;
+        async) run bench_async.py --turns 9 --json $results/async.json ;;
         planner_wan) run check_planner_wan.py --json $results/planner_wan.json || true ;;  # as planner
         accuracy) run bench_time_to_accuracy.py --json $results/time_to_accuracy.json ;;
         plots) run plots.py && "$python" tools/make_tables.py ;;
-        *) sed -n '2,21p' "$0" >&2; exit 2 ;;
+        *) sed -n '2,23p' "$0" >&2; exit 2 ;;
     esac
 }
 

@@ -185,6 +185,41 @@ def wan_lossy() -> str:
     return markdown(headings, rows) + measured_on(document)
 
 
+AUTO_LINKS = {
+    "wan_auto.json": "80 ms, 0.1 % lost, cubic",
+    "wan_auto_clean.json": "80 ms, cubic",
+    "wan_auto_short.json": "1 ms, cubic",
+    "wan_auto_bbr.json": "80 ms, 0.1 % lost, BBR",
+}
+
+
+def wan_auto() -> str:
+    """``bench/bench_wan.py --connections auto``: against fixed numbers, on links of several kinds."""
+    rows, loads = [], []
+    for name, link in AUTO_LINKS.items():
+        document = read(name)
+        loads.append(f"{document['load'][0]:.1f}")
+        for row in document["rows"]:
+            spread = f"{row['p10']:.2f} … {row['p90']:.2f}"
+            asked, made = str(row["connections"]), str(row["connections_made"])
+            rows.append([link, asked, made, f"{row['exposed_seconds']:.2f}", spread])
+    table = markdown(["there and back", "connections=", "made", "s exposed", "p10 … p90"], rows)
+    return table + f"\nLoad averages before the runs: {', '.join(loads)} on {document['cores']} cores.\n"
+
+
+def several_under_way() -> str:
+    """``bench/bench_async.py``: all-reduces under way at once against the same ones one after another."""
+    document, rows = read("async.json"), []
+    for row in document["rows"]:
+        times = [f"{1e3 * row[way]['median']:.0f}" for way in ("one_after_another", "under_way")]
+        ratio = row["ratio"]
+        place = f"{RATES.get(row['rate'], row['rate'])}, {row['delay_ms']:g} ms one way"
+        spread = f"{ratio['p10']:.2f} … {ratio['p90']:.2f}"
+        rows.append([place, row["method"], *times, f"{ratio['median']:.2f}", spread])
+    headings = ["link", "method", "ms one after another", "ms under way", "times", "p10 … p90"]
+    return markdown(headings, rows) + measured_on(document)
+
+
 def wan_check() -> str:
     """``bench/check_wan.py``: what links with delay and loss carry, in relation to what was asked for."""
     document, rows = read("wan_check.json"), []
@@ -475,6 +510,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "wan": wan,
     "wan_check": wan_check,
     "wan_lossy": wan_lossy,
+    "wan_auto": wan_auto,
+    "several_under_way": several_under_way,
     "averaging": averaging,
     "diloco": diloco,
     "planner_check": planner_check,
