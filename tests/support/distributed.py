@@ -15,6 +15,7 @@ import os
 import pickle
 import shutil
 import tempfile
+import threading
 import traceback
 from contextlib import contextmanager
 from datetime import timedelta
@@ -282,6 +283,9 @@ def assert_same_on_all_ranks(*tensors):
         assert torch.equal(mine, other), f"rank {rank} differs in {int((mine != other).sum())} of {mine.numel()} bytes"
 
 
+_counting = threading.Lock()  # the channels' workers send at the same time
+
+
 class CountingGloo:
     """Stands before the gloo connections of a channel and counts the bytes handed to them, by the rank they go to.
 
@@ -300,7 +304,8 @@ class CountingGloo:
         return sum(sent_to[dist.get_rank()] for sent_to in gathered(self.sent_to))
 
     def send(self, tensors, target, tag):
-        self.sent_to[target] += sum(tensor.nbytes for tensor in tensors)
+        with _counting:
+            self.sent_to[target] += sum(tensor.nbytes for tensor in tensors)
         return self.gloo.send(tensors, target, tag)
 
     def recv(self, tensors, source, tag):
