@@ -26,6 +26,7 @@ from qcomm.planner import (
     Request,
     Scheduler,
     anchored,
+    assumed_codec,
     assumptions,
     bandwidth_text,
     built_in,
@@ -156,7 +157,7 @@ class PlanOptions:
         metadata=option(
             "10^9 bytes of fp32 gradients that a GPU's codec handles a second: an assumption.",
             _EXCHANGE,
-            shown=f"{ASSUMED_CODEC.encode_gb_per_s:g}, or --profile's",
+            shown=f"{ASSUMED_CODEC.encode_gb_per_s:g}, a model's for A100 and H100, or --profile's",
         ),
     )
     scheduler: str = field(default="ddp", metadata=option("One of {choices}.", _EXCHANGE, choices=SCHEDULERS))
@@ -262,7 +263,7 @@ class PlanOptions:
         if self.codec_gbps is not None:
             return replace(ASSUMED_CODEC, encode_gb_per_s=self.codec_gbps, decode_gb_per_s=self.codec_gbps)
         if measured is None:
-            return ASSUMED_CODEC
+            return assumed_codec(gpu_named(self.gpu))
         codec = measured.codec
         return Codec(codec.encode_gb_per_s, codec.decode_gb_per_s, on_gpu=False, assumed=False, ratio=codec.ratio)
 

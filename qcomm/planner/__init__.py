@@ -24,7 +24,17 @@ from qcomm.planner.hardware import (
 from qcomm.planner.measure import profile
 from qcomm.planner.methods import Codec, Method, method_named
 from qcomm.planner.models import MODEL_NAMES, built_in
-from qcomm.planner.plan import ASSUMED_CODEC, JITTER, Prediction, Request, anchored, predict, speedup, trace_step
+from qcomm.planner.plan import (
+    ASSUMED_CODEC,
+    JITTER,
+    Prediction,
+    Request,
+    anchored,
+    assumed_codec,
+    predict,
+    speedup,
+    trace_step,
+)
 from qcomm.planner.plots import check_plots, plot_efficiency, plot_heat_map
 from qcomm.planner.profiles import ModelProfile, ParameterTensor
 from qcomm.planner.report import assumptions, document, print_estimate, print_table
@@ -53,6 +63,7 @@ __all__ = [
     "Request",
     "Scheduler",
     "anchored",
+    "assumed_codec",
     "assumptions",
     "bandwidth_text",
     "built_in",

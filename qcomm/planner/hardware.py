@@ -54,6 +54,8 @@ class Gpu:
         inside: key of ``INSIDE`` for its usual link in a node.
         uncertainty: uncertainty of the rates, as a fraction.
         memory_gb: of its largest version, 10^9 bytes.
+        codec_gb_per_s: speed of qcomm's encoder and decoder by the model of its kernels, 10^9 bytes of fp32 gradients
+            a second; None where there is no model.
     """
 
     name: str
@@ -62,6 +64,7 @@ class Gpu:
     inside: str
     uncertainty: float
     memory_gb: float
+    codec_gb_per_s: tuple[float, float] | None = None
 
     def flops_per_second(self, family: str, precision: str) -> float:
         """Returns the operations a second of a training step.
@@ -98,6 +101,11 @@ def _as_a100(memory: float, tensor: float) -> dict[tuple[str, str], float]:
     return _rates(tuple(memory * r for r in resnet), tuple(wide * r for r in transformer), (VGG_TENSOR, VGG_TENSOR))
 
 
+# Encoding with a residual and decoding, a bucket of 25 MiB in pairs: bench/results/cuda_model.json, in which the longer
+# times of smaller buckets are, too. The model follows compiled code and has seen no GPU. An H200 has an H100's
+# processors, and its larger bandwidth is not what a bucket of that size waits for.
+_CODEC_A100, _CODEC_H100 = (249.0, 822.0), (450.0, 989.0)
+
 GPUS: Mapping[str, Gpu] = {
     gpu.name: gpu
     for gpu in (
@@ -107,9 +115,9 @@ GPUS: Mapping[str, Gpu] = {
         Gpu("v100", _rates((9.01, 29.4), (8.5, 32.3), (VGG_FP32, VGG_TENSOR)), 900.0, "nvlink2", 0.1, 34.0),
         # 428 of 1261 and 1198 of 3382 images/s of inference.
         Gpu("t4", _rates((3.06, 10.4), (2.9, 11.4), (VGG_FP32, VGG_TENSOR)), 320.0, "pcie", 0.3, 16.0),
-        Gpu("a100", _rates(*_A100, (VGG_TENSOR, VGG_TENSOR)), 2039.0, "nvlink3", 0.1, 85.0),
-        Gpu("h100", _as_a100(3350 / 2039, 989 / 312), 3350.0, "nvlink4", 0.3, 85.0),
-        Gpu("h200", _as_a100(4800 / 2039, 989 / 312), 4800.0, "nvlink4", 0.3, 151.0),
+        Gpu("a100", _rates(*_A100, (VGG_TENSOR, VGG_TENSOR)), 2039.0, "nvlink3", 0.1, 85.0, _CODEC_A100),
+        Gpu("h100", _as_a100(3350 / 2039, 989 / 312), 3350.0, "nvlink4", 0.3, 85.0, _CODEC_H100),
+        Gpu("h200", _as_a100(4800 / 2039, 989 / 312), 4800.0, "nvlink4", 0.3, 151.0, _CODEC_H100),
     )
 }
 

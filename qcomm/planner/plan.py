@@ -22,6 +22,7 @@ __all__ = [
     "Request",
     "Speedup",
     "anchored",
+    "assumed_codec",
     "other_fabric",
     "predict",
     "simulated",
@@ -31,7 +32,8 @@ __all__ = [
 ]
 
 MOST_GPUS = 65_536
-# dietGPU codes at 250 GB/s and more on an A100, entropy coding alone. A tenth of that is assumed until it is measured.
+# dietGPU codes at 250 GB/s and more on an A100, entropy coding alone. A tenth of that is assumed until it is measured,
+# where there is no model of qcomm's own kernels.
 ASSUMED_CODEC = Codec(25.0, 25.0, on_gpu=True, assumed=True)
 JITTER = 0.02
 
@@ -43,6 +45,22 @@ CODEC_FACTOR, ASSUMED_CODEC_FACTOR = 1.2, 4.0
 # less well than one, and reach a part of what nccl-tests measures.
 TENSOR_FACTOR, TOGETHER_FACTOR, INSIDE_FACTOR, ALGORITHM_FACTOR = 3.0, 1.06, 2.0, 1.3
 ANCHOR_STEPS = 40  # of a bisection: far below any error
+
+
+def assumed_codec(gpu: Gpu | None) -> Codec:
+    """Returns the codec's assumed speed on a GPU.
+
+    A GPU without a model of the codec's kernels gets ``ASSUMED_CODEC``.
+
+    Example:
+        >>> from qcomm.planner.hardware import GPUS
+        >>> assumed_codec(GPUS["v100"]) == ASSUMED_CODEC, assumed_codec(GPUS["h100"]).encode_gb_per_s > 100
+        (True, True)
+    """
+    if gpu is None or gpu.codec_gb_per_s is None:
+        return ASSUMED_CODEC
+    encode, decode = gpu.codec_gb_per_s
+    return replace(ASSUMED_CODEC, encode_gb_per_s=encode, decode_gb_per_s=decode)
 
 
 @dataclass(frozen=True)

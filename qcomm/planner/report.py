@@ -13,7 +13,7 @@ from rich.table import Table
 
 from qcomm.planner.advice import Verdict, bandwidth_text
 from qcomm.planner.estimate import Estimate
-from qcomm.planner.plan import Prediction, Request, other_fabric
+from qcomm.planner.plan import ASSUMED_CODEC, Prediction, Request, assumed_codec, other_fabric
 
 __all__ = ["assumptions", "document", "memory_at_least", "print_estimate", "print_table"]
 
@@ -29,8 +29,13 @@ def assumptions(request: Request) -> list[str]:
     """Lists the unmeasured inputs of the prediction, one sentence each."""
     codec, found = request.codec, []
     if codec.assumed:
+        speed = f"codes {codec.encode_gb_per_s:g}"
+        modelled = codec == assumed_codec(request.gpu) != ASSUMED_CODEC
+        if modelled:
+            speed = f"encodes {codec.encode_gb_per_s:g} and decodes {codec.decode_gb_per_s:g}"
         found.append(
-            f"ASSUMED, not measured: qcomm codes {codec.encode_gb_per_s:g} GB/s of fp32 gradients on each GPU. Its "
+            f"ASSUMED, not measured: qcomm {speed} GB/s of fp32 gradients on each GPU"
+            f"{', by a model of its compiled kernels' if modelled else ''}. Its "
             "kernels and its NCCL path have never run on one; set --codec-gbps to what you believe."
         )
     elif not codec.on_gpu:

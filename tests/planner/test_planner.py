@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from qcomm.planner.advice import break_even, no_verdict, verdict
 from qcomm.planner.estimate import estimate
 from qcomm.planner.hardware import FABRICS, GPUS, inside_link
 from qcomm.planner.methods import Codec
-from qcomm.planner.plan import ASSUMED_CODEC, MOST_GPUS, anchored, jobs
+from qcomm.planner.plan import ASSUMED_CODEC, MOST_GPUS, anchored, assumed_codec, jobs
 from qcomm.planner.published import CALIBRATION, CHECK, PUBLISHED
 from qcomm.planner.report import assumptions
 from qcomm.planner.schedulers import Ddp, Horovod
@@ -283,6 +284,19 @@ def test_bad_requests(changes, match):
 
 def invoke(*arguments):
     return CliRunner().invoke(app, ["plan", *arguments], catch_exceptions=False, env={"COLUMNS": "160"})
+
+
+@pytest.mark.parametrize(("gpu", "modelled"), [("a100", "A100"), ("h100", "H100"), ("h200", "H100")])
+def test_a_gpu_has_the_speed_of_the_model(gpu, modelled):
+    rows = json.loads((Path(__file__).parents[2] / "bench/results/cuda_model.json").read_text())["rows"]
+    found = assumed_codec(GPUS[gpu])
+    for operation, rate in (("encode, residual", found.encode_gb_per_s), ("decode", found.decode_gb_per_s)):
+        (row,) = (r for r in rows if (r["operation"], r["mebibytes"], r["gpu"]) == (operation, 25, modelled))
+        assert rate == pytest.approx(25 * 2**20 / row["microseconds"] / 1e3, rel=0.1)
+    assert found.assumed and found.on_gpu
+    request = replace(RESNET, gpu=GPUS[gpu], codec=found)
+    assert "by a model of its compiled kernels" in assumptions(request)[0]
+    assert "by a model" not in assumptions(replace(request, codec=ASSUMED_CODEC))[0]
 
 
 def test_the_command_line_writes_everything(tmp_path):
