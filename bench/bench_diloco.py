@@ -12,8 +12,14 @@ A method may end with ``streamed``: three fragments, merged three steps after th
 average at most 0.01 nats above that of fp32 DiLoCo of the same period, and the 95 % interval of the paired differences
 is not wholly above zero.
 
-One seed gives all methods the same weights and sequences. Bits are those of all messages of ranks on their mean, with
-headers, by the parameters and steps. Runs are lines of ``--runs``; those that it holds already are skipped.
+One seed gives all methods the same weights and sequences. Bits are those of messages, by the parameters and steps, as
+averages over the ranks. The two ways of an exchange are counted apart, by the library's counters: ``values`` are the
+packets in which a rank sends its own movement, ``means`` the packets of means that it gets back, and ``headers`` all
+else that it sends. ``sent`` and ``received`` are all bytes of a rank, which also sends the means of its own part and
+gets the others' values. An uncompressed sum goes round a ring twice: once are the values, once the means. The sparse
+rival has no means: a rank gets back the values of all others.
+
+Runs are lines of ``--runs``; those that it holds already are skipped.
 """
 
 import argparse
@@ -56,6 +62,7 @@ SEEDS, ENOUGH_SEEDS = 5, 3
 ALLOWED_NATS = 0.01
 STREAMED = {"fragments": 3, "delay": 3}
 SMALL = Setting(steps=600, rate=0.004, batch=4, width=64, depth=2)
+COUNTERS = ("bytes_sent", "bytes_received", "bytes_of_values", "bytes_of_means", "bytes_of_headers")
 TINY = Setting(steps=20, batch=2, context=16, width=32, depth=1, heads=2)
 EXAMPLES = """examples:
   python bench/bench_diloco.py --quick
@@ -142,16 +149,28 @@ def train(run: Run, text: Text) -> dict[str, Any]:
         diloco.finish()
     last = losses[-max(1, setting.steps // 10) :]
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    ring = 2 * (setting.ranks - 1) / setting.ranks * 4 * parameters * setting.steps
-    stats = {"bytes_sent": ring, "bytes_received": ring} if diloco is None else diloco.stats()
-    names = ("bytes_sent", "bytes_received", "bits_per_element_compressed", "steps")
+    stats = count(diloco, parameters, setting)
     return {
         "parameters": parameters,
         "held_out_loss": evaluate(model, text, setting) if rank == 0 else None,
         "train_loss": sum(last) / len(last),
-        "stats": {name: stats[name] for name in names if name in stats},
+        "stats": stats,
         "seconds": time.perf_counter() - begin,
     }
+
+
+def count(outer: "qcomm.DiLoCo | SparseOuter | None", parameters: int, setting: Setting) -> dict[str, float]:
+    """Returns COUNTERS of this rank, and where the library has them the number of exchanges and their bits a value."""
+    if outer is None:
+        once = (setting.ranks - 1) / setting.ranks * 4 * parameters * setting.steps
+        return dict(zip(COUNTERS, (2 * once, 2 * once, once, once, 0.0), strict=True))
+    stats = outer.stats()
+    if isinstance(outer, SparseOuter):
+        sent, received = stats["bytes_sent"], stats["bytes_received"]
+        return {**dict(zip(COUNTERS, (sent, received, sent, received, 0.0), strict=True)), "steps": stats["steps"]}
+    ways = stats["bytes_sent_phase1"], stats["bytes_received_phase2"], stats["bytes_sent_overhead"]
+    bytes_of = dict(zip(COUNTERS, (stats["bytes_sent"], stats["bytes_received"], *ways), strict=True))
+    return {**bytes_of, **{name: stats[name] for name in ("bits_per_element_compressed", "steps")}}
 
 
 def run_missing(missing: Sequence[Run], path: Path, files: int, command: str) -> None:
@@ -163,7 +182,7 @@ def run_missing(missing: Sequence[Run], path: Path, files: int, command: str) ->
         ranks: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(ranks, result)
         if dist.get_rank() == 0:
-            for name in ("bytes_sent", "bytes_received"):
+            for name in COUNTERS:
                 result["stats"][name] = statistics.fmean(one["stats"][name] for one in ranks)
             result["train_loss"] = statistics.fmean(one["train_loss"] for one in ranks)
             append(path, {**run.key(text), "commit": commit(), "command": command, **result})
@@ -194,9 +213,10 @@ def summarise(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             "loss_by_seed": losses,
             "mean_loss": statistics.fmean(losses.values()),
         }
-        for name in ("sent", "received"):
-            sizes = [record["stats"][f"bytes_{name}"] for record in of_seed.values()]
-            row[f"bits_{name}"] = 8 * statistics.fmean(sizes) / (parameters * steps)
+        for name in COUNTERS:  # in older runs values and means were not counted apart
+            if sizes := [record["stats"][name] for record in of_seed.values() if name in record["stats"]]:
+                row[name.replace("bytes", "bits")] = 8 * statistics.fmean(sizes) / (parameters * steps)
+                row["seeds_of_ways"] = len(sizes)
         for name, reference in (("fp32", (period, REFERENCE + mode)), ("ddp", (0, "ddp"))):
             others = grouped.get((parameters, steps, *reference), {})
             both = [seed for seed in losses if seed in others]
@@ -239,7 +259,8 @@ def write(path: Path, records: Sequence[dict[str, Any]], command: str) -> None:
 def print_table(records: Sequence[dict[str, Any]]) -> None:
     print(
         f"{'parameters':>10}{'steps':>7}{'period':>7}  {'method':<16}{'seeds':>5}{'nats':>9}{'minus fp32':>12}"
-        f"{'95 % interval':>20}{'minus ddp':>11}{'bits sent':>11}{'received':>10}  verdict"
+        f"{'95 % interval':>20}{'minus ddp':>11}{'bits sent':>11}{'received':>10}{'values':>9}{'means':>9}"
+        f"{'headers':>9}  verdict"
     )
     for row in summarise(records):
         cells = ["", "", ""]
@@ -249,10 +270,12 @@ def print_table(records: Sequence[dict[str, Any]]) -> None:
                 cells[1] = "{:+.4f} .. {:+.4f}".format(*row["minus_fp32"]["interval"])
         if "minus_ddp" in row:
             cells[2] = f"{row['minus_ddp']['difference']:+.4f}"
+        found = [row.get(f"bits_of_{name}") for name in ("values", "means", "headers")]
+        ways = "".join(f"{'' if bits is None else format(bits, '.4f'):>9}" for bits in found)
         print(
             f"{row['parameters']:>10}{row['steps']:>7}{row['period']:>7}  {row['method']:<16}{row['seeds']:>5}"
             f"{row['mean_loss']:>9.4f}{cells[0]:>12}{cells[1]:>20}{cells[2]:>11}{row['bits_sent']:>11.4f}"
-            f"{row['bits_received']:>10.4f}  {row.get('verdict', '')}"
+            f"{row['bits_received']:>10.4f}{ways}  {row.get('verdict', '')}"
         )
 
 

@@ -7,6 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from distributed import assert_same_on_all_ranks, world
 from studies import BENCH
 
@@ -42,6 +43,45 @@ def test_methods_are_named_with_both_steps(bench):
     for wrong in ("k", "sparse", "fp16", "k=2 later"):
         with pytest.raises(ValueError, match="method is"):
             study.options_of(wrong)
+
+
+def record(study, method, seed, loss, **counted):
+    stats = dict.fromkeys(study.COUNTERS[:2], 3000.0) | counted
+    key = {"parameters": 1000, "steps": 10, "period": 5, "method": method, "seed": seed}
+    return {**key, "held_out_loss": loss, "stats": stats}
+
+
+def test_ways_are_counted_apart_where_runs_have_them(bench):
+    study, _ = bench
+    ways = {"bytes_of_values": 1000.0, "bytes_of_means": 1750.0, "bytes_of_headers": 250.0}
+    records = [record(study, "fp32", seed, 2.0) for seed in range(3)]
+    records += [record(study, "k=1", seed, 2.0 + 0.001 * seed, **(ways if seed else {})) for seed in range(3)]
+    before, now = study.summarise(records)
+    assert before["bits_sent"] == now["bits_sent"] == 2.4 and "bits_of_values" not in before
+    assert [now[f"bits_of_{way}"] for way in ("values", "means", "headers")] == [0.8, 1.4, 0.2]
+    assert now["seeds_of_ways"] == 2
+    assert now["verdict"] == "no loss" and now["minus_fp32"]["difference"] == pytest.approx(0.001)
+
+
+@world(2)
+def test_values_and_means_make_up_all_bytes(rank, world_size):
+    pytest.importorskip("scipy", reason="scipy, which has the t distribution, is not installed")
+    with mock.patch.object(sys, "path", [str(BENCH), *sys.path]):
+        import bench_diloco as study
+        import transformer_training
+    text = transformer_training.Text("qcomm counts the ways of an exchange apart. " * 40)
+    setting = transformer_training.Setting(ranks=2, steps=4, batch=2, context=16, width=32, depth=1, heads=2)
+    found = {}
+    for method, period in (("ddp", 0), ("fp32", 2), ("k=1", 2), ("k=2/2", 2), ("sparse=1", 2)):
+        stats = study.train(study.Run(method, period, setting), text)["stats"]
+        counted = torch.tensor([stats[name] for name in study.COUNTERS], dtype=torch.float64)
+        dist.all_reduce(counted)  # one rank's means are larger than the other's
+        found[method] = dict(zip(study.COUNTERS, counted.tolist(), strict=True))
+        sent, received, *ways = counted.tolist()
+        assert sent == received and (sum(ways) == sent or method == "sparse=1"), method
+    assert found["ddp"]["bytes_of_values"] == 2 * found["fp32"]["bytes_of_values"]
+    assert found["k=2/2"]["bytes_of_means"] < found["k=1"]["bytes_of_means"] < found["fp32"]["bytes_of_means"] / 8
+    assert found["k=2/2"]["bytes_of_values"] < found["k=1"]["bytes_of_values"]
 
 
 @world(2)
