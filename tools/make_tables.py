@@ -307,14 +307,15 @@ def diloco() -> str:
         if "minus_ddp" in row:
             beside = f"{row['minus_ddp']['difference']:+.3f}"
         method = "fp32 in every step" if row["method"] == "ddp" else f"{row['method']}, H={row['period']}"
-        bits = [f"{row[name]:.3g}" for name in ("bits_sent", "bits_received")]
+        ways = "bits_of_values", "bits_of_means", "bits_of_headers", "bits_sent", "bits_received"
+        bits = [f"{row[name]:.3g}" if name in row else "" for name in ways]
         rows.append(
             [method, str(row["steps"]), str(row["seeds"]), f"{row['mean_loss']:.3f}", difference, interval,
              row.get("verdict", ""), beside, *bits]
         )  # fmt: skip
     return markdown(
         ["method", "steps", "seeds", "nats", "minus fp32 DiLoCo", "95 % interval", "by the rule", "minus every step",
-         "bits sent", "received"],
+         "bits of values", "of means", "of headers", "sent in all", "received"],
         rows,
     )  # fmt: skip
 
