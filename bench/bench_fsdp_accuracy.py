@@ -44,9 +44,10 @@ SEEDS, ENOUGH_SEEDS = 3, 3
 ALLOWED = {"resnet20": 0.5, "gpt": 0.01}
 UNITS = {"resnet20": "points", "gpt": "nats"}
 BETTER = {"resnet20": 1, "gpt": -1}  # the sign of a difference that is no loss
+STEPS = 300
 SETTINGS = {
-    "resnet20": Setting("resnet20", steps=300, batch=32),
-    "gpt": Setting("gpt", steps=300, batch=16),
+    "resnet20": Setting("resnet20", batch=32),
+    "gpt": Setting("gpt", batch=16),
 }
 TINY = Setting("resnet20", steps=3, batch=8, images=64)
 QUICK_IMAGES = "digits"  # which every installation has
@@ -90,7 +91,7 @@ def runs_of(arguments: argparse.Namespace) -> list[Run]:
     for seed in range(arguments.seeds):
         for ranks in arguments.worlds:
             for task in arguments.tasks:
-                setting = replace(SETTINGS[task], ranks=ranks, seed=seed)
+                setting = replace(SETTINGS[task], ranks=ranks, seed=seed, steps=arguments.steps)
                 methods = [method for method in arguments.methods if allows(task, method)]
                 found += [Run(method, setting, names[task]) for method in methods]
     return found
@@ -176,9 +177,9 @@ def _place(key: tuple[str, int, int, str]) -> tuple[int, int, int, int, str]:
     return TASKS.index(task), ranks, steps, known.index(method) if method in known else len(known), method
 
 
-def write(path: Path, records: Sequence[Mapping[str, Any]], command: str) -> None:
+def write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     document = {
-        "command": command,
+        "commands": list(dict.fromkeys(record["command"] for record in records)),
         "rule": f"on average within {ALLOWED['resnet20']} points or {ALLOWED['gpt']} nats of fp32 FSDP2, the 95 % "
         f"interval contains 0 or lies within these bounds, at least {ENOUGH_SEEDS} paired seeds",
         "machine": platform.processor() or platform.machine(),
@@ -209,6 +210,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--worlds", type=int, nargs="+", choices=WORLDS, default=list(WORLDS), help="numbers of ranks")
+    parser.add_argument("--steps", type=int, default=STEPS, help="(default %(default)s)")
     parser.add_argument("--methods", nargs="+", default=[*METHODS, *OF_GPT], help="also bf16, any k=K, k=K weights")
     summary = RESULTS / "fsdp_accuracy.json"
     return parse_study(parser, SEEDS, summary, "fp32 and k=1 with weights, three steps of ResNet-20", options_of)
@@ -222,7 +224,7 @@ def main() -> None:
         if of_world := [run for run in missing if run.setting.ranks == ranks]:
             launch(run_missing, ranks, 1, of_world, arguments.runs, arguments.quick, arguments.command)
     records = read(arguments.runs)
-    write(arguments.json, records, arguments.command)
+    write(arguments.json, records)
     print_table(summarise(records))
 
 

@@ -320,6 +320,32 @@ def diloco() -> str:
     )  # fmt: skip
 
 
+SHARDED_TASKS = {"resnet20": ("ResNet-20", "{:.2f} %", 2), "gpt": ("transformer", "{:.4f} nats", 4)}
+
+
+def fsdp_accuracy() -> str:
+    """``bench/bench_fsdp_accuracy.py``: results of sharded models, and their paired differences from fp32."""
+    rows = []
+    for row in read("fsdp_accuracy.json")["summary"]:
+        task, result, digits = SHARDED_TASKS[row["task"]]
+        differences = ["", ""]
+        if "minus_fp32" in row:
+            differences[0] = f"{row['minus_fp32']['difference']:+.{digits}f}"
+            if row["minus_fp32"]["interval"] is not None:
+                differences[1] = " … ".join(f"{end:+.{digits}f}" for end in row["minus_fp32"]["interval"])
+        bits = [f"{row[name]:.2f}" if row.get(name) else "" for name in ("bits_of_gradients", "bits_of_weights")]
+        scene = f"{task}, {row['ranks']} ranks, {row['steps']} steps"
+        method = row["method"].replace(" weights", ", weights")
+        rows.append(
+            [scene, method, str(row["seeds"]), result.format(row["mean"]), *differences, *bits, row.get("verdict", "")]
+        )
+    return markdown(
+        ["scene", "method", "seeds", "result", "minus fp32 FSDP2", "95 % interval", "bits of gradients", "of weights",
+         "by the rule"],
+        rows,
+    )  # fmt: skip
+
+
 def planner_check() -> str:
     """``bench/check_planner.py``: what the planner says of the all-reduces that were measured."""
     rows = []
@@ -515,6 +541,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "several_under_way": several_under_way,
     "averaging": averaging,
     "diloco": diloco,
+    "fsdp_accuracy": fsdp_accuracy,
     "planner_check": planner_check,
     "published": published,
     "published_halves": published_halves,
