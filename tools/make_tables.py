@@ -16,6 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import beyond_ddp
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 PAGES = (ROOT / "README.md", ROOT / "csrc/cuda/README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -346,6 +348,11 @@ def fsdp_accuracy() -> str:
     )  # fmt: skip
 
 
+def beyond() -> str:
+    """DiLoCo and sharded models side by side, see :mod:`beyond_ddp`."""
+    return markdown(beyond_ddp.HEADINGS, beyond_ddp.rows(read))
+
+
 def planner_check() -> str:
     """``bench/check_planner.py``: what the planner says of the all-reduces that were measured."""
     rows = []
@@ -542,6 +549,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "averaging": averaging,
     "diloco": diloco,
     "fsdp_accuracy": fsdp_accuracy,
+    "beyond_ddp": beyond,
     "planner_check": planner_check,
     "published": published,
     "published_halves": published_halves,
