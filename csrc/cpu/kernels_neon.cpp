@@ -43,7 +43,9 @@ QCOMM_INLINE void store_symbols(uint16x8_t codewords, std::uint16_t* symbols) {
     if (!kPairs) {
         vst1q_u16(symbols, codewords);
     } else {
-        vst2q_u16(symbols, {{vandq_u16(codewords, vdupq_n_u16(15)), vshrq_n_u16(codewords, kPairBits)}});
+        // A variable: to clang, vst2q_u16 is a macro, in which an initializer list would be several arguments.
+        const uint16x8x2_t both = {{vandq_u16(codewords, vdupq_n_u16(15)), vshrq_n_u16(codewords, kPairBits)}};
+        vst2q_u16(symbols, both);
     }
 }
 
