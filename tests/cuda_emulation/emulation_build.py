@@ -1,11 +1,13 @@
 """Builds ``emulated_kernels``: the kernels of csrc/cuda, the CPU codec and the tests beside this file, for the host."""
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,10 +46,11 @@ def build(folder: Path, sanitizer: str, plant: str | None = None) -> Path:
         planted = plant is not None and plant in _with_headers(path)
         variant = f"{sanitizer}-{plant}" if planted else sanitizer
         jobs.append((path, folder / variant / f"{path.name}.o", [*flags, *([f"-D{plant}"] if planted else [])]))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_source, jobs))
     program = folder / f"emulated_kernels-{sanitizer}{'-' + plant if plant else ''}"
-    run_compiler([*flags, "-o", str(program), *(str(target) for _, target, _ in jobs), "-pthread"])
+    with alone(folder):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_source, jobs))
+        link(program, [target for _, target, _ in jobs], [*flags, "-pthread"])
     return program
 
 
@@ -59,10 +62,11 @@ def build_module(folder: Path, includes: Sequence[str]) -> Path:
     # Only what a caller hands over goes through the bindings, so they need not be fast.
     flags = [*MODULE_FLAGS, "-O0", *(f"-I{path}" for path in includes)]
     jobs.append((ROOT / "csrc/cuda/bindings.cpp", folder / "module" / "bindings.cpp.o", flags))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_source, jobs))
     module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    run_compiler(["-shared", "-o", str(module), *(str(target) for _, target, _ in jobs), "-pthread"])
+    with alone(folder):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_source, jobs))
+        link(module, [target for _, target, _ in jobs], ["-shared", "-pthread"])
     return module
 
 
@@ -107,9 +111,26 @@ def compile_source(job: tuple[Path, Path, list[str]]) -> None:
     if is_current(source, target, [Path(flag[2:]) for flag in flags if flag.startswith("-I")]):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Two processes of tests may build the same object.
     made = target.with_suffix(f".{os.getpid()}")
     run_compiler([*FLAGS, *flags, *INCLUDES, "-x", "c++", "-c", str(source), "-o", str(made)])
+    made.replace(target)
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Waits until no other process of tests builds in a folder. What that has built need not be built again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def link(target: Path, objects: Sequence[Path], flags: Sequence[str]) -> None:
+    """Links objects, unless that was done since they were compiled. Others see the whole target, or none."""
+    if target.exists() and target.stat().st_mtime > max(path.stat().st_mtime for path in objects):
+        return
+    made = target.with_name(f"{target.name}.{os.getpid()}")
+    run_compiler(["-o", str(made), *map(str, objects), *flags])
     made.replace(target)
 
 

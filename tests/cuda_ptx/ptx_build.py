@@ -70,18 +70,16 @@ def _build(folder: Path, architecture: str, name: str, jobs: Sequence[Job]) -> t
     mine = folder / f"compute_{architecture}"
     kernels = [(path, mine / path.stem) for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
     jobs = [*emulation.cpu_jobs(folder.parent / "cuda_emulation"), *jobs]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        compiled = [pool.submit(_compile_kernels, source, target, architecture) for source, target in kernels]
-        list(pool.map(emulation.compile_source, jobs))
-        objects = [future.result() for future in compiled]
-    texts = mine / "ptx"
-    texts.mkdir(exist_ok=True)
-    for source, target in kernels:
-        shutil.copyfile(target / f"{source.stem}.ptx", texts / f"{source.stem}.ptx")
-    program = mine / name
-    emulation.run_compiler(
-        ["-o", str(program), *(str(target) for _, target, _ in jobs), *map(str, objects), *LINK_FLAGS]
-    )
+    program, texts = mine / name, mine / "ptx"
+    with emulation.alone(folder):
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = [pool.submit(_compile_kernels, source, target, architecture) for source, target in kernels]
+            list(pool.map(emulation.compile_source, jobs))
+            objects = [future.result() for future in compiled]
+        texts.mkdir(exist_ok=True)
+        for source, target in kernels:
+            shutil.copyfile(target / f"{source.stem}.ptx", texts / f"{source.stem}.ptx")
+        emulation.link(program, [*(target for _, target, _ in jobs), *objects], LINK_FLAGS)
     return program, texts
 
 

@@ -45,7 +45,7 @@ def build():
             "-shared",
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
         ]
-        made = path.with_suffix(".part")
+        made = path.with_suffix(f".{os.getpid()}")  # two processes of tests may build it
         source = ROOT / "tests/device/late_device.cpp"
         subprocess.run([compiler, *flags, *includes, str(source), "-o", str(made), *libraries], check=True)
         made.replace(path)

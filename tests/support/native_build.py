@@ -1,5 +1,6 @@
 """Programs of tests/native, built where and as the extension is."""
 
+import fcntl
 import os
 import subprocess
 import sys
@@ -23,5 +24,7 @@ def build(target: str) -> Path:
     """Builds a program and returns its path."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     command = ["cmake", "--build", str(BUILD), "--target", target]
-    subprocess.run(command, check=True, env={**os.environ, "PATH": path}, stdout=subprocess.DEVNULL)
+    with (BUILD / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # two processes of tests build here, and ninja does not look for another one
+        subprocess.run(command, check=True, env={**os.environ, "PATH": path}, stdout=subprocess.DEVNULL)
     return BUILD / target
