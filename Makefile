@@ -8,7 +8,7 @@
 #   VENV         where the environment goes.
 #   STEPS        what `make results` measures: names of bench/run_all.sh; everything without it.
 #   PYTHONS      the interpreters that `make wheels` builds for: all python3.10 to python3.14 on the PATH without it.
-#   PROCESSORS   what `make wheels` builds for: x86_64 without it; aarch64 has not been built so far.
+#   PROCESSORS   what `make wheels` builds for: x86_64 without it, or aarch64.
 #   SECONDS      how long `make fuzz` runs each target.
 #   TEST_JOBS    processes that share the test files; 0: no such process, as a debugger needs it.
 #   QCOMM_CUDA   AUTO, ON or OFF; CMAKE_ARGS: further arguments for CMake. Both count when something is built:

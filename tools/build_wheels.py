@@ -2,9 +2,8 @@
 
     python3 tools/build_wheels.py --processors x86_64 aarch64 --pythons python3.10 python3.11
 
-The compiler is zig from PyPI (tools/zig.cmake), which compiles for both processors on either. So far only wheels for
-x86_64 were built with it, which is the default. A wheel needs its Python's headers, so
-there is one for each interpreter that is found or named. Wheels are built from the unpacked source distribution. Each
+The compiler is zig from PyPI (tools/zig.cmake), which compiles for both processors on either. A wheel needs its
+Python's headers, so there is one for each interpreter that is found or named. Wheels are built from the unpacked source distribution. Each
 is given its tag by auditwheel, which looks at the symbols it needs, and is checked by tools/check_wheel.py. The
 core's golden_check is run on this processor, and on the other one where qemu-user is installed.
 """
@@ -114,7 +113,10 @@ def build_source(output: Path) -> Path:
 
 def build_wheel(source: Path, python: str, version: "tuple[int, int]", processor: str, output: Path) -> Path:
     """Builds, tags and checks one wheel."""
+    suffix = f".cpython-{version[0]}{version[1]}-{processor}-linux-gnu.so"
     raw, arguments = WORK / "raw", {
+        "PYTHON_MODULE_EXTENSION": suffix,  # pybind11 would ask this interpreter
+        "PYTHON_MODULE_DEBUG_POSTFIX": "",
         "CMAKE_TOOLCHAIN_FILE": source / "tools" / "zig.cmake",
         "QCOMM_ZIG": TOOLS / "ziglang" / "zig",
         "QCOMM_ZIG_TARGET": f"{processor}-linux-gnu.{GLIBC}",
@@ -128,19 +130,23 @@ def build_wheel(source: Path, python: str, version: "tuple[int, int]", processor
         QCOMM_CUDA="OFF",
         QCOMM_BUILD_DIR=str(WORK / processor),
         CMAKE_ARGS=" ".join(f'"-D{name}={value}"' for name, value in arguments.items()),
-        # What Python and pybind11 are asked for when they are to build for another processor.
+        # What Python is asked for when it is to build for another processor.
         _PYTHON_HOST_PLATFORM=f"linux-{processor}",
-        SETUPTOOLS_EXT_SUFFIX=f".cpython-{version[0]}{version[1]}-{processor}-linux-gnu.so",
+        SETUPTOOLS_EXT_SUFFIX=suffix,
     )
     (built,) = raw.glob("*.whl")
     tagged = WORK / "tagged"
     shutil.rmtree(tagged, ignore_errors=True)
     tag = f"manylinux_{GLIBC.replace('.', '_')}_{processor}"
-    command = [sys.executable, "-m", "auditwheel", "repair", "--plat", tag, "--wheel-dir", str(tagged), str(built)]
+    # auditwheel knows the tags of this processor by name, and finds those of others.
+    wanted = tag if processor == platform.machine() else "auto"
+    command = [sys.executable, "-m", "auditwheel", "repair", "--plat", wanted, "--wheel-dir", str(tagged), str(built)]
     done = subprocess.run(command, check=False, env=environment(), capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"wheels: auditwheel refuses {built.name}:\n{done.stdout}{done.stderr}")
     (wheel,) = tagged.glob("*.whl")
+    if tag not in wheel.name:
+        sys.exit(f"wheels: {wheel.name} is not {tag}: it needs symbols of a later C library")
     faults = wheel_faults(wheel, ROOT)
     if faults:
         sys.exit("\n".join(f"wheels: {wheel.name}: {fault}" for fault in faults))
