@@ -3,9 +3,10 @@
     python3 tools/build_wheels.py --processors x86_64 aarch64 --pythons python3.10 python3.11
 
 The compiler is zig from PyPI (tools/zig.cmake), which compiles for both processors on either. A wheel needs its
-Python's headers, so there is one for each interpreter that is found or named. Wheels are built from the unpacked source distribution. Each
-is given its tag by auditwheel, which looks at the symbols it needs, and is checked by tools/check_wheel.py. The
-core's golden_check is run on this processor, and on the other one where qemu-user is installed.
+Python's headers, so there is one for each interpreter that is found or named. Wheels are built from the unpacked source
+distribution. Each is given its tag by auditwheel, which looks at the symbols it needs, and is checked by
+tools/check_wheel.py. The core's golden_check is run on this processor, and on the other one where qemu-user is
+installed.
 """
 
 import argparse

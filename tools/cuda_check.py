@@ -205,11 +205,12 @@ def hot_loop(loop: Loop, file: str, adjusted: bool) -> str:
         if adjusted and votes == 0 and loads == 32 and loop.count("ST") == 16:
             return "residual"
         if votes == STEPS + 1 and looked_up == STEPS:
-            return "pair" if loads >= STEPS * (3 if adjusted else 2) else "single"
-    if file == "decode" and votes == STEPS and loads == STEPS:
-        pairs = loop.count("STG") == 2 * STEPS
-        if looked_up == STEPS * (3 if pairs else 2):  # values that are looked up in shared memory, not computed
-            return "pair" if pairs else "single"
+            if loop.count("LDG.E.64") == STEPS * (2 if adjusted else 1):
+                return "pair"  # where pairs are aligned, so that their two values are one load
+            return "single" if loads == STEPS * (2 if adjusted else 1) else ""
+    # Words, entries and values are looked up in shared memory; where the latter are computed it is another loop.
+    if file == "decode" and votes == STEPS and loads == 0 and loop.count("STG") == STEPS:
+        return {4 * STEPS: "pair", 3 * STEPS: "single"}.get(looked_up, "")
     return ""
 
 

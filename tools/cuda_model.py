@@ -175,13 +175,13 @@ def hot_turn(loop: Loop, kernel: str, file: str) -> tuple[str, int]:
         return (known, {"pair": 8, "residual": 16}[known]) if known in {"pair", "residual"} else ("", 0)
     if file == "statistics" and loads == (16 if adjusted else 8) and votes + stores + looked_up == 0:
         return "values", 8
-    if file == "sum" and votes == loads == 4 and looked_up == 12 and stores == 8 and not adjusted:
+    if file == "sum" and votes == stores == 4 and looked_up == 16 and loads == 0 and not adjusted:
         return "pair", 8
     if file == "zero_runs_encode" and votes == 16 and loads == stores == 32:
         return "values", 16
     if file == "zero_runs_encode" and votes == loads == stores == 4 and looked_up == 8:
         return "tokens", 4
-    if file == "zero_runs_decode" and votes == 5 and loads == 8:
+    if file == "zero_runs_decode" and votes == 4 and loads == 0 and looked_up == 8:
         return "tokens", 4
     return "", 0
 

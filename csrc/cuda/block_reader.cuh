@@ -130,23 +130,38 @@ __device__ inline void copy_entries(const DecodeCode& code, std::uint32_t* to, i
     }
 }
 
+// Where the entry of the bits `rest`, with those of `word` above them, shifted by `shift`, is in a table of entries of
+// 2^kBytesAt bytes. A shift of 32 or more leaves none of the word.
+template <int kBytesAt>
+__device__ __forceinline__ std::uint32_t entry_place(std::uint32_t rest, std::uint32_t word, std::uint32_t shift,
+                                                     std::uint32_t mask) {
+    return (rest << kBytesAt | shift_left(word, shift + kBytesAt)) & mask << kBytesAt;
+}
+
 // A code's entries, turned round by each lookup or beforehand: as they are in device memory, and as lookups give them
-// in shared memory.
+// in shared memory. place() is that of an entry in bytes, at() looks it up.
 struct FarEntries {
     DecodeCode code;
     __device__ __forceinline__ bool empty() const { return code.mask == 0; }
-    __device__ __forceinline__ std::uint32_t operator()(std::uint32_t bits) const {
-        return lookup_entry(code.entries[bits & code.mask]);
+    __device__ __forceinline__ std::uint32_t place(std::uint32_t rest, std::uint32_t word, std::uint32_t shift) const {
+        return entry_place<1>(rest, word, shift, code.mask);
+    }
+    __device__ __forceinline__ std::uint32_t at(std::uint32_t place) const {
+        return lookup_entry(code.entries[place / 2]);
     }
 };
 struct NearEntries {
     const std::uint32_t* entries;
     std::uint32_t mask;
     __device__ __forceinline__ bool empty() const { return mask == 0; }
-    __device__ __forceinline__ std::uint32_t operator()(std::uint32_t bits) const {
-        const std::uint32_t* const table = entries;
-        QCOMM_ASSUME_SHARED(table);
-        return table[bits & mask];
+    __device__ __forceinline__ std::uint32_t place(std::uint32_t rest, std::uint32_t word, std::uint32_t shift) const {
+        return entry_place<2>(rest, word, shift, mask);
+    }
+    __device__ __forceinline__ std::uint32_t at(std::uint32_t place) const {
+        const auto* const entry =
+            reinterpret_cast<const std::uint32_t*>(reinterpret_cast<const std::uint8_t*>(entries) + place);
+        QCOMM_ASSUME_SHARED(entry);
+        return *entry;
     }
 };
 
@@ -157,9 +172,10 @@ class BlockReader {
 public:
     using Storage = typename Tr::Storage;
 
-    // False where the block is malformed. `values` is the table of fill_values(), for a small alphabet.
+    // False where the block is malformed. `values` is the table of fill_values(), for a small alphabet; `buffer` is the
+    // warp's own.
     __device__ bool open(const std::uint8_t* block, int bytes, int n, const Quantizer& q, const Entries& entries,
-                         const Storage* values) {
+                         const Storage* values, LaneBuffer* buffer) {
         n_ = n;
         quantizer_ = q;
         entries_ = entries;
@@ -170,6 +186,7 @@ public:
         escapes_ = info.escape_count;
         next_escape_ = 0;
         ordered_ = true;
+        pending_ = false;
         const bool coded = mode_ == BlockMode::kCoded, sigma = q.grid == Grid::kSigma;
         const bool may_escape = sigma && (coded || mode_ == BlockMode::kFixed);
         const int item = static_cast<int>(sizeof(Storage)), values_at = coded ? 4 + 4 * kLanes : 4;
@@ -184,7 +201,7 @@ public:
         if (mode_ == BlockMode::kRaw) return bytes - body_at >= n * item;
         if (mode_ == BlockMode::kConstant) return static_cast<int>(symbol_) < (1 << q.num_bits) - (sigma ? 1 : 0);
         if (entries.empty()) return false;
-        return lanes_.open(block + 4, body_, halves_);
+        return lanes_.open(block + 4, body_, halves_, buffer);
     }
 
     // Values [begin, end) to sink.put(i, value); begin is where the last call ended, a multiple of 32, of 64 with
@@ -195,7 +212,11 @@ public:
         if (mode_ == BlockMode::kRaw) {
             for (int i = begin + lane_number(); i < end; i += kWarpLanes) sink.put(i, load_value<Tr>(body_, i));
         } else if (mode_ == BlockMode::kCoded && quantizer_.coding == Coding::kPair) {
-            read_coded<true>(begin, end, table, sink);
+            if (sink.takes_pairs()) {
+                read_coded<true, true>(begin, end, table, sink);
+            } else {
+                read_coded<true, false>(begin, end, table, sink);
+            }
         } else if (values_ != nullptr) {
             read_single(begin, end, table, sink);
         } else if (quantizer_.grid == Grid::kSigma) {
@@ -216,7 +237,7 @@ private:
     // Reads one symbol a codeword, whatever the block's mode.
     template <class ValueOf, class Sink>
     __device__ __forceinline__ void read_single(int begin, int end, const ValueOf& value_of, const Sink& sink) {
-        if (mode_ == BlockMode::kCoded) return read_coded<false>(begin, end, value_of, sink);
+        if (mode_ == BlockMode::kCoded) return read_coded<false, false>(begin, end, value_of, sink);
         for (int i = begin + lane_number(); i < end; i += kWarpLanes) {
             const bool constant = mode_ == BlockMode::kConstant;
             sink.put(i, value_of(constant ? symbol_ : load_symbol(body_, halves_, i, quantizer_.num_bits)));
@@ -225,41 +246,54 @@ private:
 
     // Steps of 32 codewords, four at a time as long as nothing can run out, and then single ones; the last ones with
     // all that must be asked.
-    template <bool kPairs, class ValueOf, class Sink>
+    template <bool kPairs, bool kTogether, class ValueOf, class Sink>
     __device__ __forceinline__ void read_coded(int begin, int end, const ValueOf& value_of, const Sink& sink) {
         constexpr int kRow = kWarpLanes * (kPairs ? 2 : 1), kRows = 4;
         int at = begin;
-        if (at + kRow <= end && lanes_.can_take(1) && lanes_.all_filled()) {
-            // Values are put while the next codeword is looked up, so that no lookup stands behind their way.
-            std::uint32_t entry = lanes_.next(entries_);
-            for (; at + (kRows + 1) * kRow <= end && lanes_.can_take(kRows); at += kRows * kRow) {
+        if (!pending_ && at + kRow <= end && lanes_.may_enter(1)) {
+            lanes_.enter(entries_);
+            entry_ = lanes_.next(entries_);
+            pending_ = true;
+        }
+        if (pending_) {
+            // Values are put while the next codeword is looked up, so that no lookup stands behind their way. It may be
+            // the first one of the next part.
+            const int last =
+                end - kRows * kRow < n_ - (kRows + 1) * kRow ? end - kRows * kRow : n_ - (kRows + 1) * kRow;
+            do {
+                for (; at <= last && lanes_.holds(kRows); at += kRows * kRow) {
 #pragma unroll
-                for (int r = 0; r < kRows; ++r) {
-                    const std::uint32_t following = lanes_.next(entries_);
-                    put_codeword<kPairs>(entry, at + r * kRow, kRow, value_of, sink);
-                    entry = following;
+                    for (int r = 0; r < kRows; ++r) {
+                        const std::uint32_t following = lanes_.next(entries_);
+                        put_codeword<kPairs, kTogether>(entry_, at + r * kRow, kRow, value_of, sink);
+                        entry_ = following;
+                    }
                 }
-            }
+            } while (lanes_.fetch() && at <= last);
 #pragma unroll 1
-            for (; at + 2 * kRow <= end && lanes_.can_take(1); at += kRow) {
+            for (; at + kRow <= end && at + 2 * kRow <= n_ && lanes_.holds(1); at += kRow) {
                 const std::uint32_t following = lanes_.next(entries_);
-                put_codeword<kPairs>(entry, at, kRow, value_of, sink);
-                entry = following;
+                put_codeword<kPairs, kTogether>(entry_, at, kRow, value_of, sink);
+                entry_ = following;
             }
-            put_codeword<kPairs>(entry, at, kRow, value_of, sink);
-            at += kRow;
-            lanes_.leave();
+            if (at + kRow <= end) {
+                put_codeword<kPairs, kTogether>(entry_, at, kRow, value_of, sink);
+                at += kRow;
+                lanes_.leave();
+                pending_ = false;
+            }
         }
 #pragma unroll 1
         for (; at < end; at += kRow) {
             const int left = end - at < kRow ? end - at : kRow;
             const std::uint32_t entry = lanes_.next_guarded(entries_, lane_number() * (kPairs ? 2 : 1) < left);
-            put_codeword<kPairs>(entry, at, left, value_of, sink);
+            put_codeword<kPairs, false>(entry, at, left, value_of, sink);
         }
     }
 
-    // Puts a lane's value, or two, of a row of values that may be short.
-    template <bool kPairs, class ValueOf, class Sink>
+    // Puts a lane's value, or two, of a row of values that may be short. kTogether: it is whole, and two values are one
+    // store.
+    template <bool kPairs, bool kTogether, class ValueOf, class Sink>
     __device__ __forceinline__ void put_codeword(std::uint32_t entry, int at, int row, const ValueOf& value_of,
                                                  const Sink& sink) const {
         if constexpr (kPairs) {
@@ -267,8 +301,12 @@ private:
             const int i = 2 * lane_number();
             // Both are looked up before one is stored, which the other lookup would wait for.
             const Storage first = value_of(symbol & 15u), second = value_of(symbol >> kPairBits);
-            if (i < row) sink.put(at + i, first);
-            if (i + 1 < row) sink.put(at + i + 1, second);
+            if constexpr (kTogether) {
+                sink.put_pair(at + i, first, second);
+            } else {
+                if (i < row) sink.put(at + i, first);
+                if (i + 1 < row) sink.put(at + i + 1, second);
+            }
         } else {
             if (lane_number() < row) sink.put(at + lane_number(), value_of.of_entry(entry));
         }
@@ -305,8 +343,10 @@ private:
     BlockMode mode_;
     std::uint32_t symbol_;
     int n_, escapes_, next_escape_, halves_;
-    LaneReader lanes_;  // of a coded block
-    bool ordered_;      // escapes so far; in this lane
+    LaneReader lanes_;     // of a coded block
+    std::uint32_t entry_;  // of the codeword that has been looked up last, ...
+    bool pending_;         // ... whose values have not been put
+    bool ordered_;         // escapes so far; in this lane
 };
 
 }  // namespace qcomm::cuda

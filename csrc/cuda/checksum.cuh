@@ -29,11 +29,28 @@ private:
     std::uint32_t h_;
 };
 
+// Absorbs this lane's words of a row in device memory: i, i + 32, ... in front of `end`. Several are on their way at
+// once.
+template <class Index>
+__device__ inline void absorb_words(WarpChecksum& sum, const std::uint32_t* data, Index i, Index end) {
+    constexpr int kAtOnce = 8;
+    for (; i + (kAtOnce - 1) * kWarpLanes < end; i += kAtOnce * kWarpLanes) {
+        std::uint32_t words[kAtOnce];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) words[k] = data[i + k * kWarpLanes];
+#pragma unroll
+        for (int k = 0; k < kAtOnce; ++k) sum.absorb(words[k]);
+    }
+#pragma unroll 1
+    for (; i < end; i += kWarpLanes) sum.absorb(data[i]);
+}
+
 // Of `words` words in device memory, by a warp.
-__device__ inline std::uint32_t warp_checksum(const std::uint32_t* data, std::int64_t words) {
+template <class Index>
+__device__ inline std::uint32_t warp_checksum(const std::uint32_t* data, Index words) {
     WarpChecksum sum;
-    for (std::int64_t i = lane_number(); i < words; i += kWarpLanes) sum.absorb(data[i]);
-    return sum.finish(4 * words);
+    absorb_words(sum, data, static_cast<Index>(lane_number()), words);
+    return sum.finish(std::int64_t{4} * words);
 }
 
 }  // namespace qcomm::cuda

@@ -13,6 +13,27 @@ namespace qcomm::cuda {
 constexpr std::uint32_t kWordBits = 16;
 constexpr std::uint32_t kEmitBits = 2 * kWordBits;  // a lane that would hold this number writes a word first
 
+// Two values in a row, which are loaded and stored as one where their address allows it.
+template <class T>
+struct alignas(2 * sizeof(T)) PairOf {
+    T first, second;
+};
+template <class T>
+__device__ __forceinline__ bool holds_pairs(const T* at) {
+    return reinterpret_cast<std::uintptr_t>(at) % sizeof(PairOf<T>) == 0;
+}
+
+// Returns bits << by, which is 0 from 32 on. In C++ that would be undefined, and to ask for it another instruction.
+__device__ __forceinline__ std::uint32_t shift_left(std::uint32_t bits, std::uint32_t by) {
+#ifdef __CUDA_ARCH__
+    std::uint32_t shifted;
+    asm("shl.b32 %0, %1, %2;" : "=r"(shifted) : "r"(bits), "r"(by));
+    return shifted;
+#else
+    return by < 32u ? bits << by : 0u;
+#endif
+}
+
 // A segment's code for encoding: an entry (codeword | length << 16) for each symbol; null where it has no code.
 struct Code {
     const std::uint32_t* entries;

@@ -22,9 +22,10 @@ namespace {
 
 constexpr int kThreads = kDecodeWarps * kWarpLanes;
 
-// A code and its values, as all four warps look them up.
+// A code and its values, as all four warps look them up, and the words of each.
 template <class Tr>
 struct Shared {
+    LaneBuffer words[kDecodeWarps];
     std::uint32_t entries[StaticTables::kMaxEntries];  // lookup_entry() of each
     typename Tr::Storage values[kMaxValueTable];
 };
@@ -32,7 +33,7 @@ struct Shared {
 // Decodes a unit of a segment, by a warp; false where it is malformed. Values may have been written by then.
 template <class Tr, class Entries>
 __device__ __forceinline__ bool decode_unit(const DecodeTables& d, int number, const SegmentView& segment, int tile,
-                                            const Entries& entries, const typename Tr::Storage* values) {
+                                            const Entries& entries, Shared<Tr>* shared) {
     using Storage = typename Tr::Storage;
     const DecodeTask task = d.tasks[number];
     const PacketView& view = d.packets[number];
@@ -50,7 +51,9 @@ __device__ __forceinline__ bool decode_unit(const DecodeTables& d, int number, c
         return true;
     }
     BlockReader<Tr, Entries> reader;
-    if (!open_block<Tr>(task.packet, view, segment, unit, n, entries, values, &reader)) return false;
+    if (!open_block<Tr>(task.packet, view, segment, unit, n, entries, shared->values, &shared->words[warp_number()],
+                        &reader))
+        return false;
     reader.read(0, n, sink);
     return reader.close();
 }
@@ -71,9 +74,8 @@ __global__ void __launch_bounds__(kThreads, 1) decode_packets(DecodeTables d, in
     fill_values<Tr>(shared->values, segments[s].quantizer, static_cast<int>(threadIdx.x), kThreads);
     __syncthreads();
     const SegmentView& segment = segments[s];
-    const bool good =
-        near ? decode_unit<Tr>(d, number, segment, tile, NearEntries{shared->entries, code.mask}, shared->values)
-             : decode_unit<Tr>(d, number, segment, tile, FarEntries{code}, shared->values);
+    const bool good = near ? decode_unit<Tr>(d, number, segment, tile, NearEntries{shared->entries, code.mask}, shared)
+                           : decode_unit<Tr>(d, number, segment, tile, FarEntries{code}, shared);
     if (!good && lane_number() == 0) report(&d.faults[number], Fault::kBlock);
 }
 

@@ -10,6 +10,11 @@ namespace qcomm::cuda {
 template <class Storage>
 struct Sink {
     Storage* out;
+    // Whether pairs of values, the first of which has an even number, may be stored together.
+    __device__ __forceinline__ bool takes_pairs() const { return holds_pairs(out); }
+    __device__ __forceinline__ void put_pair(int i, Storage first, Storage second) const {
+        *reinterpret_cast<PairOf<Storage>*>(out + i) = {first, second};
+    }
     __device__ __forceinline__ void put(int i, Storage value) const { out[i] = value; }
     __device__ __forceinline__ Storage get(int i) const { return out[i]; }
 };
@@ -40,7 +45,7 @@ __device__ void read_plain(const SegmentView& segment, const std::uint8_t* paylo
 template <class Tr, class Entries>
 __device__ bool open_block(const std::uint8_t* packet, const PacketView& view, const SegmentView& segment,
                            std::int64_t block, int n, const Entries& entries, const typename Tr::Storage* values,
-                           BlockReader<Tr, Entries>* reader) {
+                           LaneBuffer* buffer, BlockReader<Tr, Entries>* reader) {
     const std::uint8_t* const ends = packet + view.ends + 4 * (segment.first_end + block);
     const std::int64_t begin = block == 0 ? segment.payload : 4 * static_cast<std::int64_t>(load_u32(ends - 4));
     const auto bytes = static_cast<int>(4 * static_cast<std::int64_t>(load_u32(ends)) - begin);
@@ -54,7 +59,7 @@ __device__ bool open_block(const std::uint8_t* packet, const PacketView& view, c
         const std::uint32_t sum = warp_checksum(reinterpret_cast<const std::uint32_t*>(data), words);
         if (sum != load_u32(packet + view.checksums + 4 * (segment.first_checksum + block))) return false;
     }
-    return reader->open(data, bytes, n, segment.quantizer, entries, values);
+    return reader->open(data, bytes, n, segment.quantizer, entries, values, buffer);
 }
 
 }  // namespace qcomm::cuda

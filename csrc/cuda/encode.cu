@@ -106,19 +106,10 @@ public:
         for (; step >= 0 && (step >= whole || !lanes_.started() || (step + 1) % kRows != 0); --step) push_guarded(step);
         if (step < 0) return;
         lanes_.enter();
-        Raw x[kRows][kPerLane];
-        load_rows(step, x);
-        for (; step >= 0; step -= kRows) {
-            // A bucket has few blocks for the processors of a GPU, so no other warp hides the time of loads. Sum and
-            // product are left to the turn that needs them. The last turn loads its own again, in vain.
-            Raw next[kRows][kPerLane];
-            load_rows(step < kRows ? step : step - kRows, next);
-            push_rows(step, x);
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-#pragma unroll
-                for (int v = 0; v < kPerLane; ++v) x[r][v] = next[r][v];
-            }
+        if constexpr (kPairs) {
+            u_.holds_pairs() ? run_rows<true>(step) : run_rows<false>(step);
+        } else {
+            run_rows<false>(step);
         }
         lanes_.leave();
     }
@@ -137,12 +128,36 @@ public:
     }
 
 private:
+    // Steps of which all are whole, four a turn. kTogether: the values of a pair are one load.
+    template <bool kTogether>
+    __device__ __forceinline__ void run_rows(int step) {
+        Raw x[kRows][kPerLane];
+        load_rows<kTogether>(step, x);
+        for (; step >= 0; step -= kRows) {
+            // A bucket has few blocks for the processors of a GPU, so no other warp hides the time of loads. Sum and
+            // product are left to the turn that needs them. The last turn loads its own again, in vain.
+            Raw next[kRows][kPerLane];
+            load_rows<kTogether>(step < kRows ? step : step - kRows, next);
+            push_rows(step, x);
+#pragma unroll
+            for (int r = 0; r < kRows; ++r) {
+#pragma unroll
+                for (int v = 0; v < kPerLane; ++v) x[r][v] = next[r][v];
+            }
+        }
+    }
+
     // The values of kRows whole steps, the last one first.
+    template <bool kTogether>
     __device__ __forceinline__ void load_rows(int step, Raw (&x)[kRows][kPerLane]) const {
 #pragma unroll
         for (int r = 0; r < kRows; ++r) {
+            if constexpr (kTogether) {
+                u_.raw_pair(first_value(step - r), x[r]);
+            } else {
 #pragma unroll
-            for (int v = 0; v < kPerLane; ++v) x[r][v] = u_.raw(first_value(step - r) + v);
+                for (int v = 0; v < kPerLane; ++v) x[r][v] = u_.raw(first_value(step - r) + v);
+            }
         }
     }
 

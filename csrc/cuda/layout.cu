@@ -51,7 +51,8 @@ __device__ void sum_blocks(const BlockResult* blocks, std::int64_t count, std::u
         const std::int64_t i = at + threadIdx.x;
         const std::uint32_t units = i < count ? blocks[i].units : 0u;
         std::uint32_t total = 0;
-        const std::uint32_t sum = before + block_exclusive_sum(units, scratch, &total) + units;
+        const auto present = static_cast<int>(count - at < kThreads ? count - at : kThreads);
+        const std::uint32_t sum = before + block_exclusive_sum(units, scratch, &total, present) + units;
         if (i < count) ends[i] = sum;
         before += total;
         __syncthreads();
@@ -102,6 +103,7 @@ __device__ Sizes place_segments(const EncodeTables& e, const PacketTask& packet,
     Sizes before{};
     for (int at = 0; at < packet.segments; at += kThreads) {
         const int i = at + static_cast<int>(threadIdx.x), s = packet.first_segment + i;
+        const int present = packet.segments - at < kThreads ? packet.segments - at : kThreads;
         Sizes size{};
         SegmentState state{};
         if (i < packet.segments) {
@@ -113,7 +115,7 @@ __device__ Sizes place_segments(const EncodeTables& e, const PacketTask& packet,
             const auto units = segment.blocks == 0 ? 0u : end - static_cast<std::uint32_t>(state.units_before);
             size = settle(e, s, item, units, &state.quantizer);
         }
-        const Sizes place = SizeSums::scan(size, shared->sums, &before);
+        const Sizes place = SizeSums::scan(size, shared->sums, &before, present);
         state.payload = place.payload;
         state.first_end = place.ends;
         state.first_checksum = place.checksums;

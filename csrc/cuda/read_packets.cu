@@ -210,7 +210,8 @@ __device__ bool read_records(const Reading& p, const DecodeTables& d, Shared* sh
                 size = sizes_of(record, d.steps, sizeof(typename Tr::Storage), p.has_checksums);
             }
         }
-        const Sizes before = SizeSums::scan(size, shared->scratch, all);
+        const int present = p.segments - at < kThreads ? p.segments - at : kThreads;
+        const Sizes before = SizeSums::scan(size, shared->scratch, all, present);
         if (i < p.segments) put_view(&p.views[i], record, before, size);
         __syncthreads();  // the next round uses the scratch again
     }
@@ -258,11 +259,13 @@ __device__ bool check_ends(const Reading& p, std::int64_t blocks, std::int64_t s
 
 // By the first warp: whether the metadata, which end where the payload begins, have the checksum that the header says.
 __device__ Fault check_metadata(const std::uint8_t* packet, std::int64_t payload_at, std::uint32_t expected) {
+    constexpr std::int64_t kOwn = offsetof(PacketHeader, header_checksum) / 4;
+    static_assert(kOwn < kWarpLanes, "it is in the first row");
+    const auto* const words = reinterpret_cast<const std::uint32_t*>(packet);
+    const std::int64_t lane = lane_number(), count = payload_at / 4;
     WarpChecksum sum;
-    for (std::int64_t i = lane_number(); i < payload_at / 4; i += kWarpLanes) {
-        const bool own = i == offsetof(PacketHeader, header_checksum) / 4;
-        sum.absorb(own ? 0u : load_u32(packet + 4 * i));
-    }
+    if (lane < count) sum.absorb(lane == kOwn ? 0u : words[lane]);
+    absorb_words(sum, words, lane + kWarpLanes, count);
     return sum.finish(payload_at) == expected ? Fault::kNone : Fault::kHeader;
 }
 

@@ -2,6 +2,7 @@
 // where no tensor of a launch has a scale or a residual: then a value costs one load.
 #pragma once
 
+#include "coder.cuh"
 #include "launch.h"
 #include "qcomm/dtype.h"
 #include "qcomm/entropy.h"
@@ -34,6 +35,17 @@ public:
     __device__ __forceinline__ Raw raw(std::int64_t i) const {
         if constexpr (!kAdjusted) return {values_[i], 0.0f};
         return {values_[i], has_residual_ ? residual_[i] : 0.0f};
+    }
+    // Whether raw_pair() may be called, for even numbers.
+    __device__ __forceinline__ bool holds_pairs() const {
+        return cuda::holds_pairs(values_) && (!has_residual_ || cuda::holds_pairs(residual_));
+    }
+    __device__ __forceinline__ void raw_pair(std::int64_t i, Raw (&raw)[2]) const {
+        const auto values = *reinterpret_cast<const PairOf<typename Tr::Storage>*>(values_ + i);
+        PairOf<float> residual{0.0f, 0.0f};
+        if (kAdjusted && has_residual_) residual = *reinterpret_cast<const PairOf<float>*>(residual_ + i);
+        raw[0] = {values.first, residual.first};
+        raw[1] = {values.second, residual.second};
     }
     __device__ __forceinline__ T of(const Raw& raw) const {
         if constexpr (!kAdjusted) return Tr::widen(raw.value);

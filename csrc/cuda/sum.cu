@@ -30,6 +30,12 @@ constexpr int kChunkBytes = sizeof(Storage) == 8 ? 1024 : 2048;
 template <class Storage>
 struct ChunkSink {
     Storage* out;
+    __device__ __forceinline__ bool takes_pairs() const { return true; }
+    __device__ __forceinline__ void put_pair(int i, Storage first, Storage second) const {
+        auto* const place = reinterpret_cast<PairOf<Storage>*>(out + i);
+        QCOMM_ASSUME_SHARED(place);
+        *place = {first, second};
+    }
     __device__ __forceinline__ void put(int i, Storage value) const {
         Storage* const place = out + i;
         QCOMM_ASSUME_SHARED(place);
@@ -43,6 +49,7 @@ struct SumShared {
     static constexpr int kChunk = kChunkBytes<typename Tr::Storage> / static_cast<int>(sizeof(typename Tr::Storage));
     typename Tr::Storage chunk[kMaxSumPackets][kChunk];
     typename Tr::Storage values[kMaxSumPackets][kMaxValueTable];
+    LaneBuffer words[kMaxSumPackets];
     std::uint32_t entries[StaticTables::kMaxEntries];  // lookup_entry() of each
     DecodeCode code;                                   // of the launch's first packet
 };
@@ -59,13 +66,14 @@ class SumSource {
 public:
     // `zero` is the value of a level 0 of zero runs: they add nothing, and x + -0.0 is x for every x.
     __device__ SumSource(const DecodeTables& d, int number, const SegmentView& segment, std::int64_t tile,
-                         const Entries& entries, Storage zero, const Storage* values)
+                         const Entries& entries, Storage zero, SumShared<Tr>* shared)
         : packet_(d.tasks[number].packet),
           view_(d.packets[number]),
           codes_(d.codes),
           steps_(d.steps),
           zero_(zero),
-          values_(values),
+          values_(shared->values[warp_number()]),
+          buffer_(&shared->words[warp_number()]),
           segment_(segment),
           tile_(tile - segment.first_sum_tile),
           begin_(tile_ * sum_tile_values(steps_)),
@@ -100,7 +108,7 @@ private:
         const std::int64_t block = tile_ * (static_cast<int>(sum_tile_values(steps_)) / size) + at / size;
         const std::int64_t rest = segment_.count - block * size;
         block_values_ = static_cast<int>(rest < size ? rest : size);
-        return open_block<Tr>(packet_, view_, segment_, block, block_values_, entries_, values_, &reader_);
+        return open_block<Tr>(packet_, view_, segment_, block, block_values_, entries_, values_, buffer_, &reader_);
     }
 
     template <class S>
@@ -126,7 +134,7 @@ private:
         const std::int64_t block = run_block_of(view_.run_values, view_.run_blocks, value);
         runs_.begin = run_block_begin(view_.run_values, view_.run_blocks, block);
         runs_.end = run_block_begin(view_.run_values, view_.run_blocks, block + 1);
-        return open_run_block<Tr>(packet_, view_, block, static_cast<int>(runs_.end - runs_.begin), codes_,
+        return open_run_block<Tr>(packet_, view_, block, static_cast<int>(runs_.end - runs_.begin), codes_, buffer_,
                                   &runs_.reader);
     }
 
@@ -142,6 +150,7 @@ private:
     int steps_;
     Storage zero_;
     const Storage* values_;
+    LaneBuffer* buffer_;
     const SegmentView& segment_;
     std::int64_t tile_, begin_;  // in the segment
     Entries entries_;
@@ -156,8 +165,42 @@ __device__ bool match(const SegmentView& one, const SegmentView& other) {
            one.first_sum_tile == other.first_sum_tile;
 }
 
-// Adds n values of a tile: warps decode a chunk each, then every thread adds one value of all of them, in the packets'
-// order.
+// Adds m values of all packets, in the packets' order, to `out` if wanted; a thread adds two at a time. All that is
+// loaded is loaded before the first addition.
+template <class Tr>
+__device__ __forceinline__ void add_chunk(const SumShared<Tr>* shared, int packets, typename Tr::Storage* out, int m,
+                                          bool add) {
+    using Storage = typename Tr::Storage;
+    using Pair = PairOf<Storage>;
+    const bool together = holds_pairs(out);
+    QCOMM_ASSUME_GLOBAL(out);
+    for (int i = 2 * static_cast<int>(threadIdx.x); i < m; i += 2 * static_cast<int>(blockDim.x)) {
+        Pair of[kMaxSumPackets];
+#pragma unroll
+        for (int p = 0; p < kMaxSumPackets; ++p)
+            if (p < packets) of[p] = *reinterpret_cast<const Pair*>(&shared->chunk[p][i]);
+        Pair sum = of[0];
+        const bool both = i + 1 < m;
+        if (add) {
+            sum.first = out[i] + sum.first;
+            if (both) sum.second = out[i + 1] + sum.second;
+        }
+#pragma unroll
+        for (int p = 1; p < kMaxSumPackets; ++p) {
+            if (p >= packets) break;
+            sum.first += of[p].first;
+            sum.second += of[p].second;
+        }
+        if (together && both) {
+            *reinterpret_cast<Pair*>(out + i) = sum;
+        } else {
+            out[i] = sum.first;
+            if (both) out[i + 1] = sum.second;
+        }
+    }
+}
+
+// Adds n values of a tile: warps decode a chunk each, then all threads add.
 template <class Tr, class Source>
 __device__ void add_tile(const DecodeTables& d, int number, Source source, SumShared<Tr>* shared,
                          typename Tr::Storage* out, int n, bool add) {
@@ -169,12 +212,7 @@ __device__ void add_tile(const DecodeTables& d, int number, Source source, SumSh
         const bool good = source.read(at, m, sink);
         if (!good && lane_number() == 0) report(&d.faults[number], Fault::kBlock);
         if (__syncthreads_or(!good)) return;
-        for (int i = static_cast<int>(threadIdx.x); i < m; i += static_cast<int>(blockDim.x)) {
-            auto sum = shared->chunk[0][i];
-            if (add) sum = out[at + i] + sum;
-            for (int p = 1; p < packets; ++p) sum += shared->chunk[p][i];
-            out[at + i] = sum;
-        }
+        add_chunk(shared, packets, out + at, m, add);
         __syncthreads();  // the chunks are free again
     }
 }
@@ -216,8 +254,7 @@ __global__ void __launch_bounds__(kMaxSumPackets* kWarpLanes, 1) sum_packets(Dec
     // The reader is compiled for either place of the code, as loads of shared memory have instructions of their own.
     const auto add_with = [&](const auto& entries) {
         using Entries = std::decay_t<decltype(entries)>;
-        const SumSource<Tr, kRuns, Entries> source(d, number, segment, tile, entries, zero,
-                                                   shared->values[warp_number()]);
+        const SumSource<Tr, kRuns, Entries> source(d, number, segment, tile, entries, zero, shared);
         add_tile(d, number, source, shared, out, n, add);
     };
     near ? add_with(NearEntries{shared->entries, code.mask}) : add_with(FarEntries{code});

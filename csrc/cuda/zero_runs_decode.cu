@@ -5,10 +5,9 @@
 //   block  | info u32 | start windows | words u16 ... | see zero_runs_reader.cuh
 //
 // Thread block: a run block, which may hold values of several segments. Its first warp looks tokens up and hands them
-// to the others by shared memory (3 KiB); these put the levels of those before, a token a lane. They are not needed by
-// the chain from codeword to codeword, which is what takes the time.
-// Passes: one over the block's bytes for the checksum, while zeros are stored, one over the tokens.
-// Limits: codes of at most 11 bits with 5 more.
+// to the others by shared memory (3 KiB, with the table 12); these put the levels of those before, a token a lane. They
+// are not needed by the chain from codeword to codeword, which is what takes the time. Passes: one over the block's
+// bytes for the checksum, while zeros are stored, one over the tokens. Limits: codes of at most 11 bits with 5 more.
 // Safety: every read is inside the block, whose place read_packets has checked; a token takes a value at least, or it
 // is the last one. Determinism: a thread block owns its values. Bytes moved per value: its size to memory, the code's
 // from there.
@@ -22,7 +21,8 @@ namespace {
 // A put warp has about as much to do for four rows as the first warp has to look up twelve.
 constexpr int kPutWarps = 3;
 constexpr int kThreads = (1 + kPutWarps) * kWarpLanes;
-constexpr int kRows = RunTokens::kRows;
+constexpr int kRows = kRunRows;
+using Tokens = RunTokens<NearEntries>;
 
 // Tokens on their way: how many values each stands for, and above them its level.
 constexpr int kLevelAt = 16;
@@ -30,6 +30,8 @@ constexpr std::uint32_t kLevelBits = 15u << 22;  // level_place() and kHasLevel 
 constexpr std::uint32_t kTokenHasLevel = kHasLevel >> (22 - kLevelAt);
 
 struct Shared {
+    std::uint32_t codes[kRunCodeMask + 1];                  // the block's table
+    LaneBuffer words;                                       // of the first warp
     std::uint32_t tokens[2][kPutWarps][kRows][kWarpLanes];  // one half is filled while the other is put
     int before[2][kPutWarps][kWarpLanes];                   // values of each lane's tokens in front of them
 };
@@ -41,7 +43,7 @@ __device__ __forceinline__ void hand_over(const std::uint32_t (&found)[kRows], c
     shared->before[half][warp][lane_number()] = *values;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-        const std::uint32_t mine = RunTokens::values_of(found[r], bits[r]);
+        const std::uint32_t mine = values_of(found[r], bits[r]);
         shared->tokens[half][warp][r][lane_number()] = mine | (found[r] & kLevelBits) >> (22 - kLevelAt);
         *values += static_cast<int>(mine);
     }
@@ -54,15 +56,18 @@ __device__ __forceinline__ int sum_of_lanes(int value) {
 }
 
 // Looks up the tokens of all put warps, as far as there are any. *values counts those of this lane's tokens.
-__device__ void take_tokens(RunTokens* tokens, Shared* shared, int half, int* values) {
+__device__ void take_tokens(Tokens* tokens, Shared* shared, int half, int* values) {
     int w = 0;
-    // A loop of its own, so that the careful way is not between its turns.
+    tokens->begin();
+    // A loop of its own, so that neither the careful way nor more words are between its turns.
+    do {
 #pragma unroll 1
-    for (; w < kPutWarps && tokens->has_whole(); ++w) {
-        std::uint32_t found[kRows], bits[kRows];
-        tokens->take_whole(found, bits);
-        hand_over(found, bits, shared, half, w, values);
-    }
+        for (; w < kPutWarps && tokens->has_whole(); ++w) {
+            std::uint32_t found[kRows], bits[kRows];
+            tokens->take_whole(found, bits);
+            hand_over(found, bits, shared, half, w, values);
+        }
+    } while (w < kPutWarps && tokens->fetch());
 #pragma unroll 1
     for (; w < kPutWarps; ++w) {
         std::uint32_t found[kRows], bits[kRows];
@@ -121,12 +126,18 @@ __device__ bool decode_run_block(const DecodeTables& d, int number, std::int64_t
     const RunBytes at = find_run_block(packet, view, block);
     const int size = static_cast<int>(end - begin), thread = static_cast<int>(threadIdx.x);
     RunBlock parts;
-    RunTokens tokens;
+    Tokens tokens;
     bool good = parts.open(at.data, at.bytes, size);
     if (!good) return false;
     const bool coded = parts.mode == RunMode::kCoded;
+    if (coded) {
+        const std::uint32_t* const codes = d.codes->run_decode[parts.table];
+#pragma unroll
+        for (int i = thread; i <= static_cast<int>(kRunCodeMask); i += kThreads) shared->codes[i] = codes[i];
+    }
     if (warp_number() == 0) {
-        good = is_run_block_whole(packet, view, block, at) && (!coded || tokens.open(parts, d.codes));
+        good = is_run_block_whole(packet, view, block, at) &&
+               (!coded || tokens.open(parts, NearEntries{shared->codes, kRunCodeMask}, &shared->words));
     } else {
         const auto value = Tr::narrow(parts.mode == RunMode::kNotFinite ? std::numeric_limits<T>::quiet_NaN() : T(0));
         for_values<Storage>(d, number, begin, end, [&](const SegmentView&, Storage* values, int n, int) {

@@ -1,8 +1,8 @@
 // One run block in one warp: its tokens looked up 32 a step, their positions by a scan, their values put where they are
 // (specification: decode_run_block() of qcomm/reference/zero_runs.py).
 //
-// Codes are read through the first-level cache: a block has too few tokens to be worth a copy in shared memory, and
-// neighbours use the same table.
+// A sum reads codes through the first-level cache: its warps have other packets' blocks, and so other tables.
+// zero_runs_decode.cu has the block's in shared memory.
 #pragma once
 
 #include <limits>
@@ -15,13 +15,19 @@
 
 namespace qcomm::cuda {
 
+constexpr std::uint32_t kRunCodeMask = (1u << kMaxRunCodeLength) - 1u;
+
 // Entries of RunCode, in device memory.
-struct RunEntries {
+struct FarRunEntries {
     const std::uint32_t* entries;
-    __device__ __forceinline__ std::uint32_t operator()(std::uint32_t bits) const {
-        const std::uint32_t* const table = entries;
-        QCOMM_ASSUME_GLOBAL(table);
-        return table[bits & ((1u << kMaxRunCodeLength) - 1u)];
+    __device__ __forceinline__ std::uint32_t place(std::uint32_t rest, std::uint32_t word, std::uint32_t shift) const {
+        return entry_place<2>(rest, word, shift, kRunCodeMask);
+    }
+    __device__ __forceinline__ std::uint32_t at(std::uint32_t place) const {
+        const auto* const entry =
+            reinterpret_cast<const std::uint32_t*>(reinterpret_cast<const std::uint8_t*>(entries) + place);
+        QCOMM_ASSUME_GLOBAL(entry);
+        return *entry;
     }
 };
 
@@ -60,41 +66,55 @@ __device__ bool read_fixed_levels(const RunBlock& block, int begin, int end, int
     return good;
 }
 
+constexpr int kRunRows = 4;  // steps whose tokens are looked up together
+
+// Returns how many values a token stands for, by its entry and the bits that it was found in; 0 where there is none.
+__device__ __forceinline__ std::uint32_t values_of(std::uint32_t entry, std::uint32_t bits) {
+    const std::uint32_t extra = bits >> (entry >> 5 & 15u) & ((1u << (entry >> 9 & 7u)) - 1u);
+    return (entry >> 12 & 1023u) + extra + (entry >> 25 & 1u);
+}
+
 // Looks the tokens of a coded block up, front to back, by a warp.
+template <class Entries>
 class RunTokens {
 public:
-    static constexpr int kRows = 4;  // steps whose tokens are looked up together
-
-    __device__ bool open(const RunBlock& block, const StaticTables* codes) {
+    // `buffer` is the warp's own.
+    __device__ bool open(const RunBlock& block, const Entries& entries, LaneBuffer* buffer) {
         left_ = block.tokens;
         good_ = true;
-        filled_ = false;
-        entries_ = RunEntries{codes->run_decode[block.table]};
-        return lanes_.open(block.windows, block.body, block.halves);
+        entered_ = false;
+        entries_ = entries;
+        return lanes_.open(block.windows, block.body, block.halves, buffer);
     }
     __device__ int left() const { return left_; }
 
-    // Whether take_whole() may be called: the last token is left to the careful way.
+    // Whether take_whole() is to be called, after begin(): the last token is left to the careful way. Where it says no,
+    // fetch() may change that.
     __device__ __forceinline__ bool has_whole() const {
-        return left_ > kRows * kWarpLanes && lanes_.can_take(kRows) && (filled_ || lanes_.all_filled());
+        return entered_ && left_ > kRunRows * kWarpLanes && lanes_.holds(kRunRows);
     }
+    __device__ __forceinline__ void begin() {
+        if (entered_ || left_ <= kRunRows * kWarpLanes || !lanes_.may_enter(kRunRows)) return;
+        lanes_.enter(entries_);
+        entered_ = true;
+    }
+    __device__ __forceinline__ bool fetch() { return entered_ && lanes_.fetch(); }
     // Takes the next four steps, which have tokens in every lane.
-    __device__ __forceinline__ void take_whole(std::uint32_t (&tokens)[kRows], std::uint32_t (&bits)[kRows]) {
+    __device__ __forceinline__ void take_whole(std::uint32_t (&tokens)[kRunRows], std::uint32_t (&bits)[kRunRows]) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kRunRows; ++r) {
             bits[r] = lanes_.bits();
             tokens[r] = lanes_.next(entries_);
         }
-        lanes_.leave();
-        left_ -= kRows * kWarpLanes;
-        filled_ = true;
+        left_ -= kRunRows * kWarpLanes;
     }
     // Takes the next four steps, as far as there are tokens. The entry of a lane without a token is 0.
-    __device__ __forceinline__ void take(std::uint32_t (&tokens)[kRows], std::uint32_t (&bits)[kRows]) {
+    __device__ __forceinline__ void take(std::uint32_t (&tokens)[kRunRows], std::uint32_t (&bits)[kRunRows]) {
         const int lane = lane_number();
-        filled_ = false;
+        if (entered_) lanes_.leave();
+        entered_ = false;
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) {
+        for (int r = 0; r < kRunRows; ++r) {
             bits[r] = lanes_.bits();
             tokens[r] = lanes_.next_guarded(entries_, lane < left_);
             good_ = good_ && (lane != left_ - 1 || (tokens[r] & kHasLevel) != 0);
@@ -104,18 +124,12 @@ public:
     // After all have been taken: whether the bits of this lane end with them, the last one being a level's.
     __device__ bool whole() const { return good_ && left_ == 0 && lanes_.whole(); }
 
-    // Returns how many values a token stands for; 0 where there is none.
-    __device__ __forceinline__ static std::uint32_t values_of(std::uint32_t entry, std::uint32_t bits) {
-        const std::uint32_t extra = bits >> (entry >> 5 & 15u) & ((1u << (entry >> 9 & 7u)) - 1u);
-        return (entry >> 12 & 1023u) + extra + (entry >> 25 & 1u);
-    }
-
 private:
-    RunEntries entries_;
+    Entries entries_;
     LaneReader lanes_;
     int left_;
-    bool good_;    // in this lane, so far
-    bool filled_;  // every lane is known to have 16 bits
+    bool good_;     // in this lane, so far
+    bool entered_;  // the next ones may be taken together
 };
 
 // Finds where each token ends, by two rows of values_of() at a time: the values of a row are 2^14 at most, so two share
@@ -139,13 +153,15 @@ public:
     using T = typename Tr::Arithmetic;
 
     // Opens a block of n values; false where it is malformed.
-    __device__ bool open(const std::uint8_t* block, int bytes, int n, const StaticTables* codes) {
+    __device__ bool open(const std::uint8_t* block, int bytes, int n, const StaticTables* codes, LaneBuffer* buffer) {
         n_ = n;
         next_ = 0;
         good_ = true;
 #pragma unroll
         for (int& end : ends_) end = 0;
-        return block_.open(block, bytes, n) && (block_.mode != RunMode::kCoded || tokens_.open(block_, codes));
+        if (!block_.open(block, bytes, n)) return false;
+        return block_.mode != RunMode::kCoded ||
+               tokens_.open(block_, FarRunEntries{codes->run_decode[block_.table]}, buffer);
     }
 
     // Puts those of values [begin, end) that are not 0, by put(position, value). Parts ascend; values in front of
@@ -180,21 +196,23 @@ public:
     }
 
 private:
-    static constexpr int kRows = RunTokens::kRows;
+    static constexpr int kRows = kRunRows;
 
     // Looks up the next four steps, as far as there are tokens, and finds where each token ends.
     __device__ __forceinline__ void take_tokens() {
         std::uint32_t bits[kRows];
+        tokens_.begin();
+        if (!tokens_.has_whole()) tokens_.fetch();
         tokens_.has_whole() ? tokens_.take_whole(found_, bits) : tokens_.take(found_, bits);
 #pragma unroll
         for (int r = 0; r < kRows; r += 2)
-            scan_rows(RunTokens::values_of(found_[r], bits[r]), RunTokens::values_of(found_[r + 1], bits[r + 1]),
-                      &next_, &ends_[r], &ends_[r + 1]);
+            scan_rows(values_of(found_[r], bits[r]), values_of(found_[r + 1], bits[r + 1]), &next_, &ends_[r],
+                      &ends_[r + 1]);
     }
 
     int n_;
     RunBlock block_;
-    RunTokens tokens_;
+    RunTokens<FarRunEntries> tokens_;
     int next_;                    // the position behind the tokens that have been taken
     std::uint32_t found_[kRows];  // the last ones taken
     int ends_[kRows];             // the position behind each; 0: there is none
@@ -227,9 +245,9 @@ __device__ inline bool is_run_block_whole(const std::uint8_t* packet, const Pack
 // Opens the block with number `block` of a packet's zero runs, if its checksum is right.
 template <class Tr>
 __device__ bool open_run_block(const std::uint8_t* packet, const PacketView& view, std::int64_t block, int n,
-                               const StaticTables* codes, RunReader<Tr>* reader) {
+                               const StaticTables* codes, LaneBuffer* buffer, RunReader<Tr>* reader) {
     const RunBytes at = find_run_block(packet, view, block);
-    return is_run_block_whole(packet, view, block, at) && reader->open(at.data, at.bytes, n, codes);
+    return is_run_block_whole(packet, view, block, at) && reader->open(at.data, at.bytes, n, codes, buffer);
 }
 
 }  // namespace qcomm::cuda
