@@ -106,6 +106,8 @@ public:
         for (; step >= 0 && (step >= whole || !lanes_.started() || (step + 1) % kRows != 0); --step) push_guarded(step);
         if (step < 0) return;
         lanes_.enter();
+        // A tensor may begin at any element. Where one begins between two pairs, all of its pairs lie so: the question
+        // is asked once for a block, not for every load.
         if constexpr (kPairs) {
             u_.holds_pairs() ? run_rows<true>(step) : run_rows<false>(step);
         } else {

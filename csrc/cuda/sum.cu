@@ -31,6 +31,7 @@ template <class Storage>
 struct ChunkSink {
     Storage* out;
     __device__ __forceinline__ bool takes_pairs() const { return true; }
+    // A chunk is aligned and `i` is even.
     __device__ __forceinline__ void put_pair(int i, Storage first, Storage second) const {
         auto* const place = reinterpret_cast<PairOf<Storage>*>(out + i);
         QCOMM_ASSUME_SHARED(place);
@@ -180,6 +181,7 @@ __device__ __forceinline__ void add_chunk(const SumShared<Tr>* shared, int packe
         for (int p = 0; p < kMaxSumPackets; ++p)
             if (p < packets) of[p] = *reinterpret_cast<const Pair*>(&shared->chunk[p][i]);
         Pair sum = of[0];
+        // Of an odd number the last one has no second value: what was read for it is never stored.
         const bool both = i + 1 < m;
         if (add) {
             sum.first = out[i] + sum.first;
@@ -191,6 +193,7 @@ __device__ __forceinline__ void add_chunk(const SumShared<Tr>* shared, int packe
             sum.first += of[p].first;
             sum.second += of[p].second;
         }
+        // One store for both where the address allows it, so that a warp's requests are whole sectors.
         if (together && both) {
             *reinterpret_cast<Pair*>(out + i) = sum;
         } else {
