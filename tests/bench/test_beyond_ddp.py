@@ -8,9 +8,9 @@ from studies import BENCH
 
 @pytest.fixture
 def beyond(monkeypatch):
-    """tools/beyond_ddp.py."""
+    """tools/result_tables/beyond_ddp.py."""
     monkeypatch.syspath_prepend(str(BENCH.parent / "tools"))
-    import beyond_ddp
+    from result_tables import beyond_ddp
 
     return beyond_ddp
 
