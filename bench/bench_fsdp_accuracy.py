@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from sharded_training import BF16, FP32, TASKS, Setting, options_of, train
-from study_runs import append, commit, in_turn, not_done, paired, parse_study, read
+from study_runs import append, commit, in_turn, not_done, paired, parse_study, read, shown
 from transformer_training import Text, standard_library
 
 from qcomm.recipes.datasets import Dataset, load_dataset
@@ -194,11 +194,7 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     print(f"{'task':<9}{'ranks':>6}{'steps':>6}  {'method':<15}{'seeds':>6}{'result':>9}  {'minus fp32':<30}"
           f"{'bits: gradients':>16}{'weights':>8}  verdict")  # fmt: skip
     for row in rows:
-        difference = ""
-        if "minus_fp32" in row:
-            difference = f"{row['minus_fp32']['difference']:+.4f}"
-            if row["minus_fp32"]["interval"] is not None:
-                difference += " ({:+.4f} .. {:+.4f})".format(*row["minus_fp32"]["interval"])
+        difference = shown(row["minus_fp32"]) if "minus_fp32" in row else ""
         bits = [f"{row[name]:.2f}" if row.get(name) else "" for name in ("bits_of_gradients", "bits_of_weights")]
         print(f"{row['task']:<9}{row['ranks']:>6}{row['steps']:>6}  {row['method']:<15}{row['seeds']:>6}"
               f"{row['mean']:>9.4f}  {difference:<30}{bits[0]:>16}{bits[1]:>8}  {row.get('verdict', '')}")  # fmt: skip

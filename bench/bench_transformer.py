@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from simulated_exchange import build_exchange
-from study_runs import append, commit, in_turn, not_done, paired, parse_study, read
+from study_runs import append, commit, in_turn, not_done, paired, parse_study, read, shown
 from transformer_training import OPTIMIZERS, Setting, Text, simulate, standard_library
 
 RESULTS = Path(__file__).parent / "results"
@@ -139,11 +139,7 @@ def print_table(records: Sequence[dict[str, Any]]) -> None:
         f"{'weights':>9}{'steps':>6}{'rate':>8}  {'method':<26}{'seeds':>6}{'nats':>9}  {'minus fp32':<28}{'bits':>7}"
     )
     for row in rows:
-        difference = ""
-        if "loss" in row:
-            difference = f"{row['loss']['difference']:+.4f}"
-            if row["loss"]["interval"] is not None:
-                difference += " ({:+.4f} .. {:+.4f})".format(*row["loss"]["interval"])
+        difference = shown(row["loss"]) if "loss" in row else ""
         bits = f"{row['bits']:.2f}" if "bits" in row else ""
         print(
             f"{row['parameters']:>9}{row['steps']:>6}{row['rate']:>8g}  {row['method']:<26}{row['seeds']:>6}"

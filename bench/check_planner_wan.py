@@ -242,8 +242,8 @@ def main() -> int:
     found = shares(points)
     print(f"{found['within_15_percent']:.0%} of {len(points)} points within 15 %, "
           f"{found['likely_holds']:.0%} inside the bars", file=sys.stderr)  # fmt: skip
-    document = {**header, "load_after": about()["load"], **earlier, **found}
-    document |= {"predicted_by": header["commit"]}
+    # An earlier run keeps its own date, machine and load: only the predictions are of now.
+    document = {**header, "load_after": about()["load"], **earlier, **found, "predicted_by": header["commit"]}
     document |= {"codecs": {hosts: asdict(codec) for hosts, codec in codecs.items()}, "points": points}
     write(arguments.json, document)
     return 0 if min(found.values()) >= NEEDED else 1

@@ -89,6 +89,19 @@ def paired(differences: Sequence[float]) -> dict[str, Any]:
     return {"difference": mean, "interval": [mean - half, mean + half]}
 
 
+def shown(difference: Mapping[str, Any]) -> str:
+    """Returns what :func:`paired` has found for a table.
+
+    Example:
+        >>> shown({"difference": 2.0, "interval": [1.0, 3.0]}), shown({"difference": -1.0, "interval": None})
+        ('+2.0000 (+1.0000 .. +3.0000)', '-1.0000')
+    """
+    text = f"{difference['difference']:+.4f}"
+    if difference["interval"] is None:
+        return text
+    return text + " ({:+.4f} .. {:+.4f})".format(*difference["interval"])
+
+
 def in_turn(missing: Sequence[Run], name: Callable[[Run], str]) -> Iterator[Run]:
     """Yields the runs that are missing, and prints for each its name and the time that is left."""
     begin = time.perf_counter()

@@ -184,8 +184,6 @@ class TrainOptions:
         of_qcomm = not self.error_feedback or self.compression_warmup_steps
         if of_qcomm and self.method not in (None, "qcomm"):
             raise RecipeError("--no-error-feedback and --compression-warmup-steps belong to --method qcomm")
-        if self.secret is not None and self.method != "qcomm" and not self._has_grid:
-            raise RecipeError("--secret needs --method qcomm: what torch exchanges itself is not sealed")
         if self.compression_warmup_step is not None and not self.compression_warmup_steps:
             raise RecipeError("--compression-warmup-step needs --compression-warmup-steps")
 

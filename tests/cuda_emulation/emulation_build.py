@@ -47,7 +47,7 @@ def build(folder: Path, sanitizer: str, plant: str | None = None) -> Path:
         variant = f"{sanitizer}-{plant}" if planted else sanitizer
         jobs.append((path, folder / variant / f"{path.name}.o", [*flags, *([f"-D{plant}"] if planted else [])]))
     program = folder / f"emulated_kernels-{sanitizer}{'-' + plant if plant else ''}"
-    with alone(folder):
+    with locked(folder):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_source, jobs))
         link(program, [target for _, target, _ in jobs], [*flags, "-pthread"])
@@ -63,7 +63,7 @@ def build_module(folder: Path, includes: Sequence[str]) -> Path:
     flags = [*MODULE_FLAGS, "-O0", *(f"-I{path}" for path in includes)]
     jobs.append((ROOT / "csrc/cuda/bindings.cpp", folder / "module" / "bindings.cpp.o", flags))
     module = folder / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    with alone(folder):
+    with locked(folder):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_source, jobs))
         link(module, [target for _, target, _ in jobs], ["-shared", "-pthread"])
@@ -111,13 +111,14 @@ def compile_source(job: tuple[Path, Path, list[str]]) -> None:
     if is_current(source, target, [Path(flag[2:]) for flag in flags if flag.startswith("-I")]):
         return
     target.parent.mkdir(parents=True, exist_ok=True)
+    # tests/cuda_ptx has the CPU codec's objects, too, and locks another folder.
     made = target.with_suffix(f".{os.getpid()}")
     run_compiler([*FLAGS, *flags, *INCLUDES, "-x", "c++", "-c", str(source), "-o", str(made)])
     made.replace(target)
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Waits until no other process of tests builds in a folder. What that has built need not be built again."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as file:

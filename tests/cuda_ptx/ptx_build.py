@@ -71,7 +71,7 @@ def _build(folder: Path, architecture: str, name: str, jobs: Sequence[Job]) -> t
     kernels = [(path, mine / path.stem) for path in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
     jobs = [*emulation.cpu_jobs(folder.parent / "cuda_emulation"), *jobs]
     program, texts = mine / name, mine / "ptx"
-    with emulation.alone(folder):
+    with emulation.locked(folder):
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             compiled = [pool.submit(_compile_kernels, source, target, architecture) for source, target in kernels]
             list(pool.map(emulation.compile_source, jobs))

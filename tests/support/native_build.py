@@ -1,6 +1,5 @@
 """Programs of tests/native, built where and as the extension is."""
 
-import fcntl
 import os
 import subprocess
 import sys
@@ -8,6 +7,10 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "cuda_emulation"))
+
+from emulation_build import locked
 
 ROOT = Path(__file__).resolve().parents[2]
 # Where setup.py builds; a target takes the very objects that are in the module.
@@ -24,7 +27,6 @@ def build(target: str) -> Path:
     """Builds a program and returns its path."""
     path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
     command = ["cmake", "--build", str(BUILD), "--target", target]
-    with (BUILD / "lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # two processes of tests build here, and ninja does not look for another one
+    with locked(BUILD):  # ninja does not look whether another one is at work
         subprocess.run(command, check=True, env={**os.environ, "PATH": path}, stdout=subprocess.DEVNULL)
     return BUILD / target
